@@ -1,0 +1,10 @@
+"""Lightning callbacks: the only room that imports Lightning.
+
+>>> import pytorch_lightning as pl
+>>> from lightning_curv.callbacks import CurvatureCallback
+>>> trainer = pl.Trainer(callbacks=[CurvatureCallback(every_n_steps=10)], logger=False, enable_checkpointing=False)
+"""
+
+from lightning_curv.callbacks.curvature import CurvatureCallback
+
+__all__ = ["CurvatureCallback"]

@@ -1,0 +1,94 @@
+"""Curvature and gradient noise for PyTorch Lightning, on unmodified models.
+
+>>> import torch
+>>> from torch.nn import functional as F
+>>> from lightning_curv import BatchL2Grad, curvature
+>>> w = torch.nn.Parameter(torch.tensor([[1.0, 2.0]]))
+>>> x, y = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 1)
+>>> with curvature(BatchL2Grad()):
+...     F.mse_loss(F.linear(x, w), y).backward()
+>>> w.batch_l2  # squared norms of the two summands of w.grad
+tensor([1., 4.])
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_curv.callbacks import CurvatureCallback
+    from lightning_curv.context import curvature
+    from lightning_curv.extensions import (
+        KFAC,
+        KFLR,
+        BatchDiagGGNExact,
+        BatchDiagGGNMC,
+        BatchGrad,
+        BatchL2Grad,
+        DiagGGNExact,
+        DiagGGNMC,
+        Extension,
+        SqrtGGNExact,
+        SqrtGGNMC,
+        SumGradSquared,
+        Variance,
+    )
+    from lightning_curv.optimizers import DiagGGNOptimizer, KFACOptimizer
+    from lightning_curv.recording import disable, extend, record
+    from lightning_curv.rules import rule
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "KFAC",
+    "KFLR",
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "BatchGrad",
+    "BatchL2Grad",
+    "CurvatureCallback",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "DiagGGNOptimizer",
+    "Extension",
+    "KFACOptimizer",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+    "SumGradSquared",
+    "Variance",
+    "curvature",
+    "disable",
+    "extend",
+    "record",
+    "rule",
+]
+
+# Everything not listed is an extension. Names resolve on first use, so that the engine never imports Lightning.
+_ROOM = {
+    "CurvatureCallback": "callbacks",
+    "DiagGGNOptimizer": "optimizers",
+    "KFACOptimizer": "optimizers",
+    "curvature": "context",
+    "disable": "recording",
+    "extend": "recording",
+    "record": "recording",
+    "rule": "rules",
+}
+
+# In the source tree optimizers/ and callbacks/ lie next to this package, in an installed copy inside it.
+if not Path(__file__).with_name("optimizers").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOM.get(name, 'extensions')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,45 @@
+"""What is not covered is refused, with the parameter, the op and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.extensions.base import Extension, Gradient
+from lightning_curv.graph import Tape
+from lightning_curv.losses import LOSSES
+
+
+def refuse_uncovered(tape: Tape, extensions: Sequence[Extension]) -> None:
+    """Raise `UnsupportedError` if some extension would be wrong on the recorded graph."""
+    _refuse_unrecorded(tape)
+    _refuse_coupled(tape, [e for e in extensions if e.independent])
+    _refuse_unknown_loss(tape, [e for e in extensions if not isinstance(e.source, Gradient)])
+
+
+def _refuse_unrecorded(tape: Tape) -> None:
+    for parameter, op in tape.stray:
+        raise UnsupportedError(
+            f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, which was not recorded. "
+            "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model; give an op of your own "
+            "a rule with `@lightning_curv.rule`; leave weight penalties to the optimizer (`weight_decay`)."
+        )
+
+
+def _refuse_coupled(tape: Tape, extensions: Sequence[Extension]) -> None:
+    coupling = [use for use in tape.uses.values() if use.couples and use.inputs]
+    if coupling and extensions:
+        raise UnsupportedError(
+            f"{extensions[0]} needs samples that do not influence each other, found `{coupling[0].name}` with "
+            "statistics of the batch. Put the layer into evaluation mode (`.eval()`), or use GroupNorm or LayerNorm."
+        )
+
+
+def _refuse_unknown_loss(tape: Tape, extensions: Sequence[Extension]) -> None:
+    if extensions and (tape.outside or not tape.losses):
+        known = ", ".join(sorted({function.__name__ for function in LOSSES}))
+        raise UnsupportedError(
+            f"{extensions[0]} needs the curvature of the loss function, found a loss that is none of {known}. Use one "
+            "of these, inside `curvature(...)` or `record()` or as an extended module; first-order quantities work "
+            "with any loss."
+        )

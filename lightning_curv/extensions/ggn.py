@@ -1,0 +1,136 @@
+r"""The generalised Gauss-Newton matrix: its diagonal and its square root.
+
+.. math:: G = s \sum_n J_n^\top H_n J_n = \sum_n V_n V_n^\top, \qquad V_n = J_n^\top \sqrt{s H_n}
+
+with the network's Jacobian :math:`J_n` and the loss Hessian :math:`H_n = \nabla_f^2 \ell_n`. "Exact" backpropagates one
+column of :math:`\sqrt{s H_n}` per output entry; "MC" M gradients for targets drawn from the model, whose expectation
+is G. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020, section 2.3; Martens, *New insights and perspectives on the
+natural gradient method*, JMLR 2020, section 9.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
+from lightning_curv.jacobian import Jacobian
+
+
+class DiagGGNExact(Extension):
+    r"""Diagonal of the GGN, :math:`s \sum_n \mathrm{diag}(J_n^\top H_n J_n)`, in ``diag_ggn_exact``.
+
+    Has the parameter's shape. Cost: as many backward passes as a sample has output entries. Memory: one pass.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import DiagGGNExact, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(DiagGGNExact()):
+        ...     loss = torch.nn.functional.mse_loss(layer(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 1))
+        ...     loss.backward()
+        >>> layer.weight.diag_ggn_exact.round(decimals=4)
+        tensor([[2., 8.]])
+    """
+
+    savefield = "diag_ggn_exact"
+    source: Source = Exact()
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """Squares of J, summed over columns and samples."""
+        return jacobian.sum_squares()
+
+
+class BatchDiagGGNExact(Extension):
+    """The summands of `DiagGGNExact`, scale included, in ``diag_ggn_exact_batch`` of shape ``[N, *p]``."""
+
+    savefield = "diag_ggn_exact_batch"
+    source: Source = Exact()
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """Squares of J, summed over columns."""
+        return jacobian.sum_squares_per_sample()
+
+
+class SqrtGGNExact(Extension):
+    r"""Square root V of the GGN block, :math:`\sum V V^\top = G`, in ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
+
+    C: output entries of a sample (classes times extra axes).
+
+    Args:
+        subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
+    """
+
+    savefield = "sqrt_ggn_exact"
+    source: Source = Exact()
+
+    def __init__(self, subsampling: list[int] | None = None) -> None:
+        self.subsampling = subsampling
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """J itself."""
+        return (jacobian if self.subsampling is None else jacobian[self.subsampling]).per_sample()
+
+    def merge(self, previous: Tensor, new: Tensor, jacobian: Jacobian) -> Tensor:
+        """Columns are stacked."""
+        return torch.cat([previous, new])
+
+
+class DiagGGNMC(DiagGGNExact):
+    """Monte-Carlo estimate of `DiagGGNExact` from ``mc_samples`` draws, in ``diag_ggn_mc``.
+
+    Args:
+        mc_samples: M, the number of target draws; each costs one backward pass.
+    """
+
+    savefield = "diag_ggn_mc"
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self.source = Sampled(mc_samples)
+
+
+class BatchDiagGGNMC(BatchDiagGGNExact):
+    """The summands of `DiagGGNMC`, in ``diag_ggn_mc_batch`` of shape ``[N, *p]``.
+
+    Args:
+        mc_samples: M, the number of target draws.
+    """
+
+    savefield = "diag_ggn_mc_batch"
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self.source = Sampled(mc_samples)
+
+
+class SqrtGGNMC(SqrtGGNExact):
+    """Monte-Carlo estimate of `SqrtGGNExact`, in ``sqrt_ggn_mc`` of shape ``[M, N, *p]``.
+
+    Args:
+        mc_samples: M, the number of target draws.
+        subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
+    """
+
+    savefield = "sqrt_ggn_mc"
+
+    def __init__(self, mc_samples: int = 1, subsampling: list[int] | None = None) -> None:
+        super().__init__(subsampling)
+        self.source = Sampled(mc_samples)
+
+
+class GGNTraceMC(Extension):
+    """Monte-Carlo estimate of the trace of the parameter's GGN block, in ``ggn_trace_mc``, a scalar.
+
+    Costs no more than `BatchL2Grad` per draw: no matrix of the parameter's shape is formed.
+
+    Args:
+        mc_samples: M, the number of target draws.
+    """
+
+    savefield = "ggn_trace_mc"
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self.source = Sampled(mc_samples)
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """Sum of all squared entries of J."""
+        return jacobian.squared_norms().sum()

@@ -1,0 +1,130 @@
+r"""Kronecker factors of the GGN block of each parameter.
+
+For a matrix W with outputs ``o`` and inputs ``i`` the block is approximated by :math:`B \otimes A` (row-major order of
+W): A is the second moment of the layer's inputs, B that of the backpropagated columns; B carries the scale of the
+loss. The approximation is exact for one sample without weight sharing.
+
+Where weights are shared over positions s (pixels, time steps, several uses of a layer), Eschenhagen, Immer, Turner,
+Schneider & Hennig, *Kronecker-factored approximate curvature for modern neural network architectures*, NeurIPS 2023,
+distinguish
+
+.. math::
+    \text{expand:}\quad & A = \tfrac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top, & B &= \sum_{v,n,s} g_{vns} g_{vns}^\top \\
+    \text{reduce:}\quad & A = \tfrac1N \sum_n \bar a_n \bar a_n^\top, & B &= \sum_{v,n} \hat g_{vn} \hat g_{vn}^\top,
+
+with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_curv import onehot
+from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
+from lightning_curv.jacobian import CHUNK_BYTES, Jacobian
+from lightning_curv.terms import Term
+
+WeightSharing = Literal["expand", "reduce"]
+OUTPUT, INPUT = "o", "ixyz"
+
+
+class KFLR(Extension):
+    r"""Kronecker factors from the exact GGN columns, in ``kflr``.
+
+    A list of factors in row-major order of the parameter. Linear and convolution weight: ``[B, A]`` of shapes
+    ``[out, out]`` and ``[in/groups·K, in/groups·K]``; with groups ``[G, out/G, out/G]`` and ``[G, in/G·K, in/G·K]``. A
+    weight used as ``x @ W``: ``[A, B]``. Bias: ``[B]``. A factor with one axis is a diagonal matrix:
+    ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A), ``[diagonal of the GGN]`` for every
+    parameter without Kronecker structure (norm scales, offsets, parameters used by ops of different kinds).
+
+    In training mode BatchNorm couples the samples; the factors then take its batch statistics as given, as all
+    implementations do.
+
+    Botev, Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017 (KFLR).
+
+    Args:
+        weight_sharing: ``"expand"`` or ``"reduce"``, see above.
+    """
+
+    savefield = "kflr"
+    source: Source = Exact()
+    independent = False
+
+    def __init__(self, weight_sharing: WeightSharing = "expand") -> None:
+        if weight_sharing not in ("expand", "reduce"):
+            raise ValueError(f"`weight_sharing` must be 'expand' or 'reduce', found {weight_sharing!r}.")
+        self.weight_sharing = weight_sharing
+
+    def evaluate(self, jacobian: Jacobian) -> list[Tensor]:
+        """The factors of the parameter's block, in the order of its axes."""
+        axes = _axes(jacobian)
+        if not axes:
+            return [jacobian.sum_squares().flatten()]
+        factor = {"o": _output_factor, "i": _input_factor}
+        return [factor[axis](jacobian.terms[0], self.weight_sharing) for axis in axes]
+
+    def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
+        """The factors of the columns add up, that of the inputs stays."""
+        axes = _axes(jacobian) or "o"
+        return [a if axis == "i" else a + b for axis, a, b in zip(axes, previous, new, strict=True)]
+
+
+class KFAC(KFLR):
+    """Kronecker factors from targets drawn from the model, in ``kfac``; factors as in `KFLR`.
+
+    Martens & Grosse, *Optimizing neural networks with Kronecker-factored approximate curvature*, ICML 2015; Grosse &
+    Martens, *A Kronecker-factored approximate Fisher matrix for convolution layers*, ICML 2016.
+
+    Args:
+        mc_samples: Number of target draws; each costs one backward pass.
+        weight_sharing: ``"expand"`` or ``"reduce"``.
+    """
+
+    savefield = "kfac"
+
+    def __init__(self, mc_samples: int = 1, weight_sharing: WeightSharing = "expand") -> None:
+        super().__init__(weight_sharing)
+        self.source = Sampled(mc_samples)
+
+
+def _axes(jacobian: Jacobian) -> str:
+    """The factors of the block, ``o`` and ``i`` in the order of the parameter's axes; empty: no Kronecker structure."""
+    par = jacobian.terms[0].par
+    if len(jacobian.terms) > 1 or any(letter not in OUTPUT + INPUT + "q" for letter in par):
+        return ""
+    return "".join(dict.fromkeys("i" if letter in INPUT else letter for letter in par if letter != "q"))
+
+
+def _output_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
+    g = term.canonical().g  # [V, N, S, (q), o]
+    if weight_sharing == "reduce":
+        g = g.sum(2, keepdim=True)
+    if "q" not in term.out:
+        g = g.flatten(0, -2)
+        return g.mT @ g
+    return torch.einsum("vnsqo,vnsqp->qop", g, g)
+
+
+def _input_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
+    assert term.x is not None
+    if term.classes:
+        return onehot.second_moment(term, weight_sharing == "reduce")
+    size = max(1, CHUNK_BYTES // max(1, math.prod(term.x.shape[1:]) * term.x.element_size()))
+    chunks = [_second_moment(term[i : i + size], weight_sharing) for i in range(0, max(1, len(term.x)), size)]
+    return torch.stack(chunks).sum(0) / max(1, len(term.x))
+
+
+def _second_moment(term: Term, weight_sharing: WeightSharing) -> Tensor:
+    """Sum over the samples of the mean over the positions, ``[(q), i, i]``."""
+    term = term.canonical()
+    assert term.x is not None
+    x = term.x.flatten(3 if "q" in term.inp else 2)  # [N, S, (q), i]
+    if weight_sharing == "reduce":
+        x = x.mean(1, keepdim=True)
+    if "q" in term.inp:
+        return torch.einsum("nsqi,nsqj->qij", x, x) / x.shape[1]
+    return x.flatten(0, 1).mT @ x.flatten(0, 1) / x.shape[1]

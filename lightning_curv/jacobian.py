@@ -1,0 +1,178 @@
+r"""The per-sample Jacobian of one parameter, as a sum of terms, and its contractions.
+
+Every extension is a function of a `Jacobian`. All contractions add the uses of the parameter *before* squaring, and
+none materialises ``[V, N, *p]`` but `Jacobian.per_sample`, whose result that is: sums over samples run in chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_curv import onehot
+from lightning_curv.terms import Term
+
+CHUNK_BYTES = 2**24  # of intermediate results; they then stay in cache, and memory does not grow with N
+
+
+class Jacobian:
+    r"""J[v, n, *p]: derivatives of the backpropagated columns ``v`` of sample ``n`` by one parameter.
+
+    With the gradient as the only column, ``J[0, n]`` is the per-sample gradient :math:`s\,g_n`; with the columns of
+    :math:`\sqrt{s H_n}`, :math:`\sum_{v,n} J[v,n] J[v,n]^\top` is the GGN.
+
+    Attributes:
+        parameter: The parameter.
+        terms: One term per group of uses with the same letters.
+    """
+
+    def __init__(self, parameter: Tensor, terms: Sequence[Term]) -> None:
+        self.parameter = parameter
+        self.terms = _merged([term.promoted() for term in terms])
+
+    @property
+    def columns(self) -> int:
+        """V, the number of backpropagated columns."""
+        return self.terms[0].g.shape[0]
+
+    @property
+    def samples(self) -> int:
+        """N, the number of samples."""
+        return self.terms[0].g.shape[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the parameter."""
+        return self.parameter.shape
+
+    @cached_property
+    def _factorised(self) -> Term | None:
+        """The term, if J is an outer product: then J² is one too."""
+        return self.terms[0] if len(self.terms) == 1 and not self.terms[0].shared else None
+
+    @property
+    def _onehot(self) -> Term | None:
+        return self.terms[0] if len(self.terms) == 1 and self.terms[0].classes else None
+
+    def __getitem__(self, samples: slice | list[int]) -> Jacobian:
+        """The Jacobian of some samples."""
+        return Jacobian(self.parameter, [term[samples] for term in self.terms])
+
+    def per_sample(self) -> Tensor:
+        """J itself, ``[V, N, *p]``."""
+        parts = [onehot.per_sample(t) if t.classes else t.contract(f"vn{t.par}") for t in self.terms]
+        shape = (self.columns, self.samples, *self.shape)
+        return sum((p.reshape(shape) for p in parts[1:]), start=parts[0].reshape(shape))
+
+    def chunks(self) -> Iterator[Tensor]:
+        """J in pieces ``[V, n, *p]`` of consecutive samples, each of at most `CHUNK_BYTES` where one sample fits."""
+        inputs = [math.prod(t.x.shape[1:]) for t in self.terms if t.x is not None]
+        entries = max(self.columns * self.parameter.numel(), *inputs, 1, 1)
+        size = max(1, CHUNK_BYTES // (entries * self.terms[0].g.element_size()))
+        for start in range(0, max(self.samples, 1), size):
+            yield self[start : start + size].per_sample()
+
+    def total(self) -> Tensor:
+        """Sum over the samples, ``[V, *p]``."""
+        parts = [onehot.total(t) if t.classes else t.contract(f"v{t.par}") for t in self.terms]
+        return sum(p.reshape(self.columns, *self.shape) for p in parts)  # type: ignore[return-value]
+
+    def squared_norms(self) -> Tensor:
+        """Squared norms of J[v, n], ``[V, N]``."""
+        if self._onehot is not None:
+            return onehot.squared_norms(self._onehot)
+        if self._factorised is not None:
+            term = self._factorised
+            return replace(term, g=term.g.square(), x=None if term.x is None else term.x.square()).contract("vn")
+        if len(self.terms) == 1 and _gram_pays(self.terms[0]):
+            return _gram_norms(self.terms[0])
+        return torch.cat([j.square().reshape(*j.shape[:2], -1).sum(2) for j in self.chunks()], dim=1)
+
+    def sum_squares(self) -> Tensor:
+        """Sum over columns and samples of the squared entries, of the parameter's shape."""
+        if self._onehot is not None:
+            return onehot.sum_squares(self._onehot).reshape(self.shape)
+        if self._factorised is not None:
+            return self._factorised.squared().contract(self._factorised.par).reshape(self.shape)
+        result = torch.zeros(self.shape, dtype=self.terms[0].g.dtype, device=self.parameter.device)
+        for j in self.chunks():
+            result += j.square().flatten(0, 1).sum(0)
+        return result
+
+    def sum_squares_per_sample(self) -> Tensor:
+        """Sum over columns of the squared entries, ``[N, *p]``."""
+        if self._factorised is not None and not self._onehot:
+            term = self._factorised
+            return term.squared().contract(f"n{term.par}").reshape(self.samples, *self.shape)
+        return torch.cat([j.square().sum(0) for j in self.chunks()])
+
+    def variance(self) -> Tensor:
+        """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""
+        if self._onehot is not None:
+            return onehot.variance(self._onehot).reshape(self.shape)
+        if self._factorised is not None and self._factorised.g.dtype == torch.float32:
+            # products of float32 numbers are exact in float64: there the difference of the moments does not cancel
+            exact = Jacobian(self.parameter, [_doubled(self._factorised)])
+            mean = exact.total()[0] / self.samples
+            return (exact.sum_squares() / self.samples - mean.square()).clamp_(min=0).float()
+        count, mean, deviation = 0, torch.zeros(()), torch.zeros(())
+        for (j,) in self.chunks():  # pairwise update of mean and squared deviations: Chan, Golub & LeVeque, 1983
+            n, centre = len(j), j.mean(0)
+            delta = centre - mean
+            deviation = deviation + (j - centre).square_().sum(0) + delta.square() * (count * n / (count + n))
+            mean = mean + delta * (n / (count + n))
+            count += n
+        return deviation / self.samples
+
+
+def _merged(terms: Sequence[Term]) -> list[Term]:
+    """Uses with the same letters become more shared positions of one term."""
+    groups: dict[tuple[str, ...], list[Term]] = {}
+    for term in terms:
+        groups.setdefault(_structure(term), []).append(term)
+    return [group[0] if len(group) == 1 else _concatenated(group) for group in groups.values()]
+
+
+def _structure(term: Term) -> tuple[str, ...]:
+    sizes = term.sizes()
+    inp = "".join(letter for letter in term.inp if letter in term.par) + ("" if term.x is not None else "1")
+    return term.par, inp, str([sizes[letter] for letter in term.par]), str(term.classes)
+
+
+def _concatenated(terms: list[Term]) -> Term:
+    terms = [t.canonical() for t in terms]
+    x = [t.x for t in terms if t.x is not None]
+    return replace(terms[0], g=torch.cat([t.g for t in terms], dim=2), x=torch.cat(x, dim=1) if x else None)
+
+
+def _doubled(term: Term) -> Term:
+    return replace(term, g=term.g.double(), x=None if term.x is None else term.x.double())
+
+
+def _gram_pays(term: Term) -> bool:
+    """Whether Gram matrices over the shared positions are cheaper than the per-sample gradient; crossover measured."""
+    sizes = term.sizes()
+    shared = math.prod(sizes[letter] for letter in term.shared)
+    out = math.prod(sizes[x] for x in term.par if x in term.out and x not in term.inp)
+    inp = math.prod(sizes[x] for x in term.par if x in term.inp and x not in term.out)
+    return term.x is not None and shared * (out + inp) <= 1.25 * out * inp
+
+
+def _gram_norms(term: Term) -> Tensor:
+    """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample; both Gram matrices in chunks."""
+    term = term.canonical()
+    both = "".join(x for x in term.par if x in term.out and x in term.inp)
+    positions = term.g.shape[2]
+    size = max(1, CHUNK_BYTES // (positions**2 * term.g.shape[0] * term.g.element_size()))
+    norms = []
+    for start in range(0, term.g.shape[1], size):
+        g, x = term.g[:, start : start + size], term.x[start : start + size]  # type: ignore[index]
+        g_gram = torch.einsum(f"vn{term.out},vn{term.out.replace('s', 't')}->vn{both}st", g, g)
+        x_gram = torch.einsum(f"n{term.inp},n{term.inp.replace('s', 't')}->n{both}st", x, x)
+        norms.append((g_gram * x_gram).flatten(2).sum(2))
+    return torch.cat(norms, dim=1)

@@ -1,0 +1,90 @@
+"""Terms with one-hot inputs (embeddings): every contraction without a dense one-hot matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_curv.terms import Term
+
+
+class Rows(NamedTuple):
+    """Per-sample gradients of an embedding as its touched rows, each (sample, index) pair once."""
+
+    g: Tensor  # [V, U, *]
+    sample: Tensor  # [U]
+    token: Tensor  # [U]
+
+
+def rows(term: Term) -> Rows:
+    """The touched rows of the per-sample gradients; repeated tokens of a sample are added up."""
+    term = term.canonical()
+    sample, index, position = _touched(term)
+    key, inverse = (index + term.classes * sample).unique(return_inverse=True)
+    g = term.g.flatten(1, 2)[:, position]
+    g = g.new_zeros(len(g), len(key), *g.shape[2:]).index_add_(1, inverse, g)
+    return Rows(g, key // term.classes, key % term.classes)
+
+
+def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample, index and flat position of every non-zero one-hot row of a canonical term."""
+    assert term.x is not None
+    index = term.x.flatten()
+    position = (index >= 0).nonzero().squeeze(1)
+    return position // max(term.x.shape[1], 1), index[position], position
+
+
+def second_moment(term: Term, reduce: bool) -> Tensor:
+    """Diagonal of the mean over samples of x xᵀ, ``[classes]``; x: the positions (expand) or their mean (reduce)."""
+    term = term.canonical()
+    assert term.x is not None
+    sample, index, _ = _touched(term)
+    samples, positions = term.x.shape
+    if not reduce:
+        return torch.bincount(index, minlength=term.classes).to(term.g.dtype) / (samples * positions)
+    key, counts = (index + term.classes * sample).unique(return_counts=True)
+    result = term.g.new_zeros(term.classes)
+    return result.index_add_(0, key % term.classes, (counts / positions).square().to(result.dtype)) / samples
+
+
+def per_sample(term: Term) -> Tensor:
+    """``[V, N, classes, *]``, dense."""
+    touched, samples = rows(term), term.g.shape[1]
+    dense = touched.g.new_zeros(term.g.shape[0], samples * term.classes, *touched.g.shape[2:])
+    dense[:, touched.sample * term.classes + touched.token] = touched.g
+    return dense.unflatten(1, (samples, term.classes))
+
+
+def total(term: Term) -> Tensor:
+    """Sum over the samples, ``[V, classes, *]``."""
+    return _scatter(rows(term), term.classes)
+
+
+def sum_squares(term: Term) -> Tensor:
+    """Sum over columns and samples of the squared per-sample gradients, ``[classes, *]``."""
+    touched = rows(term)
+    return _scatter(touched._replace(g=touched.g.square().sum(0, keepdim=True)), term.classes)[0]
+
+
+def variance(term: Term) -> Tensor:
+    """Population variance over the samples of the first column, ``[classes, *]``; untouched rows are zero."""
+    touched, samples = rows(term), term.g.shape[1]
+    mean = _scatter(touched, term.classes)[0] / samples
+    deviations = (touched.g - mean[touched.token]).square()
+    untouched = samples - torch.bincount(touched.token, minlength=term.classes).to(mean.dtype)
+    untouched = untouched.reshape(-1, *[1] * (mean.ndim - 1))
+    return (_scatter(touched._replace(g=deviations), term.classes)[0] + untouched * mean.square()) / samples
+
+
+def squared_norms(term: Term) -> Tensor:
+    """Squared norms of the per-sample gradients, ``[V, N]``."""
+    touched = rows(term)
+    norms = touched.g.square().flatten(2).sum(2)
+    return norms.new_zeros(norms.shape[0], term.g.shape[1]).index_add_(1, touched.sample, norms)
+
+
+def _scatter(touched: Rows, classes: int) -> Tensor:
+    result = touched.g.new_zeros(touched.g.shape[0], classes, *touched.g.shape[2:])
+    return result.index_add_(1, touched.token, touched.g)

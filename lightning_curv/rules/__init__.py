@@ -1,0 +1,9 @@
+"""One rule per op: how its output's cotangent and its recorded inputs give the `Term`s of its parameters."""
+
+from __future__ import annotations
+
+from lightning_curv.rules.registry import RULES, Call, Rule, bind, rule
+
+__all__ = ["RULES", "Call", "Rule", "bind", "rule"]
+
+from lightning_curv.rules import convolution, elementwise, embedding, fallback, linear, normalization  # noqa: F401

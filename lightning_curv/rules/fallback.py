@@ -1,0 +1,84 @@
+"""Ops without a rule: exact per-sample vector-Jacobian products of the op itself, by ``vmap``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_curv.rules.registry import Call, Rule
+from lightning_curv.terms import Term
+
+
+class FallbackWarning(UserWarning):
+    """An op has no rule: its per-sample gradients are exact, but slow, and are materialised."""
+
+
+def rule_for(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
+    """A rule for one call of any op, and the call's arguments by the names that this rule gives them."""
+    leaves, structure = tree_flatten((args, kwargs))
+
+    def op(**arguments: Any) -> Any:
+        args, kwargs = tree_unflatten([arguments[str(i)] for i in range(len(leaves))], structure)
+        return func(*args, **kwargs)
+
+    op.__name__ = str(getattr(func, "__name__", func))
+    return Rule(partial(_apply, op)), {str(i): leaf for i, leaf in enumerate(leaves)}
+
+
+def _apply(op: Callable[..., Any], call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
+    warnings.warn(
+        f"`{op.__name__}` has no rule: its per-sample gradients are exact but slow, and held in memory. "
+        "`@lightning_curv.rule` registers one.",
+        FallbackWarning,
+        stacklevel=2,
+    )
+    return per_sample(op, call, g, arguments)
+
+
+def per_sample(op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[str, Any]) -> dict[str, Term]:
+    """The terms of ``op(**arguments)``, which treats the entries of the leading axis of its data independently.
+
+    Args:
+        op: The op as a function of named arguments.
+        call: The recorded call.
+        g: Cotangents, ``[V, N, *]``.
+        arguments: The op's arguments by name; those that are not in ``call.operands`` and whose leading axis has size N
+            are data.
+
+    Raises:
+        NotImplementedError: The op does not batch over the leading axis, or ``vmap`` cannot run it.
+    """
+    operands = {k: arguments[k] for k in call.operands}
+    data = {
+        k: v
+        for k, v in arguments.items()
+        if k not in operands and isinstance(v, Tensor) and v.ndim and len(v) == g.shape[1]
+    }
+    others = {k: v for k, v in arguments.items() if k not in operands and k not in data}
+
+    def pull(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return torch.func.vjp(lambda operands: op(**operands, **data, **others), operands)[1](cotangent)[0]
+
+    def one(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return pull(cotangent[None], {k: v[None] for k, v in data.items()})
+
+    try:
+        result = torch.func.vmap(torch.func.vmap(one), in_dims=(0, None))(g, data)
+        total = pull(g[0], data)
+    except Exception as error:
+        raise NotImplementedError(f"no rule, and the per-sample fallback failed with: {error}") from error
+    for name, whole in total.items():
+        if not torch.allclose(result[name][0].sum(0), whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
+            raise NotImplementedError("no rule, and it does not treat the entries of its leading axis independently")
+    return {k: dense(v) for k, v in result.items()}
+
+
+def dense(jacobian: Tensor) -> Term:
+    """A term that holds its Jacobian ``[V, N, *p]``."""
+    return Term("d", "", "d", jacobian.flatten(2) if jacobian.ndim > 2 else jacobian[..., None])

@@ -1,0 +1,64 @@
+"""Linear maps: ``F.linear``, products with a matrix parameter, ``addmm``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_curv.rules import elementwise, fallback
+from lightning_curv.rules.registry import Call, leading_axes, rule
+from lightning_curv.terms import Term, flatten_shared
+
+
+@rule(F.linear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input",))
+def linear(call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Term]:
+    """Y = x Wᵀ + b."""
+    weight_term, bias_term = _product(g, call.rows(input), "oi")
+    return {"weight": weight_term, "bias": bias_term}
+
+
+@rule(
+    torch.matmul,
+    torch.mm,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.__matmul__,
+    axes=lambda call, arguments: range(len(call.shape)),
+    accepts=lambda name, tensor, out: name == "other" and tensor.ndim <= 2,
+)
+def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Term]:
+    """Y = x W (W a matrix or a vector) and y = W x; other shapes by the fallback."""
+    last = len(call.shape) - 1
+    if call.operands == ("other",) and other.ndim == 2 and call.axis < last:
+        return {"other": _product(g, call.rows(input), "io")[0]}
+    if call.operands == ("other",) and other.ndim == 1:
+        x = flatten_shared(call.rows(input), 1, -1)
+        return {"other": Term("s", "si", "i", g.flatten(2), x) if x.ndim > 2 else Term("", "i", "i", g, x)}
+    if call.operands == ("input",) and input.ndim == 2 and other.ndim >= 2:
+        features, x = (
+            (g, call.rows(other)) if call.axis == last else (g.transpose(-1, -2), call.rows(other.mT).contiguous())
+        )
+        return {"input": _product(features, x, "oi")[0]}
+    return fallback.per_sample(torch.matmul, call, g, {"input": input, "other": other})
+
+
+@rule(
+    torch.addmm,
+    Tensor.addmm,
+    axes=leading_axes(1),
+    accepts=lambda name, tensor, out: name == "mat2",
+)
+def addmm(
+    call: Call, g: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> dict[str, Term]:
+    """Y = β b + α x W, as in layers that keep the weight transposed."""
+    terms = {"mat2": Term("o", "i", "io", g, alpha * call.rows(mat1))} if "mat2" in call.operands else {}
+    return {**terms, "input": elementwise.broadcast(call, beta * g, input)} if "input" in call.operands else terms
+
+
+def _product(g: Tensor, x: Tensor, par: str) -> tuple[Term, Term]:
+    """The terms of a matrix and of an offset of its output."""
+    g, x = flatten_shared(g, 2, -1), flatten_shared(x, 1, -1)
+    s = "s" if x.ndim > 2 else ""
+    return Term(s + "o", s + "i", par, g, x), Term(s + "o", "", "o", g)

@@ -1,0 +1,132 @@
+"""The table of rules and the decorator that fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from functools import cache
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_curv.terms import Term
+
+RULES: dict[Callable[..., Any], Rule] = {}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a rule sees of a recorded call besides its arguments.
+
+    Attributes:
+        shape: The output's shape as recorded.
+        operands: Names of the arguments that are parameters (or computed from parameters).
+        axis: The axis of the output that carries the samples.
+    """
+
+    shape: torch.Size
+    operands: tuple[str, ...]
+    axis: int = 0
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """``tensor`` (leading axes as in the output) with the sample axis in front."""
+        return tensor.movedim(self.axis, 0)
+
+
+def first_axis(call: Call, arguments: dict[str, Any]) -> Iterable[int]:
+    """Axes that may carry samples: only the first, as in a convolution."""
+    return (0,)
+
+
+def leading_axes(features: int) -> Callable[[Call, dict[str, Any]], Iterable[int]]:
+    """Axes that may carry samples: all but the last ``features``."""
+    return lambda call, arguments: range(len(call.shape) - features)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one op contributes to the per-sample Jacobians of its parameters.
+
+    Attributes:
+        function: ``function(call, g, **arguments)`` returns the `Term` of each parameter argument by name.
+        slots: Names of the arguments that hold parameters; empty: any argument may (``x + p``, ``p + x``).
+        axes: ``axes(call, arguments)`` gives the axes of the output that may carry samples.
+        reads: ``reads(arguments)`` gives the names of the tensors whose values the terms need.
+        expands: Whether the op does nothing but repeat its argument (``expand``).
+        couples: ``couples(arguments)`` says whether a sample's output depends on other samples.
+        accepts: For ops without slots: whether a tensor that was computed from parameters and constants is a parameter
+            of this call (name, tensor, output) or data.
+    """
+
+    function: Callable[..., dict[str, Term]]
+    slots: Collection[str] = ()
+    axes: Callable[[Call, dict[str, Any]], Iterable[int]] = first_axis
+    reads: Callable[[dict[str, Any]], Collection[str]] = dict.keys
+    expands: bool = False
+    couples: Callable[[dict[str, Any]], bool] = lambda arguments: False
+    accepts: Callable[[str, Tensor, Tensor], bool] = lambda name, tensor, out: False
+
+    @staticmethod
+    def inplace(function: Callable[..., Any]) -> bool:
+        """Whether ``function`` overwrites its first argument."""
+        name = getattr(function, "__name__", "")
+        return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
+def rule(*functions: Callable[..., Any], **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the rule of ``functions``.
+
+    The decorated function takes a `Call`, the cotangent ``g`` of shape ``[V, N, *]`` (output with the sample axis moved
+    to the front, behind the axis of backpropagated columns) and then the arguments of the op by their names; it
+    returns a dict from the names of the parameter arguments to their `Term`.
+
+    Args:
+        functions: The torch functions as a `TorchFunctionMode` sees them, for example ``F.linear``.
+        attributes: The other fields of `Rule`.
+
+    Example:
+        A layer ``scale(x, w) = x * w`` written as one function of its own:
+
+        >>> import torch
+        >>> from torch.overrides import handle_torch_function, has_torch_function
+        >>> from lightning_curv import SumGradSquared, curvature, rule
+        >>> from lightning_curv.terms import Term
+        >>> def scale(x, w):
+        ...     if has_torch_function((x, w)):
+        ...         return handle_torch_function(scale, (x, w), x, w)
+        ...     return x * w
+        >>> @rule(scale, slots=("w",))
+        ... def _(call, g, x, w):
+        ...     return {"w": Term("d", "d", "d", g, x)}
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> with curvature(SumGradSquared()):
+        ...     scale(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), w).sum().backward()
+        >>> w.sum_grad_squared
+        tensor([10., 20.])
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        RULES.update(dict.fromkeys(functions, Rule(function, **attributes)))
+        return function
+
+    return register
+
+
+@cache
+def _names(function: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of a rule's op arguments (behind those that the engine fills in) and their defaults."""
+    parameters = [p for p in signature(function).parameters.values() if p.name not in ("call", "g", "scale")]
+    parameters = [p for p in parameters if p.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)]
+    return tuple(p.name for p in parameters), {
+        p.name: p.default for p in parameters if p.default is not Parameter.empty
+    }
+
+
+def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that ``function``, its rule, gives them."""
+    names, defaults = _names(function)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**given, **{k: v for k, v in defaults.items() if k not in given}}

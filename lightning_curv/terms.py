@@ -1,0 +1,122 @@
+r"""Terms: per-sample Jacobian-vector products as contractions that are not carried out.
+
+Ops are affine in each parameter, so the derivative of a backpropagated column ``v`` and sample ``n`` by a parameter is
+
+.. math:: J[v, n, *par] = \sum_{\text{letters not in } v, n, par} g[v, n, *out]\; x[n, *inp],
+
+with the cotangents ``g`` at the op's output and the recorded input ``x``. A `Term` keeps ``g``, ``x`` and one letter
+per axis. Letters have a meaning that every quantity relies on:
+
+``v`` column, ``n`` sample, ``r s t u`` shared positions (never in ``par``), ``q`` group, ``o`` and ``i x y z`` output
+and input features (a Kronecker factor each), ``d`` and all later letters of `DIAGONAL` diagonal features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DIAGONAL = "defghjklm"
+SHARED = "rstu"
+
+
+def flatten_shared(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """The axes ``start`` to ``stop`` (excluded) as one axis; no such axes: unchanged."""
+    shape = tensor.shape
+    stop = stop % tensor.ndim
+    return tensor.reshape(*shape[:start], math.prod(shape[start:stop]), *shape[stop:]) if stop > start else tensor
+
+
+@dataclass(frozen=True)
+class Term:
+    """The contribution of one use of a parameter.
+
+    Attributes:
+        out: Letters of ``g`` behind ``v n``.
+        inp: Letters of ``x`` behind ``n``.
+        par: Letters of the parameter in the order of its memory; several letters may make up one axis.
+        g: Cotangents, ``[V, N, *out]``; carry the scale of the loss.
+        x: Inputs, ``[N, *inp]``; ``None`` stands for ones. With ``classes``, indices that stand for their one-hot rows
+            (negative: a row of zeros), ``[N, *inp without i]``.
+        classes: Number of classes of one-hot inputs (``i``), else 0.
+    """
+
+    out: str
+    inp: str
+    par: str
+    g: Tensor
+    x: Tensor | None = None
+    classes: int = 0
+
+    @property
+    def shared(self) -> str:
+        """The letters that the contraction sums over."""
+        return "".join(dict.fromkeys(letter for letter in self.out + self.inp if letter not in self.par))
+
+    def sizes(self) -> dict[str, int]:
+        """Size of every letter."""
+        sizes = dict(zip(self.out, self.g.shape[2:], strict=True))
+        if self.x is not None:
+            sizes.update(zip(self.inp.replace("i", "") if self.classes else self.inp, self.x.shape[1:], strict=True))
+        return {**sizes, "i": self.classes} if self.classes else sizes
+
+    def __getitem__(self, samples: slice | list[int]) -> Term:
+        return replace(self, g=self.g[:, samples], x=None if self.x is None else self.x[samples])
+
+    def promoted(self) -> Term:
+        """The term in float32 or better, with one dtype for ``g`` and ``x``."""
+        dtype = torch.promote_types(self.g.dtype, torch.float32)
+        if self.x is None or self.classes:
+            return replace(self, g=self.g.to(dtype))
+        dtype = torch.promote_types(dtype, self.x.dtype)
+        return replace(self, g=self.g.to(dtype), x=self.x.to(dtype))
+
+    def grouped(self, samples: int, minor: bool = False) -> Term:
+        """Rows regrouped to samples: ``N·r`` rows become ``N`` samples with ``r`` shared positions each.
+
+        Args:
+            samples: The number of samples N.
+            minor: Whether the samples are the inner index of the rows.
+        """
+        rows = self.g.shape[1]
+        if rows == samples:
+            return self
+
+        def split(tensor: Tensor, axis: int) -> Tensor:
+            if not minor:
+                return tensor.unflatten(axis, (samples, rows // samples))
+            return tensor.unflatten(axis, (rows // samples, samples)).transpose(axis, axis + 1)
+
+        x = None if self.x is None else split(self.x, 0)
+        return replace(self, out="r" + self.out, inp="r" + self.inp if x is not None else "", g=split(self.g, 1), x=x)
+
+    def canonical(self) -> Term:
+        """The same term with one shared letter ``s``, in front."""
+        out = [letter for letter in self.out if letter in self.par]
+        g = self.g.permute(
+            0, 1, *(2 + self.out.index(x) for x in self.out if x in self.shared), *(2 + self.out.index(x) for x in out)
+        )
+        g = g.reshape(*g.shape[:2], -1, *g.shape[g.ndim - len(out) :])
+        if self.x is None:
+            return replace(self, out="s" + "".join(out), inp="", g=g)
+        letters = self.inp.replace("i", "") if self.classes else self.inp
+        kept = [letter for letter in letters if letter in self.par]
+        x = self.x.permute(
+            0, *(1 + letters.index(y) for y in letters if y in self.shared), *(1 + letters.index(y) for y in kept)
+        )
+        x = x.reshape(x.shape[0], -1, *x.shape[x.ndim - len(kept) :])
+        return replace(self, out="s" + "".join(out), inp="s" + ("i" if self.classes else "") + "".join(kept), g=g, x=x)
+
+    def contract(self, result: str) -> Tensor:
+        """``g·x`` summed to the letters ``result`` (of ``v n`` and ``par``); dense inputs only."""
+        if self.x is None:
+            return torch.einsum(f"vn{self.out}->{result}", self.g)
+        return torch.einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
+
+    def squared(self) -> Term:
+        """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
+        g = self.g.square().sum(0, keepdim=True)
+        return replace(self, g=g, x=None if self.x is None else self.x if self.classes else self.x.square())

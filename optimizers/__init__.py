@@ -1,0 +1,20 @@
+"""Optimizers that read curvature from the parameters: curvature × damping × step.
+
+The optimizers need only torch and the quantities that a backward pass leaves on the parameters:
+
+>>> import torch
+>>> from lightning_curv.optimizers import KFACOptimizer
+>>> layer = torch.nn.Linear(2, 1, bias=False)
+>>> optimizer = KFACOptimizer(layer.parameters(), lr=1.0, damping=1e-4, momentum=0.0, kl_clip=None)
+>>> [extension.savefield for extension in optimizer.required_extensions()]
+['kfac']
+
+Inside Lightning `CurvatureCallback()` computes what `required_extensions` asks for; elsewhere write
+`with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`.
+"""
+
+from .diag_ggn import DiagGGNOptimizer
+from .kfac import KFACOptimizer
+from .second_order import SecondOrderOptimizer
+
+__all__ = ["DiagGGNOptimizer", "KFACOptimizer", "SecondOrderOptimizer"]

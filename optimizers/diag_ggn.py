@@ -1,0 +1,98 @@
+"""Gradient descent preconditioned by the diagonal of the generalized Gauss-Newton matrix."""
+
+from typing import Literal
+
+from torch.optim.optimizer import ParamsT
+
+from lightning_curv.extensions import DiagGGNExact, DiagGGNMC, Extension
+
+from .curvature import ParamGroup
+from .diagonal import DiagonalCurvature
+from .schedule import Schedule
+from .second_order import SecondOrderOptimizer
+from .settings import require_choice, require_count, require_fraction, require_positive
+from .step_rules import ElementwiseClip, StepRule, TrustClip
+
+
+class DiagGGNOptimizer(SecondOrderOptimizer):
+    r"""Diagonal Gauss-Newton with running means of gradient and curvature and a bounded step.
+
+    With bias-corrected running means $\hat g$ of the gradient and $\hat h$ of the diagonal of the generalized
+    Gauss-Newton matrix,
+
+    $$d = \hat g / (\hat h + \lambda), \qquad \theta \leftarrow (1 - \eta_t w) \theta - \eta_t \, \mathrm{bound}(d).$$
+
+    `bound="trust"` multiplies all of $d$ by $\min(1, \sqrt{\kappa / (\eta_0^2 \sum_j \hat h_j d_j^2)})$,
+    `bound="elementwise"` clips each element to $\pm \rho$. $\eta_0$ is the learning rate the optimizer was built with
+    and $\eta_t$ the scheduled one, so that a schedule acts after the bound. Parameters without a diagonal take Adam
+    steps at `fallback_lr` $\eta_t / \eta_0$.
+
+    The defaults suit networks trained on a mean cross-entropy.
+
+    Args:
+        params: parameters, or dicts of parameter groups.
+        lr: learning rate $\eta$, per group; about 0.03 with `bound="elementwise"`.
+        damping: $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
+        betas: decays in [0, 1) of the running means of gradient and diagonal, per group.
+        weight_decay: $w$, decoupled, per group.
+        interval: measure the diagonal every so many steps.
+        bound: "trust", "elementwise" or None.
+        kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric.
+        max_update: $\rho$, bound on each element of $d$.
+        curvature: "mc" draws targets from the model, "exact" propagates one column per output.
+        mc_samples: targets drawn per example if `curvature="mc"`.
+        fallback_lr: Adam's learning rate for parameters without a diagonal, per group.
+
+    Raises:
+        ValueError: a setting is out of range.
+        TypeError: a parameter is complex or sparse.
+
+    Cost: elementwise time beside the diagonal's measurement; memory for two copies of the parameters.
+
+    Source: F. Dangel, F. Kunstner, P. Hennig, *BackPACK: Packing more into Backprop*, ICLR 2020, section 4; the
+    elementwise bound: H. Liu et al., *Sophia*, ICLR 2024, algorithm 3.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 0.3,
+        damping: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        interval: int = 1,
+        bound: Literal["trust", "elementwise"] | None = "trust",
+        kl_clip: float = 1e-3,
+        max_update: float = 0.1,
+        curvature: Literal["mc", "exact"] = "mc",
+        mc_samples: int = 1,
+        fallback_lr: float = 1e-3,
+    ) -> None:
+        require_count("interval", interval)
+        require_count("mc_samples", mc_samples)
+        require_choice("bound", bound, ("trust", "elementwise", None))
+        require_choice("curvature", curvature, ("mc", "exact"))
+        require_positive("kl_clip", kl_clip)
+        require_positive("max_update", max_update)
+        rule: StepRule = TrustClip(kl_clip if bound == "trust" else None)
+        if bound == "elementwise":
+            rule = ElementwiseClip(max_update)
+        extension: Extension = DiagGGNMC(mc_samples=mc_samples) if curvature == "mc" else DiagGGNExact()
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "damping": damping,
+                "betas": tuple(betas),
+                "weight_decay": weight_decay,
+                "fallback_lr": fallback_lr,
+            },
+            curvature=DiagonalCurvature(extension),
+            schedule=Schedule(measure=interval),
+            step_rule=rule,
+        )
+
+    def _check_group(self, group: ParamGroup) -> None:
+        super()._check_group(group)
+        for beta in group["betas"]:
+            require_fraction("betas", beta)

@@ -1,0 +1,45 @@
+"""Curvature of the whole batch when its samples are spread over processes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+Field = list[Tensor]
+
+
+def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) -> list[Field | None]:
+    """Average fields over all processes; a field that some process lacks is dropped everywhere.
+
+    Data parallelism averages gradients of each process' mean loss, so curvature averages too. Without it the inverses,
+    and soon the parameters, would drift apart.
+
+    Args:
+        fields: tensors of each parameter or None, the parameters in the same order on all processes.
+        device: where the processes can communicate.
+
+    Returns:
+        The averages; `fields` unchanged where a single process runs.
+
+    Cost: two collectives, one of a number per parameter and one of all tensors in a flat copy.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return list(fields)
+    present = torch.tensor([field is not None for field in fields], dtype=torch.int32, device=device)
+    dist.all_reduce(present, op=dist.ReduceOp.MIN)
+    shared = [field if everywhere else None for field, everywhere in zip(fields, present.tolist(), strict=True)]
+    tensors = [tensor for field in shared for tensor in field or ()]
+    if not tensors:
+        return shared
+    averages = iter(_averages(tensors))
+    return [None if field is None else [next(averages) for _ in field] for field in shared]
+
+
+def _averages(tensors: list[Tensor]) -> list[Tensor]:
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    flat = torch.cat([tensor.detach().to(tensors[0].device, wide).flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

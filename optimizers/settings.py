@@ -1,0 +1,33 @@
+"""Checks of optimizer settings."""
+
+from typing import Any
+
+
+def require_positive(name: str, value: float) -> None:
+    """Refuse 0, negative numbers and NaN."""
+    if not value > 0:
+        raise ValueError(f"`{name}` must be positive, found {value}.")
+
+
+def require_non_negative(name: str, value: float) -> None:
+    """Refuse negative numbers and NaN."""
+    if not value >= 0:
+        raise ValueError(f"`{name}` must not be negative, found {value}.")
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Refuse numbers outside [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"`{name}` must lie in [0, 1), found {value}.")
+
+
+def require_count(name: str, value: int) -> None:
+    """Refuse what is not a whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, found {value!r}.")
+
+
+def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse what is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}.")

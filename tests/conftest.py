@@ -1,0 +1,16 @@
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded_float32():
+    """Every test starts from the same random state and leaves the default dtype alone."""
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,114 @@
+"""Gradient variance and noise scale against brute force and a simulation whose truth is known."""
+
+import pickle
+
+import pytest
+import torch
+
+from lightning_curv.metrics import GradientVariance, NoiseScale, unbiased_moments
+
+METRICS = [GradientVariance, NoiseScale]
+
+
+def batches_of_gradients(sizes, dim=7, signal=1.0):
+    return [signal + torch.randn(size, dim, dtype=torch.float64) for size in sizes]
+
+
+def update(metric, gradients):
+    metric.update(gradients.square().sum(1), gradients.mean(0).square().sum())
+
+
+def filled(metric, batches):
+    for gradients in batches:
+        update(metric, gradients)
+    return metric
+
+
+def pairwise_signal(gradients):
+    """Mean of g_i · g_j over pairs of different samples: unbiased for the squared norm of the true gradient."""
+    gram = gradients @ gradients.T
+    n = len(gradients)
+    return (gram.sum() - gram.trace()) / (n * (n - 1))
+
+
+def test_unbiased_moments_equal_brute_force():
+    [gradients] = batches_of_gradients([9])
+    trace, signal = unbiased_moments(
+        gradients.square().sum(1).mean(), gradients.mean(0).square().sum(), torch.tensor(1 / 9, dtype=torch.float64)
+    )
+    torch.testing.assert_close(trace, gradients.var(0).sum())
+    torch.testing.assert_close(signal, pairwise_signal(gradients))
+
+
+def test_unbiased_moments_are_unbiased_for_unequal_weights():
+    weights = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1], dtype=torch.float64)
+    gradients = 0.5 + torch.randn(200_000, 5, 3, dtype=torch.float64)  # trace 3, squared norm 0.75
+    second = gradients.square().sum(2) @ weights
+    first = (weights @ gradients).square().sum(1)
+    trace, signal = unbiased_moments(second.mean(), first.mean(), weights @ weights)
+    assert trace.item() == pytest.approx(3, rel=1e-2)
+    assert signal.item() == pytest.approx(0.75, rel=2e-2)
+
+
+def test_gradient_variance_pools_batches():
+    batches = batches_of_gradients([5, 5, 5])
+    expected = torch.stack([gradients.var(0).sum() for gradients in batches]).mean()
+    torch.testing.assert_close(filled(GradientVariance(), batches).compute(), expected)
+
+
+def test_noise_scale_is_the_ratio_of_sums():
+    batches = batches_of_gradients([5, 5, 5])
+    trace = sum(gradients.var(0).sum() for gradients in batches)
+    signal = sum(pairwise_signal(gradients) for gradients in batches)
+    torch.testing.assert_close(filled(NoiseScale(), batches).compute(), trace / signal)
+
+
+def test_simulation_with_known_noise_scale():
+    # trace(Sigma) = 50, |G|^2 = 50 * 0.15^2: noise scale 44.4, of which a batch of 16 sees little.
+    batches = batches_of_gradients([16] * 4000, dim=50, signal=0.15)
+    assert filled(NoiseScale(), batches).compute().item() == pytest.approx(1 / 0.15**2, rel=0.05)
+    assert filled(GradientVariance(), batches).compute().item() == pytest.approx(50, rel=0.01)
+
+
+def test_noise_scale_is_infinite_while_the_batches_are_too_small_to_resolve_it():
+    gradients = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert filled(NoiseScale(), [gradients]).compute() == torch.inf
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_one_sample_and_no_sample_add_nothing(metric):
+    batches = batches_of_gradients([6, 4])
+    lonely = [torch.ones(1, 7, dtype=torch.float64), torch.ones(0, 7, dtype=torch.float64)]
+    torch.testing.assert_close(filled(metric(), batches + lonely).compute(), filled(metric(), batches).compute())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_forward_gives_the_value_of_the_batch(metric):
+    whole = metric()
+    for gradients in batches_of_gradients([6, 4]):
+        value = whole(gradients.square().sum(1), gradients.mean(0).square().sum())
+        torch.testing.assert_close(value, filled(metric(), [gradients]).compute())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_merging_processes_is_exact(metric):
+    batches = batches_of_gradients([6, 4, 9, 3])
+    left, right = filled(metric(), batches[:2]), filled(metric(), batches[2:])
+    left.merge_state(right)
+    torch.testing.assert_close(left.compute(), filled(metric(), batches).compute())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metric_conventions(metric):
+    one = filled(metric(), batches_of_gradients([6]))
+    assert pickle.loads(pickle.dumps(one)).compute() == one.compute()
+    assert one.clone().compute() == one.compute()
+    assert one.state_dict() == {}
+    assert not one.is_differentiable
+    one.reset()
+    assert one.freedom == 0
+
+
+def test_wrong_shape_raises():
+    with pytest.raises(ValueError, match=r"one entry per sample, \[N\], found shape \[2, 3\]"):
+        NoiseScale().update(torch.ones(2, 3), torch.ones(()))

@@ -1,0 +1,121 @@
+"""The package is what pyproject, README and the design say it is."""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+import sys
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import lightning_curv
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+# Which rooms each room may import from.
+ARROWS = {
+    "lightning_curv": {"lightning_curv"},
+    "optimizers": {"lightning_curv", "optimizers"},
+    "callbacks": {"lightning_curv", "optimizers", "callbacks"},
+}
+SOURCES = sorted(path for room in ARROWS for path in (ROOT / room).rglob("*.py"))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in ("lightning_curv", *parts[parts[0] == "lightning_curv" :]) if part != "__init__")
+
+
+def imported_modules(path):
+    tree = ast.parse(path.read_text())
+    if path == ROOT / "lightning_curv" / "__init__.py":  # lazy: its imports are for type checkers only
+        tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module_name(path.with_name("__init__.py"))
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            yield source
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_packages_list_equals_the_tree():
+    tree = {module_name(path) for path in SOURCES if path.name == "__init__.py"}
+    assert set(SETUPTOOLS["packages"]) == tree
+    assert SETUPTOOLS["package-dir"] == {f"lightning_curv.{room}": room for room in ("optimizers", "callbacks")}
+
+
+def test_version_is_stated_once_in_effect():
+    assert PYPROJECT["project"]["version"] == lightning_curv.__version__
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_one_way(path):
+    room = path.relative_to(ROOT).parts[0]
+    for module in imported_modules(path):
+        top, *rest = module.split(".")
+        if top == "lightning_curv":
+            target = rest[0] if rest and rest[0] in ARROWS else "lightning_curv"
+            lazy = lightning_curv._ROOM.get(rest[0]) if rest else None
+            assert target in ARROWS[room], f"{path} imports {module}"
+            assert lazy not in set(ARROWS) - ARROWS[room], f"{path} imports {module}"
+        elif room != "callbacks":
+            assert top not in {"pytorch_lightning", "lightning", "lightning_fabric"}, f"{path} imports {module}"
+
+
+def test_lazy_exports_resolve():
+    for name in lightning_curv.__all__:
+        assert getattr(lightning_curv, name).__name__ == name
+        assert name in dir(lightning_curv)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        lightning_curv.no_such_name
+
+
+def test_type_checkers_see_every_export():
+    tree = ast.parse((ROOT / "lightning_curv" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert set(seen) == set(lightning_curv.__all__)
+    assert seen == {name: f"lightning_curv.{lightning_curv._ROOM.get(name, 'extensions')}" for name in seen}
+
+
+def test_engine_and_optimizers_do_not_import_lightning():
+    code = (
+        "import sys, lightning_curv as c; c.curvature, c.extend, c.KFAC, c.KFACOptimizer;"
+        "print([m for m in sys.modules if m.startswith(('pytorch_lightning', 'lightning.', 'lightning_fabric'))])"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+def test_readme_and_ci_run_the_same_test_command():
+    readme = re.findall(r"```bash\n(.*)\n```", (ROOT / "README.md").read_text())
+    [command] = [line for line in readme if "pytest" in line]
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert any("examples/mnist.py" in line for line in readme)
+
+
+def test_readme_names_every_export():
+    text = (ROOT / "README.md").read_text()
+    undocumented = {"Extension", "disable", "record", "rule"}
+    assert {name for name in lightning_curv.__all__ if name not in text} <= undocumented
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_doctests(path):
+    """By explicit file list: pytest's --doctest-modules trips over the mapping of folders."""
+    module = importlib.import_module(module_name(path))
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).failed == 0
