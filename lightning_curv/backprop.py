@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from lightning_curv.check import SumCheck
 from lightning_curv.coverage import refuse_uncovered
-from lightning_curv.derived import pulled_back
-from lightning_curv.errors import UnsupportedError, describe
-from lightning_curv.extensions.base import Extension, Gradient, Sampled, Source
-from lightning_curv.graph import leaves, walk
+from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.graph import walk
 from lightning_curv.jacobian import Jacobian
-from lightning_curv.losses import LOSSES, Likelihood
+from lightning_curv.passes import Column, Passes, own_pass, parameters, unheard
 from lightning_curv.recording import Use
-from lightning_curv.rules import Call
-from lightning_curv.samples import Place, find_samples
+from lightning_curv.samples import Samples, find_samples
 from lightning_curv.sampling import default_generator
+from lightning_curv.sources import Gradient, Source
 from lightning_curv.terms import Term
-
-COLUMN_BYTES = 2**28  # of cotangents that are held at once
 
 
 class Backprop:
@@ -50,7 +44,7 @@ class Backprop:
     def __init__(
         self,
         loss: Tensor,
-        extensions: Sequence[Extension],
+        extensions: Sequence[Extension | GraphExtension],
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         check: bool = False,
@@ -58,30 +52,35 @@ class Backprop:
     ) -> None:
         if loss.grad_fn is None:
             raise RuntimeError("Expected a loss that was computed from parameters, found a tensor without a graph.")
-        self._root = GradientEdge(loss.grad_fn, loss.output_nr)
-        self._seed = torch.ones_like(loss) if gradient is None else gradient
+        seed = torch.ones_like(loss) if gradient is None else gradient
+        self._passes = Passes(
+            loss, seed, walk(loss.grad_fn), Samples(0, {}, {}), generator or default_generator(loss.device)
+        )
         self._check = SumCheck() if check else None
         self._extensions = [*extensions, self._check] if self._check else list(extensions)
-        self._generator = generator or default_generator(loss.device)
-        self._tape = walk(loss.grad_fn)
         self._batch_size = batch_size
-        self._results: dict[tuple[Extension, Tensor], Any] = {}
+        self._results: dict[tuple[Extension | GraphExtension, Tensor], Any] = {}
         self._handles: list[Any] = []
 
     @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
-        refuse_uncovered(self._tape, self._extensions)
-        for use in self._tape.uses.values():
+        passes = self._passes
+        refuse_uncovered(passes.tape, self._extensions)
+        for use in passes.tape.uses.values():
             use.check_versions()
+        passes.samples = find_samples(passes.tape, self._probe, self._batch_size, self._check is not None)
         by_source: dict[Source, list[Extension]] = defaultdict(list)
         for extension in self._extensions:
-            by_source[extension.source].append(extension)
+            if isinstance(extension, GraphExtension):
+                self._results.update({(extension, p): result for p, result in extension.compute(passes).items()})
+            else:
+                by_source[extension.source].append(extension)
         gradient = by_source.pop(Gradient(), None)
-        with _PASSES.unheard():
-            self._samples = find_samples(self._tape, self._pull, self._batch_size, self._check is not None)
-            for source, extensions in by_source.items():
-                self._columns(source, extensions)
+        for source, extensions in by_source.items():
+            for jacobians in source.jacobians(passes):
+                for jacobian in jacobians.values():
+                    self._evaluate(jacobian, extensions)
         if gradient:
             self._listen(gradient)
 
@@ -99,141 +98,48 @@ class Backprop:
         while self._handles:
             self._handles.pop().remove()
 
-    # --- cotangents --------------------------------------------------------------------------------------------------
-
-    def _edges(self) -> list[GradientEdge]:
-        return [GradientEdge(node, use.output_nr) for node, use in self._tape.uses.items()]
-
-    def _pull(self, loss: Node, column: Tensor) -> tuple[Tensor | None, ...]:
-        """Backpropagate a column from the input of a loss call to the outputs of all uses."""
-        return torch.autograd.grad(
-            self._tape.losses[loss].input, self._edges(), column, retain_graph=True, allow_unused=True
-        )
-
-    def _likelihood(self, node: Node) -> Likelihood:
-        call = self._tape.losses[node]
-        (scale,) = torch.autograd.grad(self._root, GradientEdge(node, call.output_nr), self._seed, retain_graph=True)
-        return LOSSES[call.function](scale, **call.arguments)
-
-    def _columns(self, source: Source, extensions: Sequence[Extension]) -> None:
-        for node in self._tape.losses:
-            likelihood = self._likelihood(node)
-            if isinstance(source, Sampled):
-                root = source.samples**-0.5
-                columns: Iterable[Tensor] = (root * likelihood.sample(self._generator) for _ in range(source.samples))
-            else:
-                columns = likelihood.columns(self._samples.count)
-            pulled = (self._pull(node, column) for column in columns)
-            bytes_ = sum(use.shape.numel() for use in self._tape.uses.values()) * self._seed.element_size()
-            for chunk in _chunks(pulled, max(1, COLUMN_BYTES // max(1, bytes_))):
-                self._reduce(chunk, extensions)
-
-    def _reduce(self, columns: list[tuple[Tensor | None, ...]], extensions: Sequence[Extension]) -> None:
-        terms: dict[Tensor, list[Term]] = defaultdict(list)
-        for (node, use), gs in zip(self._tape.uses.items(), zip(*columns, strict=True), strict=True):
-            if all(g is not None for g in gs):
-                for parameter, term in self._terms(use, self._samples.uses.get(node), torch.stack(gs)):
-                    terms[parameter].append(term)
-        for parameter, found in terms.items():
-            self._evaluate(parameter, found, extensions)
+    def _probe(self, loss: Node, column: Tensor) -> tuple[Tensor | None, ...]:
+        return self._passes.pull(Column([self._passes.tape.losses[loss].input], [column]))
 
     @torch.no_grad()
-    def _evaluate(self, parameter: Tensor, terms: list[Term], extensions: Sequence[Extension]) -> None:
-        jacobian = Jacobian(parameter, terms)
+    def _evaluate(self, jacobian: Jacobian, extensions: Sequence[Extension]) -> None:
         for extension in extensions:
             result = extension.evaluate(jacobian)
-            if (extension, parameter) in self._results:
-                result = extension.merge(self._results[extension, parameter], result, jacobian)
-            self._results[extension, parameter] = result
+            key = extension, jacobian.parameter
+            self._results[key] = (
+                extension.merge(self._results[key], result, jacobian) if key in self._results else result
+            )
 
     def _listen(self, extensions: Sequence[Extension]) -> None:
         """First-order quantities: take the gradients of the coming backward pass where they reach the uses."""
-        owners = {node: self._parameters(use) for node, use in self._tape.uses.items()}
+        uses = {node: use for node, use in self._passes.tape.uses.items() if use.operands}
+        owners = {node: parameters(use) for node, use in uses.items()}
         missing: dict[Tensor, int] = defaultdict(int)
-        for parameters in owners.values():
-            for parameter in parameters:
+        for group in owners.values():
+            for parameter in group:
                 missing[parameter] += 1
         terms: dict[Tensor, list[Term]] = defaultdict(list)
 
-        def arrive(node: Node, use: Use, g: Tensor | None) -> None:
+        def arrive(node: Node, g: Tensor | None) -> None:
             if g is not None:
-                for parameter, term in self._terms(use, self._samples.uses[node], g[None]):
-                    terms[parameter].append(term)
+                with unheard():
+                    for parameter, term in self._passes.terms(node, uses[node], g[None]):
+                        terms[parameter].append(term)
             for parameter in owners[node]:
                 missing[parameter] -= 1
                 if not missing[parameter] and terms[parameter]:
-                    self._evaluate(parameter, terms.pop(parameter), extensions)
+                    self._evaluate(Jacobian(parameter, terms.pop(parameter)), extensions)
 
-        for node, use in self._tape.uses.items():
-            if use.operands:
-                self._handles.append(node.register_prehook(_prehook(arrive, node, use)))
+        self._handles += [node.register_prehook(_prehook(arrive, node, use)) for node, use in uses.items()]
         if self._check:
             self._handles += self._check.listen(missing)
 
-    # --- terms -------------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _parameters(use: Use) -> list[Tensor]:
-        found = [leaves(o.edge) if o.derived else [o.tensor] for o in use.operands.values()]
-        return list(dict.fromkeys(p for parameters in found for p in parameters))
-
-    def _terms(self, use: Use, place: Place | None, g: Tensor) -> Iterator[tuple[Tensor, Term]]:
-        """The terms of one use, for cotangents ``[V, *output]``."""
-        if not use.operands or place is None:
-            return
-        call = Call(use.shape, tuple(use.operands), place.axis)
-        g = g.reshape(len(g), *use.shape).movedim(place.axis + 1, 1)
-        with torch.no_grad():
-            try:
-                terms = use.rule.function(
-                    call, g, **{**use.arguments, **{k: o.tensor.detach() for k, o in use.operands.items()}}
-                )
-            except NotImplementedError as error:
-                name = describe(self._parameters(use)[0])
-                raise UnsupportedError(
-                    f"No rule for `{use.name}` using parameter {name}: {error}. Register one with "
-                    "`@lightning_curv.rule`."
-                ) from error
-        for name, operand in use.operands.items():
-            term = terms[name].grouped(self._samples.count, place.minor)
-            if operand.derived:
-                yield from pulled_back(operand.edge, operand.tensor, term)
-            else:
-                yield operand.tensor, term
-
 
 def _prehook(
-    arrive: Callable[[Node, Use, Tensor | None], None], node: Node, use: Use
+    arrive: Callable[[Node, Tensor | None], None], node: Node, use: Use
 ) -> Callable[[tuple[Tensor | None, ...]], None]:
     def hook(gradients: tuple[Tensor | None, ...]) -> None:
-        if not _PASSES.running:
-            arrive(node, use, gradients[use.output_nr])
+        if not own_pass():
+            arrive(node, gradients[use.output_nr])
 
     return hook
-
-
-class _Passes:
-    """Counts our own passes through graphs, which hooks must not take for the user's backward pass.
-
-    Shared by all threads: autograd may run hooks in threads of its own.
-    """
-
-    def __init__(self) -> None:
-        self.running = 0
-
-    @contextmanager
-    def unheard(self) -> Iterator[None]:
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
-
-_PASSES = _Passes()
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.backprop import Backprop
-from lightning_curv.extensions.base import Extension
+from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.recording import disabled, record
 
 
@@ -45,14 +45,14 @@ class curvature(record):
 
     def __init__(
         self,
-        *extensions: Extension,
+        *extensions: Extension | GraphExtension,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         check: bool = False,
     ) -> None:
         super().__init__()
         for extension in extensions:
-            if not isinstance(extension, Extension):
+            if not isinstance(extension, (Extension, GraphExtension)):
                 raise TypeError(
                     f"`curvature` expects extensions, found {extension!r}; pass instances, for example `Variance()`."
                 )
@@ -65,13 +65,18 @@ class curvature(record):
         """Record ``func``; compute the extensions around ``Tensor.backward``."""
         if func is not Tensor.backward or not self.extensions or disabled():
             return super().__torch_function__(func, types, args, kwargs)
-        kwargs = kwargs or {}
-        gradient = args[1] if len(args) > 1 else kwargs.get("gradient")
-        backprop = Backprop(args[0], self.extensions, gradient=gradient, **self._options)
+        loss, *rest = args
+        kwargs = {
+            **dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), rest, strict=False)),
+            **(kwargs or {}),
+        }
+        backprop = Backprop(loss, self.extensions, gradient=kwargs.get("gradient"), **self._options)
+        if any(isinstance(e, GraphExtension) and e.keeps_graph for e in self.extensions):
+            kwargs["retain_graph"] = True
         try:
             backprop.before()
-            result = func(*args, **kwargs)
+            func(loss, **kwargs)
             backprop.after()
         finally:
             backprop.abort()
-        return result
+        return None

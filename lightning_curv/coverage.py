@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_curv.errors import UnsupportedError, describe
-from lightning_curv.extensions.base import Extension, Gradient
+from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.graph import Tape
 from lightning_curv.losses import LOSSES
+from lightning_curv.sources import Gradient
 
 
-def refuse_uncovered(tape: Tape, extensions: Sequence[Extension]) -> None:
+def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
     """Raise `UnsupportedError` if some extension would be wrong on the recorded graph."""
     _refuse_unrecorded(tape)
     _refuse_coupled(tape, [e for e in extensions if e.independent])
-    _refuse_unknown_loss(tape, [e for e in extensions if not isinstance(e.source, Gradient)])
+    _refuse_unknown_loss(tape, [e for e in extensions if _needs_likelihood(e)])
+
+
+def _needs_likelihood(extension: Extension | GraphExtension) -> bool:
+    return extension.needs_likelihood if isinstance(extension, GraphExtension) else extension.source != Gradient()
 
 
 def _refuse_unrecorded(tape: Tape) -> None:
@@ -26,7 +31,7 @@ def _refuse_unrecorded(tape: Tape) -> None:
         )
 
 
-def _refuse_coupled(tape: Tape, extensions: Sequence[Extension]) -> None:
+def _refuse_coupled(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
     coupling = [use for use in tape.uses.values() if use.couples and use.inputs]
     if coupling and extensions:
         raise UnsupportedError(
@@ -35,7 +40,7 @@ def _refuse_coupled(tape: Tape, extensions: Sequence[Extension]) -> None:
         )
 
 
-def _refuse_unknown_loss(tape: Tape, extensions: Sequence[Extension]) -> None:
+def _refuse_unknown_loss(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
     if extensions and (tape.outside or not tape.losses):
         known = ", ".join(sorted({function.__name__ for function in LOSSES}))
         raise UnsupportedError(

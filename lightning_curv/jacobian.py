@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv import onehot
-from lightning_curv.terms import Term
+from lightning_curv.terms import Term, signed
 
 CHUNK_BYTES = 2**24  # of intermediate results; they then stay in cache, and memory does not grow with N
 
@@ -29,10 +29,12 @@ class Jacobian:
     Attributes:
         parameter: The parameter.
         terms: One term per group of uses with the same letters.
+        signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
     """
 
-    def __init__(self, parameter: Tensor, terms: Sequence[Term]) -> None:
+    def __init__(self, parameter: Tensor, terms: Sequence[Term], signs: Tensor | None = None) -> None:
         self.parameter = parameter
+        self.signs = signs
         self.terms = _merged([term.promoted() for term in terms])
 
     @property
@@ -61,7 +63,8 @@ class Jacobian:
 
     def __getitem__(self, samples: slice | list[int]) -> Jacobian:
         """The Jacobian of some samples."""
-        return Jacobian(self.parameter, [term[samples] for term in self.terms])
+        signs = None if self.signs is None else self.signs[:, samples]
+        return Jacobian(self.parameter, [term[samples] for term in self.terms], signs)
 
     def per_sample(self) -> Tensor:
         """J itself, ``[V, N, *p]``."""
@@ -71,11 +74,14 @@ class Jacobian:
 
     def chunks(self) -> Iterator[Tensor]:
         """J in pieces ``[V, n, *p]`` of consecutive samples, each of at most `CHUNK_BYTES` where one sample fits."""
+        return (piece.per_sample() for piece in self._pieces())
+
+    def _pieces(self) -> Iterator[Jacobian]:
         inputs = [math.prod(t.x.shape[1:]) for t in self.terms if t.x is not None]
         entries = max(self.columns * self.parameter.numel(), *inputs, 1, 1)
         size = max(1, CHUNK_BYTES // (entries * self.terms[0].g.element_size()))
         for start in range(0, max(self.samples, 1), size):
-            yield self[start : start + size].per_sample()
+            yield self[start : start + size]
 
     def total(self) -> Tensor:
         """Sum over the samples, ``[V, *p]``."""
@@ -96,20 +102,20 @@ class Jacobian:
     def sum_squares(self) -> Tensor:
         """Sum over columns and samples of the squared entries, of the parameter's shape."""
         if self._onehot is not None:
-            return onehot.sum_squares(self._onehot).reshape(self.shape)
+            return onehot.sum_squares(self._onehot, self.signs).reshape(self.shape)
         if self._factorised is not None:
-            return self._factorised.squared().contract(self._factorised.par).reshape(self.shape)
+            return self._factorised.squared(self.signs).contract(self._factorised.par).reshape(self.shape)
         result = torch.zeros(self.shape, dtype=self.terms[0].g.dtype, device=self.parameter.device)
-        for j in self.chunks():
-            result += j.square().flatten(0, 1).sum(0)
+        for chunk in self._pieces():
+            result += signed(chunk.per_sample().square(), chunk.signs).flatten(0, 1).sum(0)
         return result
 
     def sum_squares_per_sample(self) -> Tensor:
         """Sum over columns of the squared entries, ``[N, *p]``."""
         if self._factorised is not None and not self._onehot:
             term = self._factorised
-            return term.squared().contract(f"n{term.par}").reshape(self.samples, *self.shape)
-        return torch.cat([j.square().sum(0) for j in self.chunks()])
+            return term.squared(self.signs).contract(f"n{term.par}").reshape(self.samples, *self.shape)
+        return torch.cat([signed(piece.per_sample().square(), piece.signs).sum(0) for piece in self._pieces()])
 
     def variance(self) -> Tensor:
         """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""

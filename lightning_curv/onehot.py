@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curv.terms import Term
+from lightning_curv.terms import Term, signed
 
 
 class Rows(NamedTuple):
@@ -62,10 +62,11 @@ def total(term: Term) -> Tensor:
     return _scatter(rows(term), term.classes)
 
 
-def sum_squares(term: Term) -> Tensor:
+def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
     """Sum over columns and samples of the squared per-sample gradients, ``[classes, *]``."""
     touched = rows(term)
-    return _scatter(touched._replace(g=touched.g.square().sum(0, keepdim=True)), term.classes)[0]
+    squares = signed(touched.g.square(), None if signs is None else signs[:, touched.sample])
+    return _scatter(touched._replace(g=squares.sum(0, keepdim=True)), term.classes)[0]
 
 
 def variance(term: Term) -> Tensor:

@@ -65,9 +65,13 @@ def find_samples(tape: Tape, probe: Probe, batch_size: int | None = None, check:
     """
     uses = {node: use for node, use in tape.uses.items() if use.operands}
     axes = {node: _axes(use) for node, use in uses.items()}
-    sizes = [use.shape[axes[node][0]] for node, use in uses.items()] + [_rows(call) for call in tape.losses.values()]
+    rows = [_rows(call) for call in tape.losses.values()]
+    sizes = [use.shape[axes[node][0]] for node, use in uses.items()] + rows
     found: list[Samples] = []
-    for count in [batch_size] if batch_size is not None else sorted(set(sizes)):
+    candidates = {size for size in sizes if size != 1} or {
+        1
+    }  # N = 1 cannot be refuted: only where nothing else is there
+    for count in [batch_size] if batch_size is not None else sorted(candidates):
         choices = {node: list(_places(use.shape, axes[node], count)) for node, use in uses.items()}
         heads = {node: list(_places((_rows(call),), [0], count)) for node, call in tape.losses.items()}
         if not all(choices.values()) or not all(heads.values()):

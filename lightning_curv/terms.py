@@ -116,7 +116,12 @@ class Term:
             return torch.einsum(f"vn{self.out}->{result}", self.g)
         return torch.einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
 
-    def squared(self) -> Term:
+    def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
-        g = self.g.square().sum(0, keepdim=True)
+        g = signed(self.g.square(), signs).sum(0, keepdim=True)
         return replace(self, g=g, x=None if self.x is None else self.x if self.classes else self.x.square())
+
+
+def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
+    """``squares [V, N, *]`` times ``signs [V, N]``."""
+    return squares if signs is None else squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))

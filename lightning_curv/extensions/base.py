@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.passes import Passes
+from lightning_curv.sources import Exact, Gradient, Sampled, Source
 
-
-@dataclass(frozen=True)
-class Gradient:
-    """Columns of the Jacobian: the gradient itself, taken from the user's backward pass."""
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Columns of the Jacobian: a square root of the loss Hessian, one column per output entry of a sample."""
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Columns of the Jacobian: gradients for targets drawn from the model, divided by √M.
-
-    Attributes:
-        samples: M, the number of draws.
-    """
-
-    samples: int = 1
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"`mc_samples` must be at least 1, found {self.samples}.")
-
-
-Source = Gradient | Exact | Sampled
+__all__ = ["Exact", "Extension", "Gradient", "GraphExtension", "Sampled", "Source"]
 
 
 class Extension(ABC):
@@ -85,3 +62,26 @@ class Extension(ABC):
     def __repr__(self) -> str:
         arguments = f"mc_samples={self.source.samples}" if isinstance(self.source, Sampled) else ""
         return f"{type(self).__name__}({arguments})"
+
+
+class GraphExtension(ABC):
+    """A quantity that is no function of backpropagated columns, and makes its own passes through the graph.
+
+    Attributes:
+        savefield: Name of the parameter's attribute that receives the result.
+        independent: Whether the quantity exists only where the samples of a batch do not influence each other.
+        needs_likelihood: Whether the loss must be a known loss function.
+        keeps_graph: Whether the results need the graph after the backward pass.
+    """
+
+    savefield: str
+    independent: bool = True
+    needs_likelihood: bool = True
+    keeps_graph: bool = False
+
+    @abstractmethod
+    def compute(self, passes: Passes) -> dict[Tensor, Any]:
+        """The quantity of every parameter."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"

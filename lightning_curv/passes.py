@@ -1,0 +1,172 @@
+"""Passes through the graph of one loss: what extensions and their sources are built from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.derived import pulled_back
+from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.graph import Tape, leaves
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.losses import LOSSES, Likelihood
+from lightning_curv.recording import Use
+from lightning_curv.rules import Call
+from lightning_curv.samples import Samples
+from lightning_curv.terms import Term
+
+COLUMN_BYTES = 2**28  # of cotangents that are held at once
+
+
+@dataclass
+class Column:
+    """One column to backpropagate.
+
+    Attributes:
+        edges: Where it enters the graph.
+        seeds: Its entries there.
+        signs: Its sign per sample, ``[N]``; ``None``: positive.
+    """
+
+    edges: Sequence[GradientEdge]
+    seeds: Sequence[Tensor]
+    signs: Tensor | None = None
+
+
+@dataclass
+class Passes:
+    """The graph of a loss and passes through it; every pass keeps the graph.
+
+    Attributes:
+        loss: The root.
+        seed: The gradient at the root.
+        tape: What is recorded below it.
+        samples: Where the samples are.
+        generator: Draws Monte-Carlo targets.
+    """
+
+    loss: Tensor
+    seed: Tensor
+    tape: Tape
+    samples: Samples
+    generator: torch.Generator
+
+    def gradients(self, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
+        """The gradient of the loss at ``edges``."""
+        return _grad([self.loss], edges, [self.seed])
+
+    def pull(self, column: Column) -> tuple[Tensor | None, ...]:
+        """Backpropagate a column to the outputs of all uses."""
+        return _grad(column.edges, self.use_edges, column.seeds)
+
+    @property
+    def use_edges(self) -> list[GradientEdge]:
+        """The outputs of all uses, in the order of the tape."""
+        return use_edges(self.tape)
+
+    def likelihood(self, node: Node) -> Likelihood:
+        """The likelihood of a recorded loss call, scaled as in the final loss."""
+        call = self.tape.losses[node]
+        (scale,) = self.gradients([GradientEdge(node, call.output_nr)])
+        return LOSSES[call.function](torch.zeros(call.shape) if scale is None else scale, **call.arguments)
+
+    def jacobians(self, columns: Iterable[Column]) -> Iterator[dict[Tensor, Jacobian]]:
+        """The parameters' Jacobians for as many columns at a time as `COLUMN_BYTES` allow."""
+        bytes_ = sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
+        pulled = ((column.signs, self.pull(column)) for column in columns)
+        while chunk := list(islice(pulled, max(1, COLUMN_BYTES // max(1, bytes_)))):
+            yield self._jacobians(chunk)
+
+    def _jacobians(self, columns: list[tuple[Tensor | None, tuple[Tensor | None, ...]]]) -> dict[Tensor, Jacobian]:
+        terms: dict[Tensor, list[Term]] = defaultdict(list)
+        for (node, use), *gs in zip(self.tape.uses.items(), *(g for _, g in columns), strict=True):
+            found = next((g for g in gs if g is not None), None)
+            if found is not None:
+                g = torch.stack([torch.zeros_like(found) if g is None else g for g in gs])
+                for parameter, term in self.terms(node, use, g):
+                    terms[parameter].append(term)
+        signs = None
+        if any(s is not None for s, _ in columns):
+            signs = torch.stack([self.seed.new_ones(self.samples.count) if s is None else s for s, _ in columns])
+        return {parameter: Jacobian(parameter, found, signs) for parameter, found in terms.items()}
+
+    @torch.no_grad()
+    def terms(self, node: Node, use: Use, g: Tensor) -> Iterator[tuple[Tensor, Term]]:
+        """The terms of one use's parameters, for cotangents ``[V, *output]``."""
+        if not use.operands:
+            return
+        place = self.samples.uses[node]
+        found = apply_rule(use, place.axis, g)
+        for name, operand in use.operands.items():
+            term = found[name].grouped(self.samples.count, place.minor)
+            if operand.derived:
+                yield from pulled_back(operand.edge, operand.tensor, term)
+            else:
+                yield operand.tensor, term
+
+
+def use_edges(tape: Tape) -> list[GradientEdge]:
+    """The outputs of all uses, in the order of the tape."""
+    return [GradientEdge(node, use.output_nr) for node, use in tape.uses.items()]
+
+
+def apply_rule(use: Use, axis: int, g: Tensor) -> dict[str, Term]:
+    """The terms of a use by argument name, for cotangents ``[V, *output]``."""
+    g = g.reshape(len(g), *use.shape).movedim(axis + 1, 1)
+    operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
+    try:
+        return use.rule.function(Call(use.shape, tuple(operands), axis), g, **{**use.arguments, **operands})
+    except NotImplementedError as error:
+        name = describe(parameters(use)[0])
+        raise UnsupportedError(
+            f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
+        ) from error
+
+
+def parameters(use: Use) -> list[Tensor]:
+    """The parameters that a use consumes, through transforms too."""
+    found = [leaves(o.edge) if o.derived else [o.tensor] for o in use.operands.values()]
+    return list(dict.fromkeys(p for group in found for p in group))
+
+
+def _grad(
+    outputs: Sequence[Tensor] | Sequence[GradientEdge], inputs: Sequence[GradientEdge], seeds: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    with _RUNNING.unheard():
+        return torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True)
+
+
+class _Running:
+    """Counts our own passes through graphs, which hooks must not take for the user's backward pass.
+
+    Shared by all threads: autograd may run hooks in threads of its own.
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        self.passes += 1
+        try:
+            yield
+        finally:
+            self.passes -= 1
+
+
+_RUNNING = _Running()
+
+
+def own_pass() -> bool:
+    """Whether the pass that is running is one of ours."""
+    return _RUNNING.passes > 0
+
+
+unheard = _RUNNING.unheard
