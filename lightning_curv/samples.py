@@ -68,9 +68,8 @@ def find_samples(tape: Tape, probe: Probe, batch_size: int | None = None, check:
     rows = [_rows(call) for call in tape.losses.values()]
     sizes = [use.shape[axes[node][0]] for node, use in uses.items()] + rows
     found: list[Samples] = []
-    candidates = {size for size in sizes if size != 1} or {
-        1
-    }  # N = 1 cannot be refuted: only where nothing else is there
+    # N = 1 agrees with every graph: it is considered only where a loss call has one row, or everything has
+    candidates = {size for size in sizes if size != 1 or size in rows} or {1}
     for count in [batch_size] if batch_size is not None else sorted(candidates):
         choices = {node: list(_places(use.shape, axes[node], count)) for node, use in uses.items()}
         heads = {node: list(_places((_rows(call),), [0], count)) for node, call in tape.losses.items()}
