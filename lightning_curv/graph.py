@@ -50,7 +50,7 @@ def walk(root: Node) -> Tape:
             tape.uses[node] = mark.use
             if outside:
                 tape.outside.add(node)
-            stack += [(edge.node, outside, mark.use.name) for edge in mark.use.inputs]
+            stack += [(edge.node, outside, mark.use.name) for edge in mark.use.inputs.values()]
         elif (leaf := _leaf(node)) is None:
             stack += [(after, outside, name) for after, _ in node.next_functions if after is not None]
         elif isinstance(leaf, nn.Parameter):

@@ -54,7 +54,7 @@ class Use:
     rule: Rule
     arguments: dict[str, Any]  # by name; tensors detached, operands included
     operands: dict[str, Operand]  # by argument name
-    inputs: list[GradientEdge]  # edges of the other differentiable arguments
+    inputs: dict[str, GradientEdge]  # of the other differentiable arguments
     shape: torch.Size  # of the output
     output_nr: int = 0
     versions: dict[str, int] = field(default_factory=dict)
@@ -230,7 +230,7 @@ class _Call:
             rule=self.rule,
             arguments={k: keep.get(k) if k in self.tensors else v for k, v in self.bound.items()},
             operands={k: self._operand(k) for k in operands},
-            inputs=[e for k, e in self.edges.items() if k not in operands],
+            inputs={k: e for k, e in self.edges.items() if k not in operands},
             shape=out.shape,
             output_nr=owner.output_nr,
             versions={k: v._version for k, v in keep.items() if k not in operands},
