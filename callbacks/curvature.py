@@ -32,9 +32,11 @@ class CurvatureCallback(Callback):
     ``curvature/grad_variance``                   $\mathrm{tr}\,\Sigma$ of the per-sample gradients, unbiased
     ``curvature/sample_norm_median|p5|p95|max``   quantiles of the per-sample gradient norms $\|g_n\|$
     ``curvature/sample_norms``                    their histogram (TensorBoard)
-    ``curvature/noise_scale``                     $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of
-                                                  unbiased estimates; absent while the estimate of $\|G\|^2$ is not
-                                                  positive: the batches are too small to resolve it
+    ``curvature/grad_signal``                     $\|G\|^2$ of the gradient without its noise, unbiased; it is negative
+                                                  now and then where the batches are too small to resolve it
+    ``curvature/noise_scale``                     $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of the
+                                                  two; absent, with a warning, while the average of $\|G\|^2$ is not
+                                                  positive
     ``curvature/ggn_trace``                       trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate
     ============================================= ==================================================================
 
@@ -43,6 +45,10 @@ class CurvatureCallback(Callback):
     optimizers each gets its own series, `curvature/grad_norm/optimizer_0` and so on. Every value is written once, at
     the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`. In distributed training the
     quantiles are those of rank 0.
+
+    With gradient accumulation the optimizers get the curvature of the last micro-batch, that of the loss as
+    `training_step` returned it: on average the curvature of the accumulated mean. In manual optimization they get that
+    of the last `manual_backward`; if it is one of K that share a mean, set `optimizer.curvature_scale = K`.
 
     The parameters that training ends with are bit-identical with and without the callback: random labels are drawn from
     a generator of its own, seeded anew for every batch, so that a resumed run draws the same.
@@ -89,6 +95,7 @@ class CurvatureCallback(Callback):
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._unsupported = False
         self._checked = False
+        self._noisy = False
         self._window = Window()
         self._rest()
 
@@ -115,7 +122,7 @@ class CurvatureCallback(Callback):
         self._noise = {name: RunningNoiseScale(self.ema, **state) for name, state in state_dict["noise"].items()}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unsupported = self._checked = False
+        self._unsupported = self._checked = self._noisy = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rest()
@@ -156,6 +163,7 @@ class CurvatureCallback(Callback):
         try:
             self._backprop.after()
         except RuntimeError as error:
+            self._delete(pl_module, self._logged, keep=self._supplied)
             self._stop_logging(error)
         self._backprop = None
         if self._logging:
@@ -176,6 +184,8 @@ class CurvatureCallback(Callback):
         noise = self._noise.setdefault(suffix, RunningNoiseScale(self.ema))
         values = measure(statistics, {p: p.grad for p in params}, divisor, trainer.strategy, noise)
         self._values |= {f"{name}{suffix}": value for name, value in values.items()}
+        if noise.unresolved:
+            self._warn_of_noise(trainer, len(statistics.sample_norms))
         self._histograms[f"sample_norms{suffix}"] = statistics.sample_norms
 
     def on_train_batch_end(
@@ -238,13 +248,24 @@ class CurvatureCallback(Callback):
         seed = torch.ones_like(loss) / self._factor
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
         check = self._logging and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision
-        backprop = Backprop(loss, extensions, generator=self._generator, gradient=seed, check=check)
+        backprop = Backprop(loss, extensions, generator=self._generator, gradient=seed, check=check, defer=True)
         try:
             backprop.before()
         except BaseException:
             backprop.abort()
             raise
         return backprop
+
+    def _warn_of_noise(self, trainer: Trainer, samples: int) -> None:
+        if not self._noisy:
+            self._noisy = True
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            rank_zero_warn(
+                f"At step {step} the batches of {samples * getattr(trainer.strategy, 'world_size', 1)} samples are too "
+                "small to resolve the gradient: `curvature/noise_scale` has gaps where the average of "
+                "`curvature/grad_signal` is not positive. Enlarge the batches (`accumulate_grad_batches`) or average "
+                f"longer (`ema`, now {self.ema})."
+            )
 
     def _follow_zero_grad(self, pl_module: LightningModule) -> None:
         """In manual optimization nothing announces `zero_grad`: the gradients themselves tell."""

@@ -37,6 +37,11 @@ class RunningNoiseScale:
     def state_dict(self) -> dict[str, float]:
         return {"variance": self.variance, "signal": self.signal}
 
+    @property
+    def unresolved(self) -> bool:
+        """Whether there are measurements, but batches too small to tell the gradient from their noise."""
+        return self.variance > 0 >= self.signal
+
     def update(self, variance: float, signal: float) -> float | None:
         """Add a measurement; None while the gradient cannot be told from noise."""
         if math.isfinite(variance) and math.isfinite(signal):  # one sample has no variance, a scaler may overflow
@@ -73,11 +78,11 @@ def measure(
         "grad_norm": torch.stack(list(grad_norms.values())).norm(),
         "grad_variance": variance,
         **dict(zip(QUANTILES, norms.quantile(norms.new_tensor(list(QUANTILES.values()))))),
+        "grad_signal": signal,
         "ggn_trace": trace if statistics.ggn_trace is not None else trace.new_tensor(math.nan),
-        "signal": signal,
     }
     numbers = dict(zip(values, torch.stack(list(values.values())).tolist()))  # the only synchronisation with the device
-    noise_scale = noise.update(numbers["grad_variance"], numbers.pop("signal"))
+    noise_scale = noise.update(numbers["grad_variance"], numbers["grad_signal"])
     if noise_scale is not None:
         numbers["noise_scale"] = noise_scale
     return {name: number for name, number in numbers.items() if math.isfinite(number)}

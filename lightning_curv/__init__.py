@@ -21,14 +21,20 @@ if TYPE_CHECKING:
     from lightning_curv.callbacks import CurvatureCallback
     from lightning_curv.context import curvature
     from lightning_curv.extensions import (
+        GGNMP,
+        HMP,
         KFAC,
         KFLR,
+        KFRA,
+        PCHMP,
         BatchDiagGGNExact,
         BatchDiagGGNMC,
+        BatchDiagHessian,
         BatchGrad,
         BatchL2Grad,
         DiagGGNExact,
         DiagGGNMC,
+        DiagHessian,
         Extension,
         SqrtGGNExact,
         SqrtGGNMC,
@@ -42,16 +48,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "GGNMP",
+    "HMP",
     "KFAC",
     "KFLR",
+    "KFRA",
+    "PCHMP",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
+    "BatchDiagHessian",
     "BatchGrad",
     "BatchL2Grad",
     "CurvatureCallback",
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagGGNOptimizer",
+    "DiagHessian",
     "Extension",
     "KFACOptimizer",
     "SqrtGGNExact",

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_curv.backprop import Backprop
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
-from lightning_curv.recording import disabled, record
+from lightning_curv.recording import Output, disabled, record
 
 
 class curvature(record):
@@ -27,6 +28,15 @@ class curvature(record):
         batch_size: Number of samples, where the shapes of a network do not tell.
         check: Compare the sum of the per-sample gradients with the gradient of every parameter, and verify that samples
             do not influence each other; costs one more backward pass.
+        output: Where the network ends and the loss begins, for losses that torch has no function for: a module that is
+            called once inside the context (earlier: inside ``record(output=module)``, or extended), or a tensor; its
+            leading axis holds the samples. The Hessian of all that follows is found by differentiation at this output,
+            whose second derivatives must not mix samples; the GGN takes its positive part (negative eigenvalues are
+            set to zero). Known loss functions that do not depend on the output add their own curvature. Inside
+            Lightning a submodule's name is turned into the module by ``pl_module.get_submodule(name)``.
+
+    The backward pass is ``loss.backward()`` or ``torch.autograd.backward(loss)``; ``torch.autograd.grad`` computes no
+    extensions.
 
     Raises:
         UnsupportedError: In ``backward``: a parameter, an op or the loss is not covered; the message says what to do.
@@ -49,34 +59,63 @@ class curvature(record):
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         check: bool = False,
+        output: nn.Module | Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(output if isinstance(output, nn.Module) else None)
         for extension in extensions:
             if not isinstance(extension, (Extension, GraphExtension)):
                 raise TypeError(
                     f"`curvature` expects extensions, found {extension!r}; pass instances, for example `Variance()`."
                 )
+        if not isinstance(output, (nn.Module, Tensor, type(None))):
+            raise TypeError(
+                f"`output` must be a module or a tensor, found {output!r}; a name is turned into a module by "
+                "`model.get_submodule(name)`."
+            )
         self.extensions = extensions
-        self._options: dict[str, Any] = {"generator": generator, "batch_size": batch_size, "check": check}
+        self._options: dict[str, Any] = {
+            "generator": generator,
+            "batch_size": batch_size,
+            "check": check,
+            "output": Output.of(output) if isinstance(output, Tensor) else output,
+        }
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Record ``func``; compute the extensions around ``Tensor.backward``."""
-        if func is not Tensor.backward or not self.extensions or disabled():
+        """Record ``func``; compute the extensions around a backward pass."""
+        if func not in _BACKWARD or not self.extensions or disabled():
             return super().__torch_function__(func, types, args, kwargs)
-        loss, *rest = args
-        kwargs = {
-            **dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), rest, strict=False)),
-            **(kwargs or {}),
-        }
+        loss, kwargs = _BACKWARD[func](*args, **(kwargs or {}))
         backprop = Backprop(loss, self.extensions, gradient=kwargs.get("gradient"), **self._options)
         if any(isinstance(e, GraphExtension) and e.keeps_graph for e in self.extensions):
             kwargs["retain_graph"] = True
         try:
             backprop.before()
-            func(loss, **kwargs)
+            Tensor.backward(loss, **kwargs)
             backprop.after()
         finally:
             backprop.abort()
         return None
+
+
+def _of_tensor(loss: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The loss and the arguments of ``Tensor.backward`` by name."""
+    return loss, {**dict(zip(("gradient", "retain_graph", "create_graph", "inputs"), arguments, strict=False)), **named}
+
+
+def _of_tensors(tensors: Any, grad_tensors: Any = None, *arguments: Any, **named: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The same for ``torch.autograd.backward``."""
+    losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if len(losses) != 1 or not isinstance(losses[0], Tensor):
+        raise UnsupportedError(
+            f"`curvature` expects one loss in `torch.autograd.backward`, found {len(losses)}; call it on their sum."
+        )
+    gradient = grad_tensors[0] if isinstance(grad_tensors, (tuple, list)) else grad_tensors
+    return _of_tensor(losses[0], gradient, *arguments, **named)
+
+
+_BACKWARD: dict[Callable[..., Any], Callable[..., tuple[Tensor, dict[str, Any]]]] = {
+    Tensor.backward: _of_tensor,
+    torch.autograd.backward: _of_tensors,
+}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.graph import Tape
-from lightning_curv.losses import LOSSES
+from lightning_curv.losses import PARTS
 from lightning_curv.sources import Gradient
 
 
@@ -41,10 +41,14 @@ def _refuse_coupled(tape: Tape, extensions: Sequence[Extension | GraphExtension]
 
 
 def _refuse_unknown_loss(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
-    if extensions and (tape.outside or not tape.losses):
-        known = ", ".join(sorted({function.__name__ for function in LOSSES}))
-        raise UnsupportedError(
-            f"{extensions[0]} needs the curvature of the loss function, found a loss that is none of {known}. Use one "
-            "of these, inside `curvature(...)` or `record()` or as an extended module; first-order quantities work "
-            "with any loss."
-        )
+    if not extensions or (tape.losses and not tape.outside):
+        return
+    known = ", ".join(sorted({function.__name__ for function, _ in PARTS}))
+    found = tape.refusals[0] if tape.refusals else f"a loss that is none of {known}"
+    around = f"; `{tape.uses[next(iter(tape.outside))].name}` reaches it around the others" if tape.losses else ""
+    raise UnsupportedError(
+        f"{extensions[0]} needs the curvature of the loss function, found {found}{around}. Use one of these, inside "
+        "`curvature(...)` or `record()` or as an extended module; or say where the network ends, "
+        "`curvature(..., output=...)`, and the Hessian of everything after it is found by differentiation. First-order "
+        "quantities work with any loss."
+    )

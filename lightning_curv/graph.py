@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.recording import LossCall, Use, marks
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.losses import by_autograd
+from lightning_curv.recording import LossCall, Output, Use, marks
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Tape:
         losses: Recorded loss calls by their autograd node.
         outside: Nodes of ``uses`` that the root reaches without passing a recorded loss call.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
+        refusals: Why calls of known loss functions were not recorded.
         signature: The structure of the graph: names of its nodes in the order of the walk.
     """
 
@@ -27,48 +31,103 @@ class Tape:
     losses: dict[Node, LossCall] = field(default_factory=dict)
     outside: set[Node] = field(default_factory=set)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
     signature: list[str] = field(default_factory=list)
 
 
-def walk(root: Node) -> Tape:
-    """Collect the records between the root of a graph and its leaves; below a record only its data is followed."""
+def walk(root: Node, output: LossCall | None = None) -> Tape:
+    """Collect the records between the root of a graph and its leaves; below a record only its data is followed.
+
+    Args:
+        root: The node of the loss.
+        output: Where the curvature of the loss enters instead of at the loss calls above it.
+    """
     tape = Tape()
-    stack: list[tuple[Node, bool, str]] = [(root, True, "")]
+    if output is not None:
+        tape.losses[root] = output
+    stack: list[tuple[Node, int, bool, str]] = [(root, 0, True, "")]
     seen: set[tuple[Node, bool]] = set()
     while stack:
-        node, outside, parent = stack.pop()
+        node, index, outside, parent = stack.pop()
+        outside = outside and not (output is not None and (node, index) == output.input[:2])
         if (node, outside) in seen:
             continue
         seen.add((node, outside))
         name = node.name()
         tape.signature.append(name)
         mark = marks(node)
-        if mark is not None and mark.loss is not None:
-            tape.losses[node] = mark.loss
-            stack.append((mark.loss.input.node, False, name))
-        elif mark is not None and mark.use is not None:
+        if mark is not None and mark.refusal is not None:
+            tape.refusals.append(mark.refusal)
+        call = mark.loss if mark is not None else None
+        if call is not None and (output is None or not reaches(call.input.node, output.input.node)):
+            tape.losses[node] = call
+            stack.append((call.input.node, call.input.output_nr, False, name))
+            if call.beside:
+                stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
+        elif mark is not None and mark.use is not None and not (outside and output and _above(mark.use, output)):
             tape.uses[node] = mark.use
             if outside:
                 tape.outside.add(node)
-            stack += [(edge.node, outside, mark.use.name) for edge in mark.use.inputs.values()]
+            stack += [(edge.node, edge.output_nr, outside, mark.use.name) for edge in mark.use.inputs.values()]
         elif (leaf := _leaf(node)) is None:
-            stack += [(after, outside, name) for after, _ in node.next_functions if after is not None]
+            stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
         elif isinstance(leaf, nn.Parameter):
             tape.stray.append((leaf, parent))
     return tape
 
 
+def _above(use: Use, output: LossCall) -> bool:
+    """Whether a use outside of the network is none: what looked like its parameters comes from the output."""
+    return all(o.derived and reaches(o.edge.node, output.input.node) for o in use.operands.values())
+
+
+def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | None:
+    """All of a loss, as a function of one output of the network.
+
+    Raises:
+        UnsupportedError: The loss does not depend on such an output, or on more than one.
+    """
+    if output is None:
+        return None
+    root = cast("Node", loss.grad_fn)
+    if isinstance(output, Output):
+        found = [output] if reaches(root, output.edge.node) else []
+        name = f"a tensor of shape {tuple(output.like.shape)}"
+    else:
+        known = [(node, mark.outputs) for node in _nodes(root) if (mark := marks(node)) is not None]
+        found = [
+            Output(GradientEdge(node, outputs[output][0]), outputs[output][1])
+            for node, outputs in known
+            if output in outputs
+        ]
+        name = f"`{type(output).__name__}`"
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"`output=` must be something that the loss depends on once, found {name} {len(found)} times in its graph. "
+            "Run the forward pass inside `curvature(..., output=module)` or `record(output=module)`, or `extend` the "
+            "module; pass the tensor instead of a module that is called several times; clone an output that is a view "
+            "before overwriting it."
+        )
+    arguments = {"input": found[0].like, "root": loss, "edge": found[0].edge}
+    return LossCall(by_autograd, arguments, found[0].edge, loss.shape, loss.output_nr)
+
+
+def reaches(root: Node, node: Node) -> bool:
+    """Whether a value depends on another."""
+    return any(found is node for found in _nodes(root))
+
+
 def leaves(edge: GradientEdge) -> list[Tensor]:
     """The leaf tensors that the value at ``edge`` was computed from."""
-    return list(dict.fromkeys(_leaves(edge.node)))
+    return list(dict.fromkeys(leaf for node in _nodes(edge.node) if (leaf := _leaf(node)) is not None))
 
 
-def _leaves(root: Node) -> Iterator[Tensor]:
+def _nodes(root: Node) -> Iterator[Node]:
+    """All nodes that a value depends on, itself included."""
     stack, seen = [root], {root}
     while stack:
         node = stack.pop()
-        if (leaf := _leaf(node)) is not None:
-            yield leaf
+        yield node
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)

@@ -30,11 +30,19 @@ class Jacobian:
         parameter: The parameter.
         terms: One term per group of uses with the same letters.
         signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
+        gradient: The sum over the samples of the only column, where it is known.
     """
 
-    def __init__(self, parameter: Tensor, terms: Sequence[Term], signs: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        parameter: Tensor,
+        terms: Sequence[Term],
+        signs: Tensor | None = None,
+        gradient: Tensor | None = None,
+    ) -> None:
         self.parameter = parameter
         self.signs = signs
+        self.gradient = gradient
         self.terms = _merged([term.promoted() for term in terms])
 
     @property
@@ -66,6 +74,11 @@ class Jacobian:
         signs = None if self.signs is None else self.signs[:, samples]
         return Jacobian(self.parameter, [term[samples] for term in self.terms], signs)
 
+    def stacked(self, other: Jacobian) -> Jacobian:
+        """The Jacobian of the columns of both; the uses must be the same."""
+        terms = [replace(a, g=torch.cat([a.g, b.g])) for a, b in zip(self.terms, other.terms, strict=True)]
+        return Jacobian(self.parameter, terms)
+
     def per_sample(self) -> Tensor:
         """J itself, ``[V, N, *p]``."""
         parts = [onehot.per_sample(t) if t.classes else t.contract(f"vn{t.par}") for t in self.terms]
@@ -87,6 +100,13 @@ class Jacobian:
         """Sum over the samples, ``[V, *p]``."""
         parts = [onehot.total(t) if t.classes else t.contract(f"v{t.par}") for t in self.terms]
         return sum(p.reshape(self.columns, *self.shape) for p in parts)  # type: ignore[return-value]
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
+
+        The op is applied with the vector in the parameter's place; no per-sample gradient is formed.
+        """
+        return torch.stack([_dot(t, vector.to(t.g.dtype)) for t in self.terms]).sum(0)
 
     def squared_norms(self) -> Tensor:
         """Squared norms of J[v, n], ``[V, N]``."""
@@ -121,19 +141,40 @@ class Jacobian:
         """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""
         if self._onehot is not None:
             return onehot.variance(self._onehot).reshape(self.shape)
+        mean = self._mean()
         if self._factorised is not None and self._factorised.g.dtype == torch.float32:
-            # products of float32 numbers are exact in float64: there the difference of the moments does not cancel
-            exact = Jacobian(self.parameter, [_doubled(self._factorised)])
-            mean = exact.total()[0] / self.samples
-            return (exact.sum_squares() / self.samples - mean.square()).clamp_(min=0).float()
-        count, mean, deviation = 0, torch.zeros(()), torch.zeros(())
-        for (j,) in self.chunks():  # pairwise update of mean and squared deviations: Chan, Golub & LeVeque, 1983
-            n, centre = len(j), j.mean(0)
-            delta = centre - mean
-            deviation = deviation + (j - centre).square_().sum(0) + delta.square() * (count * n / (count + n))
-            mean = mean + delta * (n / (count + n))
-            count += n
-        return deviation / self.samples
+            return self._variance_of_moments(mean)
+        result = torch.zeros_like(mean)
+        for (j,) in self.chunks():
+            result += (j - mean).square_().sum(0)
+        return result / self.samples
+
+    def _mean(self) -> Tensor:
+        dtype = self.terms[0].g.dtype
+        if self.gradient is not None and self.gradient.dtype == dtype and not self.gradient.is_sparse:
+            return self.gradient / self.samples
+        return self.total()[0] / self.samples
+
+    def _variance_of_moments(self, mean: Tensor) -> Tensor:
+        """The difference of the moments; if it cancels anywhere, in float64, where products of float32 are exact."""
+        second = self.sum_squares() / self.samples
+        result = second - mean.square()
+        if bool((result < 0.1 * second).any()):
+            exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
+            second = exact.sum_squares() / self.samples
+            result = (second - (exact.total()[0] / self.samples).square()).clamp_(min=0).float()
+        return result
+
+
+def _dot(term: Term, vector: Tensor) -> Tensor:
+    sizes = term.sizes()
+    vector = vector.reshape([sizes[letter] for letter in term.par])
+    if term.classes:
+        return onehot.dot(term, vector)
+    if term.x is None:
+        return torch.einsum(f"vn{term.out},{term.par}->vn", term.g, vector)
+    output = torch.einsum(f"n{term.inp},{term.par}->n{term.out}", term.x, vector)
+    return torch.einsum(f"vn{term.out},n{term.out}->vn", term.g, output)
 
 
 def _merged(terms: Sequence[Term]) -> list[Term]:

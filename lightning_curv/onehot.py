@@ -36,6 +36,13 @@ def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
     return position // max(term.x.shape[1], 1), index[position], position
 
 
+def dot(term: Term, vector: Tensor) -> Tensor:
+    """Inner products of the per-sample gradients with ``vector [classes, *]``, ``[V, N]``."""
+    touched = rows(term)
+    products = (touched.g * vector[touched.token]).flatten(2).sum(2)
+    return products.new_zeros(len(products), term.g.shape[1]).index_add_(1, touched.sample, products)
+
+
 def second_moment(term: Term, reduce: bool) -> Tensor:
     """Diagonal of the mean over samples of x xᵀ, ``[classes]``; x: the positions (expand) or their mean (reduce)."""
     term = term.canonical()

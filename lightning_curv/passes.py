@@ -62,6 +62,13 @@ class Passes:
         """The gradient of the loss at ``edges``."""
         return _grad([self.loss], edges, [self.seed])
 
+    @staticmethod
+    def backward(
+        outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge], seeds: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
+        return _grad(outputs, inputs, seeds)
+
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
         return _grad(column.edges, self.use_edges, column.seeds)
@@ -83,6 +90,10 @@ class Passes:
         pulled = ((column.signs, self.pull(column)) for column in columns)
         while chunk := list(islice(pulled, max(1, COLUMN_BYTES // max(1, bytes_)))):
             yield self._jacobians(chunk)
+
+    def jacobian(self, column: Column) -> dict[Tensor, Jacobian]:
+        """The parameters' Jacobians for one column."""
+        return self._jacobians([(column.signs, self.pull(column))])
 
     def _jacobians(self, columns: list[tuple[Tensor | None, tuple[Tensor | None, ...]]]) -> dict[Tensor, Jacobian]:
         terms: dict[Tensor, list[Term]] = defaultdict(list)
@@ -117,12 +128,14 @@ def use_edges(tape: Tape) -> list[GradientEdge]:
     return [GradientEdge(node, use.output_nr) for node, use in tape.uses.items()]
 
 
-def apply_rule(use: Use, axis: int, g: Tensor) -> dict[str, Term]:
-    """The terms of a use by argument name, for cotangents ``[V, *output]``."""
+def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
+    """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
     g = g.reshape(len(g), *use.shape).movedim(axis + 1, 1)
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
     try:
-        return use.rule.function(Call(use.shape, tuple(operands), axis), g, **{**use.arguments, **operands})
+        return use.rule.function(
+            Call(use.shape, tuple(operands), axis), g, **{**use.arguments, **operands, **(inputs or {})}
+        )
     except NotImplementedError as error:
         name = describe(parameters(use)[0])
         raise UnsupportedError(

@@ -22,12 +22,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_curv.losses import LOSSES
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.losses import LOSSES, PARTS
 from lightning_curv.rules import RULES, Rule, bind, fallback
+from lightning_curv.rules.joined import joined
 
 KEY = "lightning_curv"
 PURE, TENTATIVE = "pure", "tentative"  # computed from parameters alone / from parameters and tensors without gradient
 TRANSPARENT = {F.multi_head_attention_forward}  # Python functions whose inner calls are recorded instead
+JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 Module = TypeVar("Module", bound=nn.Module)
 _local = threading.local()
@@ -85,6 +88,7 @@ class LossCall:
     input: GradientEdge
     shape: torch.Size  # of the output
     output_nr: int = 0
+    beside: bool = False  # the node below is the same call once more, for its other input
 
     @property
     def name(self) -> str:
@@ -98,7 +102,10 @@ class Marks:
 
     use: Use | None = None
     loss: LossCall | None = None
+    refusal: str | None = None  # why a call of a known loss function is no `LossCall`
+    outputs: dict[nn.Module, tuple[int, Tensor]] = field(default_factory=dict)  # modules that returned the node's value
     origin: str | None = None  # PURE or TENTATIVE: the node's value was computed from parameters
+    copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
 
 
 def marks(node: Node) -> Marks | None:
@@ -113,11 +120,39 @@ def edge_of(tensor: Tensor) -> GradientEdge:
     return GradientEdge(tensor.grad_fn, tensor.output_nr)
 
 
+@dataclass(frozen=True)
+class Output:
+    """An output of a network, where the curvature of a loss enters.
+
+    Attributes:
+        edge: Where it is in the graph.
+        like: A tensor of its shape, type and device.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Output:
+        """The output that a tensor is now; what changes the tensor in place later does not matter."""
+        if not tensor.requires_grad:
+            raise ValueError("`output` must be computed from parameters, found a tensor without a graph.")
+        return cls(edge_of(tensor), _like(tensor))
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, type and device that takes no memory."""
+    return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
 class record(TorchFunctionMode):
     """Context manager that records parameter uses and loss calls in the autograd graph.
 
     Run the forward pass and the loss inside it; `curvature` and `extend` do so for you. It costs a few microseconds per
     torch call and no memory beyond what autograd keeps.
+
+    Args:
+        output: A module whose output is to be found again: `curvature` takes it as ``output``.
 
     Example:
         >>> import torch
@@ -130,6 +165,23 @@ class record(TorchFunctionMode):
         >>> layer.weight.variance.shape
         torch.Size([2, 3])
     """
+
+    def __init__(self, output: nn.Module | None = None) -> None:
+        super().__init__()
+        self._output = output
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> record:
+        """Start recording."""
+        if self._output is not None:
+            self._hooks.append(self._output.register_forward_hook(_require_output))
+        return cast("record", super().__enter__())
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop recording."""
+        if self._hooks:
+            self._hooks.pop().remove()
+        super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -151,9 +203,12 @@ class record(TorchFunctionMode):
             if outputs:
                 _record_unknown(func, args, kwargs, outputs)
             return out
-        call = _Call(func, rule, bind(rule.function, args, kwargs))
+        call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.grad_fn is not None:
+        if rule.outputs and isinstance(out, tuple) and any(rule.holds(k) for k in call.edges):
+            whole, out = joined(out, rule.outputs(call.bound))
+            call.store(whole)
+        elif isinstance(out, Tensor) and out.grad_fn is not None:
             call.store(out)
         return out
 
@@ -174,11 +229,17 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     out = func(*args, **kwargs)
     arguments = bind(LOSSES[func], args, kwargs)
     differentiable = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
-    if out.grad_fn is not None and differentiable == ["input"]:
-        source = edge_of(arguments["input"])
-        mark = _mark(out.grad_fn)
-        arguments = tree_map_only(Tensor, Tensor.detach, arguments)
-        mark.loss = mark.loss or LossCall(func, arguments, source, out.shape, out.output_nr)
+    if out.grad_fn is None:
+        return out
+    if unknown := [name for name in differentiable if (func, name) not in PARTS]:
+        _mark(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
+        return out
+    detached = tree_map_only(Tensor, Tensor.detach, arguments)
+    for i, name in enumerate(differentiable):
+        out = out.view_as(out) if i else out
+        mark, part = _mark(out.grad_fn), PARTS[func, name]
+        own = {**detached, name: detached["input"], "input": detached[name]}
+        mark.loss = mark.loss or LossCall(part, own, edge_of(arguments[name]), out.shape, out.output_nr, i > 0)
     return out
 
 
@@ -188,13 +249,16 @@ def _record_unknown(
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     origins = [_origin(t) for t in tensors if t.requires_grad]
+    if func in JOINS and {*origins} != {PURE}:
+        origins = [None if _is_copy(t) else _origin(t) for t in tensors if t.requires_grad]
     if not any(origins) or any(o is t for o in outputs for t in tensors):
         return
     origin = _combined(origins, tensors)
+    copies = all(_is_copy(t) for t in tensors if t.requires_grad)
     for out in outputs:
         mark = _mark(cast("Node", out.grad_fn))
-        mark.origin = mark.origin or origin
-    if PURE in origins and len(outputs) == 1:
+        mark.origin, mark.copies = mark.origin or origin, copies
+    if PURE in origins and len(outputs) == 1 and not copies:
         _Call(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
 
 
@@ -219,6 +283,7 @@ class _Call:
         if self.rule.expands and operands and _repeated(self.tensors[operands[0]], out):
             origin = None  # a copy per sample: from here on it is data
         _mark(cast("Node", out.grad_fn)).origin = origin
+        _mark(cast("Node", out.grad_fn)).copies = self.rule.expands
         owner = _owner(out) if self.rule.slots else out
         mark = _mark(cast("Node", owner.grad_fn))
         couples = self.rule.couples(self.bound)
@@ -240,7 +305,7 @@ class _Call:
     def _operands(self, out: Tensor) -> list[str]:
         """The arguments that are parameters of this call; the others are data."""
         if self.rule.slots:
-            return [k for k in self.edges if k in self.rule.slots]
+            return [k for k in self.edges if self.rule.holds(k)]
         pure = [k for k in self.edges if self.origins[k] == PURE]
         tentative = (k for k in self.edges if self.origins[k] == TENTATIVE)
         return pure or [k for k in tentative if self.rule.accepts(k, self.tensors[k], out)]
@@ -259,6 +324,11 @@ def _owner(out: Tensor) -> Tensor:
 def _repeated(tensor: Tensor, out: Tensor) -> bool:
     """Whether broadcasting repeats ``tensor`` along the leading axis of ``out``."""
     return tensor.ndim < out.ndim or (tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0])
+
+
+def _is_copy(tensor: Tensor) -> bool:
+    found = marks(tensor.grad_fn) if tensor.grad_fn is not None else None
+    return found is not None and found.copies
 
 
 def _mark(node: Node) -> Marks:
@@ -316,6 +386,22 @@ def _enter(module: nn.Module, args: Any) -> None:
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     if _stack():
         _stack().pop().__exit__(None, None, None)
+    _mark_output(module, args, output)
+
+
+def _mark_output(module: nn.Module, args: Any, output: Any) -> None:
+    """Remember at the node of a module's output that it is one."""
+    if isinstance(output, Tensor) and output.grad_fn is not None and not disabled():
+        _mark(output.grad_fn).outputs[module] = output.output_nr, _like(output)
+
+
+def _require_output(module: nn.Module, args: Any, output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise UnsupportedError(
+            f"`output=` needs a module that returns one tensor, found `{type(module).__name__}` that returns "
+            f"`{type(output).__name__}`; pass the tensor itself."
+        )
+    _mark_output(module, args, output)
 
 
 def disabled() -> bool:

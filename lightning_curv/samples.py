@@ -32,11 +32,29 @@ class Place:
     axis: int = 0
     minor: bool = False
 
-    def mask(self, shape: Sequence[int], samples: int, chosen: int) -> Tensor:
-        """True where a tensor of this shape belongs to the chosen sample; broadcasts against it."""
+    def owner(self, shape: Sequence[int], samples: int) -> Tensor:
+        """The sample that every entry of a tensor belongs to; broadcasts against it."""
+        if not len(shape):
+            return torch.zeros(())
         rows = torch.arange(shape[self.axis])
-        owner = rows % samples if self.minor else rows // (shape[self.axis] // samples)
-        return (owner == chosen).reshape(-1, *[1] * (len(shape) - self.axis - 1))
+        index = rows % samples if self.minor else rows // max(1, shape[self.axis] // max(1, samples))
+        return index.reshape(-1, *[1] * (len(shape) - self.axis - 1))
+
+    def split(self, tensor: Tensor, samples: int) -> Tensor:
+        """The entries of every sample, ``[N, E]``."""
+        rows = tensor.movedim(self.axis, 0) if tensor.ndim else tensor[None]
+        if self.minor:
+            rows = rows.unflatten(0, (-1, samples)).transpose(0, 1)
+        return rows.reshape(samples, -1)
+
+    def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
+        """The tensor of this shape whose `split` are ``entries``."""
+        if not len(shape):
+            return entries.reshape(())
+        rest = [size for axis, size in enumerate(shape) if axis != self.axis]
+        rows = entries.reshape(len(entries), -1, *rest)
+        rows = (rows.transpose(0, 1) if self.minor else rows).reshape(shape[self.axis], *rest)
+        return rows.movedim(0, self.axis)
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,30 @@ def _places(shape: Sequence[int], axes: Sequence[int], count: int) -> Iterator[P
         yield from (Place(axes[0], minor) for minor in (False, True)[: 2 if count > 1 else 1])
 
 
+def place_of(first: Tensor, second: Tensor, count: int) -> Place:
+    """The place of the samples in a tensor, from two cotangents: sample n of ``second`` is n times that of ``first``.
+
+    Raises:
+        UnsupportedError: There is none: samples mix.
+    """
+    tolerance = 1e3 * torch.finfo(first.dtype).eps * max(1, count) * float(first.abs().max() if first.numel() else 0)
+    axes = [axis for axis, size in enumerate(first.shape) if size == count]
+    choices = [Place(axis) for axis in axes or [0]]
+    choices += [
+        Place(axis, minor)
+        for axis, size in enumerate(first.shape)
+        if size % max(1, count) == 0
+        for minor in (False, True)
+    ]
+    for place in choices:
+        if bool(((second - first * place.owner(first.shape, count).to(first)).abs() <= tolerance).all()):
+            return place
+    raise UnsupportedError(
+        f"Expected one axis with {count} samples in a tensor of shape {tuple(first.shape)}, found none that keeps them "
+        "apart: an op mixes samples."
+    )
+
+
 def _verify(
     tape: Tape,
     uses: Mapping[Node, Use],
@@ -152,7 +194,7 @@ def _consistent(
     probe: Probe,
 ) -> dict[Node, list[Place]]:
     source = call.arguments["input"]
-    mask = head.mask(source.shape, count, chosen).to(source.device)
+    mask = (head.owner(source.shape, count) == chosen).to(source.device)
     column = torch.linspace(1, 2, source.numel(), dtype=source.dtype, device=source.device).reshape(source.shape) * mask
     remaining = {}
     for (at, use), g in zip(tape.uses.items(), probe(node, column), strict=True):
@@ -165,7 +207,7 @@ def _consistent(
 
 def _within(g: Tensor, place: Place, count: int, chosen: int) -> bool:
     """Whether ``g`` is zero outside of the chosen sample."""
-    return not bool((g * ~place.mask(g.shape, count, chosen).to(g.device)).any())
+    return not bool((g * (place.owner(g.shape, count) != chosen).to(g.device)).any())
 
 
 def _message(uses: Mapping[Node, Use], sizes: Sequence[int], batch_size: int | None, known_loss: bool) -> str:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.own_curvature import own_curvature
 from lightning_curv.passes import Column, Passes
+from lightning_curv.residuals import residuals
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Exact:
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         """One pass per column."""
         for node, call in passes.tape.losses.items():
-            columns = passes.likelihood(node).columns(passes.samples.count)
+            columns = passes.likelihood(node).columns(passes.samples.count, passes.samples.losses[node].minor)
             yield from passes.jacobians(Column([call.input], [column]) for column in columns)
 
 
@@ -53,4 +55,17 @@ class Sampled:
             yield from passes.jacobians(Column([call.input], [draw]) for draw in draws)
 
 
-Source = Gradient | Exact | Sampled
+@dataclass(frozen=True)
+class Signed:
+    """Columns with signs whose squares add up to the Hessian: the loss Hessian's and the network's residuals."""
+
+    def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
+        """One pass per column; none for the residuals of piecewise linear networks."""
+        for node, call in passes.tape.losses.items():
+            columns = passes.likelihood(node).hessian_columns(passes.samples.count, passes.samples.losses[node].minor)
+            yield from passes.jacobians(Column([call.input], [column], signs) for column, signs in columns)
+        yield from passes.jacobians(column for residual in residuals(passes) for column in residual.columns())
+        yield from own_curvature(passes)
+
+
+Source = Gradient | Exact | Sampled | Signed

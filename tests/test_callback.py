@@ -1,6 +1,7 @@
 """`CurvatureCallback`: logged values against autograd, an untouched training run, and nothing left behind."""
 
 import copy
+import inspect
 import math
 import pickle
 
@@ -12,13 +13,21 @@ from pytorch_lightning.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_curv import BatchGrad, CurvatureCallback, KFACOptimizer
+from lightning_curv import BatchGrad, CurvatureCallback, DiagGGNOptimizer, KFACOptimizer, record
+from lightning_curv.backprop import Backprop
+from lightning_curv.check import SumCheck
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning"),  # they are, for speed
+    pytest.mark.filterwarnings("ignore:(?s).*(deprecated in v4|LightningCLI's args)"),  # Lightning and jsonargparse
+]
 CONSTANT = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
 NORMS = {"sample_norm_p5": 0.05, "sample_norm_median": 0.5, "sample_norm_p95": 0.95, "sample_norm_max": 1.0}
-TAGS = {f"curvature/{name}" for name in (*NORMS, "grad_norm", "grad_variance", "noise_scale", "ggn_trace")}
+TAGS = {
+    f"curvature/{name}" for name in (*NORMS, "grad_norm", "grad_variance", "grad_signal", "noise_scale", "ggn_trace")
+}
 
 
 def sgd(params):
@@ -84,14 +93,17 @@ def data(size=24, dtype=torch.float64):
     return TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 1).long())
 
 
-def fit(net, *callbacks, batch_size=6, epochs=2, tmp_path=None, size=24, **kwargs):
+def fit(net, *callbacks, batch_size=6, epochs=2, tmp_path=None, size=24, loader=None, **kwargs):
     settings = {"accelerator": "cpu", "precision": "64-true", "log_every_n_steps": 1, "logger": False, **CONSTANT}
     if tmp_path is not None:
         settings["logger"] = TensorBoardLogger(tmp_path, name="", version="")
     trainer = pl.Trainer(callbacks=list(callbacks), max_epochs=epochs, **(settings | kwargs))
     torch.manual_seed(2)
     dtype = torch.float64 if trainer.precision == "64-true" else torch.float32
-    trainer.fit(net, DataLoader(data(size, dtype), batch_size=batch_size))
+    trainer.fit(
+        net,
+        DataLoader(data(size, dtype), batch_size=batch_size) if loader is None else DataLoader(loader, batch_size=None),
+    )
     return trainer
 
 
@@ -121,9 +133,9 @@ def per_sample_gradients(net, step):
 def expected(gradients):
     mean, norms, n = gradients.mean(0), gradients.norm(dim=1), len(gradients)
     trace = gradients.var(0).sum()
-    values = {"grad_norm": mean.norm(), "grad_variance": trace}
+    values = {"grad_norm": mean.norm(), "grad_variance": trace, "grad_signal": mean @ mean - trace / n}
     values |= {name: norms.quantile(q) for name, q in NORMS.items()}
-    return {name: value.item() for name, value in values.items()}, (trace.item(), (mean @ mean - trace / n).item())
+    return {name: value.item() for name, value in values.items()}
 
 
 def exact_ggn_trace(net, step):
@@ -141,7 +153,8 @@ def exact_ggn_trace(net, step):
 def assert_logged_values_are_true(net, tmp_path, steps):
     ratio = [0.0, 0.0]
     for step in steps:
-        values, moments = expected(per_sample_gradients(net, step))
+        values = expected(per_sample_gradients(net, step))
+        moments = values["grad_variance"], values["grad_signal"]
         for name, value in values.items():
             assert series(tmp_path, name)[step] == pytest.approx(value, rel=1e-5), (name, step)
         ratio = [0.9 * old + 0.1 * new for old, new in zip(ratio, moments)]
@@ -152,6 +165,11 @@ def assert_logged_values_are_true(net, tmp_path, steps):
 def assert_same_parameters(one, other):
     for p, q in zip(one.parameters(), other.parameters()):
         assert torch.equal(p, q)
+
+
+def assert_same_parameters_up_to_rounding(one, other):
+    for p, q in zip(one.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q)
 
 
 def assert_nothing_left_behind(net):
@@ -184,14 +202,19 @@ def test_logged_values_equal_autograd_in_manual_optimization(tmp_path, set_to_no
     assert_logged_values_are_true(net, tmp_path, range(8))
 
 
-def test_logged_values_equal_autograd_under_a_gradient_scaler(tmp_path):
-    class Float32(MixedPrecision):
-        def forward_context(self):
-            return torch.autocast("cpu", enabled=False)
+class Scaled(MixedPrecision):
+    """A gradient scaler around float32."""
 
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+
+    def forward_context(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+def test_logged_values_equal_autograd_under_a_gradient_scaler(tmp_path):
     net = Net()
-    fit(net, CurvatureCallback(), tmp_path=tmp_path, precision=None, plugins=[Float32("16-mixed", "cpu", scaler)])
+    fit(net, CurvatureCallback(), tmp_path=tmp_path, precision=None, plugins=[Scaled()])
     assert_logged_values_are_true(net, tmp_path, range(8))
 
 
@@ -220,15 +243,99 @@ def test_schedule(tmp_path, every_n_steps, steps):
     assert list(series(tmp_path, "grad_norm")) == steps
 
 
-def test_a_step_that_needs_nothing_is_not_patched():
-    class Watch(pl.Callback):
-        patched = []
+def test_a_step_that_needs_nothing_costs_nothing(monkeypatch):
+    entered, hooked, steps = [], [], []
+    enter, before = record.__enter__, Backprop.before
+    monkeypatch.setattr(record, "__enter__", lambda self: (entered.append(len(steps)), enter(self))[1])
+    monkeypatch.setattr(Backprop, "before", lambda self: (hooked.append(len(steps)), before(self))[1])
 
+    class Watch(pl.Callback):
         def on_before_backward(self, trainer, pl_module, loss):
-            self.patched.append("training_step" in vars(pl_module))
+            monitored = len(steps) % 4 == 3
+            assert ("training_step" in vars(pl_module)) == monitored
+            if not monitored:
+                assert not any(recorded(node) for node in nodes_below(loss.grad_fn))
+            assert not any(m._forward_hooks or m._forward_pre_hooks for m in pl_module.modules())
+            assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in pl_module.parameters())
+
+        def on_train_batch_end(self, *args):
+            assert torch.overrides._get_current_function_mode() is None
+            steps.append(None)
 
     fit(Net(), CurvatureCallback(every_n_steps=4), Watch())
-    assert Watch.patched == [False, False, False, True] * 2
+    assert entered == hooked == [3, 7]
+
+
+def nodes_below(root):
+    stack, seen = [root], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [after for after, _ in node.next_functions]
+    return seen
+
+
+def recorded(node):
+    return any(str(key).startswith("lightning_curv") for key in node.metadata)
+
+
+def test_batches_too_small_for_the_noise_scale_are_announced_once(tmp_path):
+    def noise(output, y):  # its gradient has mean zero
+        return F.mse_loss(output, torch.randn_like(output)) - output.square().mean()
+
+    with pytest.warns(UserWarning, match=r"At step \d+ the batches of 6 samples are too small") as caught:
+        fit(Net(loss=noise), CurvatureCallback(mc_samples=0, ema=0.0), tmp_path=tmp_path, epochs=8)
+    assert sum("too small" in str(warning.message) for warning in caught) == 1
+    signal, scale = series(tmp_path, "grad_signal"), series(tmp_path, "noise_scale")
+    assert set(scale) == {step for step, value in signal.items() if value > 0}
+    assert 0 < len(scale) < len(signal) == 32
+
+
+def repeated(times, dtype=torch.float64):
+    """Batches of which `times` successive ones are equal, and the same samples in batches that are as much larger."""
+    x, y = data(12, dtype).tensors
+    small = [(x[i : i + 3], y[i : i + 3]) for i in range(0, 12, 3)]
+    return [batch for batch in small for _ in range(times)], [(x.repeat(times, 1), y.repeat(times)) for x, y in small]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "scaler"])
+@pytest.mark.parametrize("loss", [cross_entropy_mean, cross_entropy_sum])
+@pytest.mark.parametrize("optimizer", [KFACOptimizer, DiagGGNOptimizer])
+def test_curvature_optimizers_see_the_curvature_of_the_accumulated_loss(optimizer, loss, precision):
+    """Two equal micro-batches make the step of the batch of twice the size: no `curvature_scale` is needed."""
+
+    def build(params):
+        return optimizer(params, lr=0.3, damping=0.01, curvature="exact")
+
+    settings = {"precision": precision}
+    if precision == "scaler":
+        settings = {"precision": None, "plugins": [Scaled()]}
+    accumulated = Net(build, loss)
+    whole = Net(build, loss if loss is cross_entropy_mean else lambda output, y: loss(output, y) / 2)
+    micro, doubled = repeated(2, torch.float64 if precision == "64-true" else torch.float32)
+    fit(accumulated, CurvatureCallback(0), loader=micro, accumulate_grad_batches=2, **settings)
+    fit(whole, CurvatureCallback(0), loader=doubled, **settings)
+    assert len(accumulated.seen) == 2 * len(whole.seen) == 16
+    assert_same_parameters_up_to_rounding(accumulated, whole)
+
+
+def test_manual_accumulation_declares_its_scale():
+    """In manual optimization the callback supplies the last backward pass, here the half of a mean."""
+
+    class Halves(ManualNet):
+        def configure_optimizers(self):
+            optimizer = KFACOptimizer(self.parameters(), lr=0.3, damping=0.01, curvature="exact")
+            optimizer.curvature_scale = 2
+            return optimizer
+
+    def build(params):
+        return KFACOptimizer(params, lr=0.3, damping=0.01, curvature="exact")
+
+    halves, whole, (_, doubled) = Halves(), Net(build), repeated(2)
+    fit(halves, CurvatureCallback(0), loader=doubled)
+    fit(whole, CurvatureCallback(0), loader=doubled)
+    assert_same_parameters_up_to_rounding(halves, whole)
 
 
 @pytest.mark.parametrize("optimizer", [sgd, adam])
@@ -379,6 +486,21 @@ def test_unsupported_model_raises_or_warns_once():
     assert_nothing_left_behind(net)
 
 
+def test_a_failed_check_raises_or_trains_on_without_logging(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(SumCheck, "evaluate", fail)
+    with pytest.raises(RuntimeError, match=r"on purpose.*`strict=False` trains on"):
+        fit(Net(), CurvatureCallback())
+    plain, watched = Net(optimizer=kfac), Net(optimizer=kfac)
+    fit(plain, CurvatureCallback(0))
+    with pytest.warns(UserWarning, match="CurvatureCallback stops logging: on purpose"):
+        fit(watched, CurvatureCallback(strict=False))
+    assert_same_parameters(plain, watched)
+    assert_nothing_left_behind(watched)
+
+
 def test_a_loss_of_unknown_curvature_has_everything_but_the_trace(tmp_path):
     def by_hand(output, y):
         return -output.log_softmax(1)[torch.arange(len(y)), y].mean()
@@ -393,7 +515,7 @@ def test_a_loss_of_unknown_curvature_has_everything_but_the_trace(tmp_path):
 def test_one_sample_has_norms_but_no_variance(tmp_path):
     fit(Net(), CurvatureCallback(), tmp_path=tmp_path, batch_size=1, size=3, epochs=1)
     tags = set(events(tmp_path).Tags()["scalars"])
-    assert tags & TAGS == TAGS - {"curvature/grad_variance", "curvature/noise_scale"}
+    assert tags & TAGS == TAGS - {f"curvature/{name}" for name in ("grad_variance", "grad_signal", "noise_scale")}
 
 
 def test_fast_dev_run_and_other_loggers(tmp_path):
@@ -423,7 +545,8 @@ def test_resumed_run_continues_the_series(tmp_path):
         precision="64-true",
         **CONSTANT,
     )
-    trainer.fit(part, DataLoader(data(), batch_size=6), ckpt_path=tmp_path / "checkpoint", weights_only=True)
+    strictly = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    trainer.fit(part, DataLoader(data(), batch_size=6), ckpt_path=tmp_path / "checkpoint", **strictly)
     for name in ("ggn_trace", "grad_variance", "noise_scale"):
         resumed = series(tmp_path / "second", name)
         assert resumed == {step: value for step, value in series(tmp_path / "whole", name).items() if step >= 4}
@@ -444,10 +567,95 @@ def test_callback_can_be_pickled_and_copied():
     assert copy.deepcopy(callback).state_dict() == callback.state_dict()
 
 
-def test_callback_serves_both_import_names():
-    assert issubclass(CurvatureCallback, pl.Callback)
+def test_values_of_two_processes_equal_those_of_one(tmp_path):
+    """Lightning's sampler deals shuffled samples out to the processes in turn."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    x, y = data().tensors
+    batches = torch.tensor(list(DistributedSampler(data(), num_replicas=1, rank=0))).split(6)
+    fit(Net(), CurvatureCallback(mc_samples=0), tmp_path=one, epochs=1, loader=[(x[i], y[i]) for i in batches])
+    fit(Net(), CurvatureCallback(mc_samples=0), tmp_path=two, epochs=1, batch_size=3, strategy="ddp_spawn", devices=2)
+    for name in ("grad_norm", "grad_variance", "grad_signal", "noise_scale"):
+        assert series(two, name) == pytest.approx(series(one, name), rel=1e-5)
+        assert series(two, name)
+
+
+def test_either_import_name_trains_with_the_callback_and_kfac(tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
+    assert issubclass(CurvatureCallback, pl.Callback)
     assert issubclass(CurvatureCallback, lightning.Callback)
+
+    class Other(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net().net
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return kfac(self.parameters())
+
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        callbacks=[CurvatureCallback()],
+        logger=lightning.loggers.TensorBoardLogger(tmp_path, name="", version=""),
+        log_every_n_steps=1,
+        accelerator="cpu",
+        precision="64-true",
+        **CONSTANT,
+    )
+    module, reference = Other(), Net(optimizer=kfac)
+    torch.manual_seed(2)
+    trainer.fit(module, DataLoader(data(), batch_size=6))
+    fit(reference, CurvatureCallback(), tmp_path=tmp_path / "reference", epochs=1)
+    assert_same_parameters(module.net, reference.net)
+    for tag in TAGS:
+        name = tag.removeprefix("curvature/")
+        assert series(tmp_path, name) == series(tmp_path / "reference", name)
+
+
+CONFIG = """
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_checkpointing: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_curv.CurvatureCallback
+      init_args: {every_n_steps: 2, strict: false}
+optimizer:
+  class_path: lightning_curv.KFACOptimizer
+  init_args: {lr: 0.1, damping: 0.05, factor_interval: 2}
+"""
+
+
+@pytest.mark.parametrize("import_name", ["pytorch_lightning", "lightning.pytorch"])
+def test_lightning_cli_builds_callback_and_optimizer_from_yaml(tmp_path, import_name):
+    pytest.importorskip("jsonargparse")
+    lightning = pytest.importorskip(import_name)
+    cli = pytest.importorskip(f"{import_name}.cli")
+
+    class Model(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net().net
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def train_dataloader(self):
+            return DataLoader(data(dtype=torch.float32), batch_size=6)
+
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    arguments = ["fit", f"--config={tmp_path / 'config.yaml'}", "--optimizer.damping=0.2"]
+    trainer = cli.LightningCLI(Model, args=arguments, save_config_callback=None, seed_everything_default=False).trainer
+    [optimizer] = trainer.optimizers
+    assert type(optimizer) is KFACOptimizer
+    assert optimizer.steps == 4
+    assert optimizer.param_groups[0]["damping"] == 0.2
+    assert trainer.callback_metrics["curvature/grad_norm"] > 0
 
 
 @pytest.mark.parametrize(

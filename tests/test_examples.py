@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning_curv
+
 ROOT = Path(__file__).parents[1]
+EXTENSIONS = set(lightning_curv.__all__) - set(lightning_curv._ROOM) - {"Extension"}
 
 
 def run(script, *arguments):
@@ -25,22 +28,29 @@ def test_mnist_learns_and_draws_its_curves(tmp_path):
 
 def test_all_extensions_prints_the_documented_shapes():
     out = run("all_extensions.py")
-    N, C, M, p = 8, 10, 2, "4, 1, 5, 5"
-    for field, shape in {
-        "grad_batch": f"{N}, {p}",
-        "batch_l2": f"{N}",
-        "sum_grad_squared": p,
-        "variance": p,
-        "diag_ggn_exact": p,
-        "diag_ggn_mc": p,
-        "diag_ggn_exact_batch": f"{N}, {p}",
-        "diag_ggn_mc_batch": f"{N}, {p}",
-        "sqrt_ggn_exact": f"{C}, {N}, {p}",
-        "sqrt_ggn_mc": f"{M}, {N}, {p}",
-    }.items():
-        assert re.search(rf"\.{field} +0\.weight \[{shape}\]", out), field
-    for field in ("kfac", "kflr"):
-        assert re.search(rf"\.{field} +0\.weight \[4, 4\] ⊗ \[25, 25\]  0\.bias \[4, 4\]", out), field
+    N, C, M, V, p = 8, 10, 2, 3, "4, 1, 5, 5"
+    for field, documented, shape in (
+        ("grad_batch", "[N, *p]", f"[{N}, {p}]"),
+        ("batch_l2", "[N]", f"[{N}]"),
+        ("sum_grad_squared", "[*p]", f"[{p}]"),
+        ("variance", "[*p]", f"[{p}]"),
+        ("diag_ggn_exact", "[*p]", f"[{p}]"),
+        ("diag_ggn_mc", "[*p]", f"[{p}]"),
+        ("diag_ggn_exact_batch", "[N, *p]", f"[{N}, {p}]"),
+        ("diag_ggn_mc_batch", "[N, *p]", f"[{N}, {p}]"),
+        ("sqrt_ggn_exact", "[C, N, *p]", f"[{C}, {N}, {p}]"),
+        ("sqrt_ggn_mc", "[M, N, *p]", f"[{M}, {N}, {p}]"),
+        ("kfac", "B ⊗ A", "[4, 4] ⊗ [25, 25]"),
+        ("kflr", "B ⊗ A", "[4, 4] ⊗ [25, 25]"),
+        ("kfra", "B ⊗ A", "[4, 4] ⊗ [25, 25]"),
+        ("diag_h", "[*p]", f"[{p}]"),
+        ("diag_h_batch", "[N, *p]", f"[{N}, {p}]"),
+        ("hmp", "[V, *p]", f"[{V}, {p}]"),
+        ("ggnmp", "[V, *p]", f"[{V}, {p}]"),
+        ("pchmp", "[V, *p]", f"[{V}, {p}]"),
+    ):
+        assert re.search(rf"\.{field} +{re.escape(documented)} +{re.escape(shape)} ", out), field
+    assert {name for name in EXTENSIONS if f"{name}(" not in out} == set()
     differences = re.findall(r" (\d\.\de[-+]\d+)", out)
     assert len(differences) == 3
     assert all(float(difference) < 1e-5 for difference in differences)

@@ -1,12 +1,30 @@
 """Kronecker factors against brute force, for KFAC-expand and KFAC-reduce."""
 
+import copy
+from functools import partial
+
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
+from losses_table import LOSS
 from test_ggn import RUNS, assert_unbiased
-from zoo import ROW, assert_close, compute
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from zoo import ROW, Problem, assert_close, assert_fields, compute
 
-from lightning_curv.extensions import KFAC, KFLR
+from lightning_curv.extensions import (
+    KFAC,
+    KFLR,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    SumGradSquared,
+    Variance,
+)
+from lightning_curv.jacobian import CHUNK_BYTES
 
 NAMES = [
     "mlp_sigmoid",
@@ -88,3 +106,154 @@ def test_factors_are_symmetric_and_positive_semidefinite(name):
 def test_unknown_weight_sharing_is_refused():
     with pytest.raises(ValueError, match="expand"):
         KFLR(weight_sharing="shrink")
+
+
+# --- transposed convolutions -----------------------------------------------------------------------------------------
+
+
+class Written(nn.Module):
+    """A transposed convolution in two steps: the product of every pixel with the weight, then where it is written."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        m, G = self.layer, self.layer.groups
+        rows = x.unflatten(1, (G, -1)).flatten(3).permute(0, 3, 1, 2)  # [N, S, G, I]
+        self.inputs = rows
+        self.products = torch.einsum("nsgi,gip->nsgp", rows, m.weight.unflatten(0, (G, -1)).flatten(2))
+        P, kernel = self.products.shape[-1], m.weight.shape[2:]
+        place = torch.eye(P).to(x).reshape(P, -1, *kernel).repeat(G, *[1] * (1 + len(kernel)))
+        z = self.products.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, x.shape[2:])
+        write = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[x.ndim]
+        return write(z, place, m.bias, m.stride, m.padding, m.output_padding, G, m.dilation)
+
+
+DECONVOLUTIONS = {
+    "1d": (partial(nn.ConvTranspose1d, 2, 3, 2), (2, 4)),
+    "1d_groups": (partial(nn.ConvTranspose1d, 4, 6, 2, stride=2, padding=1, output_padding=1, groups=2), (4, 3)),
+    "2d": (partial(nn.ConvTranspose2d, 2, 3, (2, 1), stride=(1, 2), dilation=(2, 1), bias=False), (2, 2, 3)),
+    "3d": (partial(nn.ConvTranspose3d, 2, 2, 2, groups=2, output_padding=1, stride=2), (2, 1, 2, 2)),
+}
+
+
+def deconvolution_problem(name, N=3) -> Problem:
+    torch.manual_seed(0)
+    make, shape = DECONVOLUTIONS[name]
+    model = nn.Sequential(nn.Tanh(), make(), nn.Tanh(), nn.Flatten()).double()
+    X = torch.randn(N, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        return Problem(model, X, LOSS["mse_sum"].target(model(X).shape), LOSS["mse_sum"])
+
+
+@SHARING
+@pytest.mark.parametrize("name", DECONVOLUTIONS)
+def test_transposed_convolution(name, weight_sharing):
+    """A from the pixels of the input, B from the patches that they write; row-major order of [in, out, *kernel]."""
+    case = deconvolution_problem(name)
+    compute(case, KFLR(weight_sharing=weight_sharing))
+    explicit = copy.deepcopy(case)
+    explicit.model[1] = written = Written(explicit.model[1])
+    columns, output = oracle.hessian_columns(explicit), explicit.model(explicit.X)
+    torch.testing.assert_close(output, case.model(case.X))
+    inputs, B = written.inputs, 0
+    A = sum(oracle.outer_products(a, "mean", weight_sharing) for a in inputs) / len(inputs)
+    for n, column in columns:
+        seed = torch.zeros_like(output)
+        seed[n] = column
+        (g,) = oracle.gradient(output, [written.products], seed)
+        B = B + oracle.outer_products(g[n], "sum", weight_sharing)
+    for actual, expected in zip(case.model[1].weight.kflr, (A, B), strict=True):
+        assert_close(actual, expected if case.model[1].groups > 1 else expected[0])
+
+
+def test_transposed_convolution_of_one_pixel_is_exact():
+    case = deconvolution_problem("1d", N=1)
+    case.X = case.X[..., :1]
+    case.y = LOSS["mse_sum"].target(case.model(case.X).shape)
+    compute(case, KFLR())
+    assert_close(torch.kron(*case.model[1].weight.kflr), oracle.ggn(case)["1.weight"].sum(0))
+
+
+# --- diagonal factors ------------------------------------------------------------------------------------------------
+
+
+@SHARING
+def test_parameter_of_different_ops_gets_the_exact_diagonal(weight_sharing):
+    """Embedding and output projection in one: one factor, the diagonal of the GGN."""
+    problem = ROW["tied_embedding"].make()
+    compute(problem, KFLR(weight_sharing=weight_sharing))
+    (diagonal,) = problem.model.embedding.weight.kflr
+    assert_close(diagonal, oracle.diag_ggn(problem)["embedding.weight"].flatten())
+
+
+@SHARING
+@pytest.mark.parametrize("name", ["layernorm_axes", "groupnorm_cnn", "batchnorm_eval_cnn", "rmsnorm_matmul"])
+def test_norms_get_the_exact_diagonal(name, weight_sharing):
+    problem = ROW[name].make()
+    compute(problem, KFLR(weight_sharing=weight_sharing))
+    exact = oracle.diag_ggn(problem)
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.RMSNorm)
+    for key, module in problem.model.named_modules():
+        for kind, p in module.named_parameters(recurse=False):
+            if isinstance(module, norms):
+                (diagonal,) = p.kflr
+                assert_close(diagonal, exact[f"{key}.{kind}"].flatten())
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that was made."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.layout is torch.strided]
+        self.entries = max([self.entries, *(t.untyped_storage().nbytes() // t.element_size() for t in made)])
+        return out
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["embedding", "tied"])
+def test_large_vocabulary_is_never_dense(tied):
+    """Neither [V, V] nor [N, V, d] for V = 5000 tokens: at most one chunk, or one sample."""
+    N, T, V, D = 96, 3, 5000, 16
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(V, D), nn.Linear(D, 3)
+
+        def forward(self, tokens):
+            h = torch.tanh(self.table(tokens)).mean(1)
+            return F.linear(h, self.table.weight) if tied else self.head(h)
+
+    torch.manual_seed(0)
+    model = Model()
+    tokens, y = torch.randint(V, (N, T)), torch.randint(V if tied else 3, (N,))
+    extensions = [BatchL2Grad(), SumGradSquared(), Variance(), DiagGGNMC(), KFAC(), KFAC(weight_sharing="reduce")]
+    with Largest() as largest:
+        compute(Problem(model, tokens, y, LOSS["ce"]), *extensions)
+    assert largest.entries <= max(CHUNK_BYTES // 4, N * V, 2 * V * D)
+    assert N * V * D > CHUNK_BYTES // 4
+    assert [f.ndim for f in model.table.weight.kfac] == ([1] if tied else [1, 2])
+
+
+def test_tied_embedding_with_repeated_tokens_and_padding():
+    """One-hot terms and dense terms of one parameter add before they are squared."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 3, padding_idx=2)
+
+        def forward(self, tokens):
+            return torch.tanh(self.table(tokens)).mean(1) @ self.table.weight.T
+
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0, 0, 2], [1, 3, 1], [2, 2, 2], [4, 0, 3]])
+    case = Problem(Model().double(), tokens, torch.tensor([0, 4, 2, 1]), LOSS["ce"])
+    compute(case, BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), DiagGGNExact(), check=True)
+    for field in ("grad_batch", "batch_l2", "sum_grad_squared", "variance"):
+        assert_fields(case, field, getattr(oracle, field)(case))
+    assert_fields(case, "diag_ggn_exact", oracle.diag_ggn(case))

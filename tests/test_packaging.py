@@ -10,8 +10,13 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_curv
+from lightning_curv import CurvatureCallback
+from lightning_curv.losses import LOSSES
+from lightning_curv.rules import RULES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -112,6 +117,41 @@ def test_readme_names_every_export():
     text = (ROOT / "README.md").read_text()
     undocumented = {"Extension", "disable", "record", "rule"}
     assert {name for name in lightning_curv.__all__ if name not in text} <= undocumented
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    X, y = torch.rand(8, 1, 28, 28), torch.arange(8)
+    model, lossfunc = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), torch.nn.CrossEntropyLoss()
+    scope = {"loader": DataLoader(TensorDataset(X, y), 4), "model": model, "lossfunc": lossfunc, "X": X, "y": y}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, scope)
+    assert all(p.variance.shape == p.shape for p in model.parameters())
+    assert list(tmp_path.glob("lightning_logs/*/events*"))
+
+
+def test_readme_names_every_logged_series():
+    text = (ROOT / "README.md").read_text()
+    for name in re.findall(r"``curvature/([a-z_]+)", CurvatureCallback.__doc__):
+        assert f"curvature/{name}" in text
+
+
+def test_map_names_every_file_and_its_code_runs():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tables = "".join(line for line in text.splitlines() if line.startswith("|"))
+    for path in SOURCES:
+        assert path.stem == "__init__" or f"`{path.stem}`" in tables or f"`{path.stem}/`" in tables, path
+    for name in re.findall(r"`([a-z_]{3,})/?`", "".join(re.findall(r"^\| (`[a-z_`, /]+) \|", text, re.MULTILINE))):
+        assert any(name in {path.stem, path.parent.name} for path in SOURCES), name
+    before = dict(RULES), dict(LOSSES)
+    try:
+        assert doctest.testfile(str(ROOT / "docs" / "architecture.md"), module_relative=False).failed == 0
+    finally:
+        for table, saved in zip((RULES, LOSSES), before):
+            table.clear()
+            table.update(saved)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

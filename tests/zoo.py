@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from losses_table import LOSS, Loss
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 
 @dataclass
@@ -168,6 +168,15 @@ def segmentation():
 
 def parametrized():
     return nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), weight_norm(nn.Linear(4, 3), dim=None))
+
+
+def mlp_head():
+    return nn.Sequential(nn.Tanh(), nn.Linear(4, 3))
+
+
+def transformer_encoder():
+    layer = nn.TransformerEncoderLayer(4, 2, 3, dropout=0.0, activation="gelu", batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), Mean(1), nn.Linear(4, 3))
 
 
 def token_norm():
@@ -327,7 +336,7 @@ class InPlaceArithmetic(nn.Module):
 
 
 class Unusual(nn.Module):
-    """Ops without a rule of their own: where, prelu, bilinear, pow."""
+    """Parameters in prelu and bilinear, and in ops without a rule of their own: where, pow."""
 
     def __init__(self):
         super().__init__()
@@ -514,6 +523,82 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.embedding(tokens))).transpose(1, 2)
 
 
+class Tagger(nn.Module):
+    """Embedding, bidirectional LSTM, scores of every token from its states."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.lstm = nn.Embedding(5, 2), nn.LSTM(2, 2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(4, 3, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.lstm(self.embedding(tokens))[0]).transpose(1, 2)
+
+
+class SequenceToOne(nn.Module):
+    """A GRU of two layers on [T, N, d] with a learned initial state; outputs and final states are used."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.initial, self.head = nn.GRU(3, 2, num_layers=2), raw(2, 1, 2), nn.Linear(6, 3)
+
+    def forward(self, x):
+        states, final = self.gru(x.transpose(0, 1), self.initial.expand(-1, len(x), -1).contiguous())
+        return self.head(torch.cat([states.mean(0), *final], -1))
+
+
+class EncoderDecoder(nn.Module):
+    """The final states of an LSTM start a cell, which is then applied to its own output."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder, self.start = nn.LSTM(2, 3, batch_first=True), nn.LSTMCell(3, 3), raw(3)
+
+    def forward(self, x):
+        _, (h, c) = self.encoder(x)
+        h, c = self.decoder(self.start.expand(len(x), -1), (h[0], c[0]))
+        return self.decoder(h, (h, c))[0]
+
+
+class CrossAttention(nn.Module):
+    """Sequence-first attention to shorter sequences of other widths, padded, with bias and zero keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_bias_kv=True, add_zero_attn=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):  # [N, 3, 4]
+        query, keys, values = x.transpose(0, 1), x[:, :2, :3].sin().transpose(0, 1), x[:, 1:, :2].transpose(0, 1)
+        padding = x[:, 1:, 0] > 0
+        return self.head(self.attention(query, keys, values, key_padding_mask=padding)[0].mean(0))
+
+
+class TransformerDecoder(nn.Module):
+    """Sequence-first, norm first, causal."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerDecoderLayer(4, 2, 3, dropout=0.0, norm_first=True, activation="gelu")
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+        return self.layer(x.transpose(0, 1), x[:, :2].sin().transpose(0, 1), tgt_mask=mask)[-1]
+
+
+class Experts(nn.Module):
+    """One matrix per expert: batched products, einsum; a packed matrix used in slices."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.gate = raw(2, 3, 2), raw(2, 2, 3), raw(6, 3)
+
+    def forward(self, x):  # [N, 3]
+        a, b = (F.linear(x, part) for part in self.gate.chunk(2))
+        h = torch.tanh(torch.bmm(torch.stack([a, b]), self.first))  # [E, N, 2]
+        return torch.einsum("eni,eio->no", h, self.second)
+
+
 class AllEqual(nn.Module):
     """Every size is 3: batch, time, features, classes."""
 
@@ -577,6 +662,14 @@ ZOO = [
     Row("subclass", lambda: nn.Sequential(ScaledLinear(5, 4), nn.Tanh(), ScaledLinear(4, 3)), randn(6, 5)),
     Row("all_sizes_equal", AllEqual, randn(3, 3, 3)),
     Row("segmentation_ce", segmentation, randn(4, 2, 3, 2), "ce_image"),
+    Row("lstm_tagger", Tagger, ints(5, 3, 4), "ce_sequence"),
+    Row("gru_sequence_first", SequenceToOne, randn(4, 3, 3)),
+    Row("encoder_decoder", EncoderDecoder, randn(4, 2, 2), "mse"),
+    Row("transformer_encoder", transformer_encoder, randn(3, 2, 4)),
+    Row("transformer_decoder", TransformerDecoder, randn(3, 3, 4), "mse"),
+    Row("cross_attention", CrossAttention, randn(4, 3, 4)),
+    Row("experts", Experts, randn(5, 3)),
+    Row("spectral_norm", lambda: nn.Sequential(spectral_norm(nn.Linear(5, 4)), mlp_head()).eval(), randn(6, 5)),
     Row("segmentation_mse", segmentation, randn(4, 2, 3, 2), "mse_image"),
 ]
 NAMES = [row.name for row in ZOO]

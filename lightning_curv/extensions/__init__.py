@@ -8,25 +8,38 @@ from lightning_curv.extensions.ggn import (
     DiagGGNExact,
     DiagGGNMC,
     GGNTraceMC,
+    JacobianExact,
+    JacobianMC,
     SqrtGGNExact,
     SqrtGGNMC,
 )
+from lightning_curv.extensions.hessian import BatchDiagHessian, DiagHessian
+from lightning_curv.extensions.kfra import KFRA
 from lightning_curv.extensions.kronecker import KFAC, KFLR
+from lightning_curv.extensions.products import GGNMP, HMP, PCHMP
 
 __all__ = [
+    "GGNMP",
+    "HMP",
     "KFAC",
     "KFLR",
+    "KFRA",
+    "PCHMP",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
+    "BatchDiagHessian",
     "BatchGrad",
     "BatchL2Grad",
     "DiagGGNExact",
     "DiagGGNMC",
+    "DiagHessian",
     "Exact",
     "Extension",
     "GGNTraceMC",
     "Gradient",
     "GraphExtension",
+    "JacobianExact",
+    "JacobianMC",
     "Sampled",
     "SqrtGGNExact",
     "SqrtGGNMC",

@@ -134,3 +134,38 @@ class GGNTraceMC(Extension):
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Sum of all squared entries of J."""
         return jacobian.squared_norms().sum()
+
+
+class JacobianMC(Extension):
+    """The Jacobian of the Monte-Carlo columns itself, unevaluated, in ``jacobian_mc``.
+
+    A `lightning_curv.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional derivatives along d,
+    ``[M, N]``, and ``(Σ_p p.jacobian_mc.dot(d_p)).square().sum()`` is dᵀGd for a direction over all parameters,
+    without another backward pass. Memory: the op's inputs and cotangents until the attribute is deleted or
+    overwritten.
+
+    Args:
+        mc_samples: M, the number of target draws.
+    """
+
+    savefield = "jacobian_mc"
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self.source = Sampled(mc_samples)
+
+    def evaluate(self, jacobian: Jacobian) -> Jacobian:
+        """J, as it is."""
+        return jacobian
+
+    def merge(self, previous: Jacobian, new: Jacobian, jacobian: Jacobian) -> Jacobian:
+        """Columns are stacked."""
+        return previous.stacked(new)
+
+
+class JacobianExact(JacobianMC):
+    """The Jacobian of the exact GGN columns, unevaluated, in ``jacobian_exact``; see `JacobianMC`."""
+
+    savefield = "jacobian_exact"
+
+    def __init__(self) -> None:
+        self.source = Exact()

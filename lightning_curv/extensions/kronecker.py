@@ -18,6 +18,8 @@ with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the position
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -26,10 +28,11 @@ from torch import Tensor
 from lightning_curv import onehot
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
 from lightning_curv.jacobian import CHUNK_BYTES, Jacobian
+from lightning_curv.symmetric import gram
 from lightning_curv.terms import Term
 
 WeightSharing = Literal["expand", "reduce"]
-OUTPUT, INPUT = "o", "ixyz"
+KRONECKER = "oixyz"  # letters of matrix axes; x y z belong to the patches of the input or of the output
 
 
 class KFLR(Extension):
@@ -37,9 +40,12 @@ class KFLR(Extension):
 
     A list of factors in row-major order of the parameter. Linear and convolution weight: ``[B, A]`` of shapes
     ``[out, out]`` and ``[in/groups·K, in/groups·K]``; with groups ``[G, out/G, out/G]`` and ``[G, in/G·K, in/G·K]``. A
-    weight used as ``x @ W``: ``[A, B]``. Bias: ``[B]``. A factor with one axis is a diagonal matrix:
+    weight used as ``x @ W``: ``[A, B]``. Transposed convolution: ``[A, B]`` of shapes ``[in/groups, in/groups]`` and
+    ``[out/groups·K, out/groups·K]``; its positions are the pixels of the input, each of which writes one patch. Bias:
+    ``[B]``. Recurrent weights: ``[B, A]``, the steps are positions. A factor with one axis is a diagonal matrix:
     ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A), ``[diagonal of the GGN]`` for every
-    parameter without Kronecker structure (norm scales, offsets, parameters used by ops of different kinds).
+    parameter without Kronecker structure (norm scales, offsets, parameters used by ops of different kinds, such as an
+    embedding that is also the output projection).
 
     In training mode BatchNorm couples the samples; the factors then take its batch statistics as given, as all
     implementations do.
@@ -93,20 +99,30 @@ class KFAC(KFLR):
 
 def _axes(jacobian: Jacobian) -> str:
     """The factors of the block, ``o`` and ``i`` in the order of the parameter's axes; empty: no Kronecker structure."""
-    par = jacobian.terms[0].par
-    if len(jacobian.terms) > 1 or any(letter not in OUTPUT + INPUT + "q" for letter in par):
+    term = jacobian.terms[0]
+    if len(jacobian.terms) > 1 or any(letter not in "q" + KRONECKER for letter in term.par):
         return ""
-    return "".join(dict.fromkeys("i" if letter in INPUT else letter for letter in par if letter != "q"))
+    par = term.par.removeprefix("q")
+    out, inp = ("".join(letter for letter in letters if letter in par) for letters in (term.out, term.inp))
+    orders = {out + inp: "oi", inp + out: "io"} if inp else {out: "o"}
+    return orders.get(par, "") if par else ""
 
 
 def _output_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
-    g = term.canonical().g  # [V, N, S, (q), o]
+    size = max(1, CHUNK_BYTES // max(1, math.prod(term.g.shape[2:]) * len(term.g) * term.g.element_size()))
+    starts = range(0, max(1, term.g.shape[1]), size)
+    return reduce(torch.add, (_products(term[i : i + size], weight_sharing) for i in starts))
+
+
+def _products(term: Term, weight_sharing: WeightSharing) -> Tensor:
+    """Sum over columns, samples and positions, ``[(q), o, o]``."""
+    g = replace(term, x=None, inp="", classes=0).canonical().g  # [V, N, S, (q), o, *kernel]
+    g = g.flatten(4 if "q" in term.out else 3)
     if weight_sharing == "reduce":
         g = g.sum(2, keepdim=True)
-    if "q" not in term.out:
-        g = g.flatten(0, -2)
-        return g.mT @ g
-    return torch.einsum("vnsqo,vnsqp->qop", g, g)
+    if "q" in term.out:
+        return torch.einsum("vnsqo,vnsqp->qop", g, g)
+    return gram(g.flatten(0, 2))
 
 
 def _input_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
@@ -114,8 +130,8 @@ def _input_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
     if term.classes:
         return onehot.second_moment(term, weight_sharing == "reduce")
     size = max(1, CHUNK_BYTES // max(1, math.prod(term.x.shape[1:]) * term.x.element_size()))
-    chunks = [_second_moment(term[i : i + size], weight_sharing) for i in range(0, max(1, len(term.x)), size)]
-    return torch.stack(chunks).sum(0) / max(1, len(term.x))
+    chunks = (_second_moment(term[i : i + size], weight_sharing) for i in range(0, max(1, len(term.x)), size))
+    return reduce(torch.add, chunks) / max(1, len(term.x))
 
 
 def _second_moment(term: Term, weight_sharing: WeightSharing) -> Tensor:
@@ -127,4 +143,4 @@ def _second_moment(term: Term, weight_sharing: WeightSharing) -> Tensor:
         x = x.mean(1, keepdim=True)
     if "q" in term.inp:
         return torch.einsum("nsqi,nsqj->qij", x, x) / x.shape[1]
-    return x.flatten(0, 1).mT @ x.flatten(0, 1) / x.shape[1]
+    return gram(x.flatten(0, 1)) / x.shape[1]

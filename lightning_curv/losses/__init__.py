@@ -1,8 +1,20 @@
 """Loss functions: the curvature that a loss call has at its input, as columns, samples and products."""
 
-from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
-from lightning_curv.losses.registry import LOSSES, loss
+from lightning_curv.losses.autograd import Quadratic, by_autograd
+from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from lightning_curv.losses.registry import LOSSES, PARTS, loss
 
-__all__ = ["LOSSES", "Bernoulli", "Categorical", "Gaussian", "Likelihood", "loss"]
+__all__ = [
+    "LOSSES",
+    "PARTS",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Likelihood",
+    "Poisson",
+    "Quadratic",
+    "by_autograd",
+    "loss",
+]
 
-from lightning_curv.losses import functions  # noqa: F401
+from lightning_curv.losses import classification, regression  # noqa: F401

@@ -1,9 +1,11 @@
-r"""Likelihoods: the Hessian of a loss at the network's output and a square root of it, exact or sampled.
+r"""Likelihoods: the curvature of a loss at the network's output and a square root of it, exact or sampled.
 
-A loss is the negative logarithm of a likelihood whose natural parameters are the network's output ``f``. Its Hessian
-:math:`H = \nabla_f^2 \ell` then equals the covariance of the sampled gradients (Kunstner, Balles & Hennig,
-*Limitations of the empirical Fisher approximation*, NeurIPS 2019), and the square root and the samples below need no
-differentiation.
+A loss is the negative logarithm of a likelihood with the network's output ``f`` as parameter. The curvature used by the
+GGN is the Fisher information :math:`H = \mathbb{E}_{y \sim p(y|f)} [\nabla_f \ell\, \nabla_f \ell^\top]` (Kunstner,
+Balles & Hennig, *Limitations of the empirical Fisher approximation*, NeurIPS 2019), which needs no differentiation.
+Where the output holds natural parameters (logits, log-rates, means) H is the Hessian :math:`\nabla_f^2 \ell`. Where it
+holds something else (probabilities, log-probabilities, rates) H gives the same GGN as the loss of the natural
+parameters would: sigmoid and `binary_cross_entropy` are `binary_cross_entropy_with_logits`.
 """
 
 from __future__ import annotations
@@ -18,37 +20,70 @@ from torch import Tensor
 
 from lightning_curv.errors import UnsupportedError
 
+SMALLEST = 1e-12  # variance of a bit that is divided by, as in torch
+
 
 class Likelihood(ABC):
     """The curvature of a loss at its input ``f``, the weight of every entry or row included."""
 
     @abstractmethod
-    def columns(self, samples: int) -> Iterator[Tensor]:
+    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
         """Columns S, each of the input's shape, with Σ S[n] S[n]ᵀ = H_n for every sample n.
 
         Args:
             samples: Number of samples N; the input's leading axis holds ``N·r`` rows.
+            minor: Whether the sample is the inner index of the rows (``[T·N, ...]`` of sequence-first networks).
         """
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Tensor:
         """The gradient at the input for targets drawn from the model; its expected outer product is H."""
 
+    @abstractmethod
+    def product(self, v: Tensor) -> Tensor:
+        """H v, for v of the input's shape."""
 
-def _root(weight: Tensor) -> Tensor:
+    @abstractmethod
+    def hessian_columns(self, samples: int, minor: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Columns with signs ``[N]`` (``None``: all positive); their signed squares add up to the loss' own Hessian.
+
+        It differs from H where the input holds no natural parameters: see the head of this module.
+        """
+
+
+def _nonnegative(weight: Tensor) -> Tensor:
     if bool((weight < 0).any()):
         raise UnsupportedError(
             "The GGN needs a loss whose terms have weights ≥ 0, found a negative one; "
             "is the loss subtracted somewhere? Use Hessian quantities instead."
         )
-    return weight.sqrt()
+    return weight
 
 
-def _per_sample(tensor: Tensor, samples: int, trailing: int = 0) -> Tensor:
-    """``[N·r, *, *trailing]`` as ``[N, E, *trailing]``."""
+def _root(weight: Tensor) -> Tensor:
+    return _nonnegative(weight).sqrt()
+
+
+def per_sample(tensor: Tensor, samples: int, minor: bool, trailing: int = 0) -> Tensor:
+    """``[N·r, *, *trailing]`` as ``[N, E, *trailing]``; ``minor``: from ``[r·N, *, *trailing]``."""
+    if minor:
+        tensor = tensor.unflatten(0, (-1, samples)).transpose(0, 1).flatten(0, 1)
     kept = tensor.shape[tensor.ndim - trailing :]
     entries = math.prod(tensor.shape[1 : tensor.ndim - trailing]) * (len(tensor) // samples if samples else 1)
     return tensor.reshape(samples, entries, *kept)
+
+
+def joined(entries: Tensor, shape: torch.Size, samples: int, minor: bool) -> Tensor:
+    """The inverse of `per_sample`."""
+    if not minor:
+        return entries.reshape(shape)
+    rows = entries.reshape(samples, shape[0] // samples, *shape[1:])
+    return rows.transpose(0, 1).reshape(shape)
+
+
+def signs_of(weight: Tensor) -> Tensor | None:
+    """Signs ``[N]`` of a column's weights; ``None``: all positive."""
+    return weight.sign() if bool((weight < 0).any()) else None
 
 
 @dataclass(frozen=True)
@@ -59,8 +94,8 @@ class Categorical(Likelihood):
         probabilities: p, with classes on axis ``axis``.
         weight: w, of p's shape with one entry on the axis of the classes.
         axis: The axis of the classes.
-        normalized: Whether the input holds log-probabilities instead of logits; centring is then the log-softmax's
-        part.
+        normalized: Whether the input holds log-probabilities instead of logits: H is then w diag(p), the log-softmax
+            below turns it into w (diag(p) - p pᵀ), and the loss, linear in its input, has no Hessian of its own.
     """
 
     probabilities: Tensor
@@ -68,18 +103,11 @@ class Categorical(Likelihood):
     axis: int
     normalized: bool = False
 
-    def columns(self, samples: int) -> Iterator[Tensor]:
+    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
         """√(w p_c) (e_c - p) for every class c and every row of a sample."""
-        p = self.probabilities
-        root = (_root(self.weight) * p.sqrt()).movedim(self.axis, -1)
-        classes = root.shape[-1]
-        rows = _per_sample(root, samples, trailing=1)
-        for row in range(rows.shape[1]):
-            for c in range(classes):
-                column = torch.zeros_like(rows)
-                column[:, row, c] = rows[:, row, c]
-                column = column.reshape(root.shape).movedim(-1, self.axis)
-                yield self._centred(column)
+        _nonnegative(self.weight)
+        for column, _ in self._signed(samples, minor):
+            yield column
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (e_y - p) with y drawn from p."""
@@ -88,33 +116,80 @@ class Categorical(Likelihood):
         onehot = torch.nn.functional.one_hot(drawn, p.shape[-1]).to(p.dtype).movedim(-1, self.axis)
         return self._centred(_root(self.weight) * onehot)
 
+    def product(self, v: Tensor) -> Tensor:
+        """W (p ⊙ v - p pᵀv)."""
+        return self.weight * self._centred(self.probabilities * v)
+
+    def hessian_columns(self, samples: int, minor: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """`columns` with the signs of the weights; none for log-probabilities."""
+        if not self.normalized:
+            yield from self._signed(samples, minor)
+
+    def _signed(self, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        p, w = self.probabilities.movedim(self.axis, -1), self.weight.movedim(self.axis, -1)
+        weights = per_sample(w, samples, minor)
+        roots = per_sample((w.abs() * p).sqrt(), samples, minor, trailing=1)
+        for row in range(roots.shape[1]):
+            signs = signs_of(weights[:, row])
+            for c in range(roots.shape[2]):
+                column = torch.zeros_like(roots)
+                column[:, row, c] = roots[:, row, c]
+                yield self._centred(joined(column, p.shape, samples, minor).movedim(-1, self.axis)), signs
+
     def _centred(self, column: Tensor) -> Tensor:
         return column if self.normalized else column - self.probabilities * column.sum(self.axis, keepdim=True)
 
 
+@dataclass(frozen=True)
 class _Independent(Likelihood):
-    """Likelihoods with independent entries: a diagonal H."""
+    """Likelihoods with independent entries: a diagonal H.
+
+    Attributes:
+        weight: w, of the input's shape.
+    """
+
+    weight: Tensor
 
     @property
     @abstractmethod
     def diagonal(self) -> Tensor:
         """The diagonal of H, of the input's shape."""
 
-    def columns(self, samples: int) -> Iterator[Tensor]:
+    @property
+    def hessian(self) -> Tensor:
+        """The diagonal of the loss' own Hessian."""
+        return self.diagonal
+
+    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
         """√H_ee e_e for every output entry e of a sample."""
-        root = _root(self.diagonal)
-        entries = _per_sample(root, samples)
-        for e in range(entries.shape[1]):
-            column = torch.zeros_like(entries)
-            column[:, e] = entries[:, e]
-            yield column.reshape(root.shape)
+        for column, _ in _entries(_nonnegative(self.diagonal), samples, minor):
+            yield column
+
+    def product(self, v: Tensor) -> Tensor:
+        """The diagonal times v."""
+        return self.diagonal * v
+
+    def hessian_columns(self, samples: int, minor: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """One column per output entry of a sample, with the sign of the second derivative."""
+        yield from _entries(self.hessian, samples, minor)
+
+
+def _entries(diagonal: Tensor, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """√|h_e| e_e and the sign of h_e for every entry e of a sample; entries without curvature too."""
+    values = per_sample(diagonal if diagonal.ndim else diagonal[None], samples, minor)
+    roots = values.abs().sqrt()
+    for e in range(values.shape[1]):
+        column = torch.zeros_like(roots)
+        column[:, e] = roots[:, e]
+        yield joined(column, diagonal.shape, samples, minor), signs_of(values[:, e])
 
 
 @dataclass(frozen=True)
 class Gaussian(_Independent):
-    """Squared error w (f - y)²: a normal distribution with variance 1/2, H = 2 w."""
+    """Squared error w (f - y)²: a normal distribution with variance 1/2, H = 2 w.
 
-    weight: Tensor  # of the input's shape
+    It also stands in for losses with second derivative 2 w and no likelihood (Huber): samples need no more than H.
+    """
 
     @property
     def diagonal(self) -> Tensor:
@@ -123,23 +198,82 @@ class Gaussian(_Independent):
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√(2 w) ε with standard normal ε."""
-        noise = torch.empty_like(self.weight).normal_(generator=generator)
-        return _root(self.diagonal) * noise
+        return _root(self.diagonal) * torch.empty_like(self.weight).normal_(generator=generator)
+
+
+class Variance(Gaussian):
+    """The variance of a normal distribution: H is its Fisher information. Samples as in `Gaussian`."""
+
+    @property
+    def hessian(self) -> Tensor:
+        """Refused: the Hessian couples mean and variance."""
+        raise UnsupportedError(
+            "Hessian quantities need a `gaussian_nll_loss` whose `var` is no output of the network: mean and variance "
+            "share a Hessian. Detach it, or return mean and variance in one tensor and pass it as `output=`."
+        )
 
 
 @dataclass(frozen=True)
 class Bernoulli(_Independent):
-    """Binary cross-entropy with logits: H = w p (1 - p)."""
+    """Binary cross-entropy: H = w p (1 - p) for logits, w / (p (1 - p)) for probabilities.
 
-    probabilities: Tensor  # p, of the input's shape
-    weight: Tensor  # w, of the input's shape
+    Attributes:
+        probabilities: p, of the input's shape.
+        target: y, where the input holds probabilities; ``None``: it holds logits.
+    """
+
+    probabilities: Tensor
+    target: Tensor | None = None
+
+    @property
+    def variance(self) -> Tensor:
+        """P (1 - p), kept away from 0 where it divides, as `binary_cross_entropy` does."""
+        variance = self.probabilities * (1 - self.probabilities)
+        return variance if self.target is None else variance.clamp(min=SMALLEST)
 
     @property
     def diagonal(self) -> Tensor:
-        """W p (1 - p)."""
-        return self.weight * self.probabilities * (1 - self.probabilities)
+        """The Fisher information of the logits or of the probabilities."""
+        return self.weight * (self.variance if self.target is None else 1 / self.variance)
+
+    @property
+    def hessian(self) -> Tensor:
+        """For probabilities w (y / p² + (1 - y) / (1 - p)²)."""
+        if self.target is None:
+            return self.diagonal
+        p, q = (part.square().clamp(min=SMALLEST) for part in (self.probabilities, 1 - self.probabilities))
+        return self.weight * (self.target / p + (1 - self.target) / q)
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """√w (p - y) with y drawn from the model."""
+        """√w (p - y), divided by p (1 - p) for probabilities, with y drawn from the model."""
         drawn = torch.empty_like(self.probabilities).bernoulli_(self.probabilities, generator=generator)
-        return _root(self.weight) * (self.probabilities - drawn)
+        gradient = _root(self.weight) * (self.probabilities - drawn)
+        return gradient if self.target is None else gradient / self.variance
+
+
+@dataclass(frozen=True)
+class Poisson(_Independent):
+    """Poisson negative log-likelihood: H = w λ for log-rates, w / λ for rates.
+
+    Attributes:
+        rate: λ, of the input's shape.
+        target: y, where the input holds rates; ``None``: it holds log-rates.
+    """
+
+    rate: Tensor
+    target: Tensor | None = None
+
+    @property
+    def diagonal(self) -> Tensor:
+        """The Fisher information of the log-rates or of the rates."""
+        return self.weight * (self.rate if self.target is None else 1 / self.rate)
+
+    @property
+    def hessian(self) -> Tensor:
+        """For rates w y / λ²."""
+        return self.diagonal if self.target is None else self.weight * self.target / self.rate.square()
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """√w (λ - y), divided by λ for rates, with y drawn from the model."""
+        gradient = _root(self.weight) * (self.rate - torch.poisson(self.rate, generator=generator))
+        return gradient if self.target is None else gradient / self.rate

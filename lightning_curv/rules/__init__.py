@@ -6,4 +6,13 @@ from lightning_curv.rules.registry import RULES, Call, Rule, bind, rule
 
 __all__ = ["RULES", "Call", "Rule", "bind", "rule"]
 
-from lightning_curv.rules import convolution, elementwise, embedding, fallback, linear, normalization  # noqa: F401
+from lightning_curv.rules import (  # noqa: F401
+    contraction,
+    convolution,
+    elementwise,
+    embedding,
+    fallback,
+    linear,
+    normalization,
+    recurrent,
+)

@@ -1,4 +1,4 @@
-"""Convolutions: matrix products of the weight with the patches of the padded input."""
+"""Convolutions: products of the weight with patches of the padded input, or of the output where transposed."""
 
 from __future__ import annotations
 
@@ -46,6 +46,39 @@ def convolution(
         weight_term = Term("o" + s, "i" + k + s, "oi" + k, g, x[:, 0])
     else:
         weight_term = Term("qo" + s, "qi" + k + s, "qoi" + k, by_group, x)
+    return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
+
+
+@rule(
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    slots=("weight", "bias"),
+    axes=_batched,
+    reads=lambda arguments: ("input",),
+)
+def transposed_convolution(
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+) -> dict[str, Term]:
+    """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``: each pixel writes one patch."""
+    dims = weight.ndim - 2
+    s, k = "stu"[:dims], "xyz"[:dims]
+    written = patches(g.flatten(0, 1), weight, stride, padding, dilation, groups).unflatten(0, g.shape[:2])
+    for axis, size in enumerate(input.shape[2:]):  # output_padding may add room for one more
+        written = written.narrow(axis - dims, 0, size)
+    if groups == 1:
+        weight_term = Term("o" + k + s, "i" + s, "io" + k, written[:, :, 0], input)
+    else:
+        weight_term = Term("qo" + k + s, "qi" + s, "qio" + k, written, input.unflatten(1, (groups, -1)))
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
 
 

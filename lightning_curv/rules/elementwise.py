@@ -80,7 +80,7 @@ def mul(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str
 @rule(
     torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.__truediv__, Tensor.__div__, Tensor.div_,
     Tensor.__itruediv__, Tensor.__idiv__,
-    axes=_repeats, accepts=_repeated_in_front,
+    axes=_repeats, accepts=_repeated_in_front, affine=False,
 )  # fmt: skip
 def div(
     call: Call, g: Tensor, input: Tensor, other: Tensor | float, *, rounding_mode: str | None = None
@@ -91,12 +91,25 @@ def div(
     return {k: broadcast(call, g, *pairs[k]) for k in call.operands}
 
 
-@rule(Tensor.__rdiv__, axes=_repeats, accepts=_repeated_in_front)
+@rule(Tensor.__rdiv__, axes=_repeats, accepts=_repeated_in_front, affine=False)
 def rdiv(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str, Term]:
     """Y = b / a."""
     swapped = {"input": "other", "other": "input"}
     call = Call(call.shape, tuple(swapped[k] for k in call.operands), call.axis)
     return {swapped[k]: term for k, term in div(call, g, _value(other, g), input).items()}
+
+
+@rule(
+    torch.prelu, Tensor.prelu,
+    slots=("weight",), reads=lambda arguments: ("input",),
+    axes=lambda call, arguments: range(len(call.shape) if arguments["weight"].numel() == 1 else 1),
+)  # fmt: skip
+def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> dict[str, Term]:
+    """Y = max(x, 0) + a min(x, 0), with one slope or one per channel (axis 1)."""
+    x = call.rows(input).clamp(max=0)
+    if weight.numel() == 1:
+        return {"weight": Term("s", "s", "", g.reshape(*g.shape[:2], -1), x.reshape(len(x), -1))}
+    return {"weight": Term("ds", "ds", "d", g.reshape(*g.shape[:3], -1), x.reshape(*x.shape[:2], -1))}
 
 
 @rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,12 +23,62 @@ def embedding(
     sparse: bool = False,
 ) -> dict[str, Term]:
     """``F.embedding``; the row ``padding_idx`` gets no gradient."""
+    _refuse_frequencies(scale_grad_by_freq)
+    index, classes = call.rows(input).flatten(1), weight.shape[0]
+    if padding_idx is not None:
+        index = index.masked_fill(index == padding_idx % classes, -1)
+    return {"weight": Term("so", "si", "io", g.reshape(*g.shape[:2], index.shape[1], g.shape[-1]), index, classes)}
+
+
+@rule(
+    F.embedding_bag,
+    slots=("weight",),
+    reads=lambda arguments: ("input", "offsets", "per_sample_weights"),
+)
+def embedding_bag(
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> dict[str, Term]:
+    """``F.embedding_bag``: an embedding whose tokens share the cotangent of their bag."""
+    _refuse_frequencies(scale_grad_by_freq)
+    place = torch.arange(input.numel(), device=input.device).reshape(input.shape)
+    if offsets is not None:
+        place = _bags(offsets[:-1] if include_last_offset else offsets, len(input))
+    index = input.flatten()[place].masked_fill(place < 0, -1)  # [N, tokens]
+    if padding_idx is not None:
+        index = index.masked_fill(index == padding_idx % len(weight), -1)
+    if mode == "max":
+        values = weight[index].masked_fill((index < 0).unsqueeze(-1), -torch.inf)
+        share = torch.zeros_like(values).scatter_(1, values.argmax(1, keepdim=True), 1.0)
+    elif mode == "mean":
+        share = 1 / (index >= 0).sum(1).clamp(min=1).to(g.dtype)[:, None, None]
+    else:
+        share = g.new_ones(()) if per_sample_weights is None else per_sample_weights.flatten()[place].unsqueeze(-1)
+    g = (g.unsqueeze(2) * share).expand(-1, -1, index.shape[1], -1)
+    return {"weight": Term("so", "si", "io", g, index, len(weight))}
+
+
+def _bags(starts: Tensor, length: int) -> Tensor:
+    """The place of every token of every bag, ``[N, longest]``; -1 behind the end of a bag."""
+    ends = torch.cat([starts[1:], starts.new_tensor([length])])
+    place = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
+    return place.masked_fill(place >= ends[:, None], -1)
+
+
+def _refuse_frequencies(scale_grad_by_freq: bool) -> None:
     if scale_grad_by_freq:
         raise NotImplementedError(
             "`scale_grad_by_freq=True` divides by counts over the whole batch, so there are no per-sample gradients; "
             "use `scale_grad_by_freq=False`."
         )
-    index, classes = call.rows(input).flatten(1), weight.shape[0]
-    if padding_idx is not None:
-        index = index.masked_fill(index == padding_idx % classes, -1)
-    return {"weight": Term("so", "si", "io", g.reshape(*g.shape[:2], index.shape[1], g.shape[-1]), index, classes)}

@@ -28,16 +28,10 @@ def rule_for(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return func(*args, **kwargs)
 
     op.__name__ = str(getattr(func, "__name__", func))
-    return Rule(partial(_apply, op)), {str(i): leaf for i, leaf in enumerate(leaves)}
+    return Rule(partial(_apply, op), affine=False), {str(i): leaf for i, leaf in enumerate(leaves)}
 
 
 def _apply(op: Callable[..., Any], call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
-    warnings.warn(
-        f"`{op.__name__}` has no rule: its per-sample gradients are exact but slow, and held in memory. "
-        "`@lightning_curv.rule` registers one.",
-        FallbackWarning,
-        stacklevel=2,
-    )
     return per_sample(op, call, g, arguments)
 
 
@@ -54,6 +48,12 @@ def per_sample(op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[st
     Raises:
         NotImplementedError: The op does not batch over the leading axis, or ``vmap`` cannot run it.
     """
+    warnings.warn(
+        f"`{op.__name__}` has no rule: its per-sample gradients are exact but slow, and held in memory. "
+        "`@lightning_curv.rule` registers one.",
+        FallbackWarning,
+        stacklevel=2,
+    )
     operands = {k: arguments[k] for k in call.operands}
     data = {
         k: v

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_curv.rules import elementwise, fallback
+from lightning_curv.rules import contraction, elementwise, fallback
 from lightning_curv.rules.registry import Call, leading_axes, rule
 from lightning_curv.terms import Term, flatten_shared
 
@@ -14,7 +14,7 @@ from lightning_curv.terms import Term, flatten_shared
 @rule(F.linear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input",))
 def linear(call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Term]:
     """Y = x Wᵀ + b."""
-    weight_term, bias_term = _product(g, call.rows(input), "oi")
+    weight_term, bias_term = product(g, call.rows(input), "oi")
     return {"weight": weight_term, "bias": bias_term}
 
 
@@ -31,15 +31,16 @@ def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Ter
     """Y = x W (W a matrix or a vector) and y = W x; other shapes by the fallback."""
     last = len(call.shape) - 1
     if call.operands == ("other",) and other.ndim == 2 and call.axis < last:
-        return {"other": _product(g, call.rows(input), "io")[0]}
+        return {"other": product(g, call.rows(input), "io")[0]}
     if call.operands == ("other",) and other.ndim == 1:
-        x = flatten_shared(call.rows(input), 1, -1)
-        return {"other": Term("s", "si", "i", g.flatten(2), x) if x.ndim > 2 else Term("", "i", "i", g, x)}
+        return {"other": product(g.unsqueeze(-1), call.rows(input), "oi")[0]}
     if call.operands == ("input",) and input.ndim == 2 and other.ndim >= 2:
         features, x = (
             (g, call.rows(other)) if call.axis == last else (g.transpose(-1, -2), call.rows(other.mT).contiguous())
         )
-        return {"input": _product(features, x, "oi")[0]}
+        return {"input": product(features, x, "oi")[0]}
+    if input.ndim == other.ndim == 3 and len(input) == len(other) and call.axis > 0:
+        return contraction.batched(call, g, input, other)
     return fallback.per_sample(torch.matmul, call, g, {"input": input, "other": other})
 
 
@@ -57,7 +58,18 @@ def addmm(
     return {**terms, "input": elementwise.broadcast(call, beta * g, input)} if "input" in call.operands else terms
 
 
-def _product(g: Tensor, x: Tensor, par: str) -> tuple[Term, Term]:
+@rule(torch.bilinear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input1", "input2"))
+def bilinear(
+    call: Call, g: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> dict[str, Term]:
+    """Y = x₁ᵀ W x₂ + b: linear in the outer product of the inputs."""
+    x = flatten_shared(call.rows(input1.unsqueeze(-1) * input2.unsqueeze(-2)), 1, -2)
+    s = "s" if x.ndim > 3 else ""
+    g = flatten_shared(g, 2, -1)
+    return {"weight": Term(s + "o", s + "ix", "oix", g, x), "bias": Term(s + "o", "", "o", g)}
+
+
+def product(g: Tensor, x: Tensor, par: str) -> tuple[Term, Term]:
     """The terms of a matrix and of an offset of its output."""
     g, x = flatten_shared(g, 2, -1), flatten_shared(x, 1, -1)
     s = "s" if x.ndim > 2 else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import Parameter, signature
@@ -52,13 +52,18 @@ class Rule:
 
     Attributes:
         function: ``function(call, g, **arguments)`` returns the `Term` of each parameter argument by name.
-        slots: Names of the arguments that hold parameters; empty: any argument may (``x + p``, ``p + x``).
+        slots: Names of the arguments that hold parameters; empty: any argument may (``x + p``, ``p + x``). ``params``
+            covers ``params0``, ``params1`` too.
         axes: ``axes(call, arguments)`` gives the axes of the output that may carry samples.
         reads: ``reads(arguments)`` gives the names of the tensors whose values the terms need.
         expands: Whether the op does nothing but repeat its argument (``expand``).
         couples: ``couples(arguments)`` says whether a sample's output depends on other samples.
         accepts: For ops without slots: whether a tensor that was computed from parameters and constants is a parameter
             of this call (name, tensor, output) or data.
+        binds: ``binds(args, kwargs)`` gives the arguments of a call by name; by default those of ``function``.
+        outputs: For ops that return a tuple: ``outputs(arguments)`` gives the axis of every output that carries the
+            samples. The rule gets the cotangents of all outputs as the rows of one tensor, ``[V, N, K]``.
+        affine: Whether the op is affine in each of its parameters.
     """
 
     function: Callable[..., dict[str, Term]]
@@ -68,6 +73,17 @@ class Rule:
     expands: bool = False
     couples: Callable[[dict[str, Any]], bool] = lambda arguments: False
     accepts: Callable[[str, Tensor, Tensor], bool] = lambda name, tensor, out: False
+    binds: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]] | None = None
+    outputs: Callable[[dict[str, Any]], Sequence[int | None]] | None = None
+    affine: bool = True
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names that the rule gives them."""
+        return self.binds(args, kwargs) if self.binds else bind(self.function, args, kwargs)
+
+    def holds(self, name: str) -> bool:
+        """Whether the argument is one of the slots."""
+        return name in self.slots or name.rstrip("0123456789") in self.slots
 
     @staticmethod
     def inplace(function: Callable[..., Any]) -> bool:

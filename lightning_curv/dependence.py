@@ -1,0 +1,49 @@
+"""Which nodes of the graph depend on recorded uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.graph import Tape
+from lightning_curv.recording import Use
+
+
+class Dependence:
+    """The part of the graph between the inputs of the losses and the uses.
+
+    Attributes:
+        nodes: Its nodes, uses included, inputs before outputs.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        reaches: dict[Node, bool] = {}
+        seen: set[Node] = set()
+        stack = [(call.input.node, False) for call in tape.losses.values()]
+        while stack:
+            node, finished = stack.pop()
+            after = [n for n, _ in node.next_functions if n is not None]
+            if finished:
+                reaches[node] = node in tape.uses or any(reaches[n] for n in after)
+            elif node not in seen:
+                seen.add(node)
+                stack += [(node, True), *((n, False) for n in after)]
+        self.nodes = {node: None for node, reach in reaches.items() if reach}
+
+    def inputs(self, node: Node) -> list[GradientEdge]:
+        """The inputs of a node that depend on uses."""
+        return [GradientEdge(after, nr) for after, nr in node.next_functions if after in self.nodes]
+
+
+def uses_below(tape: Tape, edges: Iterable[GradientEdge]) -> list[Use]:
+    """The uses that the values at ``edges`` depend on."""
+    stack, seen, found = [edge.node for edge in edges], set[Node](), []
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            if node in tape.uses:
+                found.append(tape.uses[node])
+            stack += [after for after, _ in node.next_functions if after is not None]
+    return found

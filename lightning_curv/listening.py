@@ -1,0 +1,78 @@
+"""Listening to the user's backward pass: first-order quantities without a pass of our own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.passes import Passes, own_pass, parameters, unheard
+from lightning_curv.recording import Use
+from lightning_curv.terms import Term
+
+
+class Listener:
+    """Takes the gradients of the coming backward pass where they reach the parameters' ops.
+
+    A parameter's Jacobian is complete when its own gradient is: it is evaluated and dropped at once, so that no more
+    than the cotangents of the pass are held.
+
+    Args:
+        passes: The graph.
+        evaluate: Receives the Jacobian of every parameter.
+        defer: Keep an error for `finish` instead of raising it in the backward pass.
+    """
+
+    def __init__(self, passes: Passes, evaluate: Callable[[Jacobian], None], defer: bool = False) -> None:
+        self._passes, self._evaluate, self._defer = passes, evaluate, defer
+        self._terms: dict[Tensor, list[Term]] = defaultdict(list)
+        self._error: Exception | None = None
+        uses = {node: use for node, use in passes.tape.uses.items() if use.operands}
+        self._handles = [node.register_prehook(self._hook(self._arrive, node, use)) for node, use in uses.items()]
+        for parameter in dict.fromkeys(p for use in uses.values() for p in parameters(use)):
+            accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
+            self._handles.append(accumulate.register_prehook(self._hook(self._complete, parameter)))
+
+    def stop(self) -> None:
+        """Remove all hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def finish(self) -> None:
+        """Evaluate parameters whose own gradient was not asked for, and raise what was deferred."""
+        self.stop()
+        for parameter in list(self._terms):
+            self._complete((None,), parameter)
+        if self._error is not None:
+            raise self._error
+
+    def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node, use: Use) -> None:
+        g = gradients[use.output_nr]
+        if g is not None:
+            for parameter, term in self._passes.terms(node, use, g[None]):
+                self._terms[parameter].append(term)
+
+    def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:
+        # the user's tensor hooks may have changed the gradient on its way
+        gradient = None if parameter._backward_hooks else gradients[0]
+        if terms := self._terms.pop(parameter, None):
+            self._evaluate(Jacobian(parameter, terms, gradient=gradient))
+
+    def _hook(self, function: Callable[..., None], *arguments: Any) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            if own_pass() or self._error is not None:
+                return
+            try:
+                with torch.no_grad(), unheard():
+                    function(gradients, *arguments)
+            except Exception as error:
+                if not self._defer:
+                    raise
+                self._error = error
+
+        return hook

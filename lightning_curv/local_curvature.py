@@ -1,0 +1,170 @@
+"""The second derivative of one node of the graph, found by differentiating it twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.passes import Column, unheard
+from lightning_curv.samples import Place
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual of one node.
+
+    Attributes:
+        edges: The node's data inputs.
+        places: Where they carry the samples.
+        shapes: Their shapes.
+        values: Eigenvalues: ``[N, E, k]`` for an elementwise node of k inputs with E entries, else ``[N, E]``.
+        vectors: Eigenvectors: ``[N, E, k (input), k]``, else ``[N, E (entry of all inputs), E]``.
+    """
+
+    edges: Sequence[GradientEdge]
+    places: Sequence[Place]
+    shapes: Sequence[torch.Size]
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the node treats every entry alone."""
+        return self.values.ndim == 3
+
+    def _position(self, index: list[int]) -> int:
+        return index[0] * self.values.shape[-1] + index[1] if self.elementwise else index[0]
+
+    def positive(self, modify: str) -> Residual:
+        """The residual with its negative eigenvalues set to zero (``"clip"``) or made positive (``"abs"``)."""
+        return replace(self, values=self.values.clamp(min=0) if modify == "clip" else self.values.abs())
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The residual times one vector per input."""
+        count = len(self.values)
+        parts = [place.split(v, count) for place, v in zip(self.places, vectors, strict=True)]
+        joint = torch.stack(parts, -1) if self.elementwise else torch.cat(parts, 1)
+        image = (self.vectors @ (self.values * (self.vectors.mT @ joint[..., None])[..., 0])[..., None])[..., 0]
+        if self.elementwise:
+            out = list(image.unbind(-1))
+        else:
+            out = list(image.split([part.shape[1] for part in parts], dim=1))
+        return [place.join(part, shape) for place, part, shape in zip(self.places, out, self.shapes, strict=True)]
+
+    def columns(self) -> Iterator[Column]:
+        """Columns whose signed squares add up to the residual; zero ones are left out."""
+        scaled = self.vectors * self.values.abs().sqrt().unsqueeze(-2)
+        threshold = torch.finfo(self.values.dtype).eps * float(self.values.abs().max()) * self.values.shape[1]
+        used = (self.values.abs() > threshold).any(0)
+        for index in used.nonzero().tolist():
+            if self.elementwise:
+                entry, k = index
+                flat = [torch.zeros_like(self.values[..., 0]) for _ in self.edges]
+                for i, part in enumerate(flat):
+                    part[:, entry] = scaled[:, entry, i, k]
+            else:
+                flat = list(scaled[:, :, index[0]].split([s.numel() // len(scaled) for s in self.shapes], dim=1))
+            seeds = [place.join(part, shape) for place, part, shape in zip(self.places, flat, self.shapes, strict=True)]
+            yield Column(self.edges, seeds, self.values.flatten(1)[:, self._position(index)].sign())
+
+
+@contextmanager
+def _blocked(edges: Sequence[GradientEdge]) -> Iterator[None]:
+    """Gradients are captured at ``edges`` and go no further: an input may depend on another input of the same node."""
+    nodes = dict.fromkeys(edge.node for edge in edges) if len(edges) > 1 else {}
+    handles = [node.register_prehook(_zeros) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
+
+
+class LocalCurvature:
+    """The local second derivative R of one node, as a linear map on its inputs."""
+
+    def __init__(
+        self, node: Node, edges: Sequence[GradientEdge], outputs: Sequence[tuple[GradientEdge, Tensor]]
+    ) -> None:
+        self.node, self.edges = node, edges
+        with torch.enable_grad(), unheard(), _blocked(edges):
+            try:
+                gradients = torch.autograd.grad(
+                    [edge for edge, _ in outputs], edges, [g for _, g in outputs], create_graph=True, allow_unused=True
+                )
+                self.gradients = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+                self.inputs = [g.detach() for g in gradients if g is not None]
+                self.trial = [
+                    torch.cos(torch.arange(1.0, g.numel() + 1, dtype=g.dtype, device=g.device)).reshape(g.shape)
+                    for g in self.inputs
+                ]
+                self.image = self(self.trial) if len(self.inputs) == len(edges) else []
+            except RuntimeError as error:
+                raise UnsupportedError(
+                    f"Hessian quantities need the second derivative of `{node.name()}`, found none in torch: {error} "
+                    "Attention: run the forward pass under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
+                ) from error
+
+    @property
+    def linear(self) -> bool:
+        """Whether R is zero."""
+        return not any(bool(part.any()) for part in self.image)
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """R applied to vectors of the inputs' shapes."""
+        if not self.gradients:
+            return [torch.zeros_like(v) for v in vectors]
+        with unheard(), _blocked(self.edges):
+            parts = torch.autograd.grad(
+                [g for _, g in self.gradients],
+                self.edges,
+                [vectors[i] for i, _ in self.gradients],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return [torch.zeros_like(v) if part is None else part for part, v in zip(parts, vectors, strict=True)]
+
+    def eigen(self, places: Sequence[Place], count: int) -> Residual:
+        """The eigendecomposition of R, per entry where the node is elementwise, else per sample."""
+        shapes = [v.shape for v in self.inputs]
+        matrix = self._elementwise(places, count) if len(set(zip(shapes, places, strict=True))) == 1 else None
+        if matrix is None:
+            matrix = self._dense(places, shapes, count)
+        if matrix.shape[-1] == 1:
+            return Residual(self.edges, places, shapes, matrix[..., 0], torch.ones_like(matrix))
+        return Residual(self.edges, places, shapes, *torch.linalg.eigh(matrix))
+
+    def _elementwise(self, places: Sequence[Place], count: int) -> Tensor | None:
+        """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""
+        zero = [torch.zeros_like(v) for v in self.inputs]
+        rows = [
+            self([torch.ones_like(v) if i == j else z for j, (v, z) in enumerate(zip(self.inputs, zero, strict=True))])
+            for i in range(len(zero))
+        ]
+        for j, image in enumerate(self.image):
+            expected = torch.stack([row[j] * w for row, w in zip(rows, self.trial, strict=True)]).sum(0)
+            if not torch.allclose(expected, image, rtol=1e-4, atol=1e-5 * float(image.abs().max())):
+                return None
+        return torch.stack([torch.stack([places[0].split(part, count) for part in row], -1) for row in rows], -2)
+
+    def _dense(self, places: Sequence[Place], shapes: Sequence[torch.Size], count: int) -> Tensor:
+        """R as ``[N, E, E]`` over the entries of all inputs."""
+        sizes = [shape.numel() // count for shape in shapes]
+        unit = self.inputs[0].new_zeros(count, sum(sizes))
+        rows = []
+        for e in range(sum(sizes)):
+            unit.zero_()[:, e] = 1
+            parts = [p.join(flat, shape) for p, flat, shape in zip(places, unit.split(sizes, 1), shapes, strict=True)]
+            rows.append(torch.cat([p.split(part, count) for p, part in zip(places, self(parts), strict=True)], dim=1))
+        matrix = torch.stack(rows, 1)
+        return (matrix + matrix.mT) / 2

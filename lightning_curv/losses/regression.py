@@ -1,0 +1,134 @@
+"""Losses of real and counted targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_curv.losses.likelihoods import Gaussian, Poisson, Variance
+from lightning_curv.losses.reduction import full, reduced, reduction_of, same_shape
+from lightning_curv.losses.registry import loss
+
+
+@loss(F.mse_loss)
+def mse_loss(
+    scale: Tensor,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Gaussian:
+    """Squared error over any shape."""
+    same_shape("mse_loss", input, target)
+    weights = full(input, weight)
+    return Gaussian(reduced(weights, weights.sum(), scale, reduction_of(reduction, size_average, reduce)))
+
+
+@loss(F.l1_loss)
+def l1_loss(
+    scale: Tensor,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Gaussian:
+    """Absolute error: its second derivative, and the GGN with it, is zero almost everywhere."""
+    same_shape("l1_loss", input, target)
+    return Gaussian(torch.zeros_like(input))
+
+
+@loss(F.smooth_l1_loss)
+def smooth_l1_loss(
+    scale: Tensor,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Gaussian:
+    """Second derivative 1/β in the zone between ±β, else 0."""
+    same_shape("smooth_l1_loss", input, target)
+    inside = ((input - target).abs() < beta) / (2 * beta or 1.0)
+    return Gaussian(
+        reduced(inside.to(input.dtype), input.numel(), scale, reduction_of(reduction, size_average, reduce))
+    )
+
+
+@loss(F.huber_loss)
+def huber_loss(
+    scale: Tensor,
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Gaussian:
+    """Second derivative 1 in the zone between ±δ, else 0."""
+    same_shape("huber_loss", input, target)
+    inside = ((input - target).abs() < delta) / 2
+    return Gaussian(reduced(full(input, weight) * inside, input.numel(), scale, reduction))
+
+
+@loss(F.poisson_nll_loss)
+def poisson_nll_loss(
+    scale: Tensor,
+    input: Tensor,
+    target: Tensor,
+    log_input: bool = True,
+    full: bool = False,
+    size_average: bool | None = None,
+    eps: float = 1e-8,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Poisson:
+    """Counts with the rate exp(f) or f + ε."""
+    same_shape("poisson_nll_loss", input, target)
+    weights = reduced(torch.ones_like(input), input.numel(), scale, reduction_of(reduction, size_average, reduce))
+    return Poisson(weights, input.exp()) if log_input else Poisson(weights, input + eps, target)
+
+
+@loss(F.gaussian_nll_loss)
+def gaussian_nll_loss(
+    scale: Tensor,
+    input: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Gaussian:
+    """Squared error over twice a variance; a variance from the network is described by `gaussian_variance`."""
+    same_shape("gaussian_nll_loss", input, target)
+    weights = 0.5 / _variance(var, input, eps)
+    return Gaussian(reduced(weights, input.numel(), scale, reduction))
+
+
+@loss(F.gaussian_nll_loss, argument="var")
+def gaussian_variance(
+    scale: Tensor,
+    input: Tensor,
+    target: Tensor,
+    var: Tensor,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Variance:
+    """The variance ``input`` around the mean ``var``: Fisher information 1/(2 v²), none between mean and variance."""
+    variance = _variance(input, var, eps)
+    shape = input.shape if input.ndim == var.ndim else (*input.shape, 1)
+    weights = reduced(0.25 / variance.square(), var.numel(), scale, reduction)
+    return Variance(weights.sum_to_size(shape).reshape(input.shape))
+
+
+def _variance(var: Tensor | float, mean: Tensor, eps: float) -> Tensor:
+    """The variance in the shape of the mean."""
+    variance = torch.as_tensor(var, dtype=mean.dtype, device=mean.device)
+    if variance.ndim and variance.shape == mean.shape[:-1] and variance.shape != mean.shape:
+        variance = variance.unsqueeze(-1)
+    return variance.clamp(min=eps).expand(mean.shape)

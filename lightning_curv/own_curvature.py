@@ -1,0 +1,146 @@
+"""Second derivatives that a parameter's own ops add to its block of the Hessian.
+
+Most ops are affine in their parameters and add none. The exceptions: an op that is not (a division by a temperature),
+an op whose input depends on the same parameter (a layer applied to its own output), and a parameter behind a
+nonlinear transform (weight normalisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.dependence import uses_below
+from lightning_curv.derived import pulled_back
+from lightning_curv.graph import leaves
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.passes import Column, Passes, apply_rule, parameters, unheard
+from lightning_curv.recording import Operand, Use
+from lightning_curv.residuals import probes
+from lightning_curv.rules.fallback import dense
+from lightning_curv.samples import place_of
+
+
+def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
+    """These second derivatives, or their diagonals, as Jacobians of dense signed columns."""
+    for node, use in passes.tape.uses.items():
+        (g,) = passes.gradients([GradientEdge(node, use.output_nr)])
+        if g is not None:
+            for name in use.operands:
+                op = _Op(passes, node, use, name, g)
+                yield from op.bent()
+                yield from op.fed_back()
+                yield from op.transformed()
+
+
+@dataclass
+class _Op:
+    """One operand of one use, and the gradient at its output."""
+
+    passes: Passes
+    node: Node
+    use: Use
+    name: str
+    g: Tensor
+
+    @property
+    def operand(self) -> Operand:
+        return self.use.operands[self.name]
+
+    @property
+    def count(self) -> int:
+        return self.passes.samples.count
+
+    def gradient(self, **arguments: Tensor) -> Tensor:
+        """K, the per-sample gradient by the operand, as a function of the op's arguments, ``[N, *D]``."""
+        place = self.passes.samples.uses[self.node]
+        term = apply_rule(self.use, place.axis, self.g[None], arguments)[self.name]
+        return Jacobian(self.operand.tensor, [term.grouped(self.count, place.minor)]).per_sample()[0]
+
+    def derivative(self, argument: str, at: Tensor, direction: Tensor) -> Tensor:
+        """∂K/∂argument · direction."""
+        return torch.func.jvp(lambda value: self.gradient(**{argument: value}), (at,), (direction,))[1]
+
+    def pulled(self, jacobian: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """``[V, N, *D]`` by the leaves that the operand was computed from."""
+        if not self.operand.derived:
+            yield self.operand.tensor, jacobian
+            return
+        for parameter, term in pulled_back(self.operand.edge, self.operand.tensor, dense(jacobian)):
+            yield parameter, term.g.reshape(*jacobian.shape[:2], *parameter.shape)
+
+    def bent(self) -> Iterator[dict[Tensor, Jacobian]]:
+        """∂K/∂D of an op that is not affine in D."""
+        if self.use.rule.affine:
+            return
+        value = self.operand.tensor.detach()
+        units = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(-1, *value.shape)
+        columns = [self.derivative(self.name, value, unit).reshape(self.count, -1) for unit in units]
+        values, vectors = torch.linalg.eigh(torch.stack(columns, -1))  # [N, D], [N, D, D]
+        jacobian = (vectors * values.abs().sqrt()[:, None]).permute(2, 0, 1)
+        for parameter, found in self.pulled(jacobian.reshape(*jacobian.shape[:2], *value.shape)):
+            yield {parameter: Jacobian(parameter, [dense(found)], values.sign().mT)}
+
+    def fed_back(self) -> Iterator[dict[Tensor, Jacobian]]:
+        """2 Σ_k ∂K/∂x_k · ∂x_k/∂p where the input x depends on p; its diagonal."""
+        inputs = {k: edge for k, edge in self.use.inputs.items() if self.use.arguments[k] is not None}
+        found = leaves(self.operand.edge) if self.operand.derived else [self.operand.tensor]
+        below = {p for use in uses_below(self.passes.tape, inputs.values()) for p in parameters(use)}
+        if not below.intersection(found):
+            return
+        for argument, edge in inputs.items():
+            probe, x = probes(self.passes, [edge])[edge], self.use.arguments[argument]
+            if probe is None:
+                continue
+            place, entries = place_of(*probe, self.count), x.numel() // max(1, self.count)
+            for entry in range(entries):
+                unit = x.new_zeros(self.count, entries)
+                unit[:, entry] = 1
+                direction = place.join(unit, x.shape)
+                reached = self.passes.jacobian(Column([edge], [direction]))
+                for parameter, change in self.pulled(self.derivative(argument, x, direction)[None]):
+                    if parameter in reached:
+                        yield _diagonal(parameter, 2 * change[0] * reached[parameter].per_sample()[0])
+
+    def transformed(self) -> Iterator[dict[Tensor, Jacobian]]:
+        """Σ_k K_k ∂²D_k/∂p_j² of a nonlinear transform D(p); its diagonal, by N·P small passes."""
+        edge, found = self.operand.edge, leaves(self.operand.edge)
+        if not self.operand.derived or _is_linear(self.operand, found):
+            return
+        result = {p: self.g.new_zeros(self.count, *p.shape) for p in found}
+        with torch.enable_grad(), unheard():
+            for n, cotangent in enumerate(self.gradient()):
+                pulled = torch.autograd.grad(edge, found, cotangent, create_graph=True, allow_unused=True)
+                for p, first in zip(found, pulled, strict=True):
+                    for j, entry in enumerate(first.flatten() if first is not None and first.requires_grad else ()):
+                        (second,) = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)
+                        if second is not None:
+                            result[p][n].view(-1)[j] = second.flatten()[j]
+        for parameter, diagonal in result.items():
+            yield _diagonal(parameter, diagonal)
+
+
+def _diagonal(parameter: Tensor, diagonal: Tensor) -> dict[Tensor, Jacobian]:
+    """The Jacobian of two columns whose signed squares are ``diagonal [N, *p]``."""
+    roots = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
+    signs = torch.stack([diagonal.new_ones(len(diagonal)), -diagonal.new_ones(len(diagonal))])
+    return {parameter: Jacobian(parameter, [dense(roots)], signs)}
+
+
+def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
+    with torch.enable_grad(), unheard():
+        trial = (
+            torch.cos(torch.arange(1.0, operand.tensor.numel() + 1)).to(operand.tensor).reshape(operand.tensor.shape)
+        )
+        pulled = torch.autograd.grad(operand.edge, found, trial, create_graph=True, allow_unused=True)
+        first = [g for g in pulled if g is not None and g.requires_grad]
+        if not first:
+            return True
+        second = torch.autograd.grad(
+            first, found, [torch.ones_like(g) for g in first], retain_graph=True, allow_unused=True
+        )
+    return not any(h is not None and bool(h.any()) for h in second)

@@ -1,0 +1,231 @@
+"""Hessian diagonals and products against brute force."""
+
+import functools
+import gc
+import weakref
+from dataclasses import replace
+
+import hessian_oracle
+import oracle
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from zoo import NAMES, ROW, assert_close, assert_fields, compute
+
+from lightning_curv import curvature, extend
+from lightning_curv.extensions import (
+    GGNMP,
+    HMP,
+    PCHMP,
+    BatchDiagHessian,
+    DiagGGNExact,
+    DiagHessian,
+)
+
+DIAGONALS = [(DiagHessian, "diag_h", "diag_hessian"), (BatchDiagHessian, "diag_h_batch", "diag_hessian_batch")]
+
+
+@pytest.fixture(autouse=True)
+def attention_with_second_derivatives():
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@functools.cache
+def blocks(quantity, name):
+    return getattr({"hessian": hessian_oracle, "ggn": oracle}[quantity], quantity)(ROW[name].make())
+
+
+def diagonal(name, per_sample):
+    params = dict(ROW[name].make().model.named_parameters())
+    batch = {
+        k: torch.stack([b.diagonal().reshape(params[k].shape) for b in v]) for k, v in blocks("hessian", name).items()
+    }
+    return batch if per_sample else {k: v.sum(0) for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_diagonals_equal_brute_force(name):
+    problem = ROW[name].make()
+    compute(problem, DiagHessian(), BatchDiagHessian())
+    assert_fields(problem, "diag_h", diagonal(name, per_sample=False), ROW[name].rtol)
+    assert_fields(problem, "diag_h_batch", diagonal(name, per_sample=True), ROW[name].rtol)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("extension", "quantity"), [(HMP, "hessian"), (GGNMP, "ggn")], ids=["hmp", "ggnmp"])
+def test_products_equal_brute_force(extension, quantity, name):
+    problem = ROW[name].make()
+    compute(problem, extension())
+    generator = torch.Generator().manual_seed(0)
+    for key, p in problem.parameters().items():
+        if p.grad is None:
+            continue
+        V = torch.randn(3, *p.shape, dtype=p.dtype, generator=generator)
+        block = blocks(quantity, name)[key].sum(0)
+        product = getattr(p, extension().savefield)
+        expected = (V.reshape(3, -1).double() @ block.double()).reshape(V.shape).to(p.dtype)
+        assert_close(product(V), expected, ROW[name].rtol, key)
+        assert_close(product(V[0]), product(V)[0], label=key)
+
+
+def test_products_see_the_parameters_of_the_backward_pass():
+    problem = ROW["mlp_sigmoid"].make()
+    compute(problem, HMP(), GGNMP(), PCHMP())
+    p = problem.model[0].weight
+    V = torch.randn_like(p)
+    before = [p.hmp(V), p.ggnmp(V), p.pchmp(V)]
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=1.0)
+    optimizer.step()
+    now, version = p.detach().clone(), p._version
+    for product, expected in zip([p.hmp, p.ggnmp, p.pchmp], before):
+        assert torch.equal(product(V), expected)
+    assert torch.equal(p, now)
+    assert p._version == version
+
+
+def test_products_free_their_graph():
+    problem = ROW["mlp_sigmoid"].make()
+    gc.disable()
+    try:
+        with curvature(HMP(), GGNMP(), PCHMP()):
+            hidden = problem.model[0](problem.X)
+            alive = weakref.ref(hidden)
+            loss = F.cross_entropy(problem.model[1:](hidden), problem.y)
+            loss.backward()
+        del loss, hidden
+        for p in problem.model.parameters():
+            for field in ("hmp", "ggnmp", "pchmp"):
+                if hasattr(p, field):
+                    delattr(p, field)
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_products_refuse_other_shapes():
+    problem = ROW["mlp_sigmoid"].make()
+    compute(problem, HMP("curv"))
+    with pytest.raises(ValueError, match="Expected vectors of shape"):
+        problem.model[0].weight.curv(torch.zeros(2))
+
+
+def test_piecewise_linear_networks_cost_as_many_passes_as_the_ggn(monkeypatch):
+    from lightning_curv.passes import Passes
+
+    passes = []
+    pull = Passes.pull
+    monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(column) or pull(self, column))
+    counts = {}
+    for extension in (DiagGGNExact(), DiagHessian()):
+        problem = ROW["cnn_inplace_groups"].make()
+        passes.clear()
+        compute(problem, extension)
+        counts[type(extension).__name__] = len(passes)
+    assert counts["DiagHessian"] == counts["DiagGGNExact"] > 0
+
+
+class Gated(nn.Module):
+    """Products whose factors depend on each other: hand-written SiLU, and a gate of a gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        z = self.a(x)
+        h = z * z.sigmoid()
+        gate = self.b(h).tanh()
+        return self.c(gate * (h + gate.exp() * z) / (1 + h * h))
+
+
+def test_products_of_dependent_factors():
+    torch.manual_seed(0)
+    problem = replace(
+        ROW["mlp_sigmoid"].make(),
+        model=Gated().double(),
+        X=torch.randn(6, 4).double(),
+        y=torch.tensor([0, 1, 2, 2, 1, 0]),
+    )
+    compute(problem, DiagHessian(), BatchDiagHessian())
+    assert_fields(problem, "diag_h", hessian_oracle.diag_hessian(problem))
+    assert_fields(problem, "diag_h_batch", hessian_oracle.diag_hessian_batch(problem))
+
+
+# --- positive-curvature Hessian --------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A residual net that shows its pre-activations; φ: sigmoid, cube and a functional softplus."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        self.z = [self.a(x)]
+        self.h = [self.z[0].sigmoid()]
+        self.z.append(self.b(self.h[0]))
+        self.h.append(F.softplus(self.z[1]))
+        self.z.append(self.h[0] + self.h[1])
+        self.h.append(self.z[2] ** 3)
+        return self.c(self.h[2])
+
+
+def second_derivatives(z):
+    s = z[0].sigmoid()
+    t = z[1].sigmoid()
+    return [s * (1 - s) * (1 - 2 * s), t * (1 - t), 6 * z[2]]
+
+
+@pytest.mark.parametrize(("modify", "function"), [("clip", lambda r: r.clamp(min=0)), ("abs", torch.abs)])
+def test_positive_curvature_hessian_equals_its_dense_construction(modify, function):
+    torch.manual_seed(0)
+    model, X, y = Net().double(), torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    expected = {}
+    for name, p in model.named_parameters():
+        total = torch.zeros(p.numel(), p.numel(), dtype=p.dtype)
+        for n in range(6):
+            output = model(X[n : n + 1])
+            loss = F.cross_entropy(output, y[n : n + 1]) / 6
+            g = torch.autograd.grad(loss, model.h, retain_graph=True)
+            second = [d * g_k for d, g_k in zip(second_derivatives(model.z), g)]
+            total += hessian_oracle.residual_part(loss, model.z, second, p, function)
+            J = torch.stack([oracle.gradient(entry, [p])[0].flatten() for entry in output[0]])
+            q = output[0].softmax(0)
+            total += J.T @ ((q.diag() - q.outer(q)) / 6) @ J
+        expected[name] = total.detach()
+    with curvature(PCHMP(modify=modify), HMP()):
+        F.cross_entropy(model(X), y).backward()
+    for name, p in model.named_parameters():
+        V = torch.randn(2, *p.shape, dtype=p.dtype)
+        assert_close(p.pchmp(V), (V.flatten(1) @ expected[name]).reshape(V.shape), label=name)
+    V = torch.randn(5, 4).double()
+    assert not torch.allclose(model.a.weight.pchmp(V), model.a.weight.hmp(V))
+
+
+def test_modify_is_checked():
+    with pytest.raises(ValueError, match="`modify` must be 'clip' or 'abs', found 'square'"):
+        PCHMP(modify="square")
+
+
+def test_flash_attention_names_the_way_out():
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    head = nn.Linear(8, 2)
+    finds = pytest.raises(NotImplementedError, match=r"sdpa_kernel\(SDPBackend.MATH\)")
+    with finds, sdpa_kernel(SDPBackend.FLASH_ATTENTION), curvature(DiagHessian()):
+        x = model.in_proj_weight.new_ones(3, 4, 8).cumsum(1)
+        q = F.linear(x, model.in_proj_weight, model.in_proj_bias).reshape(3, 4, 2, 12).transpose(1, 2)
+        out = F.scaled_dot_product_attention(*q.chunk(3, dim=-1))
+        F.cross_entropy(head(out.transpose(1, 2).reshape(3, 4, 8)).mean(1), torch.tensor([0, 1, 0])).backward()
+
+
+def test_extended_modules_keep_the_graph_for_products():
+    model, lossfunc = extend(nn.Linear(3, 2)), extend(nn.MSELoss())
+    loss = lossfunc(model(torch.ones(4, 3)), torch.zeros(4, 2))
+    with curvature(HMP()):
+        loss.backward()
+    assert_close(model.bias.hmp(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 0.0]))
