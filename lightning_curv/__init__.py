@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_curv.callbacks import CurvatureCallback
     from lightning_curv.context import curvature
+    from lightning_curv.extending import extend
     from lightning_curv.extensions import (
         GGNMP,
         HMP,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
         Variance,
     )
     from lightning_curv.optimizers import DiagGGNOptimizer, KFACOptimizer
-    from lightning_curv.recording import disable, extend, record
+    from lightning_curv.recording import disable, record
     from lightning_curv.rules import rule
 
 __version__ = "0.1.0.dev0"
@@ -84,7 +85,7 @@ _ROOM = {
     "KFACOptimizer": "optimizers",
     "curvature": "context",
     "disable": "recording",
-    "extend": "recording",
+    "extend": "extending",
     "record": "recording",
     "rule": "rules",
 }

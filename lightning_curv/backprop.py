@@ -18,7 +18,7 @@ from lightning_curv.graph import find_output, walk
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.listening import Listener
 from lightning_curv.passes import Column, Passes
-from lightning_curv.recording import Output
+from lightning_curv.records import Output
 from lightning_curv.samples import Samples, find_samples
 from lightning_curv.sampling import default_generator
 from lightning_curv.sources import Gradient, Source

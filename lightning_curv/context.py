@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_curv.backprop import Backprop
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
-from lightning_curv.recording import Output, disabled, record
+from lightning_curv.recording import disabled, record
+from lightning_curv.records import Output
 
 
 class curvature(record):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.graph import Tape
-from lightning_curv.recording import Use
+from lightning_curv.records import Use
 
 
 class Dependence:

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import by_autograd
-from lightning_curv.recording import LossCall, Output, Use, marks
+from lightning_curv.records import LossCall, Output, Use, marks
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.passes import Passes, own_pass, parameters, unheard
-from lightning_curv.recording import Use
+from lightning_curv.records import Use
 from lightning_curv.terms import Term
 
 

@@ -17,7 +17,7 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import Tape, leaves
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.losses import LOSSES, Likelihood
-from lightning_curv.recording import Use
+from lightning_curv.records import Use
 from lightning_curv.rules import Call
 from lightning_curv.samples import Samples
 from lightning_curv.terms import Term

@@ -11,138 +11,38 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
+from lightning_curv.records import (
+    PURE,
+    TENTATIVE,
+    LossCall,
+    Operand,
+    Use,
+    combined,
+    edge_of,
+    is_copy,
+    like,
+    mark_at,
+    origin_of,
+)
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 
-KEY = "lightning_curv"
-PURE, TENTATIVE = "pure", "tentative"  # computed from parameters alone / from parameters and tensors without gradient
 TRANSPARENT = {F.multi_head_attention_forward}  # Python functions whose inner calls are recorded instead
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
-Module = TypeVar("Module", bound=nn.Module)
 _local = threading.local()
-
-
-@dataclass
-class Operand:
-    """A parameter, or a tensor computed from parameters, as an argument of a recorded op."""
-
-    tensor: Tensor  # detached where it is derived
-    edge: GradientEdge
-
-    @property
-    def derived(self) -> bool:
-        """Whether the tensor was computed from parameters instead of being one."""
-        return not self.tensor.requires_grad
-
-
-@dataclass
-class Use:
-    """One call of an op with parameters among its arguments."""
-
-    function: Callable[..., Any]
-    rule: Rule
-    arguments: dict[str, Any]  # by name; tensors detached, operands included
-    operands: dict[str, Operand]  # by argument name
-    inputs: dict[str, GradientEdge]  # of the other differentiable arguments
-    shape: torch.Size  # of the output
-    output_nr: int = 0
-    versions: dict[str, int] = field(default_factory=dict)
-    couples: bool = False  # a sample's output depends on other samples
-
-    @property
-    def name(self) -> str:
-        """The op's name in messages."""
-        return str(getattr(self.function, "__name__", self.function)).strip("_")
-
-    def check_versions(self) -> None:
-        """Raise if a recorded input was modified in place after the op had read it."""
-        for name, version in self.versions.items():
-            if self.arguments[name]._version != version:
-                raise RuntimeError(
-                    f"`{self.name}` needs its argument `{name}` as it was in the forward pass, but it was modified "
-                    "by an "
-                    f"in-place operation afterwards. Modify a copy instead: `{name}.clone()`."
-                )
-
-
-@dataclass
-class LossCall:
-    """One call of a known loss function."""
-
-    function: Callable[..., Any]
-    arguments: dict[str, Any]  # by name; tensors detached
-    input: GradientEdge
-    shape: torch.Size  # of the output
-    output_nr: int = 0
-    beside: bool = False  # the node below is the same call once more, for its other input
-
-    @property
-    def name(self) -> str:
-        """The loss function's name in messages."""
-        return str(getattr(self.function, "__name__", self.function))
-
-
-@dataclass
-class Marks:
-    """What recording leaves at an autograd node."""
-
-    use: Use | None = None
-    loss: LossCall | None = None
-    refusal: str | None = None  # why a call of a known loss function is no `LossCall`
-    outputs: dict[nn.Module, tuple[int, Tensor]] = field(default_factory=dict)  # modules that returned the node's value
-    origin: str | None = None  # PURE or TENTATIVE: the node's value was computed from parameters
-    copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
-
-
-def marks(node: Node) -> Marks | None:
-    """What recording left at ``node``."""
-    return cast("Marks | None", cast("dict[str, Any]", node.metadata).get(KEY))
-
-
-def edge_of(tensor: Tensor) -> GradientEdge:
-    """The place in the graph where the gradient of ``tensor`` arrives."""
-    if tensor.grad_fn is None:
-        return torch.autograd.graph.get_gradient_edge(tensor)
-    return GradientEdge(tensor.grad_fn, tensor.output_nr)
-
-
-@dataclass(frozen=True)
-class Output:
-    """An output of a network, where the curvature of a loss enters.
-
-    Attributes:
-        edge: Where it is in the graph.
-        like: A tensor of its shape, type and device.
-    """
-
-    edge: GradientEdge
-    like: Tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Output:
-        """The output that a tensor is now; what changes the tensor in place later does not matter."""
-        if not tensor.requires_grad:
-            raise ValueError("`output` must be computed from parameters, found a tensor without a graph.")
-        return cls(edge_of(tensor), _like(tensor))
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, type and device that takes no memory."""
-    return tensor.detach().new_zeros(()).expand(tensor.shape)
 
 
 class record(TorchFunctionMode):
@@ -174,7 +74,7 @@ class record(TorchFunctionMode):
     def __enter__(self) -> record:
         """Start recording."""
         if self._output is not None:
-            self._hooks.append(self._output.register_forward_hook(_require_output))
+            self._hooks.append(self._output.register_forward_hook(require_output))
         return cast("record", super().__enter__())
 
     def __exit__(self, *exception: Any) -> None:
@@ -203,6 +103,8 @@ class record(TorchFunctionMode):
             if outputs:
                 _record_unknown(func, args, kwargs, outputs)
             return out
+        if not rule.slots and not any(map(_has_origin, args)) and not any(map(_has_origin, kwargs.values())):
+            return func(*args, **kwargs)  # data alone
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
         if rule.outputs and isinstance(out, tuple) and any(rule.holds(k) for k in call.edges):
@@ -211,6 +113,12 @@ class record(TorchFunctionMode):
         elif isinstance(out, Tensor) and out.grad_fn is not None:
             call.store(out)
         return out
+
+
+def _has_origin(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_origin, value))
+    return isinstance(value, Tensor) and value.requires_grad and origin_of(value) is not None
 
 
 def _undispatched(function: FunctionType) -> FunctionType:
@@ -232,12 +140,12 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     if out.grad_fn is None:
         return out
     if unknown := [name for name in differentiable if (func, name) not in PARTS]:
-        _mark(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
+        mark_at(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
         return out
     detached = tree_map_only(Tensor, Tensor.detach, arguments)
     for i, name in enumerate(differentiable):
         out = out.view_as(out) if i else out
-        mark, part = _mark(out.grad_fn), PARTS[func, name]
+        mark, part = mark_at(out.grad_fn), PARTS[func, name]
         own = {**detached, name: detached["input"], "input": detached[name]}
         mark.loss = mark.loss or LossCall(part, own, edge_of(arguments[name]), out.shape, out.output_nr, i > 0)
     return out
@@ -248,15 +156,15 @@ def _record_unknown(
 ) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    origins = [_origin(t) for t in tensors if t.requires_grad]
+    origins = [origin_of(t) for t in tensors if t.requires_grad]
     if func in JOINS and {*origins} != {PURE}:
-        origins = [None if _is_copy(t) else _origin(t) for t in tensors if t.requires_grad]
+        origins = [None if is_copy(t) else origin_of(t) for t in tensors if t.requires_grad]
     if not any(origins) or any(o is t for o in outputs for t in tensors):
         return
-    origin = _combined(origins, tensors)
-    copies = all(_is_copy(t) for t in tensors if t.requires_grad)
+    origin = combined(origins, tensors)
+    copies = all(is_copy(t) for t in tensors if t.requires_grad)
     for out in outputs:
-        mark = _mark(cast("Node", out.grad_fn))
+        mark = mark_at(cast("Node", out.grad_fn))
         mark.origin, mark.copies = mark.origin or origin, copies
     if PURE in origins and len(outputs) == 1 and not copies:
         _Call(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
@@ -269,7 +177,7 @@ class _Call:
         self.func, self.rule, self.bound = func, rule, bound
         self.tensors = {k: v for k, v in bound.items() if isinstance(v, Tensor)}
         self.edges = {k: edge_of(v) for k, v in self.tensors.items() if v.requires_grad}
-        self.origins = {k: _origin(self.tensors[k]) for k in self.edges}
+        self.origins = {k: origin_of(self.tensors[k]) for k in self.edges}
         self.reads = {*rule.reads(bound)}
         changed = next(iter(bound)) if rule.inplace(func) else None
         self.values = {
@@ -278,14 +186,14 @@ class _Call:
 
     def store(self, out: Tensor) -> None:
         """Leave the call at the node of its output."""
-        origin = _combined(list(self.origins.values()), list(self.tensors.values()))
+        origin = combined(list(self.origins.values()), list(self.tensors.values()))
         operands = self._operands(out)
         if self.rule.expands and operands and _repeated(self.tensors[operands[0]], out):
             origin = None  # a copy per sample: from here on it is data
-        _mark(cast("Node", out.grad_fn)).origin = origin
-        _mark(cast("Node", out.grad_fn)).copies = self.rule.expands
+        mark_at(cast("Node", out.grad_fn)).origin = origin
+        mark_at(cast("Node", out.grad_fn)).copies = self.rule.expands
         owner = _owner(out) if self.rule.slots else out
-        mark = _mark(cast("Node", owner.grad_fn))
+        mark = mark_at(cast("Node", owner.grad_fn))
         couples = self.rule.couples(self.bound)
         if mark.use is not None or not (operands or couples):
             return
@@ -326,82 +234,20 @@ def _repeated(tensor: Tensor, out: Tensor) -> bool:
     return tensor.ndim < out.ndim or (tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0])
 
 
-def _is_copy(tensor: Tensor) -> bool:
-    found = marks(tensor.grad_fn) if tensor.grad_fn is not None else None
-    return found is not None and found.copies
-
-
-def _mark(node: Node) -> Marks:
-    return cast("Marks", cast("dict[str, Any]", node.metadata).setdefault(KEY, Marks()))
-
-
-def _origin(tensor: Tensor) -> str | None:
-    if tensor.grad_fn is None:
-        return PURE if isinstance(tensor, nn.Parameter) else None
-    found = marks(tensor.grad_fn)
-    return found.origin if found else None
-
-
-def _combined(origins: list[str | None], tensors: list[Tensor]) -> str | None:
-    """What a value computed from ``tensors`` comes from; ``origins``: of those that require gradients."""
-    if not origins or None in origins:
-        return None
-    return PURE if all(o == PURE for o in origins) and len(origins) == len(tensors) else TENTATIVE
-
-
-def extend(module: Module) -> Module:
-    """Record every forward pass of ``module``, a model or a loss module; returns the module itself.
-
-    With an extended model and an extended loss module the forward pass may run outside of `curvature`. Nothing is
-    wrapped or replaced: two forward hooks enter and leave `record`.
-
-    Example:
-        >>> import torch
-        >>> from lightning_curv import BatchGrad, curvature, extend
-        >>> model, lossfunc = extend(torch.nn.Linear(3, 2)), extend(torch.nn.MSELoss())
-        >>> loss = lossfunc(model(torch.ones(4, 3)), torch.zeros(4, 2))
-        >>> with curvature(BatchGrad()):
-        ...     loss.backward()
-        >>> model.weight.grad_batch.shape
-        torch.Size([4, 2, 3])
-    """
-    if _enter not in module._forward_pre_hooks.values():
-        module.register_forward_pre_hook(_enter)
-        module.register_forward_hook(_leave, always_call=True)
-    return module
-
-
-def _stack() -> list[record]:
-    if not hasattr(_local, "stack"):
-        _local.stack = []
-    return cast("list[record]", _local.stack)
-
-
-def _enter(module: nn.Module, args: Any) -> None:
-    mode = record()
-    mode.__enter__()
-    _stack().append(mode)
-
-
-def _leave(module: nn.Module, args: Any, output: Any) -> None:
-    if _stack():
-        _stack().pop().__exit__(None, None, None)
-    _mark_output(module, args, output)
-
-
-def _mark_output(module: nn.Module, args: Any, output: Any) -> None:
+def mark_output(module: nn.Module, args: Any, output: Any) -> None:
     """Remember at the node of a module's output that it is one."""
     if isinstance(output, Tensor) and output.grad_fn is not None and not disabled():
-        _mark(output.grad_fn).outputs[module] = output.output_nr, _like(output)
+        mark_at(output.grad_fn).outputs[module] = output.output_nr, like(output)
 
 
-def _require_output(module: nn.Module, args: Any, output: Any) -> None:
+def require_output(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of a module given as ``output=``."""
     if not isinstance(output, Tensor):
         raise UnsupportedError(
             f"`output=` needs a module that returns one tensor, found `{type(module).__name__}` that returns "
             f"`{type(output).__name__}`; pass the tensor itself."
         )
-    _mark_output(module, args, output)
+    mark_output(module, args, output)
 
 
 def disabled() -> bool:

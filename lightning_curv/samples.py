@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import Tape, leaves
-from lightning_curv.recording import LossCall, Use
+from lightning_curv.records import LossCall, Use
 from lightning_curv.rules import Call
 
 

@@ -23,7 +23,7 @@ from lightning_curv.extensions import (
     SumGradSquared,
     Variance,
 )
-from lightning_curv.recording import marks
+from lightning_curv.records import marks
 
 QUANTITIES = [
     (BatchGrad, "grad_batch", oracle.grad_batch),

@@ -1,0 +1,150 @@
+"""What recording leaves in the autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.rules import Rule
+
+KEY = "lightning_curv"
+PURE, TENTATIVE = "pure", "tentative"  # computed from parameters alone / from parameters and tensors without gradient
+
+
+@dataclass
+class Operand:
+    """A parameter, or a tensor computed from parameters, as an argument of a recorded op."""
+
+    tensor: Tensor  # detached where it is derived
+    edge: GradientEdge
+
+    @property
+    def derived(self) -> bool:
+        """Whether the tensor was computed from parameters instead of being one."""
+        return not self.tensor.requires_grad
+
+
+@dataclass
+class Use:
+    """One call of an op with parameters among its arguments."""
+
+    function: Callable[..., Any]
+    rule: Rule
+    arguments: dict[str, Any]  # by name; tensors detached, operands included
+    operands: dict[str, Operand]  # by argument name
+    inputs: dict[str, GradientEdge]  # of the other differentiable arguments
+    shape: torch.Size  # of the output
+    output_nr: int = 0
+    versions: dict[str, int] = field(default_factory=dict)
+    couples: bool = False  # a sample's output depends on other samples
+
+    @property
+    def name(self) -> str:
+        """The op's name in messages."""
+        return str(getattr(self.function, "__name__", self.function)).strip("_")
+
+    def check_versions(self) -> None:
+        """Raise if a recorded input was modified in place after the op had read it."""
+        for name, version in self.versions.items():
+            if self.arguments[name]._version != version:
+                raise RuntimeError(
+                    f"`{self.name}` needs its argument `{name}` as it was in the forward pass, but it was modified "
+                    f"by an in-place operation afterwards. Modify a copy instead: `{name}.clone()`."
+                )
+
+
+@dataclass
+class LossCall:
+    """One call of a known loss function."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]  # by name; tensors detached
+    input: GradientEdge
+    shape: torch.Size  # of the output
+    output_nr: int = 0
+    beside: bool = False  # the node below is the same call once more, for its other input
+
+    @property
+    def name(self) -> str:
+        """The loss function's name in messages."""
+        return str(getattr(self.function, "__name__", self.function))
+
+
+@dataclass
+class Marks:
+    """What recording leaves at an autograd node."""
+
+    use: Use | None = None
+    loss: LossCall | None = None
+    refusal: str | None = None  # why a call of a known loss function is no `LossCall`
+    outputs: dict[nn.Module, tuple[int, Tensor]] = field(default_factory=dict)  # modules that returned the node's value
+    origin: str | None = None  # PURE or TENTATIVE: the node's value was computed from parameters
+    copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
+
+
+def marks(node: Node) -> Marks | None:
+    """What recording left at ``node``."""
+    return cast("Marks | None", cast("dict[str, Any]", node.metadata).get(KEY))
+
+
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """The place in the graph where the gradient of ``tensor`` arrives."""
+    if tensor.grad_fn is None:
+        return torch.autograd.graph.get_gradient_edge(tensor)
+    return GradientEdge(tensor.grad_fn, tensor.output_nr)
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a network, where the curvature of a loss enters.
+
+    Attributes:
+        edge: Where it is in the graph.
+        like: A tensor of its shape, type and device.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Output:
+        """The output that a tensor is now; what changes the tensor in place later does not matter."""
+        if not tensor.requires_grad:
+            raise ValueError("`output` must be computed from parameters, found a tensor without a graph.")
+        return cls(edge_of(tensor), like(tensor))
+
+
+def like(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, type and device that takes no memory."""
+    return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether a tensor repeats a parameter, as `Marks.copies` says."""
+    found = marks(tensor.grad_fn) if tensor.grad_fn is not None else None
+    return found is not None and found.copies
+
+
+def mark_at(node: Node) -> Marks:
+    """The marks at ``node``, to be written."""
+    return cast("Marks", cast("dict[str, Any]", node.metadata).setdefault(KEY, Marks()))
+
+
+def origin_of(tensor: Tensor) -> str | None:
+    """What a tensor that requires gradients was computed from: `PURE`, `TENTATIVE` or, with data, ``None``."""
+    if tensor.grad_fn is None:
+        return PURE if isinstance(tensor, nn.Parameter) else None
+    found = marks(tensor.grad_fn)
+    return found.origin if found else None
+
+
+def combined(origins: list[str | None], tensors: list[Tensor]) -> str | None:
+    """What a value computed from ``tensors`` comes from; ``origins``: of those that require gradients."""
+    if not origins or None in origins:
+        return None
+    return PURE if all(o == PURE for o in origins) and len(origins) == len(tensors) else TENTATIVE
