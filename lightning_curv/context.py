@@ -36,8 +36,8 @@ class curvature(record):
             set to zero). Known loss functions that do not depend on the output add their own curvature. Inside
             Lightning a submodule's name is turned into the module by ``pl_module.get_submodule(name)``.
 
-    The backward pass is ``loss.backward()`` or ``torch.autograd.backward(loss)``; ``torch.autograd.grad`` computes no
-    extensions.
+    The backward pass is ``loss.backward()``, or ``torch.autograd.backward(loss)`` in versions of torch that hand it to
+    function modes (2.13 does, 2.6 does not); ``torch.autograd.grad`` computes no extensions.
 
     Raises:
         UnsupportedError: In ``backward``: a parameter, an op or the loss is not covered; the message says what to do.

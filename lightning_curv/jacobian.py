@@ -101,6 +101,19 @@ class Jacobian:
         parts = [onehot.total(t) if t.classes else t.contract(f"v{t.par}") for t in self.terms]
         return sum(p.reshape(self.columns, *self.shape) for p in parts)  # type: ignore[return-value]
 
+    def weighted_total(self, weights: Tensor) -> Tensor:
+        r"""Weighted sum over the samples of the only column, :math:`\sum_n c_n J[0, n]`, of the parameter's shape.
+
+        One contraction per term; no per-sample gradient is formed. With norms from `squared_norms` this is the second
+        half of book-keeping (Bu, Wang, Zha & Karypis, *Differentially Private Optimization on Large Model at Small
+        Cost*, ICML 2023).
+
+        Args:
+            weights: c, ``[N]``.
+        """
+        parts = [onehot.weighted_total(t, weights) if t.classes else t.weighted_total(weights) for t in self.terms]
+        return sum((p.reshape(self.shape) for p in parts[1:]), start=parts[0].reshape(self.shape))
+
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
 

@@ -69,6 +69,15 @@ def total(term: Term) -> Tensor:
     return _scatter(rows(term), term.classes)
 
 
+def weighted_total(term: Term, weights: Tensor) -> Tensor:
+    """Sum over the samples of the first column, times ``weights [N]``, ``[classes, *]``."""
+    term = term.canonical()
+    sample, index, position = _touched(term)
+    g = term.g[0].flatten(0, 1)[position]
+    g = g * weights.to(g.dtype)[sample].reshape(-1, *[1] * (g.ndim - 1))
+    return g.new_zeros(term.classes, *g.shape[1:]).index_add_(0, index, g)
+
+
 def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
     """Sum over columns and samples of the squared per-sample gradients, ``[classes, *]``."""
     touched = rows(term)

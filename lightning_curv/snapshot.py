@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,4 +36,8 @@ class Snapshot:
 def _write(parameter: Tensor, value: Tensor, version: int) -> None:
     """Set value and version in the parameter's own memory: what autograd saved may be views of it."""
     parameter.data.copy_(value)
-    torch._C._autograd._unsafe_set_version_counter((parameter,), (version,))
+    set_version: Any = torch._C._autograd._unsafe_set_version_counter
+    try:
+        set_version((parameter,), (version,))
+    except TypeError:  # torch < 2.7
+        set_version(parameter, version)

@@ -116,6 +116,15 @@ class Term:
             return torch.einsum(f"vn{self.out}->{result}", self.g)
         return torch.einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
 
+    def weighted_total(self, weights: Tensor) -> Tensor:
+        """``g·x`` of the first column, times ``weights [N]``, summed over the samples; dense inputs only."""
+        g, x = self.g[:1], self.x
+        if x is None or g.numel() <= x.numel():
+            g = g * weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 2))
+        else:
+            x = x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return replace(self, g=g, x=x).contract(self.par)
+
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
         g = signed(self.g.square(), signs).sum(0, keepdim=True)
