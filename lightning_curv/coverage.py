@@ -13,6 +13,7 @@ from lightning_curv.sources import Gradient
 
 def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
     """Raise `UnsupportedError` if some extension would be wrong on the recorded graph."""
+    _refuse_hidden(tape)
     _refuse_unrecorded(tape)
     _refuse_coupled(tape, [e for e in extensions if e.independent])
     _refuse_unknown_loss(tape, [e for e in extensions if _needs_likelihood(e)])
@@ -28,6 +29,14 @@ def _refuse_unrecorded(tape: Tape) -> None:
             f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, which was not recorded. "
             "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model; give an op of your own "
             "a rule with `@lightning_curv.rule`; leave weight penalties to the optimizer (`weight_decay`)."
+        )
+
+
+def _refuse_hidden(tape: Tape) -> None:
+    for name in tape.hidden:
+        raise UnsupportedError(
+            f"Every op must be in the graph before the backward pass, found `{name}`, which runs its ops during it. "
+            "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
         )
 
 

@@ -13,6 +13,8 @@ from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import by_autograd
 from lightning_curv.records import LossCall, Output, Use, marks
 
+HIDING = {"CheckpointFunctionBackward"}
+
 
 @dataclass
 class Tape:
@@ -24,7 +26,7 @@ class Tape:
         outside: Nodes of ``uses`` that the root reaches without passing a recorded loss call.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
         refusals: Why calls of known loss functions were not recorded.
-        signature: The structure of the graph: names of its nodes in the order of the walk.
+        hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
 
     uses: dict[Node, Use] = field(default_factory=dict)
@@ -32,7 +34,7 @@ class Tape:
     outside: set[Node] = field(default_factory=set)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
-    signature: list[str] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
 
 
 def walk(root: Node, output: LossCall | None = None) -> Tape:
@@ -54,7 +56,8 @@ def walk(root: Node, output: LossCall | None = None) -> Tape:
             continue
         seen.add((node, outside))
         name = node.name()
-        tape.signature.append(name)
+        if name in HIDING:
+            tape.hidden.append(name)
         mark = marks(node)
         if mark is not None and mark.refusal is not None:
             tape.refusals.append(mark.refusal)
