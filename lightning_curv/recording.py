@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
@@ -142,7 +142,7 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     if unknown := [name for name in differentiable if (func, name) not in PARTS]:
         mark_at(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
         return out
-    detached = tree_map_only(Tensor, Tensor.detach, arguments)
+    detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     for i, name in enumerate(differentiable):
         out = out.view_as(out) if i else out
         mark, part = mark_at(out.grad_fn), PARTS[func, name]

@@ -114,6 +114,8 @@ class Term:
         """``g·x`` summed to the letters ``result`` (of ``v n`` and ``par``); dense inputs only."""
         if self.x is None:
             return torch.einsum(f"vn{self.out}->{result}", self.g)
+        if set(result) == {"v", "n", *self.out, *self.inp}:  # an outer product: no matrix product
+            return _placed(self.g, "vn" + self.out, result) * _placed(self.x, "n" + self.inp, result)
         return torch.einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
 
     def weighted_total(self, weights: Tensor) -> Tensor:
@@ -134,3 +136,9 @@ class Term:
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
     """``squares [V, N, *]`` times ``signs [V, N]``."""
     return squares if signs is None else squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
+
+
+def _placed(tensor: Tensor, letters: str, result: str) -> Tensor:
+    """``tensor`` with its axes where ``result`` has their letters, and axes of size 1 for the others."""
+    shape = [tensor.shape[letters.index(letter)] if letter in letters else 1 for letter in result]
+    return tensor.permute([letters.index(letter) for letter in result if letter in letters]).reshape(shape)

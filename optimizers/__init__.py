@@ -14,7 +14,33 @@ Inside Lightning `CurvatureCallback()` computes what `required_extensions` asks 
 """
 
 from .diag_ggn import DiagGGNOptimizer
+from .dp import DPSGD, DPAdam, DPOptimizer
 from .kfac import KFACOptimizer
+from .privacy_accounting import (
+    EpochSampling,
+    PoissonSampling,
+    PrivacyAccountant,
+    TruncatedPoissonSampling,
+    calibrated_noise,
+)
+from .privacy_clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
 from .second_order import SecondOrderOptimizer
 
-__all__ = ["DiagGGNOptimizer", "KFACOptimizer", "SecondOrderOptimizer"]
+__all__ = [
+    "DPSGD",
+    "AdaptiveClipping",
+    "AutomaticClipping",
+    "Clipping",
+    "DPAdam",
+    "DPOptimizer",
+    "DiagGGNOptimizer",
+    "EpochSampling",
+    "FlatClipping",
+    "KFACOptimizer",
+    "PerLayerClipping",
+    "PoissonSampling",
+    "PrivacyAccountant",
+    "SecondOrderOptimizer",
+    "TruncatedPoissonSampling",
+    "calibrated_noise",
+]

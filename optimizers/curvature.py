@@ -1,14 +1,37 @@
 """What an optimizer needs from a model of the curvature."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from lightning_curv.extensions import Extension
+from lightning_curv.jacobian import Jacobian
 
 State = dict[str, Any]
 ParamGroup = dict[str, Any]
+Member = tuple[ParamGroup, Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that one block of curvature covers: a parameter alone, or weight and bias of one layer.
+
+    The first one's group has the settings of the block, and its state the curvature.
+    """
+
+    members: tuple[Member, ...]
+
+    @property
+    def group(self) -> ParamGroup:
+        """Settings of the block."""
+        return self.members[0][0]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters, the one with the state first."""
+        return [param for _, param in self.members]
 
 
 @dataclass(frozen=True)
@@ -16,40 +39,90 @@ class Direction:
     r"""A preconditioned gradient of one parameter.
 
     Args:
-        value: $d = C^{-1} g$, shape of the parameter; the update is a negative multiple of it.
-        squared_norm: squared length of $d$ in the metric of the curvature, [].
-        base_lr: learning rate of its group before any schedule.
+        param: the parameter.
+        grad: $g$, its gradient.
+        value: $d = C^{-1} g$, shape of the parameter; the update contains a negative multiple of it.
+        squared_norm: gives the squared length of $d$ in the metric of the curvature, [].
+        damping: $\lambda$ of the block, [].
+        group: settings of the parameter.
+        last: the last update of the parameter, if it is known.
+        jacobian: derivatives of this batch's columns by the parameter, if the step rule asked for them.
     """
 
+    param: Tensor
+    grad: Tensor
     value: Tensor
-    squared_norm: Tensor
-    base_lr: float
+    squared_norm: Callable[[], Tensor]
+    damping: Tensor
+    group: ParamGroup
+    last: Tensor | None = None
+    jacobian: Jacobian | None = None
 
 
 class Curvature(Protocol):
-    """A positive semi-definite block per parameter: measured, averaged, damped, inverted.
+    """A positive semi-definite matrix per block: measured, averaged, damped, inverted.
 
-    The object holds settings only. Everything measured lives in the `state` of a parameter (tensors and plain types).
+    The object holds settings only. Everything measured lives in the state of a block (tensors and plain types).
     """
 
     extension: Extension
 
-    def absorb(self, state: State, param: Tensor, field: list[Tensor], group: ParamGroup) -> None:
-        """Average a new measurement into the state.
+    def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
+        """The bias that each weight shares a block with."""
+        ...
+
+    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+        """The statistics of one batch, linear in the scale of the loss in the first tensor and those of its shape.
+
+        Args:
+            state: state of the block.
+            block: the parameters.
+            fields: what `extension` left on each of them.
+            step: number of the step, the seed of everything random.
 
         Raises:
-            ValueError: the measurement does not fit the parameter.
+            ValueError: the fields do not fit the parameters.
         """
         ...
 
-    def refresh(self, state: State, group: ParamGroup) -> bool:
-        """Recompute what depends on the damping; False if that failed and the former result stays in use."""
+    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+        """Average statistics into the state.
+
+        Args:
+            state: state of the block, updated.
+            block: the parameters.
+            statistics: what `measure` returned, averaged over processes.
+            scale: what the curvature in them is to be multiplied by.
+        """
+        ...
+
+    def mean_eigenvalue(self, state: State) -> Tensor:
+        """Of the undamped block, []."""
+        ...
+
+    def units(self, state: State) -> int:
+        """Number of parts of the block that are refreshed independently."""
+        ...
+
+    def refresh(self, due: Sequence[tuple[State, int, Tensor]]) -> list[bool]:
+        """Recompute parts of blocks that depend on the damping.
+
+        Args:
+            due: state, number of the part, damping of the block.
+
+        Returns:
+            For each, False if that failed and the former result stays in use.
+        """
         ...
 
     def ready(self, state: State) -> bool:
-        """Whether gradients of this parameter can be preconditioned."""
+        """Whether gradients of this block can be preconditioned."""
         ...
 
-    def direction(self, state: State, grad: Tensor, group: ParamGroup) -> Direction:
-        """Precondition a gradient."""
+    def precondition(self, state: State, block: Block, grads: Sequence[Tensor], damping: Tensor) -> list[Tensor]:
+        """Precondition the gradients of the block's parameters; the results have their shapes."""
+        ...
+
+    def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
+        """A parameter's share of the squared length of the direction in the metric of the curvature, []."""
         ...

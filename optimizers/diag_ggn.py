@@ -4,14 +4,15 @@ from typing import Literal
 
 from torch.optim.optimizer import ParamsT
 
-from lightning_curv.extensions import DiagGGNExact, DiagGGNMC, Extension
+from lightning_curv.extensions import DiagGGNExact, DiagGGNMC, Extension, JacobianExact, JacobianMC
 
 from .curvature import ParamGroup
 from .diagonal import DiagonalCurvature
+from .levenberg_marquardt import LevenbergMarquardt
 from .schedule import Schedule
 from .second_order import SecondOrderOptimizer
 from .settings import require_choice, require_count, require_fraction, require_positive
-from .step_rules import ElementwiseClip, StepRule, TrustClip
+from .step_rules import ElementwiseClip, QuadraticModel, StepRule, TrustClip
 
 
 class DiagGGNOptimizer(SecondOrderOptimizer):
@@ -31,8 +32,10 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
 
     Args:
         params: parameters, or dicts of parameter groups.
-        lr: learning rate $\eta$, per group; about 0.03 with `bound="elementwise"`.
-        damping: $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
+        lr: learning rate $\eta$, per group; about 0.03 with `bound="elementwise"`. "auto": learning rate and momentum
+            from the quadratic model, as in `KFACOptimizer`; `bound` is not used.
+        damping: $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss. "auto": relative to
+            the mean of the diagonal, as in `KFACOptimizer`.
         betas: decays in [0, 1) of the running means of gradient and diagonal, per group.
         weight_decay: $w$, decoupled, per group.
         interval: measure the diagonal every so many steps.
@@ -56,8 +59,8 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.3,
-        damping: float = 0.1,
+        lr: float | Literal["auto"] = 0.3,
+        damping: float | Literal["auto"] = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         interval: int = 1,
@@ -78,10 +81,12 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         if bound == "elementwise":
             rule = ElementwiseClip(max_update)
         extension: Extension = DiagGGNMC(mc_samples=mc_samples) if curvature == "mc" else DiagGGNExact()
+        if lr == "auto":
+            rule = QuadraticModel(JacobianMC(mc_samples) if curvature == "mc" else JacobianExact())
         super().__init__(
             params,
             {
-                "lr": lr,
+                "lr": 1.0 if lr == "auto" else lr,
                 "damping": damping,
                 "betas": tuple(betas),
                 "weight_decay": weight_decay,
@@ -90,6 +95,7 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
             curvature=DiagonalCurvature(extension),
             schedule=Schedule(measure=interval),
             step_rule=rule,
+            adaptation=LevenbergMarquardt(start=1.0),
         )
 
     def _check_group(self, group: ParamGroup) -> None:

@@ -1,11 +1,15 @@
 """Curvature of one parameter as a running mean of its diagonal."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lightning_curv.extensions import Extension
 
-from .curvature import Direction, ParamGroup, State
+from .curvature import Block, State
+from .fields import as_tensors
 from .running_mean import next_weight, update_mean
 
 
@@ -19,31 +23,47 @@ class DiagonalCurvature:
     def __init__(self, extension: Extension) -> None:
         self.extension = extension
 
-    def absorb(self, state: State, param: Tensor, field: list[Tensor], group: ParamGroup) -> None:
+    def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
+        return {}
+
+    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+        field, (param,) = as_tensors(fields[0]), block.params
         if len(field) != 1 or field[0].shape != param.shape:
             raise ValueError(
                 f"`{self.extension.savefield}` must be one tensor of its parameter's shape {tuple(param.shape)}, "
                 f"found {[tuple(tensor.shape) for tensor in field]}."
             )
-        if "diagonal" not in state:
-            state["diagonal"], state["weight"] = _zeros(param), 0.0
-        state["weight"] = next_weight(state["weight"], group["betas"][1])
-        update_mean(state["diagonal"], field[0], state["weight"])
+        return field
 
-    def refresh(self, state: State, group: ParamGroup) -> bool:
-        return True
+    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+        if "diagonal" not in state:
+            state["diagonal"], state["weight"] = _zeros(block.params[0]), 0.0
+        state["weight"] = next_weight(state["weight"], block.group["betas"][1])
+        update_mean(state["diagonal"], statistics[0] * scale, state["weight"])
+
+    def mean_eigenvalue(self, state: State) -> Tensor:
+        return state["diagonal"].mean()
+
+    def units(self, state: State) -> int:
+        return 0
+
+    def refresh(self, due: Sequence[tuple[State, int, Tensor]]) -> list[bool]:
+        return []
 
     def ready(self, state: State) -> bool:
         return "diagonal" in state
 
-    def direction(self, state: State, grad: Tensor, group: ParamGroup) -> Direction:
-        r"""$d = \hat g / (\hat h + \lambda)$ with $\|d\|^2 = d^\top \operatorname{diag}(\hat h) \, d$."""
+    def precondition(self, state: State, block: Block, grads: Sequence[Tensor], damping: Tensor) -> list[Tensor]:
+        r"""$d = \hat g / (\hat h + \lambda)$."""
         if "gradient" not in state:
-            state["gradient"], state["gradient_weight"] = _zeros(grad), 0.0
-        state["gradient_weight"] = next_weight(state["gradient_weight"], group["betas"][0])
-        update_mean(state["gradient"], grad, state["gradient_weight"])
-        value = state["gradient"] / (state["diagonal"] + group["damping"])
-        return Direction(value, (value.square() * state["diagonal"]).sum(), group["base_lr"])
+            state["gradient"], state["gradient_weight"] = _zeros(grads[0]), 0.0
+        state["gradient_weight"] = next_weight(state["gradient_weight"], block.group["betas"][0])
+        update_mean(state["gradient"], grads[0], state["gradient_weight"])
+        return [state["gradient"] / (state["diagonal"] + damping)]
+
+    def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
+        r"""$d^\top \operatorname{diag}(\hat h) \, d$."""
+        return (value.square() * state["diagonal"]).sum()
 
 
 def _zeros(tensor: Tensor) -> Tensor:

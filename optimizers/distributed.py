@@ -43,3 +43,11 @@ def _averages(tensors: list[Tensor]) -> list[Tensor]:
     flat /= dist.get_world_size()
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean of a small tensor over all processes."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor = tensor / dist.get_world_size()
+    return tensor

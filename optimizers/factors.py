@@ -42,12 +42,12 @@ def limit_size(factor: Tensor, max_size: int, batched: bool) -> Tensor:
 
 
 def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Tensor:
-    r"""Multiply a tensor by a Kronecker product of symmetric factors, $(F_1 \otimes \dots \otimes F_k) \, v$.
+    r"""Multiply a tensor by a Kronecker product of matrices, $(F_1 \otimes \dots \otimes F_k) \, v$.
 
     Each factor acts on one axis of $v$ seen as a [d_1, …, d_k] tensor; the product is never formed.
 
     Args:
-        factors: symmetric matrices [d_i, d_i] or diagonals [d_i]; all with a leading [G] if `batched`.
+        factors: matrices [d_i, d_i] or diagonals [d_i]; all with a leading [G] if `batched`.
         v: G · d_1 ⋯ d_k elements in row-major order, of any shape.
         batched: whether the factors carry a leading group dimension, the first axis of `v`.
 
@@ -69,7 +69,7 @@ def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Ten
         if is_diagonal(factor, batched):
             out = out * factor.reshape(-1, 1, size, 1)
         elif out.shape[-1] == 1:  # one matrix product instead of `left` matrix-vector products
-            out = out.squeeze(-1) @ factor
+            out = out.squeeze(-1) @ factor.mT
         else:
             out = factor.reshape(-1, 1, size, size) @ out
         left *= size

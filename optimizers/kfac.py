@@ -4,74 +4,104 @@ from typing import Literal
 
 from torch.optim.optimizer import ParamsT
 
-from lightning_curv.extensions import KFAC, KFLR, Extension
+from lightning_curv.extensions import KFLR, Extension, JacobianExact, JacobianMC
 
 from .curvature import ParamGroup
+from .eigen import EigenCurvature
+from .empirical import JacobianEmpirical
 from .kronecker import KroneckerCurvature
+from .levenberg_marquardt import LevenbergMarquardt
 from .schedule import Schedule
 from .second_order import SecondOrderOptimizer
 from .settings import require_choice, require_count, require_fraction, require_positive
-from .step_rules import TrustClip
+from .step_rules import QuadraticModel, StepRule, TrustClip
 
 
 class KFACOptimizer(SecondOrderOptimizer):
-    r"""Kronecker-factored approximate curvature with factored damping, a trust clip and momentum.
+    r"""Kronecker-factored approximate curvature that chooses its own step and damping.
 
-    The generalized Gauss-Newton block of each parameter is approximated by $F_1 \otimes \dots \otimes F_k$, one factor
-    per axis (a linear or convolution weight: $B \otimes A$), each a running mean over batches. A step is
+    The generalized Gauss-Newton block of each layer is approximated by $C = \bigotimes_i F_i$, one factor per axis of the
+    weight (a linear or convolution layer: $B \otimes A$, its bias included as one more input), each a running mean over
+    batches. A step moves along $d = \bigotimes_i (F_i + \gamma_i I)^{-1} g$.
 
-    $$d = \bigotimes_i (F_i + \gamma_i I)^{-1} g, \qquad
-      \nu = \min\Big(1, \sqrt{\kappa / (\eta_0^2 \textstyle\sum d^\top g)}\Big),$$
-    $$v \leftarrow \mu v - \eta_t \nu d, \qquad \theta \leftarrow (1 - \eta_t w) \theta + v$$
+    `lr="auto"`: the update is $\delta = \eta_t (-\alpha d + \beta \delta_\text{last})$ with the $\alpha, \beta$ that minimize the
+    quadratic model $g^\top \delta + \tfrac12 \delta^\top (G + \lambda) \delta$ of the loss; $G$ is the generalized Gauss-Newton
+    matrix of this batch itself, by per-sample dot products with what its backward pass recorded. $\eta_t$ is 1 unless a
+    schedule or a parameter group says otherwise.
 
-    with $\gamma_i$ from `damping` $\lambda$ by the traces of the factors ($\prod_i \gamma_i = \lambda$), $\eta_0$ the
-    learning rate the optimizer was built with and $\eta_t$ the scheduled one, so that a schedule acts after the clip.
-    Parameters without factors take Adam steps at `fallback_lr` $\eta_t / \eta_0$.
+    `lr=`$\eta$: $\delta = -\eta_t \nu d + \mu \delta_\text{last}$ with $\nu = \min(1, \sqrt{\kappa / (\eta_0^2 \sum d^\top g)})$ and
+    $\eta_0$ the learning rate the optimizer was built with, so that a schedule acts after this trust-region clip.
 
-    The defaults suit networks trained on a mean cross-entropy. Give long runs a learning-rate schedule.
+    Damping $\gamma_i$ splits the $\lambda$ of the block by the traces of the factors, $\prod_i \gamma_i = \lambda$. `damping="auto"`
+    sets $\lambda = c \, \bar\mu + \lambda_0$: $\bar\mu$ is the mean eigenvalue of the block, $\lambda_0$ the least damping of
+    the loss (see `LossFloor`), and $c$ is adapted if `step` is given `loss_fn`.
+
+    Parameters without curvature take Adam steps at `fallback_lr` $\eta_t / \eta_0$; `summary()` says which.
 
     Args:
         params: parameters, or dicts of parameter groups.
-        lr: learning rate $\eta$, per group. Values that schedulers set are relative to this one.
-        damping: $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
-        momentum: $\mu$ in [0, 1), per group.
-        weight_decay: $w$, decoupled, per group.
-        factor_decay: decay in [0, 1) of the factors' running means, per group.
+        lr: "auto", or the learning rate $\eta$, per group. Values that schedulers set are relative to this one.
+        damping: "auto", or $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
+        momentum: $\mu$ in [0, 1), per group; not used with `lr="auto"`.
+        weight_decay: $w$, decoupled, per group: parameters shrink by $\eta_t w$, with `lr="auto"` by $\alpha \eta_t w$.
+        factor_decay: decay in [0, 1) of the running means, per group.
         factor_interval: measure factors every so many steps.
-        inverse_interval: invert factors every so many steps; more often in the first 20.
-        kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for no bound.
-        curvature: "mc" draws targets from the model, "exact" propagates one column per output.
+        inverse_interval: refresh each inverse every so many steps, spread over the steps; more often in the first 20.
+        kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for no bound; not used
+            with `lr="auto"`.
+        curvature: "mc" draws targets from the model, "exact" propagates one column per output, "empirical" takes the
+            gradients themselves.
         mc_samples: targets drawn per example if `curvature="mc"`.
         weight_sharing: "expand" or "reduce", how factors treat convolutions and sequences.
+        eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
+        positions: positions of a convolution, drawn anew for every batch, that its factors are computed from; None: all.
         max_factor_size: factors with more rows are replaced by their diagonal.
-        fallback_lr: Adam's learning rate for parameters without factors, per group.
+        fallback_lr: Adam's learning rate for parameters without curvature, per group.
+
+    Attributes:
+        last_step: learning rate, momentum, damping $c$ and reduction ratio of the last step, for logs.
 
     Raises:
         ValueError: a setting is out of range.
         TypeError: a parameter is complex or sparse.
 
-    Cost: per step $|\theta| \sum_i d_i$ time beside the factors' measurement, $d_i^3$ per inversion; memory for two
-    copies of all factors and one of the parameters.
+    Cost: per step $|\theta| \sum_i d_i$ time; one more backward pass, without parameter gradients, whenever curvature is
+    measured, and on every step, with about a forward pass on top, if `lr="auto"`; $d_i^3$ per inversion. Memory: two
+    copies of all factors, one of the parameters, and the activations of the batch until `step`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import KFACOptimizer, curvature
+        >>> x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
+        >>> layer = torch.nn.Linear(1, 1, dtype=torch.float64)
+        >>> optimizer = KFACOptimizer(layer.parameters(), damping=1e-9, curvature="exact")
+        >>> with curvature(*optimizer.required_extensions()):
+        ...     torch.nn.functional.mse_loss(layer(x), 3 * x + 1).backward()
+        >>> optimizer.step()
+        >>> layer.weight.item(), layer.bias.item()  # least squares, solved in one step
+        (3.0000..., 1.0000...)
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
-    ICML 2015, sections 4 and 6; the clip: J. Ba, R. Grosse, J. Martens, *Distributed Second-Order Optimization using
-    Kronecker-Factored Approximations*, ICLR 2017, section 5.
+    ICML 2015; convolutions: R. Grosse, J. Martens, ICML 2016; the clip: J. Ba, R. Grosse, J. Martens, *Distributed
+    Second-Order Optimization using Kronecker-Factored Approximations*, ICLR 2017, section 5.
     """
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 0.3,
-        damping: float = 0.03,
+        lr: float | Literal["auto"] = "auto",
+        damping: float | Literal["auto"] = "auto",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         factor_decay: float = 0.95,
         factor_interval: int = 1,
         inverse_interval: int = 10,
         kl_clip: float | None = 1e-3,
-        curvature: Literal["mc", "exact"] = "mc",
+        curvature: Literal["mc", "exact", "empirical"] = "mc",
         mc_samples: int = 1,
         weight_sharing: Literal["expand", "reduce"] = "expand",
+        eigen: bool = False,
+        positions: int | None = 16,
         max_factor_size: int = 8192,
         fallback_lr: float = 1e-3,
     ) -> None:
@@ -79,26 +109,34 @@ class KFACOptimizer(SecondOrderOptimizer):
         require_count("inverse_interval", inverse_interval)
         require_count("mc_samples", mc_samples)
         require_count("max_factor_size", max_factor_size)
-        require_choice("curvature", curvature, ("mc", "exact"))
+        require_choice("curvature", curvature, ("mc", "exact", "empirical"))
         require_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
+        if positions is not None:
+            require_count("positions", positions)
         if kl_clip is not None:
             require_positive("kl_clip", kl_clip)
-        extension: Extension = KFLR(weight_sharing=weight_sharing)
-        if curvature == "mc":
-            extension = KFAC(mc_samples=mc_samples, weight_sharing=weight_sharing)
+        columns: dict[str, Extension] = {
+            "mc": JacobianMC(mc_samples),
+            "exact": JacobianExact(),
+            "empirical": JacobianEmpirical(),
+        }
+        extension = columns[curvature]
+        rule: StepRule = QuadraticModel(extension) if lr == "auto" else TrustClip(kl_clip)
+        model = EigenCurvature if eigen else KroneckerCurvature
         super().__init__(
             params,
             {
-                "lr": lr,
+                "lr": 1.0 if lr == "auto" else lr,
                 "damping": damping,
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "factor_decay": factor_decay,
                 "fallback_lr": fallback_lr,
             },
-            curvature=KroneckerCurvature(extension, max_factor_size),
+            curvature=model(extension, KFLR(weight_sharing), positions, max_factor_size),
             schedule=Schedule(measure=factor_interval, invert=inverse_interval),
-            step_rule=TrustClip(kl_clip),
+            step_rule=rule,
+            adaptation=LevenbergMarquardt(),
         )
 
     def _check_group(self, group: ParamGroup) -> None:

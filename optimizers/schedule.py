@@ -9,9 +9,9 @@ class Schedule:
 
     Args:
         measure: measure curvature every so many steps.
-        invert: refresh inverses every so many steps.
-        burn_in: number of first steps in which inverses are refreshed at least every 5 steps, in the first three
-            at every step.
+        invert: refresh each inverse every so many steps, spread over them so that no step has to pay for all.
+        burn_in: number of first steps in which inverses are refreshed at least every 5 steps, all of them in each of
+            the first three.
     """
 
     measure: int
@@ -21,6 +21,7 @@ class Schedule:
     def measure_due(self, step: int) -> bool:
         return step % self.measure == 0
 
-    def invert_due(self, step: int) -> bool:
-        early = step < min(3, self.burn_in) or (step < self.burn_in and step % 5 == 0)
-        return early or step % self.invert == 0
+    def invert_due(self, step: int, unit: int, units: int) -> bool:
+        """Whether inverse number `unit` of `units` is refreshed."""
+        interval = min(5, self.invert) if step < self.burn_in else self.invert
+        return step < min(3, self.burn_in) or step % interval == unit * interval // units

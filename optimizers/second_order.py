@@ -1,8 +1,10 @@
 """The step that all curvature optimizers share: measure, precondition, bound, move."""
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,19 +12,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_curv.extensions import Extension
+from lightning_curv.extensions import Extension, GraphExtension
 
 from .adam import adam_direction
-from .curvature import Curvature, ParamGroup
-from .distributed import averaged_over_ranks
+from .curvature import Block, Curvature, Direction, Member, ParamGroup
+from .distributed import averaged, averaged_over_ranks
 from .fields import Inbox
 from .finite import finite_flags
+from .levenberg_marquardt import LevenbergMarquardt
+from .loss_limits import LossLimits
 from .restore import restored_state
 from .schedule import Schedule
 from .settings import require_non_negative, require_positive
-from .step_rules import StepRule
+from .step_rules import Step, StepRule
+from .trial import Trial
 
-Member = tuple[ParamGroup, Tensor]
+SAVED = ("steps", "relative_damping", "loss_floor", "full_batch", "tried", "_after")
+SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "curvature_scale")
+TINY = torch.finfo(torch.float32).tiny  # keeps the damping of a block without any curvature positive
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -49,24 +56,47 @@ class SecondOrderOptimizer(Optimizer):
     """
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], curvature: Curvature, schedule: Schedule, step_rule: StepRule
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        curvature: Curvature,
+        schedule: Schedule,
+        step_rule: StepRule,
+        adaptation: LevenbergMarquardt,
     ) -> None:
         self.curvature = curvature
         self.schedule = schedule
         self.step_rule = step_rule
+        self.adaptation = adaptation
         self.steps = 0
+        self.relative_damping = adaptation.start
+        self.loss_floor = 0.0
         self.curvature_scale = 1.0
-        self._inbox = Inbox(curvature.extension.savefield)
+        self.full_batch: bool | None = None  # unknown
+        self.tried = False
+        self.loss_fn: Callable[[], Any] | None = None
+        self.last_step: dict[str, float] = {}
+        self._after: float | None = None
+        self._room = math.inf
+        self._inboxes: dict[str, Inbox] = {}
         super().__init__(params, defaults)
 
     @property
-    def extensions(self) -> tuple[Extension, ...]:
+    def extensions(self) -> tuple[Extension | GraphExtension, ...]:
         """The extensions that this optimizer can need, for `curvature(*optimizer.extensions)`."""
-        return (self.curvature.extension,)
+        return self._extensions(measure=True)
 
-    def required_extensions(self) -> tuple[Extension, ...]:
-        """The extensions that the upcoming step needs; empty between two measurements."""
-        return self.extensions if self.schedule.measure_due(self.steps) else ()
+    def required_extensions(self) -> tuple[Extension | GraphExtension, ...]:
+        """The extensions that the upcoming step needs; none between two measurements with a given learning rate."""
+        return self._extensions(measure=self.schedule.measure_due(self.steps))
+
+    def _extensions(self, measure: bool) -> tuple[Extension | GraphExtension, ...]:
+        found: list[Extension | GraphExtension | None] = [self.step_rule.extension]
+        if measure:
+            found.append(self.curvature.extension)
+        if self._adapts and any(found):
+            found.append(LossLimits())
+        return tuple({extension.savefield: extension for extension in found if extension is not None}.values())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its learning rate now is the one that schedules are relative to.
@@ -90,16 +120,21 @@ class SecondOrderOptimizer(Optimizer):
         group.setdefault("base_lr", group["lr"])
 
     def _check_group(self, group: ParamGroup) -> None:
-        for name in ("lr", "damping", "fallback_lr"):
+        for name in ("lr", "fallback_lr"):
             require_positive(name, group[name])
+        if group["damping"] != "auto":
+            require_positive("damping", group["damping"])
         require_non_negative("weight_decay", group["weight_decay"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, loss_fn: Callable[[], Any] | None = None) -> Any:
         """Take one step from the gradients and curvature on the parameters.
 
         Args:
             closure: recomputes loss, gradients and curvature; called once, before anything else.
+            loss_fn: computes the loss of this step's batch once more, without gradients and without side effects (on
+                running statistics, logs). Every fifth step calls it before and after the update, both times with the
+                same random numbers, to adapt the damping; without it the damping stays relative but is not adapted.
 
         Returns:
             What the closure returned, else None.
@@ -112,11 +147,40 @@ class SecondOrderOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         members = list(self._members())
-        if members:
-            # A caller's autocast would run the preconditioning in bfloat16.
-            with torch.autocast(members[0][1].device.type, enabled=False):
-                self._update(members)
+        if not members:
+            return loss
+        trial = self._trial(self.loss_fn if loss_fn is None else loss_fn, members[0][1].device)
+        # A caller's autocast would run the preconditioning in bfloat16.
+        with torch.autocast(members[0][1].device.type, enabled=False):
+            step = self._update(members)
+        if step is not None:
+            self._adapt(step, trial)
         return loss
+
+    def _trial(self, loss_fn: Callable[[], Any] | None, device: torch.device) -> Trial | None:
+        """Evaluate the loss where the damping is to be adapted, and once more after that to know the batch again."""
+        if loss_fn is None or not self._adapts:
+            return None
+        after, self._after = (None if self.full_batch is False else self._after), None
+        if after is None and not self.adaptation.due(self.steps):
+            return None
+        trial = Trial(loss_fn, device)
+        if after is not None:
+            self.full_batch = math.isclose(trial.before, after, rel_tol=1e-6)
+        return trial
+
+    def _adapt(self, step: Step, trial: Trial | None) -> None:
+        if trial is not None and self.adaptation.due(self.steps - 1) and step.predicted is not None:
+            ratio = trial.change() / step.predicted if step.predicted else math.nan
+            self.relative_damping = self.adaptation.adapted(self.relative_damping, ratio, bool(self.full_batch))
+            self.last_step["reduction_ratio"] = ratio
+            self.tried, self._after = True, trial.after
+        elif not self.tried and not self.adaptation.due(self.steps - 1):
+            self.relative_damping = self.adaptation.annealed(self.relative_damping)
+
+    @property
+    def _adapts(self) -> bool:
+        return any(group["damping"] == "auto" for group in self.param_groups)
 
     def _members(self) -> Iterator[Member]:
         for group in self.param_groups:
@@ -129,69 +193,165 @@ class SecondOrderOptimizer(Optimizer):
                         )
                     yield group, param
 
-    def _update(self, members: list[Member]) -> None:
+    def _update(self, members: list[Member]) -> Step | None:
         if not all(finite_flags(_grad(param) for _, param in members)):
             _warn("found inf or NaN in the gradients; this step is skipped.")
-            return
+            return None
+        jacobians = self._taken(self.step_rule.extension, members) if self.step_rule.extension else {}
+        self._read_limits(members)
         if self.schedule.measure_due(self.steps):
-            self._absorb(members)
-        self._refresh(members)
-        self._move(members)
-        self.steps += 1
+            self._measure(members, jacobians)
+        blocks = self._blocks(members)
+        dampings = {block.params[0]: self._damping(block) for block in blocks if self._known(block)}
+        self._refresh(blocks, dampings)
+        step = self._move(members, blocks, dampings, jacobians)
+        if step is not None:
+            self.steps += 1
+        return step
 
-    def _absorb(self, members: list[Member]) -> None:
-        unread = [self._inbox.unread(param) for _, param in members]
-        unread = averaged_over_ranks(unread, members[0][1].device)
-        fields = [(*member, field) for member, field in zip(members, unread, strict=True) if field is not None]
+    def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
+        """The new fields of an extension, each only once."""
+        inbox = self._inboxes.setdefault(extension.savefield, Inbox(extension.savefield))
+        fields = {param: field for _, param in members if (field := inbox.unread(param)) is not None}
+        for param in fields:
+            inbox.mark_read(param)
         if not fields:
-            raise RuntimeError(self._missing())
-        flags = iter(finite_flags(tensor for _, _, field in fields for tensor in field))
-        for group, param, field in fields:
-            finite = [next(flags) for _ in field]
-            if all(finite):
-                if self.curvature_scale != 1.0:
-                    field = [field[0] * self.curvature_scale, *field[1:]]
-                self.curvature.absorb(self.state[param], param, field, group)
+            raise RuntimeError(self._missing(extension))
+        return fields
+
+    def _measure(self, members: list[Member], jacobians: dict[Tensor, Any]) -> None:
+        extension, rule = self.curvature.extension, self.step_rule.extension
+        shared = rule is not None and rule.savefield == extension.savefield
+        fields = jacobians if shared else self._taken(extension, members)
+        self._pair(members, self.curvature.pairs(fields))
+        blocks = [block for block in self._blocks(members) if block.params[0] in fields or len(block.params) == 1]
+        measured = [self._measured(block, fields) for block in blocks]
+        measured = averaged_over_ranks(measured, members[0][1].device)
+        flags = iter(finite_flags(_witness(tensor) for statistics in measured for tensor in statistics or ()))
+        for block, statistics in zip(blocks, measured, strict=True):
+            if statistics is None:
+                continue
+            if all([next(flags) for _ in statistics]):
+                self.curvature.absorb(self.state[block.params[0]], block, statistics, self.curvature_scale)
             else:
-                _warn(f"found inf or NaN in the curvature of {self._name(param)}; its former curvature stays in use.")
-            self._inbox.mark_read(param)
+                name = self._name(block.params[0])
+                _warn(f"found inf or NaN in the curvature of {name}; its former curvature stays in use.")
 
-    def _refresh(self, members: list[Member]) -> None:
-        due = self.schedule.invert_due(self.steps)
-        for group, param in members:
-            state = self.state[param]
-            if (due or not self.curvature.ready(state)) and not self.curvature.refresh(state, group):
-                use = "its former inverse" if self.curvature.ready(state) else "the fallback update"
-                _warn(
-                    f"could not invert the damped curvature of {self._name(param)}; {use} stays in use. "
-                    f"Raise `damping`, now {group['damping']}, if this repeats."
-                )
+    def _read_limits(self, members: list[Member]) -> None:
+        limits = next((p.loss_limits for _, p in members if hasattr(p, "loss_limits")), None)
+        self._room = math.inf
+        if limits is not None and self._adapts:
+            self.loss_floor, self._room = (number * self.curvature_scale for number in averaged(limits).tolist())
+            for _, param in members:
+                vars(param).pop("loss_limits", None)
 
-    def _move(self, members: list[Member]) -> None:
-        known = [(group, param) for group, param in members if self.curvature.ready(self.state[param])]
-        directions = [self.curvature.direction(self.state[param], _grad(param), group) for group, param in known]
-        values = dict(zip((param for _, param in known), self.step_rule(directions), strict=True))
-        fallback = {p: adam_direction(self.state[p], _grad(p)) for _, p in members if p not in values}
-        if not all(finite_flags([*values.values(), *fallback.values()])):
+    def _measured(self, block: Block, fields: dict[Tensor, Any]) -> list[Tensor] | None:
+        if any(param not in fields for param in block.params):
+            return None
+        state = self.state[block.params[0]]
+        return self.curvature.measure(state, block, [fields[param] for param in block.params], self.steps)
+
+    def _pair(self, members: list[Member], pairs: dict[Tensor, Tensor]) -> None:
+        """Remember by number, which survives saving, the bias that shares a block with each weight."""
+        numbers = {param: number for number, param in enumerate(self._params())}
+        for _, param in members:
+            if param in pairs:
+                self.state[param]["bias"] = numbers[pairs[param]]
+            else:
+                self.state[param].pop("bias", None)
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _blocks(self, members: list[Member]) -> list[Block]:
+        groups = {param: group for group, param in members}
+        params = self._params()
+        joint = {p: params[self.state[p]["bias"]] for p in groups if "bias" in self.state[p]}
+        joint = {weight: bias for weight, bias in joint.items() if bias in groups}
+        partners = set(joint.values())
+        return [
+            Block(((group, p), (groups[joint[p]], joint[p])) if p in joint else ((group, p),))
+            for group, p in members
+            if p not in partners
+        ]
+
+    def _known(self, block: Block) -> bool:
+        """Whether the curvature of the block was ever measured."""
+        return "weight" in self.state[block.params[0]]
+
+    def _damping(self, block: Block) -> Tensor:
+        damping = block.group["damping"]
+        if damping != "auto":
+            return torch.as_tensor(damping, device=block.params[0].device)
+        mean = self.curvature.mean_eigenvalue(self.state[block.params[0]])
+        return self.relative_damping * mean + self.loss_floor + TINY
+
+    def _refresh(self, blocks: list[Block], dampings: dict[Tensor, Tensor]) -> None:
+        states = [self.state[block.params[0]] for block in blocks]
+        counts = [self.curvature.units(state) for state in states]
+        due, owners, number = [], [], 0
+        for block, state, count in zip(blocks, states, counts, strict=True):
+            for unit in range(count):
+                if self.schedule.invert_due(self.steps, number, sum(counts)) or not self.curvature.ready(state):
+                    due.append((state, unit, dampings[block.params[0]]))
+                    owners.append(block)
+                number += 1
+        successes = self.curvature.refresh(due)
+        failed = {block.params[0]: block for block, success in zip(owners, successes, strict=True) if not success}
+        for block in failed.values():
+            former = self.curvature.ready(self.state[block.params[0]])
+            _warn(
+                f"could not invert the damped curvature of {self._name(block.params[0])}; "
+                f"{'its former inverse' if former else 'the fallback update'} stays in use. "
+                f"Raise `damping`, now {block.group['damping']}, if this repeats."
+            )
+
+    def _directions(self, block: Block, damping: Tensor, jacobians: dict[Tensor, Any]) -> list[Direction]:
+        state = self.state[block.params[0]]
+        grads = [_grad(param) for param in block.params]
+        values = self.curvature.precondition(state, block, grads, damping)
+        return [
+            Direction(
+                param,
+                grad,
+                value,
+                partial(self.curvature.squared_norm, state, grad.to(value.dtype), value),
+                damping,
+                group,
+                self.state[param].get("velocity"),
+                jacobians.get(param),
+            )
+            for (group, param), grad, value in zip(block.members, grads, values, strict=True)
+        ]
+
+    def _move(
+        self, members: list[Member], blocks: list[Block], dampings: dict[Tensor, Tensor], jacobians: dict[Tensor, Any]
+    ) -> Step | None:
+        ready = [block for block in blocks if self.curvature.ready(self.state[block.params[0]])]
+        directions = [d for block in ready for d in self._directions(block, dampings[block.params[0]], jacobians)]
+        step = self.step_rule(directions, self.curvature_scale, self._room)
+        updates = {d.param: update for d, update in zip(directions, step.updates, strict=True)}
+        fallback = {p: adam_direction(self.state[p], _grad(p)) for _, p in members if p not in updates}
+        if not all(finite_flags([*updates.values(), *fallback.values()])):
             _warn("found inf or NaN in the preconditioned gradients; this step is skipped.")
-            return
+            return None
         for group, param in members:
-            if param in values:
-                delta = self._with_momentum(param, values[param] * -group["lr"], group.get("momentum", 0.0))
-            else:
-                delta = fallback[param] * (-group["fallback_lr"] * group["lr"] / group["base_lr"])
+            update = updates.get(param)
+            if update is None:
+                update = fallback[param] * (-group["fallback_lr"] * group["lr"] / group["base_lr"])
+            elif self.keeps_updates or group.get("momentum", 0.0):
+                self.state[param]["velocity"] = update
             if group["weight_decay"]:
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-            param.add_(delta)
+                rate = step.rate if param in updates else 1.0
+                param.mul_(1 - min(max(rate * group["lr"] * group["weight_decay"], 0.0), 1.0))
+            param.add_(update)
+        self.last_step = {**step.report, "damping": self.relative_damping}
+        return step
 
-    def _with_momentum(self, param: Tensor, delta: Tensor, momentum: float) -> Tensor:
-        if not momentum:
-            return delta
-        state = self.state[param]
-        if "velocity" in state:
-            delta.add_(state["velocity"], alpha=momentum)
-        state["velocity"] = delta
-        return delta
+    @property
+    def keeps_updates(self) -> bool:
+        """Whether the step rule looks at the last update, whatever `momentum` is."""
+        return self.step_rule.extension is not None
 
     def summary(self) -> dict[str, str]:
         """Which update each parameter gets: "curvature", "fallback", "frozen", or "not seen" before its first step."""
@@ -201,7 +361,13 @@ class SecondOrderOptimizer(Optimizer):
         state = self.state.get(param, {})
         if not param.requires_grad:
             return "frozen"
-        return "curvature" if self.curvature.ready(state) else "fallback" if "adam" in state else "not seen"
+        if param in self._partners() or self.curvature.ready(state):
+            return "curvature"
+        return "fallback" if "adam" in state else "not seen"
+
+    def _partners(self) -> set[Tensor]:
+        params = self._params()
+        return {params[state["bias"]] for state in self.state.values() if "bias" in state}
 
     def _name(self, param: Tensor) -> str:
         for number, group in enumerate(self.param_groups):
@@ -211,17 +377,17 @@ class SecondOrderOptimizer(Optimizer):
                     return f"`{names[index]}`" if names else f"parameter {index} of group {number}"
         return "a parameter"
 
-    def _missing(self) -> str:
-        name, field = type(self).__name__, self._inbox.savefield
+    def _missing(self, extension: Extension) -> str:
         return (
-            f"{name} needs new curvature for step {self.steps}, found no parameter whose `.{field}` was written since "
-            "the last step. In Lightning add `CurvatureCallback()` to the Trainer's callbacks; elsewhere write "
-            "`with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`."
+            f"{type(self).__name__} needs new curvature for step {self.steps}, found no parameter whose "
+            f"`.{extension.savefield}` was written since the last step. In Lightning add `CurvatureCallback()` to the "
+            "Trainer's callbacks; elsewhere write `with curvature(*optimizer.extensions): loss.backward()` before "
+            "`optimizer.step()`."
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, state and step count: tensors and plain types only."""
-        return {**super().state_dict(), "steps": self.steps}
+        return {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, every tensor in the dtype that it was saved in.
@@ -233,21 +399,28 @@ class SecondOrderOptimizer(Optimizer):
             raise ValueError(f"A state of {type(self).__name__} has the key 'steps', found {sorted(state_dict)}.")
         super().load_state_dict(state_dict)
         self.state.update(restored_state(state_dict, self.param_groups))
-        self.steps = state_dict["steps"]
+        for name in SAVED:
+            setattr(self, name, state_dict[name])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("curvature", "schedule", "step_rule", "steps", "curvature_scale")}
+        own = {name: getattr(self, name) for name in (*SETTINGS, *SAVED)}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_inbox" not in self.__dict__:  # weak references are neither copied nor pickled
-            self._inbox = Inbox(self.curvature.extension.savefield)
+        if "_inboxes" not in self.__dict__:  # weak references are neither copied nor pickled
+            self._inboxes, self.last_step, self.loss_fn, self._room = {}, {}, None, math.inf
 
 
 def _grad(param: Tensor) -> Tensor:
     assert param.grad is not None
     return param.grad
+
+
+def _witness(tensor: Tensor) -> Tensor:
+    """Entries that are finite only if all are: a positive semi-definite matrix has its largest ones on the diagonal."""
+    square = tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2]
+    return tensor.diagonal(dim1=-2, dim2=-1) if square else tensor
 
 
 def _check_param(param: Tensor) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 def require_positive(name: str, value: float) -> None:
     """Refuse 0, negative numbers and NaN."""
-    if not value > 0:
-        raise ValueError(f"`{name}` must be positive, found {value}.")
+    if isinstance(value, str) or not value > 0:
+        raise ValueError(f"`{name}` must be positive, found {value!r}.")
 
 
 def require_non_negative(name: str, value: float) -> None:

@@ -1,24 +1,62 @@
 """How far to go along preconditioned directions."""
 
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lightning_curv.extensions import Extension
+
 from .curvature import Direction
+from .distributed import averaged
+from .quadratic_model import change, curvature_along, inner_products, minimizer, shortened
+
+
+@dataclass(frozen=True)
+class Step:
+    """Updates of the parameters and how they came about.
+
+    Args:
+        updates: one per direction, to be added to the parameter.
+        rate: learning rate that decoupled weight decay is multiplied by, besides the group's own.
+        predicted: predicted change of the loss, if the rule predicts it.
+        report: numbers for logs.
+    """
+
+    updates: list[Tensor]
+    rate: float = 1.0
+    predicted: float | None = None
+    report: dict[str, float] = field(default_factory=dict)
 
 
 class StepRule(Protocol):
-    """Bounds the directions of one step. A learning-rate schedule acts on the result."""
+    """Makes updates of directions. A learning-rate schedule acts on the result.
 
-    def __call__(self, directions: Sequence[Direction]) -> list[Tensor]: ...
+    Attributes:
+        extension: what it needs from every backward pass, if anything.
+    """
+
+    extension: Extension | None
+
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        """Make the updates.
+
+        Args:
+            directions: of all parameters.
+            scale: what the curvature in their Jacobians is to be multiplied by.
+            room: how far the loss can fall at most.
+        """
+        ...
 
 
 class TrustClip:
-    r"""Shrink all directions together until the step is short in the metric of the curvature.
+    r"""Shrink all directions together until the step is short in the metric of the curvature; then momentum.
 
-    $$\nu = \min\Big(1, \sqrt{\kappa / \textstyle\sum_p \eta_p^2 \|d_p\|^2}\Big)$$
+    $$\nu = \min\Big(1, \sqrt{\kappa / \textstyle\sum_p \eta_p^2 \|d_p\|^2}\Big), \qquad
+      \delta = -\eta_t \nu d + \mu \, \delta_{\text{last}}$$
 
     with $\eta_p$ the learning rate *before* any schedule: were it the scheduled one, the schedule would cancel out
     wherever the clip is active.
@@ -31,21 +69,26 @@ class TrustClip:
     Approximations*, ICLR 2017, section 5.
     """
 
+    extension = None
+
     def __init__(self, kl_clip: float | None) -> None:
         self.kl_clip = kl_clip
 
-    def __call__(self, directions: Sequence[Direction]) -> list[Tensor]:
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        shrink = self._shrink(directions)
+        return Step([_with_momentum(d, d.value * -d.group["lr"] * _like(shrink, d.value)) for d in directions])
+
+    def _shrink(self, directions: Sequence[Direction]) -> Tensor:
         if self.kl_clip is None or not directions:
-            return [direction.value for direction in directions]
+            return torch.ones(())
         device = directions[0].value.device
-        squares = [(d.base_lr**2 * d.squared_norm).to(device) for d in directions]
+        squares = [(d.group["base_lr"] ** 2 * d.squared_norm()).to(device) for d in directions]
         # A zero length gives an infinite ratio, clamped to 1; nothing here waits for the device.
-        shrink = (self.kl_clip / torch.stack(squares).sum().clamp_min(0.0)).sqrt().clamp_max(1.0)
-        return [direction.value * shrink.to(direction.value) for direction in directions]
+        return (self.kl_clip / torch.stack(squares).sum().clamp_min(0.0)).sqrt().clamp_max(1.0)
 
 
 class ElementwiseClip:
-    r"""Clip every element, $\operatorname{clip}(d, \pm \rho)$.
+    r"""Clip every element, $\operatorname{clip}(d, \pm \rho)$; then momentum.
 
     Args:
         bound: $\rho$.
@@ -54,8 +97,75 @@ class ElementwiseClip:
     ICLR 2024, algorithm 3.
     """
 
+    extension = None
+
     def __init__(self, bound: float) -> None:
         self.bound = bound
 
-    def __call__(self, directions: Sequence[Direction]) -> list[Tensor]:
-        return [direction.value.clamp(-self.bound, self.bound) for direction in directions]
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        return Step(
+            [_with_momentum(d, d.value.clamp(-self.bound, self.bound) * -d.group["lr"]) for d in directions]
+        )
+
+
+class QuadraticModel:
+    r"""Learning rate $\alpha$ and momentum $\beta$ that minimize the quadratic model of the loss.
+
+    $$\delta = \eta_t (-\alpha d + \beta \, \delta_{\text{last}})$$
+
+    minimizes $q$ of `quadratic_model` over the span of the direction $d$ and the last update, before the schedule
+    $\eta_t$. A step that promises to take away more than all of the loss is shortened: where a classifier is confident the
+    model knows nothing of the curvature that the step will meet. A parameter whose Jacobian is missing moves along
+    without a say.
+
+    Args:
+        extension: leaves the Jacobians on the parameters.
+
+    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
+    ICML 2015, section 7.
+    """
+
+    def __init__(self, extension: Extension) -> None:
+        self.extension: Extension | None = extension
+
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        if not directions:
+            return Step([])
+        sizes = [d.value.numel() for d in directions]
+        span = _span(directions)
+        parts = [part.unflatten(1, d.value.shape) for part, d in zip(span.split(sizes, dim=1), directions, strict=True)]
+        known = [(d.jacobian, part) for d, part in zip(directions, parts, strict=True) if d.jacobian is not None]
+        curvature = averaged(curvature_along([j for j, _ in known], [part for _, part in known]) * scale)
+        grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
+        dampings = torch.stack([d.damping for d in directions]).to(span).repeat_interleave(torch.tensor(sizes).to(span.device))
+        slope = inner_products(span, grad[None])[:, 0]
+        damped = curvature + inner_products(span * dampings, span)
+        w = minimizer(damped, slope)
+        w = w * shortened(change(curvature, 0 * slope, w), slope @ w, room)
+        numbers = torch.cat([-w[:1], w[1:], change(curvature, slope, w)[None]]).tolist()
+        combined = w.to(span) @ span
+        updates = [
+            (part * d.group["lr"]).view(d.value.shape)
+            for part, d in zip(combined.split(sizes), directions, strict=True)
+        ]
+        rate, predicted = numbers[0], numbers[-1]
+        momentum = numbers[1] if len(numbers) > 2 else 0.0
+        return Step(updates, rate, predicted, {"learning_rate": rate, "momentum": momentum, "predicted": predicted})
+
+
+def _span(directions: Sequence[Direction]) -> Tensor:
+    """The direction and, if there is one, the last update over all parameters, [K, P]."""
+    rows = [torch.cat([d.value.flatten() for d in directions])]
+    if any(d.last is not None for d in directions):
+        last = [torch.zeros_like(d.value) if d.last is None else d.last for d in directions]
+        rows.append(torch.cat([part.flatten() for part in last]).to(rows[0]))
+    return torch.stack(rows)
+
+
+def _with_momentum(direction: Direction, update: Tensor) -> Tensor:
+    momentum = direction.group.get("momentum", 0.0)
+    return update if not momentum or direction.last is None else update.add_(direction.last, alpha=momentum)
+
+
+def _like(number: Tensor, tensor: Tensor) -> Any:
+    return number.to(tensor)
