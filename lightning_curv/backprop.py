@@ -74,7 +74,8 @@ class Backprop:
         refuse_uncovered(passes.tape, self._extensions)
         for use in passes.tape.uses.values():
             use.check_versions()
-        passes.samples = find_samples(passes.tape, self._probe, self._batch_size, self._check)
+        independent = any(extension.independent for extension in self._extensions)
+        passes.samples = find_samples(passes.tape, self._probe, self._batch_size, independent, self._check)
         for node, call in passes.tape.losses.items():
             if call is self._output:
                 call.arguments |= {"samples": passes.samples.count, "minor": passes.samples.losses[node].minor}

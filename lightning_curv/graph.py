@@ -14,6 +14,7 @@ from lightning_curv.losses import by_autograd
 from lightning_curv.records import LossCall, Output, Use, marks
 
 HIDING = {"CheckpointFunctionBackward"}
+Step = tuple[Node, int, bool, str]  # a node, which of its outputs, whether outside of the losses, the op above it
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Tape:
         outside: Nodes of ``uses`` that the root reaches without passing a recorded loss call.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
         refusals: Why calls of known loss functions were not recorded.
+        names: Names of all nodes in the order of the walk: the structure of the graph.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
 
@@ -35,6 +37,7 @@ class Tape:
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 def walk(root: Node, output: LossCall | None = None) -> Tape:
@@ -47,8 +50,26 @@ def walk(root: Node, output: LossCall | None = None) -> Tape:
     tape = Tape()
     if output is not None:
         tape.losses[root] = output
-    stack: list[tuple[Node, int, bool, str]] = [(root, 0, True, "")]
     seen: set[tuple[Node, bool]] = set()
+    stack: list[Step] = [(root, 0, True, "")]
+    while stack:
+        _follow(tape, stack, seen, output)
+        stack = _data_after_all(tape)
+    return tape
+
+
+def _data_after_all(tape: Tape) -> list[Step]:
+    """Operands that look computed from parameters, but depend on the network's data (a mean over the batch)."""
+    steps: list[Step] = []
+    for node, use in tape.uses.items():
+        for name, operand in list(use.operands.items()):
+            if operand.derived and any(found in tape.uses for found in _nodes(operand.edge.node)):
+                use.inputs[name] = use.operands.pop(name).edge
+                steps.append((*operand.edge[:2], node in tape.outside, use.name))
+    return steps
+
+
+def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output: LossCall | None) -> None:
     while stack:
         node, index, outside, parent = stack.pop()
         outside = outside and not (output is not None and (node, index) == output.input[:2])
@@ -56,6 +77,7 @@ def walk(root: Node, output: LossCall | None = None) -> Tape:
             continue
         seen.add((node, outside))
         name = node.name()
+        tape.names.append(name)
         if name in HIDING:
             tape.hidden.append(name)
         mark = marks(node)
@@ -76,7 +98,6 @@ def walk(root: Node, output: LossCall | None = None) -> Tape:
             stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
         elif isinstance(leaf, nn.Parameter):
             tape.stray.append((leaf, parent))
-    return tape
 
 
 def _above(use: Use, output: LossCall) -> bool:

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.passes import Column, unheard
-from lightning_curv.samples import Place
+from lightning_curv.places import Place
 
 
 @dataclass(frozen=True)

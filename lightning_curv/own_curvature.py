@@ -19,10 +19,10 @@ from lightning_curv.derived import pulled_back
 from lightning_curv.graph import leaves
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.passes import Column, Passes, apply_rule, parameters, unheard
+from lightning_curv.places import place_of
 from lightning_curv.records import Operand, Use
 from lightning_curv.residuals import probes
 from lightning_curv.rules.fallback import dense
-from lightning_curv.samples import place_of
 
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:

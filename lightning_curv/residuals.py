@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.dependence import Dependence
 from lightning_curv.local_curvature import LocalCurvature, Residual
 from lightning_curv.passes import Passes
-from lightning_curv.samples import place_of
+from lightning_curv.places import largest_entry, place_of
 
 # nodes whose output is (piecewise) linear in all data inputs together: never differentiated
 _LINEAR = """
@@ -57,7 +57,7 @@ def residuals(passes: Passes) -> Iterator[Residual]:
         if reached and len(probe) == len(edges):
             curvature = LocalCurvature(node, edges, reached)
             if not curvature.linear:
-                yield curvature.eigen([place_of(first, second, count) for first, second in probe], count)
+                yield curvature.eigen([place_of(*p, count) for p in probe], count)
 
 
 def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
@@ -71,18 +71,16 @@ def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
     return candidates
 
 
-def probes(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, tuple[Tensor, Tensor] | None]:
-    """Two cotangents per edge: sample n of the second is n times that of the first."""
-    calls = [
-        (call.input, call.arguments["input"], passes.samples.losses[node]) for node, call in passes.tape.losses.items()
-    ]
-    ones = [torch.linspace(1, 2, v.numel(), dtype=v.dtype, device=v.device).reshape(v.shape) for _, v, _ in calls]
-    numbered = [
-        one * place.owner(v.shape, passes.samples.count).to(v.device)
-        for one, (_, v, place) in zip(ones, calls, strict=True)
-    ]
+def probes(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, tuple[Tensor, Tensor, float] | None]:
+    """Two cotangents per edge, the second with weighted samples, and their scale: what `place_of` needs."""
+    calls = [(call.input, call.arguments["input"], passes.samples.losses[n]) for n, call in passes.tape.losses.items()]
+    ones = [torch.linspace(1, 2, v.numel(), device=v.device).to(v.dtype).reshape(v.shape) for _, v, _ in calls]
+    count = passes.samples.count
+    numbered = [one * place.weights(one, count) for one, (_, _, place) in zip(ones, calls, strict=True)]
     starts = [edge for edge, _, _ in calls]
     if not edges:
         return {}
     first, second = passes.backward(starts, edges, ones), passes.backward(starts, edges, numbered)
-    return {e: None if a is None or b is None else (a, b) for e, a, b in zip(edges, first, second, strict=True)}
+    scale = largest_entry(first)
+    found = zip(edges, first, second, strict=True)
+    return {edge: None if a is None or b is None else (a, b, scale) for edge, a, b in found}

@@ -14,8 +14,8 @@ from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.kronecker import KFLR, WeightSharing
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.passes import Passes
+from lightning_curv.places import Place, place_of
 from lightning_curv.residuals import probes
-from lightning_curv.samples import Place, place_of
 from lightning_curv.terms import Term
 
 

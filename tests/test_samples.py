@@ -1,0 +1,79 @@
+"""The samples: found from the graph, refused where they mix, verified once per structure."""
+
+import pytest
+from torch import nn
+from torch.nn import functional as F
+from trap_problems import assert_right, both, problem
+
+from lightning_curv import curvature
+from lightning_curv.extensions import KFAC, KFLR, BatchGrad
+from lightning_curv.passes import Passes
+
+
+class Mixing(nn.Module):
+    """Two layers and an op between them that mixes the rows of the batch."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.a, self.b, self.mix = nn.Linear(5, 4), nn.Linear(4, 3), mix
+
+    def forward(self, x):
+        return self.b(self.mix(self.a(x).tanh()))
+
+
+def neighbours(h):
+    """A graph convolution on a ring of nodes."""
+    return h + 0.3 * h.roll(1, 0)
+
+
+MIXES = {
+    "batch_mean": lambda h: h - h.mean(0),
+    "graph": neighbours,
+    "batch_softmax": lambda h: h.softmax(0),
+    "attention_over_the_batch": lambda h: (h @ h.T).softmax(-1) @ h,
+    "batch_norm": lambda h: F.batch_norm(h, None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_ops_that_mix_samples_are_refused(name):
+    case = problem()
+    case.model = Mixing(MIXES[name]).double()
+    for _ in range(2):  # a refusal is not remembered as a success
+        with pytest.raises(NotImplementedError, match=r"mix|batch_norm"), curvature(*both()):
+            case.compute_loss().backward()
+
+
+def test_kronecker_factors_do_not_ask():
+    case = problem()
+    case.model = Mixing(MIXES["batch_mean"]).double()
+    with curvature(KFAC(), KFLR()):
+        case.compute_loss().backward()
+    assert case.model.a.weight.kfac[0].shape == (4, 4)
+
+
+def test_every_structure_is_verified_once(monkeypatch):
+    passes = []
+    pull = Passes.pull
+    monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(column) or pull(self, column))
+    case = problem()
+    case.model = Mixing(lambda h: h.sin() * 0.7391 + h.cos()).double()  # a structure of its own
+    counts = []
+    for _ in range(3):
+        passes.clear()
+        with curvature(BatchGrad()):
+            case.compute_loss().backward()
+        counts.append(len(passes))
+    assert counts == [2, 0, 0]
+    with curvature(BatchGrad(), check=True):
+        case.compute_loss().backward()
+    assert len(passes) == 2
+
+
+def test_other_batch_sizes_are_other_structures():
+    case = problem()
+    for size in (6, 4, 1):
+        case.X, case.y = case.X[:size], case.y[:size]
+        with curvature(*both()):
+            case.compute_loss().backward()
+        assert_right(case)
