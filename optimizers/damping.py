@@ -8,7 +8,7 @@ from torch import Tensor
 from .factors import mean_eigenvalue
 
 
-def split_damping(factors: Sequence[Tensor], damping: float, batched: bool) -> list[Tensor]:
+def split_damping(factors: Sequence[Tensor], damping: float | Tensor, batched: bool) -> list[Tensor]:
     r"""Split a damping over Kronecker factors in proportion to their mean eigenvalues.
 
     With $t_i = \operatorname{tr}(F_i) / d_i$ and $k$ factors, factor $i$ is damped by

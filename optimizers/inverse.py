@@ -31,8 +31,9 @@ def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
         else:
             stacks[factor.shape, factor.dtype, factor.device].append(i)
     for members in stacks.values():
-        stack = torch.stack([factors[i][0] for i in members])
-        for i, inverse in zip(members, _inverses(stack, torch.stack([factors[i][1] for i in members])), strict=True):
+        stack = torch.stack([factors[i][0] for i in members]) if len(members) > 1 else factors[members[0]][0][None]
+        dampings = torch.stack([factors[i][1] for i in members])
+        for i, inverse in zip(members, _inverses(stack, dampings), strict=True):
             inverses[i] = inverse
     return inverses
 
@@ -42,19 +43,24 @@ def _inverses(stack: Tensor, damping: Tensor) -> list[Tensor | None]:
     if not all(succeeded) and stack.dtype != torch.float64:
         device = "cpu" if stack.device.type == "mps" else stack.device  # MPS has no float64
         again = [i for i, success in enumerate(succeeded) if not success]
-        found, flags = _cholesky_inverse(stack[again].to(device, torch.float64), damping[again].to(device, torch.float64))
-        inverses[again] = found.to(inverses)
+        wide = [tensor[again].to(device, torch.float64) for tensor in (stack, damping)]
+        repaired, flags = _cholesky_inverse(*wide)
+        inverses[again] = repaired.to(inverses)
         for i, flag in zip(again, flags, strict=True):
             succeeded[i] = flag
-    return [inverse.clone() if success else None for inverse, success in zip(inverses, succeeded, strict=True)]
+    # Copies: saved states would otherwise hold the whole stack.
+    found = [inverse.clone() for inverse in inverses] if len(stack) > 1 else [inverses[0]]
+    return [inverse if success else None for inverse, success in zip(found, succeeded, strict=True)]
 
 
 def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, list[bool]]:
     damped = stack.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     root, info = torch.linalg.cholesky_ex(damped)
-    # The inverse of a failed root would raise; that of the identity is not used.
-    root = torch.where((info == 0)[..., None, None], root, torch.eye(root.shape[-1]).to(root))
+    failed = info != 0
+    if bool(failed.any()):  # the inverse of a failed root would raise; that of the identity is not used
+        root = torch.where(failed[..., None, None], torch.eye(root.shape[-1]).to(root), root)
     inverse = torch.cholesky_inverse(root)
-    success = (info.flatten(1) if info.dim() > 1 else info[:, None]).eq(0).all(1) & inverse.flatten(1).isfinite().all(1)
-    return inverse, success.tolist()
+    # A positive definite matrix has its largest entries on the diagonal.
+    finite = inverse.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return inverse, (finite & ~failed).reshape(len(stack), -1).all(1).tolist()

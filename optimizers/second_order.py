@@ -35,9 +35,8 @@ TINY = torch.finfo(torch.float32).tiny  # keeps the damping of a block without a
 class SecondOrderOptimizer(Optimizer):
     r"""Gradient descent preconditioned by curvature × damping × step, three objects that know nothing of each other.
 
-    With $d_p$ from `curvature` (damped by the group's `damping`) and bounded by `step_rule`, a step is
-
-    $$v_p \leftarrow \mu v_p - \eta_t d_p, \qquad \theta_p \leftarrow (1 - \eta_t w) \theta_p + v_p.$$
+    Updates come from `step_rule` for the directions that `curvature` makes of the gradients with the damping of the
+    group; decoupled weight decay comes on top.
 
     A parameter without curvature moves by Adam's direction at `fallback_lr` $\cdot \, \eta_t / \eta_0$ instead.
     Frozen parameters and those without a gradient are left alone. A step with inf or NaN is rejected with a warning.
@@ -48,8 +47,11 @@ class SecondOrderOptimizer(Optimizer):
         curvature: what preconditions a gradient.
         schedule: when curvature is measured and inverted.
         step_rule: how far to go.
+        adaptation: of the relative damping, where a group's `damping` is "auto".
 
     Attributes:
+        loss_fn: what `step` takes as `loss_fn` if it is not given any; set it where `step` is called by others.
+        last_step: numbers of the last step, for logs.
         curvature_scale: what the fields on the parameters lack to be the curvature of the loss whose gradient they
             carry. Set it to the number of micro-batches if their losses were divided by it, their gradients accumulated
             and only the last one's curvature is on the parameters.
@@ -231,7 +233,8 @@ class SecondOrderOptimizer(Optimizer):
         for block, statistics in zip(blocks, measured, strict=True):
             if statistics is None:
                 continue
-            if all([next(flags) for _ in statistics]):
+            finite = [next(flags) for _ in statistics]
+            if all(finite):
                 self.curvature.absorb(self.state[block.params[0]], block, statistics, self.curvature_scale)
             else:
                 name = self._name(block.params[0])
@@ -282,7 +285,8 @@ class SecondOrderOptimizer(Optimizer):
     def _damping(self, block: Block) -> Tensor:
         damping = block.group["damping"]
         if damping != "auto":
-            return torch.as_tensor(damping, device=block.params[0].device)
+            param = block.params[0]
+            return torch.as_tensor(damping, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
         mean = self.curvature.mean_eigenvalue(self.state[block.params[0]])
         return self.relative_damping * mean + self.loss_floor + TINY
 

@@ -69,7 +69,7 @@ class TrustClip:
     Approximations*, ICLR 2017, section 5.
     """
 
-    extension = None
+    extension: Extension | None = None
 
     def __init__(self, kl_clip: float | None) -> None:
         self.kl_clip = kl_clip
@@ -97,15 +97,13 @@ class ElementwiseClip:
     ICLR 2024, algorithm 3.
     """
 
-    extension = None
+    extension: Extension | None = None
 
     def __init__(self, bound: float) -> None:
         self.bound = bound
 
     def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
-        return Step(
-            [_with_momentum(d, d.value.clamp(-self.bound, self.bound) * -d.group["lr"]) for d in directions]
-        )
+        return Step([_with_momentum(d, d.value.clamp(-self.bound, self.bound) * -d.group["lr"]) for d in directions])
 
 
 class QuadraticModel:
@@ -114,8 +112,8 @@ class QuadraticModel:
     $$\delta = \eta_t (-\alpha d + \beta \, \delta_{\text{last}})$$
 
     minimizes $q$ of `quadratic_model` over the span of the direction $d$ and the last update, before the schedule
-    $\eta_t$. A step that promises to take away more than all of the loss is shortened: where a classifier is confident the
-    model knows nothing of the curvature that the step will meet. A parameter whose Jacobian is missing moves along
+    $\eta_t$. A step that promises to take away more than all of the loss is shortened: where a classifier is confident
+    the model knows nothing of the curvature that the step will meet. A parameter whose Jacobian is missing moves along
     without a say.
 
     Args:
@@ -135,9 +133,12 @@ class QuadraticModel:
         span = _span(directions)
         parts = [part.unflatten(1, d.value.shape) for part, d in zip(span.split(sizes, dim=1), directions, strict=True)]
         known = [(d.jacobian, part) for d, part in zip(directions, parts, strict=True) if d.jacobian is not None]
+        if not known:
+            return Step([torch.zeros_like(d.value) for d in directions])
         curvature = averaged(curvature_along([j for j, _ in known], [part for _, part in known]) * scale)
         grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
-        dampings = torch.stack([d.damping for d in directions]).to(span).repeat_interleave(torch.tensor(sizes).to(span.device))
+        counts = torch.tensor(sizes, device=span.device)
+        dampings = torch.stack([d.damping for d in directions]).to(span).repeat_interleave(counts)
         slope = inner_products(span, grad[None])[:, 0]
         damped = curvature + inner_products(span * dampings, span)
         w = minimizer(damped, slope)

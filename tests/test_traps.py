@@ -401,3 +401,11 @@ def test_functional_batchnorm_in_training_mode_is_refused():
     case.model = Net()
     with pytest.raises((RuntimeError, NotImplementedError), match="GroupNorm"):
         compute(case, Variance())
+
+
+def test_embedding_of_one_token_per_sample():
+    case = problem()
+    case.model = nn.Sequential(nn.Embedding(5, 4, padding_idx=1), nn.Tanh(), nn.Linear(4, 3)).double()
+    case.X = torch.tensor([0, 1, 4, 4])
+    compute(case, *both(), KFLR())
+    assert_right(case)

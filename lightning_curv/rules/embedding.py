@@ -24,7 +24,7 @@ def embedding(
 ) -> dict[str, Term]:
     """``F.embedding``; the row ``padding_idx`` gets no gradient."""
     _refuse_frequencies(scale_grad_by_freq)
-    index, classes = call.rows(input).flatten(1), weight.shape[0]
+    index, classes = call.rows(input).reshape(g.shape[1], -1), weight.shape[0]
     if padding_idx is not None:
         index = index.masked_fill(index == padding_idx % classes, -1)
     return {"weight": Term("so", "si", "io", g.reshape(*g.shape[:2], index.shape[1], g.shape[-1]), index, classes)}

@@ -1,0 +1,100 @@
+"""EKFAC: the eigenbasis of Kronecker factors with corrected second moments."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .curvature import Block, State
+from .factors import is_diagonal, kronecker_matmul
+from .joint import joined, separated
+from .kronecker import KroneckerCurvature
+from .running_mean import next_weight, update_mean
+from .second_moments import second_moments
+
+
+class EigenCurvature(KroneckerCurvature):
+    r"""Block $Q \operatorname{diag}(s) Q^\top$ with $Q = \bigotimes_i Q_i$ from the factors' eigenvectors.
+
+    $s = \mathbb{E} \sum_{v,n} (Q^\top J_{vn})^2$ are the second moments of the columns in this basis, the best diagonal
+    in Frobenius norm; damping is exact, $(s + \lambda)^{-1}$. The first basis starts with the eigenvalues of the
+    Kronecker product, a later one with the diagonal that $Q \operatorname{diag}(s) Q^\top$ has in it.
+
+    Source: T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, *Fast Approximate Natural Gradient Descent in
+    a Kronecker-factored Eigenbasis*, NeurIPS 2018, algorithm 1.
+    """
+
+    derived = ("basis", "moments", "moments_weight")
+
+    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+        factors = super().measure(state, block, fields, step)
+        if not self.ready(state) or [f.shape for f in factors] != [f.shape for f in state["factors"]]:
+            return factors
+        return [second_moments(fields, state["basis"], state["batched"]), *factors]
+
+    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+        if self.ready(state) and statistics[0].shape == state["moments"].shape:
+            moments, *statistics = statistics
+            state["moments_weight"] = next_weight(state["moments_weight"], block.group["factor_decay"])
+            update_mean(state["moments"], moments * scale, state["moments_weight"])
+        super().absorb(state, block, statistics, scale)
+
+    def units(self, state: State) -> int:
+        return 1 if "factors" in state else 0
+
+    def refresh(self, due: Sequence[tuple[State, int, Tensor]]) -> list[bool]:
+        return [_refresh_basis(state) for state, _, _ in due]
+
+    def ready(self, state: State) -> bool:
+        return "basis" in state
+
+    def precondition(self, state: State, block: Block, grads: Sequence[Tensor], damping: Tensor) -> list[Tensor]:
+        grad = joined(grads).to(state["moments"].dtype)
+        basis, batched = state["basis"], state["batched"]
+        rotated = kronecker_matmul([_transposed(q, batched) for q in basis], grad, batched)
+        rotated = rotated / (state["moments"].view(grad.shape) + damping)
+        return separated(kronecker_matmul(basis, rotated, batched), grads)
+
+
+def _refresh_basis(state: State) -> bool:
+    batched = state["batched"]
+    decomposed = [_eigenvectors(factor, batched) for factor in state["factors"]]
+    if any(result is None for result in decomposed):
+        return False
+    basis = [result[1] for result in decomposed if result is not None]
+    if "basis" not in state:
+        values = [result[0] for result in decomposed if result is not None]
+        state["moments"], state["moments_weight"] = kronecker_matmul(values, _outer_ones(values, batched), batched), 1.0
+    else:
+        # The diagonal of U diag(s) Uᵀ is (U ∘ U) s, U from the old basis to the new one.
+        changes = [
+            q if is_diagonal(q, batched) else (q.mT @ old).square()
+            for q, old in zip(basis, state["basis"], strict=True)
+        ]
+        state["moments"] = kronecker_matmul(changes, state["moments"], batched)
+    state["basis"] = basis
+    return True
+
+
+def _outer_ones(values: Sequence[Tensor], batched: bool) -> Tensor:
+    groups = values[0].shape[:-1] if batched else torch.Size()
+    return values[0].new_ones(*groups, *(value.shape[-1] for value in values))
+
+
+def _eigenvectors(factor: Tensor, batched: bool) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues and eigenvectors; of a diagonal: itself and ones, the diagonal of the identity."""
+    if is_diagonal(factor, batched):
+        return factor, torch.ones_like(factor)
+    for dtype in dict.fromkeys((factor.dtype, torch.float64)):
+        try:
+            values, vectors = torch.linalg.eigh(factor.to(dtype))
+        except RuntimeError:  # did not converge
+            continue
+        if bool(vectors.isfinite().all()):
+            return values.clamp_min(0).to(factor), vectors.to(factor)
+    return None
+
+
+def _transposed(q: Tensor, batched: bool) -> Tensor:
+    return q if is_diagonal(q, batched) else q.mT

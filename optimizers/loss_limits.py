@@ -1,0 +1,44 @@
+"""What a loss whose curvature can vanish demands: a least damping, and a bound on what a step may promise."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_curv.extensions import GraphExtension
+from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Likelihood
+from lightning_curv.passes import Passes, parameters
+
+ROWS = 5  # predictions in a batch for which the least damping is the whole weight of the loss
+BERNOULLI = 0.02
+
+
+class LossLimits(GraphExtension):
+    r"""Least damping $\lambda_0$ and the loss, or inf if it can become negative, in `loss_limits`, [2].
+
+    The Fisher information of a confident classifier vanishes faster than its gradient: damping that is relative to
+    the curvature vanishes with it, and the fewer predictions a batch has the sooner it is trusted too far. With $w$ the
+    weights of the loss' terms (mean: 1/N each), $\lambda_0$ is $\sum w \cdot \min(1, 5 / N)$ for cross-entropy of $N$
+    predictions, $0.02 \sum w / E^2$ for binary cross-entropy of $E$ outputs per sample, which are rarely all confident,
+    and 0 for losses of constant curvature.
+    """
+
+    savefield = "loss_limits"
+    independent = False
+
+    def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
+        """The same numbers for all parameters."""
+        calls = [(passes.likelihood(node), passes.samples.count) for node in passes.tape.losses]
+        floor = torch.stack([_floor(*call).float() for call in calls]).sum()
+        bounded = all(isinstance(likelihood, (Bernoulli, Categorical)) for likelihood, _ in calls)
+        loss = (passes.loss.detach() * passes.seed).sum().float() if bounded else torch.full_like(floor, math.inf)
+        limits = torch.stack([floor, loss])
+        return {parameter: limits for use in passes.tape.uses.values() for parameter in parameters(use)}
+
+
+def _floor(likelihood: Likelihood, samples: int) -> Tensor:
+    if isinstance(likelihood, Categorical):
+        return likelihood.weight.sum() * min(1.0, ROWS / max(1, likelihood.weight.numel()))
+    if isinstance(likelihood, Bernoulli):
+        return BERNOULLI * likelihood.weight.sum() * (samples / max(1, likelihood.weight.numel())) ** 2
+    return torch.zeros(())

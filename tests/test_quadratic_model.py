@@ -1,0 +1,216 @@
+"""The quadratic model: its curvature without passes, its minimizer, and the step that follows from it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, jacrev
+from zoo import NAMES, ROW, assert_close, compute
+
+from lightning_curv import KFACOptimizer, curvature
+from lightning_curv.extensions import JacobianExact, JacobianMC
+from lightning_curv.optimizers.directional import directional_derivatives
+from lightning_curv.optimizers.levenberg_marquardt import LevenbergMarquardt
+from lightning_curv.optimizers.quadratic_model import change, curvature_along, minimizer, shortened
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directional_derivatives_are_products_with_the_jacobian(name):
+    problem = ROW[name].make()
+    compute(problem, JacobianMC(2), JacobianExact())
+    for key, p in problem.parameters().items():
+        if p.grad is not None:
+            for jacobian in (p.jacobian_mc, p.jacobian_exact):
+                vectors = torch.randn(3, *p.shape, dtype=p.dtype)
+                expected = torch.stack([jacobian.dot(vector) for vector in vectors])
+                found = directional_derivatives(jacobian, vectors)
+                assert_close(found, expected, ROW[name].rtol, key, rounding=1e-13)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}, {"stride": 2, "dilation": 3}], ids=str
+)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_directional_derivatives_of_convolutions(dims, settings):
+    layer = [nn.Conv1d, nn.Conv2d, nn.Conv3d][dims - 1](2, 3, 2, **settings, dtype=torch.float64)
+    x = torch.randn(4, 2, *[7] * dims, dtype=torch.float64)
+    with curvature(JacobianMC()):
+        output = layer(x).flatten(1)
+        nn.functional.mse_loss(output, torch.zeros_like(output)).backward()
+    vectors = torch.randn(2, *layer.weight.shape, dtype=torch.float64)
+    expected = torch.stack([layer.weight.jacobian_mc.dot(vector) for vector in vectors])
+    torch.testing.assert_close(directional_derivatives(layer.weight.jacobian_mc, vectors), expected)
+
+
+def problem():
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    return net, torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 2, dtype=torch.float64)
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def gauss_newton(net, x, scale):
+    """The GGN of scale · Σ ‖f - y‖²/2, by brute force."""
+    params = dict(net.named_parameters())
+    J = jacrev(lambda p: functional_call(net, p, (x,)))({k: p.detach() for k, p in params.items()})
+    J = torch.cat([J[k].flatten(0, 1).flatten(1) for k in params], dim=1)
+    return scale * J.T @ J
+
+
+def test_curvature_along_directions_is_the_gauss_newton_matrix():
+    net, x, y = problem()
+    with curvature(JacobianExact()):
+        nn.functional.mse_loss(net(x), y).backward()
+    G = gauss_newton(net, x, 2 / y.numel())
+    vectors = [torch.randn(3, *p.shape, dtype=p.dtype) for p in net.parameters()]
+    U = torch.cat([v.flatten(1) for v in vectors], dim=1)
+    found = curvature_along([p.jacobian_exact for p in net.parameters()], vectors)
+    torch.testing.assert_close(found, U @ G @ U.T)
+
+
+def test_step_minimizes_the_model_by_brute_force():
+    net, x, y = problem()
+    optimizer = KFACOptimizer(net.parameters(), damping=0.3, curvature="exact")
+    for step in range(3):
+        start = flat([p.detach().clone() for p in net.parameters()])
+        last = flat([optimizer.state[p].get("velocity", torch.zeros_like(p)) for p in net.parameters()]).clone()
+        optimizer.zero_grad()
+        with curvature(*optimizer.required_extensions()):
+            nn.functional.mse_loss(net(x), y).backward()
+        C = gauss_newton(net, x, 2 / y.numel()) + 0.3 * torch.eye(len(start), dtype=start.dtype)
+        g = flat([p.grad for p in net.parameters()])
+        optimizer.step()
+        moved = flat([p.detach() for p in net.parameters()]) - start
+        # In the span of d and last the residual C δ + g is orthogonal to the step itself and to the last one.
+        torch.testing.assert_close(moved @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
+        torch.testing.assert_close(last @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
+        assert optimizer.last_step["predicted"] < 0
+        assert (optimizer.last_step["momentum"] != 0) == (step > 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_minimizer_solves_the_system(size):
+    root, b = torch.randn(size, 5, dtype=torch.float64), torch.randn(size, dtype=torch.float64)
+    scale = torch.logspace(-8, 8, size, dtype=torch.float64)  # directions of very different length
+    A = (root @ root.T) * scale * scale[:, None]
+    torch.testing.assert_close((A @ minimizer(A, scale * b)) / scale, -b, rtol=1e-6, atol=1e-6)
+
+
+def test_dependent_directions_do_no_harm():
+    d, b = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    A = d[:, None] * d  # the second direction is twice the first
+    w = minimizer(A, b)
+    torch.testing.assert_close(A @ w, -b)
+    torch.testing.assert_close(change(A, b, w), torch.tensor(-0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("most", [1e-3, 0.4, 1.0, 5.0, float("inf")])
+def test_shortened_step_promises_at_most_so_much(most):
+    c, s = torch.tensor(0.8, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    factor = shortened(c, s, most)
+    promise = -(factor * s + factor**2 * c)
+    torch.testing.assert_close(promise, torch.tensor(min(most, 1.2), dtype=torch.float64))
+
+
+def test_scale_of_the_loss_does_not_change_the_step():
+    moves = []
+    for scale in (1.0, 100.0, 0.01):
+        torch.manual_seed(0)
+        net, x, y = problem()
+        start = flat([p.detach().clone() for p in net.parameters()])
+        optimizer = KFACOptimizer(net.parameters(), curvature="exact")
+
+        def closure():
+            optimizer.zero_grad()
+            with curvature(*optimizer.extensions):
+                loss = scale * nn.functional.mse_loss(net(x), y)
+                loss.backward()
+            return loss
+
+        for _ in range(5):
+            optimizer.step(closure)
+        moves.append(flat([p.detach() for p in net.parameters()]) - start)
+    torch.testing.assert_close(moves[1], moves[0])
+    torch.testing.assert_close(moves[2], moves[0])
+
+
+# Adaptation of the damping
+
+
+def test_good_ratios_lower_the_damping_and_bad_ones_raise_it():
+    rule = LevenbergMarquardt()
+    assert rule.adapted(1.0, 1.1) == pytest.approx(0.95**5)
+    assert rule.adapted(1.0, 0.5) == 1.0
+    for bad in (0.1, -3.0, float("nan"), float("inf")):
+        assert rule.adapted(1.0, bad) == pytest.approx(0.95**-5)
+    assert rule.adapted(1e-3, 1.0) == 1e-3
+    assert rule.adapted(1e-3, 1.0, full_batch=True) < 1e-3
+    assert rule.adapted(1e3, 0.0) == 1e3
+
+
+def test_damping_decays_where_no_ratio_is_known():
+    rule = LevenbergMarquardt()
+    assert rule.annealed(1.0) == 0.95
+    assert rule.annealed(rule.rest) == rule.rest
+    assert rule.annealed(1e-5) == 1e-5
+
+
+def test_loss_fn_adapts_the_damping_and_leaves_random_numbers_alone():
+    net, x, y = problem()
+    optimizer, calls = KFACOptimizer(net.parameters(), curvature="exact"), []
+
+    def loss_fn():
+        calls.append(torch.rand(()).item())
+        assert not torch.is_grad_enabled()
+        return nn.functional.mse_loss(net(x), y)
+
+    for _ in range(10):
+        optimizer.zero_grad()
+        with curvature(*optimizer.extensions):
+            nn.functional.mse_loss(net(x), y).backward()
+        state = torch.get_rng_state()
+        optimizer.step(loss_fn=loss_fn)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert len(calls) == 5  # before and after steps 5 and 10, and once to know the batch again
+    assert len(set(calls)) == 1
+    assert optimizer.relative_damping < optimizer.adaptation.start
+    assert optimizer.last_step["reduction_ratio"] == pytest.approx(1, abs=0.5)
+    assert optimizer.full_batch is True
+
+
+def test_loss_fn_of_changing_batches_is_no_full_batch():
+    net, x, y = problem()
+    optimizer = KFACOptimizer(net.parameters())
+    for step in range(12):
+        batch = slice(0, 4) if step % 2 else slice(4, 8)
+
+        def loss_fn():
+            return nn.functional.mse_loss(net(x[batch]), y[batch])
+
+        optimizer.zero_grad()
+        with curvature(*optimizer.extensions):
+            loss_fn().backward()
+        optimizer.step(loss_fn=loss_fn)
+    assert optimizer.full_batch is False
+
+
+def test_overflow_rejects_the_step():
+    net, x, y = problem()
+    optimizer = KFACOptimizer(net.parameters())
+    for _ in range(2):
+        before = flat([p.detach().clone() for p in net.parameters()])
+        optimizer.zero_grad()
+        with curvature(*optimizer.extensions):
+            nn.functional.mse_loss(net(x), y).backward()
+        if not optimizer.steps:
+            optimizer.step()
+    for p in net.parameters():
+        p.jacobian_mc.terms[0].g.fill_(1e200)
+    with pytest.warns(RuntimeWarning, match="inf or NaN"):
+        optimizer.step()
+    assert torch.equal(flat([p.detach() for p in net.parameters()]), before)
+
+
+def test_minimizer_of_what_is_not_finite_is_nan():
+    assert minimizer(torch.full((2, 2), float("nan")), torch.ones(2)).isnan().all()
