@@ -114,6 +114,22 @@ class Jacobian:
         parts = [onehot.weighted_total(t, weights) if t.classes else t.weighted_total(weights) for t in self.terms]
         return sum((p.reshape(self.shape) for p in parts[1:]), start=parts[0].reshape(self.shape))
 
+    def kept(self) -> Jacobian:
+        """The same, with per-sample gradients formed where `squared_norms` forms them and the terms take more memory.
+
+        A small kernel at many positions: its gradients are then found once for the norms and for `weighted_total`.
+        """
+        cheap = self._onehot is not None or self._factorised is not None
+        if cheap or (len(self.terms) == 1 and _gram_pays(self.terms[0])):
+            return self
+        held = sum(
+            t.g.numel() + (0 if t.x is None else t.x.untyped_storage().nbytes() // t.x.itemsize) for t in self.terms
+        )
+        if self.columns * self.samples * self.parameter.numel() > held:
+            return self
+        formed = [piece.reshape(*piece.shape[:2], -1) for piece in self.chunks()]
+        return Jacobian(self.parameter, [Term("d", "", "d", formed[0] if len(formed) == 1 else torch.cat(formed, 1))])
+
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
 

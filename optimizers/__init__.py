@@ -5,9 +5,9 @@ The optimizers need only torch and the quantities that a backward pass leaves on
 >>> import torch
 >>> from lightning_curv.optimizers import KFACOptimizer
 >>> layer = torch.nn.Linear(2, 1, bias=False)
->>> optimizer = KFACOptimizer(layer.parameters(), lr=1.0, damping=1e-4, momentum=0.0, kl_clip=None)
+>>> optimizer = KFACOptimizer(layer.parameters())
 >>> [extension.savefield for extension in optimizer.required_extensions()]
-['kfac']
+['jacobian_mc', 'loss_limits']
 
 Inside Lightning `CurvatureCallback()` computes what `required_extensions` asks for; elsewhere write
 `with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`.

@@ -1,0 +1,146 @@
+"""Cost of a private step against the plain step of the same inner optimizer, one thread, process time.
+
+    OMP_NUM_THREADS=1 python benchmarks/privacy.py [--repeats 9] [--no-opacus]
+
+Opacus' ghost mode is measured beside it where it is installed. Ratios are medians over pairs of interleaved runs, so
+that a busy machine slows both sides of a ratio.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_curv import curvature
+from lightning_curv.optimizers import DPOptimizer
+
+warnings.filterwarnings("ignore")
+
+
+class Tokens(nn.Module):
+    """Two layers on T = 32 tokens of width 256, mean over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1000, 256)
+        self.net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.LayerNorm(256), nn.Linear(256, 256), nn.ReLU())
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(self.embedding(x)).mean(1))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 10),
+    )
+
+
+WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], float]] = {
+    "MLP 784-512-10, batch 256": (mlp, lambda: torch.randn(256, 1, 28, 28), 2.0),
+    "tokens T=32 d=256, batch 64": (Tokens, lambda: torch.randint(1000, (64, 32)), 1.4),
+    "CNN 16-32-fc, batch 256": (cnn, lambda: torch.randn(256, 1, 28, 28), 1.5),
+}
+
+
+def plain(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def private(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[], None]:
+    inner = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = DPOptimizer(inner, clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=len(X))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with curvature(*optimizer.extensions, batch_size=len(X)):
+            F.cross_entropy(model(X), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def opacus(model: nn.Module, X: Tensor, y: Tensor, mode: str) -> Callable[[], None]:
+    from opacus import PrivacyEngine
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, y), batch_size=len(X))
+    made = PrivacyEngine(accountant="rdp").make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
+    wrapped, optimizer, criterion = made[0], made[1], made[2] if len(made) == 4 else nn.CrossEntropyLoss()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(wrapped(X), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Callable[[], None], calls: int = 3) -> float:
+    start = time.process_time()
+    for _ in range(calls):
+        step()
+    return (time.process_time() - start) / calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--no-opacus", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name, (make, draw, allowed) in WORKLOADS.items():
+        torch.manual_seed(0)
+        model, X = make(), draw()
+        y = torch.randint(10, (len(X),))
+        steps = {"plain": plain(copy.deepcopy(model), X, y), "private": private(copy.deepcopy(model), X, y)}
+        for mode in () if arguments.no_opacus else ("hooks", "ghost"):
+            try:
+                steps[f"opacus {mode}"] = opacus(copy.deepcopy(model), X, y, mode)
+            except ImportError:
+                print("opacus is not installed")
+        for step in steps.values():
+            seconds(step)
+        times = [{key: seconds(step) for key, step in steps.items()} for _ in range(arguments.repeats)]
+        base = statistics.median(row["plain"] for row in times)
+        print(f"{name}: plain {1e3 * base:.1f} ms; allowed {allowed:.1f}x")
+        for key in list(steps)[1:]:
+            ratio = statistics.median(row[key] / row["plain"] for row in times)
+            print(f"    {key:<14} {ratio:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

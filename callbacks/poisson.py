@@ -1,0 +1,81 @@
+"""Poisson batches: every sample takes part with the same probability, independently."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Batches of indices, each optimizer step's batch in a fixed number of parts.
+
+    A step's batch is a function of the seed and the step's number alone: nothing needs to be saved to resume, all
+    processes draw the same global batch, and each takes its share. The parts of a batch may be empty: then they hold
+    ``0``, a sample that stands in, and `part_size` says that it does not count.
+
+    Args:
+        dataset_size: Number of samples.
+        sampling_rate: Probability that a sample takes part in a step.
+        steps: Optimizer steps per epoch.
+        parts: Parts of a batch (accumulated batches).
+        seed: Secret: whoever knows it knows which samples took part. Default: from the system's entropy.
+        rank: This process.
+        world_size: Number of processes.
+        max_batch_size: Of larger batches this many samples are kept, drawn uniformly.
+        position: The number of the next step, asked when an epoch begins.
+
+    Example:
+        >>> sampler = PoissonBatchSampler(100, sampling_rate=0.05, steps=3, parts=2, seed=1)
+        >>> len(sampler), [sampler.part_size(step, part) for step in range(3) for part in range(2)]
+        (6, [3, 2, 3, 3, 3, 2])
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        sampling_rate: float,
+        steps: int,
+        parts: int = 1,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        max_batch_size: int | None = None,
+        position: Callable[[], int] = int,
+    ) -> None:
+        self.dataset_size, self.sampling_rate, self.steps, self.parts = dataset_size, sampling_rate, steps, parts
+        self.seed = secrets.randbits(128) if seed is None else seed
+        self.rank, self.world_size, self.max_batch_size = rank, world_size, max_batch_size
+        self.position = position
+        self.first = 0  # the first step of the running epoch
+        self._drawn: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.steps * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.first = self.position()
+        for step in range(self.first, self.first + self.steps):
+            for part in range(self.parts):
+                yield self._part(step, part).tolist() or [0]
+
+    def part_size(self, step: int, part: int) -> int:
+        """How many samples this process really has in a part of a step's batch."""
+        return len(self._part(step, part))
+
+    def batch(self, step: int) -> np.ndarray:
+        """The global batch of a step."""
+        if step not in self._drawn:
+            if len(self._drawn) > 64:  # loaders read ahead
+                self._drawn.pop(next(iter(self._drawn)))
+            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, step])))
+            chosen = np.flatnonzero(generator.random(self.dataset_size) < self.sampling_rate)
+            if self.max_batch_size is not None and len(chosen) > self.max_batch_size:
+                chosen = generator.choice(chosen, self.max_batch_size, replace=False)
+            self._drawn[step] = generator.permutation(chosen)
+        return self._drawn[step]
+
+    def _part(self, step: int, part: int) -> np.ndarray:
+        return self.batch(step)[self.rank :: self.world_size][part :: self.parts]

@@ -1,0 +1,62 @@
+"""Products with curvature matrices of all parameters at once, off-diagonal blocks included; matrix-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_curv.passes import Passes, parameters
+
+Vectors = Sequence[Tensor]
+Product = Callable[[Vectors], list[Tensor]]
+
+
+def all_parameters(passes: Passes) -> list[Tensor]:
+    """The parameters that the loss depends on, each once."""
+    return list(dict.fromkeys(p for use in passes.tape.uses.values() for p in parameters(use)))
+
+
+def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
+    r""":math:`v \mapsto H v` of the loss for vectors with one tensor per parameter.
+
+    Cost: a backward pass with a graph once, and one more backward pass per product (Pearlmutter, *Fast exact
+    multiplication by the Hessian*, Neural Computation 1994).
+    """
+    found = torch.autograd.grad(passes.loss, params, passes.seed, create_graph=True, allow_unused=True)
+    gradients = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
+
+    def product(vectors: Vectors) -> list[Tensor]:
+        if not gradients:
+            return [torch.zeros_like(p) for p in params]
+        outputs, seeds = [g for _, g in gradients], [vectors[i] for i, _ in gradients]
+        return _dense(params, torch.autograd.grad(outputs, params, seeds, retain_graph=True, allow_unused=True))
+
+    return product
+
+
+def ggn_product(passes: Passes, params: Sequence[Tensor]) -> Product:
+    r""":math:`v \mapsto \sum_n J_n^\top H_n J_n v`, the generalised Gauss-Newton matrix of the loss.
+
+    Cost: a backward pass with a graph once, and two more backward passes per product (Schraudolph, *Fast curvature
+    matrix-vector products for second-order gradient descent*, Neural Computation 2002).
+    """
+    calls = passes.tape.losses
+    edges = [call.input for call in calls.values()]
+    likelihoods = [passes.likelihood(node) for node in calls]
+    dual = [torch.zeros_like(call.arguments["input"], requires_grad=True) for call in calls.values()]
+    found = torch.autograd.grad(edges, params, dual, create_graph=True, allow_unused=True)
+    transposed = [(i, t) for i, t in enumerate(found) if t is not None]
+
+    def product(vectors: Vectors) -> list[Tensor]:
+        outputs, seeds = [t for _, t in transposed], [vectors[i] for i, _ in transposed]
+        images = _dense(dual, torch.autograd.grad(outputs, dual, seeds, retain_graph=True, allow_unused=True))
+        out = [likelihood.product(u) for likelihood, u in zip(likelihoods, images, strict=True)]
+        return _dense(params, torch.autograd.grad(edges, params, out, retain_graph=True, allow_unused=True))
+
+    return product
+
+
+def _dense(like: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.zeros_like(p) if x is None else x.detach() for p, x in zip(like, found, strict=True)]

@@ -1,0 +1,253 @@
+"""How much privacy was spent: events of a run, kept run-length encoded, evaluated by ``dp-accounting``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_curv.optimizers.settings import require_choice, require_positive
+
+METHODS = ("pld", "rdp")
+_INTERVAL = 1e-4  # of the discretized privacy loss; a coarser one overestimates ε
+_COARSE = 1e-3
+
+
+@dataclass(frozen=True)
+class Sampling(ABC):
+    """How the samples of a step were drawn, and what one release of it costs."""
+
+    @abstractmethod
+    def event(self, noise_multiplier: float) -> Any:
+        """The ``DpEvent`` of one release."""
+
+    relation = "ADD_OR_REMOVE_ONE"
+
+
+@dataclass(frozen=True)
+class PoissonSampling(Sampling):
+    """Every sample takes part in a step with probability ``sampling_rate``, independently.
+
+    Args:
+        sampling_rate: q = expected batch size / data set size.
+    """
+
+    sampling_rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(
+                f"`sampling_rate` must lie in (0, 1], found {self.sampling_rate}: it is the expected batch size "
+                "divided by the size of the data set."
+            )
+
+    def event(self, noise_multiplier: float) -> Any:
+        """A Poisson-sampled Gaussian per step."""
+        da = _library()
+        return da.PoissonSampledDpEvent(self.sampling_rate, da.GaussianDpEvent(noise_multiplier))
+
+
+@dataclass(frozen=True)
+class TruncatedPoissonSampling(PoissonSampling):
+    """Poisson sampling of which at most ``max_batch_size`` samples are kept, drawn uniformly.
+
+    Neighbours differ by one sample replaced by a null sample: the size of the data set is public. See
+    ``dp_accounting.TruncatedSubsampledGaussianDpEvent``.
+    """
+
+    dataset_size: int
+    max_batch_size: int
+    relation = "REPLACE_SPECIAL"
+
+    def event(self, noise_multiplier: float) -> Any:
+        """A truncated Poisson-sampled Gaussian per step."""
+        return _library().TruncatedSubsampledGaussianDpEvent(
+            dataset_size=self.dataset_size,
+            sampling_probability=self.sampling_rate,
+            truncated_batch_size=self.max_batch_size,
+            noise_multiplier=noise_multiplier,
+        )
+
+
+@dataclass(frozen=True)
+class EpochSampling(Sampling):
+    """Any order in which every sample takes part at most once per epoch: one Gaussian per *epoch*, no amplification.
+
+    Args:
+        steps_per_epoch: Optimizer steps of an epoch.
+    """
+
+    steps_per_epoch: int
+
+    def event(self, noise_multiplier: float) -> Any:
+        """A Gaussian."""
+        return _library().GaussianDpEvent(noise_multiplier)
+
+
+_SAMPLINGS = {cls.__name__: cls for cls in (PoissonSampling, TruncatedPoissonSampling, EpochSampling)}
+Entry = tuple[Sampling, float, int]  # how, noise multiplier, how often
+
+
+class PrivacyAccountant:
+    """What a run has released, and the ε of it.
+
+    Args:
+        sampling: How the samples are drawn; decides what a release costs. One release is one optimizer step, or one
+            epoch with `EpochSampling`. Must be set before the first release.
+        method: ``"pld"``, privacy loss distributions (tight), or ``"rdp"``, Rényi divergences (looser).
+
+    Attributes:
+        history: ``(sampling, noise multiplier, releases)``; equal neighbours are merged.
+
+    Example:
+        >>> accountant = PrivacyAccountant(PoissonSampling(256 / 60000))
+        >>> accountant.release(1.1, times=3525)
+        >>> round(accountant.epsilon(1e-5), 4)
+        1.1354
+    """
+
+    def __init__(self, sampling: Sampling | None = None, method: str = "pld") -> None:
+        require_choice("method", method, METHODS)
+        self.sampling, self.method = sampling, method
+        self.history: list[Entry] = []
+        self._known: tuple[Any, ...] | None = None
+        self._paid = 0  # steps of the epoch that were accounted with its first one
+
+    def start_epoch(self) -> None:
+        """The samples are drawn anew: with `EpochSampling` the next step is another release."""
+        self._paid = 0
+
+    @property
+    def next_step_costs(self) -> bool:
+        """Whether the next step is a release, and not one of an epoch that is paid for."""
+        return not (isinstance(self.sampling, EpochSampling) and self._paid)
+
+    def step(self, noise_multiplier: float) -> None:
+        """Account for one optimizer step."""
+        if isinstance(self.sampling, EpochSampling):
+            if self._paid and self.history[-1][:2] == (self.sampling, noise_multiplier):
+                self._paid -= 1
+                return
+            self._paid = self.sampling.steps_per_epoch - 1
+        self.release(noise_multiplier)
+
+    def release(self, noise_multiplier: float, times: int = 1) -> None:
+        """Account for ``times`` releases."""
+        if self.sampling is None:
+            raise RuntimeError("`accountant.sampling` must be set before the first step, found None.")
+        if self.history and self.history[-1][:2] == (self.sampling, noise_multiplier):
+            times += self.history.pop()[2]
+        self.history.append((self.sampling, noise_multiplier, times))
+
+    def epsilon(self, delta: float) -> float:
+        """ε of everything released, at ``delta``; infinite if anything was released without noise."""
+        key = (*self.history, delta)
+        if self._known is None or self._known[0] != key:
+            self._known = key, epsilon_of(self.history, delta, self.method)
+        return float(self._known[1])
+
+    def releases_left(self, epsilon: float, delta: float, noise_multiplier: float, at_most: float = 10**6) -> int:
+        """How many more releases keep ε at or below ``epsilon``, up to ``at_most``."""
+
+        def fits(count: int) -> bool:
+            trial = PrivacyAccountant(self.sampling, self.method)
+            trial.history = list(self.history)
+            if count:
+                trial.release(noise_multiplier, count)
+            return epsilon_of(trial.history, delta, self.method, _COARSE) <= epsilon
+
+        limit = int(min(at_most, 10**6))
+        low, high = 0, 1  # upwards: an ε far above the budget takes long to evaluate
+        while high < limit and fits(high):
+            low, high = high, min(2 * high, limit)
+        if high == limit and fits(high):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history in plain types."""
+        return {"history": [(type(s).__name__, asdict(s), sigma, count) for s, sigma, count in self.history]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the history; what comes next is accounted with this accountant's own sampling."""
+        self.history = [(_SAMPLINGS[name](**args), sigma, count) for name, args, sigma, count in state["history"]]
+        self._paid = 0
+
+
+def epsilon_of(history: list[Entry], delta: float, method: str = "pld", interval: float = _INTERVAL) -> float:
+    """ε of a history at ``delta``."""
+    _require_delta(delta)
+    if not history:
+        return 0.0
+    if any(sigma == 0 for _, sigma, _ in history):
+        return float("inf")
+    accountant = _accountant({sampling.relation for sampling, _, _ in history}, method, interval)
+    for sampling, sigma, count in history:
+        accountant.compose(sampling.event(sigma), count)
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrated_noise(epsilon: float, delta: float, sampling: Sampling, releases: int, method: str = "pld") -> float:
+    """The smallest noise multiplier with which ``releases`` releases cost no more than ``epsilon``.
+
+    Args:
+        epsilon: ε > 0.
+        delta: δ in (0, 1).
+        sampling: How the samples are drawn.
+        releases: Optimizer steps, or epochs with `EpochSampling`.
+        method: ``"pld"`` or ``"rdp"``.
+
+    Example:
+        >>> sigma = calibrated_noise(3.0, 1e-5, PoissonSampling(256 / 60000), 3525)
+        >>> 0.725 < sigma < 0.735
+        True
+    """
+    require_positive("epsilon", epsilon)
+    _require_delta(delta)
+    require_choice("method", method, METHODS)
+    da = _library()
+    return float(
+        da.calibrate_dp_mechanism(
+            lambda: _accountant({sampling.relation}, method, _COARSE),
+            lambda sigma: da.SelfComposedDpEvent(sampling.event(sigma), releases),
+            epsilon,
+            delta,
+            bracket_interval=da.LowerEndpointAndGuess(0, 1.0),
+            tol=1e-4,
+        )
+    )
+
+
+def _accountant(relations: set[str], method: str, interval: float) -> Any:
+    da = _library()
+    if len(relations) > 1:
+        raise ValueError(
+            f"Expected one notion of neighbouring data sets in a history, found {' and '.join(sorted(relations))}: "
+            "truncated and untruncated sampling cannot be added up. Keep `sampling=` as it was when the run began."
+        )
+    relation = da.NeighboringRelation[relations.pop()]
+    if method == "pld":
+        return da.pld.PLDAccountant(relation, value_discretization_interval=interval)
+    if relation.name == "REPLACE_SPECIAL":
+        raise ValueError("Truncated Poisson sampling is accounted by `method='pld'`, found 'rdp'.")
+    return da.rdp.RdpAccountant(neighboring_relation=relation)
+
+
+def _require_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}.")
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting
+        import dp_accounting.pld
+        import dp_accounting.rdp
+    except ImportError as error:
+        raise ImportError(
+            "Privacy accounting needs `dp-accounting`, which is not installed: `pip install lightning-curv[privacy]`."
+        ) from error
+    return dp_accounting

@@ -1,0 +1,215 @@
+r"""How much each sample may contribute: factors :math:`c_i` with :math:`\|c_i g_i\| \le C`."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curv.optimizers.settings import require_choice, require_positive
+
+
+class Clipping(ABC):
+    """A rule that bounds the contribution of every sample by ``clip_norm``.
+
+    Attributes:
+        clip_norm: C, the largest norm of a sample's contribution over all parameters together.
+    """
+
+    def __init__(self, clip_norm: float = 1.0) -> None:
+        require_positive("clip_norm", clip_norm)
+        self.clip_norm = float(clip_norm)
+
+    @abstractmethod
+    def factors(self, norms: Tensor, parameters: int) -> Tensor:
+        """Factors of the per-sample gradients.
+
+        Args:
+            norms: Norms of the gradients of every parameter and sample, ``[P, N]``; parameters without a gradient are
+                left out.
+            parameters: Number of all parameters.
+
+        Returns:
+            ``[P, N]`` or ``[1, N]``; zero where the norm is not finite.
+        """
+
+    def noise_multiplier(self, accounted: float, expected_batch_size: float) -> float:
+        """The share of the accounted noise multiplier that goes to the gradient."""
+        return accounted
+
+    def counts(self) -> Tensor | None:
+        """What the rule has counted since the last step and needs from all processes, ``[]``."""
+        return None
+
+    def end_step(self, counts: Tensor | None, expected_batch_size: float) -> None:
+        """The step is done; ``counts`` are summed over the processes and noised."""
+        return None
+
+    def count_noise(self, expected_batch_size: float) -> float:
+        """Standard deviation of the noise of the counts."""
+        return 0.0
+
+    def forget(self) -> None:
+        """Drop what was counted since the last step."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes during training."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        return None
+
+
+def _joint(norms: Tensor) -> Tensor:
+    """The norm over all parameters, ``[1, N]``."""
+    return norms.norm(dim=0, keepdim=True)
+
+
+def _where_finite(norms: Tensor, factors: Tensor) -> Tensor:
+    return factors.where(norms.isfinite(), torch.zeros_like(factors))
+
+
+class FlatClipping(Clipping):
+    r"""One norm over all parameters, :math:`c_i = \min(1, C / \|g_i\|)`.
+
+    Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, algorithm 1.
+    """
+
+    def factors(self, norms: Tensor, parameters: int) -> Tensor:
+        """Factors of the per-sample gradients, ``[1, N]``."""
+        norms = _joint(norms)
+        return _where_finite(norms, (self.clip_norm / norms).clamp(max=1))
+
+
+class AutomaticClipping(Clipping):
+    r"""Normalisation, :math:`c_i = C / (\|g_i\| + \gamma)`; C is then a part of the learning rate.
+
+    Bu, Wang, Zha & Karypis, *Automatic Clipping: Differentially Private Deep Learning Made Easier and Stronger*,
+    NeurIPS 2023, eq. 4.1.
+
+    Args:
+        clip_norm: C.
+        stability: γ > 0.
+    """
+
+    def __init__(self, clip_norm: float = 1.0, stability: float = 0.01) -> None:
+        super().__init__(clip_norm)
+        require_positive("stability", stability)
+        self.stability = stability
+
+    def factors(self, norms: Tensor, parameters: int) -> Tensor:
+        """Factors of the per-sample gradients, ``[1, N]``."""
+        norms = _joint(norms)
+        return _where_finite(norms, self.clip_norm / (norms + self.stability))
+
+
+class PerLayerClipping(Clipping):
+    r"""Every parameter on its own, by :math:`C / \sqrt P` with P parameters; together at most C.
+
+    McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language Models*, ICLR 2018, section 3.
+    """
+
+    def factors(self, norms: Tensor, parameters: int) -> Tensor:
+        """Factors of the per-sample gradients, ``[P, N]``; a sample with any norm that is not finite counts nowhere."""
+        factors = (self.clip_norm / math.sqrt(parameters) / norms).clamp(max=1)
+        return _where_finite(_joint(norms), factors)
+
+
+class AdaptiveClipping(FlatClipping):
+    r"""C follows a quantile of the norms, estimated privately.
+
+    The step's share b̃ of samples with :math:`\|g_i\| \le C` is counted with noise of its own, and
+    :math:`C \leftarrow C \exp(-\eta (b̃ - \gamma))`. The noise multiplier σ that is accounted pays for both: the
+    gradient gets :math:`(\sigma^{-2} - (2\sigma_b)^{-2})^{-1/2}`. The count is divided by the *expected* batch size.
+    Andrew, Thakkar, McMahan & Ramaswamy, *Differentially Private Learning with Adaptive Clipping*, NeurIPS 2021,
+    algorithm 1 and theorem 1.
+
+    Args:
+        clip_norm: The first C.
+        quantile: γ, the share of samples that are not clipped.
+        rate: η.
+        count_noise: σ_b, standard deviation of the count's noise; default: a twentieth of the expected batch size,
+            and no less than the accounted σ.
+    """
+
+    def __init__(
+        self, clip_norm: float = 1.0, quantile: float = 0.5, rate: float = 0.2, count_noise: float | None = None
+    ) -> None:
+        super().__init__(clip_norm)
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"`quantile` must lie in [0, 1], found {quantile}.")
+        require_positive("rate", rate)
+        if count_noise is not None:
+            require_positive("count_noise", count_noise)
+        self.quantile, self.rate, self._count_noise = quantile, rate, count_noise
+        self._count: Tensor | None = None
+        self._accounted = 0.0
+
+    def factors(self, norms: Tensor, parameters: int) -> Tensor:
+        """Factors of the per-sample gradients, ``[1, N]``; counts the samples."""
+        below = (_joint(norms) <= self.clip_norm).to(norms.dtype) - 0.5  # a sample changes the count by a half
+        self._count = below.sum() + (0.0 if self._count is None else self._count)
+        return super().factors(norms, parameters)
+
+    def noise_multiplier(self, accounted: float, expected_batch_size: float) -> float:
+        """The larger noise multiplier of the gradient that leaves room for the noisy count."""
+        self._accounted = accounted
+        if accounted == 0:
+            return 0.0
+        count_noise = self.count_noise(expected_batch_size)
+        if 2 * count_noise <= accounted:
+            raise ValueError(
+                f"`count_noise` must be more than half of the noise multiplier {accounted}, found {count_noise}: the "
+                "count alone would spend the budget."
+            )
+        return float((accounted**-2 - (2 * count_noise) ** -2) ** -0.5)
+
+    def count_noise(self, expected_batch_size: float) -> float:
+        """σ_b; none where the gradient gets none."""
+        if self._accounted == 0:
+            return 0.0
+        return max(expected_batch_size / 20, self._accounted) if self._count_noise is None else self._count_noise
+
+    def counts(self) -> Tensor | None:
+        """Samples below C minus those above, halved."""
+        return torch.zeros(()) if self._count is None else self._count
+
+    def end_step(self, counts: Tensor | None, expected_batch_size: float) -> None:
+        """Move C towards the quantile."""
+        if counts is not None:
+            share = float(counts) / expected_batch_size + 0.5
+            self.clip_norm *= math.exp(-self.rate * (min(max(share, 0.0), 1.0) - self.quantile))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the count."""
+        self._count = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """C."""
+        return {"clip_norm": self.clip_norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the saved C."""
+        self.clip_norm = float(state["clip_norm"])
+
+
+_RULES: dict[str, type[Clipping]] = {
+    "flat": FlatClipping,
+    "per_layer": PerLayerClipping,
+    "automatic": AutomaticClipping,
+    "adaptive": AdaptiveClipping,
+}
+
+
+def clipping_rule(name: str | Clipping, clip_norm: float) -> Clipping:
+    """The rule of this name, or the rule itself."""
+    if isinstance(name, Clipping):
+        return name
+    require_choice("clipping", name, tuple(_RULES))
+    return _RULES[name](clip_norm)

@@ -1,0 +1,108 @@
+"""The sum of clipped per-sample gradients, over the backward passes that make one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.optimizers.privacy_clipping import Clipping
+
+
+class ClippedSum:
+    r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
+
+    Receives the Jacobians of whole backward passes (`lightning_curv.extensions.clipping`). Book-keeping: squared norms
+    from the recorded inputs and the cotangents, then one weighted contraction of the same.
+
+    Args:
+        parameters: The norm is taken over all of them together.
+        clipping: The factors :math:`c_i`.
+        mean: Whether the loss is the mean over the samples of a pass, instead of their sum.
+
+    Attributes:
+        loss_scale: Factor on the loss (1 / accumulated passes in Lightning).
+        passes: Backward passes since the last step.
+        norms: Norms of the per-sample gradients since the last step, if ``keep_norms``; not private.
+        discarded: Samples whose gradient was not finite, since the last step; not private.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], clipping: Clipping, mean: bool) -> None:
+        self.clipping, self.mean = clipping, mean
+        self.parameters = list(parameters)
+        self.loss_scale = 1.0
+        self.keep_norms = False
+        self.forget()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trainable parameters; to be changed between steps only."""
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters, self._known = list(parameters), set(parameters)
+
+    def forget(self) -> None:
+        """Drop everything since the last step."""
+        self._sums: dict[Tensor, Tensor] = {}
+        self._jacobians: list[Jacobian] = []
+        self._squares: list[Tensor] = []
+        self._samples = 0
+        self.passes = 0
+        self.norms: list[Tensor] = []
+        self.discarded = 0
+        self.clipping.forget()
+
+    def begin(self, samples: int) -> None:
+        """A backward pass begins."""
+        self._jacobians, self._squares, self._samples = [], [], samples
+
+    def receive(self, jacobian: Jacobian) -> None:
+        """Take a parameter's norms now, while its inputs are in the cache, and hold its terms."""
+        if jacobian.parameter in self._known:
+            jacobian = jacobian.kept()
+            self._jacobians.append(jacobian)
+            self._squares.append(jacobian.squared_norms()[0])
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Clip and add up the pass."""
+        jacobians, squares, samples = self._jacobians, self._squares, self._samples
+        self.begin(0)
+        self.passes += 1
+        if not jacobians or not samples:
+            return
+        scale = self.loss_scale / (samples if self.mean else 1)
+        dtype, device = squares[0].dtype, squares[0].device
+        for square in squares[1:]:
+            dtype = torch.promote_types(dtype, square.dtype)
+        norms = torch.stack([square.to(device, dtype) for square in squares]).sqrt() / abs(scale)
+        factors = self.clipping.factors(norms, len(self._parameters))
+        joint = norms.norm(dim=0)
+        if self.keep_norms:
+            self.norms.append(joint)
+        finite = joint.isfinite()
+        kept = None if bool(finite.all()) else finite.nonzero().flatten().tolist()
+        if kept is not None:
+            self.discarded += samples - len(kept)
+            factors = factors[:, kept]  # 0 · NaN is NaN: these samples do not take part at all
+        weights = (factors / scale).expand(len(jacobians), -1)
+        while jacobians:  # one after the other, so that memory falls
+            self._add(jacobians.pop() if kept is None else jacobians.pop()[kept], weights[len(jacobians)])
+
+    def _add(self, jacobian: Jacobian, weights: Tensor) -> None:
+        if not jacobian.samples:
+            return
+        parameter = jacobian.parameter
+        total = jacobian.weighted_total(weights.to(jacobian.terms[0].g.device))
+        self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
+
+    def totals(self) -> list[Tensor]:
+        """The sum of every parameter, in float32 or better; zero where there was no gradient."""
+        return [
+            self._sums.get(p, torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)))
+            for p in self._parameters
+        ]

@@ -1,0 +1,527 @@
+"""The private step against naive loops: batches of one sample, plain autograd, float64."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from zoo import NAMES, ROW, reference
+
+from lightning_curv import BatchGrad, curvature, record
+from lightning_curv.optimizers import DPSGD, AdaptiveClipping, DPAdam, DPOptimizer
+
+
+def private(parameters, lr=1.0, **settings):
+    """SGD with σ = 0 and B̄ = 1: `p.grad` is the clipped sum."""
+    defaults = {"noise_multiplier": 0.0, "expected_batch_size": 1.0}
+    return DPOptimizer(torch.optim.SGD(list(parameters), lr=lr), **{**defaults, **settings})
+
+
+def backward(optimizer, compute_loss, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with curvature(*optimizer.extensions, **options):
+            compute_loss().backward()
+
+
+def clipped_sum(gradients, factor):
+    """Σ_n factor(‖g_n‖) g_n from per-sample gradients by parameter name."""
+    norms = sum(g.reshape(len(g), -1).square().sum(1) for g in gradients.values()).sqrt()
+    return {name: torch.tensordot(factor(norms).to(g), g, 1) for name, g in gradients.items()}, norms
+
+
+# --- the clipped sum -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clipped_sum_equals_brute_force(name):
+    gradients = reference("grad_batch", name)
+    _, norms = clipped_sum(gradients, torch.ones_like)
+    C = float(norms.median())  # some samples are clipped, some are not
+    expected, _ = clipped_sum(gradients, lambda norms: (C / norms).clamp(max=1))
+    problem = ROW[name].make()
+    optimizer = private(problem.parameters().values(), lr=0.0, clip_norm=C, loss_reduction="sum")
+    backward(optimizer, problem.compute_loss)
+    optimizer.step()
+    rtol = 1e-9 if ROW[name].rtol <= 1e-6 else ROW[name].rtol
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for key, p in problem.parameters().items():
+        torch.testing.assert_close(p.grad, expected[key], rtol=rtol, atol=rtol * 1e-3 * largest, check_dtype=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weighted_total_equals_the_weighted_sum_of_per_sample_gradients(name):
+    from lightning_curv.extensions.base import Extension
+
+    class Weighted(Extension):
+        savefield = "weighted"
+
+        def evaluate(self, jacobian):
+            weights = torch.linspace(-1, 2, jacobian.samples, dtype=torch.float64)
+            return jacobian.weighted_total(weights), torch.tensordot(weights, jacobian.per_sample()[0].double(), 1)
+
+    problem = ROW[name].make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with curvature(Weighted()):
+            problem.compute_loss().backward()
+    for p in problem.parameters().values():
+        if hasattr(p, "weighted"):
+            torch.testing.assert_close(*p.weighted, check_dtype=False, rtol=1e-5, atol=1e-9)
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Embedding tied to the output layer, one block used twice, a norm without bias, an unused layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4, padding_idx=0)
+        self.block = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4, bias=False)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.embedding(x)
+        h = self.block(torch.tanh(self.block(h)))
+        return self.norm(h).mean(1) @ self.embedding.weight.t()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, batch_first=True)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class Fallback(nn.Module):
+    """An op without a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(3, 4))
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, x):
+        return self.head(torch.cdist(x.unsqueeze(1), self.w.t().unsqueeze(0)).squeeze(1))
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode="replicate"),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, padding=2, groups=2, padding_mode="circular"),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 2, stride=2, padding=1, padding_mode="reflect"),
+        nn.Flatten(),
+        nn.Linear(64, 7),
+    )
+
+
+def tokens(n):
+    return torch.randint(7, (n, 5))
+
+
+def randn(*shape):
+    return lambda n: torch.randn(n, *shape, dtype=torch.float64)
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 7)), randn(3)),
+    "linear_4d": (lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 7)), randn(2, 2, 3)),
+    "cnn": (cnn, randn(2, 4, 4)),
+    "tied": (Tied, tokens),
+    "lstm": (Recurrent, randn(4, 3)),
+    "attention": (
+        lambda: nn.Sequential(
+            nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 7)
+        ),
+        randn(3, 4),
+    ),
+    "fallback": (Fallback, randn(3)),
+}
+
+
+def loop_of_single_samples(model, parts, optimizer, C, size):
+    """The naive step: one backward pass per sample."""
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for X, y in parts:
+        for i in range(len(X)):
+            loss = F.cross_entropy(model(X[i : i + 1]), y[i : i + 1])
+            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+            norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+            for t, g in zip(total, grads):
+                t += min(1.0, C / float(norm)) * g
+    for p, t in zip(model.parameters(), total):
+        p.grad = t / size
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_run_equals_a_loop_of_single_samples(name):
+    make, draw = MODELS[name]
+    torch.manual_seed(3)
+    model = make().double()
+    naive = copy.deepcopy(model)
+    C, size = 0.8, 6.0
+    optimizer = DPOptimizer(
+        torch.optim.Adam(model.parameters(), lr=0.01), C, noise_multiplier=0.0, expected_batch_size=size
+    )
+    reference = torch.optim.Adam(naive.parameters(), lr=0.01)
+    sizes = [(3, 4), (0, 0), (1, 2), (5, 0), (2, 2, 3), (1,)]  # accumulated parts, empty ones among them
+    for step in range(30):
+        parts = [(draw(n), torch.randint(7, (n,))) for n in sizes[step % len(sizes)]]
+        optimizer.zero_grad()
+        for X, y in parts:
+            if len(X):
+                backward(optimizer, lambda X=X, y=y: F.cross_entropy(model(X), y), batch_size=len(X))
+        optimizer.step()
+        loop_of_single_samples(naive, parts, reference, C, size)
+    for p, q in zip(model.parameters(), naive.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
+
+
+# --- sensitivity -----------------------------------------------------------------------------------------------------
+
+
+def contribution(model, X, y, C, **settings):
+    """Σ(S) over all parameters, flat."""
+    optimizer = private(model.parameters(), lr=0.0, clip_norm=C, **settings)
+    if len(X):
+        backward(optimizer, lambda: F.cross_entropy(model(X), y), batch_size=len(X))
+    optimizer.step()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_one_sample_changes_the_sum_by_no_more_than_the_norm(name, clipping):
+    make, draw = MODELS[name]
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, n, C = make().double(), int(torch.randint(1, 6, ())), float(torch.rand(()) + 0.1)
+        X, y = draw(n + 1), torch.randint(7, (n + 1,))
+        if X.is_floating_point() and seed:
+            X[n] *= [1, 1e3, 1e8, 1e150 if name == "fallback" else math.nan][seed]  # the fallback refuses NaN
+        with_x = contribution(model, X, y, C, clipping=clipping)
+        without = contribution(model, X[:n], y[:n], C, clipping=clipping)
+        assert with_x.isfinite().all()
+        assert (with_x - without).norm() <= C * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_samples_that_are_not_finite_contribute_nothing_and_are_counted(bad):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 7))
+    X, y = torch.randn(4, 3), torch.randint(7, (4,))
+    X[1, 0] = bad
+    expected = contribution(model, X[[0, 2, 3]], y[[0, 2, 3]], 1.0)
+    optimizer = private(model.parameters(), lr=0.0)
+    backward(optimizer, lambda: F.cross_entropy(model(X), y), batch_size=4)
+    assert optimizer.statistics.discarded == 1
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+
+
+def test_per_layer_and_automatic_clipping_equal_their_formulas():
+    gradients = reference("grad_batch", "mlp_sigmoid")
+    for clipping, expected in {
+        "automatic": clipped_sum(gradients, lambda n: 0.3 / (n + 0.01))[0],
+        "per_layer": {
+            name: clipped_sum({name: g}, lambda n: (0.3 / math.sqrt(len(gradients)) / n).clamp(max=1))[0][name]
+            for name, g in gradients.items()
+        },
+    }.items():
+        problem = ROW["mlp_sigmoid"].make()
+        optimizer = private(problem.model.parameters(), clip_norm=0.3, clipping=clipping, loss_reduction="sum")
+        backward(optimizer, problem.compute_loss)
+        optimizer.step()
+        for key, p in problem.parameters().items():
+            torch.testing.assert_close(p.grad, expected[key])
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+
+def linear_problem():
+    torch.manual_seed(1)
+    model = nn.Linear(3, 7).double()
+    return model, torch.randn(6, 3, dtype=torch.float64), torch.randint(7, (6,))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "factor"), [("mean", 1.0), ("mean", 0.25), ("mean", 65536.0), ("sum", 1.0), ("sum", 0.5)]
+)
+def test_any_scale_of_the_loss_is_undone(reduction, factor):
+    model, X, y = linear_problem()
+    expected = contribution(model, X, y, 0.5)
+    optimizer = private(model.parameters(), lr=0.0, clip_norm=0.5, loss_reduction=reduction)
+    optimizer.loss_scale = factor
+    backward(optimizer, lambda: factor * F.cross_entropy(model(X), y, reduction=reduction))
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+
+
+def test_parts_of_a_batch_add_up_to_the_batch():
+    model, X, y = linear_problem()
+    expected = contribution(model, X, y, 0.5)
+    optimizer = private(model.parameters(), lr=0.0, clip_norm=0.5)
+    for part in (slice(0, 4), slice(4, 5), slice(5, 6)):
+        backward(optimizer, lambda part=part: F.cross_entropy(model(X[part]), y[part]), batch_size=len(X[part]))
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+
+
+# --- what must not leak ----------------------------------------------------------------------------------------------
+
+
+def test_noise_has_mean_zero_and_the_promised_deviation():
+    w = nn.Parameter(torch.zeros(10**5))
+    optimizer = private([w], noise_multiplier=1.5, clip_norm=0.4, expected_batch_size=3.0, noise_seed=1, lr=0.0)
+    optimizer.step()
+    std = 1.5 * 0.4 / 3
+    assert abs(w.grad.mean()) < 0.01 * std
+    assert abs(w.grad.std() / std - 1) < 0.01
+
+
+def test_secure_noise_is_standard_normal():
+    from lightning_curv.optimizers.privacy_noise import NoiseSource
+
+    z = NoiseSource(secure=True).like(torch.zeros(400, 500))
+    assert z.dtype == torch.float32
+    assert abs(z.mean()) < 0.01
+    assert abs(z.std() - 1) < 0.01
+    assert abs(z.pow(4).mean() - 3) < 0.1
+
+
+def test_noise_leaves_the_global_generator_alone_and_does_not_follow_it():
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.zeros(5))
+        state = torch.get_rng_state()
+        private([w], noise_multiplier=1.0).step()
+        assert torch.equal(torch.get_rng_state(), state)
+        draws.append(w.grad)
+    assert not torch.equal(*draws)
+
+
+def test_empty_batch_is_a_step_of_noise_and_a_tick():
+    model = nn.Linear(3, 7)
+    optimizer = DPSGD(model.parameters(), noise_multiplier=1.0, expected_batch_size=2.0)
+    for _ in range(3):
+        optimizer.step()  # the noise of the step before is no gradient from elsewhere
+        assert all(p.grad.count_nonzero() == p.numel() for p in model.parameters())
+
+
+def test_gradient_from_elsewhere_is_refused():
+    model, X, y = linear_problem()
+    optimizer = private(model.parameters())
+    F.cross_entropy(model(X), y).backward()
+    with pytest.raises(RuntimeError, match="which is not private"):
+        optimizer.step()
+
+
+def test_gradient_of_an_earlier_step_is_never_used_again():
+    """A layer that takes part in every second step only contributes its own share."""
+    a, b = nn.Linear(3, 7).double(), nn.Linear(3, 7).double()
+    _, X, y = linear_problem()
+    optimizer = private([*a.parameters(), *b.parameters()], lr=0.0)
+    for _ in range(2):
+        backward(optimizer, lambda: F.cross_entropy(a(X) + b(X), y))
+        optimizer.step()
+        backward(optimizer, lambda: F.cross_entropy(a(X), y))
+        optimizer.step()
+        assert all(p.grad.count_nonzero() == 0 for p in b.parameters())
+        torch.testing.assert_close(torch.cat([p.grad.flatten() for p in a.parameters()]), contribution(a, X, y, 1.0))
+
+
+def test_failed_backward_leaves_nothing():
+    model, X, y = linear_problem()
+    optimizer = private(model.parameters(), lr=0.0)
+    expected = contribution(model, X, y, 1.0)
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            raise ArithmeticError
+
+    def failing():
+        h = model(X)
+        return F.cross_entropy(h, y) + Broken.apply(h.sum()) * 0
+
+    with pytest.raises(ArithmeticError):
+        backward(optimizer, failing)
+    optimizer.zero_grad()
+    backward(optimizer, lambda: F.cross_entropy(model(X), y))
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+
+
+def test_batchnorm_in_training_mode_is_refused():
+    model = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7))
+    _, X, y = linear_problem()
+    optimizer = private(model.parameters())
+    with pytest.raises(RuntimeError, match=r"`\.eval\(\)`"):
+        backward(optimizer, lambda: F.cross_entropy(model(X.float()), y))
+    model.eval()
+    backward(optimizer, lambda: F.cross_entropy(model(X.float()), y))
+
+
+def test_frozen_and_other_parameters_stay_out_of_the_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+    _, X, y = linear_problem()
+    with curvature(BatchGrad()):
+        F.cross_entropy(model(X), y).backward()
+    grads = {name: 6 * p.grad_batch for name, p in model[2].named_parameters()}
+    expected, _ = clipped_sum(grads, lambda n: (0.5 / n).clamp(max=1))
+    for freeze in (True, False):
+        model.zero_grad()
+        model[0].requires_grad_(not freeze)
+        optimizer = private(model.parameters() if freeze else model[2].parameters(), lr=0.0, clip_norm=0.5)
+        backward(optimizer, lambda: F.cross_entropy(model(X), y))
+        optimizer.step()
+        for name, p in model[2].named_parameters():
+            torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_a_pass_leaves_nothing_on_the_parameters():
+    model, X, y = linear_problem()
+    before = {name: set(vars(p)) for name, p in model.named_parameters()}
+    optimizer = private(model.parameters())
+    backward(optimizer, lambda: F.cross_entropy(model(X), y))
+    assert {name: set(vars(p)) for name, p in model.named_parameters()} == before
+
+
+def test_recorded_forward_and_closure():
+    model, X, y = linear_problem()
+    expected = contribution(model, X, y, 1.0)
+    optimizer = private(model.parameters(), lr=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        with record():
+            loss = F.cross_entropy(model(X), y)
+        with curvature(*optimizer.extensions):
+            loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+
+
+# --- adaptive clipping -----------------------------------------------------------------------------------------------
+
+
+def test_adaptive_norm_follows_the_quantile():
+    model, X, y = linear_problem()
+    with curvature(BatchGrad()):
+        F.cross_entropy(model(X), y).backward()
+    norms = sum(36 * p.grad_batch.flatten(1).square().sum(1) for p in model.parameters()).sqrt()
+    optimizer = private(model.parameters(), lr=0.0, clipping="adaptive", clip_norm=50.0, expected_batch_size=6.0)
+    for _ in range(300):
+        optimizer.zero_grad()
+        backward(optimizer, lambda: F.cross_entropy(model(X), y))
+        optimizer.step()
+    low, high = norms.sort().values[2:4].tolist()
+    assert 0.8 * low < optimizer.clip_norm < 1.25 * high
+
+
+def test_adaptive_noise_pays_for_the_count():
+    rule = AdaptiveClipping(count_noise=12.8)
+    assert rule.noise_multiplier(1.1, 256.0) == pytest.approx(1.1010, abs=1e-4)
+    with pytest.raises(ValueError, match="the count alone would spend"):
+        AdaptiveClipping(count_noise=0.4).noise_multiplier(1.0, 256.0)
+
+
+def test_adaptive_norm_moves_on_empty_batches_too():
+    optimizer = private([nn.Parameter(torch.zeros(2))], clipping="adaptive", noise_multiplier=1.0, noise_seed=0)
+    before = optimizer.clip_norm
+    optimizer.step()
+    assert optimizer.clip_norm != before
+    assert math.isfinite(optimizer.clip_norm)
+
+
+# --- an optimizer like any other -------------------------------------------------------------------------------------
+
+
+def test_groups_and_state_are_those_of_the_inner_optimizer():
+    model, X, y = linear_problem()
+    optimizer = DPAdam([{"params": [model.weight], "lr": 0.1}], noise_multiplier=0.0, expected_batch_size=6.0)
+    optimizer.add_param_group({"params": [model.bias]})
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    backward(optimizer, lambda: F.cross_entropy(model(X), y))
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.optimizer.param_groups] == [0.05, 0.0005]
+    assert optimizer.state[model.bias]["step"] == 1
+
+
+def test_resumed_run_equals_the_uninterrupted_one():
+    def make():
+        model, X, y = linear_problem()
+        optimizer = DPAdam(
+            model.parameters(), noise_multiplier=1.0, expected_batch_size=6.0, clipping="adaptive", noise_seed=5
+        )
+        return model, optimizer, lambda: F.cross_entropy(model(X), y)
+
+    def steps(optimizer, compute_loss, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            backward(optimizer, compute_loss)
+            optimizer.step()
+
+    model, optimizer, compute_loss = make()
+    steps(optimizer, compute_loss, 3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(optimizer, compute_loss, 3)
+    resumed, other, resumed_loss = make()
+    resumed.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    steps(other, resumed_loss, 3)
+    assert other.clip_norm == optimizer.clip_norm
+    for p, q in zip(model.parameters(), resumed.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_state_of_another_optimizer_is_refused():
+    w = nn.Parameter(torch.zeros(2))
+    with pytest.raises(KeyError, match="what that spent is unknown"):
+        private([w]).load_state_dict(torch.optim.SGD([w], lr=1.0).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clip_norm": 0.0}, "`clip_norm` must be positive"),
+        ({"noise_multiplier": -1.0}, "`noise_multiplier` must not be negative"),
+        ({"expected_batch_size": 0.0}, "`expected_batch_size` must be positive"),
+        ({"clipping": "ghost"}, "`clipping` must be one of 'flat'"),
+        ({"loss_reduction": "none"}, "`loss_reduction` must be one of"),
+        ({"secure": True, "noise_seed": 1}, "`secure=True` has no seed"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        private([nn.Parameter(torch.zeros(2))], **settings)
+
+
+def test_noise_and_batch_size_must_be_known():
+    with pytest.raises(RuntimeError, match="`noise_multiplier` must be known"):
+        private([nn.Parameter(torch.zeros(2))], noise_multiplier=None).step()
+    with pytest.raises(RuntimeError, match="PrivacyCallback"):
+        private([nn.Parameter(torch.zeros(2))], expected_batch_size=None).step()
