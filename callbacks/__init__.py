@@ -6,5 +6,6 @@
 """
 
 from lightning_curv.callbacks.curvature import CurvatureCallback
+from lightning_curv.callbacks.privacy import PrivacyCallback
 
-__all__ = ["CurvatureCallback"]
+__all__ = ["CurvatureCallback", "PrivacyCallback"]

@@ -6,16 +6,24 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_curv.backprop import Backprop
 from lightning_curv.callbacks.import_names import Callback
-from lightning_curv.callbacks.measure import RunningNoiseScale, measure
-from lightning_curv.callbacks.publish import publish
+from lightning_curv.callbacks.layers import choose, parameters_by_layer
+from lightning_curv.callbacks.measure import Job, RunningNoiseScale, measure
+from lightning_curv.callbacks.measurement import Measurement
+from lightning_curv.callbacks.publish import add_layout, heat_map, publish
+from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
+from lightning_curv.callbacks.settings import check, find_output
+from lightning_curv.callbacks.trajectory import Trajectory, distance
 from lightning_curv.callbacks.window import BackwardPass, Window
-from lightning_curv.extensions import BatchL2Grad, Extension, GGNTraceMC
+from lightning_curv.extensions.base import Extension, GraphExtension
+
+Extensions = Sequence[Extension | GraphExtension]
 
 
 class CurvatureCallback(Callback):
@@ -37,14 +45,20 @@ class CurvatureCallback(Callback):
     ``curvature/noise_scale``                     $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of the
                                                   two; absent, with a warning, while the average of $\|G\|^2$ is not
                                                   positive
-    ``curvature/ggn_trace``                       trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate
+    ``curvature/suggested_batch_size``            the power of two next to the noise scale
     ============================================= ==================================================================
 
+    Not in the default, which stays cheap at every step: ``ggn_trace`` (Monte-Carlo estimate), ``ggn_trace_exact``,
+    ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``, ``mean_gsnr``, ``grad_diversity``,
+    ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``, ``early_stopping``, ``tic_trace``,
+    ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources are in
+    `lightning_curv.callbacks.quantities` and `lightning_curv.callbacks.trajectory`.
+
     $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss reduction, gradient
-    accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates. With several
-    optimizers each gets its own series, `curvature/grad_norm/optimizer_0` and so on. Every value is written once, at
-    the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`. In distributed training the
-    quantiles are those of rank 0.
+    accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates; eigenvalues are
+    averages over them. With several optimizers each gets its own series, `curvature/grad_norm/optimizer_0` and so on.
+    Every value is written once, at the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`.
+    In distributed training the quantiles are those of rank 0.
 
     With gradient accumulation the optimizers get the curvature of the last micro-batch, that of the loss as
     `training_step` returned it: on average the curvature of the accumulated mean. In manual optimization they get that
@@ -54,82 +68,137 @@ class CurvatureCallback(Callback):
     a generator of its own, seeded anew for every batch, so that a resumed run draws the same.
 
     Args:
+        quantities: what to log: "default", "all", or names, among which "default" stands for those of the table. The
+            four sample norms are `sample_norms`.
         every_n_steps: optimizer steps between two logged ones; `None` is the Trainer's `log_every_n_steps`, 0 logs
             nothing. `fast_dev_run` logs every step.
-        ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
-        mc_samples: random labels per sample for the GGN trace; 0 leaves the trace out, for losses without a known
-            Hessian.
+        layers: series `curvature_layers/<quantity>/<layer>` for up to `max_layers` layers, chosen once at the start:
+            True for the first ones, "topk" for those with most parameters, or a regular expression that is searched in
+            their names. All layers, if there are more, make one heat-map image per logged step.
         histograms: write the histogram of the per-sample norms to loggers that take one.
-        seed: of the random labels.
+        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses without a known
+            Hessian.
+        output: the module whose output the loss is a function of, or its name in the `LightningModule`, for losses that
+            torch has no function for; see `curvature`.
         strict: raise when a parameter or loss is not supported; otherwise warn once and go on without logging.
+        extensions: computed on logged steps too and left on the parameters until the batch ends, for other callbacks.
+        ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
+        seed: of the random labels.
+        max_layers: the most layers with series of their own.
+        prog_bar: series to show on the progress bar.
+        layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band. TensorBoard reads
+            one such description per run: leave it out if you write your own.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a name is unknown.
 
     Example:
-        >>> CurvatureCallback(every_n_steps=10).every_n_steps
+        >>> CurvatureCallback(["default", "ggn_trace"], every_n_steps=10).every_n_steps
         10
     """
 
     def __init__(
         self,
+        quantities: str | Sequence[str] = "default",
         every_n_steps: int | None = None,
-        ema: float = 0.9,
-        mc_samples: int = 1,
+        layers: bool | str = False,
         histograms: bool = True,
-        seed: int = 0,
+        mc_samples: int = 1,
+        output: nn.Module | str | None = None,
         strict: bool = True,
+        extensions: Extensions = (),
+        ema: float = 0.9,
+        seed: int = 0,
+        max_layers: int = 20,
+        prog_bar: Sequence[str] = (),
+        layout: bool = False,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 0:
-            raise ValueError(f"`every_n_steps` must be None, 0 or positive, found {every_n_steps}.")
-        if not 0 <= ema < 1:
-            raise ValueError(f"`ema` must be in [0, 1), found {ema}.")
-        if mc_samples < 0:
-            raise ValueError(f"`mc_samples` must be 0 or positive, found {mc_samples}.")
+        self._quantities = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
+        self._names = {quantity.name for quantity in self._quantities}
+        self._series = [series for quantity in self._quantities for series in quantity.series]
+        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series)
+        self.quantities = quantities
         self.every_n_steps = every_n_steps
-        self.ema = ema
-        self.mc_samples = mc_samples
+        self.layers = layers
         self.histograms = histograms
-        self.seed = seed
+        self.mc_samples = mc_samples
+        self.output = output
         self.strict = strict
+        self.extensions = extensions
+        self.ema = ema
+        self.seed = seed
+        self.max_layers = max_layers
+        self.prog_bar = prog_bar
+        self.layout = layout
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
+        self._chosen: list[str] = []  # layers
         self._unsupported = False
         self._checked = False
         self._noisy = False
+        self._passes = 0  # since the gradients were last set to zero
         self._window = Window()
+        self._trajectory = Trajectory()
         self._rest()
 
     def _rest(self) -> None:
         """Forget everything that belongs to one batch."""
         self._logging = False
-        self._supplied: list[Extension] = []
-        self._logged: list[Extension] = []
+        self._supplied: list[Extension | GraphExtension] = []
+        self._logged: list[Extension | GraphExtension] = []
         self._generator: torch.Generator | None = None
         self._backprop: Backprop | None = None
+        self._loss: Tensor | None = None
         self._factor: Tensor | float = 1.0
-        self._partial: set[Tensor] = set()
+        self._partial: set[Parameter] = set()
         self._values: dict[str, float] = {}
+        self._layer_values: dict[str, dict[str, float]] = {}
+        self._updated: dict[str, list[Parameter]] = {}
         self._histograms: dict[str, Tensor] = {}
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(every_n_steps=self.every_n_steps, ema=self.ema, mc_samples=self.mc_samples)
+        names = self.quantities if isinstance(self.quantities, str) else list(self.quantities)
+        return self._generate_state_key(
+            quantities=names,
+            every_n_steps=self.every_n_steps,
+            layers=self.layers,
+            ema=self.ema,
+            mc_samples=self.mc_samples,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"noise": {name: noise.state_dict() for name, noise in self._noise.items()}}
+        return {
+            "noise": {name: noise.state_dict() for name, noise in self._noise.items()},
+            "initial": self._trajectory.initial,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._noise = {name: RunningNoiseScale(self.ema, **state) for name, state in state_dict["noise"].items()}
+        self._trajectory.initial = dict(state_dict.get("initial", {}))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # before a checkpoint is loaded
+            self._trajectory = Trajectory()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unsupported = self._checked = self._noisy = False
+        find_output(pl_module, self.output)
+        self._chosen = choose(pl_module, self.layers, self.max_layers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if "distance" in self._names and not self._trajectory.initial:
+            self._trajectory.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        if self.layout:
+            add_layout(trainer, self._series)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rest()
         self._logging = not self._unsupported and self._is_logging_step(trainer)
         self._supplied = self._required(trainer)
         if self._logging:
-            self._logged = [*([GGNTraceMC(self.mc_samples)] if self.mc_samples else []), BatchL2Grad()]
+            fields = dict.fromkeys(name for quantity in self._quantities for name in quantity.fields)
+            self._logged = [FIELDS[name](self.mc_samples) for name in fields]
+            self._supplied += [e for e in self.extensions if e.savefield not in {s.savefield for s in self._supplied}]
         else:
             self._window = Window()
         if not self._logged and not self._supplied:
@@ -137,93 +206,163 @@ class CurvatureCallback(Callback):
         # A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart.
         seed = hash((self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
         self._generator = torch.Generator(pl_module.device).manual_seed(seed)
-        record_training_step(pl_module)
+        record_training_step(pl_module, find_output(pl_module, self.output))
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._window = Window()
+        self._passes = 0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if not self._logged and not self._supplied:
+        if not self._logging and not self._supplied:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._factor = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
         if pl_module.automatic_optimization:
             self._factor = self._factor / trainer.accumulate_grad_batches
-        if self._logging and not pl_module.automatic_optimization:
+        self._loss = loss.detach() / self._factor if loss.ndim == 0 else None
+        if not self._logged and not self._supplied:
+            return
+        if self._logged and not pl_module.automatic_optimization:
             self._follow_zero_grad(pl_module)
         try:
-            self._backprop = self._begin(trainer, loss)
+            self._backprop = self._begin(trainer, pl_module, loss)
         except RuntimeError as error:
             self._stop_logging(error)
-            self._backprop = self._begin(trainer, loss) if self._supplied else None
+            self._backprop = self._begin(trainer, pl_module, loss) if self._supplied else None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._backprop is None:
-            return
-        try:
-            self._backprop.after()
-        except RuntimeError as error:
-            self._delete(pl_module, self._logged, keep=self._supplied)
-            self._stop_logging(error)
-        self._backprop = None
+        self._passes += 1
+        if self._backprop is not None:
+            try:
+                self._backprop.after()
+            except RuntimeError as error:
+                self._delete(pl_module, self._logged, keep=self._supplied)
+                self._stop_logging(error)
+            self._backprop = None
         if self._logging:
             self._checked = True
             self._window.add(self._collect(pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self._logging:
-            return
-        suffix = "" if len(trainer.optimizers) == 1 else f"/optimizer_{trainer.optimizers.index(optimizer)}"
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        passes = max(len(self._window), 1) if pl_module.automatic_optimization else 1
-        statistics = self._window.statistics(params, share=1 / passes)
-        if statistics is None:
+        if not params:
             return
         # Lightning divides by the full number of passes, but the last window of an epoch may hold fewer.
+        passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
         divisor = passes / trainer.accumulate_grad_batches
-        noise = self._noise.setdefault(suffix, RunningNoiseScale(self.ema))
-        values = measure(statistics, {p: p.grad for p in params}, divisor, trainer.strategy, noise)
-        self._values |= {f"{name}{suffix}": value for name, value in values.items()}
-        if noise.unresolved:
-            self._warn_of_noise(trainer, len(statistics.sample_norms))
-        self._histograms[f"sample_norms{suffix}"] = statistics.sample_norms
+        grads = {p: p.grad for p in params}
+        if self._logging:
+            suffix = "" if len(trainer.optimizers) == 1 else f"/optimizer_{trainer.optimizers.index(optimizer)}"
+            self._measure(trainer, pl_module, optimizer, grads, divisor, passes, suffix)
+        if "alpha" in self._names and self._is_logging_step(trainer, ahead=1):
+            self._trajectory.remember(grads, divisor)
+
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
+        grads: dict[Parameter, Tensor],
+        divisor: float,
+        passes: int,
+        suffix: str,
+    ) -> None:
+        fields, lr = [extension.savefield for extension in self._logged], optimizer.param_groups[0]["lr"]
+
+        def job(params: Sequence[Parameter], name: str) -> Job:
+            part = {p: grads[p] for p in params}
+            statistics = self._window.statistics(params, share=1 / passes)
+            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields)
+            quantities = [q for q in self._quantities if not name or q.per_layer]
+            noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self.ema))
+            return Job(quantities, measurement, noise)
+
+        jobs = {"": job(list(grads), "")}
+        if self._logged and not jobs[""].measurement.statistics.covered:
+            return
+        for layer, params in parameters_by_layer(pl_module).items() if self._chosen else ():
+            if mine := [p for p in params if p in grads]:
+                jobs[layer] = job(mine, layer)
+        found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
+        self._values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
+        self._layer_values |= found
+        statistics = jobs[""].measurement.statistics
+        if self._names & {"noise_scale", "suggested_batch_size"} and jobs[""].noise.unresolved:
+            self._warn_of_noise(trainer, len(statistics.sq_norms))
+        if "sample_norms" in self._names:
+            self._histograms[f"sample_norms{suffix}"] = statistics.sq_norms.sqrt()
+        if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
+            self._add(f"alpha{suffix}", alpha)
+        if self._names & {"update_size", "distance"}:
+            self._updated[suffix] = list(grads)
+        if "update_size" in self._names:
+            self._trajectory.begin_update(grads)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if value.isfinite():
+            self._values[name] = float(value)
+
+    def _follow_updates(self, pl_module: LightningModule) -> None:
+        names = {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
+        for suffix, params in self._updated.items():
+            size = self._trajectory.update_size(dict(zip(params, params)))
+            if size is not None:
+                self._add(f"update_size{suffix}", size)
+            if "distance" in self._names:
+                now = {names[p]: p.detach() for p in params if p in names}
+                self._add(f"distance{suffix}", distance(now, self._trajectory.initial))
+        self._trajectory.end_update()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._follow_updates(pl_module)
         if self._values:
-            publish(trainer, self._values, self._histograms if self.histograms else {})
+            layers, image = self._of_layers()
+            histograms = self._histograms if self.histograms else {}
+            publish(trainer, pl_module, self._values, layers, histograms, image, self.prog_bar)
         self._release(pl_module)
+
+    def _of_layers(self) -> tuple[dict[str, float], Tensor | None]:
+        """Series of the chosen layers, and the image of all."""
+        found = self._layer_values
+        values = {f"{name}/{layer}": v for layer in self._chosen for name, v in found.get(layer, {}).items()}
+        return values, heat_map(found) if len(found) > len(self._chosen) else None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._window = Window()
+        self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._window = Window()
+        self._end()
         self._release(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._window = Window()
+        self._end()
         self._release(pl_module)
 
-    def _is_logging_step(self, trainer: Trainer) -> bool:
+    def _end(self) -> None:
+        self._window = Window()
+        self._trajectory.forget()
+
+    def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
         # From counters only, which are equal on all ranks and constant while gradients accumulate.
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return self.every_n_steps != 0
         interval = self.every_n_steps
         if interval is None:
             interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return interval > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % interval == 0
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead
+        return interval > 0 and step % interval == 0
 
-    def _required(self, trainer: Trainer) -> list[Extension]:
+    def _required(self, trainer: Trainer) -> list[Extension | GraphExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]  # type: ignore[attr-defined]
         if callbacks[0] is not self or trainer.fit_loop._should_accumulate():
             return []
-        by_field: dict[str, Extension] = {}
+        by_field: dict[str, Extension | GraphExtension] = {}
         for optimizer in trainer.optimizers:
             for extension in getattr(optimizer, "required_extensions", tuple)():
                 by_field.setdefault(extension.savefield, extension)
@@ -234,13 +373,13 @@ class CurvatureCallback(Callback):
             raise error
         if self.strict:
             raise type(error)(
-                f"{error} (In CurvatureCallback `mc_samples=0` leaves out the GGN trace; `strict=False` trains on "
-                "without logging.)"
+                f"{error} (In CurvatureCallback `mc_samples=0` leaves out the GGN trace and `quantities` chooses what "
+                "is computed; `strict=False` trains on without logging.)"
             ) from error
         rank_zero_warn(f"CurvatureCallback stops logging: {error}")
         self._unsupported, self._logging, self._logged = True, False, []
 
-    def _begin(self, trainer: Trainer, loss: Tensor) -> Backprop:
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> Backprop:
         fields = {extension.savefield for extension in self._supplied}
         extensions = [*self._supplied, *(e for e in self._logged if e.savefield not in fields)]
         # Curvature is that of the loss as the user returned it, not as Lightning scaled it: the seed undoes the factor
@@ -248,7 +387,8 @@ class CurvatureCallback(Callback):
         seed = torch.ones_like(loss) / self._factor
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
         check = self._logging and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision
-        backprop = Backprop(loss, extensions, generator=self._generator, gradient=seed, check=check, defer=True)
+        output = find_output(pl_module, self.output)
+        backprop = Backprop(loss, extensions, self._generator, None, check, seed, defer=True, output=output)
         try:
             backprop.before()
         except BaseException:
@@ -281,10 +421,12 @@ class CurvatureCallback(Callback):
 
     def _collect(self, pl_module: LightningModule) -> BackwardPass:
         params = [p for p in pl_module.parameters() if p.requires_grad and p not in self._partial]
-        norms = {p: p.batch_l2 / self._factor**2 for p in params if hasattr(p, "batch_l2")}
-        traces = {p: p.ggn_trace_mc for p in params if hasattr(p, "ggn_trace_mc")}
+        fields = {
+            name: {p: getattr(p, name) for p in params if hasattr(p, name)}
+            for name in (extension.savefield for extension in self._logged)
+        }
         self._delete(pl_module, self._logged, keep=self._supplied)
-        return BackwardPass(norms, traces)
+        return BackwardPass(fields, self._factor, self._loss)
 
     def _release(self, pl_module: LightningModule) -> None:
         """Leave nothing of this batch behind."""
@@ -295,7 +437,7 @@ class CurvatureCallback(Callback):
         self._rest()
 
     @staticmethod
-    def _delete(pl_module: LightningModule, extensions: Sequence[Extension], keep: Sequence[Extension] = ()) -> None:
+    def _delete(pl_module: LightningModule, extensions: Extensions, keep: Extensions = ()) -> None:
         fields = {extension.savefield for extension in extensions} - {extension.savefield for extension in keep}
         for param in pl_module.parameters() if fields else ():
             for field in fields & vars(param).keys():

@@ -1,16 +1,17 @@
-"""From the statistics of a window to the numbers that are logged."""
+"""From measured steps to the numbers that are logged."""
+
+from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 
-from lightning_curv.callbacks.window import Statistics
-from lightning_curv.metrics import unbiased_moments
-
-QUANTILES = {"sample_norm_p5": 0.05, "sample_norm_median": 0.5, "sample_norm_p95": 0.95, "sample_norm_max": 1.0}
+from lightning_curv.callbacks.measurement import Measurement
+from lightning_curv.callbacks.quantities import Quantity
 
 
 class RunningNoiseScale:
@@ -50,43 +51,76 @@ class RunningNoiseScale:
         return self.variance / self.signal if self.signal > 0 else None
 
 
-def measure(
-    statistics: Statistics,
-    grads: Mapping[Tensor, Tensor],
-    divisor: float,
-    strategy: Strategy,
-    noise: RunningNoiseScale,
-) -> dict[str, float]:
-    """The logged quantities by name; those that are not finite are left out.
+def suggested_batch_size(noise_scale: float) -> float:
+    """The power of two next to the noise scale, at least one.
+
+    Example:
+        >>> suggested_batch_size(43.4), suggested_batch_size(0.2)
+        (32.0, 1.0)
+    """
+    return 2.0 ** max(round(math.log2(noise_scale)), 0) if noise_scale > 0 else 1.0
+
+
+@dataclass
+class Job:
+    """Quantities of one group of parameters.
 
     Args:
-        statistics: of this process' samples.
-        grads: accumulated gradient of each parameter, synchronised over processes and without a scaler's factor.
-        divisor: of the accumulated gradient, gives the gradient of the window.
-        strategy: averages over processes.
-        noise: is updated.
+        quantities: what to compute.
+        measurement: of which.
+        noise: is updated, if the noise scale is wanted.
     """
-    norms = statistics.sample_norms
-    grad_norms = {p: _norm(grad).to(norms) / divisor for p, grad in grads.items()}
-    covered = torch.stack([norm for p, norm in grad_norms.items() if p in statistics.covered]).square().sum()
-    trace = norms.new_zeros(()) if statistics.ggn_trace is None else statistics.ggn_trace
-    packed = torch.stack([statistics.second_moment, statistics.concentration, trace])
-    second_moment, concentration, trace = strategy.reduce(packed, reduce_op="mean")
-    world_size = getattr(strategy, "world_size", 1)
-    variance, signal = unbiased_moments(second_moment, covered, concentration / world_size)
-    values = {
-        "grad_norm": torch.stack(list(grad_norms.values())).norm(),
-        "grad_variance": variance,
-        **dict(zip(QUANTILES, norms.quantile(norms.new_tensor(list(QUANTILES.values()))))),
-        "grad_signal": signal,
-        "ggn_trace": trace if statistics.ggn_trace is not None else trace.new_tensor(math.nan),
-    }
-    numbers = dict(zip(values, torch.stack(list(values.values())).tolist()))  # the only synchronisation with the device
-    noise_scale = noise.update(numbers["grad_variance"], numbers["grad_signal"])
-    if noise_scale is not None:
-        numbers["noise_scale"] = noise_scale
+
+    quantities: Sequence[Quantity]
+    measurement: Measurement
+    noise: RunningNoiseScale
+
+
+def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
+    """The values of every job by series; those that are not finite are left out.
+
+    One reduction over processes and one synchronisation with the device for all of them.
+    """
+    _reduce([job.measurement for job in jobs], strategy)
+    found = [_values(job) for job in jobs]
+    values = [value.double() for group in found for value in group.values()]
+    numbers = iter(torch.stack(values).tolist() if values else [])
+    return [
+        _with_noise_scale(job, {name: next(numbers) for name in group}) for job, group in zip(jobs, found, strict=True)
+    ]
+
+
+def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
+    sums = [measurement.local_sums() for measurement in measurements]
+    values = [value for group in sums for value in group.values()]
+    reduced: Sequence[Tensor] = values
+    if values and getattr(strategy, "world_size", 1) > 1:
+        reduced = list(strategy.reduce(torch.stack(values), reduce_op="mean").unbind())
+    rest = iter(reduced)
+    for measurement, group in zip(measurements, sums, strict=True):
+        measurement.set_sums({name: next(rest) for name in group})
+
+
+def _values(job: Job) -> dict[str, Tensor]:
+    m = job.measurement
+    values: dict[str, Tensor] = {}
+    for quantity in job.quantities:
+        if quantity.formula is not None and (m.statistics.covered or not quantity.fields):
+            result = quantity.formula(m)
+            values.update(zip(quantity.series, result.reshape(-1).unbind(), strict=True))
+    if _noise_scale(job.quantities) and m.statistics.covered:
+        values |= {"_variance": m.variance, "_signal": m.signal}
+    return values
+
+
+def _with_noise_scale(job: Job, numbers: dict[str, float]) -> dict[str, float]:
+    if "_variance" in numbers:
+        noise_scale = job.noise.update(numbers.pop("_variance"), numbers.pop("_signal"))
+        if noise_scale is not None:
+            derived = {"noise_scale": noise_scale, "suggested_batch_size": suggested_batch_size(noise_scale)}
+            numbers |= {name: derived[name] for name in _noise_scale(job.quantities)}
     return {name: number for name, number in numbers.items() if math.isfinite(number)}
 
 
-def _norm(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad, dtype=torch.float32 if grad.dtype.itemsize < 4 else None)
+def _noise_scale(quantities: Sequence[Quantity]) -> list[str]:
+    return [q.name for q in quantities if q.name in ("noise_scale", "suggested_batch_size")]

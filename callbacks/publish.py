@@ -1,25 +1,109 @@
 """Write values to the loggers of a trainer, once and at the right step."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 
 GROUP = "curvature"
+LAYERS = "curvature_layers"
+BINS = 30
+NORM_BAND = ["sample_norm_median", "sample_norm_p5", "sample_norm_p95"]
 
 
-def publish(trainer: Trainer, values: Mapping[str, float], histograms: Mapping[str, Tensor]) -> None:
-    """Log `values` and `histograms` under the group "curvature" at the current optimizer step.
+def publish(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    values: Mapping[str, float],
+    layers: Mapping[str, float],
+    histograms: Mapping[str, Tensor],
+    image: Tensor | None = None,
+    prog_bar: Collection[str] = (),
+) -> None:
+    """Log to the groups "curvature" and "curvature_layers" at the current optimizer step.
 
     `LightningModule.log` would write the values again at every later logging step of the epoch.
     """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
-        prefix = f"{GROUP}{logger.group_separator}"
-        logger.log_metrics({f"{prefix}{name}": value for name, value in values.items()}, step=step)
-        add_histogram = getattr(getattr(logger, "experiment", None), "add_histogram", None)
-        for name, samples in histograms.items():
-            if add_histogram is not None and samples.isfinite().all():
-                add_histogram(f"{prefix}{name}", samples, global_step=step, bins=30)  # 0.6 kB, the default is 9.8 kB
-    trainer.callback_metrics.update({f"{GROUP}/{name}": torch.tensor(value) for name, value in values.items()})
+        separator = logger.group_separator
+        metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
+        metrics |= {f"{LAYERS}{separator}{name.replace('/', separator)}": value for name, value in layers.items()}
+        logger.log_metrics(metrics, step=step)
+        experiment = getattr(logger, "experiment", None)
+        add_histogram = getattr(experiment, "add_histogram_raw", None)
+        if add_histogram is not None:
+            for name, samples in histograms.items():
+                if counts := binned(samples):
+                    add_histogram(f"{GROUP}{separator}{name}", **counts, global_step=step)
+        add_image = getattr(experiment, "add_image", None)
+        if image is not None and add_image is not None:
+            add_image(f"{LAYERS}{separator}all", image, global_step=step)
+    tagged = {f"{GROUP}/{name}": torch.tensor(value) for name, value in values.items()}
+    trainer.callback_metrics.update(tagged)
+    for name in prog_bar:
+        if f"{GROUP}/{name}" in tagged:
+            pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
+
+
+def binned(samples: Tensor) -> dict[str, Any]:
+    """A histogram of equal bins, 0.6 kB in an event file; empty if there is nothing to count.
+
+    Counted on the device, and several times faster than `SummaryWriter.add_histogram`.
+    """
+    if not len(samples):
+        return {}
+    moments = torch.stack([samples.amin(), samples.amax(), samples.sum(), samples.square().sum()])
+    low, high, total, squares = moments.tolist()
+    if not math.isfinite(squares):
+        return {}
+    width = (high - low) / BINS or abs(high) / BINS or 1.0
+    counts = torch.histc(samples, BINS, low, low + BINS * width)
+    return {
+        "min": low,
+        "max": high,
+        "num": len(samples),
+        "sum": total,
+        "sum_squares": squares,
+        "bucket_limits": [low + width * (i + 1) for i in range(BINS)],
+        "bucket_counts": counts.tolist(),
+    }
+
+
+def add_layout(trainer: Trainer, series: Collection[str]) -> None:
+    """Describe the charts of TensorBoard's "Custom Scalars": the norms as a band, every other series by itself."""
+    charts: dict[str, list[object]] = {}
+    if set(NORM_BAND) <= set(series):
+        charts["sample norms"] = ["Margin", [f"{GROUP}/{name}$" for name in NORM_BAND]]
+    charts |= {name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND}
+    for logger in trainer.loggers:
+        add = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
+        if add is not None:
+            add({GROUP: charts})
+
+
+def heat_map(rows: Mapping[str, Mapping[str, float]], pixels: int = 8) -> Tensor | None:
+    """An image [3, H, W]: a row per layer, a column per quantity; log scale from a column's least value to its largest.
+
+    Black: no value; dark blue to yellow: small to large.
+    """
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    if not columns:
+        return None
+    table = torch.tensor([[_log(row.get(name)) for name in columns] for row in rows.values()])
+    low = table.nan_to_num(nan=math.inf).amin(0)
+    high = table.nan_to_num(nan=-math.inf).amax(0)
+    shade = (table - low) / (high - low).clamp(min=1e-9)
+    dark, bright = torch.tensor([0.15, 0.15, 0.45]), torch.tensor([1.0, 0.9, 0.2])
+    image = torch.lerp(dark[:, None, None], bright[:, None, None], shade[None])
+    image = torch.where(shade.isnan(), torch.zeros(()), image)
+    return image.repeat_interleave(pixels, 1).repeat_interleave(4 * pixels, 2)
+
+
+def _log(value: float | None) -> float:
+    return math.log10(value) if value is not None and value > 0 else math.nan

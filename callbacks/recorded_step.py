@@ -2,30 +2,45 @@
 
 import functools
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
+from torch import nn
 
 from lightning_curv.recording import record
 
 _REPLACED = "_lightning_curv_replaced"
+_OUTPUTS = "_lightning_curv_outputs"
 
 
-def record_training_step(pl_module: LightningModule) -> None:
-    """Make `pl_module.training_step` run under `record()`; several callers share one patch."""
+def record_training_step(pl_module: LightningModule, output: nn.Module | None = None) -> None:
+    """Make `pl_module.training_step` run under `record()`; several callers share one patch.
+
+    Args:
+        pl_module: is patched until `restore_training_step`.
+        output: a module whose output is to be found again.
+    """
     step = pl_module.training_step
-    if hasattr(step, _REPLACED):
-        return
+    if not hasattr(step, _REPLACED):
+        outputs: list[nn.Module] = []
 
-    @functools.wraps(step)
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        with _eager(), record():
-            return step(*args, **kwargs)
+        @functools.wraps(step)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            with _eager(), ExitStack() as stack:
+                for module in outputs:
+                    stack.enter_context(record(module))
+                if not outputs:
+                    stack.enter_context(record())
+                return step(*args, **kwargs)
 
-    setattr(recorded, _REPLACED, vars(pl_module).get("training_step"))
-    pl_module.training_step = recorded  # type: ignore[method-assign]
+        setattr(recorded, _REPLACED, vars(pl_module).get("training_step"))
+        setattr(recorded, _OUTPUTS, outputs)
+        pl_module.training_step = recorded  # type: ignore[method-assign]
+    shared: list[nn.Module] = getattr(pl_module.training_step, _OUTPUTS)
+    if output is not None and output not in shared:
+        shared.append(output)
 
 
 def restore_training_step(pl_module: LightningModule) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_curv.callbacks import CurvatureCallback
+    from lightning_curv.callbacks import CurvatureCallback, PrivacyCallback
     from lightning_curv.context import curvature
     from lightning_curv.extending import extend
     from lightning_curv.extensions import (
@@ -42,13 +42,14 @@ if TYPE_CHECKING:
         SumGradSquared,
         Variance,
     )
-    from lightning_curv.optimizers import DiagGGNOptimizer, KFACOptimizer
+    from lightning_curv.optimizers import DPSGD, DiagGGNOptimizer, DPAdam, DPOptimizer, KFACOptimizer
     from lightning_curv.recording import disable, record
     from lightning_curv.rules import rule
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "DPSGD",
     "GGNMP",
     "HMP",
     "KFAC",
@@ -61,12 +62,15 @@ __all__ = [
     "BatchGrad",
     "BatchL2Grad",
     "CurvatureCallback",
+    "DPAdam",
+    "DPOptimizer",
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagGGNOptimizer",
     "DiagHessian",
     "Extension",
     "KFACOptimizer",
+    "PrivacyCallback",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",
@@ -81,8 +85,12 @@ __all__ = [
 # Everything not listed is an extension. Names resolve on first use, so that the engine never imports Lightning.
 _ROOM = {
     "CurvatureCallback": "callbacks",
+    "DPAdam": "optimizers",
+    "DPOptimizer": "optimizers",
+    "DPSGD": "optimizers",
     "DiagGGNOptimizer": "optimizers",
     "KFACOptimizer": "optimizers",
+    "PrivacyCallback": "callbacks",
     "curvature": "context",
     "disable": "recording",
     "extend": "extending",

@@ -5,7 +5,17 @@ import pickle
 import pytest
 import torch
 
-from lightning_curv.metrics import GradientVariance, NoiseScale, unbiased_moments
+from lightning_curv.metrics import (
+    TIC,
+    GradientDiversity,
+    GradientVariance,
+    InnerProductTest,
+    MeanTrace,
+    NoiseScale,
+    NormTest,
+    OrthogonalityTest,
+    unbiased_moments,
+)
 
 METRICS = [GradientVariance, NoiseScale]
 
@@ -112,3 +122,95 @@ def test_metric_conventions(metric):
 def test_wrong_shape_raises():
     with pytest.raises(ValueError, match=r"one entry per sample, \[N\], found shape \[2, 3\]"):
         NoiseScale().update(torch.ones(2, 3), torch.ones(()))
+
+
+def trace_of(gradients):
+    return gradients.square().sum() / 7
+
+
+def dots(gradients):
+    return gradients @ gradients.mean(0)
+
+
+def orthogonal(gradients):
+    mean = gradients.mean(0)
+    rest = gradients - dots(gradients)[:, None] * mean / (mean @ mean)
+    n = len(gradients)
+    return rest.square().sum() / (n * (n - 1))
+
+
+def sq_norms(gradients):
+    return gradients.square().sum(1)
+
+
+def sq_norm_of_mean(gradients):
+    return gradients.mean(0).square().sum()
+
+
+# metric: arguments of its update, and numerator and denominator by brute force
+RATIOS = {
+    GradientDiversity: (
+        lambda g: (sq_norms(g), sq_norm_of_mean(g)),
+        lambda g: (g.square().sum(), g.sum(0).square().sum()),
+        1,
+    ),
+    NormTest: (
+        lambda g: (sq_norms(g), sq_norm_of_mean(g)),
+        lambda g: (g.var(0).sum() / len(g), sq_norm_of_mean(g)),
+        0.5,
+    ),
+    InnerProductTest: (
+        lambda g: (dots(g),),
+        lambda g: (dots(g).var() / len(g), sq_norm_of_mean(g).square()),
+        0.5,
+    ),
+    OrthogonalityTest: (
+        lambda g: (sq_norms(g), dots(g)),
+        lambda g: (orthogonal(g), sq_norm_of_mean(g)),
+        0.5,
+    ),
+    MeanTrace: (lambda g: (trace_of(g), len(g)), lambda g: (len(g) * trace_of(g), len(g)), 1),
+    TIC: (lambda g: (sq_norms(g), trace_of(g)), lambda g: (g.square().sum(), len(g) * trace_of(g)), 1),
+}
+
+
+def ratio(metric, batches):
+    _, formula, power = RATIOS[metric]
+    numerators, denominators = zip(*map(formula, batches))
+    return (sum(numerators) / sum(denominators)) ** power
+
+
+@pytest.mark.parametrize("metric", RATIOS)
+def test_ratio_of_sums_equals_brute_force_over_batches_and_processes(metric):
+    arguments, _, _ = RATIOS[metric]
+    batches = batches_of_gradients([6, 4, 9, 3])
+    left, right = metric(), metric()
+    for one, gradients in zip((left, left, right, right), batches):
+        value = one(*arguments(gradients))
+        torch.testing.assert_close(value, ratio(metric, [gradients]))
+    left.merge_state(right)
+    torch.testing.assert_close(left.compute(), ratio(metric, batches))
+
+
+@pytest.mark.parametrize("metric", RATIOS)
+def test_ratio_of_sums_follows_the_conventions(metric):
+    one = metric()
+    one.update(*RATIOS[metric][0](*batches_of_gradients([6])))
+    assert pickle.loads(pickle.dumps(one)).compute() == one.compute()
+    assert one.clone().compute() == one.compute()
+    assert one.state_dict() == {}
+    assert not one.is_differentiable
+    assert not one.full_state_update
+    one.reset()
+    assert one.denominator == 0
+
+
+@pytest.mark.parametrize("metric", [NormTest, InnerProductTest, OrthogonalityTest])
+def test_a_single_sample_adds_nothing_to_a_test(metric):
+    arguments, _, _ = RATIOS[metric]
+    whole, part = metric(), metric()
+    for gradients in batches_of_gradients([6]):
+        whole.update(*arguments(gradients))
+        part.update(*arguments(gradients))
+    whole.update(*arguments(torch.ones(1, 7, dtype=torch.float64)))
+    torch.testing.assert_close(whole.compute(), part.compute())

@@ -1,0 +1,141 @@
+"""Cost of `CurvatureCallback`: process time of a training step with and without it, on one thread.
+
+    OMP_NUM_THREADS=1 python benchmarks/callback.py [--rounds 30] [--quantities norm_test hessian_trace]
+
+The settings take turns step by step in one run, so that load from outside meets all of them; the table shows medians.
+A step is everything from the start of one batch to the start of the next: forward and backward pass, Adam, Lightning's
+loop and TensorBoard. Columns: a step without callback; relative to it one with an idle callback, one that logs the
+default quantities, and the mean step if every 50th does; then further quantities, each alone.
+"""
+
+import argparse
+import logging
+import re
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from workloads import Characters
+
+from lightning_curv import CurvatureCallback
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+
+
+def cnn_3c3d() -> nn.Module:
+    """DeepOBS' network for CIFAR-10: three convolutions, three linear layers."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+        *(nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+        *(nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+        *(nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)),
+    )
+
+
+def images(*shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    return lambda: (torch.randn(*shape), torch.randint(10, (shape[0],)))
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
+    "MLP 784-512-256-10, N = 256": (mlp, images(256, 1, 28, 28)),
+    "3C3D, N = 64": (cnn_3c3d, images(64, 3, 32, 32)),
+    "transformer, 4 layers, d = 128, T = 64, N = 32": (
+        lambda: Characters(96, width=128, layers=4),
+        lambda: (torch.randint(96, (32, 64)), torch.randint(96, (32, 64))),
+    ),
+}
+
+
+class Model(pl.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self.net(x).flatten(0, -2), y.flatten())
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+class Turns(pl.Callback):
+    """Gives every step of one run another setting in turn, and measures it: no callback, an idle one, the callbacks."""
+
+    def __init__(self, settings: Sequence[Sequence[CurvatureCallback]]) -> None:
+        self.settings = settings
+        self.times: list[list[float]] = [[] for _ in settings]
+        self.start, self.step = 0.0, 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        now = time.process_time()
+        if self.step > 3 * len(self.settings):  # warm
+            self.times[(self.step - 1) % len(self.settings)].append(now - self.start)
+        trainer.callbacks[1:] = self.settings[self.step % len(self.settings)]  # read after this one
+        self.step += 1
+        self.start = time.process_time()
+
+
+def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: int) -> list[float]:
+    """Median seconds of a step, per setting."""
+    build, data = NETS[name]
+    torch.manual_seed(0)
+    turns = Turns(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=[turns],
+            logger=TensorBoardLogger(folder),
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        model, batch = Model(build()), data()
+        for callbacks in settings:
+            for callback in callbacks:
+                callback.on_fit_start(trainer, model)
+        trainer.fit(model, DataLoader([batch] * ((rounds + 3) * len(settings) + 2), batch_size=None))
+    return [statistics.median(times) for times in turns.times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--quantities", nargs="*", default=[], help="each alone, beside the default")
+    parser.add_argument("--nets", default="", help="regular expression")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    print(f"{'':48} {'plain':>9} {'idle':>6} {'every':>6} {'at 50':>6} " + " ".join(arguments.quantities))
+    for name in NETS:
+        if not re.search(arguments.nets, name):
+            continue
+        callbacks = [[CurvatureCallback(names, every_n_steps=1)] for names in ("default", *arguments.quantities)]
+        plain, idle, *times = measure(name, [[], [CurvatureCallback(every_n_steps=0)], *callbacks], arguments.rounds)
+        ratios = [time / plain for time in times]
+        sparse = (49 * idle + times[0]) / 50 / plain
+        print(
+            f"{name:48} {1e3 * plain:6.1f} ms {idle / plain:6.3f} {ratios[0]:6.2f} {sparse:6.3f} "
+            + " ".join(f"{ratio:{len(q)}.2f}" for q, ratio in zip(arguments.quantities, ratios[1:], strict=True)),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

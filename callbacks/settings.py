@@ -1,0 +1,59 @@
+"""Checks of the callback's arguments."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+
+def check(
+    every_n_steps: int | None,
+    ema: float,
+    mc_samples: int,
+    layers: bool | str,
+    max_layers: int,
+    prog_bar: Sequence[str],
+    series: Collection[str],
+) -> None:
+    """Raise a `ValueError` for what is out of range."""
+    if every_n_steps is not None and every_n_steps < 0:
+        raise ValueError(f"`every_n_steps` must be None, 0 or positive, found {every_n_steps}.")
+    if not 0 <= ema < 1:
+        raise ValueError(f"`ema` must be in [0, 1), found {ema}.")
+    if mc_samples < 0:
+        raise ValueError(f"`mc_samples` must be 0 or positive, found {mc_samples}.")
+    if max_layers < 1:
+        raise ValueError(f"`max_layers` must be positive, found {max_layers}.")
+    if isinstance(layers, str):
+        try:
+            re.compile(layers)
+        except re.error as error:
+            raise ValueError(
+                f"`layers` must be a bool, 'topk' or a regular expression, found {layers!r}: {error}."
+            ) from error
+    for name in prog_bar:
+        if name not in series:
+            raise ValueError(f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?")
+
+
+def near(name: str, valid: Collection[str]) -> str:
+    """The valid names that are most like a wrong one."""
+    found = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4) or list(valid)
+    return " or ".join(map(repr, found))
+
+
+def find_output(module: nn.Module, output: nn.Module | str | None) -> nn.Module | None:
+    """The module that `output=` means.
+
+    Raises:
+        ValueError: there is no submodule of this name.
+    """
+    if not isinstance(output, str):
+        return output
+    modules = dict(module.named_modules())
+    if output not in modules:
+        raise ValueError(f"`output` must be a submodule, found {output!r}; did you mean {near(output, modules)}?")
+    return modules[output]

@@ -1,0 +1,139 @@
+r"""Traces and largest eigenvalues of the GGN and the Hessian, without their matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_curv.extensions.base import Exact, Extension, GraphExtension
+from lightning_curv.extensions.joint import Product, all_parameters, ggn_product, hessian_product
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.passes import Passes, unheard
+
+
+class GGNTraceExact(Extension):
+    r"""Trace of the parameter's block of the GGN, :math:`\sum_{v,n} \|J[v, n]\|^2`, in ``ggn_trace_exact``, a scalar.
+
+    Cost: one backward pass per output entry of a sample; no matrix of the parameter's shape is formed.
+    """
+
+    savefield = "ggn_trace_exact"
+    source = Exact()
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """Sum of all squared entries of J."""
+        return jacobian.squared_norms().sum()
+
+
+class HessianTraceMC(GraphExtension):
+    r"""Estimate of the trace of the parameter's Hessian block, in ``hessian_trace_mc``, a scalar.
+
+    :math:`\frac1M \sum_m v_m^\top (H v_m)` with random signs :math:`v_m`, restricted to the parameter's entries: the
+    estimates of all blocks come from products with the Hessian of all parameters, and their sum estimates its trace.
+    Unbiased for every differentiable network and loss. Hutchinson, *A stochastic estimator of the trace of the
+    influence matrix*, Comm. Stat. 1990.
+
+    Args:
+        mc_samples: M; each costs one backward pass, beside one with a graph.
+    """
+
+    savefield = "hessian_trace_mc"
+    independent = False
+    needs_likelihood = False
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self.mc_samples = mc_samples
+
+    def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
+        """One number per parameter."""
+        params = all_parameters(passes)
+        totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
+        with torch.enable_grad(), unheard():
+            product = hessian_product(passes, params)
+            for _ in range(self.mc_samples):
+                signs = [torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1) for p in params]
+                for p, v, image in zip(params, signs, product(signs), strict=True):
+                    totals[p] += (v * image).sum() / self.mc_samples
+        return totals
+
+
+class MaxEigenvalue(GraphExtension):
+    r"""Largest eigenvalue of the Hessian or the GGN of all parameters jointly, in ``{matrix}_max_eigenvalue``.
+
+    The same number on every parameter. By Lanczos' recurrence, whose largest Ritz value after k products is at least as
+    good as k steps of power iteration and never too large, up to rounding. For the Hessian it is the largest algebraic
+    eigenvalue, the sharpness, also where a negative one is larger in magnitude. Memory: three vectors and the graph of
+    a gradient. Golub & Van Loan, *Matrix Computations*, 2013, section 10.1; Ghorbani et al., *An investigation into
+    neural net optimization via Hessian eigenvalue density*, ICML 2019.
+
+    Args:
+        matrix: Which of the two.
+        products: At most that many products with the matrix.
+        tolerance: Stop once a product changes the value by less than this, relatively.
+
+    Example:
+        >>> from lightning_curv import curvature
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> with curvature(MaxEigenvalue("hessian")):
+        ...     torch.nn.functional.mse_loss(layer(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 1)).backward()
+        >>> layer.weight.hessian_max_eigenvalue.round(decimals=3)
+        tensor(10.)
+    """
+
+    independent = False
+
+    def __init__(
+        self, matrix: Literal["hessian", "ggn"] = "hessian", products: int = 20, tolerance: float = 1e-3
+    ) -> None:
+        self.savefield = f"{matrix}_max_eigenvalue"
+        self.matrix, self.products, self.tolerance = matrix, products, tolerance
+        self.needs_likelihood = matrix == "ggn"
+
+    def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
+        """The same value for all parameters."""
+        params = all_parameters(passes)
+        start = [
+            torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=passes.generator).contiguous()
+            for p in params
+        ]
+        with torch.enable_grad(), unheard():
+            product = (hessian_product if self.matrix == "hessian" else ggn_product)(passes, params)
+            value = largest_eigenvalue(product, start, self.products, self.tolerance)
+        return {p: passes.seed.new_tensor(value) for p in params}
+
+
+def largest_eigenvalue(product: Product, start: list[Tensor], products: int, tolerance: float) -> float:
+    """Largest Ritz value of a symmetric matrix after at most that many products with it."""
+    norm = _dot(start, start) ** 0.5
+    current, previous = [x / norm for x in start], [torch.zeros_like(x) for x in start]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    value, beta = math.nan, 0.0
+    for _ in range(products):
+        image = product(current)
+        alpha = _dot(current, image)
+        diagonal.append(alpha)
+        last, value = value, _largest(diagonal, beside)
+        rest = [y - alpha * x - beta * z for y, x, z in zip(image, current, previous, strict=True)]
+        beta = _dot(rest, rest) ** 0.5
+        # NaN compares false: not in the first round, and not for ever where the loss is not finite
+        if abs(value - last) <= tolerance * abs(value) or not beta > 1e-6 * abs(value):
+            break
+        beside.append(beta)
+        current, previous = [x / beta for x in rest], current
+    return value
+
+
+def _largest(diagonal: list[float], beside: list[float]) -> float:
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if beside:
+        off = torch.tensor(beside, dtype=torch.float64)
+        matrix += torch.diag(off, 1) + torch.diag(off, -1)
+    return float(torch.linalg.eigvalsh(matrix)[-1]) if bool(matrix.isfinite().all()) else math.nan
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return float(torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum())
