@@ -46,13 +46,14 @@ class CurvatureCallback(Callback):
                                                   two; absent, with a warning, while the average of $\|G\|^2$ is not
                                                   positive
     ``curvature/suggested_batch_size``            the power of two next to the noise scale
+    ``curvature/ggn_trace``                       trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate;
+                                                  needs a known loss function or ``output``; not with ``mc_samples=0``
     ============================================= ==================================================================
 
-    Not in the default, which stays cheap at every step: ``ggn_trace`` (Monte-Carlo estimate), ``ggn_trace_exact``,
-    ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``, ``mean_gsnr``, ``grad_diversity``,
-    ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``, ``early_stopping``, ``tic_trace``,
-    ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources are in
-    `lightning_curv.callbacks.quantities` and `lightning_curv.callbacks.trajectory`.
+    Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``,
+    ``mean_gsnr``, ``grad_diversity``, ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``,
+    ``early_stopping``, ``tic_trace``, ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources
+    are in `lightning_curv.callbacks.quantities` and `lightning_curv.callbacks.trajectory`.
 
     $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss reduction, gradient
     accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates; eigenvalues are
@@ -93,7 +94,7 @@ class CurvatureCallback(Callback):
         ValueError: an argument is out of range, or a name is unknown.
 
     Example:
-        >>> CurvatureCallback(["default", "ggn_trace"], every_n_steps=10).every_n_steps
+        >>> CurvatureCallback(["default", "norm_test"], every_n_steps=10).every_n_steps
         10
     """
 

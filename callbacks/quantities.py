@@ -67,6 +67,7 @@ DEFAULT = (
     "grad_signal",
     "noise_scale",
     "suggested_batch_size",
+    "ggn_trace",
 )
 
 

@@ -237,9 +237,9 @@ def test_noise_scale_of_a_simulation_with_known_truth(tmp_path):
 
 def test_default_is_at_most_ten_scalars_and_no_per_sample_gradient():
     series = [name for quantity in DEFAULT for name in QUANTITIES[quantity].series]
-    assert len(series) == 9
+    assert len(series) == 10
     fields = {field for quantity in DEFAULT for field in QUANTITIES[quantity].fields}
-    assert fields == {"batch_l2"}
+    assert fields == {"batch_l2", "ggn_trace_mc"}
 
 
 def test_gradient_quantities_need_no_recording(tmp_path):
