@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.passes import Column, unheard
 from lightning_curv.places import Place
+from lightning_curv.symmetric import eigh
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ class LocalCurvature:
             matrix = self._dense(places, shapes, count)
         if matrix.shape[-1] == 1:
             return Residual(self.edges, places, shapes, matrix[..., 0], torch.ones_like(matrix))
-        return Residual(self.edges, places, shapes, *torch.linalg.eigh(matrix))
+        return Residual(self.edges, places, shapes, *eigh(matrix))
 
     def _elementwise(self, places: Sequence[Place], count: int) -> Tensor | None:
         """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""

@@ -23,6 +23,7 @@ from lightning_curv.places import place_of
 from lightning_curv.records import Operand, Use
 from lightning_curv.residuals import probes
 from lightning_curv.rules.fallback import dense
+from lightning_curv.symmetric import eigh
 
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
@@ -80,7 +81,7 @@ class _Op:
         value = self.operand.tensor.detach()
         units = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(-1, *value.shape)
         columns = [self.derivative(self.name, value, unit).reshape(self.count, -1) for unit in units]
-        values, vectors = torch.linalg.eigh(torch.stack(columns, -1))  # [N, D], [N, D, D]
+        values, vectors = eigh(torch.stack(columns, -1))  # [N, D], [N, D, D]
         jacobian = (vectors * values.abs().sqrt()[:, None]).permute(2, 0, 1)
         for parameter, found in self.pulled(jacobian.reshape(*jacobian.shape[:2], *value.shape)):
             yield {parameter: Jacobian(parameter, [dense(found)], values.sign().mT)}

@@ -16,6 +16,7 @@ from lightning_curv.jacobian import Jacobian
 from lightning_curv.passes import Passes
 from lightning_curv.places import Place, place_of
 from lightning_curv.residuals import probes
+from lightning_curv.symmetric import eigh
 from lightning_curv.terms import Term
 
 
@@ -106,6 +107,6 @@ def _averaged(
 
 
 def _columns(average: Tensor, place: Place, shape: torch.Size, count: int) -> Tensor:
-    values, vectors = torch.linalg.eigh(average)
+    values, vectors = eigh(average)
     root = (vectors * (values.clamp(min=0) / count).sqrt()).mT
     return torch.stack([place.join(row.expand(count, -1), shape) for row in root])

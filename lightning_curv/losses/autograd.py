@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses.likelihoods import Likelihood, joined, per_sample, signs_of
 from lightning_curv.losses.registry import LOSSES
+from lightning_curv.symmetric import eigh
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Quadratic(Likelihood):
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Λ ``[N, E]`` and V ``[N, E, E]`` of every sample's Hessian."""
-        return tuple(torch.linalg.eigh(self._hessian().to(_precise(self.like.dtype))))
+        return tuple(eigh(self._hessian().to(_precise(self.like.dtype))))
 
     def _hessian(self) -> Tensor:
         """``[N, E, E]``, one differentiation per entry, all samples at once."""
