@@ -77,7 +77,7 @@ class Quadratic(Likelihood):
     @cached_property
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Λ ``[N, E]`` and V ``[N, E, E]`` of every sample's Hessian."""
-        return tuple(eigh(self._hessian().to(_precise(self.like.dtype))))
+        return eigh(self._hessian().to(_precise(self.like.dtype)))
 
     def _hessian(self) -> Tensor:
         """``[N, E, E]``, one differentiation per entry, all samples at once."""
