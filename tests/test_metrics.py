@@ -6,14 +6,18 @@ import pytest
 import torch
 
 from lightning_curv.metrics import (
+    CABS,
     TIC,
+    EvidenceCriterion,
     GradientDiversity,
+    GradientSNR,
     GradientVariance,
     InnerProductTest,
     MeanTrace,
     NoiseScale,
     NormTest,
     OrthogonalityTest,
+    TICDiagonal,
     unbiased_moments,
 )
 
@@ -147,37 +151,65 @@ def sq_norm_of_mean(gradients):
     return gradients.mean(0).square().sum()
 
 
-# metric: arguments of its update, and numerator and denominator by brute force
+def sum_of_squares(gradients):
+    return gradients.square().sum(0)
+
+
+def diagonal_of(gradients):
+    return gradients.square().mean(0) + 1
+
+
+# metric: arguments of its update; numerator and denominator by brute force; what becomes of the ratio of their sums
 RATIOS = {
     GradientDiversity: (
         lambda g: (sq_norms(g), sq_norm_of_mean(g)),
         lambda g: (g.square().sum(), g.sum(0).square().sum()),
-        1,
+        lambda r: r,
     ),
     NormTest: (
         lambda g: (sq_norms(g), sq_norm_of_mean(g)),
         lambda g: (g.var(0).sum() / len(g), sq_norm_of_mean(g)),
-        0.5,
+        torch.sqrt,
     ),
     InnerProductTest: (
         lambda g: (dots(g),),
         lambda g: (dots(g).var() / len(g), sq_norm_of_mean(g).square()),
-        0.5,
+        torch.sqrt,
     ),
     OrthogonalityTest: (
         lambda g: (sq_norms(g), dots(g)),
         lambda g: (orthogonal(g), sq_norm_of_mean(g)),
-        0.5,
+        torch.sqrt,
     ),
-    MeanTrace: (lambda g: (trace_of(g), len(g)), lambda g: (len(g) * trace_of(g), len(g)), 1),
-    TIC: (lambda g: (sq_norms(g), trace_of(g)), lambda g: (g.square().sum(), len(g) * trace_of(g)), 1),
+    MeanTrace: (lambda g: (trace_of(g), len(g)), lambda g: (len(g) * trace_of(g), len(g)), lambda r: r),
+    TIC: (lambda g: (sq_norms(g), trace_of(g)), lambda g: (g.square().sum(), len(g) * trace_of(g)), lambda r: r),
+    CABS: (
+        lambda g: (sq_norms(g), sq_norm_of_mean(g), trace_of(g), 0.1),
+        lambda g: (0.1 * g.var(0).sum(), trace_of(g)),
+        lambda r: r,
+    ),
+    GradientSNR: (
+        lambda g: (g.mean(0), sum_of_squares(g), len(g)),
+        lambda g: (g.mean(0).square(), g.var(0)),
+        torch.mean,
+    ),
+    EvidenceCriterion: (
+        lambda g: (g.mean(0), sum_of_squares(g), len(g)),
+        lambda g: (g.mean(0).square(), g.var(0) / len(g)),
+        lambda r: 1 - r.mean(),
+    ),
+    TICDiagonal: (
+        lambda g: (sum_of_squares(g), diagonal_of(g), len(g)),
+        lambda g: (sum_of_squares(g), len(g) * diagonal_of(g)),
+        torch.sum,
+    ),
 }
 
 
 def ratio(metric, batches):
-    _, formula, power = RATIOS[metric]
+    _, formula, finish = RATIOS[metric]
     numerators, denominators = zip(*map(formula, batches))
-    return (sum(numerators) / sum(denominators)) ** power
+    return finish(torch.as_tensor(sum(numerators) / sum(denominators)))
 
 
 @pytest.mark.parametrize("metric", RATIOS)
@@ -205,7 +237,9 @@ def test_ratio_of_sums_follows_the_conventions(metric):
     assert one.denominator == 0
 
 
-@pytest.mark.parametrize("metric", [NormTest, InnerProductTest, OrthogonalityTest])
+@pytest.mark.parametrize(
+    "metric", [NormTest, InnerProductTest, OrthogonalityTest, CABS, GradientSNR, EvidenceCriterion]
+)
 def test_a_single_sample_adds_nothing_to_a_test(metric):
     arguments, _, _ = RATIOS[metric]
     whole, part = metric(), metric()
@@ -213,4 +247,14 @@ def test_a_single_sample_adds_nothing_to_a_test(metric):
         whole.update(*arguments(gradients))
         part.update(*arguments(gradients))
     whole.update(*arguments(torch.ones(1, 7, dtype=torch.float64)))
+    torch.testing.assert_close(whole.compute(), part.compute())
+
+
+@pytest.mark.parametrize("metric", [GradientSNR, EvidenceCriterion, TICDiagonal])
+def test_entries_that_never_vary_are_left_out(metric):
+    gradients = torch.cat([batches_of_gradients([6])[0], torch.zeros(6, 2, dtype=torch.float64)], 1)
+    arguments = {**RATIOS, TICDiagonal: (lambda g: (sum_of_squares(g), sum_of_squares(g) / 2, len(g)),)}[metric][0]
+    whole, part = metric(), metric()
+    whole.update(*arguments(gradients))
+    part.update(*arguments(gradients[:, :7]))
     torch.testing.assert_close(whole.compute(), part.compute())
