@@ -2,9 +2,7 @@
 
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,22 +12,25 @@ from torch.optim.optimizer import ParamsT
 
 from lightning_curv.extensions import Extension, GraphExtension
 
-from .adam import adam_direction
-from .curvature import Block, Curvature, Direction, Member, ParamGroup
-from .distributed import averaged, averaged_over_ranks
+from .curvature import Curvature, Member, ParamGroup
+from .distributed import averaged
 from .fields import Inbox
 from .finite import finite_flags
 from .levenberg_marquardt import LevenbergMarquardt
 from .loss_limits import LossLimits
+from .measuring import measure
+from .moving import directions, move
+from .parameters import Parameters, gradient
+from .refreshing import block_damping, refresh
 from .restore import restored_state
 from .schedule import Schedule
 from .settings import require_non_negative, require_positive
 from .step_rules import Step, StepRule
 from .trial import Trial
+from .warn import warn
 
 SAVED = ("steps", "relative_damping", "loss_floor", "full_batch", "tried", "_after")
 SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "curvature_scale")
-TINY = torch.finfo(torch.float32).tiny  # keeps the damping of a block without any curvature positive
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -148,7 +149,7 @@ class SecondOrderOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = list(self._members())
+        members = self._parameters.members()
         if not members:
             return loss
         trial = self._trial(self.loss_fn if loss_fn is None else loss_fn, members[0][1].device)
@@ -184,31 +185,32 @@ class SecondOrderOptimizer(Optimizer):
     def _adapts(self) -> bool:
         return any(group["damping"] == "auto" for group in self.param_groups)
 
-    def _members(self) -> Iterator[Member]:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.requires_grad and param.numel():
-                    if param.grad.layout != torch.strided:
-                        raise RuntimeError(
-                            f"{type(self).__name__} needs dense gradients, found a sparse one on {self._name(param)}; "
-                            "build the layer with `sparse=False`."
-                        )
-                    yield group, param
-
     def _update(self, members: list[Member]) -> Step | None:
-        if not all(finite_flags(_grad(param) for _, param in members)):
-            _warn("found inf or NaN in the gradients; this step is skipped.")
+        if not all(finite_flags(gradient(p) for _, p in members)):
+            warn("found inf or NaN in the gradients; this step is skipped.")
             return None
+        parameters, curvature, state = self._parameters, self.curvature, self.state
         jacobians = self._taken(self.step_rule.extension, members) if self.step_rule.extension else {}
         self._read_limits(members)
         if self.schedule.measure_due(self.steps):
-            self._measure(members, jacobians)
-        blocks = self._blocks(members)
-        dampings = {block.params[0]: self._damping(block) for block in blocks if self._known(block)}
-        self._refresh(blocks, dampings)
-        step = self._move(members, blocks, dampings, jacobians)
-        if step is not None:
-            self.steps += 1
+            measure(curvature, parameters, members, self._fields(members, jacobians), self.steps, self.curvature_scale)
+        blocks = parameters.blocks(members)
+        dampings = {
+            block.params[0]: block_damping(
+                curvature, state[block.params[0]], block, self.relative_damping, self.loss_floor
+            )
+            for block in blocks
+            if "weight" in state[block.params[0]]  # its curvature was measured
+        }
+        refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
+        found = directions(curvature, parameters, blocks, dampings, jacobians)
+        step = self.step_rule(found, self.curvature_scale, self._room)
+        updates = {d.param: update for d, update in zip(found, step.updates, strict=True)}
+        if not move(parameters, members, updates, step, keep=self.step_rule.extension is not None):
+            warn("found inf or NaN in the preconditioned gradients; this step is skipped.")
+            return None
+        self.last_step = {**step.report, "damping": self.relative_damping}
+        self.steps += 1
         return step
 
     def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
@@ -221,25 +223,6 @@ class SecondOrderOptimizer(Optimizer):
             raise RuntimeError(self._missing(extension))
         return fields
 
-    def _measure(self, members: list[Member], jacobians: dict[Tensor, Any]) -> None:
-        extension, rule = self.curvature.extension, self.step_rule.extension
-        shared = rule is not None and rule.savefield == extension.savefield
-        fields = jacobians if shared else self._taken(extension, members)
-        self._pair(members, self.curvature.pairs(fields))
-        blocks = [block for block in self._blocks(members) if block.params[0] in fields or len(block.params) == 1]
-        measured = [self._measured(block, fields) for block in blocks]
-        measured = averaged_over_ranks(measured, members[0][1].device)
-        flags = iter(finite_flags(_witness(tensor) for statistics in measured for tensor in statistics or ()))
-        for block, statistics in zip(blocks, measured, strict=True):
-            if statistics is None:
-                continue
-            finite = [next(flags) for _ in statistics]
-            if all(finite):
-                self.curvature.absorb(self.state[block.params[0]], block, statistics, self.curvature_scale)
-            else:
-                name = self._name(block.params[0])
-                _warn(f"found inf or NaN in the curvature of {name}; its former curvature stays in use.")
-
     def _read_limits(self, members: list[Member]) -> None:
         limits = next((p.loss_limits for _, p in members if hasattr(p, "loss_limits")), None)
         self._room = math.inf
@@ -248,138 +231,18 @@ class SecondOrderOptimizer(Optimizer):
             for _, param in members:
                 vars(param).pop("loss_limits", None)
 
-    def _measured(self, block: Block, fields: dict[Tensor, Any]) -> list[Tensor] | None:
-        if any(param not in fields for param in block.params):
-            return None
-        state = self.state[block.params[0]]
-        return self.curvature.measure(state, block, [fields[param] for param in block.params], self.steps)
-
-    def _pair(self, members: list[Member], pairs: dict[Tensor, Tensor]) -> None:
-        """Remember by number, which survives saving, the bias that shares a block with each weight."""
-        numbers = {param: number for number, param in enumerate(self._params())}
-        for _, param in members:
-            if param in pairs:
-                self.state[param]["bias"] = numbers[pairs[param]]
-            else:
-                self.state[param].pop("bias", None)
-
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
-    def _blocks(self, members: list[Member]) -> list[Block]:
-        groups = {param: group for group, param in members}
-        params = self._params()
-        joint = {p: params[self.state[p]["bias"]] for p in groups if "bias" in self.state[p]}
-        joint = {weight: bias for weight, bias in joint.items() if bias in groups}
-        partners = set(joint.values())
-        return [
-            Block(((group, p), (groups[joint[p]], joint[p])) if p in joint else ((group, p),))
-            for group, p in members
-            if p not in partners
-        ]
-
-    def _known(self, block: Block) -> bool:
-        """Whether the curvature of the block was ever measured."""
-        return "weight" in self.state[block.params[0]]
-
-    def _damping(self, block: Block) -> Tensor:
-        damping = block.group["damping"]
-        if damping != "auto":
-            param = block.params[0]
-            return torch.as_tensor(damping, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
-        mean = self.curvature.mean_eigenvalue(self.state[block.params[0]])
-        return self.relative_damping * mean + self.loss_floor + TINY
-
-    def _refresh(self, blocks: list[Block], dampings: dict[Tensor, Tensor]) -> None:
-        states = [self.state[block.params[0]] for block in blocks]
-        counts = [self.curvature.units(state) for state in states]
-        due, owners, number = [], [], 0
-        for block, state, count in zip(blocks, states, counts, strict=True):
-            for unit in range(count):
-                if self.schedule.invert_due(self.steps, number, sum(counts)) or not self.curvature.ready(state):
-                    due.append((state, unit, dampings[block.params[0]]))
-                    owners.append(block)
-                number += 1
-        successes = self.curvature.refresh(due)
-        failed = {block.params[0]: block for block, success in zip(owners, successes, strict=True) if not success}
-        for block in failed.values():
-            former = self.curvature.ready(self.state[block.params[0]])
-            _warn(
-                f"could not invert the damped curvature of {self._name(block.params[0])}; "
-                f"{'its former inverse' if former else 'the fallback update'} stays in use. "
-                f"Raise `damping`, now {block.group['damping']}, if this repeats."
-            )
-
-    def _directions(self, block: Block, damping: Tensor, jacobians: dict[Tensor, Any]) -> list[Direction]:
-        state = self.state[block.params[0]]
-        grads = [_grad(param) for param in block.params]
-        values = self.curvature.precondition(state, block, grads, damping)
-        return [
-            Direction(
-                param,
-                grad,
-                value,
-                partial(self.curvature.squared_norm, state, grad.to(value.dtype), value),
-                damping,
-                group,
-                self.state[param].get("velocity"),
-                jacobians.get(param),
-            )
-            for (group, param), grad, value in zip(block.members, grads, values, strict=True)
-        ]
-
-    def _move(
-        self, members: list[Member], blocks: list[Block], dampings: dict[Tensor, Tensor], jacobians: dict[Tensor, Any]
-    ) -> Step | None:
-        ready = [block for block in blocks if self.curvature.ready(self.state[block.params[0]])]
-        directions = [d for block in ready for d in self._directions(block, dampings[block.params[0]], jacobians)]
-        step = self.step_rule(directions, self.curvature_scale, self._room)
-        updates = {d.param: update for d, update in zip(directions, step.updates, strict=True)}
-        fallback = {p: adam_direction(self.state[p], _grad(p)) for _, p in members if p not in updates}
-        if not all(finite_flags([*updates.values(), *fallback.values()])):
-            _warn("found inf or NaN in the preconditioned gradients; this step is skipped.")
-            return None
-        for group, param in members:
-            update = updates.get(param)
-            if update is None:
-                update = fallback[param] * (-group["fallback_lr"] * group["lr"] / group["base_lr"])
-            elif self.keeps_updates or group.get("momentum", 0.0):
-                self.state[param]["velocity"] = update
-            if group["weight_decay"]:
-                rate = step.rate if param in updates else 1.0
-                param.mul_(1 - min(max(rate * group["lr"] * group["weight_decay"], 0.0), 1.0))
-            param.add_(update)
-        self.last_step = {**step.report, "damping": self.relative_damping}
-        return step
+    def _fields(self, members: list[Member], jacobians: dict[Tensor, Any]) -> dict[Tensor, Any]:
+        extension, rule = self.curvature.extension, self.step_rule.extension
+        shared = rule is not None and rule.savefield == extension.savefield
+        return jacobians if shared else self._taken(extension, members)
 
     @property
-    def keeps_updates(self) -> bool:
-        """Whether the step rule looks at the last update, whatever `momentum` is."""
-        return self.step_rule.extension is not None
+    def _parameters(self) -> Parameters:
+        return Parameters(self.param_groups, self.state)
 
     def summary(self) -> dict[str, str]:
         """Which update each parameter gets: "curvature", "fallback", "frozen", or "not seen" before its first step."""
-        return {self._name(p): self._kind(p) for group in self.param_groups for p in group["params"]}
-
-    def _kind(self, param: Tensor) -> str:
-        state = self.state.get(param, {})
-        if not param.requires_grad:
-            return "frozen"
-        if param in self._partners() or self.curvature.ready(state):
-            return "curvature"
-        return "fallback" if "adam" in state else "not seen"
-
-    def _partners(self) -> set[Tensor]:
-        params = self._params()
-        return {params[state["bias"]] for state in self.state.values() if "bias" in state}
-
-    def _name(self, param: Tensor) -> str:
-        for number, group in enumerate(self.param_groups):
-            for index, other in enumerate(group["params"]):
-                if other is param:
-                    names = group.get("param_names")
-                    return f"`{names[index]}`" if names else f"parameter {index} of group {number}"
-        return "a parameter"
+        return self._parameters.summary(self.curvature)
 
     def _missing(self, extension: Extension) -> str:
         return (
@@ -416,22 +279,7 @@ class SecondOrderOptimizer(Optimizer):
             self._inboxes, self.last_step, self.loss_fn, self._room = {}, {}, None, math.inf
 
 
-def _grad(param: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad
-
-
-def _witness(tensor: Tensor) -> Tensor:
-    """Entries that are finite only if all are: a positive semi-definite matrix has its largest ones on the diagonal."""
-    square = tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2]
-    return tensor.diagonal(dim1=-2, dim2=-1) if square else tensor
-
-
 def _check_param(param: Tensor) -> None:
     if param.is_complex() or param.layout != torch.strided:
         kind = "complex" if param.is_complex() else "sparse"
         raise TypeError(f"Curvature needs real dense parameters, found a {kind} one of shape {tuple(param.shape)}.")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(f"The optimizer {message}", RuntimeWarning, stacklevel=2)

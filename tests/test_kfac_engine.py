@@ -108,7 +108,7 @@ def test_ekfac_direction_is_its_definition(make):
         state = optimizer.state[weight]
         if "basis" not in state or state["batched"]:
             continue
-        bias = optimizer._params()[state["bias"]] if "bias" in state else None
+        bias = optimizer._parameters.all()[state["bias"]] if "bias" in state else None
         members = [weight] if bias is None else [weight, bias]
         J = [jacobians[p].per_sample() for p in members]
         J = torch.cat([J[0].flatten(3), J[1].unsqueeze(3)], dim=3) if bias is not None else J[0]
@@ -144,7 +144,7 @@ def test_few_positions_give_the_factors_in_expectation():
         F.mse_loss(layer(x).flatten(1), torch.zeros(16, 98, dtype=DOUBLE)).backward()
     jacobian = layer.weight.jacobian_mc
     sums = [torch.zeros_like(f) for f in layer.weight.kfac]
-    block = optimizer._blocks([(optimizer.param_groups[0], layer.weight)])[0]
+    block = optimizer._parameters.blocks([(optimizer.param_groups[0], layer.weight)])[0]
     for step in range(300):
         for total, factor in zip(sums, optimizer.curvature.measure({}, block, [jacobian], step)):
             total += factor / 300

@@ -1,0 +1,76 @@
+"""From gradients to new parameters: directions, and updates that are applied only if all are finite."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .adam import adam_direction
+from .curvature import Block, Curvature, Direction, Member
+from .finite import finite_flags
+from .parameters import Parameters, gradient
+from .step_rules import Step
+
+
+def directions(
+    curvature: Curvature,
+    parameters: Parameters,
+    blocks: Sequence[Block],
+    dampings: dict[Tensor, Tensor],
+    jacobians: dict[Tensor, Any],
+) -> list[Direction]:
+    """The preconditioned gradients of all parameters whose curvature is ready."""
+    state = parameters.state
+    ready = [block for block in blocks if curvature.ready(state[block.params[0]])]
+    return [d for block in ready for d in _of_block(curvature, parameters, block, dampings[block.params[0]], jacobians)]
+
+
+def _of_block(
+    curvature: Curvature, parameters: Parameters, block: Block, damping: Tensor, jacobians: dict[Tensor, Any]
+) -> list[Direction]:
+    state = parameters.state[block.params[0]]
+    grads = [gradient(param) for param in block.params]
+    values = curvature.precondition(state, block, grads, damping)
+    return [
+        Direction(
+            param,
+            grad,
+            value,
+            partial(curvature.squared_norm, state, grad.to(value.dtype), value),
+            damping,
+            group,
+            parameters.state[param].get("velocity"),
+            jacobians.get(param),
+        )
+        for (group, param), grad, value in zip(block.members, grads, values, strict=True)
+    ]
+
+
+def move(
+    parameters: Parameters, members: Sequence[Member], updates: dict[Tensor, Tensor], step: Step, keep: bool
+) -> bool:
+    """Add the updates, and Adam's to all other members; False if some are not finite, then nothing moves.
+
+    Args:
+        parameters: of the optimizer.
+        members: parameters that move.
+        updates: of those with curvature.
+        step: what they come from.
+        keep: whether updates are remembered, whatever `momentum` is.
+    """
+    state = parameters.state
+    fallback = {p: adam_direction(state[p], gradient(p)) for _, p in members if p not in updates}
+    if not all(finite_flags([*updates.values(), *fallback.values()])):
+        return False
+    for group, param in members:
+        update = updates.get(param)
+        if update is None:
+            update = fallback[param] * (-group["fallback_lr"] * group["lr"] / group["base_lr"])
+        elif keep or group.get("momentum", 0.0):
+            state[param]["velocity"] = update
+        if group["weight_decay"]:
+            rate = step.rate if param in updates else 1.0
+            param.mul_(1 - min(max(rate * group["lr"] * group["weight_decay"], 0.0), 1.0))
+        param.add_(update)
+    return True
