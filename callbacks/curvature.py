@@ -10,20 +10,19 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_curv.backprop import Backprop
 from lightning_curv.callbacks.import_names import Callback
-from lightning_curv.callbacks.layers import choose, parameters_by_layer
-from lightning_curv.callbacks.measure import Job, RunningNoiseScale, measure
-from lightning_curv.callbacks.measurement import Measurement
-from lightning_curv.callbacks.publish import add_layout, heat_map, publish
+from lightning_curv.callbacks.layers import choose
+from lightning_curv.callbacks.measure import RunningNoiseScale
+from lightning_curv.callbacks.observation import AnyExtension, Observation
+from lightning_curv.callbacks.publish import add_layout
 from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
+from lightning_curv.callbacks.report import Report
 from lightning_curv.callbacks.settings import check, find_output
-from lightning_curv.callbacks.trajectory import Trajectory, distance
+from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.window import BackwardPass, Window
-from lightning_curv.extensions.base import Extension, GraphExtension
 
-Extensions = Sequence[Extension | GraphExtension]
+Extensions = Sequence[AnyExtension]
 
 
 class CurvatureCallback(Callback):
@@ -143,18 +142,11 @@ class CurvatureCallback(Callback):
 
     def _rest(self) -> None:
         """Forget everything that belongs to one batch."""
-        self._logging = False
-        self._supplied: list[Extension | GraphExtension] = []
-        self._logged: list[Extension | GraphExtension] = []
-        self._generator: torch.Generator | None = None
-        self._backprop: Backprop | None = None
+        self._observation = Observation()
+        self._report: Report | None = None  # on logging steps
         self._loss: Tensor | None = None
         self._factor: Tensor | float = 1.0
         self._partial: set[Parameter] = set()
-        self._values: dict[str, float] = {}
-        self._layer_values: dict[str, dict[str, float]] = {}
-        self._updated: dict[str, list[Parameter]] = {}
-        self._histograms: dict[str, Tensor] = {}
 
     @property
     def state_key(self) -> str:
@@ -194,55 +186,59 @@ class CurvatureCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rest()
-        self._logging = not self._unsupported and self._is_logging_step(trainer)
-        self._supplied = self._required(trainer)
-        if self._logging:
-            fields = dict.fromkeys(name for quantity in self._quantities for name in quantity.fields)
-            self._logged = [FIELDS[name](self.mc_samples) for name in fields]
-            self._supplied += [e for e in self.extensions if e.savefield not in {s.savefield for s in self._supplied}]
+        supplied, logged = self._required(trainer), []
+        if not self._unsupported and self._is_logging_step(trainer):
+            names = dict.fromkeys(name for quantity in self._quantities for name in quantity.fields)
+            logged = [FIELDS[name](self.mc_samples) for name in names]
+            supplied += [e for e in self.extensions if e.savefield not in {s.savefield for s in supplied}]
+            self._report = Report(self._quantities, self._chosen, list(names), self._noise, self.ema, self._trajectory)
         else:
             self._window = Window()
-        if not self._logged and not self._supplied:
+        if not logged and not supplied:
             return
         # A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart.
         seed = hash((self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
-        self._generator = torch.Generator(pl_module.device).manual_seed(seed)
-        record_training_step(pl_module, find_output(pl_module, self.output))
+        generator = torch.Generator(pl_module.device).manual_seed(seed)
+        output = find_output(pl_module, self.output)
+        self._observation = Observation(supplied, logged, generator, output)
+        record_training_step(pl_module, output)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._window = Window()
         self._passes = 0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if not self._logging and not self._supplied:
+        if not self._report and not self._observation:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._factor = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
         if pl_module.automatic_optimization:
             self._factor = self._factor / trainer.accumulate_grad_batches
         self._loss = loss.detach() / self._factor if loss.ndim == 0 else None
-        if not self._logged and not self._supplied:
+        if not self._observation:
             return
-        if self._logged and not pl_module.automatic_optimization:
+        if self._observation.logged and not pl_module.automatic_optimization:
             self._follow_zero_grad(pl_module)
+        # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
+        check = bool(self._report and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision)
         try:
-            self._backprop = self._begin(trainer, pl_module, loss)
+            self._observation.begin(loss, self._factor, check)
         except RuntimeError as error:
             self._stop_logging(error)
-            self._backprop = self._begin(trainer, pl_module, loss) if self._supplied else None
+            if self._observation:
+                self._observation.begin(loss, self._factor, False)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
-        if self._backprop is not None:
-            try:
-                self._backprop.after()
-            except RuntimeError as error:
-                self._delete(pl_module, self._logged, keep=self._supplied)
-                self._stop_logging(error)
-            self._backprop = None
-        if self._logging:
+        try:
+            self._observation.finish()
+        except RuntimeError as error:
+            self._observation.drop_logged(pl_module.parameters())
+            self._stop_logging(error)
+        if self._report:
             self._checked = True
-            self._window.add(self._collect(pl_module))
+            params = [p for p in pl_module.parameters() if p.requires_grad and p not in self._partial]
+            self._window.add(BackwardPass(self._observation.collect(params), self._factor, self._loss))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -252,101 +248,43 @@ class CurvatureCallback(Callback):
         passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
         divisor = passes / trainer.accumulate_grad_batches
         grads = {p: p.grad for p in params}
-        if self._logging:
-            suffix = "" if len(trainer.optimizers) == 1 else f"/optimizer_{trainer.optimizers.index(optimizer)}"
-            self._measure(trainer, pl_module, optimizer, grads, divisor, passes, suffix)
+        if self._report:
+            self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
+            if self._report.too_noisy:
+                self._warn_of_noise(trainer, self._report.too_noisy)
         if "alpha" in self._names and self._is_logging_step(trainer, ahead=1):
             self._trajectory.remember(grads, divisor)
-
-    def _measure(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        optimizer: Optimizer,
-        grads: dict[Parameter, Tensor],
-        divisor: float,
-        passes: int,
-        suffix: str,
-    ) -> None:
-        fields, lr = [extension.savefield for extension in self._logged], optimizer.param_groups[0]["lr"]
-
-        def job(params: Sequence[Parameter], name: str) -> Job:
-            part = {p: grads[p] for p in params}
-            statistics = self._window.statistics(params, share=1 / passes)
-            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields)
-            quantities = [q for q in self._quantities if not name or q.per_layer]
-            noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self.ema))
-            return Job(quantities, measurement, noise)
-
-        jobs = {"": job(list(grads), "")}
-        if self._logged and not jobs[""].measurement.statistics.covered:
-            return
-        for layer, params in parameters_by_layer(pl_module).items() if self._chosen else ():
-            if mine := [p for p in params if p in grads]:
-                jobs[layer] = job(mine, layer)
-        found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
-        self._values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
-        self._layer_values |= found
-        statistics = jobs[""].measurement.statistics
-        if self._names & {"noise_scale", "suggested_batch_size"} and jobs[""].noise.unresolved:
-            self._warn_of_noise(trainer, len(statistics.sq_norms))
-        if "sample_norms" in self._names:
-            self._histograms[f"sample_norms{suffix}"] = statistics.sq_norms.sqrt()
-        if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
-            self._add(f"alpha{suffix}", alpha)
-        if self._names & {"update_size", "distance"}:
-            self._updated[suffix] = list(grads)
-        if "update_size" in self._names:
-            self._trajectory.begin_update(grads)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        if value.isfinite():
-            self._values[name] = float(value)
-
-    def _follow_updates(self, pl_module: LightningModule) -> None:
-        names = {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
-        for suffix, params in self._updated.items():
-            size = self._trajectory.update_size(dict(zip(params, params)))
-            if size is not None:
-                self._add(f"update_size{suffix}", size)
-            if "distance" in self._names:
-                now = {names[p]: p.detach() for p in params if p in names}
-                self._add(f"distance{suffix}", distance(now, self._trajectory.initial))
-        self._trajectory.end_update()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._follow_updates(pl_module)
-        if self._values:
-            layers, image = self._of_layers()
-            histograms = self._histograms if self.histograms else {}
-            publish(trainer, pl_module, self._values, layers, histograms, image, self.prog_bar)
+        if self._report:
+            self._report.follow_updates(pl_module)
+            self._report.publish(trainer, pl_module, self.histograms, self.prog_bar)
         self._release(pl_module)
-
-    def _of_layers(self) -> tuple[dict[str, float], Tensor | None]:
-        """Series of the chosen layers, and the image of all."""
-        found = self._layer_values
-        values = {f"{name}/{layer}": v for layer in self._chosen for name, v in found.get(layer, {}).items()}
-        return values, heat_map(found) if len(found) > len(self._chosen) else None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end()
+        self._end(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._end()
-        self._release(pl_module)
+        self._end(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end()
-        self._release(pl_module)
+        self._end(pl_module)
 
-    def _end(self) -> None:
+    def _end(self, pl_module: LightningModule) -> None:
         self._window = Window()
         self._trajectory.forget()
+        self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        """Leave nothing of this batch behind."""
+        restore_training_step(pl_module)
+        self._observation.release(pl_module.parameters())
+        self._rest()
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
         # From counters only, which are equal on all ranks and constant while gradients accumulate.
@@ -358,19 +296,19 @@ class CurvatureCallback(Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead
         return interval > 0 and step % interval == 0
 
-    def _required(self, trainer: Trainer) -> list[Extension | GraphExtension]:
+    def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]  # type: ignore[attr-defined]
         if callbacks[0] is not self or trainer.fit_loop._should_accumulate():
             return []
-        by_field: dict[str, Extension | GraphExtension] = {}
+        by_field: dict[str, AnyExtension] = {}
         for optimizer in trainer.optimizers:
             for extension in getattr(optimizer, "required_extensions", tuple)():
                 by_field.setdefault(extension.savefield, extension)
         return list(by_field.values())
 
     def _stop_logging(self, error: RuntimeError) -> None:
-        if not self._logging:
+        if not self._report:
             raise error
         if self.strict:
             raise type(error)(
@@ -378,24 +316,7 @@ class CurvatureCallback(Callback):
                 "is computed; `strict=False` trains on without logging.)"
             ) from error
         rank_zero_warn(f"CurvatureCallback stops logging: {error}")
-        self._unsupported, self._logging, self._logged = True, False, []
-
-    def _begin(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> Backprop:
-        fields = {extension.savefield for extension in self._supplied}
-        extensions = [*self._supplied, *(e for e in self._logged if e.savefield not in fields)]
-        # Curvature is that of the loss as the user returned it, not as Lightning scaled it: the seed undoes the factor
-        # for backpropagated columns. First-order quantities come from the main backward pass and carry it.
-        seed = torch.ones_like(loss) / self._factor
-        # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
-        check = self._logging and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision
-        output = find_output(pl_module, self.output)
-        backprop = Backprop(loss, extensions, self._generator, None, check, seed, defer=True, output=output)
-        try:
-            backprop.before()
-        except BaseException:
-            backprop.abort()
-            raise
-        return backprop
+        self._unsupported, self._report, self._observation.logged = True, None, []
 
     def _warn_of_noise(self, trainer: Trainer, samples: int) -> None:
         if not self._noisy:
@@ -419,27 +340,3 @@ class CurvatureCallback(Callback):
                 "CurvatureCallback leaves out parameters whose gradient was accumulated over batches that it did not "
                 "log. Log every step, `every_n_steps=1`, when you accumulate gradients in manual optimization."
             )
-
-    def _collect(self, pl_module: LightningModule) -> BackwardPass:
-        params = [p for p in pl_module.parameters() if p.requires_grad and p not in self._partial]
-        fields = {
-            name: {p: getattr(p, name) for p in params if hasattr(p, name)}
-            for name in (extension.savefield for extension in self._logged)
-        }
-        self._delete(pl_module, self._logged, keep=self._supplied)
-        return BackwardPass(fields, self._factor, self._loss)
-
-    def _release(self, pl_module: LightningModule) -> None:
-        """Leave nothing of this batch behind."""
-        restore_training_step(pl_module)
-        if self._backprop is not None:
-            self._backprop.abort()
-        self._delete(pl_module, [*self._supplied, *self._logged])
-        self._rest()
-
-    @staticmethod
-    def _delete(pl_module: LightningModule, extensions: Extensions, keep: Extensions = ()) -> None:
-        fields = {extension.savefield for extension in extensions} - {extension.savefield for extension in keep}
-        for param in pl_module.parameters() if fields else ():
-            for field in fields & vars(param).keys():
-                delattr(param, field)

@@ -1,0 +1,96 @@
+"""Extensions around the user's backward passes of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lightning_curv.backprop import Backprop
+from lightning_curv.extensions.base import Extension, GraphExtension
+
+AnyExtension = Extension | GraphExtension
+Fields = dict[str, dict[Parameter, Any]]  # results by savefield and parameter
+
+
+class Observation:
+    """What is computed in one batch; nothing by default.
+
+    Args:
+        supplied: stays on the parameters until `release`.
+        logged: leaves the parameters after every backward pass.
+        generator: of random labels.
+        output: the network's output, if the loss is no known function.
+    """
+
+    def __init__(
+        self,
+        supplied: Sequence[AnyExtension] = (),
+        logged: Sequence[AnyExtension] = (),
+        generator: torch.Generator | None = None,
+        output: nn.Module | None = None,
+    ) -> None:
+        self.supplied, self.logged = list(supplied), list(logged)
+        self._generator, self._output = generator, output
+        self._backprop: Backprop | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.supplied or self.logged)
+
+    def begin(self, loss: Tensor, factor: Tensor | float, check: bool) -> None:
+        """Before a backward pass.
+
+        Args:
+            loss: the root of the pass.
+            factor: by which it differs from the loss as the user returned it.
+            check: do the per-sample gradients add up to the gradient?
+        """
+        fields = {extension.savefield for extension in self.supplied}
+        extensions = [*self.supplied, *(e for e in self.logged if e.savefield not in fields)]
+        # Curvature is that of the loss as the user returned it, not as Lightning scaled it: the seed undoes the factor
+        # for backpropagated columns. First-order quantities come from the main backward pass and carry it.
+        seed = torch.ones_like(loss) / factor
+        backprop = Backprop(loss, extensions, self._generator, None, check, seed, defer=True, output=self._output)
+        try:
+            backprop.before()
+        except BaseException:
+            backprop.abort()
+            raise
+        self._backprop = backprop
+
+    def finish(self) -> None:
+        """After the backward pass: set the results on the parameters."""
+        backprop, self._backprop = self._backprop, None
+        if backprop is not None:
+            backprop.after()
+
+    def collect(self, params: Iterable[Parameter]) -> Fields:
+        """Take the logged results off the parameters."""
+        params = list(params)
+        found: Fields = {
+            name: {p: getattr(p, name) for p in params if hasattr(p, name)}
+            for name in (extension.savefield for extension in self.logged)
+        }
+        self.drop_logged(params)
+        return found
+
+    def drop_logged(self, params: Iterable[Parameter]) -> None:
+        """Delete what is only logged."""
+        delete_fields(params, {e.savefield for e in self.logged} - {e.savefield for e in self.supplied})
+
+    def release(self, params: Iterable[Parameter]) -> None:
+        """Leave nothing of this batch behind."""
+        if self._backprop is not None:
+            self._backprop.abort()
+            self._backprop = None
+        delete_fields(params, {extension.savefield for extension in (*self.supplied, *self.logged)})
+
+
+def delete_fields(params: Iterable[Parameter], fields: Collection[str]) -> None:
+    """Delete attributes of parameters, where they exist."""
+    for param in params if fields else ():
+        for field in vars(param).keys() & set(fields):
+            delattr(param, field)

@@ -1,0 +1,131 @@
+"""The numbers of one batch: measured at its optimizer steps, completed after the updates, published once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from pytorch_lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_curv.callbacks.layers import parameters_by_layer
+from lightning_curv.callbacks.measure import Job, RunningNoiseScale, measure
+from lightning_curv.callbacks.measurement import Measurement
+from lightning_curv.callbacks.publish import heat_map, publish
+from lightning_curv.callbacks.quantities import Quantity
+from lightning_curv.callbacks.trajectory import Trajectory, distance
+from lightning_curv.callbacks.window import Window
+
+NOISE_SCALE = {"noise_scale", "suggested_batch_size"}
+
+
+class Report:
+    """Numbers of one batch.
+
+    Args:
+        quantities: what to measure.
+        chosen: layers with series of their own.
+        fields: savefields of what was computed for the quantities.
+        noise: running averages by series, updated.
+        trajectory: copies of parameters and gradients, updated.
+    """
+
+    def __init__(
+        self,
+        quantities: Sequence[Quantity],
+        chosen: Sequence[str],
+        fields: Sequence[str],
+        noise: dict[str, RunningNoiseScale],
+        ema: float,
+        trajectory: Trajectory,
+    ) -> None:
+        self._quantities, self._chosen, self._fields = quantities, chosen, fields
+        self._names = {quantity.name for quantity in quantities}
+        self._noise, self._ema, self._trajectory = noise, ema, trajectory
+        self._values: dict[str, float] = {}
+        self._layers: dict[str, dict[str, float]] = {}
+        self._updated: dict[str, list[Parameter]] = {}
+        self._histograms: dict[str, Tensor] = {}
+        self.too_noisy = 0  # samples of a batch that was too small
+
+    def measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
+        grads: dict[Parameter, Tensor],
+        window: Window,
+        divisor: float,
+        passes: int,
+    ) -> None:
+        """Before the step of an optimizer.
+
+        Args:
+            trainer: of the run.
+            pl_module: has the layers.
+            optimizer: whose parameters are measured.
+            grads: their accumulated gradients.
+            window: the backward passes that they come from.
+            divisor: of the accumulated gradients, gives those of the window.
+            passes: number of backward passes that share the loss' mean.
+        """
+        suffix = "" if len(trainer.optimizers) == 1 else f"/optimizer_{trainer.optimizers.index(optimizer)}"
+        lr = optimizer.param_groups[0]["lr"]
+
+        def job(params: Sequence[Parameter], name: str) -> Job:
+            part = {p: grads[p] for p in params}
+            statistics = window.statistics(params, share=1 / passes)
+            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, self._fields)
+            quantities = [q for q in self._quantities if not name or q.per_layer]
+            noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
+            return Job(quantities, measurement, noise)
+
+        jobs = {"": job(list(grads), "")}
+        if self._fields and not jobs[""].measurement.statistics.covered:
+            return
+        for layer, params in parameters_by_layer(pl_module).items() if self._chosen else ():
+            if mine := [p for p in params if p in grads]:
+                jobs[layer] = job(mine, layer)
+        found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
+        self._values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
+        self._layers |= found
+        statistics = jobs[""].measurement.statistics
+        if self._names & NOISE_SCALE and jobs[""].noise.unresolved:
+            self.too_noisy = len(statistics.sq_norms)
+        if "sample_norms" in self._names:
+            self._histograms[f"sample_norms{suffix}"] = statistics.sq_norms.sqrt()
+        if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
+            self._add(f"alpha{suffix}", alpha)
+        if self._names & {"update_size", "distance"}:
+            self._updated[suffix] = list(grads)
+        if "update_size" in self._names:
+            self._trajectory.begin_update(grads)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if value.isfinite():
+            self._values[name] = float(value)
+
+    def follow_updates(self, pl_module: LightningModule) -> None:
+        """After the steps of all optimizers."""
+        names: Mapping[Tensor, str] = {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
+        for suffix, params in self._updated.items():
+            size = self._trajectory.update_size(dict(zip(params, params)))
+            if size is not None:
+                self._add(f"update_size{suffix}", size)
+            if "distance" in self._names:
+                now = {names[p]: p.detach() for p in params if p in names}
+                self._add(f"distance{suffix}", distance(now, self._trajectory.initial))
+        self._trajectory.end_update()
+
+    def publish(
+        self, trainer: Trainer, pl_module: LightningModule, histograms: bool, prog_bar: Collection[str]
+    ) -> None:
+        """Write the numbers, if there are any."""
+        if not self._values:
+            return
+        found = self._layers
+        layers = {f"{name}/{layer}": v for layer in self._chosen for name, v in found.get(layer, {}).items()}
+        image = heat_map(found) if len(found) > len(self._chosen) else None
+        samples = self._histograms if histograms else {}
+        publish(trainer, pl_module, self._values, layers, samples, image, prog_bar)
