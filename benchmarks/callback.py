@@ -4,8 +4,9 @@
 
 The settings take turns step by step in one run, so that load from outside meets all of them; the table shows medians.
 A step is everything from the start of one batch to the start of the next: forward and backward pass, Adam, Lightning's
-loop and TensorBoard. Columns: a step without callback; relative to it one with an idle callback, one that logs the
-default quantities, and the mean step if every 50th does; then further quantities, each alone.
+loop and TensorBoard. Columns: a step without callback; relative to it one with an idle callback, the mean step where
+every one logs the default quantities (past the start, where every tenth has the GGN trace), and where every 50th does;
+one that logs all default quantities, the trace included; then further quantities, each alone.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from workloads import Characters
 
 from lightning_curv import CurvatureCallback
+from lightning_curv.callbacks.quantities import DEFAULT, SPACING
 
 
 def mlp() -> nn.Module:
@@ -122,17 +124,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    print(f"{'':48} {'plain':>9} {'idle':>6} {'every':>6} {'at 50':>6} " + " ".join(arguments.quantities))
+    print(f"{'':48} {'plain':>9} {'idle':>6} {'every':>6} {'at 50':>6} {'whole':>6} " + " ".join(arguments.quantities))
     for name in NETS:
         if not re.search(arguments.nets, name):
             continue
-        callbacks = [[CurvatureCallback(names, every_n_steps=1)] for names in ("default", *arguments.quantities)]
+        often = [quantity for quantity in DEFAULT if quantity not in SPACING]
+        callbacks = [[CurvatureCallback(names, every_n_steps=1)] for names in (often, DEFAULT, *arguments.quantities)]
         plain, idle, *times = measure(name, [[], [CurvatureCallback(every_n_steps=0)], *callbacks], arguments.rounds)
         ratios = [time / plain for time in times]
-        sparse = (49 * idle + times[0]) / 50 / plain
+        every, sparse = 0.9 * ratios[0] + 0.1 * ratios[1], (49 * idle / plain + ratios[1]) / 50
         print(
-            f"{name:48} {1e3 * plain:6.1f} ms {idle / plain:6.3f} {ratios[0]:6.2f} {sparse:6.3f} "
-            + " ".join(f"{ratio:{len(q)}.2f}" for q, ratio in zip(arguments.quantities, ratios[1:], strict=True)),
+            f"{name:48} {1e3 * plain:6.1f} ms {idle / plain:6.3f} {every:6.2f} {sparse:6.3f} {ratios[1]:6.2f} "
+            + " ".join(f"{ratio:{len(q)}.2f}" for q, ratio in zip(arguments.quantities, ratios[2:], strict=True)),
             flush=True,
         )
 

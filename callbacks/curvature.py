@@ -46,7 +46,9 @@ class CurvatureCallback(Callback):
                                                   positive
     ``curvature/suggested_batch_size``            the power of two next to the noise scale
     ``curvature/ggn_trace``                       trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate;
-                                                  needs a known loss function or ``output``; not with ``mc_samples=0``
+                                                  needs a known loss function or ``output``; not with ``mc_samples=0``.
+                                                  It takes a backward pass of its own: from step 20 on at most every
+                                                  tenth step, unless ``quantities`` names it
     ============================================= ==================================================================
 
     Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``,
@@ -188,10 +190,12 @@ class CurvatureCallback(Callback):
         self._rest()
         supplied, logged = self._required(trainer), []
         if not self._unsupported and self._is_logging_step(trainer):
-            names = dict.fromkeys(name for quantity in self._quantities for name in quantity.fields)
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+            quantities = [q for q in self._quantities if q.is_due(step, self._interval(trainer))]
+            names = dict.fromkeys(name for quantity in quantities for name in quantity.fields)
             logged = [FIELDS[name](self.mc_samples) for name in names]
             supplied += [e for e in self.extensions if e.savefield not in {s.savefield for s in supplied}]
-            self._report = Report(self._quantities, self._chosen, list(names), self._noise, self.ema, self._trajectory)
+            self._report = Report(quantities, self._chosen, list(names), self._noise, self.ema, self._trajectory)
         else:
             self._window = Window()
         if not logged and not supplied:
@@ -288,13 +292,14 @@ class CurvatureCallback(Callback):
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
         # From counters only, which are equal on all ranks and constant while gradients accumulate.
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return self.every_n_steps != 0
-        interval = self.every_n_steps
-        if interval is None:
-            interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        interval = self._interval(trainer)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead
         return interval > 0 and step % interval == 0
+
+    def _interval(self, trainer: Trainer) -> int:
+        if self.every_n_steps is None:
+            return 1 if trainer.fast_dev_run else trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return min(self.every_n_steps, 1) if trainer.fast_dev_run else self.every_n_steps  # type: ignore[attr-defined]
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""

@@ -10,7 +10,7 @@ $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 -
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ class Quantity:
         fields: savefields of the extensions that it needs.
         series: names that are logged.
         per_layer: whether it makes sense for the parameters of one layer.
+        spacing: least number of steps between two measurements, once the first `DENSE` steps are over.
     """
 
     name: str
@@ -57,6 +58,16 @@ class Quantity:
     fields: tuple[str, ...]
     series: tuple[str, ...]
     per_layer: bool
+    spacing: int = 1
+
+    def is_due(self, step: int, interval: int) -> bool:
+        """Whether to measure it at a step that is logged.
+
+        Args:
+            step: counted from 1.
+            interval: every how many steps are logged.
+        """
+        return step <= DENSE or step // interval % -(-self.spacing // interval) == 0
 
 
 QUANTITIES: dict[str, Quantity] = {}
@@ -69,6 +80,8 @@ DEFAULT = (
     "suggested_batch_size",
     "ggn_trace",
 )
+DENSE = 20  # curvature changes most at the start
+SPACING = {"ggn_trace": 10}  # of the default, for what takes a backward pass of its own
 
 
 def select(quantities: str | Sequence[str]) -> list[Quantity]:
@@ -87,7 +100,10 @@ def select(quantities: str | Sequence[str]) -> list[Quantity]:
                 f"`quantities` must be 'default', 'all' or a list of names, found {name!r}; did you mean "
                 f"{near(str(name), QUANTITIES)}?"
             )
-    return [QUANTITIES[name] for name in dict.fromkeys(names)]
+    return [
+        QUANTITIES[name] if name in given else replace(QUANTITIES[name], spacing=SPACING.get(name, 1))
+        for name in dict.fromkeys(names)
+    ]
 
 
 def _quantity(

@@ -88,6 +88,21 @@ def test_schedule(tmp_path, every_n_steps, steps):
     assert list(series(tmp_path, "grad_norm")) == steps
 
 
+@pytest.mark.parametrize(
+    ("quantities", "every_n_steps", "steps"),
+    [
+        ("default", 1, [*range(20), 29, 39]),
+        ("default", 4, [3, 7, 11, 15, 19, 23, 35]),
+        ("default", 12, [11, 23, 35]),
+        (WITH_TRACE, 4, list(range(3, 40, 4))),
+    ],
+)
+def test_the_default_trace_is_rarer_after_the_start(tmp_path, quantities, every_n_steps, steps):
+    fit(Net(), CurvatureCallback(quantities, every_n_steps), tmp_path=tmp_path, epochs=10)
+    assert list(series(tmp_path, "ggn_trace")) == steps
+    assert list(series(tmp_path, "grad_norm")) == list(range(every_n_steps - 1, 40, every_n_steps))
+
+
 def test_a_step_that_needs_nothing_costs_nothing(monkeypatch):
     entered, hooked, steps = [], [], []
     enter, before = record.__enter__, Backprop.before
