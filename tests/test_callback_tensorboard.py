@@ -135,6 +135,24 @@ def test_other_loggers_get_the_scalars(tmp_path):
     assert "curvature-noise_scale" in {key.replace("/", "-") for key in trainer.logger.experiment.metrics_keys}
 
 
+def test_weights_and_biases_gets_the_scalars(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from pytorch_lightning.loggers import WandbLogger
+
+    class Reads(WandbLogger):
+        def log_metrics(self, metrics, step=None):
+            super().log_metrics(metrics, step)
+            seen.append((step, set(metrics)))
+
+    seen = []
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = Reads(save_dir=tmp_path, offline=True)
+    fit(Net(), CurvatureCallback(layers=True, layout=True), logger=logger, epochs=1)
+    logger.experiment.finish()
+    assert [step for step, _ in seen] == list(range(4))
+    assert all({"curvature/grad_norm", "curvature_layers/grad_norm/net.0"} <= names for _, names in seen)
+
+
 def test_chosen_series_are_on_the_progress_bar():
     trainer = fit(Net(), CurvatureCallback(prog_bar=["grad_norm"]))
     assert trainer.progress_bar_metrics.keys() == {"curvature/grad_norm"}
