@@ -14,7 +14,6 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_curv.backprop import Backprop
 from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.independence import refuse_coupled_samples
 from lightning_curv.callbacks.poisson import PoissonBatchSampler
@@ -25,6 +24,7 @@ from lightning_curv.callbacks.private_loader import (
     with_batches,
 )
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
+from lightning_curv.context import curvature
 from lightning_curv.optimizers.dp import DPOptimizer
 from lightning_curv.optimizers.privacy_accounting import (
     METHODS,
@@ -128,7 +128,7 @@ class PrivacyCallback(Callback):
         self._batch_size: int | None = None
         self._left = math.inf  # releases that the budget allows
         self._cost = True
-        self._backprop: Backprop | None = None
+        self._context: curvature | None = None
         self._size: int | None = None
         self._passes = self._expected_passes = 0
         self._checked = False
@@ -338,16 +338,14 @@ class PrivacyCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._size != 0:
             extensions = self._optimizer(trainer).extensions
-            self._backprop = Backprop(loss, extensions, batch_size=self._size)
-            self._backprop.before()
+            self._context = curvature(*extensions, batch_size=self._size)
+            self._context.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
-        if self._backprop is None:
+        if self._context is None:
             self._optimizer(trainer).add_empty_pass()
-        else:
-            self._backprop.after()
-            self._backprop = None
+        self._leave()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._passes != self._expected_passes:
@@ -423,9 +421,12 @@ class PrivacyCallback(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         restore_training_step(pl_module)
-        if self._backprop is not None:
-            self._backprop.abort()
-            self._backprop = None
+        self._leave()
+
+    def _leave(self) -> None:
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(None, None, None)
 
     def _restore(self, trainer: Trainer) -> None:
         """Give the Trainer back its own source of batches."""

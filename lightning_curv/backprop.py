@@ -6,14 +6,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
+from lightning_curv import receiving
 from lightning_curv.check import SumCheck
 from lightning_curv.coverage import refuse_uncovered
 from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.graph import find_output, walk
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.listening import Listener
@@ -23,11 +26,14 @@ from lightning_curv.samples import Samples, find_samples
 from lightning_curv.sampling import default_generator
 from lightning_curv.sources import Gradient, Source
 
+_PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
+
 
 class Backprop:
     """The quantities of one backward pass.
 
-    Call `before`, then run the backward pass, then call `after`. `curvature` does so around ``loss.backward()``.
+    Call `before`, then `run` or a backward pass of the user's, then `after`. `curvature` does so around
+    ``loss.backward()``.
 
     Args:
         loss: The root of the backward pass.
@@ -92,9 +98,24 @@ class Backprop:
                     self._evaluate(jacobian, extensions)
         if gradient:
             self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), self._defer)
+        _PENDING.add(self)
+
+    def run(self, **options: Any) -> None:
+        """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.
+
+        Args:
+            options: Arguments of ``Tensor.backward``.
+        """
+        receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
+        if receivers:
+            shared = len(receivers) < len(self._extensions) or any(other is not self for other in _PENDING)
+            receiving.run(self._passes, receivers, shared, **options)
+        else:
+            Tensor.backward(self._passes.loss, **options)
 
     def after(self) -> None:
         """Set the results on the parameters."""
+        _PENDING.discard(self)
         listener, self._listener = self._listener, None
         try:
             if listener is not None:
@@ -106,6 +127,7 @@ class Backprop:
 
     def abort(self) -> None:
         """Stop listening."""
+        _PENDING.discard(self)
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.stop()

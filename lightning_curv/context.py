@@ -93,7 +93,7 @@ class curvature(record):
             kwargs["retain_graph"] = True
         try:
             backprop.before()
-            Tensor.backward(loss, **kwargs)
+            backprop.run(**kwargs)
             backprop.after()
         finally:
             backprop.abort()

@@ -25,6 +25,7 @@ class Tape:
         uses: Recorded ops with parameters by their autograd node; ops that couple samples too.
         losses: Recorded loss calls by their autograd node.
         outside: Nodes of ``uses`` that the root reaches without passing a recorded loss call.
+        leaves: Other leaf tensors that require gradients.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
         refusals: Why calls of known loss functions were not recorded.
         names: Names of all nodes in the order of the walk: the structure of the graph.
@@ -34,6 +35,7 @@ class Tape:
     uses: dict[Node, Use] = field(default_factory=dict)
     losses: dict[Node, LossCall] = field(default_factory=dict)
     outside: set[Node] = field(default_factory=set)
+    leaves: list[Tensor] = field(default_factory=list)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
@@ -98,6 +100,8 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
             stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
         elif isinstance(leaf, nn.Parameter):
             tape.stray.append((leaf, parent))
+        else:
+            tape.leaves.append(leaf)
 
 
 def _above(use: Use, output: LossCall) -> bool:

@@ -23,7 +23,7 @@ def rows(term: Term) -> Rows:
     term = term.canonical()
     sample, index, position = _touched(term)
     key, inverse = (index + term.classes * sample).unique(return_inverse=True)
-    g = term.g.flatten(1, 2)[:, position]
+    g = _at(term.g.flatten(1, 2), position, 1)
     g = g.new_zeros(len(g), len(key), *g.shape[2:]).index_add_(1, inverse, g)
     return Rows(g, key // term.classes, key % term.classes)
 
@@ -34,6 +34,10 @@ def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
     index = term.x.flatten()
     position = (index >= 0).nonzero().squeeze(1)
     return position // max(term.x.shape[1], 1), index[position], position
+
+
+def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
+    return g if len(position) == g.shape[axis] else g.index_select(axis, position)
 
 
 def dot(term: Term, vector: Tensor) -> Tensor:
@@ -73,7 +77,7 @@ def weighted_total(term: Term, weights: Tensor) -> Tensor:
     """Sum over the samples of the first column, times ``weights [N]``, ``[classes, *]``."""
     term = term.canonical()
     sample, index, position = _touched(term)
-    g = term.g[0].flatten(0, 1)[position]
+    g = _at(term.g[0].flatten(0, 1), position, 0)
     g = g * weights.to(g.dtype)[sample].reshape(-1, *[1] * (g.ndim - 1))
     return g.new_zeros(term.classes, *g.shape[1:]).index_add_(0, index, g)
 

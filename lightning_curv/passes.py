@@ -73,6 +73,10 @@ class Passes:
         """Backpropagate a column to the outputs of all uses."""
         return _grad(column.edges, self.use_edges, column.seeds)
 
+    def pull_loss(self, keep_graph: bool) -> tuple[Tensor | None, ...]:
+        """The gradient of the loss at the outputs of all uses, as the last pass through the graph if it is not kept."""
+        return _grad([self.loss], self.use_edges, [self.seed], keep_graph)
+
     @property
     def use_edges(self) -> list[GradientEdge]:
         """The outputs of all uses, in the order of the tape."""
@@ -150,10 +154,13 @@ def parameters(use: Use) -> list[Tensor]:
 
 
 def _grad(
-    outputs: Sequence[Tensor] | Sequence[GradientEdge], inputs: Sequence[GradientEdge], seeds: Sequence[Tensor]
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    inputs: Sequence[GradientEdge],
+    seeds: Sequence[Tensor],
+    keep_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
     with _RUNNING.unheard():
-        return torch.autograd.grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True)
 
 
 class _Running:

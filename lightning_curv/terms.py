@@ -138,6 +138,9 @@ class Term:
         both = "".join(x for x in self.par if x in self.out and x in self.inp)
         rows = "".join(x for x in self.par if x in self.out and x not in self.inp)
         columns = "".join(x for x in self.par if x not in self.out)
+        if not rows and not columns:  # a norm's scale: nothing to multiply out
+            product = self.g * _placed(self.x, "n" + self.inp, "vn" + self.out)
+            return torch.einsum(f"vn{self.out}->vn{self.par}", product)
 
         def matrix(tensor: Tensor, letters: str, own: str) -> Tensor:
             lead = tensor.ndim - len(letters)

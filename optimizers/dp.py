@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_curv.extensions.clipping import PerSampleJacobians
 from lightning_curv.optimizers.privacy_accounting import PrivacyAccountant
 from lightning_curv.optimizers.privacy_clipping import Clipping, clipping_rule
 from lightning_curv.optimizers.privacy_noise import NoiseSource
@@ -92,7 +91,6 @@ class DPOptimizer(Optimizer):
         self.accountant = accountant
         self._noise = NoiseSource(noise_seed, secure)
         self._sum = ClippedSum(self._trainable(), self.clipping, loss_reduction == "mean")
-        self._extension = PerSampleJacobians(self._sum)
         self._own: dict[Tensor, tuple[Tensor, int]] = {}  # gradients that the last step left
 
     def _share(self) -> None:
@@ -103,11 +101,11 @@ class DPOptimizer(Optimizer):
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     @property
-    def extensions(self) -> tuple[PerSampleJacobians, ...]:
+    def extensions(self) -> tuple[ClippedSum, ...]:
         """What every backward pass computes: ``with curvature(*optimizer.extensions): loss.backward()``."""
         if not self._sum.passes:  # parameters may have been frozen or added since the last step
             self._sum.parameters = self._trainable()
-        return (self._extension,)
+        return (self._sum,)
 
     @property
     def clip_norm(self) -> float:

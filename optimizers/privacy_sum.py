@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.optimizers.privacy_clipping import Clipping
 
 
-class ClippedSum:
+class ClippedSum(GradientReceiver):
     r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
 
-    Receives the Jacobians of whole backward passes (`lightning_curv.extensions.clipping`). Book-keeping: squared norms
-    from the recorded inputs and the cotangents, then one weighted contraction of the same.
+    Book-keeping: one backward pass as far as the recorded ops, squared norms from their inputs and cotangents, then one
+    weighted contraction of the same.
 
     Args:
         parameters: The norm is taken over all of them together.
@@ -56,16 +57,19 @@ class ClippedSum:
         self.discarded = 0
         self.clipping.forget()
 
+    def receives(self, parameter: Tensor) -> bool:
+        """Whether it is one of `parameters`."""
+        return parameter in self._known
+
     def begin(self, samples: int) -> None:
         """A backward pass begins."""
         self._jacobians, self._squares, self._samples = [], [], samples
 
     def receive(self, jacobian: Jacobian) -> None:
         """Take a parameter's norms now, while its inputs are in the cache, and hold its terms."""
-        if jacobian.parameter in self._known:
-            jacobian = jacobian.kept()
-            self._jacobians.append(jacobian)
-            self._squares.append(jacobian.squared_norms()[0])
+        jacobian = jacobian.kept()
+        self._jacobians.append(jacobian)
+        self._squares.append(jacobian.squared_norms()[0])
 
     @torch.no_grad()
     def end(self) -> None:
@@ -102,7 +106,8 @@ class ClippedSum:
 
     def totals(self) -> list[Tensor]:
         """The sum of every parameter, in float32 or better; zero where there was no gradient."""
-        return [
-            self._sums.get(p, torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)))
-            for p in self._parameters
-        ]
+        return [self._sums[p] if p in self._sums else _zeros(p) for p in self._parameters]
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))

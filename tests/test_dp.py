@@ -405,6 +405,88 @@ def test_a_pass_leaves_nothing_on_the_parameters():
     optimizer = private(model.parameters())
     backward(optimizer, lambda: F.cross_entropy(model(X), y))
     assert {name: set(vars(p)) for name, p in model.named_parameters()} == before
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- the backward pass -----------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_weights_are_not_computed():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+    _, X, y = linear_problem()
+    passed = []
+    optimizer = private(model.parameters())
+    with curvature(*optimizer.extensions):
+        loss = F.cross_entropy(model(X), y)
+        first, last = loss.grad_fn.next_functions[0][0].next_functions[0][0], model[0].weight
+        first.register_hook(lambda inputs, outputs: passed.append([g is not None for g in inputs]))
+        last.register_hook(lambda g: passed.append("weight"))
+        loss.backward()
+    assert passed
+    assert all(computed == [False, True, False] for computed in passed)  # of bias, input and weight
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_other_leaves_get_their_gradients(shared):
+    """Inputs, parameters of another optimizer: as in a pass without privacy."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+    _, X, y = linear_problem()
+    X.requires_grad_()
+    F.cross_entropy(model(X), y).backward()
+    expected = {"x": X.grad, **{name: p.grad for name, p in model[0].named_parameters()}}
+    last = contribution(model[2], torch.tanh(model[0](X)).detach(), y, 0.5)
+    model.zero_grad()
+    X.grad = None
+    optimizer = private(model[2].parameters(), lr=0.0, clip_norm=0.5)
+    with curvature(*optimizer.extensions, *([BatchGrad()] if shared else [])):
+        F.cross_entropy(model(X), y).backward()
+    torch.testing.assert_close({"x": X.grad, **{n: p.grad for n, p in model[0].named_parameters()}}, expected)
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model[2].parameters()]), last)
+    if shared:
+        torch.testing.assert_close(model[0].weight.grad_batch.sum(0), expected["weight"])
+
+
+def test_graph_is_kept_where_it_is_asked_for():
+    model, X, y = linear_problem()
+    optimizer = private(model.parameters(), lr=0.0)
+    with curvature(*optimizer.extensions):
+        loss = F.cross_entropy(torch.tanh(model(X)), y)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+    optimizer.step()
+    found = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(found, 2 * contribution(nn.Sequential(model, nn.Tanh()), X, y, 1.0))
+
+
+@pytest.mark.parametrize("options", [{"create_graph": True}, {"inputs": []}])
+def test_options_that_clipping_cannot_honour_are_refused(options):
+    model, X, y = linear_problem()
+    with curvature(*private(model.parameters()).extensions):
+        loss = F.cross_entropy(model(X), y)
+        with pytest.raises(RuntimeError, match="neither `create_graph` nor `inputs`"):
+            loss.backward(**options)
+
+
+def test_two_private_optimizers_share_a_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 7)).double()
+    _, X, y = linear_problem()
+    expected = []
+    for layer in (model[0], model[2]):
+        alone = private(layer.parameters(), lr=0.0, clip_norm=0.2)
+        backward(alone, lambda: F.cross_entropy(model(X), y))
+        alone.step()
+        expected += [p.grad.clone() for p in layer.parameters()]
+    optimizers = [private(layer.parameters(), lr=0.0, clip_norm=0.2) for layer in (model[0], model[2])]
+    with curvature(*(e for optimizer in optimizers for e in optimizer.extensions)):
+        F.cross_entropy(model(X), y).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
 
 
 def test_recorded_forward_and_closure():

@@ -1,0 +1,67 @@
+"""The user's backward pass, ended at the recorded ops: the gradients of their parameters are never computed."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.extensions.clipping import GradientReceiver
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.passes import Passes, parameters
+from lightning_curv.terms import Term
+
+
+def run(passes: Passes, receivers: Sequence[GradientReceiver], shared: bool, **options: Any) -> None:
+    """Give the per-sample Jacobians of the loss to the receivers, and other leaves their gradients.
+
+    Args:
+        passes: The graph.
+        receivers: Stand in for the gradients of the parameters that they receive.
+        shared: Whether somebody else needs the whole pass: it then runs too, the gradients included.
+        options: Arguments of ``Tensor.backward``.
+
+    Raises:
+        UnsupportedError: ``inputs`` or ``create_graph`` are asked for.
+    """
+    if options.get("create_graph") or options.get("inputs") is not None:
+        raise UnsupportedError(
+            "A backward pass whose gradients are clipped sample by sample takes neither `create_graph` nor `inputs`; "
+            "leave them out. Parameters that the optimizer does not have get ordinary gradients."
+        )
+    found = {node: parameters(use) for node, use in passes.tape.uses.items()}
+    leaves = dict.fromkeys([*passes.tape.leaves, *(p for group in found.values() for p in group)])
+    others = [leaf for leaf in leaves if not any(r.receives(leaf) for r in receivers)]
+    keep = shared or bool(others) or bool(options.get("retain_graph"))
+    _receive(passes, receivers, found, keep)
+    if shared or others:
+        Tensor.backward(passes.loss, **{**options, "inputs": None if shared else others})
+
+
+@torch.no_grad()
+def _receive(
+    passes: Passes, receivers: Sequence[GradientReceiver], found: dict[Any, list[Tensor]], keep_graph: bool
+) -> None:
+    for receiver in receivers:
+        receiver.begin(passes.samples.count)
+    left = Counter(p for group in found.values() for p in group)
+    terms: dict[Tensor, list[Term]] = defaultdict(list)
+    cotangents = list(passes.pull_loss(keep_graph))
+    for i, (node, use) in enumerate(passes.tape.uses.items()):
+        g, cotangents[i] = cotangents[i], None
+        if g is not None:
+            for parameter, term in passes.terms(node, use, g[None]):
+                terms[parameter].append(term)
+        for parameter in found[node]:
+            left[parameter] -= 1
+            if not left[parameter] and parameter in terms:  # its inputs are still in the cache
+                jacobian = Jacobian(parameter, terms.pop(parameter))
+                for receiver in receivers:
+                    if receiver.receives(parameter):
+                        receiver.receive(jacobian)
+    for receiver in receivers:
+        receiver.end()
