@@ -16,47 +16,21 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
+from networks import NETWORKS
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from workloads import Characters
 
 from lightning_curv import CurvatureCallback
 from lightning_curv.callbacks.quantities import DEFAULT, SPACING
 
-
-def mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)
-    )
-
-
-def cnn_3c3d() -> nn.Module:
-    """DeepOBS' network for CIFAR-10: three convolutions, three linear layers."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 64, 5), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
-        *(nn.Conv2d(64, 96, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
-        *(nn.Conv2d(96, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
-        *(nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)),
-    )
-
-
-def images(*shape: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    return lambda: (torch.randn(*shape), torch.randint(10, (shape[0],)))
-
-
-NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
-    "MLP 784-512-256-10, N = 256": (mlp, images(256, 1, 28, 28)),
-    "3C3D, N = 64": (cnn_3c3d, images(64, 3, 32, 32)),
-    "transformer, 4 layers, d = 128, T = 64, N = 32": (
-        lambda: Characters(96, width=128, layers=4),
-        lambda: (torch.randint(96, (32, 64)), torch.randint(96, (32, 64))),
-    ),
+NETS = {
+    f"{NETWORKS[name].title}, N = {NETWORKS[name].samples}": NETWORKS[name] for name in ("mlp", "3c3d", "transformer")
 }
 
 
@@ -67,7 +41,7 @@ class Model(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         x, y = batch
-        loss = F.cross_entropy(self.net(x).flatten(0, -2), y.flatten())
+        loss = F.cross_entropy(self.net(x), y)
         self.log("train_loss", loss)
         return loss
 
@@ -94,7 +68,6 @@ class Turns(pl.Callback):
 
 def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: int) -> list[float]:
     """Median seconds of a step, per setting."""
-    build, data = NETS[name]
     torch.manual_seed(0)
     turns = Turns(settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +80,7 @@ def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: 
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        model, batch = Model(build()), data()
+        model, batch = Model(NETS[name].build(nn.ReLU)), NETS[name].data(NETS[name].samples)
         for callbacks in settings:
             for callback in callbacks:
                 callback.on_fit_start(trainer, model)

@@ -1,0 +1,95 @@
+"""The benchmark of the peers: every contender computes the same thing, and the command measures and saves it."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from zoo import assert_close
+
+import lightning_curv
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+DETERMINISTIC = """BatchGrad BatchL2Grad SumGradSquared Variance DiagGGNExact BatchDiagGGNExact DiagHessian
+BatchDiagHessian""".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def contenders(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import contenders
+
+    return contenders
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_backpack_computes_what_we_do(contenders, name):
+    pytest.importorskip("backpack")
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 3))
+    theirs, x, y = copy.deepcopy(ours), torch.randn(5, 2, 3), torch.randint(3, (5,))
+    contenders.ours(ours, x, y, (name,))()
+    contenders.backpack(theirs, x, y, (name,))()
+    field = getattr(lightning_curv, name)().savefield
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert_close(getattr(p, field), getattr(q, field), rtol=1e-4)
+        assert_close(p.grad, q.grad)
+    contenders.clear(ours)
+    assert all(p.grad is None and not hasattr(p, field) for p in ours.parameters())
+
+
+def test_vmap_computes_per_sample_gradients(contenders):
+    net, x, y = nn.Linear(6, 4), torch.randn(5, 6), torch.randint(4, (5,))
+    found = contenders.vmap_grad(net, x, y, ("BatchGrad",))()
+    contenders.ours(net, x, y, ("BatchGrad",))()
+    assert_close(found["weight"] / len(x), net.weight.grad_batch)
+
+
+def test_peak_memory_is_that_of_live_tensors(contenders):
+    import measure
+
+    def step():
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        return b.exp() + b
+
+    found = measure.peak_bytes(measure.Contender(step, lambda: None), "cpu")
+    assert 12_000 <= found < 12_500
+
+
+def test_slow_and_failing_steps_are_named(contenders):
+    import measure
+
+    def slow():
+        while True:
+            pass
+
+    def broken():
+        raise NotImplementedError
+
+    made = {
+        "fast": measure.Contender(lambda: None, lambda: None),
+        "slow": measure.Contender(slow, lambda: None),
+        "broken": measure.Contender(broken, lambda: None),
+    }
+    measure.compare(made, rounds=3, limit=0.2)
+    assert [c.skipped for c in made.values()] == ["", "> 0.2 s", "unsupported"]
+    assert len(made["fast"].report()["seconds"]) == 3
+
+
+def test_command_merges_into_saved_results(tmp_path):
+    path = tmp_path / "peers.json"
+    path.write_text(json.dumps({"networks": {"logistic": {"KFAC": {}}}}))
+    choice = ["--networks", "logistic", "--samples", "4", "--repeats", "2", "--quantities", "Variance", "HMP"]
+    command = [sys.executable, BENCHMARKS / "peers.py", *choice, "--results", path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Variance" in run.stdout
+    saved = json.loads(path.read_text())["networks"]["logistic"]
+    assert list(saved) == ["KFAC", "Variance", "HMP"]
+    assert len(saved["Variance"]["ours"]["seconds"]) == 2
+    assert saved["Variance"]["ours"]["bytes"] > 0
