@@ -7,17 +7,19 @@ none materialises ``[V, N, *p]`` but `Jacobian.per_sample`, whose result that is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_curv import onehot
+from lightning_curv import matmul, onehot
+from lightning_curv.pieces import Matrices, pieces
 from lightning_curv.terms import Term, signed
 
 CHUNK_BYTES = 2**24  # of intermediate results; they then stay in cache, and memory does not grow with N
+SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
 
 
 class Jacobian:
@@ -31,6 +33,7 @@ class Jacobian:
         terms: One term per group of uses with the same letters.
         signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
         gradient: The sum over the samples of the only column, where it is known.
+        shared: Whether several quantities are functions of it: J is then kept once it has been formed.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class Jacobian:
         self.parameter = parameter
         self.signs = signs
         self.gradient = gradient
+        self.shared = False
+        self._formed: Tensor | None = None
         self.terms = _merged([term.promoted() for term in terms])
 
     @property
@@ -81,20 +86,45 @@ class Jacobian:
 
     def per_sample(self) -> Tensor:
         """J itself, ``[V, N, *p]``."""
-        parts = [onehot.per_sample(t) if t.classes else t.contract(f"vn{t.par}") for t in self.terms]
-        shape = (self.columns, self.samples, *self.shape)
-        return sum((p.reshape(shape) for p in parts[1:]), start=parts[0].reshape(shape))
+        if self._formed is not None:
+            return self._formed
+        if not self._one_by_one:
+            formed = self._sum(next(pieces(term, max(1, self.samples))) for term in self.terms)
+        else:
+            formed = self.terms[0].g.new_empty(self.columns, self.samples, *self.shape)
+            for n, piece in enumerate(self.chunks()):
+                formed[:, n] = piece[:, 0]
+        if self.shared:
+            self._formed = formed
+        return formed
 
     def chunks(self) -> Iterator[Tensor]:
-        """J in pieces ``[V, n, *p]`` of consecutive samples, each of at most `CHUNK_BYTES` where one sample fits."""
-        return (piece.per_sample() for piece in self._pieces())
+        """J in pieces ``[V, n, *p]`` of consecutive samples, each of at most `CHUNK_BYTES` where one sample fits.
 
-    def _pieces(self) -> Iterator[Jacobian]:
-        inputs = [math.prod(t.x.shape[1:]) for t in self.terms if t.x is not None]
-        entries = max(self.columns * self.parameter.numel(), *inputs, 1, 1)
-        size = max(1, CHUNK_BYTES // (entries * self.terms[0].g.element_size()))
-        for start in range(0, max(self.samples, 1), size):
-            yield self[start : start + size]
+        They are not to be changed in place.
+        """
+        bytes_ = self.columns * self.parameter.numel() * self.terms[0].g.element_size()
+        if self.shared and self._formed is None and bytes_ * self.samples <= CHUNK_BYTES:
+            self.per_sample()
+        inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in self.terms if t.x is not None]
+        size = max(1, CHUNK_BYTES // max(bytes_, *inputs, 1, 1))
+        if self._formed is not None:
+            yield from self._formed.split(size, dim=1)
+            return
+        if self._one_by_one:
+            size = 1
+        for parts in zip(*(pieces(term, size) for term in self.terms), strict=True):
+            yield self._sum(parts)
+
+    @cached_property
+    def _one_by_one(self) -> bool:
+        """Whether the product of a single sample is large enough to be made on its own."""
+        return any(Matrices(term).large for term in self.terms)
+
+    def _sum(self, parts: Iterable[Tensor]) -> Tensor:
+        """The sum of pieces ``[V, n, *par]``, ``[V, n, *p]``."""
+        parts = [part.reshape(*part.shape[:2], *self.shape) for part in parts]
+        return sum(parts[1:], start=parts[0])
 
     def total(self) -> Tensor:
         """Sum over the samples, ``[V, *p]``."""
@@ -127,8 +157,7 @@ class Jacobian:
         )
         if self.columns * self.samples * self.parameter.numel() > held:
             return self
-        formed = [piece.reshape(*piece.shape[:2], -1) for piece in self.chunks()]
-        return Jacobian(self.parameter, [Term("d", "", "d", formed[0] if len(formed) == 1 else torch.cat(formed, 1))])
+        return Jacobian(self.parameter, [Term("d", "", "d", self.per_sample().flatten(2))])
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
@@ -146,7 +175,8 @@ class Jacobian:
             return replace(term, g=term.g.square(), x=None if term.x is None else term.x.square()).contract("vn")
         if len(self.terms) == 1 and _gram_pays(self.terms[0]):
             return _gram_norms(self.terms[0])
-        return torch.cat([j.square().reshape(*j.shape[:2], -1).sum(2) for j in self.chunks()], dim=1)
+        norms = [torch.linalg.vector_norm(j.reshape(*j.shape[:2], -1), dim=2) for j in self.chunks()]
+        return torch.cat(norms, dim=1).square_()
 
     def sum_squares(self) -> Tensor:
         """Sum over columns and samples of the squared entries, of the parameter's shape."""
@@ -154,17 +184,20 @@ class Jacobian:
             return onehot.sum_squares(self._onehot, self.signs).reshape(self.shape)
         if self._factorised is not None:
             return self._factorised.squared(self.signs).contract(self._factorised.par).reshape(self.shape)
-        result = torch.zeros(self.shape, dtype=self.terms[0].g.dtype, device=self.parameter.device)
-        for chunk in self._pieces():
-            result += signed(chunk.per_sample().square(), chunk.signs).flatten(0, 1).sum(0)
-        return result
+        return _sum_squares(self.chunks(), self.signs)
 
     def sum_squares_per_sample(self) -> Tensor:
         """Sum over columns of the squared entries, ``[N, *p]``."""
         if self._factorised is not None and not self._onehot:
             term = self._factorised
             return term.squared(self.signs).contract(f"n{term.par}").reshape(self.samples, *self.shape)
-        return torch.cat([signed(piece.per_sample().square(), piece.signs).sum(0) for piece in self._pieces()])
+        result, start = self.terms[0].g.new_empty(self.samples, *self.shape), 0
+        for j in self.chunks():
+            stop = start + j.shape[1]
+            signs = None if self.signs is None else self.signs[:, start:stop]
+            result[start:stop] = signed(j.square(), signs).sum(0)
+            start = stop
+        return result
 
     def variance(self) -> Tensor:
         """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""
@@ -173,10 +206,7 @@ class Jacobian:
         mean = self._mean()
         if self._factorised is not None and self._factorised.g.dtype == torch.float32:
             return self._variance_of_moments(mean)
-        result = torch.zeros_like(mean)
-        for (j,) in self.chunks():
-            result += (j - mean).square_().sum(0)
-        return result / self.samples
+        return _sum_squares((j - mean for j in self.chunks()), None).div_(self.samples)
 
     def _mean(self) -> Tensor:
         dtype = self.terms[0].g.dtype
@@ -193,6 +223,24 @@ class Jacobian:
             second = exact.sum_squares() / self.samples
             result = (second - (exact.total()[0] / self.samples).square()).clamp_(min=0).float()
         return result
+
+
+def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
+    """Sum over columns and samples of the squares of ``[V, n, *p]``, one entry of ``v n`` at a time: all in cache."""
+    result, start = None, 0
+    for j in parts:
+        if result is None:
+            result = torch.zeros_like(j.select(1, 0)[0] if j.shape[1] else j.sum((0, 1)))
+        if j.device.type != "cpu" or result.numel() < SMALL:
+            part = None if signs is None else signs[:, start : start + j.shape[1]]
+            result += signed(j.square(), part).flatten(0, 1).sum(0)
+        else:
+            for v, column in enumerate(j.unbind(0)):
+                for n, row in enumerate(column.unbind(0), start):
+                    result.addcmul_(row, row if signs is None else row * signs[v, n])
+        start += j.shape[1]
+    assert result is not None
+    return result.contiguous()
 
 
 def _dot(term: Term, vector: Tensor) -> Tensor:
@@ -232,23 +280,23 @@ def _doubled(term: Term) -> Term:
 
 def _gram_pays(term: Term) -> bool:
     """Whether Gram matrices over the shared positions are cheaper than the per-sample gradient; crossover measured."""
-    sizes = term.sizes()
-    shared = math.prod(sizes[letter] for letter in term.shared)
-    out = math.prod(sizes[x] for x in term.par if x in term.out and x not in term.inp)
-    inp = math.prod(sizes[x] for x in term.par if x in term.inp and x not in term.out)
-    return term.x is not None and shared * (out + inp) <= 1.25 * out * inp
+    m = Matrices(term)
+    out, inp = m.size(m.rows), m.size(m.columns)
+    return m.regular and m.size(m.shared) * (out + inp) <= 1.25 * out * inp
 
 
 def _gram_norms(term: Term) -> Tensor:
     """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample; both Gram matrices in chunks."""
-    term = term.canonical()
-    both = "".join(x for x in term.par if x in term.out and x in term.inp)
-    positions = term.g.shape[2]
-    size = max(1, CHUNK_BYTES // (positions**2 * term.g.shape[0] * term.g.element_size()))
+    m = Matrices(term)
+    positions, columns = m.size(m.shared), len(term.g)
+    size = max(1, CHUNK_BYTES // (positions**2 * columns * m.size(m.both) * term.g.element_size()))
     norms = []
     for start in range(0, term.g.shape[1], size):
-        g, x = term.g[:, start : start + size], term.x[start : start + size]  # type: ignore[index]
-        g_gram = torch.einsum(f"vn{term.out},vn{term.out.replace('s', 't')}->vn{both}st", g, g)
-        x_gram = torch.einsum(f"n{term.inp},n{term.inp.replace('s', 't')}->n{both}st", x, x)
-        norms.append((g_gram * x_gram).flatten(2).sum(2))
+        g, x = m.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
+        x = x.flatten(0, 1)
+        g = g.flatten(0, 1).unflatten(1, (columns, -1))
+        g_gram = matmul.bmm(g.mT.flatten(0, 1), g.flatten(0, 1)).unflatten(0, (-1, columns))
+        x_gram = matmul.bmm(x.mT, x)
+        products = torch.einsum("bvst,bst->vb", g_gram, x_gram)
+        norms.append(products.unflatten(1, (-1, m.size(m.both))).sum(2))
     return torch.cat(norms, dim=1)

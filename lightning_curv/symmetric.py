@@ -5,27 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 192  # below this a plain product is faster, measured
+from lightning_curv.matmul import mm
+
+STRIP = 128  # rows of the product that are made at once, measured
 
 
 def gram(x: Tensor) -> Tensor:
-    """xᵀ x for ``x [R, D]``: blocks below the diagonal are copied, not computed."""
-    result = x.new_empty(x.shape[1], x.shape[1])
-    _fill(result, x)
+    """The product x xᵀ for ``x [D, R]``: what is below the diagonal is copied, not computed."""
+    x = x.contiguous()
+    result = x.new_empty(len(x), len(x))
+    for start in range(0, len(x), STRIP):
+        stop = start + STRIP
+        strip = mm(x[start:stop], x[start:].mT)
+        result[start:stop, start:] = strip
+        result[stop:, start:stop] = strip[:, STRIP:].mT
     return result
-
-
-def _fill(result: Tensor, x: Tensor) -> None:
-    size = x.shape[1]
-    if size <= BLOCK:
-        result.copy_(x.mT @ x)
-        return
-    half = size // 2
-    corner = x[:, :half].mT @ x[:, half:]
-    result[:half, half:] = corner
-    result[half:, :half] = corner.mT
-    _fill(result[:half, :half], x[:, :half])
-    _fill(result[half:, half:], x[:, half:])
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_curv.matmul import einsum
+
 DIAGONAL = "defghjklm"
 SHARED = "rstu"
 
@@ -114,11 +116,12 @@ class Term:
         """``g·x`` summed to the letters ``result`` (of ``v n`` and ``par``); dense inputs only."""
         if self.x is None:
             return torch.einsum(f"vn{self.out}->{result}", self.g)
-        if result == f"vn{self.par}" and self.shared:
-            return self._per_sample_products()
         if set(result) == {"v", "n", *self.out, *self.inp}:  # an outer product: no matrix product
             return _placed(self.g, "vn" + self.out, result) * _placed(self.x, "n" + self.inp, result)
-        return torch.einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
+        if {*self.out} == {*self.inp}:  # a norm's scale: nothing to multiply out
+            product = self.g * _placed(self.x, "n" + self.inp, "vn" + self.out)
+            return torch.einsum(f"vn{self.out}->{result}", product)
+        return einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
 
     def weighted_total(self, weights: Tensor) -> Tensor:
         """``g·x`` of the first column, times ``weights [N]``, summed over the samples; dense inputs only."""
@@ -130,30 +133,6 @@ class Term:
         else:
             x = x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         return replace(self, g=g, x=x).contract(self.par)
-
-    def _per_sample_products(self) -> Tensor:
-        """One matrix product per column, sample and group: overlapping patches are copied once, positions last."""
-        assert self.x is not None
-        sizes, shared = self.sizes(), self.shared
-        both = "".join(x for x in self.par if x in self.out and x in self.inp)
-        rows = "".join(x for x in self.par if x in self.out and x not in self.inp)
-        columns = "".join(x for x in self.par if x not in self.out)
-        if not rows and not columns:  # a norm's scale: nothing to multiply out
-            product = self.g * _placed(self.x, "n" + self.inp, "vn" + self.out)
-            return torch.einsum(f"vn{self.out}->vn{self.par}", product)
-
-        def matrix(tensor: Tensor, letters: str, own: str) -> Tensor:
-            lead = tensor.ndim - len(letters)
-            order = [lead + letters.index(x) for x in both + own + shared]
-            shape = [math.prod(sizes[x] for x in group) for group in (both, own, shared)]
-            return tensor.permute(*range(lead), *order).reshape(*tensor.shape[:lead], *shape)
-
-        g, x = matrix(self.g, self.out, rows), matrix(self.x, self.inp, columns)  # [V, N, q, o, s], [N, q, i, s]
-        product = g.permute(1, 2, 0, 3, 4).flatten(2, 3) @ x.mT  # all columns in one product per sample and group
-        product = product.unflatten(2, (len(g), -1)).permute(2, 0, 1, 3, 4)
-        found = both + rows + columns
-        product = product.reshape(*self.g.shape[:2], *(sizes[x] for x in found))
-        return product.permute(0, 1, *(2 + found.index(x) for x in self.par))
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""

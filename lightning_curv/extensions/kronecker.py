@@ -18,8 +18,6 @@ with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the position
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from functools import reduce
 from typing import Literal
 
 import torch
@@ -109,38 +107,44 @@ def _axes(jacobian: Jacobian) -> str:
 
 
 def _output_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
-    size = max(1, CHUNK_BYTES // max(1, math.prod(term.g.shape[2:]) * len(term.g) * term.g.element_size()))
-    starts = range(0, max(1, term.g.shape[1]), size)
-    return reduce(torch.add, (_products(term[i : i + size], weight_sharing) for i in starts))
-
-
-def _products(term: Term, weight_sharing: WeightSharing) -> Tensor:
     """Sum over columns, samples and positions, ``[(q), o, o]``."""
-    g = replace(term, x=None, inp="", classes=0).canonical().g  # [V, N, S, (q), o, *kernel]
-    g = g.flatten(4 if "q" in term.out else 3)
-    if weight_sharing == "reduce":
-        g = g.sum(2, keepdim=True)
-    if "q" in term.out:
-        return torch.einsum("vnsqo,vnsqp->qop", g, g)
-    return gram(g.flatten(0, 2))
+    return _second_moment(term.g.transpose(0, 1), term.out, term.par, weight_sharing)
 
 
 def _input_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
+    """Mean over samples and positions, ``[(q), i, i]``."""
     assert term.x is not None
     if term.classes:
         return onehot.second_moment(term, weight_sharing == "reduce")
-    size = max(1, CHUNK_BYTES // max(1, math.prod(term.x.shape[1:]) * term.x.element_size()))
-    chunks = (_second_moment(term[i : i + size], weight_sharing) for i in range(0, max(1, len(term.x)), size))
-    return reduce(torch.add, chunks) / max(1, len(term.x))
+    sizes = term.sizes()
+    positions = math.prod(sizes[letter] for letter in term.inp if letter not in term.par)
+    total = _second_moment(term.x, term.inp, term.par, weight_sharing)
+    return total.div_(max(1, len(term.x)) * positions ** (2 if weight_sharing == "reduce" else 1))
 
 
-def _second_moment(term: Term, weight_sharing: WeightSharing) -> Tensor:
-    """Sum over the samples of the mean over the positions, ``[(q), i, i]``."""
-    term = term.canonical()
-    assert term.x is not None
-    x = term.x.flatten(3 if "q" in term.inp else 2)  # [N, S, (q), i]
-    if weight_sharing == "reduce":
-        x = x.mean(1, keepdim=True)
-    if "q" in term.inp:
-        return torch.einsum("nsqi,nsqj->qij", x, x) / x.shape[1]
-    return gram(x.flatten(0, 1)) / x.shape[1]
+def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing) -> Tensor:
+    """Sum of the outer products of the features, in chunks of samples.
+
+    Args:
+        factor: ``[N, …, *letters]``.
+        letters: Of the trailing axes; features are those that the parameter has.
+        par: Letters of the parameter.
+        weight_sharing: ``"expand"``: one vector of features per position; ``"reduce"``: their sum over the positions.
+    """
+    lead = factor.ndim - len(letters)
+    groups = "q" if "q" in letters else ""
+    features = [lead + letters.index(x) for x in letters if x in par and x != "q"]
+    positions = [lead + letters.index(x) for x in letters if x not in par]
+    order = [*(lead + letters.index(x) for x in groups), *features, *range(lead), *positions]
+    size = max(1, CHUNK_BYTES // max(1, math.prod(factor.shape[1:]) * factor.element_size()))
+    total = None
+    for start in range(0, max(1, len(factor)), size):
+        rows = factor[start : start + size].permute(order)
+        if weight_sharing == "reduce" and positions:
+            rows = rows.sum(list(range(-len(positions), 0)))
+        shape = (rows.shape[0] if groups else 1, math.prod(factor.shape[axis] for axis in features))
+        rows = rows.reshape(*shape, rows.numel() // max(1, math.prod(shape)))
+        moment = torch.stack([gram(matrix) for matrix in rows]) if groups else gram(rows[0])
+        total = moment if total is None else total.add_(moment)
+    assert total is not None
+    return total

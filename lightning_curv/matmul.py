@@ -1,0 +1,87 @@
+"""Products of matrices by the faster of the two libraries that torch has on a CPU.
+
+``torch.mm`` multiplies float32 matrices with the BLAS that torch was built with, MKL as a rule, which on some
+processors uses half the width of the vector units. oneDNN, the library behind torch's convolutions, uses all of it:
+the same IEEE products and sums in another order, in half the time. Torch offers its product of matrices to the code
+that the compiler generates, as ``torch.ops.mkldnn._linear_pointwise``; where that op is missing, or a product is small
+(oneDNN costs more per call), everything is ``torch.mm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+LARGE = 2**20  # multiplications from which oneDNN is faster, measured
+
+
+@cache
+def _onednn() -> Callable[..., Tensor] | None:
+    """``_onednn()(a, b, None, "none", [], "")`` is a bᵀ; ``None``: this build of torch does not have it."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        ones = torch.ones(2, 2, dtype=torch.float32, device="cpu")
+        product(ones, ones, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return None
+    return product
+
+
+def is_large(like: Tensor, multiplications: int) -> bool:
+    """Whether single products of this size, one after the other, are faster than a batched product."""
+    return (
+        multiplications >= LARGE
+        and like.dtype == torch.float32
+        and like.device.type == "cpu"
+        and bool(torch.backends.mkldnn.enabled)
+        and _onednn() is not None
+    )
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for matrices ``[m, k]`` and ``[k, n]``."""
+    differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    fast = is_large(a, a.shape[0] * b.numel()) and b.dtype == a.dtype and not differentiated
+    product = _onednn() if fast else None
+    return a @ b if product is None else product(_dense(a), _dense(b).mT, None, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix in one block of memory, by rows or by columns: of anything else oneDNN is slower by far."""
+    return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
+    if len(a) and is_large(a, a.shape[1] * b[0].numel()):
+        products = [mm(left, right) for left, right in zip(a.unbind(), b.unbind(), strict=True)]
+        return products[0][None] if len(products) == 1 else torch.stack(products)
+    return a @ b
+
+
+def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
+    """``torch.einsum`` of two tensors, by `mm` where it is one product of matrices."""
+    operands, result = equation.split("->")
+    left, right = operands.split(",")
+    summed = [x for x in left if x in right and x not in result]
+    # letters of one operand alone that are not in the result have to be of size 1, and are then left out
+    rows, columns = ([x for x in own if x in result] for own in (left, right))
+    sizes = {**dict(zip(left, a.shape, strict=True)), **dict(zip(right, b.shape, strict=True))}
+    ones = all(sizes[x] == 1 for x in left + right if x not in result and x not in summed)
+    if not summed or not ones or {*rows} & {*columns}:
+        return torch.einsum(equation, a, b)
+    m, k, n = (torch.Size(sizes[x] for x in letters).numel() for letters in (rows, summed, columns))
+    if not is_large(a, m * k * n):
+        return torch.einsum(equation, a, b)
+    product = mm(_ordered(a, left, rows + summed).reshape(m, k), _ordered(b, right, summed + columns).reshape(k, n))
+    return _ordered(product.reshape([sizes[x] for x in rows + columns]), "".join(rows + columns), [*result])
+
+
+def _ordered(tensor: Tensor, letters: str, order: list[str]) -> Tensor:
+    """The axes in another order, those without a letter in it (of size 1) in front."""
+    return tensor.permute([letters.index(x) for x in [x for x in letters if x not in order] + order])

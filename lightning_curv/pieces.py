@@ -1,0 +1,106 @@
+"""Per-sample gradients of one term, in pieces of consecutive samples: products of matrices with the positions last.
+
+Overlapping patches are copied a few samples at a time, so that they stay in cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+
+from torch import Tensor
+
+from lightning_curv import matmul, onehot
+from lightning_curv.terms import Term
+
+PATCH_BYTES = 2**21  # of factors that are copied at once
+
+
+def pieces(term: Term, size: int) -> Iterator[Tensor]:
+    """J of ``size`` consecutive samples at a time, ``[V, n, *par]``; one piece without samples where there are none."""
+    matrices = Matrices(term)
+    if matrices.regular:
+        yield from matrices.pieces(size)
+        return
+    for start in range(0, max(term.g.shape[1], 1), size):
+        part = term[start : start + size]
+        yield onehot.per_sample(part) if part.classes else part.contract(f"vn{part.par}")
+
+
+class Matrices:
+    """The factors of a term as matrices: cotangents ``[N, q, V·o, s]``, inputs ``[N, q, i, s]``.
+
+    Attributes:
+        term: The term.
+        both: Letters of the parameter that both factors have.
+        rows: Those of the cotangents alone.
+        columns: Those of the inputs alone.
+        shared: The letters that are summed.
+    """
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+        self.both = [x for x in term.par if x in term.out and x in term.inp]
+        self.rows = [x for x in term.par if x in term.out and x not in term.inp]
+        self.columns = [x for x in term.par if x not in term.out]
+        self.shared = [*term.shared]
+
+    @property
+    def regular(self) -> bool:
+        """Whether J is a product of the two matrices."""
+        common = all(x in self.term.out and x in self.term.inp for x in self.shared)
+        dense = self.term.x is not None and not self.term.classes
+        return dense and bool(self.shared) and common and bool(self.rows or self.columns)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return self.term.sizes()
+
+    def size(self, letters: list[str]) -> int:
+        """Number of entries along the axes ``letters``."""
+        return math.prod(self._sizes[x] for x in letters)
+
+    @cached_property
+    def large(self) -> bool:
+        """Whether the product of a single sample is large."""
+        sizes = [self.size(x) for x in (self.rows, self.columns, self.shared)]
+        return self.regular and matmul.is_large(self.term.g, len(self.term.g) * math.prod(sizes))
+
+    @cached_property
+    def _views(self) -> tuple[Tensor, Tensor]:
+        term = self.term
+        assert term.x is not None
+        g_order = [[2 + term.out.index(x) for x in group] for group in (self.both, self.rows + self.shared)]
+        x_order = [1 + term.inp.index(x) for x in self.both + self.columns + self.shared]
+        return term.g.permute(1, *g_order[0], 0, *g_order[1]), term.x.permute(0, *x_order)
+
+    def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
+        q, o, i, s = (self.size(x) for x in (self.both, self.rows, self.columns, self.shared))
+        g, x = (view[start:stop] for view in self._views)
+        return g.reshape(len(g), q, len(self.term.g) * o, s), x.reshape(len(x), q, i, s)
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        """See `pieces`."""
+        single = size == 1 and self.large
+        step = max(1, PATCH_BYTES // self._bytes) if single else size
+        for start in range(0, max(self.term.g.shape[1], 1), step):
+            g, x = self.of(start, start + step)
+            if single:
+                yield from (self._shaped(matmul.bmm(g_n, x_n.mT)[None]) for g_n, x_n in zip(g, x, strict=True))
+            else:
+                yield self._shaped(g @ x.mT)
+
+    @property
+    def _bytes(self) -> int:
+        """Of the inputs of one sample."""
+        letters = self.both + self.columns + self.shared
+        return self.size(letters) * self.term.g.element_size()
+
+    def _shaped(self, product: Tensor) -> Tensor:
+        """``[n, q, V·o, i]`` as ``[V, n, *par]``."""
+        both, rows, columns = ([self._sizes[x] for x in group] for group in (self.both, self.rows, self.columns))
+        product = product.reshape(len(product), *both, len(self.term.g), *rows, *columns)
+        found = [*self.both, "v", *self.rows, *self.columns]
+        return product.permute(1 + found.index("v"), 0, *(1 + found.index(x) for x in self.term.par))
