@@ -64,7 +64,7 @@ def find_samples(
     if not check and (known := _VERIFIED.get(key)) is not None:
         return Samples(known[0], dict(zip(uses, known[1], strict=True)), dict(zip(tape.losses, known[2], strict=True)))
     sizes = [use.shape[axes[node][0]] for node, use in uses.items()] + [_rows(call) for call in tape.losses.values()]
-    found = None
+    found, verified = None, False
     for count in _candidates(tape, sizes, batch_size):
         choices = {node: places(use.shape, axes[node], count) for node, use in uses.items()}
         heads = {node: places((_rows(call),), [0], count) for node, call in tape.losses.items()}
@@ -76,10 +76,11 @@ def find_samples(
                 if tape.losses:
                     break
             elif (found := _verified(tape, uses, choices, heads, count, probe)) is not None:
+                verified = True
                 break
     if found is None:
         raise UnsupportedError(_message(uses, sizes, batch_size, bool(tape.losses)))
-    if independent:
+    if independent or verified:
         _VERIFIED[key] = found.count, list(found.uses.values()), list(found.losses.values())
         while len(_VERIFIED) > _VERIFIED_SIZE:
             _VERIFIED.popitem(last=False)

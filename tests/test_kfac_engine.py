@@ -370,3 +370,13 @@ def test_stochastic_network_with_dropout_trains():
     losses = fit(optimizer, net, x, y, 40, loss_fn=lambda: F.cross_entropy(net(x), y))
     assert losses[-1] < 0.7 * losses[0]
     assert optimizer.full_batch is False
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": 0.1, "damping": 0.1}, {"eigen": True}])
+def test_batch_norm_in_training_mode_takes_its_statistics_as_given(settings):
+    x, y = images()
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    ).train()
+    losses = fit(KFACOptimizer(net.parameters(), **settings), net, x, y, steps=20)
+    assert losses[-1] < 0.5 * losses[0]

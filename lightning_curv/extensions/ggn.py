@@ -142,13 +142,15 @@ class JacobianMC(Extension):
     A `lightning_curv.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional derivatives along d,
     ``[M, N]``, and ``(Σ_p p.jacobian_mc.dot(d_p)).square().sum()`` is dᵀGd for a direction over all parameters,
     without another backward pass. Memory: the op's inputs and cotangents until the attribute is deleted or
-    overwritten.
+    overwritten. Batch statistics are taken as given, as for Kronecker factors: with BatchNorm in training mode dᵀGd is
+    an approximation.
 
     Args:
         mc_samples: M, the number of target draws.
     """
 
     savefield = "jacobian_mc"
+    independent = False
 
     def __init__(self, mc_samples: int = 1) -> None:
         self.source = Sampled(mc_samples)
