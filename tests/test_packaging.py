@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_curv
 from lightning_curv import CurvatureCallback
-from lightning_curv.losses import LOSSES
-from lightning_curv.rules import RULES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -138,20 +136,13 @@ def test_readme_names_every_logged_series():
         assert f"curvature/{name}" in text
 
 
-def test_map_names_every_file_and_its_code_runs():
+def test_map_names_every_file():
     text = (ROOT / "docs" / "architecture.md").read_text()
     tables = "".join(line for line in text.splitlines() if line.startswith("|"))
     for path in SOURCES:
         assert path.stem == "__init__" or f"`{path.stem}`" in tables or f"`{path.stem}/`" in tables, path
     for name in re.findall(r"`([a-z_]{3,})/?`", "".join(re.findall(r"^\| (`[a-z_`, /]+) \|", text, re.MULTILINE))):
         assert any(name in {path.stem, path.parent.name} for path in SOURCES), name
-    before = dict(RULES), dict(LOSSES)
-    try:
-        assert doctest.testfile(str(ROOT / "docs" / "architecture.md"), module_relative=False).failed == 0
-    finally:
-        for table, saved in zip((RULES, LOSSES), before):
-            table.clear()
-            table.update(saved)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
