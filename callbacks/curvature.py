@@ -82,7 +82,8 @@ class CurvatureCallback(Callback):
             Hessian.
         output: the module whose output the loss is a function of, or its name in the `LightningModule`, for losses that
             torch has no function for; see `curvature`.
-        strict: raise when a parameter or loss is not supported; otherwise warn once and go on without logging.
+        strict: raise when a quantity cannot be computed: a parameter or a loss is not supported, or memory runs out;
+            otherwise warn once and go on without this quantity.
         extensions: computed on logged steps too and left on the parameters until the batch ends, for other callbacks.
         ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
         seed: of the random labels.
@@ -134,7 +135,7 @@ class CurvatureCallback(Callback):
         self.layout = layout
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
-        self._unsupported = False
+        self._off: set[str] = set()  # savefields that could not be computed
         self._checked = False
         self._noisy = False
         self._passes = 0  # since the gradients were last set to zero
@@ -149,6 +150,7 @@ class CurvatureCallback(Callback):
         self._loss: Tensor | None = None
         self._factor: Tensor | float = 1.0
         self._partial: set[Parameter] = set()
+        self._required_fields: set[str] = set()  # by optimizers
 
     @property
     def state_key(self) -> str:
@@ -176,7 +178,8 @@ class CurvatureCallback(Callback):
             self._trajectory = Trajectory()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._unsupported = self._checked = self._noisy = False
+        self._off = set()
+        self._checked = self._noisy = False
         find_output(pl_module, self.output)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
 
@@ -189,12 +192,15 @@ class CurvatureCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._rest()
         supplied, logged = self._required(trainer), []
-        if not self._unsupported and self._is_logging_step(trainer):
+        self._required_fields = {extension.savefield for extension in supplied}
+        if self._is_logging_step(trainer):
             step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
             quantities = [q for q in self._quantities if q.is_due(step, self._interval(trainer))]
+            quantities = [q for q in quantities if not self._off & {*q.fields}]
             names = dict.fromkeys(name for quantity in quantities for name in quantity.fields)
             logged = [FIELDS[name](self.mc_samples) for name in names]
-            supplied += [e for e in self.extensions if e.savefield not in {s.savefield for s in supplied}]
+            supplied += [e for e in self.extensions if e.savefield not in self._required_fields | self._off]
+            self._report = Report(quantities, self._chosen, list(names), self._noise, self.ema, self._trajectory)
             self._report = Report(quantities, self._chosen, list(names), self._noise, self.ema, self._trajectory)
         else:
             self._window = Window()
@@ -225,20 +231,13 @@ class CurvatureCallback(Callback):
             self._follow_zero_grad(pl_module)
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
         check = bool(self._report and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision)
-        try:
-            self._observation.begin(loss, self._factor, check)
-        except RuntimeError as error:
-            self._stop_logging(error)
-            if self._observation:
-                self._observation.begin(loss, self._factor, False)
+        self._observation.begin(loss, self._factor, check)
+        self._turn_off_failed()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
-        try:
-            self._observation.finish()
-        except RuntimeError as error:
-            self._observation.drop_logged(pl_module.parameters())
-            self._stop_logging(error)
+        self._observation.finish()
+        self._turn_off_failed()
         if self._report:
             self._checked = True
             params = [p for p in pl_module.parameters() if p.requires_grad and p not in self._partial]
@@ -312,16 +311,24 @@ class CurvatureCallback(Callback):
                 by_field.setdefault(extension.savefield, extension)
         return list(by_field.values())
 
-    def _stop_logging(self, error: RuntimeError) -> None:
-        if not self._report:
-            raise error
-        if self.strict:
-            raise type(error)(
-                f"{error} (In CurvatureCallback `mc_samples=0` leaves out the GGN trace and `quantities` chooses what "
-                "is computed; `strict=False` trains on without logging.)"
-            ) from error
-        rank_zero_warn(f"CurvatureCallback stops logging: {error}")
-        self._unsupported, self._report, self._observation.logged = True, None, []
+    def _turn_off_failed(self) -> None:
+        """What cannot be computed is not logged in the rest of the run, or stops it."""
+        for fields, error in self._observation.failures():
+            names = [q.name for q in self._quantities if fields & {*q.fields}]
+            names += [repr(extension) for extension in self.extensions if extension.savefield in fields]
+            if fields & self._required_fields:
+                raise error
+            if self.strict and names:
+                kind = type(error) if isinstance(error, RuntimeError) else RuntimeError
+                raise kind(
+                    f"{error} (CurvatureCallback needs this for {', '.join(names)}. `mc_samples=0` leaves out the GGN "
+                    "trace and `quantities` chooses what is computed; `strict=False` trains on without.)"
+                ) from error
+            if names:
+                rank_zero_warn(f"CurvatureCallback stops logging {', '.join(names)}: {error}")
+            self._off |= fields
+            if self._report is not None:
+                self._report.turn_off(fields)
 
     def _warn_of_noise(self, trainer: Trainer, samples: int) -> None:
         if not self._noisy:

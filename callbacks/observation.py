@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Observation:
         self.supplied, self.logged = list(supplied), list(logged)
         self._generator, self._output = generator, output
         self._backprop: Backprop | None = None
+        self._failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
 
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged)
@@ -53,19 +54,27 @@ class Observation:
         # Curvature is that of the loss as the user returned it, not as Lightning scaled it: the seed undoes the factor
         # for backpropagated columns. First-order quantities come from the main backward pass and carry it.
         seed = torch.ones_like(loss) / factor
-        backprop = Backprop(loss, extensions, self._generator, None, check, seed, defer=True, output=self._output)
-        try:
-            backprop.before()
-        except BaseException:
-            backprop.abort()
-            raise
-        self._backprop = backprop
+        backprop = self._backprop = Backprop(
+            loss, extensions, self._generator, None, check, seed, defer=True, output=self._output
+        )
+        backprop.before()
+        self._failures, backprop.failures = backprop.failures, []
 
     def finish(self) -> None:
         """After the backward pass: set the results on the parameters."""
         backprop, self._backprop = self._backprop, None
         if backprop is not None:
             backprop.after()
+            self._failures = backprop.failures
+
+    def failures(self) -> Iterator[tuple[set[str], Exception]]:
+        """Savefields that could not be computed and why, each only once."""
+        while self._failures:
+            extensions, error = self._failures.pop()
+            fields = {extension.savefield for extension in extensions}
+            self.logged = [e for e in self.logged if e.savefield not in fields]
+            self.supplied = [e for e in self.supplied if e.savefield not in fields]
+            yield fields, error
 
     def collect(self, params: Iterable[Parameter]) -> Fields:
         """Take the logged results off the parameters."""
@@ -74,12 +83,8 @@ class Observation:
             name: {p: getattr(p, name) for p in params if hasattr(p, name)}
             for name in (extension.savefield for extension in self.logged)
         }
-        self.drop_logged(params)
+        delete_fields(params, found.keys() - {extension.savefield for extension in self.supplied})
         return found
-
-    def drop_logged(self, params: Iterable[Parameter]) -> None:
-        """Delete what is only logged."""
-        delete_fields(params, {e.savefield for e in self.logged} - {e.savefield for e in self.supplied})
 
     def release(self, params: Iterable[Parameter]) -> None:
         """Leave nothing of this batch behind."""

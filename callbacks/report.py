@@ -41,13 +41,21 @@ class Report:
         trajectory: Trajectory,
     ) -> None:
         self._quantities, self._chosen, self._fields = quantities, chosen, fields
-        self._names = {quantity.name for quantity in quantities}
         self._noise, self._ema, self._trajectory = noise, ema, trajectory
         self._values: dict[str, float] = {}
         self._layers: dict[str, dict[str, float]] = {}
         self._updated: dict[str, list[Parameter]] = {}
         self._histograms: dict[str, Tensor] = {}
         self.too_noisy = 0  # samples of a batch that was too small
+
+    @property
+    def _names(self) -> set[str]:
+        return {quantity.name for quantity in self._quantities}
+
+    def turn_off(self, fields: Collection[str]) -> None:
+        """Leave out what needs one of these savefields."""
+        self._quantities = [q for q in self._quantities if not {*fields} & {*q.fields}]
+        self._fields = [field for field in self._fields if field not in fields]
 
     def measure(
         self,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from traceback import clear_frames
+from typing import Any, cast
 from weakref import WeakSet
 
 import torch
@@ -15,9 +17,10 @@ from torch.autograd.graph import Node
 from lightning_curv import receiving
 from lightning_curv.check import SumCheck
 from lightning_curv.coverage import refuse_uncovered
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.extensions.clipping import GradientReceiver
-from lightning_curv.graph import find_output, walk
+from lightning_curv.graph import Tape, find_output, walk
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.listening import Listener
 from lightning_curv.passes import Column, Passes
@@ -26,6 +29,7 @@ from lightning_curv.samples import Samples, find_samples
 from lightning_curv.sampling import default_generator
 from lightning_curv.sources import Gradient, Source
 
+AnyExtension = Extension | GraphExtension
 _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
 
 
@@ -42,7 +46,8 @@ class Backprop:
         batch_size: N, where the shapes do not tell.
         check: Compare the per-sample gradients with the gradient, and verify that samples do not mix.
         gradient: The gradient that the backward pass starts with (non-scalar roots).
-        defer: Let the backward pass finish when a first-order quantity fails in it; `after` raises the error.
+        defer: Go on without an extension that fails, in `before` or during the backward pass, and list it in `failures`
+            instead of raising.
         output: Where the curvature of the loss enters instead of at known loss functions.
 
     Raises:
@@ -53,7 +58,7 @@ class Backprop:
     def __init__(
         self,
         loss: Tensor,
-        extensions: Sequence[Extension | GraphExtension],
+        extensions: Sequence[AnyExtension],
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
         check: bool = False,
@@ -61,43 +66,40 @@ class Backprop:
         defer: bool = False,
         output: nn.Module | Output | None = None,
     ) -> None:
-        if loss.grad_fn is None:
-            raise RuntimeError("Expected a loss that was computed from parameters, found a tensor without a graph.")
-        seed = torch.ones_like(loss) if gradient is None else gradient
-        self._output = find_output(loss, output)
-        tape = walk(loss.grad_fn, self._output)
-        self._passes = Passes(loss, seed, tape, Samples(0, {}, {}), generator or default_generator(loss.device))
+        self._loss, self._where, self._generator = loss, output, generator
+        self._seed = torch.ones_like(loss) if gradient is None else gradient
         self._extensions = [*extensions, SumCheck()] if check else list(extensions)
         self._check, self._defer = check, defer
         self._batch_size = batch_size
-        self._results: dict[tuple[Extension | GraphExtension, Tensor], Any] = {}
+        self._results: dict[tuple[AnyExtension, Tensor], Any] = {}
         self._listener: Listener | None = None
+        self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
 
     @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
-        passes = self._passes
-        refuse_uncovered(passes.tape, self._extensions)
-        for use in passes.tape.uses.values():
-            use.check_versions()
-        independent = any(extension.independent for extension in self._extensions)
-        passes.samples = find_samples(passes.tape, self._probe, self._batch_size, independent, self._check)
-        for node, call in passes.tape.losses.items():
-            if call is self._output:
-                call.arguments |= {"samples": passes.samples.count, "minor": passes.samples.losses[node].minor}
-        by_source: dict[Source, list[Extension]] = defaultdict(list)
+        with self._failing(self._extensions):
+            self._passes = passes = self._walked()
+            self._refuse_uncovered(passes.tape)
+            self._find_samples(passes)
+        if not self._extensions:
+            return
+        # In the order of the list: what comes first draws the same random numbers whatever follows.
+        units: dict[AnyExtension | Source, list[Any]] = defaultdict(list)
         for extension in self._extensions:
-            if isinstance(extension, GraphExtension):
-                self._results.update({(extension, p): result for p, result in extension.compute(passes).items()})
-            else:
-                by_source[extension.source].append(extension)
-        gradient = by_source.pop(Gradient(), None)
-        for source, extensions in by_source.items():
-            for jacobians in source.jacobians(passes):
-                for jacobian in jacobians.values():
-                    self._evaluate(jacobian, extensions)
-        if gradient:
-            self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), self._defer)
+            units[extension if isinstance(extension, GraphExtension) else extension.source].append(extension)
+        gradient = units.pop(Gradient(), None)
+        for unit, extensions in units.items():
+            with self._failing(extensions):
+                if isinstance(unit, GraphExtension):
+                    self._results.update({(unit, p): result for p, result in unit.compute(passes).items()})
+                else:
+                    for jacobians in cast("Source", unit).jacobians(passes):
+                        for jacobian in jacobians.values() if extensions else ():
+                            self._evaluate(jacobian, extensions)
+        if gradient and any(not isinstance(extension, SumCheck) for extension in gradient):
+            failed = partial(self._fail, gradient) if self._defer else None
+            self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), failed)
         _PENDING.add(self)
 
     def run(self, **options: Any) -> None:
@@ -111,19 +113,17 @@ class Backprop:
             shared = len(receivers) < len(self._extensions) or any(other is not self for other in _PENDING)
             receiving.run(self._passes, receivers, shared, **options)
         else:
-            Tensor.backward(self._passes.loss, **options)
+            Tensor.backward(self._loss, **options)
 
     def after(self) -> None:
         """Set the results on the parameters."""
         _PENDING.discard(self)
         listener, self._listener = self._listener, None
-        try:
-            if listener is not None:
-                listener.finish()
-        finally:
-            for (extension, parameter), result in self._results.items():
-                if not isinstance(extension, SumCheck):
-                    setattr(parameter, extension.savefield, result)
+        if listener is not None:
+            listener.finish()
+        for (extension, parameter), result in self._results.items():
+            if not isinstance(extension, SumCheck):
+                setattr(parameter, extension.savefield, result)
 
     def abort(self) -> None:
         """Stop listening."""
@@ -132,14 +132,74 @@ class Backprop:
         if listener is not None:
             listener.stop()
 
+    def _walked(self) -> Passes:
+        loss = self._loss
+        if loss.grad_fn is None:
+            raise RuntimeError("Expected a loss that was computed from parameters, found a tensor without a graph.")
+        self._output = find_output(loss, self._where)
+        tape = walk(loss.grad_fn, self._output)
+        for use in tape.uses.values():
+            use.check_versions()
+        return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._generator or default_generator(loss.device))
+
+    def _refuse_uncovered(self, tape: Tape) -> None:
+        try:
+            refuse_uncovered(tape, self._extensions)
+        except UnsupportedError as error:
+            if not self._defer:
+                raise
+            self._fail([e for e in self._extensions if _uncovered(tape, e)], error)
+
+    def _find_samples(self, passes: Passes) -> None:
+        """Where they are; if samples influence each other, once more for what allows that."""
+        while self._extensions:
+            independent = [e for e in self._extensions if e.independent]
+            with self._failing(independent or self._extensions):
+                passes.samples = samples = find_samples(
+                    passes.tape, self._probe, self._batch_size, bool(independent), self._check
+                )
+                for node, call in passes.tape.losses.items():
+                    if call is self._output:
+                        call.arguments |= {"samples": samples.count, "minor": samples.losses[node].minor}
+                return
+
     def _probe(self, loss: Node, column: Tensor) -> tuple[Tensor | None, ...]:
         return self._passes.pull(Column([self._passes.tape.losses[loss].input], [column]))
 
     @torch.no_grad()
-    def _evaluate(self, jacobian: Jacobian, extensions: Sequence[Extension]) -> None:
-        for extension in extensions:
-            result = extension.evaluate(jacobian)
-            key = extension, jacobian.parameter
-            self._results[key] = (
-                extension.merge(self._results[key], result, jacobian) if key in self._results else result
-            )
+    def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
+        for extension in list(extensions):
+            with self._failing(extensions if isinstance(extension, SumCheck) else [extension]):
+                result = extension.evaluate(jacobian)
+                key = extension, jacobian.parameter
+                self._results[key] = (
+                    extension.merge(self._results[key], result, jacobian) if key in self._results else result
+                )
+        extensions[:] = [e for e in extensions if e in self._extensions]
+
+    @contextmanager
+    def _failing(self, extensions: Sequence[AnyExtension]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self._defer:
+                raise
+            self._fail(extensions, error)
+
+    def _fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
+        """Go on without some extensions, and free what they had in memory."""
+        link: BaseException | None = error
+        while link is not None:
+            clear_frames(link.__traceback__)
+            link = link.__context__
+        self.failures.append((tuple(extensions), error))
+        self._extensions = [e for e in self._extensions if e not in extensions]
+        self._results = {key: result for key, result in self._results.items() if key[0] not in extensions}
+
+
+def _uncovered(tape: Tape, extension: AnyExtension) -> bool:
+    try:
+        refuse_uncovered(tape, [extension])
+    except UnsupportedError:
+        return True
+    return False

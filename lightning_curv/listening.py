@@ -25,13 +25,18 @@ class Listener:
     Args:
         passes: The graph.
         evaluate: Receives the Jacobian of every parameter.
-        defer: Keep an error for `finish` instead of raising it in the backward pass.
+        failed: Receives an error instead of the backward pass, after which nothing more is listened to.
     """
 
-    def __init__(self, passes: Passes, evaluate: Callable[[Jacobian], None], defer: bool = False) -> None:
-        self._passes, self._evaluate, self._defer = passes, evaluate, defer
+    def __init__(
+        self,
+        passes: Passes,
+        evaluate: Callable[[Jacobian], None],
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self._passes, self._evaluate, self._failed = passes, evaluate, failed
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
-        self._error: Exception | None = None
+        self._deaf = False
         uses = {node: use for node, use in passes.tape.uses.items() if use.operands}
         self._handles = [node.register_prehook(self._hook(self._arrive, node, use)) for node, use in uses.items()]
         for parameter in dict.fromkeys(p for use in uses.values() for p in parameters(use)):
@@ -44,12 +49,10 @@ class Listener:
             self._handles.pop().remove()
 
     def finish(self) -> None:
-        """Evaluate parameters whose own gradient was not asked for, and raise what was deferred."""
+        """Evaluate parameters whose own gradient was not asked for."""
         self.stop()
         for parameter in list(self._terms):
-            self._complete((None,), parameter)
-        if self._error is not None:
-            raise self._error
+            self._hook(self._complete, parameter)((None,))
 
     def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node, use: Use) -> None:
         g = gradients[use.output_nr]
@@ -65,14 +68,16 @@ class Listener:
 
     def _hook(self, function: Callable[..., None], *arguments: Any) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            if own_pass() or self._error is not None:
+            if own_pass() or self._deaf:
                 return
             try:
                 with torch.no_grad(), unheard():
                     function(gradients, *arguments)
             except Exception as error:
-                if not self._defer:
+                if self._failed is None:
                     raise
-                self._error = error
+                self._deaf = True
+                self._terms.clear()
+                self._failed(error)
 
         return hook

@@ -119,6 +119,7 @@ def test_curvature_optimizer_is_supplied_on_the_steps_that_it_asks_for():
         (CurvatureCallback(every_n_steps=1),),
         (CurvatureCallback(every_n_steps=1, mc_samples=3),),
         (CurvatureCallback(every_n_steps=2, mc_samples=0),),
+        (CurvatureCallback("all", every_n_steps=1),),
         (CurvatureCallback(every_n_steps=0), CurvatureCallback(every_n_steps=1)),
     ],
 )
