@@ -196,12 +196,10 @@ class CurvatureCallback(Callback):
         if self._is_logging_step(trainer):
             step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
             quantities = [q for q in self._quantities if q.is_due(step, self._interval(trainer))]
-            quantities = [q for q in quantities if not self._off & {*q.fields}]
-            names = dict.fromkeys(name for quantity in quantities for name in quantity.fields)
-            logged = [FIELDS[name](self.mc_samples) for name in names]
+            self._report = Report(quantities, self._chosen, self._noise, self.ema, self._trajectory)
+            self._report.turn_off(self._off)
+            logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
             supplied += [e for e in self.extensions if e.savefield not in self._required_fields | self._off]
-            self._report = Report(quantities, self._chosen, list(names), self._noise, self.ema, self._trajectory)
-            self._report = Report(quantities, self._chosen, list(names), self._noise, self.ema, self._trajectory)
         else:
             self._window = Window()
         if not logged and not supplied:

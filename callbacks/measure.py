@@ -91,12 +91,14 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
 
 
 def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
+    """One reduction over processes: all of them have the same keys and shapes."""
     sums = [measurement.local_sums() for measurement in measurements]
     values = [value for group in sums for value in group.values()]
-    reduced: Sequence[Tensor] = values
-    if values and getattr(strategy, "world_size", 1) > 1:
-        reduced = list(strategy.reduce(torch.stack(values), reduce_op="mean").unbind())
-    rest = iter(reduced)
+    if getattr(strategy, "world_size", 1) > 1:
+        flat = strategy.reduce(torch.cat([value.reshape(-1) for value in values]), reduce_op="mean")
+        parts = flat.split([value.numel() for value in values])
+        values = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+    rest = iter(values)
     for measurement, group in zip(measurements, sums, strict=True):
         measurement.set_sums({name: next(rest) for name in group})
 
@@ -104,11 +106,13 @@ def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
 def _values(job: Job) -> dict[str, Tensor]:
     m = job.measurement
     values: dict[str, Tensor] = {}
+    if m.unseen:
+        return values
     for quantity in job.quantities:
-        if quantity.formula is not None and (m.statistics.covered or not quantity.fields):
+        if quantity.formula is not None and (m.covered or not quantity.fields):
             result = quantity.formula(m)
             values.update(zip(quantity.series, result.reshape(-1).unbind(), strict=True))
-    if _noise_scale(job.quantities) and m.statistics.covered:
+    if _noise_scale(job.quantities) and m.covered:
         values |= {"_variance": m.variance, "_signal": m.signal}
     return values
 

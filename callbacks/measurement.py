@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
@@ -10,8 +11,12 @@ from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_curv.callbacks.window import CURVATURE, Statistics, stacked, wide
+from lightning_curv.callbacks.sketch import pooled, shared_sketch
+from lightning_curv.callbacks.window import Statistics, stacked, wide
 from lightning_curv.metrics import unbiased_moments
+
+EIGENVALUES = {"ggn_max_eigenvalue", "hessian_max_eigenvalue"}
+Key = str | tuple[str, Parameter]
 
 
 class Measurement:
@@ -23,7 +28,9 @@ class Measurement:
         divisor: of the accumulated gradient, gives the gradient of the window.
         lr: learning rate.
         strategy: averages over processes.
-        fields: savefields that were computed.
+        fields: savefields that the quantities need, the same in all processes.
+        lost: those of them that could not be computed in this process.
+        pool: whether the norms of all processes' samples are wanted.
     """
 
     def __init__(
@@ -34,38 +41,78 @@ class Measurement:
         lr: float,
         strategy: Strategy,
         fields: Collection[str],
+        lost: Collection[str] = (),
+        pool: bool = False,
     ) -> None:
         self.statistics, self.lr = statistics, lr
-        self._divisor, self._strategy = divisor, strategy
+        self._divisor, self._params = divisor, grads
         self._grads = {p: grad.coalesce().values() if grad.is_sparse else grad for p, grad in grads.items()}
-        self._dense = {p: grad for p, grad in grads.items() if p in statistics.covered}
-        self._fields = set(fields)
-        self._reduced: dict[str, Tensor] = {}
+        self._world, self._rank = getattr(strategy, "world_size", 1), getattr(strategy, "global_rank", 0)
+        self._fields, self._lost, self._pool = list(fields), set(lost), pool
+        self._reduced: dict[Key, Tensor] = {}
+        self.covered: set[Parameter] = set()
 
-    def local_sums(self) -> dict[str, Tensor]:
-        """Numbers of this process whose average over processes the formulas need; all []."""
-        sums = {}
-        s = self.statistics
-        if s.loss is not None:
-            sums["loss"] = s.loss
-        if "batch_l2" in self._fields and s.covered:
-            sums["second_moment"] = s.weights @ s.sq_norms
-            sums["concentration"] = s.weights @ s.weights / getattr(self._strategy, "world_size", 1)
-        if "jacobian_grad" in self._fields and s.covered:
-            dots = s.dots({p: self._dense[p].to_dense() for p in s.covered}) / self._divisor
-            sums["dot_second"] = s.weights @ dots.square()
-        for savefield in CURVATURE & self._fields:
-            found = list(s.curvatures(savefield).values())
-            if found and found[0].ndim == 0:
-                sums[savefield] = torch.stack(found).sum()
-        for savefield in self._fields & {"ggn_max_eigenvalue", "hessian_max_eigenvalue"}:
-            if found := list(s.curvatures(savefield).values()):
-                sums[savefield] = found[0]
+    def local_sums(self) -> dict[Key, Tensor]:
+        """What the formulas need the average over processes of, in the same order and shapes in all of them.
+
+        A parameter that this process did not use has zeros, what could not be computed has NaN.
+        """
+        zero = wide(next(iter(self._grads.values())).new_zeros(()))
+        covered = zero.new_tensor([p in self.statistics.covered for p in self._params])
+        loss = self.statistics.loss
+        sums: dict[Key, Tensor] = {"covered": covered, "loss": zero * math.nan if loss is None else loss}
+        for field in self._fields:
+            found = self._of_field(field, zero)
+            if field in self._lost:
+                found = {key: torch.full_like(value, math.nan) for key, value in found.items()}
+            sums |= found
         return sums
 
-    def set_sums(self, sums: Mapping[str, Tensor]) -> None:
+    def _of_field(self, field: str, zero: Tensor) -> dict[Key, Tensor]:
+        s, available = self.statistics, field not in self._lost
+        if field == "batch_l2":
+            sums: dict[Key, Tensor] = {"second_moment": zero, "concentration": zero}
+            if available:
+                sums["second_moment"] = zero + s.weights @ s.sq_norms
+                sums["concentration"] = zero + s.weights @ s.weights / self._world
+            if self._pool and self._world > 1:
+                values = s.sq_norms.sqrt() if available else zero[None]
+                sums["norms"] = shared_sketch(values.to(zero), self._rank, self._world)
+            return sums
+        if field == "jacobian_grad":
+            vectors = {p: self._params[p].to_dense() for p in s.covered} if available else {}
+            dots = s.dots(vectors).to(zero) / self._divisor if vectors else zero[None]
+            return {"dot_second": zero + s.weights @ dots.square() if vectors else zero}
+        if field == "sum_grad_squared":
+            return self._entries(field, s.second_moments() if available else {}, zero)
+        curvatures = s.curvatures(field) if available else {}
+        if field == "diag_ggn_mc":
+            return self._entries(field, curvatures, zero)
+        values = [c.to(zero) for c in curvatures.values()]
+        if field in EIGENVALUES:  # the same on all parameters
+            values = values[:1]
+        return {field: torch.stack(values).sum() if values else zero}
+
+    def _entries(self, field: str, found: Mapping[Parameter, Tensor], zero: Tensor) -> dict[Key, Tensor]:
+        return {(field, p): found[p].to(zero) if p in found else zero.expand(p.shape) for p in self._params}
+
+    def set_sums(self, sums: Mapping[Key, Tensor]) -> None:
         """Set the averages of `local_sums` over all processes."""
         self._reduced = dict(sums)
+        self.covered = {p for p, share in zip(self._params, sums["covered"].tolist(), strict=True) if share > 0}
+
+    @property
+    def unseen(self) -> bool:
+        """Whether there should be statistics of samples, but no backward pass of the window was seen."""
+        return bool({*self._fields} - self._lost) and not self.covered
+
+    @cached_property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        r"""Norms $\|g_n\|$ of all processes' samples and how many samples each stands for, ascending; [K] each."""
+        if self._world > 1:
+            return pooled(self._reduced["norms"] * self._world)
+        norms = self.statistics.sq_norms.sqrt().sort().values
+        return norms, torch.ones_like(norms)
 
     @property
     def second_moment(self) -> Tensor:
@@ -95,18 +142,16 @@ class Measurement:
 
     def mean_of(self, savefield: str) -> dict[Parameter, Tensor]:
         """A curvature of the parameters' shapes."""
-        found = self.statistics.curvatures(savefield)
-        return {p: self._strategy.reduce(found[p], reduce_op="mean") for p in self._grads if p in found}
+        return {p: self._reduced[savefield, p] for p in self._params if p in self.covered}
 
     def second_moments(self) -> dict[Parameter, Tensor]:
         """Second moments of the entries of the per-sample gradients."""
-        found = self.statistics.second_moments()
-        return {p: self._strategy.reduce(found[p], reduce_op="mean") for p in self._grads if p in found}
+        return self.mean_of("sum_grad_squared")
 
     def entry_moments(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Mean and unbiased variance of the entries of the per-sample gradients, parameter by parameter."""
         for p, second in self.second_moments().items():
-            mean = self._dense[p].to_dense().to(second) / self._divisor
+            mean = self._params[p].to_dense().to(second) / self._divisor
             yield mean, ((second - mean.square()) / (1 - self.concentration)).clamp(min=0)
 
     @cached_property
@@ -123,7 +168,7 @@ class Measurement:
     @cached_property
     def grad_sq_norm(self) -> Tensor:
         r"""$\|\bar g\|^2$ over the parameters whose samples were seen, []."""
-        return torch.stack([square for p, square in self._sq_norms.items() if p in self.statistics.covered]).sum()
+        return torch.stack([square for p, square in self._sq_norms.items() if p in self.covered]).sum()
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:

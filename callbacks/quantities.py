@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_curv.callbacks.measurement import Measurement
 from lightning_curv.callbacks.settings import near
+from lightning_curv.callbacks.sketch import quantiles
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.noise import GradientJacobian
@@ -131,10 +132,11 @@ def grad_norm(m: Measurement) -> Tensor:
 
 @_quantity("batch_l2", series=tuple(LEVELS), per_layer=False)
 def sample_norms(m: Measurement) -> Tensor:
-    r"""Quantiles 5 %, 50 %, 95 % and the maximum of the $\|g_n\|$, and their histogram; those of rank 0."""
-    ordered = m.statistics.sq_norms.sqrt().sort().values
-    position = (len(ordered) - 1) * ordered.new_tensor(list(LEVELS.values()))
-    return torch.lerp(ordered[position.floor().long()], ordered[position.ceil().long()], position.frac())
+    r"""Quantiles 5 %, 50 %, 95 % and the maximum of the $\|g_n\|$, and their histogram.
+
+    Over several processes exact up to 256 samples in each, interpolated between as many order statistics above.
+    """
+    return quantiles(*m.norms, m.norms[0].new_tensor(list(LEVELS.values())))
 
 
 @_quantity("batch_l2")

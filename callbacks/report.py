@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
@@ -26,7 +27,6 @@ class Report:
     Args:
         quantities: what to measure.
         chosen: layers with series of their own.
-        fields: savefields of what was computed for the quantities.
         noise: running averages by series, updated.
         trajectory: copies of parameters and gradients, updated.
     """
@@ -35,12 +35,12 @@ class Report:
         self,
         quantities: Sequence[Quantity],
         chosen: Sequence[str],
-        fields: Sequence[str],
         noise: dict[str, RunningNoiseScale],
         ema: float,
         trajectory: Trajectory,
     ) -> None:
-        self._quantities, self._chosen, self._fields = quantities, chosen, fields
+        self._quantities, self._chosen = quantities, chosen
+        self._off: set[str] = set()
         self._noise, self._ema, self._trajectory = noise, ema, trajectory
         self._values: dict[str, float] = {}
         self._layers: dict[str, dict[str, float]] = {}
@@ -49,14 +49,23 @@ class Report:
         self.too_noisy = 0  # samples of a batch that was too small
 
     @property
+    def fields(self) -> list[str]:
+        """Savefields that are to be computed."""
+        return list(dict.fromkeys(field for quantity in self._possible for field in quantity.fields))
+
+    @property
+    def _possible(self) -> list[Quantity]:
+        return [q for q in self._quantities if not self._off & {*q.fields}]
+
+    @property
     def _names(self) -> set[str]:
-        return {quantity.name for quantity in self._quantities}
+        return {quantity.name for quantity in self._possible}
 
     def turn_off(self, fields: Collection[str]) -> None:
-        """Leave out what needs one of these savefields."""
-        self._quantities = [q for q in self._quantities if not {*fields} & {*q.fields}]
-        self._fields = [field for field in self._fields if field not in fields]
+        """Leave out what needs one of these savefields, which could not be computed in this process."""
+        self._off |= set(fields)
 
+    @torch.no_grad()
     def measure(
         self,
         trainer: Trainer,
@@ -84,25 +93,27 @@ class Report:
         def job(params: Sequence[Parameter], name: str) -> Job:
             part = {p: grads[p] for p in params}
             statistics = window.statistics(params, share=1 / passes)
-            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, self._fields)
             quantities = [q for q in self._quantities if not name or q.per_layer]
+            fields = dict.fromkeys(field for quantity in quantities for field in quantity.fields)
+            lost, pool = fields.keys() - {*self.fields}, any(q.name == "sample_norms" for q in quantities)
+            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields, lost, pool)
             noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
             return Job(quantities, measurement, noise)
 
         jobs = {"": job(list(grads), "")}
-        if self._fields and not jobs[""].measurement.statistics.covered:
-            return
         for layer, params in parameters_by_layer(pl_module).items() if self._chosen else ():
             if mine := [p for p in params if p in grads]:
                 jobs[layer] = job(mine, layer)
         found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
         self._values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
         self._layers |= found
-        statistics = jobs[""].measurement.statistics
+        measurement = jobs[""].measurement
+        if measurement.unseen:
+            return
         if self._names & NOISE_SCALE and jobs[""].noise.unresolved:
-            self.too_noisy = len(statistics.sq_norms)
+            self.too_noisy = len(measurement.statistics.sq_norms)
         if "sample_norms" in self._names:
-            self._histograms[f"sample_norms{suffix}"] = statistics.sq_norms.sqrt()
+            self._histograms[f"sample_norms{suffix}"] = measurement.norms[0]
         if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
             self._add(f"alpha{suffix}", alpha)
         if self._names & {"update_size", "distance"}:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-CURVATURE = {"ggn_trace_mc", "ggn_trace_exact", "hessian_trace_mc", "diag_ggn_mc"}  # adds up over the passes
-
 
 @dataclass(frozen=True)
 class BackwardPass:
@@ -64,14 +62,14 @@ class Statistics:
             wide(stacked(found)).sum(0) * self._sample_factor(backward, len(found[0])) ** 2
             for backward, found in self._found("batch_l2")
         ]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     @cached_property
     def weights(self) -> Tensor:
         """$w_n$, [N]; they add up to one."""
         sizes = [len(found[0]) for _, found in self._found("batch_l2")]
         parts = [self.sq_norms.new_full((size,), 1 / max(len(self._passes) * size, 1)) for size in sizes]
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else self.sq_norms.new_zeros(0)
 
     def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
         r"""$g_n \cdot v$, [N]: the op is applied to v; no per-sample gradient is formed."""
@@ -85,6 +83,8 @@ class Statistics:
         r"""$\sum_n w_n g_n^2$ entry by entry, of the parameters' shapes."""
         total: dict[Parameter, Tensor] = {}
         for backward in self._passes:
+            if not backward.fields.get("sum_grad_squared"):
+                continue
             size = self._size(backward)
             factor = self._sample_factor(backward, size) ** 2 / (len(self._passes) * size)
             for param, found in backward.fields.get("sum_grad_squared", {}).items():
