@@ -16,7 +16,12 @@ from lightning_curv.callbacks.measure import RunningNoiseScale
 from lightning_curv.callbacks.observation import AnyExtension, Observation
 from lightning_curv.callbacks.publish import add_layout
 from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
-from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
+from lightning_curv.callbacks.recorded_step import (
+    forget_returned_loss,
+    record_training_step,
+    restore_training_step,
+    returned_loss,
+)
 from lightning_curv.callbacks.report import Report
 from lightning_curv.callbacks.settings import check, find_output
 from lightning_curv.callbacks.trajectory import Trajectory
@@ -229,12 +234,17 @@ class CurvatureCallback(Callback):
             self._follow_zero_grad(pl_module)
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
         check = bool(self._report and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision)
-        self._observation.begin(loss, self._factor, check)
+        returned = returned_loss(pl_module) if pl_module.automatic_optimization else None
+        if returned is None:
+            self._observation.begin(loss, torch.ones_like(loss) / self._factor, check)
+        else:
+            self._observation.begin(returned, torch.ones_like(returned), check)
         self._turn_off_failed()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
         self._observation.finish()
+        forget_returned_loss(pl_module)
         self._turn_off_failed()
         if self._report:
             self._checked = True

@@ -41,19 +41,17 @@ class Observation:
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged)
 
-    def begin(self, loss: Tensor, factor: Tensor | float, check: bool) -> None:
+    def begin(self, loss: Tensor, seed: Tensor, check: bool) -> None:
         """Before a backward pass.
 
         Args:
-            loss: the root of the pass.
-            factor: by which it differs from the loss as the user returned it.
+            loss: the root of the pass, or a tensor below it.
+            seed: the gradient there of the loss as the user returned it: curvature is that of this loss, not of what
+                Lightning scaled. First-order quantities come from the user's own pass and carry its factor.
             check: do the per-sample gradients add up to the gradient?
         """
         fields = {extension.savefield for extension in self.supplied}
         extensions = [*self.supplied, *(e for e in self.logged if e.savefield not in fields)]
-        # Curvature is that of the loss as the user returned it, not as Lightning scaled it: the seed undoes the factor
-        # for backpropagated columns. First-order quantities come from the main backward pass and carry it.
-        seed = torch.ones_like(loss) / factor
         backprop = self._backprop = Backprop(
             loss, extensions, self._generator, None, check, seed, defer=True, output=self._output
         )

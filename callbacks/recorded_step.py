@@ -2,17 +2,19 @@
 
 import functools
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_curv.recording import record
 
 _REPLACED = "_lightning_curv_replaced"
 _OUTPUTS = "_lightning_curv_outputs"
+_RETURNED = "_lightning_curv_returned"
 
 
 def record_training_step(pl_module: LightningModule, output: nn.Module | None = None) -> None:
@@ -25,6 +27,7 @@ def record_training_step(pl_module: LightningModule, output: nn.Module | None = 
     step = pl_module.training_step
     if not hasattr(step, _REPLACED):
         outputs: list[nn.Module] = []
+        returned: list[Any] = []
 
         @functools.wraps(step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -33,14 +36,33 @@ def record_training_step(pl_module: LightningModule, output: nn.Module | None = 
                     stack.enter_context(record(module))
                 if not outputs:
                     stack.enter_context(record())
-                return step(*args, **kwargs)
+                returned[:] = [step(*args, **kwargs)]
+            return returned[0]
 
         setattr(recorded, _REPLACED, vars(pl_module).get("training_step"))
         setattr(recorded, _OUTPUTS, outputs)
+        setattr(recorded, _RETURNED, returned)
         pl_module.training_step = recorded  # type: ignore[method-assign]
     shared: list[nn.Module] = getattr(pl_module.training_step, _OUTPUTS)
     if output is not None and output not in shared:
         shared.append(output)
+
+
+def returned_loss(pl_module: LightningModule) -> Tensor | None:
+    """The loss as `training_step` returned it, before a strategy or Lightning added anything to its graph.
+
+    With `static_graph` DDP adds a node that must be passed once per step only.
+    """
+    returned: list[Any] = getattr(pl_module.training_step, _RETURNED, [])
+    loss = returned[0] if returned else None
+    if isinstance(loss, Mapping):
+        loss = loss.get("loss")
+    return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None
+
+
+def forget_returned_loss(pl_module: LightningModule) -> None:
+    """Drop the graph that the loss holds."""
+    getattr(pl_module.training_step, _RETURNED, []).clear()
 
 
 def restore_training_step(pl_module: LightningModule) -> None:

@@ -24,7 +24,7 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
 
     Cost: two collectives, one of a number per parameter and one of all tensors in a flat copy.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if processes() == 1:
         return list(fields)
     present = torch.tensor([field is not None for field in fields], dtype=torch.int32, device=device)
     dist.all_reduce(present, op=dist.ReduceOp.MIN)
@@ -45,9 +45,14 @@ def _averages(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
+def processes() -> int:
+    """How many processes share the batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def averaged(tensor: Tensor) -> Tensor:
     """The mean of a small tensor over all processes."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if processes() > 1:
         dist.all_reduce(tensor)
         tensor = tensor / dist.get_world_size()
     return tensor

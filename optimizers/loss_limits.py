@@ -9,6 +9,8 @@ from lightning_curv.extensions import GraphExtension
 from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Likelihood
 from lightning_curv.passes import Passes, parameters
 
+from .distributed import processes
+
 ROWS = 5  # predictions in a batch for which the least damping is the whole weight of the loss
 BERNOULLI = 0.02
 
@@ -19,8 +21,8 @@ class LossLimits(GraphExtension):
     The Fisher information of a confident classifier vanishes faster than its gradient: damping that is relative to
     the curvature vanishes with it, and the fewer predictions a batch has the sooner it is trusted too far. With $w$ the
     weights of the loss' terms (mean: 1/N each), $\lambda_0$ is $\sum w \cdot \min(1, 5 / N)$ for cross-entropy of $N$
-    predictions, $0.02 \sum w / E^2$ for binary cross-entropy of $E$ outputs per sample, which are rarely all confident,
-    and 0 for losses of constant curvature.
+    predictions in all processes together, $0.02 \sum w / E^2$ for binary cross-entropy of $E$ outputs per sample, which
+    are rarely all confident, and 0 for losses of constant curvature.
     """
 
     savefield = "loss_limits"
@@ -38,7 +40,7 @@ class LossLimits(GraphExtension):
 
 def _floor(likelihood: Likelihood, samples: int) -> Tensor:
     if isinstance(likelihood, Categorical):
-        return likelihood.weight.sum() * min(1.0, ROWS / max(1, likelihood.weight.numel()))
+        return likelihood.weight.sum() * min(1.0, ROWS / max(1, processes() * likelihood.weight.numel()))
     if isinstance(likelihood, Bernoulli):
         return BERNOULLI * likelihood.weight.sum() * (samples / max(1, likelihood.weight.numel())) ** 2
     return torch.zeros(())

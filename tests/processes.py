@@ -76,9 +76,9 @@ class Watch(pl.Callback):
 
     def __init__(self):
         self.values, self.parameters, self.collectives, self.curvature = [], [], [], []
+        self.count = 0
 
     def on_train_batch_start(self, *args):
-        self.count = 0
         self.original = dist.all_reduce
         dist.all_reduce = self.counting
 
@@ -88,7 +88,10 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, *args):
         dist.all_reduce = self.original
+        if trainer.fit_loop._should_accumulate():
+            return
         self.collectives.append(self.count)
+        self.count = 0
         logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("curvature")}
         self.values.append(logged)
         self.parameters.append([p.detach().clone() for p in module.parameters()])

@@ -1,0 +1,73 @@
+"""Two and three processes against one process on the union batch: statistics, Kronecker factors, parameters."""
+
+import warnings
+
+import pytest
+import torch
+from processes import RUNS, STEPS, run_alone, spawn
+
+WORLDS = (3, 2)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What every process saw, by number of processes, rank, run, and whether it was monitored."""
+    folder = tmp_path_factory.mktemp("processes")
+    spawn(folder)
+    return {
+        (world, rank, name, monitored): torch.load(folder / f"{world}-{rank}-{name}-{monitored}", weights_only=False)
+        for world in WORLDS
+        for rank in range(world)
+        for name in RUNS
+        for monitored in (True, False)
+    }
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same runs in one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {(world, name): run_alone(name, world) for world in WORLDS for name in RUNS if name != "branch"}
+
+
+def runs(*without):
+    return [(world, name) for world in WORLDS for name in RUNS if name not in without]
+
+
+@pytest.mark.parametrize(("world", "name"), runs("branch"))
+def test_values_are_those_of_one_process_on_the_union_batch(results, alone, world, name):
+    expected = alone[world, name]["values"]
+    for rank in range(world):
+        found = results[world, rank, name, True]["values"]
+        assert len(found) == len(expected) == STEPS
+        for step, (values, others) in enumerate(zip(found, expected)):
+            assert values == pytest.approx(others, rel=1e-6), (rank, step)
+
+
+@pytest.mark.parametrize(("world", "name"), runs())
+def test_all_processes_log_the_same(results, world, name):
+    for rank in range(1, world):
+        assert results[world, rank, name, True]["values"] == results[world, 0, name, True]["values"]
+
+
+@pytest.mark.parametrize(("world", "name"), runs())
+def test_parameters_stay_identical_over_ranks_and_with_monitoring(results, world, name):
+    reference = results[world, 0, name, False]["parameters"]
+    for rank in range(world):
+        for monitored in (True, False):
+            for step, expected in zip(results[world, rank, name, monitored]["parameters"], reference, strict=True):
+                assert all(map(torch.equal, step, expected)), (rank, monitored)
+
+
+@pytest.mark.parametrize(("world", "name"), runs("branch"))
+def test_parameters_and_curvature_are_those_of_one_process(results, alone, world, name):
+    for kind in ("parameters", "curvature"):
+        for found, expected in zip(results[world, 0, name, True][kind], alone[world, name][kind], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("world", "name"), runs())
+def test_one_reduction_per_logged_step(results, world, name):
+    monitored, plain = (results[world, 0, name, flag]["collectives"] for flag in (True, False))
+    assert [m - p for m, p in zip(monitored, plain, strict=True)] == [1] * STEPS
