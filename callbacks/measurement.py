@@ -58,9 +58,10 @@ class Measurement:
         A parameter that this process did not use has zeros, what could not be computed has NaN.
         """
         zero = wide(next(iter(self._grads.values())).new_zeros(()))
-        covered = zero.new_tensor([p in self.statistics.covered for p in self._params])
         loss = self.statistics.loss
-        sums: dict[Key, Tensor] = {"covered": covered, "loss": zero * math.nan if loss is None else loss}
+        sums: dict[Key, Tensor] = {"loss": zero * math.nan if loss is None else loss}
+        if self._world > 1:
+            sums["covered"] = zero.new_tensor([p in self.statistics.covered for p in self._params])
         for field in self._fields:
             found = self._of_field(field, zero)
             if field in self._lost:
@@ -76,8 +77,8 @@ class Measurement:
                 sums["second_moment"] = zero + s.weights @ s.sq_norms
                 sums["concentration"] = zero + s.weights @ s.weights / self._world
             if self._pool and self._world > 1:
-                values = s.sq_norms.sqrt() if available else zero[None]
-                sums["norms"] = shared_sketch(values.to(zero), self._rank, self._world)
+                norms = s.sq_norms.sqrt() if available else zero[None]
+                sums["norms"] = shared_sketch(norms.to(zero), self._rank, self._world)
             return sums
         if field == "jacobian_grad":
             vectors = {p: self._params[p].to_dense() for p in s.covered} if available else {}
@@ -98,8 +99,9 @@ class Measurement:
 
     def set_sums(self, sums: Mapping[Key, Tensor]) -> None:
         """Set the averages of `local_sums` over all processes."""
-        self._reduced = dict(sums)
-        self.covered = {p for p, share in zip(self._params, sums["covered"].tolist(), strict=True) if share > 0}
+        self._reduced, self.covered = dict(sums), self.statistics.covered
+        if self._world > 1:
+            self.covered = {p for p, share in zip(self._params, sums["covered"].tolist(), strict=True) if share > 0}
 
     @property
     def unseen(self) -> bool:

@@ -101,7 +101,7 @@ class Term:
         g = self.g.permute(
             0, 1, *(2 + self.out.index(x) for x in self.out if x in self.shared), *(2 + self.out.index(x) for x in out)
         )
-        g = g.reshape(*g.shape[:2], -1, *g.shape[g.ndim - len(out) :])
+        g = g.flatten(2, g.ndim - len(out) - 1) if g.ndim - len(out) > 2 else g.unsqueeze(2)
         if self.x is None:
             return replace(self, out="s" + "".join(out), inp="", g=g)
         letters = self.inp.replace("i", "") if self.classes else self.inp
@@ -109,7 +109,7 @@ class Term:
         x = self.x.permute(
             0, *(1 + letters.index(y) for y in letters if y in self.shared), *(1 + letters.index(y) for y in kept)
         )
-        x = x.reshape(x.shape[0], -1, *x.shape[x.ndim - len(kept) :])
+        x = x.flatten(1, x.ndim - len(kept) - 1) if x.ndim - len(kept) > 1 else x.unsqueeze(1)
         return replace(self, out="s" + "".join(out), inp="s" + ("i" if self.classes else "") + "".join(kept), g=g, x=x)
 
     def contract(self, result: str) -> Tensor:

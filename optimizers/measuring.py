@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_curv.jacobian import Jacobian
+
 from .curvature import Block, Curvature, Member
 from .distributed import averaged_over_ranks
 from .finite import finite_flags
@@ -42,17 +44,18 @@ def measure(
         if all(finite):
             curvature.absorb(parameters.state[block.params[0]], block, statistics, scale)
         else:
-            name = parameters.name(block.params[0])
+            name = parameters.described(block.params[:1])
             warn(f"found inf or NaN in the curvature of {name}; its former curvature stays in use.")
 
 
 def _statistics(
     curvature: Curvature, parameters: Parameters, block: Block, fields: dict[Tensor, Any], step: int
 ) -> list[Tensor] | None:
-    if any(param not in fields for param in block.params):
-        return None
+    found = [fields.get(param) for param in block.params]
+    if any(field is None or (isinstance(field, Jacobian) and not field.samples) for field in found):
+        return None  # an empty batch has no curvature
     state = parameters.state[block.params[0]]
-    return curvature.measure(state, block, [fields[param] for param in block.params], step)
+    return curvature.measure(state, block, found, step)
 
 
 def _witness(tensor: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_curv.errors import describe
+
 from .curvature import Block, Curvature, Member, ParamGroup, State
 
 
@@ -71,6 +73,14 @@ class Parameters:
                     names = group.get("param_names")
                     return f"`{names[index]}`" if names else f"parameter {index} of group {number}"
         return "a parameter"
+
+    def described(self, params: Sequence[Tensor], most: int = 3) -> str:
+        """The first few for a message, by the names that their model has for them if the optimizer knows none. Slow."""
+        own = [(self.name(param), describe(param)) for param in params[:most]]
+        names = [
+            described if described.startswith("`") and not name.startswith("`") else name for name, described in own
+        ]
+        return ", ".join(names) + (f" and {len(params) - most} more" if len(params) > most else "")
 
     def summary(self, curvature: Curvature) -> dict[str, str]:
         """Which update each parameter gets."""

@@ -54,7 +54,7 @@ def refresh(
     for param, block in failed.items():
         former = curvature.ready(parameters.state[param])
         warn(
-            f"could not invert the damped curvature of {parameters.name(param)}; "
+            f"could not invert the damped curvature of {parameters.described([param])}; "
             f"{'its former inverse' if former else 'the fallback update'} stays in use. "
             f"Raise `damping`, now {block.group['damping']}, if this repeats."
         )

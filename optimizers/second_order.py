@@ -186,8 +186,10 @@ class SecondOrderOptimizer(Optimizer):
         return any(group["damping"] == "auto" for group in self.param_groups)
 
     def _update(self, members: list[Member]) -> Step | None:
-        if not all(finite_flags(gradient(p) for _, p in members)):
-            warn("found inf or NaN in the gradients; this step is skipped.")
+        flags = finite_flags(gradient(p) for _, p in members)
+        if not all(flags):
+            names = self._parameters.described([p for (_, p), good in zip(members, flags, strict=True) if not good])
+            warn(f"found inf or NaN in the gradients of {names}; this step is skipped.")
             return None
         parameters, curvature, state = self._parameters, self.curvature, self.state
         jacobians = self._taken(self.step_rule.extension, members) if self.step_rule.extension else {}
@@ -207,7 +209,9 @@ class SecondOrderOptimizer(Optimizer):
         step = self.step_rule(found, self.curvature_scale, self._room)
         updates = {d.param: update for d, update in zip(found, step.updates, strict=True)}
         if not move(parameters, members, updates, step, keep=self.step_rule.extension is not None):
-            warn("found inf or NaN in the preconditioned gradients; this step is skipped.")
+            flags = finite_flags(updates.values())
+            names = parameters.described([p for p, good in zip(updates, flags, strict=True) if not good])
+            warn(f"found inf or NaN in the preconditioned gradients of {names}; this step is skipped.")
             return None
         self.last_step = {**step.report, "damping": self.relative_damping}
         self.steps += 1

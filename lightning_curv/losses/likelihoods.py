@@ -60,6 +60,14 @@ def _nonnegative(weight: Tensor) -> Tensor:
     return weight
 
 
+def _drawable(distribution: Tensor, instead: float) -> Tensor:
+    """Random number generators raise, and on a GPU end the process, where a diverging network returns NaN or inf.
+
+    The draw means nothing there, and what is made of it is NaN again.
+    """
+    return distribution.where(distribution.isfinite(), instead)
+
+
 def _root(weight: Tensor) -> Tensor:
     return _nonnegative(weight).sqrt()
 
@@ -111,7 +119,7 @@ class Categorical(Likelihood):
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (e_y - p) with y drawn from p."""
-        p = self.probabilities.movedim(self.axis, -1)
+        p = _drawable(self.probabilities.movedim(self.axis, -1), 1.0)
         drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(p.shape[:-1])
         onehot = torch.nn.functional.one_hot(drawn, p.shape[-1]).to(p.dtype).movedim(-1, self.axis)
         return self._centred(_root(self.weight) * onehot)
@@ -246,7 +254,7 @@ class Bernoulli(_Independent):
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (p - y), divided by p (1 - p) for probabilities, with y drawn from the model."""
-        drawn = torch.empty_like(self.probabilities).bernoulli_(self.probabilities, generator=generator)
+        drawn = torch.empty_like(self.probabilities).bernoulli_(_drawable(self.probabilities, 0.5), generator=generator)
         gradient = _root(self.weight) * (self.probabilities - drawn)
         return gradient if self.target is None else gradient / self.variance
 
@@ -275,5 +283,5 @@ class Poisson(_Independent):
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (λ - y), divided by λ for rates, with y drawn from the model."""
-        gradient = _root(self.weight) * (self.rate - torch.poisson(self.rate, generator=generator))
+        gradient = _root(self.weight) * (self.rate - torch.poisson(_drawable(self.rate, 0.0), generator=generator))
         return gradient if self.target is None else gradient / self.rate
