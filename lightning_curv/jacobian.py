@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_curv import matmul, onehot
 from lightning_curv.pieces import Matrices, pieces
+from lightning_curv.sliding import Sliding
 from lightning_curv.terms import Term, signed
 
 CHUNK_BYTES = 2**24  # of intermediate results; they then stay in cache, and memory does not grow with N
@@ -175,6 +176,8 @@ class Jacobian:
             return replace(term, g=term.g.square(), x=None if term.x is None else term.x.square()).contract("vn")
         if len(self.terms) == 1 and _gram_pays(self.terms[0]):
             return _gram_norms(self.terms[0])
+        if len(self.terms) == 1 and (sliding := Sliding(self.terms[0])).slides:
+            return sliding.squared_norms()
         norms = [torch.linalg.vector_norm(j.reshape(*j.shape[:2], -1), dim=2) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
 

@@ -14,6 +14,7 @@ and input features (a Kronecker factor each), ``d`` and all later letters of `DI
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,19 @@ def flatten_shared(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Adjoint:
+    """An op's own way from cotangents to the gradient, where it is faster than a contraction.
+
+    Attributes:
+        x: The inputs that it is made for; a term with other inputs (of some samples, squared) must not use it.
+        gradient: From cotangents ``[N, *out]`` to the sum over the samples, in the parameter's memory order.
+    """
+
+    x: Tensor
+    gradient: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Term:
     """The contribution of one use of a parameter.
 
@@ -44,6 +58,7 @@ class Term:
         x: Inputs, ``[N, *inp]``; ``None`` stands for ones. With ``classes``, indices that stand for their one-hot rows
             (negative: a row of zeros), ``[N, *inp without i]``.
         classes: Number of classes of one-hot inputs (``i``), else 0.
+        adjoint: The op's own gradient, if it has one.
     """
 
     out: str
@@ -52,6 +67,7 @@ class Term:
     g: Tensor
     x: Tensor | None = None
     classes: int = 0
+    adjoint: Adjoint | None = None
 
     @property
     def shared(self) -> str:
@@ -128,11 +144,12 @@ class Term:
         g, x = self.g[:1], self.x
         if x is None:
             return torch.einsum(f"n,vn{self.out}->{self.par}", weights.to(g.dtype), g)
-        if g.numel() <= x.numel():
+        own = self.adjoint if self.adjoint is not None and self.adjoint.x is x else None
+        if own is not None or g.numel() <= x.numel():
             g = g * weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 2))
         else:
             x = x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        return replace(self, g=g, x=x).contract(self.par)
+        return own.gradient(g[0]) if own is not None else replace(self, g=g, x=x).contract(self.par)
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""

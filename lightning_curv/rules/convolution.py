@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from lightning_curv.rules.registry import Call, rule
-from lightning_curv.terms import Term
+from lightning_curv.terms import Adjoint, Term
 
 Sizes = int | tuple[int, ...]
+GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
 def _batched(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
@@ -40,12 +42,16 @@ def convolution(
     """``F.conv1d``, ``F.conv2d``, ``F.conv3d``; other padding modes arrive padded."""
     dims = weight.ndim - 2
     s, k = "stu"[:dims], "xyz"[:dims]
-    x = patches(input, weight, stride, padding, dilation, groups)
-    by_group = g.unflatten(2, (groups, -1))
-    if groups == 1:
-        weight_term = Term("o" + s, "i" + k + s, "oi" + k, g, x[:, 0])
-    else:
-        weight_term = Term("qo" + s, "qi" + k + s, "qoi" + k, by_group, x)
+    padded = _padded(input, weight, padding, dilation)
+    x = patches(padded, weight, stride, 0, dilation, groups)
+    q, by_group = ("", g) if groups == 1 else ("q", g.unflatten(2, (groups, -1)))
+    x = x[:, 0] if groups == 1 else x
+
+    def gradient(g: Tensor) -> Tensor:
+        g = g.flatten(1, 2) if q else g
+        return GRADIENTS[dims](padded, weight.shape, g, stride, 0, dilation, groups)
+
+    weight_term = Term(q + "o" + s, q + "i" + k + s, q + "oi" + k, by_group, x, adjoint=Adjoint(x, gradient))
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
 
 
@@ -85,14 +91,8 @@ def transposed_convolution(
 def patches(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes | str, dilation: Sizes, groups: int) -> Tensor:
     """The receptive fields ``[N, groups, in/groups, *kernel, *positions]``, a view of the padded input."""
     kernel = weight.shape[2:]
+    input = _padded(input, weight, padding, dilation)
     stride, dilation = _per_axis(stride, len(kernel)), _per_axis(dilation, len(kernel))
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(t // 2, t - t // 2) for t in total]
-    else:
-        pads = [(p, p) for p in _per_axis(0 if isinstance(padding, str) else padding, len(kernel))]
-    if any(map(any, pads)):
-        input = F.pad(input, [p for pair in reversed(pads) for p in pair])
     fields = list(zip(input.shape[2:], kernel, stride, dilation, strict=True))
     positions = [(size - d * (k - 1) - 1) // step + 1 for size, k, step, d in fields]
     n, c, *steps = input.stride()
@@ -107,6 +107,16 @@ def patches(input: Tensor, weight: Tensor, stride: Sizes, padding: Sizes | str, 
             *(s * d for s, d in zip(steps, stride, strict=True)),
         ),
     )
+
+
+def _padded(input: Tensor, weight: Tensor, padding: Sizes | str, dilation: Sizes) -> Tensor:
+    kernel = weight.shape[2:]
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(_per_axis(dilation, len(kernel)), kernel, strict=True)]
+        pads = [(t // 2, t - t // 2) for t in total]
+    else:
+        pads = [(p, p) for p in _per_axis(0 if isinstance(padding, str) else padding, len(kernel))]
+    return F.pad(input, [p for pair in reversed(pads) for p in pair]) if any(map(any, pads)) else input
 
 
 def _per_axis(value: Sizes, dims: int) -> tuple[int, ...]:

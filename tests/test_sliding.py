@@ -1,0 +1,63 @@
+"""Convolutions: products with overlapping patches, and the weighted gradient, against one sample at a time."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_curv import curvature
+from lightning_curv.extensions import Extension
+from lightning_curv.sliding import Sliding
+
+
+class Contractions(Extension):
+    savefield = "contractions"
+
+    def evaluate(self, jacobian):
+        weights = torch.linspace(-1, 2, jacobian.samples, dtype=torch.float64)
+        (term,) = jacobian.terms
+        return (
+            Sliding(term).slides,
+            jacobian.per_sample()[0],
+            jacobian.squared_norms()[0],
+            jacobian.weighted_total(weights),
+            jacobian[1:3].weighted_total(weights[1:3]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "slides"),
+    [
+        (lambda: nn.Conv1d(4, 6, 3, padding=1), True),
+        (lambda: nn.Conv2d(4, 6, 3, padding=1), True),
+        (lambda: nn.Conv2d(4, 6, (3, 2), padding=(0, 2), bias=False), True),
+        (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), True),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2), True),
+        (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), True),
+        (lambda: nn.Conv2d(4, 6, 4, padding="same"), True),
+        (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), True),
+        (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), False),
+        (lambda: nn.Conv2d(4, 6, 3, stride=(1, 2), padding=1), True),
+        (lambda: nn.Conv2d(4, 6, (1, 3)), False),
+        (lambda: nn.Conv3d(4, 6, 2, padding=1), True),
+        (lambda: nn.ConvTranspose2d(4, 6, 3), False),
+    ],
+)
+def test_contractions_equal_single_samples(make, slides):
+    torch.manual_seed(0)
+    layer = make().double()
+    dims = layer.weight.ndim - 2
+    X = torch.randn(5, 4, *[6, 5, 4][:dims], dtype=torch.float64)
+    with curvature(Contractions(), batch_size=5):
+        F.silu(layer(X)).square().sum().backward()
+    singles = torch.stack([torch.autograd.grad(F.silu(layer(x[None])).square().sum(), layer.weight)[0] for x in X])
+    slid, *found = layer.weight.contractions
+    weights = torch.linspace(-1, 2, 5, dtype=torch.float64)
+    expected = [
+        singles,
+        singles.flatten(1).square().sum(1),
+        torch.tensordot(weights, singles, 1),
+        torch.tensordot(weights[1:3], singles[1:3], 1),
+    ]
+    assert slid == slides
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
