@@ -58,7 +58,8 @@ class Place:
 def consistent(first: Tensor, second: Tensor, scale: float, choices: Iterable[Place], samples: int) -> list[Place]:
     """The places that two cotangents agree with, where the second started as the first times `Place.weights`.
 
-    Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its sample.
+    Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its sample. Entries that
+    are not finite tell nothing.
 
     Args:
         first: Cotangent of any shape.
@@ -68,14 +69,21 @@ def consistent(first: Tensor, second: Tensor, scale: float, choices: Iterable[Pl
         samples: N.
     """
     eps = torch.finfo(first.dtype).eps
-    largest = float(first.abs().max()) if first.numel() else 0.0
+    unknown = ~(first.isfinite() & second.isfinite())
+    largest = largest_entry([first])
     tolerance = eps * ((1e3 if eps < 1e-6 else 32) * largest + 8 * scale)
-    return [p for p in choices if bool(((second - first * p.weights(first, samples)).abs() <= tolerance).all())]
+
+    def agrees(place: Place) -> bool:
+        deviation = (second - first * place.weights(first, samples)).abs()
+        return bool((unknown | (deviation <= tolerance)).all())
+
+    return [place for place in choices if agrees(place)]
 
 
 def largest_entry(tensors: Iterable[Tensor | None]) -> float:
-    """The largest absolute value in all tensors."""
-    return max((float(t.abs().max()) for t in tensors if t is not None and t.numel()), default=0.0)
+    """The largest finite absolute value in all tensors."""
+    found = (t.abs().nan_to_num(0.0, 0.0) for t in tensors if t is not None and t.numel())
+    return max((float(t.max()) for t in found), default=0.0)
 
 
 def place_of(first: Tensor, second: Tensor, scale: float, samples: int) -> Place:

@@ -31,11 +31,16 @@ _VERIFIED_SIZE = 256
 
 @dataclass(frozen=True)
 class Samples:
-    """N and the place of the samples in the output of every use and in the input of every loss call."""
+    """N and the place of the samples in the output of every use and in the input of every loss call.
+
+    Attributes:
+        conclusive: Whether what was found holds for all graphs of this structure; not so if entries were not finite.
+    """
 
     count: int
     uses: Mapping[Node, Place]
     losses: Mapping[Node, Place]
+    conclusive: bool = True
 
 
 def find_samples(
@@ -80,7 +85,7 @@ def find_samples(
                 break
     if found is None:
         raise UnsupportedError(_message(uses, sizes, batch_size, bool(tape.losses)))
-    if independent or verified:
+    if (independent or verified) and found.conclusive:
         _VERIFIED[key] = found.count, list(found.uses.values()), list(found.losses.values())
         while len(_VERIFIED) > _VERIFIED_SIZE:
             _VERIFIED.popitem(last=False)
@@ -126,10 +131,12 @@ def _verified(
     """The first combination of places that the graph's own dependencies agree with."""
     possible: Choices = choices
     chosen: dict[Node, Place] = {}
+    conclusive = True
     for node, call in tape.losses.items():
         like = call.arguments["input"]
         column = torch.linspace(1, 2, like.numel(), device=like.device).to(like.dtype).reshape(like.shape)
         plain = probe(node, column)
+        conclusive = conclusive and all(g is None or bool(g.isfinite().all()) for g in plain)
         for head in heads[node]:
             weighted = probe(node, column * head.weights(like, count))
             left = _agreeing(tape, uses, possible, plain, weighted, count)
@@ -138,7 +145,7 @@ def _verified(
                 break
         else:
             return None
-    return Samples(count, {node: c[0] for node, c in possible.items()}, chosen)
+    return Samples(count, {node: c[0] for node, c in possible.items()}, chosen, conclusive)
 
 
 def _agreeing(
