@@ -75,6 +75,11 @@ class Jacobian:
     def _onehot(self) -> Term | None:
         return self.terms[0] if len(self.terms) == 1 and self.terms[0].classes else None
 
+    @cached_property
+    def _sliding(self) -> Sliding | None:
+        sliding = Sliding(self.terms[0])
+        return sliding if len(self.terms) == 1 and sliding.slides else None
+
     def __getitem__(self, samples: slice | list[int]) -> Jacobian:
         """The Jacobian of some samples."""
         signs = None if self.signs is None else self.signs[:, samples]
@@ -158,7 +163,9 @@ class Jacobian:
         )
         if self.columns * self.samples * self.parameter.numel() > held:
             return self
-        return Jacobian(self.parameter, [Term("d", "", "d", self.per_sample().flatten(2))])
+        sliding = self._sliding
+        formed = self.per_sample() if sliding is None else sliding.per_sample()
+        return Jacobian(self.parameter, [Term("d", "", "d", formed.reshape(self.columns, self.samples, -1))])
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
@@ -176,8 +183,8 @@ class Jacobian:
             return replace(term, g=term.g.square(), x=None if term.x is None else term.x.square()).contract("vn")
         if len(self.terms) == 1 and _gram_pays(self.terms[0]):
             return _gram_norms(self.terms[0])
-        if len(self.terms) == 1 and (sliding := Sliding(self.terms[0])).slides:
-            return sliding.squared_norms()
+        if self._sliding is not None:
+            return self._sliding.squared_norms()
         norms = [torch.linalg.vector_norm(j.reshape(*j.shape[:2], -1), dim=2) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
 
