@@ -59,6 +59,23 @@ class Direction:
     jacobian: Jacobian | None = None
 
 
+@dataclass(frozen=True)
+class Gradient:
+    r"""What is to be preconditioned.
+
+    Args:
+        state: state of the block.
+        block: the parameters.
+        values: their gradients.
+        damping: $\lambda$ of the block, [].
+    """
+
+    state: State
+    block: Block
+    values: Sequence[Tensor]
+    damping: Tensor
+
+
 class Curvature(Protocol):
     """A positive semi-definite matrix per block: measured, averaged, damped, inverted.
 
@@ -119,8 +136,8 @@ class Curvature(Protocol):
         """Whether gradients of this block can be preconditioned."""
         ...
 
-    def precondition(self, state: State, block: Block, grads: Sequence[Tensor], damping: Tensor) -> list[Tensor]:
-        """Precondition the gradients of the block's parameters; the results have their shapes."""
+    def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
+        """Precondition the gradients of many blocks, those of equal shapes together; the results have their shapes."""
         ...
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_curv.extensions import Extension
 
-from .curvature import Block, State
+from .curvature import Block, Gradient, State
 from .fields import as_tensors
 from .running_mean import next_weight, update_mean
 
@@ -53,17 +53,22 @@ class DiagonalCurvature:
     def ready(self, state: State) -> bool:
         return "diagonal" in state
 
-    def precondition(self, state: State, block: Block, grads: Sequence[Tensor], damping: Tensor) -> list[Tensor]:
+    def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
         r"""$d = \hat g / (\hat h + \lambda)$."""
-        if "gradient" not in state:
-            state["gradient"], state["gradient_weight"] = _zeros(grads[0]), 0.0
-        state["gradient_weight"] = next_weight(state["gradient_weight"], block.group["betas"][0])
-        update_mean(state["gradient"], grads[0], state["gradient_weight"])
-        return [state["gradient"] / (state["diagonal"] + damping)]
+        return [[_quotient(gradient)] for gradient in gradients]
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
         r"""$d^\top \operatorname{diag}(\hat h) \, d$."""
         return (value.square() * state["diagonal"]).sum()
+
+
+def _quotient(gradient: Gradient) -> Tensor:
+    state, value = gradient.state, gradient.values[0]
+    if "gradient" not in state:
+        state["gradient"], state["gradient_weight"] = _zeros(value), 0.0
+    state["gradient_weight"] = next_weight(state["gradient_weight"], gradient.block.group["betas"][0])
+    update_mean(state["gradient"], value, state["gradient_weight"])
+    return state["gradient"] / (state["diagonal"] + gradient.damping)
 
 
 def _zeros(tensor: Tensor) -> Tensor:

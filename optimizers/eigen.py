@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .curvature import Block, State
-from .factors import is_diagonal, kronecker_matmul
+from .batching import kronecker_matmuls
+from .curvature import Block, Gradient, State
+from .factors import is_diagonal, kronecker_matmul, parts_of, partwise
 from .joint import joined, separated
-from .kronecker import KroneckerCurvature
+from .kronecker import KroneckerCurvature, center, means, to_invert
 from .running_mean import next_weight, update_mean
 from .second_moments import second_moments
 
@@ -29,9 +30,9 @@ class EigenCurvature(KroneckerCurvature):
 
     def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
         factors = super().measure(state, block, fields, step)
-        if not self.ready(state) or [f.shape for f in factors] != [f.shape for f in state["factors"]]:
+        if not self.ready(state) or [f.shape for f in factors] != [f.shape for f in means(state)]:
             return factors
-        return [second_moments(fields, state["basis"], state["batched"]), *factors]
+        return [second_moments(fields, state["basis"], state["batched"], state.get("center", ())), *factors]
 
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
         if self.ready(state) and statistics[0].shape == state["moments"].shape:
@@ -49,17 +50,27 @@ class EigenCurvature(KroneckerCurvature):
     def ready(self, state: State) -> bool:
         return "basis" in state
 
-    def precondition(self, state: State, block: Block, grads: Sequence[Tensor], damping: Tensor) -> list[Tensor]:
-        grad = joined(grads).to(state["moments"].dtype)
-        basis, batched = state["basis"], state["batched"]
-        rotated = kronecker_matmul([_transposed(q, batched) for q in basis], grad, batched)
-        rotated = rotated / (state["moments"].view(grad.shape) + damping)
-        return separated(kronecker_matmul(basis, rotated, batched), grads)
+    def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
+        states = [g.state for g in gradients]
+        values = [joined(g.values, g.state.get("center", ())).to(g.state["moments"].dtype) for g in gradients]
+        inverse = [[_transposed(q, state["batched"]) for q in state["basis"]] for state in states]
+        values = _rotated(states, inverse, values)
+        values = [v / (g.state["moments"].view(v.shape) + g.damping) for v, g in zip(values, gradients, strict=True)]
+        values = _rotated(states, [state["basis"] for state in states], values)
+        return [
+            separated(value, g.values, g.state.get("center", ())) for value, g in zip(values, gradients, strict=True)
+        ]
+
+
+def _rotated(states: Sequence[State], bases: Sequence[list[Tensor]], values: Sequence[Tensor]) -> list[Tensor]:
+    return kronecker_matmuls(
+        [(basis, value, state["batched"]) for state, basis, value in zip(states, bases, values, strict=True)]
+    )
 
 
 def _refresh_basis(state: State) -> bool:
     batched = state["batched"]
-    decomposed = [_eigenvectors(factor, batched) for factor in state["factors"]]
+    decomposed = [_eigenvectors(to_invert(state, unit), batched) for unit in range(len(state["factors"]))]
     if any(result is None for result in decomposed):
         return False
     basis = [result[1] for result in decomposed if result is not None]
@@ -69,11 +80,11 @@ def _refresh_basis(state: State) -> bool:
     else:
         # The diagonal of U diag(s) Uᵀ is (U ∘ U) s, U from the old basis to the new one.
         changes = [
-            q if is_diagonal(q, batched) else (q.mT @ old).square()
+            q if is_diagonal(q, batched) else partwise(_squared_cosines, q, old, batched=batched)
             for q, old in zip(basis, state["basis"], strict=True)
         ]
         state["moments"] = kronecker_matmul(changes, state["moments"], batched)
-    state["basis"] = basis
+    state["basis"], state["center"] = basis, center(state)
     return True
 
 
@@ -82,19 +93,33 @@ def _outer_ones(values: Sequence[Tensor], batched: bool) -> Tensor:
     return values[0].new_ones(*groups, *(value.shape[-1] for value in values))
 
 
+def _squared_cosines(q: Tensor, old: Tensor) -> Tensor:
+    return (q.mT @ old).square()
+
+
 def _eigenvectors(factor: Tensor, batched: bool) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues and eigenvectors; of a diagonal: itself and ones, the diagonal of the identity."""
     if is_diagonal(factor, batched):
         return factor, torch.ones_like(factor)
-    for dtype in dict.fromkeys((factor.dtype, torch.float64)):
+    decomposed = [_decomposed(part) for part in parts_of(factor, batched)]
+    if any(result is None for result in decomposed):
+        return None
+    values, vectors = zip(*(result for result in decomposed if result is not None), strict=True)
+    remaining = iter(vectors)
+    basis = partwise(lambda _: next(remaining), factor, batched=batched)
+    return (values[0] if len(values) == 1 else torch.cat(values)), basis
+
+
+def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
         try:
-            values, vectors = torch.linalg.eigh(factor.to(dtype))
+            values, vectors = torch.linalg.eigh(matrix.to(dtype))
         except RuntimeError:  # did not converge
             continue
         if bool(vectors.isfinite().all()):
-            return values.clamp_min(0).to(factor), vectors.to(factor)
+            return values.clamp_min(0).to(matrix), vectors.to(matrix)
     return None
 
 
 def _transposed(q: Tensor, batched: bool) -> Tensor:
-    return q if is_diagonal(q, batched) else q.mT
+    return q if is_diagonal(q, batched) else partwise(lambda part: part.mT, q, batched=batched)

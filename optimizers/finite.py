@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def finite_flags(tensors: Iterable[Tensor]) -> list[bool]:
-    """Whether each tensor is finite, at the price of a single synchronisation with the device."""
-    # t - t is 0, or NaN where t is not finite; unlike a sum of t it does not overflow.
-    flags = [(tensor - tensor).sum() for tensor in tensors]
-    return torch.stack([flag.to(flags[0]) for flag in flags]).isfinite().tolist() if flags else []
+    """Whether each tensor is finite; a single synchronisation with the device where all are."""
+    tensors = list(tensors)
+    if not tensors:
+        return []
+    norms = [norm.to(tensors[0].device) for norm in torch._foreach_norm(tensors)]
+    flags = torch.stack(norms).isfinite().tolist()
+    # A norm may overflow where its tensor does not.
+    return [flag or bool(tensor.isfinite().all()) for flag, tensor in zip(flags, tensors, strict=True)]

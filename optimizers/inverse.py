@@ -1,28 +1,42 @@
 """Inverses of damped positive semi-definite factors, many at a time."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from .factors import is_diagonal
+from .factors import is_diagonal, parts_of, partwise
 
 Damped = tuple[Tensor, Tensor, bool]  # factor, damping, batched
 
 
 def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
-    r"""$(F + \gamma I)^{-1}$ by Cholesky, once more in float64 where that fails; factors of equal shape together.
+    r"""$(F + \gamma I)^{-1}$ by Cholesky, once more in float64 where that fails; matrices of equal shape together.
 
     Args:
-        factors: triples of a positive semi-definite matrix [d, d] or diagonal [d], with a leading [G] if batched; its
-            $\gamma > 0$, [] or [G]; and whether it is batched.
+        factors: triples of a positive semi-definite factor; its $\gamma > 0$, [] or [G]; and whether it is batched.
 
     Returns:
         The inverses, shaped like the factors; None where one could not be computed.
 
     Cost: $d^3$ time and two more [d, d] each (a diagonal: $d$).
     """
+    parts = [(part, gamma, batched) for factor, gamma, batched in factors for part in parts_of(factor, batched)]
+    found = iter(_of_matrices(parts))
+    return [_assembled(factor, batched, found) for factor, _, batched in factors]
+
+
+def _assembled(factor: Tensor, batched: bool, inverses: Iterator[Tensor | None]) -> Tensor | None:
+    found = [next(inverses) for _ in parts_of(factor, batched)]
+    inverted = [inverse for inverse in found if inverse is not None]
+    if len(inverted) < len(found):
+        return None
+    remaining = iter(inverted)
+    return partwise(lambda _: next(remaining), factor, batched=batched)
+
+
+def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
     inverses: list[Tensor | None] = [None] * len(factors)
     stacks: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (factor, damping, batched) in enumerate(factors):

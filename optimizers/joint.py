@@ -1,18 +1,48 @@
-"""Weight and bias as one matrix that acts on inputs with a 1 appended."""
+r"""Weight and bias as one matrix that acts on inputs with a 1 appended.
+
+Inputs $a$ with mean $m$ are $(a, 1) = T (a - m, 1)$: their second moment is $T \operatorname{diag}(C, 1) T^\top$
+with the covariance $C$ and $T = \begin{pmatrix} I & m \\ 0 & 1 \end{pmatrix}$. In these coordinates damping does not
+depend on where the inputs are centered, and the mean, often by far the largest eigenvalue, stays exact if only diagonal
+blocks of $C$ are kept. Gradients are multiplied by $T^{-\top}$, then preconditioned, then multiplied by $T^{-1}$.
+`center` is $[m]$, or empty for $T = I$.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .factors import parts_of
 
-def joined(grads: Sequence[Tensor]) -> Tensor:
-    """A parameter as it is; weight [o, *i] and bias [o] as [o, prod(i) + 1]."""
+
+def joined(grads: Sequence[Tensor], center: Sequence[Tensor] = ()) -> Tensor:
+    r"""A parameter as it is; weight [o, *i] and bias [o] as $[W \; b] \, T^{-\top}$, [o, prod(i) + 1]."""
     weight, *bias = grads
-    return torch.cat([weight.flatten(1), bias[0].to(weight.dtype).unsqueeze(1)], dim=1) if bias else weight
+    if not bias:
+        return weight
+    weight, (column,) = weight.flatten(1), bias
+    for mean in center:
+        weight = weight - torch.outer(column, mean).to(weight.dtype)
+    return torch.cat([weight, column.to(weight.dtype).unsqueeze(1)], dim=1)
 
 
-def separated(matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The inverse of `joined`, in the shapes of `like`."""
+def separated(matrix: Tensor, like: Sequence[Tensor], center: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Weight and bias of the matrix times $T^{-1}$, in the shapes of `like`."""
     weight, *bias = like
-    return [matrix[:, :-1].reshape(weight.shape), matrix[:, -1]] if bias else [matrix]
+    if not bias:
+        return [matrix]
+    rows, column = matrix[:, :-1], matrix[:, -1]
+    for mean in center:
+        column = column - rows @ mean
+    return [rows.reshape(weight.shape), column]
+
+
+def centered(second_moment: Tensor, mean: Tensor) -> Tensor:
+    r"""$\operatorname{diag}(C, 1)$ from the second moment of $(a, 1)$, [d + 1, s], whole or split, and $m$, [d]."""
+    result = second_moment.clone()
+    pieces = torch.cat([mean, mean.new_zeros(1)]).split(result.shape[1])
+    for part, piece in zip(parts_of(result, False), pieces, strict=True):
+        part.addr_(piece, piece, alpha=-1)
+    last = parts_of(result, False)[-1]
+    last[-1, :-1] = last[:-1, -1] = 0
+    return result

@@ -57,6 +57,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         weight_sharing: "expand" or "reduce", how factors treat convolutions and sequences.
         eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
         positions: of a convolution, drawn anew for every batch, that its factors are computed from; None: all.
+        split_factors: factors with more than 1.5 times as many rows are replaced by diagonal blocks of about this size;
+            None: none are.
         max_factor_size: factors with more rows are replaced by their diagonal.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
 
@@ -104,6 +106,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         weight_sharing: Literal["expand", "reduce"] = "expand",
         eigen: bool = False,
         positions: int | None = 16,
+        split_factors: int | None = 192,
         max_factor_size: int = 8192,
         fallback_lr: float = 1e-3,
     ) -> None:
@@ -113,8 +116,9 @@ class KFACOptimizer(SecondOrderOptimizer):
         require_count("max_factor_size", max_factor_size)
         require_choice("curvature", curvature, ("mc", "exact", "empirical"))
         require_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
-        if positions is not None:
-            require_count("positions", positions)
+        for name, count in {"positions": positions, "split_factors": split_factors}.items():
+            if count is not None:
+                require_count(name, count)
         if kl_clip is not None:
             require_positive("kl_clip", kl_clip)
         columns: dict[str, Extension] = {
@@ -135,7 +139,7 @@ class KFACOptimizer(SecondOrderOptimizer):
                 "factor_decay": factor_decay,
                 "fallback_lr": fallback_lr,
             },
-            curvature=model(extension, KFLR(weight_sharing), positions, max_factor_size),
+            curvature=model(extension, KFLR(weight_sharing), positions, max_factor_size, split_factors),
             schedule=Schedule(measure=factor_interval, invert=inverse_interval),
             step_rule=rule,
             adaptation=LevenbergMarquardt(),

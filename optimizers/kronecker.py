@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lightning_curv.extensions import KFLR, Extension
 
+from .batching import kronecker_matmuls
 from .blocks import weight_bias_pairs
-from .curvature import Block, State
+from .curvature import Block, Gradient, State
 from .damping import split_damping
-from .factors import block_size, is_batched, kronecker_matmul, limit_size, mean_eigenvalue
+from .factors import block_size, is_batched, is_diagonal, limit_size, mean_eigenvalue
 from .inverse import damped_inverses
-from .joint import joined, separated
+from .joint import centered, joined, separated
 from .running_mean import next_weight, update_mean
 from .statistics import kronecker_factors
 
@@ -28,21 +29,32 @@ class KroneckerCurvature:
         sharing: makes factors of a Jacobian.
         positions: of a convolution to use for its factors; None: all.
         max_factor_size: factors with more rows are replaced by their diagonal.
+        split: larger factors are replaced by diagonal blocks of about this many rows; None: by none.
     """
 
     derived: tuple[str, ...] = ("inverses",)  # keys of the state that become invalid when factors change their shape
 
-    def __init__(self, extension: Extension, sharing: KFLR, positions: int | None, max_factor_size: int) -> None:
+    def __init__(
+        self,
+        extension: Extension,
+        sharing: KFLR,
+        positions: int | None,
+        max_factor_size: int,
+        split: int | None = None,
+    ) -> None:
         self.extension = extension
         self.sharing = sharing
         self.positions = positions
         self.max_factor_size = max_factor_size
+        self.split = split
 
     def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
         return weight_bias_pairs(fields)
 
     def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
-        return self.checked(kronecker_factors(fields, self.sharing, self.positions, step), block)
+        statistics = kronecker_factors(fields, self.sharing, self.positions, step, self.split)
+        count = 2 if len(block.params) == 2 else len(statistics)
+        return [*self.checked(statistics[:count], block), *statistics[count:]]
 
     def checked(self, factors: list[Tensor], block: Block) -> list[Tensor]:
         """The factors, large ones as diagonals; refuse those that do not fit the block."""
@@ -57,15 +69,19 @@ class KroneckerCurvature:
 
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
         statistics = [statistics[0] * scale, *statistics[1:]] if scale != 1.0 else statistics
-        if [f.shape for f in state.get("factors", [])] != [f.shape for f in statistics]:
+        if [mean.shape for mean in means(state)] != [value.shape for value in statistics]:
             dtype, device = torch.promote_types(block.params[0].dtype, torch.float32), block.params[0].device
             for key in self.derived:
                 state.pop(key, None)
-            state["factors"] = [torch.zeros_like(f, dtype=dtype, device=device) for f in statistics]
-            state["batched"], state["weight"] = is_batched(statistics), 0.0
+            zeros = [torch.zeros_like(value, dtype=dtype, device=device) for value in statistics]
+            count = 2 if len(block.params) == 2 else len(zeros)
+            state["factors"], state["mean"] = zeros[:count], zeros[count:]
+            state["batched"], state["weight"] = is_batched(state["factors"]), 0.0
         state["weight"] = next_weight(state["weight"], block.group["factor_decay"])
-        for mean, factor in zip(state["factors"], statistics, strict=True):
-            update_mean(mean, factor, state["weight"])
+        for mean, value in zip(means(state), statistics, strict=True):
+            update_mean(mean, value, state["weight"])
+        # A given damping is that of the weights as they are.
+        state["centers"] = len(block.params) == 2 and (block.group["damping"] == "auto" or bool(state["mean"]))
 
     def mean_eigenvalue(self, state: State) -> Tensor:
         means = torch.stack([mean_eigenvalue(factor, state["batched"]) for factor in state["factors"]])
@@ -78,20 +94,46 @@ class KroneckerCurvature:
         damped = []
         for state, unit, damping in due:
             gammas = split_damping(state["factors"], damping, state["batched"])
-            damped.append((state["factors"][unit], gammas[unit], state["batched"]))
+            damped.append((to_invert(state, unit), gammas[unit], state["batched"]))
         inverses = damped_inverses(damped)
         for (state, unit, _), inverse in zip(due, inverses, strict=True):
             if inverse is not None:
                 state.setdefault("inverses", [None] * len(state["factors"]))[unit] = inverse
+                if unit == 1:
+                    state["center"] = center(state)
         return [inverse is not None for inverse in inverses]
 
     def ready(self, state: State) -> bool:
         return all(inverse is not None for inverse in state.get("inverses", [None]))
 
-    def precondition(self, state: State, block: Block, grads: Sequence[Tensor], damping: Tensor) -> list[Tensor]:
-        grad = joined(grads).to(state["inverses"][0].dtype)
-        return separated(kronecker_matmul(state["inverses"], grad, state["batched"]), grads)
+    def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
+        matrices = [joined(g.values, g.state.get("center", ())).to(g.state["inverses"][0].dtype) for g in gradients]
+        products = kronecker_matmuls(
+            [(g.state["inverses"], v, g.state["batched"]) for g, v in zip(gradients, matrices, strict=True)]
+        )
+        return [
+            separated(product, g.values, g.state.get("center", ()))
+            for product, g in zip(products, gradients, strict=True)
+        ]
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
         r"""$d^\top g$, the length in the metric of the damped curvature."""
-        return (value * grad).sum()
+        return torch.dot(value.flatten(), grad.flatten())
+
+
+def means(state: State) -> list[Tensor]:
+    """All running means of a block."""
+    return [*state.get("factors", ()), *state.get("mean", ())]
+
+
+def center(state: State) -> list[Tensor]:
+    """The center of the inputs as it is now, see `joint`."""
+    if not state["centers"] or is_diagonal(state["factors"][1], False):
+        return []
+    return [mean.clone() for mean in state["mean"]] or [state["factors"][1][-1, :-1].clone()]
+
+
+def to_invert(state: State, unit: int) -> Tensor:
+    """A factor, that of the inputs in the coordinates of their center."""
+    factor: Tensor = state["factors"][unit]
+    return centered(factor, *center(state)) if unit == 1 and center(state) else factor

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .adam import adam_direction
-from .curvature import Block, Curvature, Direction, Member
+from .curvature import Block, Curvature, Direction, Gradient, Member
 from .finite import finite_flags
 from .parameters import Parameters, gradient
 from .step_rules import Step
@@ -23,27 +23,20 @@ def directions(
     """The preconditioned gradients of all parameters whose curvature is ready."""
     state = parameters.state
     ready = [block for block in blocks if curvature.ready(state[block.params[0]])]
-    return [d for block in ready for d in _of_block(curvature, parameters, block, dampings[block.params[0]], jacobians)]
-
-
-def _of_block(
-    curvature: Curvature, parameters: Parameters, block: Block, damping: Tensor, jacobians: dict[Tensor, Any]
-) -> list[Direction]:
-    state = parameters.state[block.params[0]]
-    grads = [gradient(param) for param in block.params]
-    values = curvature.precondition(state, block, grads, damping)
+    gradients = [Gradient(state[b.params[0]], b, [gradient(p) for p in b.params], dampings[b.params[0]]) for b in ready]
     return [
         Direction(
             param,
             grad,
             value,
-            partial(curvature.squared_norm, state, grad.to(value.dtype), value),
-            damping,
+            partial(curvature.squared_norm, g.state, grad.to(value.dtype), value),
+            g.damping,
             group,
-            parameters.state[param].get("velocity"),
+            state[param].get("velocity"),
             jacobians.get(param),
         )
-        for (group, param), grad, value in zip(block.members, grads, values, strict=True)
+        for g, values in zip(gradients, curvature.precondition(gradients), strict=True)
+        for (group, param), grad, value in zip(g.block.members, g.values, values, strict=True)
     ]
 
 

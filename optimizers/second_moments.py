@@ -9,10 +9,12 @@ from torch import Tensor
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.terms import Term
 
-from .factors import is_diagonal
+from .factors import is_diagonal, parts_of, rows
 
 
-def second_moments(jacobians: Sequence[Jacobian], basis: Sequence[Tensor], batched: bool) -> Tensor:
+def second_moments(
+    jacobians: Sequence[Jacobian], basis: Sequence[Tensor], batched: bool, center: Sequence[Tensor] = ()
+) -> Tensor:
     r"""$\sum_{v,n} (Q^\top J_{vn})^2$ with $Q = \bigotimes_i Q_i$, [d_1, …, d_k] or [G, d_1, …, d_k] if batched.
 
     A Jacobian is a sum of outer products of cotangents and inputs: they are rotated instead of it. Where no positions
@@ -20,28 +22,33 @@ def second_moments(jacobians: Sequence[Jacobian], basis: Sequence[Tensor], batch
 
     Args:
         jacobians: of a parameter, or of weight and bias that share a block.
-        basis: orthogonal matrices [d_i, d_i], or ones [d_i] for the identity; all with a leading [G] if `batched`.
+        basis: orthogonal factors, ones [d_i] for the identity; all with a leading [G] if `batched`.
         batched: whether there is a leading group dimension.
+        center: of the inputs, see `joint`.
     """
     weight, *bias = jacobians
-    sizes = [*basis[0].shape[:-1][:batched], *(q.shape[-1] for q in basis)]
+    sizes = [*basis[0].shape[:-1][:batched], *(rows(q, batched) for q in basis)]
     if len(weight.terms) > 1 or all(is_diagonal(q, batched) for q in basis):
-        rotated = weight if not bias else _rotated(weight, basis, batched, ones=True)
+        rotated = weight if not bias else _rotated(weight, basis, batched, True, center)
     else:
-        rotated = _rotated(weight, basis, batched, ones=bool(bias))
+        rotated = _rotated(weight, basis, batched, bool(bias), center)
     return rotated.sum_squares().reshape(sizes)
 
 
-def _rotated(jacobian: Jacobian, basis: Sequence[Tensor], batched: bool, ones: bool) -> Jacobian:
+def _rotated(
+    jacobian: Jacobian, basis: Sequence[Tensor], batched: bool, ones: bool, center: Sequence[Tensor]
+) -> Jacobian:
     term = _flat(jacobian.terms[0])
     x = term.x
     if x is not None and ones:
+        for mean in center:
+            x = x - mean.to(x)
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
     rotations = dict(zip(term.par.removeprefix("q"), basis, strict=True))
     g = _applied(rotations["o"], term.g, batched)
     if x is not None and not term.classes:
         x = _applied(rotations["i"], x, batched)
-    sizes = [*basis[0].shape[:-1][:batched], *(q.shape[-1] for q in basis)]
+    sizes = [*basis[0].shape[:-1][:batched], *(rows(q, batched) for q in basis)]
     return Jacobian(g.new_zeros(1).expand(sizes), [replace(term, g=g, x=x)], jacobian.signs)
 
 
@@ -65,4 +72,8 @@ def _applied(q: Tensor, v: Tensor, batched: bool) -> Tensor:
     """Qᵀ v along the last axis."""
     if is_diagonal(q, batched):
         return v
-    return torch.einsum("...qi,qij->...qj", v, q) if batched else v @ q
+    if batched:
+        return torch.einsum("...qi,qij->...qj", v, q)
+    parts = parts_of(q, batched)
+    columns = v.split([len(part) for part in parts], dim=-1)
+    return torch.cat([column @ part for column, part in zip(columns, parts, strict=True)], dim=-1)

@@ -1,16 +1,23 @@
 """Kronecker factors of a block from the Jacobians of its parameters."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from lightning_curv.extensions import KFLR
+from lightning_curv.extensions.kronecker import kronecker_axes, kronecker_factor
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.terms import Term
 
+from .factors import part_size, parts_of, split_gram
 from .positions import subsampled
 
 
-def kronecker_factors(jacobians: Sequence[Jacobian], sharing: KFLR, positions: int | None, seed: int) -> list[Tensor]:
+def kronecker_factors(
+    jacobians: Sequence[Jacobian], sharing: KFLR, positions: int | None, seed: int, split: int | None = None
+) -> list[Tensor]:
     r"""Factors of a parameter's block, or of the joint block of weight and bias.
 
     Weight $W$ and bias $b$ are the matrix $[W \; b]$ that acts on $(a, 1)$; its block is $B \otimes A'$ with
@@ -23,9 +30,10 @@ def kronecker_factors(jacobians: Sequence[Jacobian], sharing: KFLR, positions: i
         positions: of a convolution to use, in expectation exact; None: all. All are used for "reduce", which sums
             over them before squaring.
         seed: of the positions.
+        split: rows of the diagonal blocks, about, that larger factors are split into.
 
     Returns:
-        [F_1, …, F_k], see `lightning_curv.extensions.KFLR`.
+        [F_1, …, F_k], see `lightning_curv.extensions.KFLR` and `factors`. Behind them, if $A'$ is split, $\bar a$.
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
     ICML 2015, section 2.1 (homogeneous coordinates).
@@ -33,10 +41,28 @@ def kronecker_factors(jacobians: Sequence[Jacobian], sharing: KFLR, positions: i
     weight, *bias = jacobians
     if positions is not None and sharing.weight_sharing == "expand":
         weight = subsampled(weight, positions, seed)
-    factors = sharing.evaluate(weight)
-    if bias:
-        factors = [factors[0], with_ones(factors[1], mean_input(weight))]
-    return factors
+    axes = kronecker_axes(weight) if split else ""
+    if not split or not axes:
+        factors = sharing.evaluate(weight)
+    else:
+        term = weight.terms[0]
+        sizes = [_size(term, axis) + (axis == "i" and bool(bias)) for axis in axes]
+        products = [partial(split_gram, size=part_size(size, split)) for size in sizes]
+        factors = [
+            kronecker_factor(term, axis, sharing.weight_sharing, product)
+            for axis, product in zip(axes, products, strict=True)
+        ]
+    if not bias:
+        return factors
+    outputs, inputs, mean = *factors, mean_input(weight)
+    split_mean = [] if inputs.shape[0] == inputs.shape[1] else [mean]
+    return [outputs, with_ones(inputs, mean), *split_mean]
+
+
+def _size(term: Term, axis: str) -> int:
+    letters = (term.out if axis == "o" else term.inp).replace("q", "")
+    sizes = term.sizes()
+    return math.prod(sizes[letter] for letter in letters if letter in term.par)
 
 
 def mean_input(jacobian: Jacobian) -> Tensor:
@@ -48,8 +74,12 @@ def mean_input(jacobian: Jacobian) -> Tensor:
 
 
 def with_ones(second_moment: Tensor, mean: Tensor) -> Tensor:
-    """Second moment of the inputs with a 1 appended, [d + 1, d + 1]."""
-    size = len(mean)
-    result = second_moment.new_ones(size + 1, size + 1)
-    result[:size, :size], result[size, :size], result[:size, size] = second_moment, mean, mean
+    """Second moment of the inputs with a 1 appended, [d + 1, d + 1], or [d + 1, s] if it is split."""
+    size, columns = second_moment.shape
+    full = columns == size
+    result = second_moment.new_zeros(size + 1, columns + full)
+    result[:size, :columns] = second_moment
+    last = parts_of(result, False)[-1]
+    last[-1, :-1] = last[:-1, -1] = mean[size + 1 - len(last) :]
+    last[-1, -1] = 1.0
     return result

@@ -18,6 +18,7 @@ with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the position
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from lightning_curv.symmetric import gram
 from lightning_curv.terms import Term
 
 WeightSharing = Literal["expand", "reduce"]
+Product = Callable[[Tensor], Tensor]
 KRONECKER = "oixyz"  # letters of matrix axes; x y z belong to the patches of the input or of the output
 
 
@@ -65,15 +67,14 @@ class KFLR(Extension):
 
     def evaluate(self, jacobian: Jacobian) -> list[Tensor]:
         """The factors of the parameter's block, in the order of its axes."""
-        axes = _axes(jacobian)
+        axes = kronecker_axes(jacobian)
         if not axes:
             return [jacobian.sum_squares().flatten()]
-        factor = {"o": _output_factor, "i": _input_factor}
-        return [factor[axis](jacobian.terms[0], self.weight_sharing) for axis in axes]
+        return [kronecker_factor(jacobian.terms[0], axis, self.weight_sharing) for axis in axes]
 
     def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
         """The factors of the columns add up, that of the inputs stays."""
-        axes = _axes(jacobian) or "o"
+        axes = kronecker_axes(jacobian) or "o"
         return [a if axis == "i" else a + b for axis, a, b in zip(axes, previous, new, strict=True)]
 
 
@@ -95,7 +96,7 @@ class KFAC(KFLR):
         self.source = Sampled(mc_samples)
 
 
-def _axes(jacobian: Jacobian) -> str:
+def kronecker_axes(jacobian: Jacobian) -> str:
     """The factors of the block, ``o`` and ``i`` in the order of the parameter's axes; empty: no Kronecker structure."""
     term = jacobian.terms[0]
     if len(jacobian.terms) > 1 or any(letter not in "q" + KRONECKER for letter in term.par):
@@ -106,23 +107,38 @@ def _axes(jacobian: Jacobian) -> str:
     return orders.get(par, "") if par else ""
 
 
-def _output_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
+def kronecker_factor(term: Term, axis: str, weight_sharing: WeightSharing, product: Product = gram) -> Tensor:
+    """One factor of the term's block.
+
+    Args:
+        term: The only term of a Jacobian.
+        axis: ``o`` for the factor of the outputs, ``i`` for that of the inputs.
+        weight_sharing: ``"expand"`` or ``"reduce"``.
+        product: Makes x xᵀ, or a part of it, of ``x [D, R]``; not used with one-hot inputs.
+    """
+    factor = {"o": _output_factor, "i": _input_factor}[axis]
+    return factor(term, weight_sharing, product)
+
+
+def _output_factor(term: Term, weight_sharing: WeightSharing, product: Product) -> Tensor:
     """Sum over columns, samples and positions, ``[(q), o, o]``."""
-    return _second_moment(term.g.transpose(0, 1), term.out, term.par, weight_sharing)
+    return _second_moment(term.g.transpose(0, 1), term.out, term.par, weight_sharing, product)
 
 
-def _input_factor(term: Term, weight_sharing: WeightSharing) -> Tensor:
+def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -> Tensor:
     """Mean over samples and positions, ``[(q), i, i]``."""
     assert term.x is not None
     if term.classes:
         return onehot.second_moment(term, weight_sharing == "reduce")
     sizes = term.sizes()
     positions = math.prod(sizes[letter] for letter in term.inp if letter not in term.par)
-    total = _second_moment(term.x, term.inp, term.par, weight_sharing)
+    total = _second_moment(term.x, term.inp, term.par, weight_sharing, product)
     return total.div_(max(1, len(term.x)) * positions ** (2 if weight_sharing == "reduce" else 1))
 
 
-def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing) -> Tensor:
+def _second_moment(
+    factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing, product: Product
+) -> Tensor:
     """Sum of the outer products of the features, in chunks of samples.
 
     Args:
@@ -130,6 +146,7 @@ def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: Weigh
         letters: Of the trailing axes; features are those that the parameter has.
         par: Letters of the parameter.
         weight_sharing: ``"expand"``: one vector of features per position; ``"reduce"``: their sum over the positions.
+        product: Of a matrix with itself, ``[D, R]``.
     """
     lead = factor.ndim - len(letters)
     groups = "q" if "q" in letters else ""
@@ -144,7 +161,7 @@ def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: Weigh
             rows = rows.sum(list(range(-len(positions), 0)))
         shape = (rows.shape[0] if groups else 1, math.prod(factor.shape[axis] for axis in features))
         rows = rows.reshape(*shape, rows.numel() // max(1, math.prod(shape)))
-        moment = torch.stack([gram(matrix) for matrix in rows]) if groups else gram(rows[0])
+        moment = torch.stack([product(matrix) for matrix in rows]) if groups else product(rows[0])
         total = moment if total is None else total.add_(moment)
     assert total is not None
     return total
