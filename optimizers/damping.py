@@ -36,6 +36,5 @@ def split_damping(factors: Sequence[Tensor], damping: float | Tensor, batched: b
     usable = (means > 0).all(dim=0)
     # In logarithms: the product of small traces underflows in float32.
     logs = means.clamp_min(torch.finfo(means.dtype).tiny).log()
-    common = torch.where(usable, logs.mean(dim=0), torch.zeros_like(logs[0]))
-    split = torch.where(usable, logs, torch.zeros_like(logs)) - common
+    split = torch.where(usable, logs - logs.mean(dim=0), 0.0)
     return list(split.exp() * damping ** (1.0 / order))

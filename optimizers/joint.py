@@ -20,10 +20,10 @@ def joined(grads: Sequence[Tensor], center: Sequence[Tensor] = ()) -> Tensor:
     weight, *bias = grads
     if not bias:
         return weight
-    weight, (column,) = weight.flatten(1), bias
+    matrix = torch.cat([weight.flatten(1), bias[0].to(weight.dtype).unsqueeze(1)], dim=1)
     for mean in center:
-        weight = weight - torch.outer(column, mean).to(weight.dtype)
-    return torch.cat([weight, column.to(weight.dtype).unsqueeze(1)], dim=1)
+        matrix[:, :-1].addr_(matrix[:, -1], mean.to(matrix.dtype), alpha=-1)
+    return matrix
 
 
 def separated(matrix: Tensor, like: Sequence[Tensor], center: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -31,10 +31,10 @@ def separated(matrix: Tensor, like: Sequence[Tensor], center: Sequence[Tensor] =
     weight, *bias = like
     if not bias:
         return [matrix]
-    rows, column = matrix[:, :-1], matrix[:, -1]
+    rows, column = matrix[:, :-1].contiguous(), matrix[:, -1]
     for mean in center:
         column = column - rows @ mean
-    return [rows.reshape(weight.shape), column]
+    return [rows.view(weight.shape), column]
 
 
 def centered(second_moment: Tensor, mean: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class KFACOptimizer(SecondOrderOptimizer):
     $\nu = \min(1, \sqrt{\kappa / (\eta_0^2 \sum d^\top g)})$ and $\eta_0$ the learning rate the optimizer was built
     with, so that a schedule acts after this trust-region clip.
 
-    The damping $\lambda$ of a block is split by the traces of the factors, $\prod_i \gamma_i = \lambda$. "auto"
+    The damping $\lambda$ of a block is split by the traces of the factors, $\prod_i \gamma_i = \lambda$. "auto" damps
+    in the coordinates of centered inputs, where nothing depends on the mean of a layer's inputs, and
     sets $\lambda = c \, \bar\mu + \lambda_0$: $\bar\mu$ is the mean eigenvalue of the block, $\lambda_0$ the least
     damping of the loss (`LossLimits`), and $c$ is adapted by Levenberg and Marquardt's rule if `step` is given
     `loss_fn`, or `optimizer.loss_fn` is set; otherwise it decays to 0.01.
@@ -57,8 +58,9 @@ class KFACOptimizer(SecondOrderOptimizer):
         weight_sharing: "expand" or "reduce", how factors treat convolutions and sequences.
         eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
         positions: of a convolution, drawn anew for every batch, that its factors are computed from; None: all.
-        split_factors: factors with more than 1.5 times as many rows are replaced by diagonal blocks of about this size;
-            None: none are.
+        split_factors: larger factors are replaced by diagonal blocks of about this many rows (the mean of the inputs of
+            a layer with bias stays exact); None: none are. "auto": 160, which preconditions at the cost of a backward
+            pass, with `lr="auto"` 1,000, because the automatic step costs more than that.
         max_factor_size: factors with more rows are replaced by their diagonal.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
 
@@ -106,7 +108,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         weight_sharing: Literal["expand", "reduce"] = "expand",
         eigen: bool = False,
         positions: int | None = 16,
-        split_factors: int | None = 192,
+        split_factors: int | Literal["auto"] | None = "auto",
         max_factor_size: int = 8192,
         fallback_lr: float = 1e-3,
     ) -> None:
@@ -116,6 +118,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         require_count("max_factor_size", max_factor_size)
         require_choice("curvature", curvature, ("mc", "exact", "empirical"))
         require_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
+        if split_factors == "auto":
+            split_factors = 1000 if lr == "auto" else 160
         for name, count in {"positions": positions, "split_factors": split_factors}.items():
             if count is not None:
                 require_count(name, count)

@@ -76,7 +76,7 @@ class TrustClip:
 
     def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
         shrink = self._shrink(directions)
-        return Step([_with_momentum(d, d.value * -d.group["lr"] * _like(shrink, d.value)) for d in directions])
+        return Step([_with_momentum(d, d.value * (_like(shrink, d.value) * -d.group["lr"])) for d in directions])
 
     def _shrink(self, directions: Sequence[Direction]) -> Tensor:
         if self.kl_clip is None or not directions:
