@@ -59,7 +59,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
         positions: of a convolution, drawn anew for every batch, that its factors are computed from; None: all.
         split_factors: larger factors are replaced by diagonal blocks of about this many rows (the mean of the inputs of
-            a layer with bias stays exact); None: none are. "auto": 160, which preconditions at the cost of a backward
+            a layer with bias stays exact); None: none are. "auto": 144, which preconditions at the cost of a backward
             pass, with `lr="auto"` 1,000, because the automatic step costs more than that.
         max_factor_size: factors with more rows are replaced by their diagonal.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
@@ -119,7 +119,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         require_choice("curvature", curvature, ("mc", "exact", "empirical"))
         require_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
         if split_factors == "auto":
-            split_factors = 1000 if lr == "auto" else 160
+            split_factors = 1000 if lr == "auto" else 144
         for name, count in {"positions": positions, "split_factors": split_factors}.items():
             if count is not None:
                 require_count(name, count)
