@@ -39,22 +39,18 @@ class CurvatureCallback(Callback):
     - what each optimizer asks for by `optimizer.required_extensions()`, left on the parameters until the batch ends;
     - on logging steps, the series below. No per-sample gradient is materialised.
 
-    ============================================= ==================================================================
-    ``curvature/grad_norm``                       $\|\bar g\|$, norm of the gradient before clipping
-    ``curvature/grad_variance``                   $\mathrm{tr}\,\Sigma$ of the per-sample gradients, unbiased
-    ``curvature/sample_norm_median|p5|p95|max``   quantiles of the per-sample gradient norms $\|g_n\|$
-    ``curvature/sample_norms``                    their histogram (TensorBoard)
-    ``curvature/grad_signal``                     $\|G\|^2$ of the gradient without its noise, unbiased; it is negative
-                                                  now and then where the batches are too small to resolve it
-    ``curvature/noise_scale``                     $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of the
-                                                  two; absent, with a warning, while the average of $\|G\|^2$ is not
-                                                  positive
-    ``curvature/suggested_batch_size``            the power of two next to the noise scale
-    ``curvature/ggn_trace``                       trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate;
-                                                  needs a known loss function or ``output``; not with ``mc_samples=0``.
-                                                  It takes a backward pass of its own: from step 20 on at most every
-                                                  tenth step, unless ``quantities`` names it
-    ============================================= ==================================================================
+    - ``curvature/grad_norm``: $\|\bar g\|$, norm of the gradient before clipping
+    - ``curvature/grad_variance``: $\mathrm{tr}\,\Sigma$ of the per-sample gradients, unbiased
+    - ``curvature/sample_norm_median|p5|p95|max``: quantiles of the per-sample gradient norms $\|g_n\|$
+    - ``curvature/sample_norms``: their histogram (TensorBoard)
+    - ``curvature/grad_signal``: $\|G\|^2$ of the gradient without its noise, unbiased; it is negative now and then
+      where the batches are too small to resolve it
+    - ``curvature/noise_scale``: $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of the two; absent, with
+      a warning, while the average of $\|G\|^2$ is not positive
+    - ``curvature/suggested_batch_size``: the power of two next to the noise scale
+    - ``curvature/ggn_trace``: trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate; needs a known loss
+      function or ``output``; not with ``mc_samples=0``. It takes a backward pass of its own: from step 20 on at most
+      every tenth step, unless ``quantities`` names it
 
     Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``,
     ``mean_gsnr``, ``grad_diversity``, ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``,

@@ -56,15 +56,13 @@ class PrivacyCallback(Callback):
     neighbouring data sets that differ by one sample. It does not cover statistics of the training data that you log
     or select by (a checkpoint by training loss). See `docs/privacy.md`.
 
-    ====================================== =========================================================================
-    ``privacy/epsilon``                    ε spent, on the progress bar too
-    ``privacy/noise_multiplier``           σ
-    ``privacy/clip_norm``                  C
-    ``privacy/noised_grad_norm``           ‖g̃‖
-    ``non_private/sample_norm_median|max`` quantiles of ‖g_i‖; only with ``log_non_private=True``
-    ``non_private/clipped_fraction``       share of samples with ‖g_i‖ > C; the same
-    ``non_private/discarded``              samples whose gradient was not finite; the same
-    ====================================== =========================================================================
+    - ``privacy/epsilon``: ε spent, on the progress bar too
+    - ``privacy/noise_multiplier``: σ
+    - ``privacy/clip_norm``: C
+    - ``privacy/noised_grad_norm``: ‖g̃‖
+    - ``non_private/sample_norm_median|max``: quantiles of ‖g_i‖; only with ``log_non_private=True``
+    - ``non_private/clipped_fraction``: share of samples with ‖g_i‖ > C; the same
+    - ``non_private/discarded``: samples whose gradient was not finite; the same
 
     Args:
         epsilon: The budget ε; gives σ when the optimizer has none. ``None``: no budget.

@@ -21,13 +21,23 @@ PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 
 @event_priority(100)  # before mkdocstrings reads its configuration
 def on_config(config: Any) -> None:
-    """Let mkdocstrings read the package as it is installed, with its three folders in one."""
+    """Let mkdocstrings read a copy of the package: its three folders in one, as installed, docstrings in Markdown."""
     copy = Path(tempfile.mkdtemp(prefix="lightning_curv_docs_"))
     atexit.register(shutil.rmtree, copy)
     for folder in ("lightning_curv", "optimizers", "callbacks"):
         inside = copy / "lightning_curv" / (folder if folder != "lightning_curv" else "")
         shutil.copytree(ROOT / folder, inside, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    for path in copy.rglob("*.py"):
+        path.write_text(_in_markdown(path.read_text()))
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(copy)]
+
+
+def _in_markdown(source: str) -> str:
+    """Mathematics between dollars instead of in roles and directives, and examples as code."""
+    source = re.sub(r":math:`([^`]*)`", r"$\1$", source)
+    source = re.sub(r"^( *)\.\. math:: (.*)$", r"\1$$\2$$", source, flags=re.MULTILINE)
+    source = re.sub(r"^( *)\.\. math::\n((?:\1    .*\n)+)", r"\1$$\n\2\1$$\n", source, flags=re.MULTILINE)
+    return re.sub(r"^( +)Example:$", r"\1Examples:", source, flags=re.MULTILINE)
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -40,7 +50,7 @@ def on_files(files: Files, config: Any) -> Files:
 def _moved(text: str) -> str:
     """Links of a page in the root, as seen from docs/."""
     text = text.replace("](docs/", "](").replace('src="docs/', 'src="')
-    text = re.sub(r"\]\((?!https?:|#)(examples|benchmarks|LICENSE|README|CONTRIBUTING|CHANGELOG)", r"](../\1", text)
+    text = re.sub(r"\]\((?!https?:|#)(examples/|benchmarks/|LICENSE|README|CONTRIBUTING|CHANGELOG)", r"](../\1", text)
     return re.sub(r"\]\(\.\./(README|CONTRIBUTING|CHANGELOG)\.md", lambda m: f"]({PAGES[m[1] + '.md']}", text)
 
 

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from lightning_curv.recording import disable, record
     from lightning_curv.rules import rule
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "DPSGD",

@@ -120,5 +120,5 @@ def test_every_page_is_in_the_navigation():
 def test_pictures_are_shown_and_small():
     shown = "\n".join(page.read_text() for page in PAGES + ROOT_PAGES)
     for picture in (DOCS / "images").rglob("*.png"):
-        assert picture.name in shown
+        assert picture.name in shown, f"no page shows {picture.relative_to(ROOT)}"
         assert picture.stat().st_size < 300_000 or picture.name == "optimizers.png"

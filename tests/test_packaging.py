@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from importlib.util import resolve_name
@@ -63,7 +64,9 @@ def test_packages_list_equals_the_tree():
 
 
 def test_version_is_stated_once_in_effect():
-    assert PYPROJECT["project"]["version"] == lightning_curv.__version__
+    version = PYPROJECT["project"]["version"]
+    assert version == lightning_curv.__version__
+    assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -109,6 +112,17 @@ def test_readme_and_ci_run_the_same_test_command():
     [command] = [line for line in readme if "pytest" in line]
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
     assert any("examples/mnist.py" in line for line in readme)
+
+
+def test_readme_for_package_indexes_has_no_relative_links():
+    long_description = runpy.run_path(str(ROOT / "setup.py"))["long_description"]
+    readme = (ROOT / "README.md").read_text()
+    bare, linked = (long_description(readme, repository) for repository in (None, "https://example.org/x"))
+    for text in (bare, linked):
+        assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]*)\)", text))
+    assert "![" not in bare
+    assert "](https://example.org/x/raw/main/docs/images/dashboard.png)" in linked
+    assert "](https://example.org/x/blob/main/docs/quickstart.md)" in linked
 
 
 def test_readme_names_every_export():
