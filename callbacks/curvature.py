@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.layers import choose
 from lightning_curv.callbacks.measure import RunningNoiseScale
-from lightning_curv.callbacks.observation import AnyExtension, Observation
+from lightning_curv.callbacks.observation import AnyExtension, Observation, explained, required_extensions
 from lightning_curv.callbacks.publish import add_layout
 from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
 from lightning_curv.callbacks.recorded_step import (
@@ -22,8 +22,8 @@ from lightning_curv.callbacks.recorded_step import (
     restore_training_step,
     returned_loss,
 )
-from lightning_curv.callbacks.report import Report
-from lightning_curv.callbacks.settings import check, find_output
+from lightning_curv.callbacks.report import Report, warn_of_noise
+from lightning_curv.callbacks.settings import check, find_output, require_whole_parameters
 from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.window import BackwardPass, Window
 
@@ -95,6 +95,7 @@ class CurvatureCallback(Callback):
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
+        MisconfigurationException: in `setup`: the strategy shards parameters.
 
     Example:
         >>> CurvatureCallback(["default", "norm_test"], every_n_steps=10).every_n_steps
@@ -139,6 +140,7 @@ class CurvatureCallback(Callback):
         self._off: set[str] = set()  # savefields that could not be computed
         self._checked = False
         self._noisy = False
+        self._loaded = False  # from a checkpoint
         self._passes = 0  # since the gradients were last set to zero
         self._window = Window()
         self._trajectory = Trajectory()
@@ -171,12 +173,15 @@ class CurvatureCallback(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._noise = {name: RunningNoiseScale(self.ema, **state) for name, state in state_dict["noise"].items()}
+        noise = state_dict.get("noise", {})
+        self._noise = {name: RunningNoiseScale(self.ema, **state) for name, state in noise.items()}
         self._trajectory.initial = dict(state_dict.get("initial", {}))
+        self._loaded = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        require_whole_parameters(trainer)
         if stage == "fit":  # before a checkpoint is loaded
-            self._trajectory = Trajectory()
+            self._trajectory, self._loaded = Trajectory(), False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._off = set()
@@ -185,6 +190,10 @@ class CurvatureCallback(Callback):
         self._chosen = choose(pl_module, self.layers, self.max_layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is not None and not self._loaded:
+            rank_zero_warn(
+                "The checkpoint holds no state of CurvatureCallback with these settings: its averages start anew."
+            )
         if "distance" in self._names and not self._trajectory.initial:
             self._trajectory.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
         if self.layout:
@@ -257,8 +266,9 @@ class CurvatureCallback(Callback):
         grads = {p: p.grad for p in params}
         if self._report:
             self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
-            if self._report.too_noisy:
-                self._warn_of_noise(trainer, self._report.too_noisy)
+            if self._report.too_noisy and not self._noisy:
+                self._noisy = True
+                warn_of_noise(trainer, self._report.too_noisy, self.ema)
         if "alpha" in self._names and self._is_logging_step(trainer, ahead=1):
             self._trajectory.remember(grads, divisor)
 
@@ -273,16 +283,10 @@ class CurvatureCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release(pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(pl_module)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._end(pl_module)
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._end(pl_module)
-
-    def _end(self, pl_module: LightningModule) -> None:
         self._window = Window()
         self._trajectory.forget()
         self._release(pl_module)
@@ -309,11 +313,7 @@ class CurvatureCallback(Callback):
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]  # type: ignore[attr-defined]
         if callbacks[0] is not self or trainer.fit_loop._should_accumulate():
             return []
-        by_field: dict[str, AnyExtension] = {}
-        for optimizer in trainer.optimizers:
-            for extension in getattr(optimizer, "required_extensions", tuple)():
-                by_field.setdefault(extension.savefield, extension)
-        return list(by_field.values())
+        return required_extensions(trainer.optimizers)
 
     def _turn_off_failed(self) -> None:
         """What cannot be computed is not logged in the rest of the run, or stops it."""
@@ -323,27 +323,12 @@ class CurvatureCallback(Callback):
             if fields & self._required_fields:
                 raise error
             if self.strict and names:
-                kind = type(error) if isinstance(error, RuntimeError) else RuntimeError
-                raise kind(
-                    f"{error} (CurvatureCallback needs this for {', '.join(names)}. `mc_samples=0` leaves out the GGN "
-                    "trace and `quantities` chooses what is computed; `strict=False` trains on without.)"
-                ) from error
+                raise explained(error, names) from error
             if names:
                 rank_zero_warn(f"CurvatureCallback stops logging {', '.join(names)}: {error}")
             self._off |= fields
             if self._report is not None:
                 self._report.turn_off(fields)
-
-    def _warn_of_noise(self, trainer: Trainer, samples: int) -> None:
-        if not self._noisy:
-            self._noisy = True
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            rank_zero_warn(
-                f"At step {step} the batches of {samples * getattr(trainer.strategy, 'world_size', 1)} samples are too "
-                "small to resolve the gradient: `curvature/noise_scale` has gaps where the average of "
-                "`curvature/grad_signal` is not positive. Enlarge the batches (`accumulate_grad_batches`) or average "
-                f"longer (`ema`, now {self.ema})."
-            )
 
     def _follow_zero_grad(self, pl_module: LightningModule) -> None:
         """In manual optimization nothing announces `zero_grad`: the gradients themselves tell."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from lightning_curv.backprop import Backprop
 from lightning_curv.extensions.base import Extension, GraphExtension
@@ -97,3 +98,21 @@ def delete_fields(params: Iterable[Parameter], fields: Collection[str]) -> None:
     for param in params if fields else ():
         for field in vars(param).keys() & set(fields):
             delattr(param, field)
+
+
+def required_extensions(optimizers: Iterable[Optimizer]) -> list[AnyExtension]:
+    """What optimizers ask for, of each savefield the first."""
+    by_field: dict[str, AnyExtension] = {}
+    for optimizer in optimizers:
+        for extension in getattr(optimizer, "required_extensions", tuple)():
+            by_field.setdefault(extension.savefield, extension)
+    return list(by_field.values())
+
+
+def explained(error: Exception, names: Sequence[str]) -> RuntimeError:
+    """The error with the quantities that it stops, and what to do."""
+    kind = type(error) if isinstance(error, RuntimeError) else RuntimeError
+    return kind(
+        f"{error} (CurvatureCallback needs this for {', '.join(names)}. `mc_samples=0` leaves out the GGN trace and "
+        "`quantities` chooses what is computed; `strict=False` trains on without.)"
+    )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -148,3 +149,13 @@ class Report:
         image = heat_map(found) if len(found) > len(self._chosen) else None
         samples = self._histograms if histograms else {}
         publish(trainer, pl_module, self._values, layers, samples, image, prog_bar)
+
+
+def warn_of_noise(trainer: Trainer, samples: int, ema: float) -> None:
+    """Say why the noise scale has gaps."""
+    rank_zero_warn(
+        f"At step {trainer.fit_loop.epoch_loop._batches_that_stepped} the batches of "
+        f"{samples * getattr(trainer.strategy, 'world_size', 1)} samples are too small to resolve the gradient: "
+        "`curvature/noise_scale` has gaps where the average of `curvature/grad_signal` is not positive. Enlarge the "
+        f"batches (`accumulate_grad_batches`) or average longer (`ema`, now {ema})."
+    )

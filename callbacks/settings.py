@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Collection, Sequence
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Trainer
 from torch import nn
 
 
@@ -37,6 +39,16 @@ def check(
     for name in prog_bar:
         if name not in series:
             raise ValueError(f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?")
+
+
+def require_whole_parameters(trainer: Trainer) -> None:
+    """Refuse strategies whose parameters and gradients are shards, or whose engine makes the backward pass."""
+    strategy = type(trainer.strategy).__name__
+    if any(name in strategy for name in ("FSDP", "ModelParallel", "DeepSpeed")):
+        raise MisconfigurationException(
+            f"CurvatureCallback needs a strategy that keeps whole parameters in every process, found {strategy}; use "
+            "one device or `strategy='ddp'`."
+        )
 
 
 def near(name: str, valid: Collection[str]) -> str:

@@ -263,15 +263,19 @@ class SecondOrderOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, every tensor in the dtype that it was saved in.
 
-        Raises:
-            ValueError: the state is another optimizer's.
+        The state of another optimizer says nothing about curvature, and its settings mean something else: it is left
+        out with a warning.
         """
         if "steps" not in state_dict:
-            raise ValueError(f"A state of {type(self).__name__} has the key 'steps', found {sorted(state_dict)}.")
+            warn(
+                f"found a checkpoint without the state of {type(self).__name__} (its keys are {sorted(state_dict)}); "
+                "curvature and settings start anew."
+            )
+            return
         super().load_state_dict(state_dict)
         self.state.update(restored_state(state_dict, self.param_groups))
         for name in SAVED:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, getattr(self, name)))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in (*SETTINGS, *SAVED)}

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from monitoring import (
     CONSTANT,
     TAGS,
@@ -21,6 +22,7 @@ from monitoring import (
     series,
 )
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -249,3 +251,19 @@ def test_lightning_cli_builds_callback_and_optimizer_from_yaml(tmp_path, import_
 def test_bad_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         CurvatureCallback(**settings)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_shard_parameters_are_refused_by_name(name):
+    class Sharded(pl.strategies.SingleDeviceStrategy):
+        pass
+
+    Sharded.__name__ = name
+    with pytest.raises(MisconfigurationException, match=f"whole parameters in every process, found {name}; use"):
+        fit(Net(), CurvatureCallback(), strategy=Sharded(torch.device("cpu")), accelerator="auto")
+
+
+def test_model_parallel_is_refused_before_anything_is_sharded():
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), logger=False, **CONSTANT)
+    with pytest.raises(MisconfigurationException, match="found ModelParallelStrategy"):
+        CurvatureCallback().setup(trainer, Net(), "fit")

@@ -648,10 +648,22 @@ def test_schedule_resumes_relative_to_the_first_learning_rate():
     assert (group["lr"], group["base_lr"]) == (0.15, 0.3)
 
 
-def test_state_of_another_optimizer_raises():
+def test_state_of_another_optimizer_is_left_out_with_a_warning():
     p = parameter(2, 3)
-    with pytest.raises(ValueError, match=r"A state of KFACOptimizer has the key 'steps', found"):
-        plain([p]).load_state_dict(torch.optim.SGD([p]).state_dict())
+    optimizer = plain([p])
+    before = optimizer.state_dict()
+    with pytest.warns(RuntimeWarning, match="without the state of KFACOptimizer.*start anew"):
+        optimizer.load_state_dict(torch.optim.SGD([p], lr=7.0).state_dict())
+    assert optimizer.state_dict() == before
+
+
+def test_state_of_an_older_version_keeps_what_it_lacks():
+    p = parameter(2, 3)
+    optimizer = plain([p])
+    state = optimizer.state_dict()
+    del state["loss_floor"], state["tried"]
+    optimizer.load_state_dict(state | {"steps": 3})
+    assert (optimizer.steps, optimizer.loss_floor, optimizer.tried) == (3, 0.0, False)
 
 
 @pytest.mark.parametrize("transfer", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
