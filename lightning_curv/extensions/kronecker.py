@@ -136,9 +136,7 @@ def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -
     return total.div_(max(1, len(term.x)) * positions ** (2 if weight_sharing == "reduce" else 1))
 
 
-def _second_moment(
-    factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing, product: Product
-) -> Tensor:
+def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing, product: Product) -> Tensor:
     """Sum of the outer products of the features, in chunks of samples.
 
     Args:
