@@ -139,7 +139,9 @@ class Backprop:
         self._output = find_output(loss, self._where)
         tape = walk(loss.grad_fn, self._output)
         for use in tape.uses.values():
-            use.check_versions()
+            use.check()
+        for call in tape.losses.values():
+            call.check()
         return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._generator or default_generator(loss.device))
 
     def _refuse_uncovered(self, tape: Tape) -> None:

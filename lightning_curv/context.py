@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_curv.backprop import Backprop
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
-from lightning_curv.recording import disabled, record
+from lightning_curv.recording import record
 from lightning_curv.records import Output
 
 
@@ -81,13 +81,11 @@ class curvature(record):
             "output": Output.of(output) if isinstance(output, Tensor) else output,
         }
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Record ``func``; compute the extensions around a backward pass."""
-        if func not in _BACKWARD or not self.extensions or disabled():
-            return super().__torch_function__(func, types, args, kwargs)
-        loss, kwargs = _BACKWARD[func](*args, **(kwargs or {}))
+    def _compute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compute the extensions around a backward pass."""
+        if not self.extensions:
+            return func(*args, **kwargs)
+        loss, kwargs = _BACKWARD[func](*args, **kwargs)
         backprop = Backprop(loss, self.extensions, gradient=kwargs.get("gradient"), **self._options)
         if any(isinstance(e, GraphExtension) and e.keeps_graph for e in self.extensions):
             kwargs["retain_graph"] = True
@@ -97,7 +95,12 @@ class curvature(record):
             backprop.after()
         finally:
             backprop.abort()
-        return None
+
+    _intercepted: Mapping[Any, Callable[..., Any]] = {
+        **record._intercepted,
+        Tensor.backward: _compute,
+        torch.autograd.backward: _compute,
+    }
 
 
 def _of_tensor(loss: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, dict[str, Any]]:

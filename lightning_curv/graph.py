@@ -122,7 +122,7 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
         found = [output] if reaches(root, output.edge.node) else []
         name = f"a tensor of shape {tuple(output.like.shape)}"
     else:
-        known = [(node, mark.outputs) for node in _nodes(root) if (mark := marks(node)) is not None]
+        known = [(node, mark.outputs) for node in _nodes(root) if (mark := marks(node)) is not None and mark.outputs]
         found = [
             Output(GradientEdge(node, outputs[output][0]), outputs[output][1])
             for node, outputs in known

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_curv.jacobian import Jacobian
-from lightning_curv.passes import Passes, own_pass, parameters, unheard
+from lightning_curv.own_passes import own_pass, unheard
+from lightning_curv.passes import Passes, parameters
 from lightning_curv.records import Use
 from lightning_curv.terms import Term
 

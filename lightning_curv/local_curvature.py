@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.passes import Column, unheard
+from lightning_curv.own_passes import unheard
+from lightning_curv.passes import Column
 from lightning_curv.places import Place
 from lightning_curv.symmetric import eigh
 

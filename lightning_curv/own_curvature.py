@@ -18,7 +18,8 @@ from lightning_curv.dependence import uses_below
 from lightning_curv.derived import pulled_back
 from lightning_curv.graph import leaves
 from lightning_curv.jacobian import Jacobian
-from lightning_curv.passes import Column, Passes, apply_rule, parameters, unheard
+from lightning_curv.own_passes import unheard
+from lightning_curv.passes import Column, Passes, apply_rule, parameters
 from lightning_curv.places import place_of
 from lightning_curv.records import Operand, Use
 from lightning_curv.residuals import probes

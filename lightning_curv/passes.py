@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,6 +16,7 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import Tape, leaves
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.losses import LOSSES, Likelihood
+from lightning_curv.own_passes import unheard
 from lightning_curv.records import Use
 from lightning_curv.rules import Call
 from lightning_curv.samples import Samples
@@ -159,34 +159,5 @@ def _grad(
     seeds: Sequence[Tensor],
     keep_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    with _RUNNING.unheard():
+    with unheard():
         return torch.autograd.grad(outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True)
-
-
-class _Running:
-    """Counts our own passes through graphs, which hooks must not take for the user's backward pass.
-
-    Shared by all threads: autograd may run hooks in threads of its own.
-    """
-
-    def __init__(self) -> None:
-        self.passes = 0
-
-    @contextmanager
-    def unheard(self) -> Iterator[None]:
-        self.passes += 1
-        try:
-            yield
-        finally:
-            self.passes -= 1
-
-
-_RUNNING = _Running()
-
-
-def own_pass() -> bool:
-    """Whether the pass that is running is one of ours."""
-    return _RUNNING.passes > 0
-
-
-unheard = _RUNNING.unheard

@@ -9,14 +9,14 @@ registry, nothing to clear, and a graph that is never backpropagated costs nothi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -34,12 +34,12 @@ from lightning_curv.records import (
     is_copy,
     like,
     mark_at,
+    marks,
     origin_of,
 )
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 
-TRANSPARENT = {F.multi_head_attention_forward}  # Python functions whose inner calls are recorded instead
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 _local = threading.local()
@@ -88,37 +88,54 @@ class record(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` and record what it consumed."""
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() or disabled():
-            return func(*args, **kwargs)
-        if func in TRANSPARENT:
-            with self:
-                return _undispatched(cast("FunctionType", func))(*args, **kwargs)
-        if func in LOSSES:
-            return _record_loss(func, args, kwargs)
         rule = RULES.get(func)
         if rule is None:
+            if func in LOSSES:
+                return _record_loss(func, args, kwargs) if _recording() else func(*args, **kwargs)
+            if func in self._intercepted and not disabled():
+                return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
-            leaves = tree_leaves(out) if isinstance(out, (tuple, list)) else [out]
-            outputs = [t for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
-            if outputs:
-                _record_unknown(func, args, kwargs, outputs)
+            if (_has_origin(args) or (kwargs and _has_origin(kwargs.values()))) and _recording():
+                _record_unknown(func, args, kwargs, out)
             return out
-        if not rule.slots and not any(map(_has_origin, args)) and not any(map(_has_origin, kwargs.values())):
-            return func(*args, **kwargs)  # data alone
+        data = not rule.slots and not _has_origin(args) and not (kwargs and _has_origin(kwargs.values()))
+        if data or not _recording():
+            return func(*args, **kwargs)
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
-        if rule.outputs and isinstance(out, tuple) and any(rule.holds(k) for k in call.edges):
+        if rule.outputs and isinstance(out, tuple) and any(map(rule.holds, call.origins)):
             whole, out = joined(out, rule.outputs(call.bound))
             call.store(whole)
         elif isinstance(out, Tensor) and out.grad_fn is not None:
             call.store(out)
         return out
 
+    def _record_inside(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A Python function whose inner calls are recorded instead."""
+        if not _recording():
+            return func(*args, **kwargs)
+        with self:
+            return _undispatched(func)(*args, **kwargs)
 
-def _has_origin(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_has_origin, value))
-    return isinstance(value, Tensor) and value.requires_grad and origin_of(value) is not None
+    _intercepted: Mapping[Callable[..., Any], Callable[..., Any]] = {F.multi_head_attention_forward: _record_inside}
+
+
+def _recording() -> bool:
+    return torch.is_grad_enabled() and not disabled()
+
+
+def _has_origin(values: Iterable[Any]) -> bool:
+    """Whether some tensor among the arguments was computed from parameters."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad and origin_of(value) is not None:
+                return True
+        elif isinstance(value, (list, tuple)):
+            if _has_origin(value):
+                return True
+        elif isinstance(value, dict) and _has_origin(value.values()):
+            return True
+    return False
 
 
 def _undispatched(function: FunctionType) -> FunctionType:
@@ -147,14 +164,15 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         out = out.view_as(out) if i else out
         mark, part = mark_at(out.grad_fn), PARTS[func, name]
         own = {**detached, name: detached["input"], "input": detached[name]}
-        mark.loss = mark.loss or LossCall(part, own, edge_of(arguments[name]), out.shape, out.output_nr, i > 0)
+        if mark.loss is None:
+            mark.loss = LossCall(part, own, edge_of(arguments[name]), out.shape, out.output_nr, i > 0)
+            out.grad_fn.register_hook(mark.loss.release)
     return out
 
 
-def _record_unknown(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
-) -> None:
+def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
+    outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None]
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     origins = [origin_of(t) for t in tensors if t.requires_grad]
     if func in JOINS and {*origins} != {PURE}:
@@ -173,54 +191,71 @@ def _record_unknown(
 class _Call:
     """The arguments of a call as they are before it runs (in-place ops change values and history)."""
 
+    __slots__ = ("bound", "changed", "func", "nodes", "origins", "reads", "rule", "tensors")
+
     def __init__(self, func: Callable[..., Any], rule: Rule, bound: dict[str, Any]) -> None:
         self.func, self.rule, self.bound = func, rule, bound
         self.tensors = {k: v for k, v in bound.items() if isinstance(v, Tensor)}
-        self.edges = {k: edge_of(v) for k, v in self.tensors.items() if v.requires_grad}
-        self.origins = {k: origin_of(self.tensors[k]) for k in self.edges}
-        self.reads = {*rule.reads(bound)}
-        changed = next(iter(bound)) if rule.inplace(func) else None
-        self.values = {
-            k: v.detach().clone() if k == changed and k in self.reads else v.detach() for k, v in self.tensors.items()
-        }
+        differentiable = [(k, v) for k, v in self.tensors.items() if v.requires_grad]
+        self.nodes = {k: (v.grad_fn, v.output_nr) for k, v in differentiable}
+        self.origins = {k: origin_of(v) for k, v in differentiable}
+        self.reads = rule.reads(bound)
+        self.changed: dict[str, Tensor] = {}
+        if rule.inplace(func) and (name := next(iter(bound))) in self.reads and name in self.tensors:
+            self.changed[name] = self.tensors[name].detach().clone()
 
     def store(self, out: Tensor) -> None:
         """Leave the call at the node of its output."""
-        origin = combined(list(self.origins.values()), list(self.tensors.values()))
-        operands = self._operands(out)
-        if self.rule.expands and operands and _repeated(self.tensors[operands[0]], out):
-            origin = None  # a copy per sample: from here on it is data
-        mark_at(cast("Node", out.grad_fn)).origin = origin
-        mark_at(cast("Node", out.grad_fn)).copies = self.rule.expands
+        operands, node = self._operands(out), cast("Node", out.grad_fn)
+        self._mark_origin(node, operands, out)
         owner = _owner(out) if self.rule.slots else out
-        mark = mark_at(cast("Node", owner.grad_fn))
         couples = self.rule.couples(self.bound)
-        if mark.use is not None or not (operands or couples):
+        if not (operands or couples):
             return
-        keep = {k: v for k, v in self.values.items() if k in self.reads or k in operands}
+        node = cast("Node", owner.grad_fn)
+        mark = mark_at(node)
+        if mark.use is not None:
+            return
+        keep = {k: self._value(k) for k in self.tensors if k in self.reads or k in operands}
         mark.use = Use(
             function=self.func,
             rule=self.rule,
             arguments={k: keep.get(k) if k in self.tensors else v for k, v in self.bound.items()},
-            operands={k: self._operand(k) for k in operands},
-            inputs={k: e for k, e in self.edges.items() if k not in operands},
+            operands={k: self._operand(k, keep) for k in operands},
+            inputs={k: self._edge(k) for k in self.nodes if k not in operands},
             shape=out.shape,
             output_nr=owner.output_nr,
             versions={k: v._version for k, v in keep.items() if k not in operands},
             couples=couples,
         )
+        node.register_hook(mark.use.release)
+
+    def _mark_origin(self, node: Node, operands: list[str], out: Tensor) -> None:
+        origin = combined(list(self.origins.values()), list(self.tensors.values()))
+        if self.rule.expands and operands and _repeated(self.tensors[operands[0]], out):
+            origin = None  # a copy per sample: from here on it is data
+        if origin is not None or self.rule.expands or marks(node) is not None:
+            mark = mark_at(node)
+            mark.origin, mark.copies = origin, self.rule.expands
 
     def _operands(self, out: Tensor) -> list[str]:
         """The arguments that are parameters of this call; the others are data."""
         if self.rule.slots:
-            return [k for k in self.edges if self.rule.holds(k)]
-        pure = [k for k in self.edges if self.origins[k] == PURE]
-        tentative = (k for k in self.edges if self.origins[k] == TENTATIVE)
+            return [k for k in self.nodes if self.rule.holds(k)]
+        pure = [k for k, origin in self.origins.items() if origin == PURE]
+        tentative = (k for k, origin in self.origins.items() if origin == TENTATIVE)
         return pure or [k for k in tentative if self.rule.accepts(k, self.tensors[k], out)]
 
-    def _operand(self, name: str) -> Operand:
-        tensor = self.tensors[name]
-        return Operand(tensor if tensor.grad_fn is None else self.values[name], self.edges[name])
+    def _operand(self, name: str, values: dict[str, Tensor]) -> Operand:
+        leaf = self.nodes[name][0] is None
+        return Operand(self.tensors[name]) if leaf else Operand(values[name], self._edge(name))
+
+    def _edge(self, name: str) -> GradientEdge:
+        node, output_nr = self.nodes[name]
+        return edge_of(self.tensors[name]) if node is None else GradientEdge(node, output_nr)
+
+    def _value(self, name: str) -> Tensor:
+        return self.changed[name] if name in self.changed else self.tensors[name].detach()
 
 
 def _owner(out: Tensor) -> Tensor:
@@ -237,7 +272,8 @@ def _repeated(tensor: Tensor, out: Tensor) -> bool:
 def mark_output(module: nn.Module, args: Any, output: Any) -> None:
     """Remember at the node of a module's output that it is one."""
     if isinstance(output, Tensor) and output.grad_fn is not None and not disabled():
-        mark_at(output.grad_fn).outputs[module] = output.output_nr, like(output)
+        mark = mark_at(output.grad_fn)
+        mark.outputs = {**(mark.outputs or {}), module: (output.output_nr, like(output))}
 
 
 def require_output(module: nn.Module, args: Any, output: Any) -> None:

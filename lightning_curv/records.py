@@ -10,26 +10,32 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_curv.own_passes import own_pass
 from lightning_curv.rules import Rule
 
 KEY = "lightning_curv"
 PURE, TENTATIVE = "pure", "tentative"  # computed from parameters alone / from parameters and tensors without gradient
 
 
-@dataclass
+@dataclass(slots=True)
 class Operand:
     """A parameter, or a tensor computed from parameters, as an argument of a recorded op."""
 
     tensor: Tensor  # detached where it is derived
-    edge: GradientEdge
+    source: GradientEdge | None = None  # where the gradient of a derived tensor arrives
 
     @property
     def derived(self) -> bool:
         """Whether the tensor was computed from parameters instead of being one."""
-        return not self.tensor.requires_grad
+        return self.source is not None
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where the gradient of the tensor arrives."""
+        return self.source or edge_of(self.tensor)
 
 
-@dataclass
+@dataclass(slots=True)
 class Use:
     """One call of an op with parameters among its arguments."""
 
@@ -48,8 +54,14 @@ class Use:
         """The op's name in messages."""
         return str(getattr(self.function, "__name__", self.function)).strip("_")
 
-    def check_versions(self) -> None:
-        """Raise if a recorded input was modified in place after the op had read it."""
+    def release(self, *_: Any) -> None:
+        """Hook of the node: free the inputs with what autograd itself has saved, once a pass is through."""
+        if not _keeps_graph() and not own_pass():
+            self.arguments = {}
+
+    def check(self) -> None:
+        """Raise if a recorded input was freed, or modified in place after the op had read it."""
+        _check_kept(self)
         for name, version in self.versions.items():
             if self.arguments[name]._version != version:
                 raise RuntimeError(
@@ -58,7 +70,7 @@ class Use:
                 )
 
 
-@dataclass
+@dataclass(slots=True)
 class LossCall:
     """One call of a known loss function."""
 
@@ -74,15 +86,38 @@ class LossCall:
         """The loss function's name in messages."""
         return str(getattr(self.function, "__name__", self.function))
 
+    def release(self, *_: Any) -> None:
+        """Hook of the node: free the arguments with what autograd itself has saved, once a pass is through."""
+        if not _keeps_graph() and not own_pass():
+            self.arguments = {}
 
-@dataclass
+    def check(self) -> None:
+        """Raise if the arguments were freed."""
+        _check_kept(self)
+
+
+def _check_kept(record: Use | LossCall) -> None:
+    if not record.arguments:
+        raise RuntimeError(
+            f"Expected a graph that still holds the inputs of its ops, found one that is passed a second time: the "
+            f"first backward pass freed the inputs of `{record.name}`. Pass `retain_graph=True` to it, or run the "
+            "forward pass again."
+        )
+
+
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)  # of the pass that is running
+
+
+@dataclass(slots=True)
 class Marks:
     """What recording leaves at an autograd node."""
 
     use: Use | None = None
     loss: LossCall | None = None
     refusal: str | None = None  # why a call of a known loss function is no `LossCall`
-    outputs: dict[nn.Module, tuple[int, Tensor]] = field(default_factory=dict)  # modules that returned the node's value
+    outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
     origin: str | None = None  # PURE or TENTATIVE: the node's value was computed from parameters
     copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
 
@@ -132,7 +167,11 @@ def is_copy(tensor: Tensor) -> bool:
 
 def mark_at(node: Node) -> Marks:
     """The marks at ``node``, to be written."""
-    return cast("Marks", cast("dict[str, Any]", node.metadata).setdefault(KEY, Marks()))
+    metadata = cast("dict[str, Any]", node.metadata)
+    found = metadata.get(KEY)
+    if found is None:
+        found = metadata[KEY] = Marks()
+    return cast("Marks", found)
 
 
 def origin_of(tensor: Tensor) -> str | None:

@@ -20,6 +20,8 @@ from lightning_curv.extensions import (
     SumGradSquared,
     Variance,
 )
+from lightning_curv.graph import walk
+from lightning_curv.own_passes import unheard
 
 
 @pytest.fixture
@@ -192,3 +194,24 @@ def test_the_measure_finds_per_sample_gradients():
     with Largest() as largest, curvature(BatchGrad()):
         F.cross_entropy(model(X), torch.randint(2, (N,))).backward()
     assert largest.numel >= N * D * D
+
+
+def test_recorded_inputs_are_freed_by_the_backward_pass():
+    x, net = torch.randn(4, 3), nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    with record():
+        loss = net(x).square().sum()
+    uses = list(walk(loss.grad_fn).uses.values())
+    loss.backward(retain_graph=True)
+    assert all(use.arguments for use in uses)
+    loss.backward()
+    assert not any(use.arguments for use in uses)
+
+
+def test_own_passes_free_nothing():
+    x, net = torch.randn(4, 3), nn.Linear(3, 2)
+    with record():
+        loss = net(x).square().sum()
+    (use,) = walk(loss.grad_fn).uses.values()
+    with unheard():
+        torch.autograd.grad(loss, net.weight)
+    assert use.arguments

@@ -19,7 +19,8 @@ from torch.autograd.graph import GradientEdge
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.local_curvature import Residual
 from lightning_curv.losses import Likelihood
-from lightning_curv.passes import Passes, parameters, unheard
+from lightning_curv.own_passes import unheard
+from lightning_curv.passes import Passes, parameters
 from lightning_curv.residuals import residuals
 from lightning_curv.snapshot import Snapshot
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_curv.extensions.base import Exact, Extension, GraphExtension
 from lightning_curv.extensions.joint import Product, all_parameters, ggn_product, hessian_product
 from lightning_curv.jacobian import Jacobian
-from lightning_curv.passes import Passes, unheard
+from lightning_curv.own_passes import unheard
+from lightning_curv.passes import Passes
 
 
 class GGNTraceExact(Extension):

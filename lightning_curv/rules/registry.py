@@ -86,6 +86,7 @@ class Rule:
         return name in self.slots or name.rstrip("0123456789") in self.slots
 
     @staticmethod
+    @cache
     def inplace(function: Callable[..., Any]) -> bool:
         """Whether ``function`` overwrites its first argument."""
         name = getattr(function, "__name__", "")
