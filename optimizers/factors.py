@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_curv.matmul import mm
 from lightning_curv.symmetric import gram
 
 
@@ -131,6 +132,11 @@ def _matmul(parts: Sequence[Tensor], v: Tensor) -> Tensor:
 
 
 def _product(matrix: Tensor, v: Tensor) -> Tensor:
-    if v.shape[-1] == 1:  # one matrix product instead of L matrix-vector products
+    groups, left, size, right = v.shape
+    if groups == 1 and right == 1:  # one matrix product instead of L matrix-vector products
+        return mm(v.reshape(left, size), matrix.reshape(size, size).mT).view(v.shape)
+    if groups == left == 1:
+        return mm(matrix.reshape(size, size), v.reshape(size, right)).view(v.shape)
+    if right == 1:
         return (v.squeeze(-1) @ matrix.mT).unsqueeze(-1)
-    return matrix.reshape(-1, 1, *matrix.shape[-2:]) @ v
+    return matrix.reshape(-1, 1, size, size) @ v

@@ -7,22 +7,40 @@ from torch import Tensor
 
 from lightning_curv.jacobian import Jacobian
 
-from .curvature import Block, Curvature, Member
+from .curvature import Curvature, Member
 from .distributed import averaged_over_ranks
 from .finite import finite_flags
 from .parameters import Parameters
 from .warn import warn
 
+Statistics = dict[Tensor, list[Tensor]]  # of every block, by its first parameter
 
-def measure(
-    curvature: Curvature,
-    parameters: Parameters,
-    members: Sequence[Member],
-    fields: dict[Tensor, Any],
-    step: int,
-    scale: float,
-) -> None:
-    """Average the statistics of a batch into the state of every block; those with inf or NaN are left out.
+
+class MicroBatches:
+    """Sums of the statistics of micro-batches whose gradients add up in one step."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Tensor, tuple[int, list[Tensor]]] = {}
+
+    def add(self, statistics: Statistics) -> None:
+        """Add those of one more micro-batch; where shapes have changed the former ones are dropped."""
+        for param, tensors in statistics.items():
+            count, sums = self._sums.get(param, (0, []))
+            if [s.shape for s in sums] == [t.shape for t in tensors]:
+                self._sums[param] = count + 1, [s + t for s, t in zip(sums, tensors, strict=True)]
+            else:
+                self._sums[param] = 1, tensors
+
+    def means(self) -> Statistics:
+        """Averages over the micro-batches; starts anew."""
+        sums, self._sums = self._sums, {}
+        return {param: [tensor / count for tensor in tensors] for param, (count, tensors) in sums.items()}
+
+
+def statistics(
+    curvature: Curvature, parameters: Parameters, members: Sequence[Member], fields: dict[Tensor, Any], step: int
+) -> Statistics:
+    """The statistics of one backward pass.
 
     Args:
         curvature: what makes statistics of fields.
@@ -30,32 +48,41 @@ def measure(
         members: parameters that move.
         fields: what the curvature's extension left on the parameters.
         step: number of the step.
-        scale: what the curvature in the fields is to be multiplied by.
     """
     parameters.pair(members, curvature.pairs(fields))
-    blocks = [block for block in parameters.blocks(members) if block.params[0] in fields or len(block.params) == 1]
-    measured = [_statistics(curvature, parameters, block, fields, step) for block in blocks]
-    measured = averaged_over_ranks(measured, members[0][1].device)
-    flags = iter(finite_flags(_witness(tensor) for statistics in measured for tensor in statistics or ()))
-    for block, statistics in zip(blocks, measured, strict=True):
-        if statistics is None:
+    found: Statistics = {}
+    for block in parameters.blocks(members):
+        own = [fields.get(param) for param in block.params]
+        if any(field is None or (isinstance(field, Jacobian) and not field.samples) for field in own):
+            continue  # an empty batch has no curvature
+        found[block.params[0]] = curvature.measure(parameters.state[block.params[0]], block, own, step)
+    return found
+
+
+def absorb(
+    curvature: Curvature, parameters: Parameters, members: Sequence[Member], found: Statistics, scale: float
+) -> None:
+    """Average statistics into the state of every block; those with inf or NaN are left out.
+
+    Args:
+        curvature: what they are statistics of.
+        parameters: of the optimizer.
+        members: parameters that move.
+        found: the statistics of this process.
+        scale: what the curvature in them is to be multiplied by.
+    """
+    blocks = parameters.blocks(members)
+    measured = averaged_over_ranks([found.get(block.params[0]) for block in blocks], members[0][1].device)
+    flags = iter(finite_flags(_witness(tensor) for tensors in measured for tensor in tensors or ()))
+    for block, tensors in zip(blocks, measured, strict=True):
+        if tensors is None:
             continue
-        finite = [next(flags) for _ in statistics]
+        finite = [next(flags) for _ in tensors]
         if all(finite):
-            curvature.absorb(parameters.state[block.params[0]], block, statistics, scale)
+            curvature.absorb(parameters.state[block.params[0]], block, tensors, scale)
         else:
             name = parameters.described(block.params[:1])
             warn(f"found inf or NaN in the curvature of {name}; its former curvature stays in use.")
-
-
-def _statistics(
-    curvature: Curvature, parameters: Parameters, block: Block, fields: dict[Tensor, Any], step: int
-) -> list[Tensor] | None:
-    found = [fields.get(param) for param in block.params]
-    if any(field is None or (isinstance(field, Jacobian) and not field.samples) for field in found):
-        return None  # an empty batch has no curvature
-    state = parameters.state[block.params[0]]
-    return curvature.measure(state, block, found, step)
 
 
 def _witness(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .fields import Inbox
 from .finite import finite_flags
 from .levenberg_marquardt import LevenbergMarquardt
 from .loss_limits import LossLimits
-from .measuring import measure
+from .measuring import MicroBatches, absorb, statistics
 from .moving import directions, move
 from .parameters import Parameters, gradient
 from .refreshing import block_damping, refresh
@@ -82,6 +82,7 @@ class SecondOrderOptimizer(Optimizer):
         self._after: float | None = None
         self._room = math.inf
         self._inboxes: dict[str, Inbox] = {}
+        self._micro_batches = MicroBatches()
         super().__init__(params, defaults)
 
     @property
@@ -160,6 +161,22 @@ class SecondOrderOptimizer(Optimizer):
             self._adapt(step, trial)
         return loss
 
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Take in the curvature of a micro-batch whose gradient is not all of the step's.
+
+        Call it after the backward pass of every micro-batch but the last; `step` averages the curvature over all of
+        them. The quadratic model of `lr="auto"` is that of the last micro-batch.
+
+        Raises:
+            RuntimeError: curvature is due and no parameter has any that was not used before.
+        """
+        members = self._parameters.members()
+        if members and self.schedule.measure_due(self.steps):
+            with torch.autocast(members[0][1].device.type, enabled=False):
+                fields = self._taken(self.curvature.extension, members)
+                self._micro_batches.add(statistics(self.curvature, self._parameters, members, fields, self.steps))
+
     def _trial(self, loss_fn: Callable[[], Any] | None, device: torch.device) -> Trial | None:
         """Evaluate the loss where the damping is to be adapted, and once more after that to know the batch again."""
         if loss_fn is None or not self._adapts:
@@ -195,7 +212,9 @@ class SecondOrderOptimizer(Optimizer):
         jacobians = self._taken(self.step_rule.extension, members) if self.step_rule.extension else {}
         self._read_limits(members)
         if self.schedule.measure_due(self.steps):
-            measure(curvature, parameters, members, self._fields(members, jacobians), self.steps, self.curvature_scale)
+            fields = self._fields(members, jacobians)
+            self._micro_batches.add(statistics(curvature, parameters, members, fields, self.steps))
+            absorb(curvature, parameters, members, self._micro_batches.means(), self.curvature_scale)
         blocks = parameters.blocks(members)
         dampings = {
             block.params[0]: block_damping(
@@ -285,6 +304,7 @@ class SecondOrderOptimizer(Optimizer):
         super().__setstate__(state)
         if "_inboxes" not in self.__dict__:  # weak references are neither copied nor pickled
             self._inboxes, self.last_step, self.loss_fn, self._room = {}, {}, None, math.inf
+            self._micro_batches = MicroBatches()
 
 
 def _check_param(param: Tensor) -> None:
