@@ -9,32 +9,21 @@ from typing import Any
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_curv.callbacks import private_logs
 from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.independence import refuse_coupled_samples
-from lightning_curv.callbacks.poisson import PoissonBatchSampler
-from lightning_curv.callbacks.private_loader import (
-    ConvertedSource,
-    dataset_size,
-    require_plain_loader,
-    with_batches,
-)
+from lightning_curv.callbacks.private_loader import ConvertedSource
+from lightning_curv.callbacks.private_plan import Plan
+from lightning_curv.callbacks.private_refusals import private_optimizer, refuse_batch_statistics, refuse_trainer
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
 from lightning_curv.context import curvature
 from lightning_curv.optimizers.dp import DPOptimizer
-from lightning_curv.optimizers.privacy_accounting import (
-    METHODS,
-    EpochSampling,
-    PoissonSampling,
-    PrivacyAccountant,
-    Sampling,
-    TruncatedPoissonSampling,
-    calibrated_noise,
-)
+from lightning_curv.optimizers.privacy_accounting import METHODS, PrivacyAccountant, calibrated_noise
 from lightning_curv.optimizers.settings import require_choice, require_positive
 
 SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
@@ -122,8 +111,7 @@ class PrivacyCallback(Callback):
     def _forget_fit(self) -> None:
         """Forget everything that belongs to one `fit`."""
         self._source: ConvertedSource | None = None
-        self._sampler: PoissonBatchSampler | None = None
-        self._batch_size: int | None = None
+        self._plan: Plan | None = None
         self._left = math.inf  # releases that the budget allows
         self._cost = True
         self._context: curvature | None = None
@@ -148,104 +136,56 @@ class PrivacyCallback(Callback):
             return
         self._restore(trainer)
         self._forget_fit()
-        _refuse_trainer(trainer, pl_module)
-        if self.sampling == "epoch":
-            convert = self._keep_loader
-        else:
+        refuse_trainer(trainer, pl_module)
+        refuse_batch_statistics(pl_module)
+        poisson = self.sampling != "epoch"
+        if poisson:
             connector = trainer._accelerator_connector
             self._replaced, connector.use_distributed_sampler = connector.use_distributed_sampler, False
-            convert = self._poisson_loader
-        source = trainer.fit_loop._data_source
-        self._source = ConvertedSource(source, lambda loader: convert(trainer, loader))
+        self._plan = plan = Plan(trainer, poisson, self.max_batch_size, lambda: self._secret_seed(trainer))
+        self._source = ConvertedSource(trainer.fit_loop._data_source, plan.convert)
         trainer.fit_loop._data_source = self._source
 
-    def _keep_loader(self, trainer: Trainer, loader: Any) -> Any:
-        loader = require_plain_loader(loader)
-        if dataset_size(loader) % trainer.world_size:
-            raise MisconfigurationException(
-                f"`sampling='epoch'` needs a data set that {trainer.world_size} processes can share evenly, found "
-                f"{dataset_size(loader)} samples: Lightning would repeat some. Leave some out, or use Poisson sampling."
-            )
-        self._batch_size = loader.batch_size
-        return loader
-
-    def _poisson_loader(self, trainer: Trainer, loader: Any) -> Any:
-        loader = require_plain_loader(loader)
+    def _secret_seed(self, trainer: Trainer) -> int:
         if self.seed is None:
             self.seed = trainer.strategy.broadcast(secrets.randbits(128))
-        self._batch_size, size = loader.batch_size, dataset_size(loader)
-        expected = self._expected_batch_size(trainer)
-        if expected > size:
-            raise MisconfigurationException(
-                f"Expected no more samples per step than the data set has, {size}, found {expected:g} (batch size × "
-                "accumulated batches × processes). Use a smaller `batch_size`."
-            )
-        self._sampler = PoissonBatchSampler(
-            size,
-            expected / size,
-            steps=max(1, round(size / expected)),
-            parts=trainer.accumulate_grad_batches,
-            seed=self.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            max_batch_size=self.max_batch_size,
-            position=lambda: trainer.global_step,
-        )
-        return with_batches(loader, self._sampler)
-
-    def _expected_batch_size(self, trainer: Trainer) -> float:
-        assert self._batch_size is not None
-        return float(self._batch_size * trainer.accumulate_grad_batches * trainer.world_size)
+        return self.seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizer = self._optimizer(trainer)
-        optimizer.accountant = self.accountant  # before its state is restored
-        for name, module in pl_module.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise MisconfigurationException(
-                    f"PrivacyCallback needs samples that do not influence each other, found `{name}` "
-                    f"({type(module).__name__}) in training mode. Use GroupNorm or LayerNorm, or fix its statistics "
-                    "with `.eval()`."
-                )
+        private_optimizer(trainer).accountant = self.accountant  # before its state is restored
+        refuse_batch_statistics(pl_module)  # of layers that were made since `setup`
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        optimizer, loop = self._optimizer(trainer), trainer.fit_loop
-        accumulate = trainer.accumulate_grad_batches
-        if self._sampler is not None and trainer.num_training_batches % accumulate:
-            raise MisconfigurationException(
-                f"`limit_train_batches` must leave whole steps of {accumulate} accumulated batches, found "
-                f"{trainer.num_training_batches} batches: dropping a part of a Poisson batch is not private."
-            )
-        if self._sampler is not None and self._sampler.first != trainer.global_step:
-            iter(loop._data_fetcher)  # type: ignore[arg-type]  # was made before the step number was restored
-        self.accountant.sampling = self._sampling(trainer)
-        expected = self._expected_batch_size(trainer)
+        optimizer, plan = private_optimizer(trainer), self._current
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.require_backward_grad_sync = False  # clipped sums are added up instead
+        plan.start()
+        self.accountant.sampling = plan.sampling
+        expected = plan.expected_batch_size
         if optimizer.expected_batch_size not in (None, expected):
             raise MisconfigurationException(
                 f"`expected_batch_size` of the optimizer must be batch size × accumulated batches × processes, "
                 f"{expected:g}, found {optimizer.expected_batch_size}; leave it out."
             )
         optimizer.expected_batch_size = expected
-        optimizer.loss_scale = 1 / accumulate
-        optimizer.noise_multiplier = self._noise(trainer, optimizer)
+        optimizer.loss_scale = 1 / trainer.accumulate_grad_batches
+        optimizer.noise_multiplier = self._noise(plan, optimizer)
         self._left = math.inf
         fresh = not self.accountant.history and optimizer.noise_multiplier == self.noise_multiplier
         if self.epsilon is not None and not fresh:  # noise that was calibrated just now fits the plan
-            planned = max(self._planned(trainer) - self._done(trainer), 1)
+            planned = max(plan.releases - plan.done, 1)
             fitting = self.accountant.releases_left(self.epsilon, self.delta, optimizer.noise_multiplier, planned)
             self._left = math.inf if fitting >= planned else fitting
         self._spent = self.accountant.epsilon(self.delta)
         if self.log_non_private:
             rank_zero_warn("PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee.")
 
-    def _sampling(self, trainer: Trainer) -> Sampling:
-        if self._sampler is None:
-            return EpochSampling(self._steps_per_epoch(trainer))
-        if self.max_batch_size is None:
-            return PoissonSampling(self._sampler.sampling_rate)
-        return TruncatedPoissonSampling(self._sampler.sampling_rate, self._sampler.dataset_size, self.max_batch_size)
+    @property
+    def _current(self) -> Plan:
+        assert self._plan is not None
+        return self._plan
 
-    def _noise(self, trainer: Trainer, optimizer: DPOptimizer) -> float:
+    def _noise(self, plan: Plan, optimizer: DPOptimizer) -> float:
         if optimizer.noise_multiplier is not None:
             return optimizer.noise_multiplier
         if self.noise_multiplier is None:
@@ -253,48 +193,18 @@ class PrivacyCallback(Callback):
                 raise MisconfigurationException(
                     "The noise is unknown: pass `noise_multiplier=` to the optimizer, or `epsilon=` to PrivacyCallback."
                 )
-            planned = self._planned(trainer)
-            if math.isinf(planned):
+            if math.isinf(plan.releases):
                 raise MisconfigurationException(
                     "The noise for a budget depends on the number of steps, found neither `max_epochs` nor `max_steps` "
                     "in the Trainer; set one, or pass `noise_multiplier=` to the optimizer."
                 )
-            assert self.accountant.sampling is not None
             self.noise_multiplier = calibrated_noise(
-                self.epsilon, self.delta, self.accountant.sampling, int(planned), self.accountant.method
+                self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
             )
             rank_zero_info(
                 f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for ε={self.epsilon}, δ={self.delta}."
             )
         return self.noise_multiplier
-
-    def _planned(self, trainer: Trainer) -> float:
-        """Releases until training ends by itself; may be infinite."""
-        steps = self._steps_per_epoch(trainer)
-        by_steps = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else math.inf
-        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
-        planned = min(by_steps, epochs * steps)
-        if math.isinf(planned):
-            return planned
-        return math.ceil(planned / steps) if self._sampler is None else int(planned)
-
-    @staticmethod
-    def _steps_per_epoch(trainer: Trainer) -> int:
-        return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-
-    def _done(self, trainer: Trainer) -> int:
-        """Releases of the plan that lie behind."""
-        return trainer.current_epoch if self._sampler is None else trainer.global_step
-
-    @staticmethod
-    def _optimizer(trainer: Trainer) -> DPOptimizer:
-        if len(trainer.optimizers) != 1 or not isinstance(trainer.optimizers[0], DPOptimizer):
-            found = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "none"
-            raise MisconfigurationException(
-                f"PrivacyCallback expects one `DPOptimizer`, found {found}; return `DPOptimizer(your_optimizer, "
-                "clip_norm=...)` from `configure_optimizers`."
-            )
-        return trainer.optimizers[0]
 
     # --- one batch ---------------------------------------------------------------------------------------------------
 
@@ -309,7 +219,7 @@ class PrivacyCallback(Callback):
             self._check_budget(trainer)
             self._cost = self.accountant.next_step_costs
         self._expected_passes += 1
-        self._size = None if self._sampler is None else self._sampler.part_size(trainer.global_step, part)
+        self._size = self._current.part_size(part)
         if self.check_independence and not self._checked and (self._size is None or self._size >= 2):
             self._check(trainer, pl_module, batch, batch_idx)
         if self._size != 0:
@@ -330,19 +240,19 @@ class PrivacyCallback(Callback):
         self._checked = True
         size = self._size if self._size is not None else _size(batch)
         if size is not None and size >= 2:
-            mean = self._optimizer(trainer).loss_reduction == "mean"
+            mean = private_optimizer(trainer).loss_reduction == "mean"
             refuse_coupled_samples(pl_module, batch, batch_idx, size, mean)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._size != 0:
-            extensions = self._optimizer(trainer).extensions
+            extensions = private_optimizer(trainer).extensions
             self._context = curvature(*extensions, batch_size=self._size)
             self._context.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
         if self._context is None:
-            self._optimizer(trainer).add_empty_pass()
+            private_optimizer(trainer).add_empty_pass()
         self._leave()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -351,18 +261,10 @@ class PrivacyCallback(Callback):
                 f"Expected a loss from each of {self._expected_passes} calls of `training_step`, found {self._passes}: "
                 "leaving out a batch depends on the data and is not private. Return a loss, for example of zero weight."
             )
-        statistics = self._optimizer(trainer).statistics
-        if self.log_non_private and statistics.norms:
-            norms = torch.cat(statistics.norms)
-            finite = norms[norms.isfinite()]
-            clipped = (norms > self._optimizer(trainer).clip_norm).float().mean()
-            self._logged = {
-                "non_private/sample_norm_median": float(finite.median()) if len(finite) else math.nan,
-                "non_private/sample_norm_max": float(finite.max()) if len(finite) else math.nan,
-                "non_private/clipped_fraction": float(clipped),
-                "non_private/discarded": float(statistics.discarded),
-            }
-        statistics.keep_norms = self.log_non_private
+        private = private_optimizer(trainer)
+        if self.log_non_private:
+            self._logged = private_logs.non_private_values(private) or self._logged
+        private.statistics.keep_norms = self.log_non_private
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -379,24 +281,10 @@ class PrivacyCallback(Callback):
         if not trainer.barebones:
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
             if steps % trainer.log_every_n_steps == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self._publish(trainer, steps - 1)
-
-    def _publish(self, trainer: Trainer, step: int) -> None:
-        optimizer = self._optimizer(trainer)
-        grads = [
-            p.grad.norm().float() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        values = {
-            "privacy/noise_multiplier": optimizer.noise_multiplier or 0.0,
-            "privacy/clip_norm": optimizer.clip_norm,
-            "privacy/noised_grad_norm": float(torch.stack(grads).norm()),
-            **self._logged,
-        }
-        if self.every_n_steps is not None:
-            values["privacy/epsilon"] = self._spent
-        for logger in trainer.loggers:
-            named = {name.replace("/", logger.group_separator): value for name, value in values.items()}
-            logger.log_metrics(named, step=step)
+                values = {**private_logs.private_values(private_optimizer(trainer)), **self._logged}
+                if self.every_n_steps is not None:
+                    values["privacy/epsilon"] = self._spent
+                private_logs.write(trainer, values, steps - 1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._spent = self.accountant.epsilon(self.delta)
@@ -404,8 +292,7 @@ class PrivacyCallback(Callback):
         if not trainer.barebones:
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            for logger in trainer.loggers:
-                logger.log_metrics({f"privacy{logger.group_separator}epsilon": self._spent}, step=step)
+            private_logs.write(trainer, {"privacy/epsilon": self._spent}, step)
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
@@ -435,31 +322,6 @@ class PrivacyCallback(Callback):
         if self._replaced is not None:
             trainer._accelerator_connector.use_distributed_sampler = self._replaced
             self._replaced = None
-
-
-def _refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
-    strategy = type(trainer.strategy).__name__
-    scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    refusals = {
-        "automatic optimization, found manual; use `DPOptimizer` with `curvature(...)` in a loop of your own": (
-            not pl_module.automatic_optimization
-        ),
-        "`gradient_clip_val=None`, found a value: `DPOptimizer(clip_norm=...)` clips every sample instead": (
-            trainer.gradient_clip_val is not None
-        ),
-        "no gradient scaler, found precision '16-mixed': skipped steps depend on the data; use 'bf16-mixed' or 32": (
-            scaler is not None
-        ),
-        f"a strategy that keeps whole parameters, found {strategy}; use one device or 'ddp'": (
-            any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel"))
-        ),
-        "a constant `accumulate_grad_batches`, found a GradientAccumulationScheduler; remove it": scheduled,
-        "`overfit_batches=0`, found another value; limit the data set itself": bool(trainer.overfit_batches),  # type: ignore[attr-defined]
-    }
-    for message, refused in refusals.items():
-        if refused:
-            raise MisconfigurationException(f"PrivacyCallback needs {message}.")
 
 
 def _size(batch: Any) -> int | None:

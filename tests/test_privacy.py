@@ -12,7 +12,14 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_curv.callbacks import PrivacyCallback
 from lightning_curv.callbacks.poisson import PoissonBatchSampler
@@ -407,17 +414,10 @@ def weighted():
 @pytest.mark.parametrize(
     ("module", "options", "message"),
     [
-        (BatchNorm, {}, "Use GroupNorm or LayerNorm"),
         (Plain, {}, "expects one `DPOptimizer`, found SGD"),
-        (Manual, {}, "automatic optimization"),
         (Skipping, {}, "leaving out a batch depends on the data"),
-        (Net, {"gradient_clip_val": 1.0}, "`gradient_clip_val=None`"),
-        (Net, {"overfit_batches": 2}, "`overfit_batches=0`"),
         (Net, {"limit_train_batches": 3, "accumulate_grad_batches": 2}, "must leave whole steps of 2"),
         (Net, {"batch_size": 100}, "no more samples per step than the data set has"),
-        (Net, {"loader": weighted}, "every sample with the same probability, found `WeightedRandomSampler`"),
-        (Net, {"loader": lambda: DataLoader(Stream(), batch_size=2)}, "found an iterable one"),
-        (Net, {"loader": lambda: [torch.zeros(3, 4)]}, "expects one torch DataLoader"),
         (lambda: Net(noise_multiplier=None), {}, "The noise is unknown"),
         (lambda: Net(expected_batch_size=3.0), {}, "`expected_batch_size` of the optimizer must be"),
     ],
@@ -430,10 +430,64 @@ def test_refusals(module, options, message):
         fit(module(), PrivacyCallback(seed=0), **options)
 
 
-def test_gradient_scaler_is_refused():
-    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(Exception, match="skipped steps depend on the data"):
-        fit(Net(), PrivacyCallback(), plugins=[plugin], precision=None)
+def sharded(name):
+    """A strategy of this name that runs on a CPU."""
+    return type(name, (pl.strategies.SingleDeviceStrategy,), {})(device=torch.device("cpu"))
+
+
+def repeating():
+    return DataLoader(data(), batch_size=6, sampler=RandomSampler(data(), replacement=True))
+
+
+class Twice(BatchSampler):
+    def __iter__(self):
+        return (batch + batch for batch in super().__iter__())
+
+
+def half_precision():
+    return pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (BatchNorm, {}, "Use GroupNorm or LayerNorm"),
+        (Manual, {}, "automatic optimization"),
+        (Net, {"gradient_clip_val": 1.0}, "`gradient_clip_val=None`"),
+        (Net, {"plugins": lambda: [half_precision()], "precision": None}, "skipped steps depend on the data"),
+        (Net, {"strategy": lambda: sharded("FSDPStrategy")}, "keeps whole parameters, found FSDPStrategy"),
+        (Net, {"strategy": lambda: sharded("DeepSpeedStrategy")}, "keeps whole parameters, found DeepSpeedStrategy"),
+        (Net, {"scheduler": True}, "found a GradientAccumulationScheduler"),
+        (Net, {"overfit_batches": 2}, "`overfit_batches=0`"),
+        (Net, {"loader": weighted}, "every sample with the same probability, found `WeightedRandomSampler`"),
+        (Net, {"loader": repeating}, "may repeat or prefer samples; use `shuffle=True`"),
+        (Net, {"loader": lambda: DataLoader(data(), batch_sampler=Twice(range(N), 3, False))}, "may repeat samples"),
+        (Net, {"loader": lambda: DataLoader(Stream(), batch_size=2)}, "found an iterable one"),
+        (Net, {"loader": lambda: [torch.zeros(3, 4)]}, "expects one torch DataLoader"),
+    ],
+)
+def test_refused_before_anything_is_set_up(module, options, message):
+    options = {"batch_size": 6, **{k: v() if callable(v) else v for k, v in options.items()}}
+    module, callback = module(), PrivacyCallback(seed=0)
+    if options.pop("scheduler", False):
+        options["callbacks"] = [callback, pl.callbacks.GradientAccumulationScheduler({0: 2})]
+    module.configure_optimizers = lambda: pytest.fail("`setup` is over")
+    with pytest.raises(Exception, match=message):
+        fit(module, callback, **options)
+
+
+@pytest.mark.parametrize("hook", ["train_dataloader", "configure_model"])
+def test_what_hooks_bring_is_refused_too(hook):
+    module = Net()
+    if hook == "configure_model":
+        module.configure_model = lambda: module.net.insert(1, nn.BatchNorm1d(5))
+        loader = DataLoader(data(), batch_size=6)
+    else:
+        module.train_dataloader, loader = weighted, None
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(callbacks=[PrivacyCallback()], enable_progress_bar=False, **options)
+    with pytest.raises(Exception, match=r"GroupNorm|same probability"):
+        trainer.fit(module, loader)
 
 
 def test_epoch_sampling_keeps_the_loader():
@@ -475,20 +529,22 @@ def test_two_processes_equal_one(tmp_path):
         "torch.set_num_threads(1)\n"
         "import test_privacy as t\n"
         "if __name__ == '__main__':\n"
-        "    module = t.Net(noise_multiplier=0.7, noise_seed=4)\n"
-        "    callback = t.PrivacyCallback(seed=2)\n"
-        "    t.fit(module, callback, batch_size=3, devices=2, strategy='ddp', accumulate_grad_batches=2)\n"
-        "    saved = [module.state_dict(), callback.accountant.history[0][1:]]\n"
-        f"    torch.save(saved, {str(tmp_path)!r} + f'/{{module.global_rank}}.pt')\n"
+        "    for size, parts in ((3, 2), (1, 1)):\n"
+        "        module = t.Net(noise_multiplier=0.7, noise_seed=4)\n"
+        "        callback = t.PrivacyCallback(seed=2)\n"
+        "        t.fit(module, callback, batch_size=size, devices=2, strategy='ddp', accumulate_grad_batches=parts)\n"
+        "        saved = [module.state_dict(), callback.accountant.history[0][1:]]\n"
+        f"        torch.save(saved, {str(tmp_path)!r} + f'/{{module.global_rank}}_{{size}}.pt')\n"
     )
     subprocess.run([sys.executable, str(script)], check=True, timeout=100, capture_output=True)
-    one, callback = Net(noise_multiplier=0.7, noise_seed=4), PrivacyCallback(seed=2)
-    fit(one, callback, batch_size=6, accumulate_grad_batches=2)
-    for rank in (0, 1):
-        state, history = torch.load(tmp_path / f"{rank}.pt")
-        assert history == callback.accountant.history[0][1:]
-        for name, p in one.state_dict().items():
-            torch.testing.assert_close(state[name], p, rtol=1e-9, atol=1e-11)
+    for size, parts in ((3, 2), (1, 1)):  # of 2 samples per step, a process often has none
+        one, callback = Net(noise_multiplier=0.7, noise_seed=4), PrivacyCallback(seed=2)
+        fit(one, callback, batch_size=2 * size, accumulate_grad_batches=parts)
+        for rank in (0, 1):
+            state, history = torch.load(tmp_path / f"{rank}_{size}.pt")
+            assert history == callback.accountant.history[0][1:]
+            for name, p in one.state_dict().items():
+                torch.testing.assert_close(state[name], p, rtol=1e-9, atol=1e-11)
 
 
 # --- the documentation -----------------------------------------------------------------------------------------------

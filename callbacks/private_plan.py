@@ -1,0 +1,120 @@
+"""The batches of one `fit`: how they are drawn, how many steps they make, and what a step costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Trainer
+
+from lightning_curv.callbacks.poisson import PoissonBatchSampler
+from lightning_curv.callbacks.private_loader import dataset_size, require_plain_loader, with_batches
+from lightning_curv.optimizers.privacy_accounting import (
+    EpochSampling,
+    PoissonSampling,
+    Sampling,
+    TruncatedPoissonSampling,
+)
+
+
+class Plan:
+    """How a Trainer draws and counts private batches.
+
+    One release is what the accountant counts: a step of Poisson batches, or a whole epoch of the user's own batches.
+
+    Args:
+        trainer: The Trainer.
+        poisson: Whether batches are drawn anew; else the loader stays as it is.
+        max_batch_size: Of larger Poisson batches this many samples are kept.
+        seed: Gives the seed of the batches, once it is needed: a checkpoint may bring it.
+    """
+
+    def __init__(self, trainer: Trainer, poisson: bool, max_batch_size: int | None, seed: Callable[[], int]) -> None:
+        self.trainer, self.poisson, self.max_batch_size, self._seed = trainer, poisson, max_batch_size, seed
+        self.sampler: PoissonBatchSampler | None = None
+        self._batch_size: int | None = None
+
+    def convert(self, loader: Any) -> Any:
+        """From the user's training loader to the one that is used."""
+        loader = require_plain_loader(loader)
+        self._batch_size, size, trainer = loader.batch_size, dataset_size(loader), self.trainer
+        if not self.poisson:
+            if size % trainer.world_size:
+                raise MisconfigurationException(
+                    f"`sampling='epoch'` needs a data set that {trainer.world_size} processes can share evenly, found "
+                    f"{size} samples: Lightning would repeat some. Leave some out, or use Poisson sampling."
+                )
+            return loader
+        expected = self.expected_batch_size
+        if expected > size:
+            raise MisconfigurationException(
+                f"Expected no more samples per step than the data set has, {size}, found {expected:g} (batch size × "
+                "accumulated batches × processes). Use a smaller `batch_size`."
+            )
+        self.sampler = PoissonBatchSampler(
+            size,
+            expected / size,
+            steps=max(1, round(size / expected)),
+            parts=trainer.accumulate_grad_batches,
+            seed=self._seed(),
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            max_batch_size=self.max_batch_size,
+            position=lambda: trainer.global_step,
+        )
+        return with_batches(loader, self.sampler)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """B̄, over all processes."""
+        assert self._batch_size is not None
+        return float(self._batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def start(self) -> None:
+        """Training begins: the loader must stand where the run does."""
+        trainer, sampler = self.trainer, self.sampler
+        if sampler is None:
+            return
+        if trainer.num_training_batches % trainer.accumulate_grad_batches:
+            raise MisconfigurationException(
+                f"`limit_train_batches` must leave whole steps of {trainer.accumulate_grad_batches} accumulated "
+                f"batches, found {trainer.num_training_batches} batches: dropping a part of a Poisson batch is not "
+                "private."
+            )
+        if sampler.first != trainer.global_step:
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # made before the step number was restored
+
+    def part_size(self, part: int) -> int | None:
+        """Samples that this process really has in a part of the next step's batch; ``None``: see the batch."""
+        return None if self.sampler is None else self.sampler.part_size(self.trainer.global_step, part)
+
+    @property
+    def sampling(self) -> Sampling:
+        """What the accountant is told."""
+        if self.sampler is None:
+            return EpochSampling(self._steps_per_epoch)
+        if self.max_batch_size is None:
+            return PoissonSampling(self.sampler.sampling_rate)
+        return TruncatedPoissonSampling(self.sampler.sampling_rate, self.sampler.dataset_size, self.max_batch_size)
+
+    @property
+    def releases(self) -> float:
+        """Releases until training ends by itself; may be infinite."""
+        trainer, steps = self.trainer, self._steps_per_epoch
+        by_steps = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else math.inf
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
+        planned = min(by_steps, epochs * steps)
+        if math.isinf(planned):
+            return planned
+        return math.ceil(planned / steps) if self.sampler is None else int(planned)
+
+    @property
+    def done(self) -> int:
+        """Releases that lie behind."""
+        return self.trainer.current_epoch if self.sampler is None else self.trainer.global_step
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
