@@ -54,6 +54,15 @@ def test_code_runs(path, tmp_path, monkeypatch):
     run(examples(path))
 
 
+def test_diffs_are_of_the_files_that_they_name():
+    diffs = re.findall(r"```diff\n(.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
+    assert len(diffs) == 4
+    for path, lines in re.findall(r"\+\+\+ b/(\S+)\n((?:\+(?!\+).*\n)+)", "".join(diffs)):
+        source = iter((ROOT / path).read_text().splitlines())
+        for line in lines.splitlines():
+            assert line[1:] in source, f"{path} has no line {line[1:]!r} after the ones before"
+
+
 def test_concepts_and_quickstart_have_code():
     assert len(examples(DOCS / "concepts.md").examples) > 25
     assert len(examples(DOCS / "quickstart.md").examples) > 15
