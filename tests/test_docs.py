@@ -123,7 +123,8 @@ def test_reference_names_everything_public():
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2].partition("\n\n")[0]
     pages = {page_id(path).removeprefix("docs/") for path in PAGES}
-    assert set(re.findall(r"[\w/]+\.md", navigation)) == pages | {"index.md", "contributing.md", "changelog.md"}
+    listed = set(re.findall(r"[\w/]+\.md", navigation))
+    assert listed == pages | {"index.md", "contributing.md", "changelog.md"}, "nav: of mkdocs.yml"
 
 
 def test_pictures_are_shown_and_small():
