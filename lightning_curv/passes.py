@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -60,6 +61,8 @@ class Passes:
 
     def gradients(self, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
         """The gradient of the loss at ``edges``."""
+        if all(edge[:2] == (self.loss.grad_fn, self.loss.output_nr) for edge in edges):
+            return (self.seed,) * len(edges)
         return _grad([self.loss], edges, [self.seed])
 
     @staticmethod
@@ -71,13 +74,15 @@ class Passes:
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
+        if len(column.edges) == 1 and all(edge[:2] == column.edges[0][:2] for edge in self.use_edges):
+            return (column.seeds[0],) * len(self.use_edges)  # the last layer alone
         return _grad(column.edges, self.use_edges, column.seeds)
 
     def pull_loss(self, keep_graph: bool) -> tuple[Tensor | None, ...]:
         """The gradient of the loss at the outputs of all uses, as the last pass through the graph if it is not kept."""
         return _grad([self.loss], self.use_edges, [self.seed], keep_graph)
 
-    @property
+    @cached_property
     def use_edges(self) -> list[GradientEdge]:
         """The outputs of all uses, in the order of the tape."""
         return use_edges(self.tape)

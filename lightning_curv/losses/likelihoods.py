@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_curv.errors import UnsupportedError
 
+BLOCK_BYTES = 2**22  # of columns that are made at once
 SMALLEST = 1e-12  # variance of a bit that is divided by, as in torch
 
 
@@ -139,13 +140,25 @@ class Categorical(Likelihood):
         roots = per_sample((w.abs() * p).sqrt(), samples, minor, trailing=1)
         for row in range(roots.shape[1]):
             signs = signs_of(weights[:, row])
-            for c in range(roots.shape[2]):
-                column = torch.zeros_like(roots)
-                column[:, row, c] = roots[:, row, c]
-                yield self._centred(joined(column, p.shape, samples, minor).movedim(-1, self.axis)), signs
+            for block in _one_class_each(roots, row):
+                entries = torch.stack([joined(column, p.shape, samples, minor) for column in block]) if minor else block
+                for column in self._centred(entries.reshape(-1, *p.shape).movedim(-1, self.axis + 1)):
+                    yield column, signs
 
-    def _centred(self, column: Tensor) -> Tensor:
-        return column if self.normalized else column - self.probabilities * column.sum(self.axis, keepdim=True)
+    def _centred(self, columns: Tensor) -> Tensor:
+        """``columns - p Σ columns`` over the classes, for any number of leading axes."""
+        axis = self.axis - self.probabilities.ndim
+        return columns if self.normalized else columns - self.probabilities * columns.sum(axis, keepdim=True)
+
+
+def _one_class_each(roots: Tensor, row: int) -> Iterator[Tensor]:
+    """The entries of one row of ``[N, r, C]``, each class in a column of its own: ``[c, N, r, C]``, in pieces."""
+    size = max(1, BLOCK_BYTES // max(1, roots.numel() * roots.element_size()))
+    for start in range(0, roots.shape[2], size):
+        own = roots[:, row, start : start + size]
+        block = roots.new_zeros(own.shape[1], *roots.shape)
+        block[:, :, row, start : start + size].diagonal(dim1=0, dim2=2).copy_(own)
+        yield block
 
 
 @dataclass(frozen=True)
