@@ -247,7 +247,7 @@ WORKLOADS = {
         classification,
         1000,
         ("Adam", 2e-2, 100),
-        (3e-3, 6e-3, 1e-2, 2e-2),
+        (6e-3, 1e-2, 2e-2, 4e-2),
         50,
         2,
     ),

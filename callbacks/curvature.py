@@ -63,9 +63,9 @@ class CurvatureCallback(Callback):
     Every value is written once, at the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`.
     In distributed training the quantiles are those of rank 0.
 
-    With gradient accumulation the optimizers get the curvature of the last micro-batch, that of the loss as
-    `training_step` returned it: on average the curvature of the accumulated mean. In manual optimization they get that
-    of the last `manual_backward`; if it is one of K that share a mean, set `optimizer.curvature_scale = K`.
+    With gradient accumulation the optimizers average the curvature of the micro-batches, each that of the loss as
+    `training_step` returned it: the curvature of the accumulated mean. In manual optimization they get that of the last
+    `manual_backward`; if it is one of K that share a mean, set `optimizer.curvature_scale = K`.
 
     The parameters that training ends with are bit-identical with and without the callback: random labels are drawn from
     a generator of its own, seeded anew for every batch, so that a resumed run draws the same.
@@ -251,6 +251,10 @@ class CurvatureCallback(Callback):
         self._observation.finish()
         forget_returned_loss(pl_module)
         self._turn_off_failed()
+        if trainer.fit_loop._should_accumulate() and self._required_fields:
+            for optimizer in trainer.optimizers:
+                if getattr(optimizer, "accumulated_extensions", tuple)():
+                    optimizer.accumulate()  # type: ignore[attr-defined]
         if self._report:
             self._checked = True
             params = [p for p in pl_module.parameters() if p.requires_grad and p not in self._partial]
@@ -311,9 +315,9 @@ class CurvatureCallback(Callback):
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]  # type: ignore[attr-defined]
-        if callbacks[0] is not self or trainer.fit_loop._should_accumulate():
+        if callbacks[0] is not self:
             return []
-        return required_extensions(trainer.optimizers)
+        return required_extensions(trainer.optimizers, partial=trainer.fit_loop._should_accumulate())
 
     def _turn_off_failed(self) -> None:
         """What cannot be computed is not logged in the rest of the run, or stops it."""

@@ -100,11 +100,12 @@ def delete_fields(params: Iterable[Parameter], fields: Collection[str]) -> None:
             delattr(param, field)
 
 
-def required_extensions(optimizers: Iterable[Optimizer]) -> list[AnyExtension]:
-    """What optimizers ask for, of each savefield the first."""
+def required_extensions(optimizers: Iterable[Optimizer], partial: bool) -> list[AnyExtension]:
+    """What optimizers ask for, of each savefield the first; `partial`: from a micro-batch that is not the last one."""
+    wanted = "accumulated_extensions" if partial else "required_extensions"
     by_field: dict[str, AnyExtension] = {}
     for optimizer in optimizers:
-        for extension in getattr(optimizer, "required_extensions", tuple)():
+        for extension in getattr(optimizer, wanted, tuple)():
             by_field.setdefault(extension.savefield, extension)
     return list(by_field.values())
 

@@ -94,6 +94,10 @@ class SecondOrderOptimizer(Optimizer):
         """The extensions that the upcoming step needs; none between two measurements with a given learning rate."""
         return self._extensions(measure=self.schedule.measure_due(self.steps))
 
+    def accumulated_extensions(self) -> tuple[Extension, ...]:
+        """The extensions that `accumulate` needs from a micro-batch of the upcoming step."""
+        return (self.curvature.extension,) if self.schedule.measure_due(self.steps) else ()
+
     def _extensions(self, measure: bool) -> tuple[Extension | GraphExtension, ...]:
         found: list[Extension | GraphExtension | None] = [self.step_rule.extension]
         if measure:
@@ -172,7 +176,7 @@ class SecondOrderOptimizer(Optimizer):
             RuntimeError: curvature is due and no parameter has any that was not used before.
         """
         members = self._parameters.members()
-        if members and self.schedule.measure_due(self.steps):
+        if members and self.accumulated_extensions():
             with torch.autocast(members[0][1].device.type, enabled=False):
                 fields = self._taken(self.curvature.extension, members)
                 self._micro_batches.add(statistics(self.curvature, self._parameters, members, fields, self.steps))

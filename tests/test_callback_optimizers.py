@@ -55,6 +55,19 @@ def test_curvature_optimizers_see_the_curvature_of_the_accumulated_loss(optimize
     assert_same_parameters_up_to_rounding(accumulated, whole)
 
 
+@pytest.mark.parametrize("optimizer", [KFACOptimizer, DiagGGNOptimizer])
+def test_curvature_is_that_of_all_micro_batches(optimizer):
+    def build(params):
+        return optimizer(params, lr=0.3, damping=0.01, curvature="exact")
+
+    x, y = data(24, torch.float64).tensors
+    micro, whole = ([(x[i : i + n], y[i : i + n]) for i in range(0, 24, n)] for n in (3, 6))
+    accumulated, plain = Net(build, cross_entropy_mean), Net(build, cross_entropy_mean)
+    fit(accumulated, CurvatureCallback(every_n_steps=0), loader=micro, accumulate_grad_batches=2, precision="64-true")
+    fit(plain, CurvatureCallback(every_n_steps=0), loader=whole, precision="64-true")
+    assert_same_parameters_up_to_rounding(accumulated, plain)
+
+
 def test_manual_accumulation_declares_its_scale():
     """In manual optimization the callback supplies the last backward pass, here the half of a mean."""
 

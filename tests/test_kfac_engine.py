@@ -380,3 +380,18 @@ def test_batch_norm_in_training_mode_takes_its_statistics_as_given(settings):
     ).train()
     losses = fit(KFACOptimizer(net.parameters(), **settings), net, x, y, steps=20)
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_micro_batches_are_averaged():
+    net, (x, y) = mlp().double(), (torch.randn(12, 4, dtype=DOUBLE), torch.randint(3, (12,)))
+    whole, twin = bare(net.parameters(), curvature="exact"), copy.deepcopy(net)
+    parts = bare(twin.parameters(), curvature="exact")
+    fit(whole, net, x, y)
+    for part in range(3):
+        with curvature(*parts.accumulated_extensions()):
+            (F.cross_entropy(twin(x[4 * part :][:4]), y[4 * part :][:4]) / 3).backward()
+        if part < 2:
+            parts.accumulate()
+    parts.curvature_scale = 3.0
+    parts.step()
+    torch.testing.assert_close(flat(twin.parameters()), flat(net.parameters()))
