@@ -13,6 +13,8 @@ STRIP = 128  # rows of the product that are made at once, measured
 def gram(x: Tensor) -> Tensor:
     """The product x xᵀ for ``x [D, R]``: what is below the diagonal is copied, not computed."""
     x = x.contiguous()
+    if len(x) <= STRIP:
+        return mm(x, x.mT)
     result = x.new_empty(len(x), len(x))
     for start in range(0, len(x), STRIP):
         stop = start + STRIP

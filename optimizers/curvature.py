@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -28,7 +29,7 @@ class Block:
         """Settings of the block."""
         return self.members[0][0]
 
-    @property
+    @cached_property
     def params(self) -> list[Tensor]:
         """The parameters, the one with the state first."""
         return [param for _, param in self.members]

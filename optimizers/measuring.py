@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_curv.jacobian import Jacobian
 
-from .curvature import Curvature, Member
+from .curvature import Block, Curvature
 from .distributed import averaged_over_ranks
 from .finite import finite_flags
 from .parameters import Parameters
@@ -38,20 +38,19 @@ class MicroBatches:
 
 
 def statistics(
-    curvature: Curvature, parameters: Parameters, members: Sequence[Member], fields: dict[Tensor, Any], step: int
+    curvature: Curvature, parameters: Parameters, blocks: Sequence[Block], fields: dict[Tensor, Any], step: int
 ) -> Statistics:
     """The statistics of one backward pass.
 
     Args:
         curvature: what makes statistics of fields.
         parameters: of the optimizer.
-        members: parameters that move.
+        blocks: of the parameters that move.
         fields: what the curvature's extension left on the parameters.
         step: number of the step.
     """
-    parameters.pair(members, curvature.pairs(fields))
     found: Statistics = {}
-    for block in parameters.blocks(members):
+    for block in blocks:
         own = [fields.get(param) for param in block.params]
         if any(field is None or (isinstance(field, Jacobian) and not field.samples) for field in own):
             continue  # an empty batch has no curvature
@@ -60,19 +59,18 @@ def statistics(
 
 
 def absorb(
-    curvature: Curvature, parameters: Parameters, members: Sequence[Member], found: Statistics, scale: float
+    curvature: Curvature, parameters: Parameters, blocks: Sequence[Block], found: Statistics, scale: float
 ) -> None:
     """Average statistics into the state of every block; those with inf or NaN are left out.
 
     Args:
         curvature: what they are statistics of.
         parameters: of the optimizer.
-        members: parameters that move.
+        blocks: of the parameters that move.
         found: the statistics of this process.
         scale: what the curvature in them is to be multiplied by.
     """
-    blocks = parameters.blocks(members)
-    measured = averaged_over_ranks([found.get(block.params[0]) for block in blocks], members[0][1].device)
+    measured = averaged_over_ranks([found.get(block.params[0]) for block in blocks], blocks[0].params[0].device)
     flags = iter(finite_flags(_witness(tensor) for tensors in measured for tensor in tensors or ()))
     for block, tensors in zip(blocks, measured, strict=True):
         if tensors is None:

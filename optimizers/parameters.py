@@ -43,14 +43,15 @@ class Parameters:
                 )
         return found
 
-    def pair(self, members: Sequence[Member], pairs: dict[Tensor, Tensor]) -> None:
-        """Remember, by its number, the bias that shares a block with each weight."""
+    def paired(self, members: Sequence[Member], pairs: dict[Tensor, Tensor]) -> list[Block]:
+        """Remember, by its number, the bias that shares a block with each weight; the blocks."""
         numbers = {param: number for number, param in enumerate(self.all())}
         for _, param in members:
             if param in pairs:
                 self.state[param]["bias"] = numbers[pairs[param]]
             else:
                 self.state[param].pop("bias", None)
+        return self.blocks(members)
 
     def blocks(self, members: Sequence[Member]) -> list[Block]:
         """The blocks of the members; a weight whose bias does not move is one alone."""

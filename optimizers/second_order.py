@@ -179,7 +179,8 @@ class SecondOrderOptimizer(Optimizer):
         if members and self.accumulated_extensions():
             with torch.autocast(members[0][1].device.type, enabled=False):
                 fields = self._taken(self.curvature.extension, members)
-                self._micro_batches.add(statistics(self.curvature, self._parameters, members, fields, self.steps))
+                blocks = self._parameters.paired(members, self.curvature.pairs(fields))
+                self._micro_batches.add(statistics(self.curvature, self._parameters, blocks, fields, self.steps))
 
     def _trial(self, loss_fn: Callable[[], Any] | None, device: torch.device) -> Trial | None:
         """Evaluate the loss where the damping is to be adapted, and once more after that to know the batch again."""
@@ -217,9 +218,11 @@ class SecondOrderOptimizer(Optimizer):
         self._read_limits(members)
         if self.schedule.measure_due(self.steps):
             fields = self._fields(members, jacobians)
-            self._micro_batches.add(statistics(curvature, parameters, members, fields, self.steps))
-            absorb(curvature, parameters, members, self._micro_batches.means(), self.curvature_scale)
-        blocks = parameters.blocks(members)
+            blocks = parameters.paired(members, curvature.pairs(fields))
+            self._micro_batches.add(statistics(curvature, parameters, blocks, fields, self.steps))
+            absorb(curvature, parameters, blocks, self._micro_batches.means(), self.curvature_scale)
+        else:
+            blocks = parameters.blocks(members)
         dampings = {
             block.params[0]: block_damping(
                 curvature, state[block.params[0]], block, self.relative_damping, self.loss_floor
