@@ -34,10 +34,10 @@ class KFACOptimizer(SecondOrderOptimizer):
     with, so that a schedule acts after this trust-region clip.
 
     The damping $\lambda$ of a block is split by the traces of the factors, $\prod_i \gamma_i = \lambda$. "auto" damps
-    in the coordinates of centered inputs, where nothing depends on the mean of a layer's inputs, and
-    sets $\lambda = c \, \bar\mu + \lambda_0$: $\bar\mu$ is the mean eigenvalue of the block, $\lambda_0$ the least
-    damping of the loss (`LossLimits`), and $c$ is adapted by Levenberg and Marquardt's rule if `step` is given
-    `loss_fn`, or `optimizer.loss_fn` is set; otherwise it decays to 0.01.
+    in the coordinates (inputs − mean, 1) of a layer with bias and sets $\lambda = c \, \bar\mu + \lambda_0$:
+    $\bar\mu$ is the mean eigenvalue of the block, $\lambda_0$ the least damping of the loss (`LossLimits`), and $c$ is
+    adapted by Levenberg and Marquardt's rule if `step` is given `loss_fn`, or `optimizer.loss_fn` is set; otherwise it
+    decays to 0.01.
 
     Parameters without curvature take Adam steps at `fallback_lr` $\eta_t / \eta_0$; `summary()` says which.
 
@@ -58,9 +58,9 @@ class KFACOptimizer(SecondOrderOptimizer):
         weight_sharing: "expand" or "reduce", how factors treat convolutions and sequences.
         eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
         positions: of a convolution, drawn anew for every batch, that its factors are computed from; None: all.
-        split_factors: larger factors are replaced by diagonal blocks of about this many rows (the mean of the inputs of
-            a layer with bias stays exact); None: none are. "auto": 144, which preconditions at the cost of a backward
-            pass, with `lr="auto"` 1,000, because the automatic step costs more than that.
+        split_factors: larger factors are replaced by diagonal blocks of about this many rows, in coordinates in which
+            the mean of the inputs of a layer with bias stays exact; None: none are. "auto": 144, so that
+            preconditioning costs no more than a backward pass; 1,000 with `lr="auto"`, whose step costs more anyway.
         max_factor_size: factors with more rows are replaced by their diagonal.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
 

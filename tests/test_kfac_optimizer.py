@@ -692,6 +692,7 @@ BAD = {
     "mc_samples": (0, "`mc_samples` must be an integer of at least 1, found 0"),
     "weight_sharing": ("sum", "`weight_sharing` must be one of 'expand', 'reduce', found 'sum'"),
     "max_factor_size": (0, "`max_factor_size` must be an integer of at least 1, found 0"),
+    "split_factors": (0, "`split_factors` must be an integer of at least 1, found 0"),
     "fallback_lr": (math.nan, "`fallback_lr` must be positive, found nan"),
 }
 
