@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_curv.extensions import Extension
@@ -13,6 +14,7 @@ from lightning_curv.jacobian import Jacobian
 State = dict[str, Any]
 ParamGroup = dict[str, Any]
 Member = tuple[ParamGroup, Tensor]
+Part = tuple[State, int, Tensor]  # state of a block, number of a part of it, damping of the block
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Curvature(Protocol):
     """
 
     extension: Extension
+    sharded: bool  # whether every process keeps only the parts that it inverts
 
     def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
         """The bias that each weight shares a block with."""
@@ -122,15 +125,23 @@ class Curvature(Protocol):
         """Number of parts of the block that are refreshed independently."""
         ...
 
-    def refresh(self, due: Sequence[tuple[State, int, Tensor]]) -> list[bool]:
-        """Recompute parts of blocks that depend on the damping.
+    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
+        """Recompute parts of blocks that depend on the damping, from what is measured.
 
         Args:
             due: state, number of the part, damping of the block.
 
         Returns:
-            For each, False if that failed and the former result stays in use.
+            For each what `accept` takes; None if it failed.
         """
+        ...
+
+    def shapes(self, state: State, unit: int) -> list[torch.Size]:
+        """Of the tensors of a part, in the dtype of the first factor."""
+        ...
+
+    def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
+        """Put a part into use."""
         ...
 
     def ready(self, state: State) -> bool:

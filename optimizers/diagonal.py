@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_curv.extensions import Extension
 
-from .curvature import Block, Gradient, State
+from .curvature import Block, Gradient, Part, State
 from .fields import as_tensors
 from .running_mean import next_weight, update_mean
 
@@ -19,6 +19,8 @@ class DiagonalCurvature:
     Args:
         extension: leaves the diagonal of one batch on the parameters.
     """
+
+    sharded = False
 
     def __init__(self, extension: Extension) -> None:
         self.extension = extension
@@ -47,8 +49,14 @@ class DiagonalCurvature:
     def units(self, state: State) -> int:
         return 0
 
-    def refresh(self, due: Sequence[tuple[State, int, Tensor]]) -> list[bool]:
+    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
         return []
+
+    def shapes(self, state: State, unit: int) -> list[torch.Size]:
+        return []
+
+    def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
+        pass
 
     def ready(self, state: State) -> bool:
         return "diagonal" in state

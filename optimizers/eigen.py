@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .batching import kronecker_matmuls
-from .curvature import Block, Gradient, State
-from .factors import is_diagonal, kronecker_matmul, parts_of, partwise
+from .curvature import Block, Gradient, Part, State
+from .factors import is_diagonal, kronecker_matmul, parts_of, partwise, rows
 from .joint import joined, separated
 from .kronecker import KroneckerCurvature, center, means, to_invert
 from .running_mean import next_weight, update_mean
@@ -44,8 +44,19 @@ class EigenCurvature(KroneckerCurvature):
     def units(self, state: State) -> int:
         return 1 if "factors" in state else 0
 
-    def refresh(self, due: Sequence[tuple[State, int, Tensor]]) -> list[bool]:
-        return [_refresh_basis(state) for state, _, _ in due]
+    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
+        return [_decomposition(state) for state, _, _ in due]
+
+    def shapes(self, state: State, unit: int) -> list[torch.Size]:
+        factors, batched = state["factors"], state["batched"]
+        groups = factors[0].shape[: int(batched)]
+        return [*(f.shape for f in factors), torch.Size([*groups, *(rows(f, batched) for f in factors)])]
+
+    def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
+        if "basis" not in state:
+            state["moments_weight"] = 1.0
+        *state["basis"], state["moments"] = tensors
+        state["center"] = center(state)
 
     def ready(self, state: State) -> bool:
         return "basis" in state
@@ -68,24 +79,21 @@ def _rotated(states: Sequence[State], bases: Sequence[list[Tensor]], values: Seq
     )
 
 
-def _refresh_basis(state: State) -> bool:
+def _decomposition(state: State) -> list[Tensor] | None:
+    """The eigenvectors of the factors and the second moments in their basis."""
     batched = state["batched"]
     decomposed = [_eigenvectors(to_invert(state, unit), batched) for unit in range(len(state["factors"]))]
     if any(result is None for result in decomposed):
-        return False
-    basis = [result[1] for result in decomposed if result is not None]
+        return None
+    values, basis = (list(parts) for parts in zip(*(result for result in decomposed if result), strict=True))
     if "basis" not in state:
-        values = [result[0] for result in decomposed if result is not None]
-        state["moments"], state["moments_weight"] = kronecker_matmul(values, _outer_ones(values, batched), batched), 1.0
-    else:
-        # The diagonal of U diag(s) Uᵀ is (U ∘ U) s, U from the old basis to the new one.
-        changes = [
-            q if is_diagonal(q, batched) else partwise(_squared_cosines, q, old, batched=batched)
-            for q, old in zip(basis, state["basis"], strict=True)
-        ]
-        state["moments"] = kronecker_matmul(changes, state["moments"], batched)
-    state["basis"], state["center"] = basis, center(state)
-    return True
+        return [*basis, kronecker_matmul(values, _outer_ones(values, batched), batched)]
+    # The diagonal of U diag(s) Uᵀ is (U ∘ U) s, U from the old basis to the new one.
+    changes = [
+        q if is_diagonal(q, batched) else partwise(_squared_cosines, q, old, batched=batched)
+        for q, old in zip(basis, state["basis"], strict=True)
+    ]
+    return [*basis, kronecker_matmul(changes, state["moments"], batched)]
 
 
 def _outer_ones(values: Sequence[Tensor], batched: bool) -> Tensor:

@@ -62,6 +62,9 @@ class KFACOptimizer(SecondOrderOptimizer):
             the mean of the inputs of a layer with bias stays exact; None: none are. "auto": 144, so that
             preconditioning costs no more than a backward pass; 1,000 with `lr="auto"`, whose step costs more anyway.
         max_factor_size: factors with more rows are replaced by their diagonal.
+        shard_inverses: in distributed training every inverse is computed by one process. False sends it to all when it
+            is renewed; True keeps it there, one copy in all processes together, and sends the preconditioned gradients
+            in every step. Checkpoints then lack the inverses, which the first step after a restart computes anew.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
 
     Attributes:
@@ -110,8 +113,11 @@ class KFACOptimizer(SecondOrderOptimizer):
         positions: int | None = 16,
         split_factors: int | Literal["auto"] | None = "auto",
         max_factor_size: int = 8192,
+        shard_inverses: bool = False,
         fallback_lr: float = 1e-3,
     ) -> None:
+        if shard_inverses and eigen:
+            raise ValueError("`shard_inverses=True` needs `eigen=False`: every process measures in the eigenbasis.")
         require_count("factor_interval", factor_interval)
         require_count("inverse_interval", inverse_interval)
         require_count("mc_samples", mc_samples)
@@ -143,7 +149,7 @@ class KFACOptimizer(SecondOrderOptimizer):
                 "factor_decay": factor_decay,
                 "fallback_lr": fallback_lr,
             },
-            curvature=model(extension, KFLR(weight_sharing), positions, max_factor_size, split_factors),
+            curvature=model(extension, KFLR(weight_sharing), positions, max_factor_size, split_factors, shard_inverses),
             schedule=Schedule(measure=factor_interval, invert=inverse_interval),
             step_rule=rule,
             adaptation=LevenbergMarquardt(),

@@ -10,7 +10,7 @@ from lightning_curv.extensions import KFLR, Extension
 
 from .batching import kronecker_matmuls
 from .blocks import weight_bias_pairs
-from .curvature import Block, Gradient, State
+from .curvature import Block, Gradient, Part, State
 from .damping import split_damping
 from .factors import block_size, is_batched, is_diagonal, limit_size, mean_eigenvalue
 from .inverse import damped_inverses
@@ -30,6 +30,7 @@ class KroneckerCurvature:
         positions: of a convolution to use for its factors; None: all.
         max_factor_size: factors with more rows are replaced by their diagonal.
         split: larger factors are replaced by diagonal blocks of about this many rows; None: by none.
+        sharded: see `Curvature`.
     """
 
     derived: tuple[str, ...] = ("inverses",)  # keys of the state that become invalid when factors change their shape
@@ -41,12 +42,14 @@ class KroneckerCurvature:
         positions: int | None,
         max_factor_size: int,
         split: int | None = None,
+        sharded: bool = False,
     ) -> None:
         self.extension = extension
         self.sharing = sharing
         self.positions = positions
         self.max_factor_size = max_factor_size
         self.split = split
+        self.sharded = sharded
 
     def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
         return weight_bias_pairs(fields)
@@ -90,18 +93,20 @@ class KroneckerCurvature:
     def units(self, state: State) -> int:
         return len(state.get("factors", ()))
 
-    def refresh(self, due: Sequence[tuple[State, int, Tensor]]) -> list[bool]:
+    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
         damped = []
         for state, unit, damping in due:
             gammas = split_damping(state["factors"], damping, state["batched"])
             damped.append((to_invert(state, unit), gammas[unit], state["batched"]))
-        inverses = damped_inverses(damped)
-        for (state, unit, _), inverse in zip(due, inverses, strict=True):
-            if inverse is not None:
-                state.setdefault("inverses", [None] * len(state["factors"]))[unit] = inverse
-                if unit == 1:
-                    state["center"] = center(state)
-        return [inverse is not None for inverse in inverses]
+        return [None if inverse is None else [inverse] for inverse in damped_inverses(damped)]
+
+    def shapes(self, state: State, unit: int) -> list[torch.Size]:
+        return [state["factors"][unit].shape]
+
+    def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
+        state.setdefault("inverses", [None] * len(state["factors"]))[unit] = tensors[0]
+        if unit == 1:
+            state["center"] = center(state)
 
     def ready(self, state: State) -> bool:
         return all(inverse is not None for inverse in state.get("inverses", [None]))

@@ -10,6 +10,7 @@ from .adam import adam_direction
 from .curvature import Block, Curvature, Direction, Gradient, Member
 from .finite import finite_flags
 from .parameters import Parameters, gradient
+from .sharing import preconditioned
 from .step_rules import Step
 
 
@@ -35,7 +36,7 @@ def directions(
             state[param].get("velocity"),
             jacobians.get(param),
         )
-        for g, values in zip(gradients, curvature.precondition(gradients), strict=True)
+        for g, values in zip(gradients, preconditioned(curvature, gradients), strict=True)
         for (group, param), grad, value in zip(g.block.members, g.values, values, strict=True)
     ]
 

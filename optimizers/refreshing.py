@@ -8,6 +8,7 @@ from torch import Tensor
 from .curvature import Block, Curvature, State
 from .parameters import Parameters
 from .schedule import Schedule
+from .sharing import shared_inverses
 from .warn import warn
 
 TINY = torch.finfo(torch.float32).tiny  # keeps the damping of a block without any curvature positive
@@ -49,8 +50,11 @@ def refresh(
                 due.append((state, unit, dampings[block.params[0]]))
                 owners.append(block)
             number += 1
-    successes = curvature.refresh(due)
-    failed = {block.params[0]: block for block, success in zip(owners, successes, strict=True) if not success}
+    results = shared_inverses(curvature, due)
+    for (state, unit, _), result in zip(due, results, strict=True):
+        if result is not None:
+            curvature.accept(state, unit, result)
+    failed = {block.params[0]: block for block, result in zip(owners, results, strict=True) if result is None}
     for param, block in failed.items():
         former = curvature.ready(parameters.state[param])
         warn(

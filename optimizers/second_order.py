@@ -284,7 +284,13 @@ class SecondOrderOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, state and step count: tensors and plain types only."""
-        return {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
+        saved = {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
+        if self.curvature.sharded:  # this process has only some of the inverses
+            saved["state"] = {
+                number: {key: value for key, value in state.items() if key not in ("inverses", "owner")}
+                for number, state in saved["state"].items()
+            }
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, every tensor in the dtype that it was saved in.

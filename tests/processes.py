@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
+from lightning_curv.optimizers.kronecker import KroneckerCurvature
 
 STEPS, SIZE = 4, 4  # optimizer steps, samples per process and micro-batch
 EXACT = ["default", "norm_test", "inner_product_test", "orthogonality_test", "grad_diversity", "mean_gsnr"]
@@ -33,6 +34,10 @@ def sgd(params):
 
 def kfac(params, **settings):
     return KFACOptimizer(params, lr=0.3, damping=0.01, curvature="exact", **settings)
+
+
+def sharded(params):
+    return kfac(params, shard_inverses=True, inverse_interval=2)
 
 
 def auto(params):
@@ -76,11 +81,15 @@ class Watch(pl.Callback):
 
     def __init__(self):
         self.values, self.parameters, self.collectives, self.curvature = [], [], [], []
-        self.count = 0
+        self.count, self.inverted, self.memory = 0, [], []
 
     def on_train_batch_start(self, *args):
         self.original = dist.all_reduce
         dist.all_reduce = self.counting
+        self.inverse = KroneckerCurvature.inverted
+        KroneckerCurvature.inverted = lambda curvature, due: (self.inverted.extend(due), self.inverse(curvature, due))[
+            1
+        ]
 
     def counting(self, *args, **kwargs):
         self.count += 1
@@ -88,6 +97,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, *args):
         dist.all_reduce = self.original
+        KroneckerCurvature.inverted = self.inverse
         if trainer.fit_loop._should_accumulate():
             return
         self.collectives.append(self.count)
@@ -127,7 +137,8 @@ def trained(net, loader, callback, **settings):
     )
     trainer.fit(net, DataLoader(loader, batch_size=None))
     return {"values": watch.values, "parameters": watch.parameters, "collectives": watch.collectives} | {
-        "curvature": watch.curvature
+        "curvature": watch.curvature,
+        "inverted": len(watch.inverted),
     }
 
 
@@ -140,6 +151,7 @@ RUNS = {
     "branch": ({"branch": True}, {"find_unused_parameters": True}, 1),
     "kfac": ({"optimizer": kfac}, {}, 1),
     "auto": ({"optimizer": auto}, {}, 1),
+    "sharded": ({"optimizer": sharded}, {}, 1),
     "eigen": ({"optimizer": eigen}, {}, 1),
     "diag_ggn": ({"optimizer": diag_ggn}, {}, 1),
     "kfac_static_graph": ({"optimizer": kfac}, {"static_graph": True}, 1),

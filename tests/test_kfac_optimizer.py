@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from lightning_curv import KFAC, KFLR
+from lightning_curv import KFAC, KFLR, curvature
 from lightning_curv.optimizers import KFACOptimizer
 from lightning_curv.optimizers.kronecker import KroneckerCurvature
 
@@ -655,6 +655,31 @@ def test_state_of_another_optimizer_is_left_out_with_a_warning():
     with pytest.warns(RuntimeWarning, match="without the state of KFACOptimizer.*start anew"):
         optimizer.load_state_dict(torch.optim.SGD([p], lr=7.0).state_dict())
     assert optimizer.state_dict() == before
+
+
+def test_sharded_inverses_are_not_saved_and_need_no_eigenbasis():
+    with pytest.raises(ValueError, match=r"`shard_inverses=True` needs `eigen=False`"):
+        KFACOptimizer([parameter(2, 3)], shard_inverses=True, eigen=True)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(12, 4), torch.randint(3, (12,))
+    optimizer = KFACOptimizer(net.parameters(), shard_inverses=True)
+
+    def step(optimizer):
+        with curvature(*optimizer.extensions):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    step(optimizer)
+    assert "inverses" in optimizer.state[net[0].weight]
+    saved = optimizer.state_dict()
+    assert not any("inverses" in state for state in saved["state"].values())
+    resumed = KFACOptimizer(net.parameters(), shard_inverses=True)
+    resumed.load_state_dict(saved)
+    step(resumed)
+    assert resumed.steps == 2
+    assert all(kind == "curvature" for kind in resumed.summary().values())
 
 
 def test_state_of_an_older_version_keeps_what_it_lacks():

@@ -63,11 +63,35 @@ def test_parameters_stay_identical_over_ranks_and_with_monitoring(results, world
 @pytest.mark.parametrize(("world", "name"), runs("branch"))
 def test_parameters_and_curvature_are_those_of_one_process(results, alone, world, name):
     for kind in ("parameters", "curvature"):
-        for found, expected in zip(results[world, 0, name, True][kind], alone[world, name][kind], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+        for rank in range(world):
+            for found, expected in zip(results[world, rank, name, True][kind], alone[world, name][kind], strict=True):
+                for one, other in zip(found, expected, strict=True):
+                    if one.numel():  # or another process has it
+                        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("world", "name"), runs())
 def test_one_reduction_per_logged_step(results, world, name):
     monitored, plain = (results[world, 0, name, flag]["collectives"] for flag in (True, False))
     assert [m - p for m, p in zip(monitored, plain, strict=True)] == [1] * STEPS
+
+
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world in WORLDS for name in ("kfac", "sharded", "auto")])
+def test_every_inverse_is_computed_by_one_process(results, alone, world, name):
+    work = [results[world, rank, name, True]["inverted"] for rank in range(world)]
+    assert sum(work) == alone[world, name]["inverted"]
+    assert max(work) < sum(work)
+    assert min(work) > 0 or name == "sharded"  # which has fewer blocks than processes
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_sharded_inverses_are_kept_once(results, alone, world):
+    def size(run):
+        return sum(tensor.numel() for tensor in run["curvature"][-1])
+
+    whole = size(alone[world, "sharded"])
+    factors = sum(tensor.numel() for tensor in alone[world, "sharded"]["curvature"][-1]) / 2
+    kept = [size(results[world, rank, "sharded", True]) - factors for rank in range(world)]
+    assert sum(kept) == whole - factors
+    assert max(kept) < whole - factors
+    assert size(results[world, 0, "kfac", True]) == whole
