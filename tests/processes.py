@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
+from lightning_curv.extensions import SumGradSquared
 from lightning_curv.optimizers.kronecker import KroneckerCurvature
 
 STEPS, SIZE = 4, 4  # optimizer steps, samples per process and micro-batch
@@ -147,10 +148,12 @@ RUNS = {
     "plain": ({}, {}, 1),
     "accumulate": ({}, {}, 2),
     "static_graph": ({}, {"static_graph": True}, 1),
+    "failing": ({}, {}, 1),
     "find_unused": ({}, {"find_unused_parameters": True}, 1),
     "branch": ({"branch": True}, {"find_unused_parameters": True}, 1),
     "kfac": ({"optimizer": kfac}, {}, 1),
     "auto": ({"optimizer": auto}, {}, 1),
+    "kfac_accumulate": ({"optimizer": kfac}, {}, 2),
     "sharded": ({"optimizer": sharded}, {}, 1),
     "eigen": ({"optimizer": eigen}, {}, 1),
     "diag_ggn": ({"optimizer": diag_ggn}, {}, 1),
@@ -159,7 +162,11 @@ RUNS = {
 
 
 def monitor(name):
-    return CurvatureCallback(EXACT, layers=True, mc_samples=0)
+    return CurvatureCallback(EXACT, layers=True, mc_samples=0, strict=name != "failing")
+
+
+def fail(self, jacobian):
+    raise torch.OutOfMemoryError("out of memory on purpose")
 
 
 def run(name, monitored=True):
@@ -194,9 +201,11 @@ def worker(rank, folder, ports):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         names = ("RANK", "LOCAL_RANK", "GROUP_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
         os.environ |= dict.fromkeys(names[0], str(rank)) | dict.fromkeys(names[1], str(world)) | {"GROUP_RANK": "0"}
-        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=300))
+        evaluate = SumGradSquared.evaluate
         for name in RUNS:
             for monitored in (True, False):
+                SumGradSquared.evaluate = fail if (name, rank) == ("failing", 1) else evaluate
                 torch.save(run(name, monitored), Path(folder) / f"{world}-{rank}-{name}-{monitored}")
         dist.destroy_process_group()
 

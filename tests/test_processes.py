@@ -35,7 +35,7 @@ def runs(*without):
     return [(world, name) for world in WORLDS for name in RUNS if name not in without]
 
 
-@pytest.mark.parametrize(("world", "name"), runs("branch"))
+@pytest.mark.parametrize(("world", "name"), runs("branch", "failing"))
 def test_values_are_those_of_one_process_on_the_union_batch(results, alone, world, name):
     expected = alone[world, name]["values"]
     for rank in range(world):
@@ -95,3 +95,12 @@ def test_sharded_inverses_are_kept_once(results, alone, world):
     assert sum(kept) == whole - factors
     assert max(kept) < whole - factors
     assert size(results[world, 0, "kfac", True]) == whole
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_quantity_that_fails_in_one_process_is_left_out_in_all(results, alone, world):
+    for rank in range(world):
+        for values, others in zip(results[world, rank, "failing", True]["values"], alone[world, "failing"]["values"]):
+            lost = {name for name in others if name.split("/")[1] in ("mean_gsnr", "early_stopping")}
+            assert len(lost) >= 2
+            assert values == pytest.approx({name: v for name, v in others.items() if name not in lost}, rel=1e-6)
