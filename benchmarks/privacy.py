@@ -1,19 +1,18 @@
-"""Cost of a private step against the plain step of the same inner optimizer, one thread, process time.
+"""Cost of a private step against the plain step of the same inner optimizer: time of one thread, and peak memory.
 
     OMP_NUM_THREADS=1 python benchmarks/privacy.py [--repeats 9] [--no-opacus]
 
-Opacus' ghost mode is measured beside it where it is installed. Ratios are medians over pairs of interleaved runs, so
-that a busy machine slows both sides of a ratio.
+Opacus' two modes are measured beside it where it is installed. How time and memory are measured: `measure.py`.
 """
 
 import argparse
 import copy
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 
 import torch
+from measure import Contender, compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -109,19 +108,13 @@ def opacus(model: nn.Module, X: Tensor, y: Tensor, mode: str) -> Callable[[], No
     return step
 
 
-def seconds(step: Callable[[], None], calls: int = 3) -> float:
-    start = time.process_time()
-    for _ in range(calls):
-        step()
-    return (time.process_time() - start) / calls
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-opacus", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     for name, (make, draw, allowed) in WORKLOADS.items():
         torch.manual_seed(0)
         model, X = make(), draw()
@@ -132,14 +125,16 @@ def main() -> None:
                 steps[f"opacus {mode}"] = opacus(copy.deepcopy(model), X, y, mode)
             except ImportError:
                 print("opacus is not installed")
-        for step in steps.values():
-            seconds(step)
-        times = [{key: seconds(step) for key, step in steps.items()} for _ in range(arguments.repeats)]
-        base = statistics.median(row["plain"] for row in times)
-        print(f"{name}: plain {1e3 * base:.1f} ms; allowed {allowed:.1f}x")
-        for key in list(steps)[1:]:
-            ratio = statistics.median(row[key] / row["plain"] for row in times)
-            print(f"    {key:<14} {ratio:.2f}x")
+        contenders = {key: Contender(step, lambda: None) for key, step in steps.items()}
+        compare(contenders, arguments.repeats, limit=60.0)
+        for contender in contenders.values():  # what is alive all the time: parameters, gradients, the batch
+            contender.bytes += 2 * sum(p.nbytes for p in model.parameters()) + X.nbytes
+        base = contenders["plain"]
+        print(f"{name}: plain {1e3 * statistics.median(base.seconds):.1f} ms, {base.bytes / 2**20:.0f} MiB")
+        print(f"    {'allowed':<14} time {allowed:.2f}x  memory 1.50x")
+        for key, found in list(contenders.items())[1:]:
+            ratio = statistics.median(s / b for s, b in zip(found.seconds, base.seconds, strict=True))
+            print(f"    {key:<14} time {ratio:.2f}x  memory {found.bytes / base.bytes:.2f}x")
 
 
 if __name__ == "__main__":

@@ -151,9 +151,10 @@ class Jacobian:
         return sum((p.reshape(self.shape) for p in parts[1:]), start=parts[0].reshape(self.shape))
 
     def kept(self) -> Jacobian:
-        """The same, with per-sample gradients formed where `squared_norms` forms them and the terms take more memory.
+        """The same, with per-sample gradients formed where `squared_norms` forms them and they take no more memory.
 
-        A small kernel at many positions: its gradients are then found once for the norms and for `weighted_total`.
+        That is at most a quarter more than the terms. A small kernel at many positions: its gradients are then found
+        once for the norms and for `weighted_total`.
         """
         cheap = self._onehot is not None or self._factorised is not None
         if cheap or (len(self.terms) == 1 and _gram_pays(self.terms[0])):
@@ -161,11 +162,12 @@ class Jacobian:
         held = sum(
             t.g.numel() + (0 if t.x is None else t.x.untyped_storage().nbytes() // t.x.itemsize) for t in self.terms
         )
-        if self.columns * self.samples * self.parameter.numel() > held:
+        if self.columns * self.samples * self.parameter.numel() > 1.25 * held:
             return self
-        sliding = self._sliding
-        formed = self.per_sample() if sliding is None else sliding.per_sample()
-        return Jacobian(self.parameter, [Term("d", "", "d", formed.reshape(self.columns, self.samples, -1))])
+        if self._sliding is not None:
+            return Jacobian(self.parameter, [self._sliding.formed()])
+        formed = self.per_sample().reshape(self.columns, self.samples, -1)
+        return Jacobian(self.parameter, [Term("d", "", "d", formed)])
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
@@ -180,7 +182,10 @@ class Jacobian:
             return onehot.squared_norms(self._onehot)
         if self._factorised is not None:
             term = self._factorised
-            return replace(term, g=term.g.square(), x=None if term.x is None else term.x.square()).contract("vn")
+            if term.x is None:
+                flat = term.g.reshape(*term.g.shape[:2], -1)
+                return torch.linalg.vecdot(flat, flat)
+            return replace(term, g=term.g.square(), x=term.x.square()).contract("vn")
         if len(self.terms) == 1 and _gram_pays(self.terms[0]):
             return _gram_norms(self.terms[0])
         if self._sliding is not None:

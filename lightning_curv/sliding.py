@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,14 +85,21 @@ class Sliding:
     def _g_axes(self) -> list[int]:
         return [2 + self.term.out.index(a) for a in [*self.rows, "s", *self.positions]]
 
-    def per_sample(self) -> Tensor:
-        """J, ``[V, N, *par]``."""
-        columns = len(self.term.g)
-        found = torch.cat([torch.stack(rows, dim=2) for rows in self._products()])  # [N·q, V·o, x, i]
-        letters = [*self.both, "v", *self.rows, "x", *self.columns]
+    def formed(self) -> Term:
+        """J itself as a term, the kernel rows before the other axes: nothing is moved once it is computed."""
+        columns, samples = self.term.g.shape[:2]
+        letters = [*self.both, "x", "v", *self.rows, *self.columns]
         sizes = {**self.sizes, "v": columns}
-        found = found.reshape(self.term.g.shape[1], *(sizes[a] for a in letters))
-        return found.permute(1 + letters.index("v"), 0, *(1 + letters.index(a) for a in self.term.par))
+        shape = (self._size(self.both), sizes["x"], columns * self._size(self.rows), self._size(self.columns))
+        found, start = self.term.g.new_empty(samples, *shape), 0
+        for rows in self._products():
+            stop = start + len(rows[0]) // shape[0]
+            for k, row in enumerate(rows):
+                found[start:stop, :, k] = row.view(-1, shape[0], *shape[2:])
+            start = stop
+        g = found.view(samples, *(sizes[a] for a in letters)).movedim(1 + letters.index("v"), 0)
+        letters.remove("v")
+        return replace(self.term, out="".join(letters), inp="", g=g, x=None, adjoint=None)
 
     def squared_norms(self) -> Tensor:
         """Squared norms of J[v, n], ``[V, N]``."""

@@ -143,7 +143,7 @@ class Term:
         """``g·x`` of the first column, times ``weights [N]``, summed over the samples; dense inputs only."""
         g, x = self.g[:1], self.x
         if x is None:
-            return torch.einsum(f"n,vn{self.out}->{self.par}", weights.to(g.dtype), g)
+            return torch.einsum(f"n,n{self.out}->{self.par}", weights.to(g.dtype), g[0])
         own = self.adjoint if self.adjoint is not None and self.adjoint.x is x else None
         if own is not None or g.numel() <= x.numel():
             g = g * weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 2))
