@@ -63,6 +63,13 @@ def test_packages_list_equals_the_tree():
     assert SETUPTOOLS["package-dir"] == {f"lightning_curv.{room}": room for room in ("optimizers", "callbacks")}
 
 
+def test_source_distribution_holds_what_the_tests_need():
+    words = (ROOT / "MANIFEST.in").read_text().split()
+    for name in (".ci", "benchmarks", "docs", "examples", "tests", "mkdocs.yml", "Makefile", "CHANGELOG.md"):
+        assert (ROOT / name).exists()
+        assert name in words
+
+
 def test_version_is_stated_once_in_effect():
     version = PYPROJECT["project"]["version"]
     assert version == lightning_curv.__version__
