@@ -63,9 +63,21 @@ def test_diffs_are_of_the_files_that_they_name():
             assert line[1:] in source, f"{path} has no line {line[1:]!r} after the ones before"
 
 
-def test_concepts_and_quickstart_have_code():
+def test_concepts_have_code():
     assert len(examples(DOCS / "concepts.md").examples) > 25
-    assert len(examples(DOCS / "quickstart.md").examples) > 15
+
+
+def test_quickstart_runs_block_after_block(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.DOTALL)
+    assert len(blocks[1].strip().replace("\n\n", "\n").splitlines()) == 5
+    scope = {}
+    for block in blocks:
+        exec(block, scope)
+    assert scope["trainer"].callback_metrics["curvature/noise_scale"] > 0
+    assert scope["privacy"].accountant.epsilon(1e-4) <= 3
+    assert "0.weight torch.Size([64, 20]) torch.Size([64, 20]) torch.Size([50])" in capsys.readouterr().out
+    assert list(tmp_path.glob("lightning_logs/version_0/events*"))
 
 
 @pytest.mark.parametrize("path", PAGES + ROOT_PAGES, ids=page_id)
