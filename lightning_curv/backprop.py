@@ -27,7 +27,7 @@ from lightning_curv.passes import Column, Passes
 from lightning_curv.records import Output
 from lightning_curv.samples import Samples, find_samples
 from lightning_curv.sampling import default_generator
-from lightning_curv.sources import Gradient, Source
+from lightning_curv.sources import Gradient, Source, shared
 
 AnyExtension = Extension | GraphExtension
 _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
@@ -86,8 +86,9 @@ class Backprop:
             return
         # In the order of the list: what comes first draws the same random numbers whatever follows.
         units: dict[AnyExtension | Source, list[Any]] = defaultdict(list)
+        serving = shared(e.source for e in self._extensions if isinstance(e, Extension))
         for extension in self._extensions:
-            units[extension if isinstance(extension, GraphExtension) else extension.source].append(extension)
+            units[extension if isinstance(extension, GraphExtension) else serving[extension.source]].append(extension)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
             with self._failing(extensions):
@@ -170,7 +171,8 @@ class Backprop:
 
     @torch.no_grad()
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
-        for extension in list(extensions):
+        jacobian.shared = len(extensions) > 1
+        for extension in sorted(extensions, key=lambda extension: not extension.forms):
             with self._failing(extensions if isinstance(extension, SumCheck) else [extension]):
                 result = extension.evaluate(jacobian)
                 key = extension, jacobian.parameter

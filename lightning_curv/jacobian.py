@@ -20,6 +20,7 @@ from lightning_curv.sliding import Sliding
 from lightning_curv.terms import Term, signed
 
 CHUNK_BYTES = 2**24  # of intermediate results; they then stay in cache, and memory does not grow with N
+KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
 
 
@@ -35,6 +36,7 @@ class Jacobian:
         signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
         gradient: The sum over the samples of the only column, where it is known.
         shared: Whether several quantities are functions of it: J is then kept once it has been formed.
+        continues: Whether other columns of the same uses came before.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Jacobian:
         self.signs = signs
         self.gradient = gradient
         self.shared = False
+        self.continues = False
         self._formed: Tensor | None = None
         self.terms = _merged([term.promoted() for term in terms])
 
@@ -95,10 +98,10 @@ class Jacobian:
         if self._formed is not None:
             return self._formed
         if not self._one_by_one:
-            formed = self._sum(next(pieces(term, max(1, self.samples))) for term in self.terms)
+            formed = next(self._pieces(max(1, self.samples)))
         else:
             formed = self.terms[0].g.new_empty(self.columns, self.samples, *self.shape)
-            for n, piece in enumerate(self.chunks()):
+            for n, piece in enumerate(self._pieces(1)):
                 formed[:, n] = piece[:, 0]
         if self.shared:
             self._formed = formed
@@ -110,17 +113,16 @@ class Jacobian:
         They are not to be changed in place.
         """
         bytes_ = self.columns * self.parameter.numel() * self.terms[0].g.element_size()
-        if self.shared and self._formed is None and bytes_ * self.samples <= CHUNK_BYTES:
+        if self.shared and self._formed is None and bytes_ * self.samples <= KEPT_BYTES:
             self.per_sample()
         inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in self.terms if t.x is not None]
         size = max(1, CHUNK_BYTES // max(bytes_, *inputs, 1, 1))
         if self._formed is not None:
-            yield from self._formed.split(size, dim=1)
-            return
-        if self._one_by_one:
-            size = 1
-        for parts in zip(*(pieces(term, size) for term in self.terms), strict=True):
-            yield self._sum(parts)
+            return iter(self._formed.split(size, dim=1))
+        return self._pieces(1 if self._one_by_one else size)
+
+    def _pieces(self, size: int) -> Iterator[Tensor]:
+        return (self._sum(parts) for parts in zip(*(pieces(term, size) for term in self.terms), strict=True))
 
     @cached_property
     def _one_by_one(self) -> bool:

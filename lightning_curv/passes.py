@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from lightning_curv.rules import Call
 from lightning_curv.samples import Samples
 from lightning_curv.terms import Term
 
-COLUMN_BYTES = 2**28  # of cotangents that are held at once
+COLUMN_BYTES = 2**26  # of cotangents that are held at once
 
 
 @dataclass
@@ -94,33 +94,41 @@ class Passes:
         return LOSSES[call.function](torch.zeros(call.shape) if scale is None else scale, **call.arguments)
 
     def jacobians(self, columns: Iterable[Column]) -> Iterator[dict[Tensor, Jacobian]]:
-        """The parameters' Jacobians for as many columns at a time as `COLUMN_BYTES` allow."""
+        """The parameters' Jacobians for as many columns at a time as `COLUMN_BYTES` allow, one parameter at a time."""
         bytes_ = sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
-        pulled = ((column.signs, self.pull(column)) for column in columns)
+        pulled = ((column.signs, [*self.pull(column)]) for column in columns)
+        seen: set[Tensor] = set()
         while chunk := list(islice(pulled, max(1, COLUMN_BYTES // max(1, bytes_)))):
-            yield self._jacobians(chunk)
+            for parameter, jacobian in self._jacobians(chunk):
+                jacobian.continues = parameter in seen
+                seen.add(parameter)
+                yield {parameter: jacobian}
 
     def jacobian(self, column: Column) -> dict[Tensor, Jacobian]:
         """The parameters' Jacobians for one column."""
-        return self._jacobians([(column.signs, self.pull(column))])
+        return dict(self._jacobians([(column.signs, [*self.pull(column)])]))
 
-    def _jacobians(self, columns: list[tuple[Tensor | None, tuple[Tensor | None, ...]]]) -> dict[Tensor, Jacobian]:
-        terms: dict[Tensor, list[Term]] = defaultdict(list)
-        for (node, use), *gs in zip(self.tape.uses.items(), *(g for _, g in columns), strict=True):
-            found = next((g for g in gs if g is not None), None)
-            if found is not None:
-                g = torch.stack([torch.zeros_like(found) if g is None else g for g in gs])
-                for parameter, term in self.terms(node, use, g):
-                    terms[parameter].append(term)
+    def _jacobians(
+        self, columns: Sequence[tuple[Tensor | None, list[Tensor | None]]]
+    ) -> Iterator[tuple[Tensor, Jacobian]]:
+        """Every Jacobian as soon as it is complete; the cotangents are taken out of ``columns``, to be freed."""
         signs = None
         if any(s is not None for s, _ in columns):
             signs = torch.stack([self.seed.new_ones(self.samples.count) if s is None else s for s, _ in columns])
-        return {parameter: Jacobian(parameter, found, signs) for parameter, found in terms.items()}
+        terms: dict[Tensor, list[Term]] = defaultdict(list)
+        waiting = Counter(parameter for use in self.tape.uses.values() for parameter in parameters(use))
+        for i, (node, use) in enumerate(self.tape.uses.items()):
+            for parameter, term in self.terms(node, use, _stacked([gs for _, gs in columns], i)):
+                terms[parameter].append(term)
+            for parameter in parameters(use):
+                waiting[parameter] -= 1
+                if not waiting[parameter] and parameter in terms:
+                    yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
 
     @torch.no_grad()
-    def terms(self, node: Node, use: Use, g: Tensor) -> Iterator[tuple[Tensor, Term]]:
-        """The terms of one use's parameters, for cotangents ``[V, *output]``."""
-        if not use.operands:
+    def terms(self, node: Node, use: Use, g: Tensor | None) -> Iterator[tuple[Tensor, Term]]:
+        """The terms of one use's parameters, for cotangents ``[V, *output]``; ``None``: the columns do not reach it."""
+        if g is None or not use.operands:
             return
         place = self.samples.uses[node]
         found = apply_rule(use, place.axis, g)
@@ -130,6 +138,17 @@ class Passes:
                 yield from pulled_back(operand.edge, operand.tensor, term)
             else:
                 yield operand.tensor, term
+
+
+def _stacked(columns: list[list[Tensor | None]], i: int) -> Tensor | None:
+    """The i-th cotangents of all columns, which are taken out; ``None``: no column has one."""
+    gs = [column[i] for column in columns]
+    for column in columns:
+        column[i] = None
+    found = next((g for g in gs if g is not None), None)
+    if found is None or len(gs) == 1:
+        return None if found is None else found[None]
+    return torch.stack([torch.zeros_like(found) if g is None else g for g in gs])
 
 
 def use_edges(tape: Tape) -> list[GradientEdge]:

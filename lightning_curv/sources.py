@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,12 +24,20 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Exact:
-    """A square root of the loss Hessian, one column per output entry of a sample."""
+    """A square root of the loss Hessian.
+
+    Attributes:
+        complete: One column per output entry of a sample, where fewer would do (for classes, one less).
+    """
+
+    complete: bool = False
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         """One pass per column."""
         for node, call in passes.tape.losses.items():
-            columns = passes.likelihood(node).columns(passes.samples.count, passes.samples.losses[node].minor)
+            likelihood = passes.likelihood(node)
+            root = likelihood.columns if self.complete else likelihood.fewest_columns
+            columns = root(passes.samples.count, passes.samples.losses[node].minor)
             yield from passes.jacobians(Column([call.input], [column]) for column in columns)
 
 
@@ -69,3 +77,9 @@ class Signed:
 
 
 Source = Gradient | Exact | Sampled | Signed
+
+
+def shared(sources: Iterable[Source]) -> dict[Source, Source]:
+    """Which source serves each: the complete root serves all that need any root."""
+    found = set(sources)
+    return {source: Exact(complete=True) if source == Exact() and Exact(True) in found else source for source in found}

@@ -200,6 +200,25 @@ def test_columns_products_and_samples_are_one_matrix(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_fewest_columns_are_a_square_root_of_the_same_matrix(name):
+    found, _ = likelihood(*CALLS[name], scale=SCALE.abs())
+    every, fewest = list(found.columns(4)), list(found.fewest_columns(4))
+    assert_close(dense((column, None) for column in fewest), dense((column, None) for column in every), label=name)
+    assert len(fewest) <= len(every)
+
+
+def test_classes_have_one_column_less_also_where_probabilities_underflow():
+    logits = torch.tensor([[0.0, -200.0, 3.0], [200.0, 0.0, 1.0], [-200.0, -300.0, 0.0], [1.0, 2.0, 3.0]])
+    found = REGISTERED[F.cross_entropy](torch.ones(()), logits, torch.tensor([0, 1, 2, 0]), reduction="sum")
+    p = logits.softmax(1).double()
+    columns = torch.stack(list(found.fewest_columns(4))).double()
+    assert len(columns) == 2
+    torch.testing.assert_close(
+        torch.einsum("vne,vnf->nef", columns, columns), p.diag_embed() - p[:, :, None] * p[:, None]
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_rows_of_samples_in_both_orders(name):
     """[N·T, C] and [T·N, C] are the same rows."""
     found, _ = likelihood(*CALLS[name], scale=SCALE.abs())

@@ -24,6 +24,7 @@ class Extension(ABC):
         savefield: Name of the parameter's attribute that receives the result.
         source: Which columns are backpropagated: `Gradient`, `Exact` or `Sampled`.
         independent: Whether the quantity exists only where the samples of a batch do not influence each other.
+        forms: Whether all of J is formed in memory: it is evaluated first, so that others find J there.
 
     Example:
         The largest absolute per-sample gradient entry, a quantity of one's own:
@@ -44,6 +45,7 @@ class Extension(ABC):
     savefield: str
     source: Source = Gradient()
     independent: bool = True
+    forms: bool = False
 
     @abstractmethod
     def evaluate(self, jacobian: Jacobian) -> Any:

@@ -33,6 +33,7 @@ class BatchGrad(Extension):
     """
 
     savefield = "grad_batch"
+    forms = True
 
     def __init__(self, subsampling: list[int] | None = None) -> None:
         self.subsampling = subsampling

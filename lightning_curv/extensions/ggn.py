@@ -62,7 +62,8 @@ class SqrtGGNExact(Extension):
     """
 
     savefield = "sqrt_ggn_exact"
-    source: Source = Exact()
+    forms = True
+    source: Source = Exact(complete=True)
 
     def __init__(self, subsampling: list[int] | None = None) -> None:
         self.subsampling = subsampling
@@ -156,8 +157,8 @@ class JacobianMC(Extension):
         self.source = Sampled(mc_samples)
 
     def evaluate(self, jacobian: Jacobian) -> Jacobian:
-        """J, as it is."""
-        return jacobian
+        """J, without what other quantities have formed of it."""
+        return Jacobian(jacobian.parameter, jacobian.terms, jacobian.signs)
 
     def merge(self, previous: Jacobian, new: Jacobian, jacobian: Jacobian) -> Jacobian:
         """Columns are stacked."""

@@ -70,7 +70,9 @@ class KFLR(Extension):
         axes = kronecker_axes(jacobian)
         if not axes:
             return [jacobian.sum_squares().flatten()]
-        return [kronecker_factor(jacobian.terms[0], axis, self.weight_sharing) for axis in axes]
+        known = "i" if jacobian.continues else ""  # the inputs' factor stays that of the first columns, see `merge`
+        term = jacobian.terms[0]
+        return [term.g if axis in known else kronecker_factor(term, axis, self.weight_sharing) for axis in axes]
 
     def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
         """The factors of the columns add up, that of the inputs stays."""

@@ -36,6 +36,10 @@ class Likelihood(ABC):
             minor: Whether the sample is the inner index of the rows (``[T·N, ...]`` of sequence-first networks).
         """
 
+    def fewest_columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+        """Another square root of H, with no more columns than H has ranks where that is known."""
+        yield from self.columns(samples, minor)
+
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Tensor:
         """The gradient at the input for targets drawn from the model; its expected outer product is H."""
@@ -114,9 +118,27 @@ class Categorical(Likelihood):
 
     def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
         """√(w p_c) (e_c - p) for every class c and every row of a sample."""
+        p = self.probabilities.movedim(self.axis, -1)
+        roots = per_sample((_nonnegative(self.weight).movedim(self.axis, -1) * p).sqrt(), samples, minor, trailing=1)
+        for row in range(roots.shape[1]):
+            for block in _one_class_each(roots, row):
+                entries = torch.stack([joined(column, p.shape, samples, minor) for column in block]) if minor else block
+                yield from self._centred(entries.reshape(-1, *p.shape).movedim(-1, self.axis + 1))
+
+    def fewest_columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+        r"""The Cholesky factor of H, one column less than classes.
+
+        Column c is :math:`\sqrt{w\, p_c\, q_c / (p_c + q_c)}\, (e_c - \sum_{i>c} (p_i / q_c)\, e_i)` with the tail
+        :math:`q_c = \sum_{i>c} p_i`: nothing cancels. Tanabe & Sagae, *An exact Cholesky decomposition and the
+        generalized inverse of the variance-covariance matrix of the multinomial distribution, with applications*,
+        J. R. Stat. Soc. B, 1992.
+        """
         _nonnegative(self.weight)
-        for column, _ in self._signed(samples, minor):
-            yield column
+        if self.normalized or self.probabilities.shape[self.axis] == 1:
+            yield from self.columns(samples, minor)
+        else:
+            for column, _ in self._cholesky(samples, minor):
+                yield column
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (e_y - p) with y drawn from p."""
@@ -130,25 +152,41 @@ class Categorical(Likelihood):
         return self.weight * self._centred(self.probabilities * v)
 
     def hessian_columns(self, samples: int, minor: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """`columns` with the signs of the weights; none for log-probabilities."""
+        """The Cholesky factor with the signs of the weights; none for log-probabilities."""
         if not self.normalized:
-            yield from self._signed(samples, minor)
+            yield from self._cholesky(samples, minor)
 
-    def _signed(self, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _cholesky(self, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         p, w = self.probabilities.movedim(self.axis, -1), self.weight.movedim(self.axis, -1)
-        weights = per_sample(w, samples, minor)
-        roots = per_sample((w.abs() * p).sqrt(), samples, minor, trailing=1)
-        for row in range(roots.shape[1]):
-            signs = signs_of(weights[:, row])
-            for block in _one_class_each(roots, row):
-                entries = torch.stack([joined(column, p.shape, samples, minor) for column in block]) if minor else block
-                for column in self._centred(entries.reshape(-1, *p.shape).movedim(-1, self.axis + 1)):
-                    yield column, signs
+        weights, entries = per_sample(w, samples, minor), per_sample(p, samples, minor, trailing=1)
+        for row in range(entries.shape[1]):
+            signs, scale = signs_of(weights[:, row]), weights[:, row, None].abs().sqrt()
+            for block in _multinomial_roots(entries[:, row], entries.shape[1]):
+                columns = block.new_zeros(len(block), *entries.shape)
+                columns[:, :, row] = scale * block
+                for column in columns:
+                    yield joined(column, p.shape, samples, minor).movedim(-1, self.axis), signs
 
     def _centred(self, columns: Tensor) -> Tensor:
         """``columns - p Σ columns`` over the classes, for any number of leading axes."""
         axis = self.axis - self.probabilities.ndim
         return columns if self.normalized else columns - self.probabilities * columns.sum(axis, keepdim=True)
+
+
+def _multinomial_roots(p: Tensor, rows: int) -> Iterator[Tensor]:
+    """Columns c < C - 1 of the Cholesky factors of diag(p) - p pᵀ for ``p [N, C]``: ``[c, N, C]``, in pieces."""
+    smallest = torch.finfo(p.dtype).tiny
+    tails = p.flip(1).cumsum(1).flip(1)  # Σ_{i>=c} p_i
+    rest = tails[:, 1:].clamp(min=smallest)
+    roots = (p[:, :-1] * (tails[:, 1:] / tails[:, :-1].clamp(min=smallest))).sqrt()
+    size = max(1, BLOCK_BYTES // max(1, p.numel() * rows * p.element_size()))
+    classes = torch.arange(p.shape[1], device=p.device)
+    for start in range(0, p.shape[1] - 1, size):
+        own = slice(start, start + size)
+        block = -(roots[:, own] / rest[:, own]).mT.unsqueeze(-1) * p
+        c = classes[:-1][own][:, None, None]
+        block.masked_fill_(classes <= c, 0)
+        yield torch.where(classes == c, roots[:, own].mT.unsqueeze(-1), block)
 
 
 def _one_class_each(roots: Tensor, row: int) -> Iterator[Tensor]:
