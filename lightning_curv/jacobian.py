@@ -21,6 +21,7 @@ from lightning_curv.terms import Term, signed
 
 CHUNK_BYTES = 2**24  # of intermediate results; they then stay in cache, and memory does not grow with N
 KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
+BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
 
 
@@ -52,6 +53,7 @@ class Jacobian:
         self.shared = False
         self.continues = False
         self._formed: Tensor | None = None
+        self._squares: Tensor | None = None
         self.terms = _merged([term.promoted() for term in terms])
 
     @property
@@ -122,14 +124,14 @@ class Jacobian:
         return self._pieces(1 if self._one_by_one else size)
 
     def _pieces(self, size: int) -> Iterator[Tensor]:
-        return (self._sum(parts) for parts in zip(*(pieces(term, size) for term in self.terms), strict=True))
+        return (self._added(parts) for parts in zip(*(pieces(term, size) for term in self.terms), strict=True))
 
     @cached_property
     def _one_by_one(self) -> bool:
         """Whether the product of a single sample is large enough to be made on its own."""
         return any(Matrices(term).large for term in self.terms)
 
-    def _sum(self, parts: Iterable[Tensor]) -> Tensor:
+    def _added(self, parts: Iterable[Tensor]) -> Tensor:
         """The sum of pieces ``[V, n, *par]``, ``[V, n, *p]``."""
         parts = [part.reshape(*part.shape[:2], *self.shape) for part in parts]
         return sum(parts[1:], start=parts[0])
@@ -183,11 +185,7 @@ class Jacobian:
         if self._onehot is not None:
             return onehot.squared_norms(self._onehot)
         if self._factorised is not None:
-            term = self._factorised
-            if term.x is None:
-                flat = term.g.reshape(*term.g.shape[:2], -1)
-                return torch.linalg.vecdot(flat, flat)
-            return replace(term, g=term.g.square(), x=term.x.square()).contract("vn")
+            return self._factorised.squared_norms()
         if len(self.terms) == 1 and _gram_pays(self.terms[0]):
             return _gram_norms(self.terms[0])
         if self._sliding is not None:
@@ -197,11 +195,16 @@ class Jacobian:
 
     def sum_squares(self) -> Tensor:
         """Sum over columns and samples of the squared entries, of the parameter's shape."""
+        if self._squares is not None:
+            return self._squares
         if self._onehot is not None:
-            return onehot.sum_squares(self._onehot, self.signs).reshape(self.shape)
-        if self._factorised is not None:
-            return self._factorised.squared(self.signs).contract(self._factorised.par).reshape(self.shape)
-        return _sum_squares(self.chunks(), self.signs)
+            squares = onehot.sum_squares(self._onehot, self.signs).reshape(self.shape)
+        elif self._factorised is not None:
+            squares = self._factorised.squared(self.signs).contract(self._factorised.par).reshape(self.shape)
+        else:
+            squares = _sum_squares(self.chunks(), self.signs)
+        self._squares = squares if self.shared else None
+        return squares
 
     def sum_squares_per_sample(self) -> Tensor:
         """Sum over columns of the squared entries, ``[N, *p]``."""
@@ -220,26 +223,37 @@ class Jacobian:
         """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""
         if self._onehot is not None:
             return onehot.variance(self._onehot).reshape(self.shape)
-        mean = self._mean()
         if self._factorised is not None and self._factorised.g.dtype == torch.float32:
-            return self._variance_of_moments(mean)
+            return self._variance_of_moments()
+        mean = self._sum() / self.samples
         return _sum_squares((j - mean for j in self.chunks()), None).div_(self.samples)
 
-    def _mean(self) -> Tensor:
-        dtype = self.terms[0].g.dtype
-        if self.gradient is not None and self.gradient.dtype == dtype and not self.gradient.is_sparse:
-            return self.gradient / self.samples
-        return self.total()[0] / self.samples
+    def _sum(self) -> Tensor:
+        """Sum over the samples of the only column: the gradient, where it is known in full."""
+        if self.gradient is not None and self.gradient.dtype == self.terms[0].g.dtype and not self.gradient.is_sparse:
+            return self.gradient
+        return self.total()[0]
 
-    def _variance_of_moments(self, mean: Tensor) -> Tensor:
+    def _variance_of_moments(self) -> Tensor:
         """The difference of the moments; if it cancels anywhere, in float64, where products of float32 are exact."""
-        second = self.sum_squares() / self.samples
-        result = second - mean.square()
-        if bool((result < 0.1 * second).any()):
+        squares = self.sum_squares()
+        result = squares.clone() if self.shared else squares.contiguous()
+        if _subtract_mean(result.view(-1), self._sum().reshape(-1), self.samples):
             exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
             second = exact.sum_squares() / self.samples
             result = (second - (exact.total()[0] / self.samples).square()).clamp_(min=0).float()
         return result
+
+
+def _subtract_mean(squares: Tensor, total: Tensor, samples: int) -> bool:
+    """Σ j² becomes Σ j² / N - (Σ j / N)², in place and in cache; whether less than a tenth is left anywhere."""
+    cancelled = []
+    for part, sums in zip(squares.split(BLOCK), total.split(BLOCK), strict=True):
+        tenth = part * 0.1
+        part.addcmul_(sums, sums, value=-1 / samples)
+        cancelled.append((part < tenth).any())
+        part.div_(samples)
+    return bool(torch.stack(cancelled).any())
 
 
 def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:

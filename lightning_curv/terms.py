@@ -151,9 +151,20 @@ class Term:
             x = x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         return own.gradient(g[0]) if own is not None else replace(self, g=g, x=x).contract(self.par)
 
+    def squared_norms(self) -> Tensor:
+        """Squared norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``."""
+        if {*self.out} & {*self.inp}:
+            squares = replace(self, g=self.g.square(), x=None if self.x is None else self.x.square())
+            return squares.contract("vn")
+        norms = torch.linalg.vector_norm(self.g.flatten(2), dim=2)
+        if self.x is not None:
+            norms = norms * torch.linalg.vector_norm(self.x.flatten(1), dim=1)
+        return norms.square_()
+
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
-        g = signed(self.g.square(), signs).sum(0, keepdim=True)
+        g = signed(self.g.square(), signs)
+        g = g if len(g) == 1 else g.sum(0, keepdim=True)
         return replace(self, g=g, x=None if self.x is None else self.x if self.classes else self.x.square())
 
 
