@@ -105,13 +105,15 @@ class _Replay:
 
     def __init__(self, step: Step, weights: list[Tensor], biases: dict[int, int], shifts: dict[int, Tensor]) -> None:
         self.step, self.weights, self.biases, self.shifts = step, weights, biases, shifts
+        # one node for all steps: the backward function of an index fills a tensor of all steps with zeros
+        self.steps = {weight: shift.unbind(0) for weight, shift in shifts.items()}
         self.inputs: dict[int, list[Tensor]] = defaultdict(list)
 
-    def product(self, x: Tensor, weight: int, step: slice | int = slice(None)) -> Tensor:
+    def product(self, x: Tensor, weight: int, step: int | None = None) -> Tensor:
         self.inputs[weight].append(x)
         bias = self.biases.get(weight)
         y = F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
-        return y + self.shifts[weight][step]
+        return y + (self.shifts[weight] if step is None else self.steps[weight][step])
 
     def direction(self, x: Tensor, states: States, first: int, last: int) -> tuple[Tensor, States]:
         """One direction of one layer with the weights ``first`` to ``last``: all h, and the final states."""
@@ -160,7 +162,11 @@ def _recurrent(step: Step, call: Call, g: Tensor, **arguments: Any) -> dict[str,
 
     shifts = {k: x.new_zeros(*x.shape[:2], len(w)) for k, w in enumerate(weights) if w.ndim == 2}
     whole, pull, inputs = torch.func.vjp(outputs, shifts, has_aux=True)  # type: ignore[misc]
-    (cotangents,) = torch.func.vmap(pull)(g.to(whole.dtype))
+    g = g.to(whole.dtype)
+    if len(g) == 1:
+        cotangents = {k: y[None] for k, y in pull(g[0])[0].items()}
+    else:
+        (cotangents,) = torch.func.vmap(pull)(g)
     terms = {}
     for k, y in cotangents.items():
         weight, bias = linear.product(y.movedim(1, 2), inputs[k].movedim(0, 1), "oi")
