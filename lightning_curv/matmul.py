@@ -53,7 +53,9 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _dense(matrix: Tensor) -> Tensor:
     """The matrix in one block of memory, by rows or by columns: of anything else oneDNN is slower by far."""
-    return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
+    if matrix.is_contiguous() or matrix.mT.is_contiguous():
+        return matrix
+    return matrix.mT.contiguous().mT if matrix.stride(0) == 1 else matrix.contiguous()
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

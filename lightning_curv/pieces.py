@@ -68,18 +68,25 @@ class Matrices:
         return self.regular and matmul.is_large(self.term.g, len(self.term.g) * math.prod(sizes))
 
     @cached_property
-    def _views(self) -> tuple[Tensor, Tensor]:
+    def _views(self) -> tuple[Tensor, Tensor, bool]:
+        """Cotangents ``[N, *q, *s, V, *o]`` if their features are next to each other in memory (as told by the last).
+
+        Otherwise ``[N, *q, V, *o, *s]``; inputs ``[N, *q, *i, *s]``.
+        """
         term = self.term
         assert term.x is not None
-        g_order = [[2 + term.out.index(x) for x in group] for group in (self.both, self.rows + self.shared)]
-        x_order = [1 + term.inp.index(x) for x in self.both + self.columns + self.shared]
-        return term.g.permute(1, *g_order[0], 0, *g_order[1]), term.x.permute(0, *x_order)
+        both, rows, shared = ([2 + term.out.index(x) for x in group] for group in (self.both, self.rows, self.shared))
+        last = bool(rows) and term.g.stride(rows[-1]) < term.g.stride(shared[-1])
+        g = term.g.permute(1, *both, *(shared if last else []), 0, *rows, *([] if last else shared))
+        return g, term.x.permute(0, *(1 + term.inp.index(x) for x in self.both + self.columns + self.shared)), last
 
     def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
         q, o, i, s = (self.size(x) for x in (self.both, self.rows, self.columns, self.shared))
-        g, x = (view[start:stop] for view in self._views)
-        return g.reshape(len(g), q, len(self.term.g) * o, s), x.reshape(len(x), q, i, s)
+        g, x, last = self._views
+        g, x, o = g[start:stop], x[start:stop], len(self.term.g) * o
+        g = g.reshape(len(g), q, s, o).mT if last else g.reshape(len(g), q, o, s)
+        return g, x.reshape(len(x), q, i, s)
 
     def pieces(self, size: int) -> Iterator[Tensor]:
         """See `pieces`."""
