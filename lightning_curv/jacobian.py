@@ -133,7 +133,7 @@ class Jacobian:
 
     def _added(self, parts: Iterable[Tensor]) -> Tensor:
         """The sum of pieces ``[V, n, *par]``, ``[V, n, *p]``."""
-        parts = [part.reshape(*part.shape[:2], *self.shape) for part in parts]
+        parts = [part if part.shape[2:] == self.shape else part.reshape(*part.shape[:2], *self.shape) for part in parts]
         return sum(parts[1:], start=parts[0])
 
     def total(self) -> Tensor:

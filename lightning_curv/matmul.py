@@ -9,13 +9,14 @@ that the compiler generates, as ``torch.ops.mkldnn._linear_pointwise``; where th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
-LARGE = 2**20  # multiplications from which oneDNN is faster, measured
+LARGE = 2**20  # multiplications from which one product by oneDNN is faster, measured
+LARGE_EACH = 2**21  # of one product of a stack, from which products one after the other are faster than one of all
 
 
 @cache
@@ -32,10 +33,10 @@ def _onednn() -> Callable[..., Tensor] | None:
     return product
 
 
-def is_large(like: Tensor, multiplications: int) -> bool:
-    """Whether single products of this size, one after the other, are faster than a batched product."""
+def is_large(like: Tensor, multiplications: int, least: int = LARGE) -> bool:
+    """Whether oneDNN is there, and faster for a product of this size."""
     return (
-        multiplications >= LARGE
+        multiplications >= least
         and like.dtype == torch.float32
         and like.device.type == "cpu"
         and bool(torch.backends.mkldnn.enabled)
@@ -52,18 +53,26 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix in one block of memory, by rows or by columns: of anything else oneDNN is slower by far."""
+    """The matrix, or each of a stack, in one block by rows or by columns: of anything else oneDNN is slower by far."""
     if matrix.is_contiguous() or matrix.mT.is_contiguous():
         return matrix
-    return matrix.mT.contiguous().mT if matrix.stride(0) == 1 else matrix.contiguous()
+    return matrix.mT.contiguous().mT if matrix.stride(-2) == 1 else matrix.contiguous()
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
-    if len(a) and is_large(a, a.shape[1] * b[0].numel()):
-        products = [mm(left, right) for left, right in zip(a.unbind(), b.unbind(), strict=True)]
+    if len(a) and is_large(a, a.shape[1] * b[0].numel(), LARGE_EACH):
+        products = [*one_by_one(a, b)]
         return products[0][None] if len(products) == 1 else torch.stack(products)
     return a @ b
+
+
+def one_by_one(a: Tensor, b: Tensor) -> Iterator[Tensor]:
+    """The products of two stacks of matrices one after the other, each of at least `LARGE_EACH`."""
+    product = _onednn()
+    assert product is not None
+    for left, right in zip(_dense(a).unbind(), _dense(b).mT.unbind(), strict=True):
+        yield product(left, right, None, "none", [], "")
 
 
 def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:

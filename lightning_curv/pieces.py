@@ -65,7 +65,8 @@ class Matrices:
     def large(self) -> bool:
         """Whether the product of a single sample is large."""
         sizes = [self.size(x) for x in (self.rows, self.columns, self.shared)]
-        return self.regular and matmul.is_large(self.term.g, len(self.term.g) * math.prod(sizes))
+        multiplications = len(self.term.g) * math.prod(sizes)
+        return self.regular and matmul.is_large(self.term.g, multiplications, matmul.LARGE_EACH)
 
     @cached_property
     def _views(self) -> tuple[Tensor, Tensor, bool]:
@@ -94,8 +95,10 @@ class Matrices:
         step = max(1, PATCH_BYTES // self._bytes) if single else size
         for start in range(0, max(self.term.g.shape[1], 1), step):
             g, x = self.of(start, start + step)
-            if single:
-                yield from (self._shaped(matmul.bmm(g_n, x_n.mT)[None]) for g_n, x_n in zip(g, x, strict=True))
+            if single and not self.both:
+                yield from map(self._shaped, matmul.one_by_one(g[:, 0], x[:, 0].mT))
+            elif single:
+                yield from (self._shaped(matmul.bmm(g_n, x_n.mT)) for g_n, x_n in zip(g, x, strict=True))
             else:
                 yield self._shaped(g @ x.mT)
 
@@ -105,9 +108,16 @@ class Matrices:
         letters = self.both + self.columns + self.shared
         return self.size(letters) * self.term.g.element_size()
 
-    def _shaped(self, product: Tensor) -> Tensor:
-        """``[n, q, V·o, i]`` as ``[V, n, *par]``."""
+    @cached_property
+    def _axes(self) -> tuple[list[int], list[int] | None]:
+        """Sizes of the axes of products behind ``n``, and their order in J; ``None``: the same."""
         both, rows, columns = ([self._sizes[x] for x in group] for group in (self.both, self.rows, self.columns))
-        product = product.reshape(len(product), *both, len(self.term.g), *rows, *columns)
         found = [*self.both, "v", *self.rows, *self.columns]
-        return product.permute(1 + found.index("v"), 0, *(1 + found.index(x) for x in self.term.par))
+        order = [1 + found.index("v"), 0, *(1 + found.index(x) for x in self.term.par)]
+        return [*both, len(self.term.g), *rows, *columns], None if order == [1, 0, *range(2, len(order))] else order
+
+    def _shaped(self, product: Tensor) -> Tensor:
+        """``[n, q, V·o, i]`` (or without ``n`` and ``q`` where they are 1) as ``[V, n, *par]``."""
+        sizes, order = self._axes
+        product = product.view(len(product) if product.ndim == 4 else 1, *sizes)
+        return product.transpose(0, 1) if order is None else product.permute(order)
