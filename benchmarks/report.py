@@ -150,12 +150,16 @@ def write(saved: dict[str, Any], device: str) -> None:
     environment = ", ".join(f"{k} {v}" for k, v in saved["environment"].items())
     text = f"Measured with {environment}.\n\n" + "\n".join(lines)
     print(text)
-    if PAGE.exists():
-        begin, end = f"<!-- {device}: begin -->", f"<!-- {device}: end -->"
-        page = PAGE.read_text()
-        PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n{end}", page, flags=re.DOTALL))
+    replace_in_page(device, text)
     if device == "cpu":
         draw(networks)
+
+
+def replace_in_page(name: str, text: str) -> None:
+    """Put a text between two marks of the page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    page = PAGE.read_text()
+    PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n\n{end}", page, flags=re.DOTALL))
 
 
 def draw(networks: dict[str, dict[str, Cells]]) -> None:

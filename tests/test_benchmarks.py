@@ -93,3 +93,38 @@ def test_command_merges_into_saved_results(tmp_path):
     assert list(saved) == ["KFAC", "Variance", "HMP"]
     assert len(saved["Variance"]["ours"]["seconds"]) == 2
     assert saved["Variance"]["ours"]["bytes"] > 0
+
+
+def test_slopes(contenders):
+    import scaling
+
+    sizes = [8, 16, 32, 64]
+    assert scaling.slope(sizes, [3 * n for n in sizes]) == pytest.approx(1)
+    assert scaling.slope(sizes, [5.0] * 4) == pytest.approx(0)
+
+
+def test_memory_is_measured_under_a_budget_that_is_given_back(contenders, monkeypatch):
+    import scaling
+
+    monkeypatch.setitem(scaling.SIZES, "N", (4, 8))
+    before = scaling.jacobian.CHUNK_BYTES
+    found = scaling.memory(["Variance"], budget=2**12)
+    assert [row["size"] for row in found["Variance"]] == [4, 8]
+    assert all(row["bytes"] > 0 for row in found["Variance"])
+    assert before == scaling.jacobian.CHUNK_BYTES
+
+
+def test_ratios_are_medians_over_rounds(contenders):
+    import report
+
+    cells = {
+        "plain": {"seconds": [1.0, 2.0, 4.0], "bytes": 10},
+        "ours": {"seconds": [2.0, 2.0, 2.0], "bytes": 30},
+        "BackPACK": {"skipped": "unsupported"},
+    }
+    assert report.time_ratio(cells, "plain") == 1.0
+    assert report.memory_ratio(cells, "plain") == 3.0
+    assert report.time_ratio(cells, "BackPACK") is None
+    assert "BackPACK: unsupported" in report.line(cells)
+    rows = list(report.table("mlp", {"Variance": cells}))
+    assert "| Variance | 1.00 | 3.00 | unsupported | — |" in rows
