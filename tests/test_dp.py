@@ -4,9 +4,12 @@ import copy
 import math
 import warnings
 
+import hypothesis_networks as networks
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from zoo import NAMES, ROW, reference
 
@@ -85,10 +88,11 @@ class Tied(nn.Module):
         self.block = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4, bias=False)
         self.unused = nn.Linear(3, 3)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
     def forward(self, x):
         h = self.embedding(x)
-        h = self.block(torch.tanh(self.block(h)))
+        h = self.frozen(self.block(torch.tanh(self.block(h))))
         return self.norm(h).mean(1) @ self.embedding.weight.t()
 
 
@@ -153,15 +157,16 @@ MODELS = {
 
 def loop_of_single_samples(model, parts, optimizer, C, size):
     """The naive step: one backward pass per sample."""
-    total = [torch.zeros_like(p) for p in model.parameters()]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p) for p in parameters]
     for X, y in parts:
         for i in range(len(X)):
             loss = F.cross_entropy(model(X[i : i + 1]), y[i : i + 1])
-            grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
             for t, g in zip(total, grads):
                 t += min(1.0, C / float(norm)) * g
-    for p, t in zip(model.parameters(), total):
+    for p, t in zip(parameters, total):
         p.grad = t / size
     optimizer.step()
 
@@ -195,11 +200,12 @@ def test_run_equals_a_loop_of_single_samples(name):
 
 def contribution(model, X, y, C, **settings):
     """Σ(S) over all parameters, flat."""
+    model.zero_grad()
     optimizer = private(model.parameters(), lr=0.0, clip_norm=C, **settings)
     if len(X):
         backward(optimizer, lambda: F.cross_entropy(model(X), y), batch_size=len(X))
     optimizer.step()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 CLIPPINGS = ["flat", "per_layer", "automatic", "adaptive"]
@@ -219,6 +225,24 @@ def test_one_sample_changes_the_sum_by_no_more_than_the_norm(name, clipping):
         without = contribution(model, X[:n], y[:n], C, clipping=clipping)
         assert with_x.isfinite().all()
         assert (with_x - without).norm() <= C * (1 + 1e-5)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    networks.problems(),
+    st.sampled_from(CLIPPINGS),
+    st.sampled_from([1.0, 1e3, 1e8, 1e30, math.nan, math.inf]),
+    st.floats(0.01, 10.0),
+)
+def test_one_sample_changes_the_sum_of_any_network_by_no_more_than_the_norm(problem, clipping, scale, C):
+    X = problem.X.clone()
+    if X.is_floating_point():
+        X[-1] *= scale
+    y = torch.randint(3, (len(X),), generator=torch.Generator().manual_seed(0))
+    with_x = contribution(problem.model, X, y, C, clipping=clipping)
+    without = contribution(problem.model, X[:-1], y[:-1], C, clipping=clipping)
+    assert with_x.isfinite().all()
+    assert (with_x - without).norm() <= C * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
