@@ -168,6 +168,69 @@ def test_workers_read_the_same_batches():
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_curvature_is_logged_beside(tmp_path, order):
+    """Who needs the whole backward pass gets it, and private training does not notice."""
+    from lightning_curv.callbacks import CurvatureCallback
+
+    logger = pl.loggers.CSVLogger(tmp_path)
+    watch = CurvatureCallback(["grad_norm", "grad_variance"], every_n_steps=2)
+    options = {"batch_size": 6, "accumulate_grad_batches": 2, "max_epochs": 2}
+    runs = []
+    for watching in (False, True):
+        module, callback = Net(noise_multiplier=0.5, noise_seed=1).double(), PrivacyCallback(seed=1)
+        callbacks = [callback, watch][::order] if watching else [callback]
+        fit(module, callback, callbacks=callbacks, logger=logger if watching else False, log_every_n_steps=2, **options)
+        runs.append(list(module.parameters()))
+    logger.save()
+    values = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "curvature/grad_variance" in values
+    for p, q in zip(*runs):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "truncated_poisson", "epoch"])
+def test_samples_that_are_not_finite_do_not_take_part(sampling):
+    clean, spoilt = data(), data()
+    spoilt.tensors[0][::7] = math.nan
+    runs = []
+    for dataset, keep in ((spoilt, None), (clean, torch.arange(N) % 7 != 0)):
+        module = Net(noise_multiplier=0.5, noise_seed=1).double()
+        module.keep = keep
+        callback = PrivacyCallback(
+            sampling=sampling, seed=1, max_batch_size=9 if sampling == "truncated_poisson" else None, delta=1e-3
+        )
+        callback.accountant.epsilon = lambda delta: 0.0  # takes long, and is not what this is about
+        loader = DataLoader(Numbered(dataset), batch_size=6)
+        if keep is not None:
+            module.training_step = lambda batch, i, m=module: weighted_step(m, batch)
+            callback.check_independence = False
+        fit(module, callback, loader=loader)
+        runs.append([p.detach() for p in module.parameters()])
+        assert all(p.isfinite().all() for p in runs[-1])
+    for p, q in zip(*runs):
+        torch.testing.assert_close(p, q)
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Samples, targets and their numbers."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return *self.dataset[i], i
+
+
+def weighted_step(module, batch):
+    """The step without the samples that are not to be kept, whose loss is zero."""
+    X, y, i = batch
+    return (F.cross_entropy(module.net(X), y, reduction="none") * module.keep[i]).mean()
+
+
 # --- the account -----------------------------------------------------------------------------------------------------
 
 
