@@ -92,7 +92,7 @@ class History(Logger):
 def draw(axis: Axes, series: tuple[list[int], list[float]], color: str = "C0", **settings: Any) -> None:
     """A noisy series as TensorBoard draws it: the values pale, their running mean strong."""
     steps, values = series
-    weight = min(1.0, 12 / len(values))
+    weight = min(1.0, 25 / len(values))
     means = list(accumulate(values, lambda mean, value: mean + weight * (value - mean)))
     axis.plot(steps, values, color=color, alpha=0.25)
     axis.plot(steps, means, color=color, lw=2, **settings)
