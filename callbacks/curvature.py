@@ -61,7 +61,8 @@ class CurvatureCallback(Callback):
     accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates; eigenvalues are
     averages over them. With several optimizers each gets its own series, `curvature/grad_norm/optimizer_0` and so on.
     Every value is written once, at the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`.
-    In distributed training the quantiles are those of rank 0.
+    In distributed training all are those of the global batch, by one reduction per logged step; what is promised and
+    refused is listed in `docs/guarantees.md`.
 
     With gradient accumulation the optimizers average the curvature of the micro-batches, each that of the loss as
     `training_step` returned it: the curvature of the accumulated mean. In manual optimization they get that of the last
