@@ -26,6 +26,7 @@ from lightning_curv.optimizers.kronecker import KroneckerCurvature
 
 STEPS, SIZE = 4, 4  # optimizer steps, samples per process and micro-batch
 EXACT = ["default", "norm_test", "inner_product_test", "orthogonality_test", "grad_diversity", "mean_gsnr"]
+SAMPLED = ["ggn_trace", "tic_trace", "tic_diag"]
 EXACT += ["early_stopping", "cabs", "ggn_trace_exact", "update_size", "distance", "alpha"]
 
 
@@ -158,10 +159,15 @@ RUNS = {
     "eigen": ({"optimizer": eigen}, {}, 1),
     "diag_ggn": ({"optimizer": diag_ggn}, {}, 1),
     "kfac_static_graph": ({"optimizer": kfac}, {"static_graph": True}, 1),
+    "monte_carlo": ({}, {}, 1),
 }
+IN_TWO = ("plain", "static_graph", "branch", "failing", "kfac", "sharded", "monte_carlo")
+CASES = [(3, name) for name in RUNS if name != "monte_carlo"] + [(2, name) for name in IN_TWO]
 
 
 def monitor(name):
+    if name == "monte_carlo":
+        return CurvatureCallback(SAMPLED, mc_samples=200)
     return CurvatureCallback(EXACT, layers=True, mc_samples=0, strict=name != "failing")
 
 
@@ -203,7 +209,7 @@ def worker(rank, folder, ports):
         os.environ |= dict.fromkeys(names[0], str(rank)) | dict.fromkeys(names[1], str(world)) | {"GROUP_RANK": "0"}
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=300))
         evaluate = SumGradSquared.evaluate
-        for name in RUNS:
+        for name in (name for size, name in CASES if size == world):
             for monitored in (True, False):
                 SumGradSquared.evaluate = fail if (name, rank) == ("failing", 1) else evaluate
                 torch.save(run(name, monitored), Path(folder) / f"{world}-{rank}-{name}-{monitored}")

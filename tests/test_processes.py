@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from processes import RUNS, STEPS, run_alone, spawn
+from processes import CASES, SAMPLED, STEPS, run_alone, spawn
 
 WORLDS = (3, 2)
 
@@ -16,9 +16,8 @@ def results(tmp_path_factory):
     spawn(folder)
     return {
         (world, rank, name, monitored): torch.load(folder / f"{world}-{rank}-{name}-{monitored}", weights_only=False)
-        for world in WORLDS
+        for world, name in CASES
         for rank in range(world)
-        for name in RUNS
         for monitored in (True, False)
     }
 
@@ -28,14 +27,14 @@ def alone():
     """The same runs in one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {(world, name): run_alone(name, world) for world in WORLDS for name in RUNS if name != "branch"}
+        return {(world, name): run_alone(name, world) for world, name in CASES if name != "branch"}
 
 
 def runs(*without):
-    return [(world, name) for world in WORLDS for name in RUNS if name not in without]
+    return [(world, name) for world, name in CASES if name not in without]
 
 
-@pytest.mark.parametrize(("world", "name"), runs("branch", "failing"))
+@pytest.mark.parametrize(("world", "name"), runs("branch", "failing", "monte_carlo"))
 def test_values_are_those_of_one_process_on_the_union_batch(results, alone, world, name):
     expected = alone[world, name]["values"]
     for rank in range(world):
@@ -76,7 +75,7 @@ def test_one_reduction_per_logged_step(results, world, name):
     assert [m - p for m, p in zip(monitored, plain, strict=True)] == [1] * STEPS
 
 
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world in WORLDS for name in ("kfac", "sharded", "auto")])
+@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case[1] in ("kfac", "sharded", "auto")])
 def test_every_inverse_is_computed_by_one_process(results, alone, world, name):
     work = [results[world, rank, name, True]["inverted"] for rank in range(world)]
     assert sum(work) == alone[world, name]["inverted"]
@@ -104,3 +103,10 @@ def test_a_quantity_that_fails_in_one_process_is_left_out_in_all(results, alone,
             lost = {name for name in others if name.split("/")[1] in ("mean_gsnr", "early_stopping")}
             assert len(lost) >= 2
             assert values == pytest.approx({name: v for name, v in others.items() if name not in lost}, rel=1e-6)
+
+
+def test_monte_carlo_quantities_converge_to_those_of_one_process(results, alone):
+    found, expected = results[2, 0, "monte_carlo", True]["values"], alone[2, "monte_carlo"]["values"]
+    for values, others in zip(found, expected, strict=True):
+        assert {name.split("/")[1] for name in values} == {*SAMPLED}
+        assert values == pytest.approx(others, rel=0.2)
