@@ -56,8 +56,8 @@ def test_gram(size):
 class Sequence(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.grouped = nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(64, 64, 3, stride=2, groups=2)
-        self.transposed, self.linear = nn.ConvTranspose2d(64, 40, 3), nn.Linear(81, 300)
+        self.conv, self.grouped = nn.Conv2d(16, 64, 3, padding=1), nn.Conv2d(64, 64, 3, groups=2)
+        self.transposed, self.linear = nn.ConvTranspose2d(64, 40, 3), nn.Linear(256, 300)
         self.head = nn.Linear(300, 3)
 
     def forward(self, x):
@@ -71,7 +71,7 @@ EXTENSIONS = [BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact, KF
 @pytest.mark.parametrize("together", [False, True])
 def test_large_layers_in_float32_as_in_float64(together):
     torch.manual_seed(0)
-    model, X, y = Sequence(), torch.randn(5, 8, 16, 16), torch.tensor([0, 1, 2, 0, 1])
+    model, X, y = Sequence(), torch.randn(5, 16, 16, 16), torch.tensor([0, 1, 2, 0, 1])
     found = {}
     for dtype in (torch.float32, torch.float64):
         model.to(dtype)
@@ -101,5 +101,5 @@ def test_some_product_of_the_network_above_is_large(monkeypatch):
     large = matmul.is_large
     monkeypatch.setattr(matmul, "is_large", lambda *arguments: found.append(large(*arguments)) or found[-1])
     with curvature(SumGradSquared()):
-        F.cross_entropy(Sequence()(torch.randn(5, 8, 16, 16)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        F.cross_entropy(Sequence()(torch.randn(5, 16, 16, 16)), torch.tensor([0, 1, 2, 0, 1])).backward()
     assert any(found)
