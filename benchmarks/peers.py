@@ -1,6 +1,6 @@
 """This project beside the plain gradient, BackPACK, `torch.func`, curvlinops and Opacus: time and memory of one step.
 
-    OMP_NUM_THREADS=1 python benchmarks/peers.py                                # everything; hours
+    OMP_NUM_THREADS=1 python benchmarks/peers.py                                # everything; an hour or more
     OMP_NUM_THREADS=1 python benchmarks/peers.py --networks mlp --quantities KFAC Variance --peers BackPACK
     python benchmarks/peers.py --report                                         # tables and picture from saved results
 

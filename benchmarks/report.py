@@ -88,7 +88,7 @@ class Target:
     def row(self) -> str:
         """A row of the table of targets; the worst cells are named."""
         if not self.values:
-            return f"| {self.title} | ≤ {self.bound} | not measured | |"
+            return f"| {self.title} | ≤ {self.bound} | not measured | | |"
         worst = sorted(self.values.items(), key=lambda item: -item[1])
         above = ", ".join(f"{n} {q} {v:.2f}" for (n, q), v in worst if v > self.bound) or "—"
         within = sum(v <= self.bound for v in self.values.values())
