@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["baseline", "KFAC"], choices=["baseline", *SECOND_ORDER])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--grid", action="store_true", help="tune the learning rate of the baseline instead")
+    parser.add_argument("--steps", type=int, help="of the baseline, with --grid")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -137,7 +138,7 @@ def main() -> None:
         workload, path = WORKLOADS[name], RESULTS / f"{name}.json"
         if arguments.grid:
             for lr in workload.grid:
-                print(name, lr, metric(train(workload, "baseline", 0, lr)[-1]), flush=True)
+                print(name, lr, metric(train(workload, "baseline", 0, lr, arguments.steps)[-1]), flush=True)
             continue
         results = json.loads(path.read_text()) if path.exists() else {}
         for method in arguments.methods:
