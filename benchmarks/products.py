@@ -1,0 +1,71 @@
+"""Products behind the quantities, alternatives side by side: ``python benchmarks/products.py``.
+
+One thread, process time, medians, in milliseconds. Shapes are those of the convolutions of 3C3D at N = 64.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_curv.matmul import mm, one_by_one
+from lightning_curv.rules.convolution import patches
+from lightning_curv.symmetric import gram
+
+LAYERS = {"first": (64, 3, 32, 64, 5), "second": (64, 64, 14, 96, 3)}  # N, channels, size, channels out, kernel
+
+
+def milliseconds(function: Callable[[], object], rounds: int = 9) -> float:
+    """Median process time, after one call that is not counted."""
+    function()
+    times = []
+    for _ in range(rounds):
+        start = time.process_time()
+        function()
+        times.append(time.process_time() - start)
+    return 1e3 * median(times)
+
+
+def squares(g: Tensor, x: Tensor) -> Tensor:
+    """Sum of the squared products, one sample at a time."""
+    result = g.new_zeros(g.shape[1], x.shape[1])
+    for product in one_by_one(g, x.mT):
+        result.addcmul_(product, product)
+    return result
+
+
+def layer(samples: int, channels: int, size: int, out: int, kernel: int) -> dict[str, Callable[[], object]]:
+    """Alternatives for one convolution."""
+    image, weight = torch.randn(samples, channels, size, size), torch.randn(out, channels, kernel, kernel)
+    view = patches(image, weight, 1, 0, 1, 1)[:, 0]
+    x = view.flatten(4).flatten(1, 3)
+    g, features = torch.randn(samples, out, x.shape[2]), x.transpose(0, 1).flatten(1)
+    return {
+        "patches: F.unfold": lambda: F.unfold(image, kernel),
+        "patches: copy of a view, positions last": lambda: view.contiguous(),
+        "patches: copy of a view, positions first": lambda: view.permute(0, 4, 5, 1, 2, 3).contiguous(),
+        "per-sample squares: one batched product": lambda: (g @ x.mT).square_().sum(0),
+        "per-sample squares: one sample at a time": lambda: squares(g, x),
+        "input factor: torch.mm": lambda: features @ features.mT,
+        "input factor: oneDNN": lambda: mm(features, features.mT),
+        "input factor: oneDNN, in strips": lambda: gram(features),
+    }
+
+
+def main() -> None:
+    """Print all."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    for name, shape in LAYERS.items():
+        print(f"{name} convolution of 3C3D")
+        for alternative, function in layer(*shape).items():
+            print(f"  {alternative:45s} {milliseconds(function):8.2f}")
+
+
+if __name__ == "__main__":
+    main()
