@@ -115,7 +115,8 @@ class Jacobian:
         They are not to be changed in place.
         """
         bytes_ = self.columns * self.parameter.numel() * self.terms[0].g.element_size()
-        if self.shared and self._formed is None and bytes_ * self.samples <= KEPT_BYTES:
+        sparse = any(term.classes for term in self.terms)
+        if self.shared and self._formed is None and not sparse and bytes_ * self.samples <= KEPT_BYTES:
             self.per_sample()
         inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in self.terms if t.x is not None]
         size = max(1, CHUNK_BYTES // max(bytes_, *inputs, 1, 1))
