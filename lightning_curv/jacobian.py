@@ -238,7 +238,7 @@ class Jacobian:
     def _variance_of_moments(self) -> Tensor:
         """The difference of the moments; if it cancels anywhere, in float64, where products of float32 are exact."""
         squares = self.sum_squares()
-        result = squares.clone() if self.shared else squares.contiguous()
+        result = squares.clone(memory_format=torch.contiguous_format) if self.shared else squares.contiguous()
         if _subtract_mean(result.view(-1), self._sum().reshape(-1), self.samples):
             exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
             second = exact.sum_squares() / self.samples

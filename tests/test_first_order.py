@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 from zoo import NAMES, ROW, assert_close, assert_fields, compute, reference
 
+from lightning_curv import curvature
 from lightning_curv.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 
 QUANTITIES = [
@@ -94,3 +97,12 @@ def test_float32_variance_of_equal_samples_is_almost_zero(shape):
         mean = p.grad / 64
         assert (p.variance >= 0).all()
         assert (p.variance <= (1e-5 * mean.abs().max()) ** 2).all()
+
+
+def test_variance_of_one_sample_beside_its_sum_of_squares():
+    """Shared squares may be laid out in any order of the axes."""
+    layer, x = nn.Linear(6, 3), torch.randn(1, 2, 3)
+    with curvature(Variance(), SumGradSquared()):
+        F.cross_entropy(layer(x.transpose(1, 2).flatten(1)), torch.tensor([2])).backward()
+    assert_close(layer.weight.sum_grad_squared, layer.weight.grad.square())
+    assert_close(layer.weight.variance, torch.zeros(3, 6))
