@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn import functional as F
 
 from lightning_curv.dependence import Dependence
 from lightning_curv.errors import UnsupportedError
@@ -25,9 +26,10 @@ class KFRA(GraphExtension):
 
     The GGN with respect to a layer's output is averaged over the batch before it is propagated to the layer's input,
     :math:`\bar H_{in} = \tfrac1N \sum_n J_n^\top \bar H_{out} J_n`, and its blocks are the factors B. Exact where the
-    layers' Jacobians do not depend on the sample. Needs a chain of layers and one loss. Cost: twice as many passes
-    through every layer as it has outputs; memory: the square of the widest layer. Botev, Ritter & Barber, *Practical
-    Gauss-Newton optimisation for deep learning*, ICML 2017, eq. 17.
+    layers' Jacobians do not depend on the sample. Needs a chain of layers and one loss. Cost: a pass through every
+    elementwise layer, as many as hold its inputs and outputs, N at a time, through every linear one, and as many as it
+    has inputs and outputs through others, such as max-pooling; memory: the square of the widest layer. Botev, Ritter &
+    Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017, eq. 17.
 
     Args:
         weight_sharing: ``"expand"`` or ``"reduce"`` as in `KFLR`.
@@ -93,7 +95,11 @@ def _averaged(
     source: tuple[GradientEdge, Place],
     count: int,
 ) -> Tensor:
-    """The mean over the samples of Jᵀ H J, by two sweeps of vector-Jacobian products with the rows of H."""
+    """The mean over the samples of Jᵀ H J, by two sweeps of vector-Jacobian products with the rows of H.
+
+    Where every J is diagonal, its entries are one product; where all are the same, a pass takes a row in every sample.
+    Both are found out by passes with random numbers, and true up to rounding.
+    """
     (edge, place, shape), (after, after_place) = output, source
 
     def pull(entries: Tensor) -> Tensor:
@@ -101,12 +107,34 @@ def _averaged(
         (g,) = passes.backward([edge], [after], [place.join(entries, shape)])
         return average.new_zeros(count, 0) if g is None else after_place.split(g, count)
 
+    def pull_rows(rows: Tensor) -> Tensor:
+        """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
+        parts = [F.pad(part, (0, 0, 0, count - len(part))) for part in rows.split(count)]
+        return torch.cat([pull(part) for part in parts])[: len(rows)]
+
+    generator = torch.Generator(average.device).manual_seed(0)
+    entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
+    diagonal = pull(torch.ones_like(entries))
+    if diagonal.shape == entries.shape and _same(pull(entries), entries * diagonal):
+        return average * (diagonal.mT @ diagonal / count)
+    weights, row = entries[:, :1], entries[:1].expand(count, -1)
+    if _same(pull(weights * row), weights * pull(row)[:1]):
+        return pull_rows(pull_rows(average).mT)
     half = torch.stack([pull(row.expand(count, -1)) for row in average], -1)  # [N, E_in, E_out]
     full = [pull(column).mean(0) for column in half.unbind(1)]
     return torch.stack(full)
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Up to the rounding of products of matrices."""
+    tolerance = 100 * torch.finfo(other.dtype).eps * other.abs().amax() if other.numel() else 0
+    return bool(((one - other).abs() <= tolerance).all())
+
+
 def _columns(average: Tensor, place: Place, shape: torch.Size, count: int) -> Tensor:
     values, vectors = eigh(average)
     root = (vectors * (values.clamp(min=0) / count).sqrt()).mT
-    return torch.stack([place.join(row.expand(count, -1), shape) for row in root])
+    if place.minor or shape[place.axis] != count:
+        return torch.stack([place.join(row.expand(count, -1), shape) for row in root])
+    rest = [size for axis, size in enumerate(shape) if axis != place.axis]
+    return root.reshape(-1, *rest).unsqueeze(1 + place.axis).expand(-1, *shape)  # one sample in memory

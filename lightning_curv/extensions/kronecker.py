@@ -148,6 +148,8 @@ def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: Weigh
         weight_sharing: ``"expand"``: one vector of features per position; ``"reduce"``: their sum over the positions.
         product: Of a matrix with itself, ``[D, R]``.
     """
+    repeats = len(factor) if len(factor) > 1 and factor.stride(0) == 0 else 1
+    factor = factor[: len(factor) // repeats]  # the same for all samples: once
     lead = factor.ndim - len(letters)
     groups = "q" if "q" in letters else ""
     features = [lead + letters.index(x) for x in letters if x in par and x != "q"]
@@ -164,4 +166,4 @@ def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: Weigh
         moment = torch.stack([product(matrix) for matrix in rows]) if groups else product(rows[0])
         total = moment if total is None else total.add_(moment)
     assert total is not None
-    return total
+    return total if repeats == 1 else total * repeats
