@@ -189,7 +189,7 @@ class Jacobian:
             return self._factorised.squared_norms()
         if len(self.terms) == 1 and _gram_pays(self.terms[0]):
             return _gram_norms(self.terms[0])
-        if self._sliding is not None and not self._one_by_one:
+        if self._sliding is not None and self._formed is None and not self._one_by_one:
             return self._sliding.squared_norms()
         norms = [torch.linalg.vector_norm(j.reshape(*j.shape[:2], -1), dim=2) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
