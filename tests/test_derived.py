@@ -7,27 +7,15 @@ import torch.nn.functional as F
 from losses_table import LOSS
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from zoo import Problem, assert_close, assert_fields, compute
+from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
 from lightning_curv.extensions import (
     KFLR,
-    BatchDiagGGNExact,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
     SqrtGGNExact,
-    SumGradSquared,
-    Variance,
 )
-
-QUANTITIES = [
-    (BatchGrad, "grad_batch", oracle.grad_batch),
-    (BatchL2Grad, "batch_l2", oracle.batch_l2),
-    (SumGradSquared, "sum_grad_squared", oracle.sum_grad_squared),
-    (Variance, "variance", oracle.variance),
-    (DiagGGNExact, "diag_ggn_exact", oracle.diag_ggn),
-    (BatchDiagGGNExact, "diag_ggn_exact_batch", oracle.diag_ggn_batch),
-]
 
 
 class Expression(nn.Module):

@@ -9,20 +9,16 @@ import torch.nn.functional as F
 from losses_table import LOSS, LOSSES, counts, elementwise_summand, labels, probabilities, real, soft_bits
 from test_ggn import RUNS, assert_unbiased
 from torch import nn
-from zoo import Problem, assert_close, assert_fields, compute
+from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature, extend
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions import (
     KFLR,
-    BatchDiagGGNExact,
     BatchGrad,
-    BatchL2Grad,
     DiagGGNExact,
     DiagGGNMC,
     SqrtGGNExact,
-    SumGradSquared,
-    Variance,
 )
 from lightning_curv.losses import LOSSES as REGISTERED
 from lightning_curv.losses import PARTS
@@ -46,16 +42,6 @@ def by_function(problem):
 def by_module(problem):
     criterion = problem.loss.module()
     return lambda: criterion(problem.model(problem.X), problem.y)
-
-
-QUANTITIES = [
-    (BatchGrad, "grad_batch", oracle.grad_batch),
-    (BatchL2Grad, "batch_l2", oracle.batch_l2),
-    (SumGradSquared, "sum_grad_squared", oracle.sum_grad_squared),
-    (Variance, "variance", oracle.variance),
-    (DiagGGNExact, "diag_ggn_exact", oracle.diag_ggn),
-    (BatchDiagGGNExact, "diag_ggn_exact_batch", oracle.diag_ggn_batch),
-]
 
 
 @pytest.mark.parametrize("form", [by_function, by_module])

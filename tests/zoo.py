@@ -18,6 +18,24 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
+from lightning_curv.extensions import (
+    BatchDiagGGNExact,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    SumGradSquared,
+    Variance,
+)
+
+QUANTITIES = [
+    (BatchGrad, "grad_batch", oracle.grad_batch),
+    (BatchL2Grad, "batch_l2", oracle.batch_l2),
+    (SumGradSquared, "sum_grad_squared", oracle.sum_grad_squared),
+    (Variance, "variance", oracle.variance),
+    (DiagGGNExact, "diag_ggn_exact", oracle.diag_ggn),
+    (BatchDiagGGNExact, "diag_ggn_exact_batch", oracle.diag_ggn_batch),
+]
+
 
 @dataclass
 class Problem:
