@@ -39,6 +39,7 @@ from lightning_curv.records import (
 )
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
+from lightning_curv.rules.registry import repeated
 
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
@@ -232,7 +233,7 @@ class _Call:
 
     def _mark_origin(self, node: Node, operands: list[str], out: Tensor) -> None:
         origin = combined(list(self.origins.values()), list(self.tensors.values()))
-        if self.rule.expands and operands and _repeated(self.tensors[operands[0]], out):
+        if self.rule.expands and operands and repeated(self.tensors[operands[0]], out):
             origin = None  # a copy per sample: from here on it is data
         if origin is not None or self.rule.expands or marks(node) is not None:
             mark = mark_at(node)
@@ -262,11 +263,6 @@ def _owner(out: Tensor) -> Tensor:
     """The tensor whose node survives in-place changes: an op's result may be a view of what it computed."""
     base = out._base
     return base if base is not None and base.grad_fn is not None and base.numel() == out.numel() else out
-
-
-def _repeated(tensor: Tensor, out: Tensor) -> bool:
-    """Whether broadcasting repeats ``tensor`` along the leading axis of ``out``."""
-    return tensor.ndim < out.ndim or (tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0])
 
 
 def mark_output(module: nn.Module, args: Any, output: Any) -> None:

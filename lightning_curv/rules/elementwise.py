@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curv.rules.registry import Call, rule
+from lightning_curv.rules.registry import Call, repeated, rule
 from lightning_curv.terms import DIAGONAL, Term
 
 SUMMED = "stuwabc"
@@ -24,7 +24,7 @@ def _repeats(call: Call, arguments: dict[str, Any]) -> list[int]:
 
 
 def _repeated_in_front(name: str, tensor: Tensor, out: Tensor) -> bool:
-    return tensor.ndim < out.ndim or (tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0])
+    return repeated(tensor, out)
 
 
 def broadcast(call: Call, g: Tensor, operand: Tensor, factor: Tensor | None = None) -> Term:

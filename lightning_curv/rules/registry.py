@@ -36,6 +36,11 @@ class Call:
         return tensor.movedim(self.axis, 0)
 
 
+def repeated(tensor: Tensor, out: Tensor) -> bool:
+    """Whether broadcasting repeats ``tensor`` along the leading axis of ``out``."""
+    return tensor.ndim < out.ndim or (tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0])
+
+
 def first_axis(call: Call, arguments: dict[str, Any]) -> Iterable[int]:
     """Axes that may carry samples: only the first, as in a convolution."""
     return (0,)
