@@ -169,7 +169,6 @@ class Backprop:
     def _probe(self, loss: Node, column: Tensor) -> tuple[Tensor | None, ...]:
         return self._passes.pull(Column([self._passes.tape.losses[loss].input], [column]))
 
-    @torch.no_grad()
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1
         for extension in sorted(extensions, key=lambda extension: not extension.forms):

@@ -288,6 +288,8 @@ def _dot(term: Term, vector: Tensor) -> Tensor:
 
 def _merged(terms: Sequence[Term]) -> list[Term]:
     """Uses with the same letters become more shared positions of one term."""
+    if len(terms) == 1:
+        return [*terms]
     groups: dict[tuple[str, ...], list[Term]] = {}
     for term in terms:
         groups.setdefault(_structure(term), []).append(term)

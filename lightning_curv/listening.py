@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Listener:
             if own_pass() or self._deaf:
                 return
             try:
-                with torch.no_grad(), unheard():
+                with unheard(), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
                     function(gradients, *arguments)
             except Exception as error:
                 if self._failed is None:

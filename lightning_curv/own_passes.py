@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-
-class _Running:
-    """Counts our own passes through graphs.
+class _Own:
+    """Context of our own passes through graphs, and of what hooks do; counts how many are running.
 
     Shared by all threads: autograd may run hooks in threads of its own.
     """
@@ -15,21 +12,21 @@ class _Running:
     def __init__(self) -> None:
         self.passes = 0
 
-    @contextmanager
-    def unheard(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         self.passes += 1
-        try:
-            yield
-        finally:
-            self.passes -= 1
+
+    def __exit__(self, *exception: object) -> None:
+        self.passes -= 1
 
 
-_RUNNING = _Running()
+_OWN = _Own()
 
 
 def own_pass() -> bool:
     """Whether the pass that is running is one of ours."""
-    return _RUNNING.passes > 0
+    return _OWN.passes > 0
 
 
-unheard = _RUNNING.unheard
+def unheard() -> _Own:
+    """Context in which hooks stay silent."""
+    return _OWN

@@ -125,7 +125,6 @@ class Passes:
                 if not waiting[parameter] and parameter in terms:
                     yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
 
-    @torch.no_grad()
     def terms(self, node: Node, use: Use, g: Tensor | None) -> Iterator[tuple[Tensor, Term]]:
         """The terms of one use's parameters, for cotangents ``[V, *output]``; ``None``: the columns do not reach it."""
         if g is None or not use.operands:

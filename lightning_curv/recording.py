@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
@@ -96,11 +95,10 @@ class record(TorchFunctionMode):
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
-            if (_has_origin(args) or (kwargs and _has_origin(kwargs.values()))) and _recording():
+            if isinstance(out, (Tensor, tuple, list, dict)) and _recording():
                 _record_unknown(func, args, kwargs, out)
             return out
-        data = not rule.slots and not _has_origin(args) and not (kwargs and _has_origin(kwargs.values()))
-        if data or not _recording():
+        if not _recording() or not (rule.slots or _has_origin([*args, *kwargs.values()])):
             return func(*args, **kwargs)
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
@@ -125,18 +123,22 @@ def _recording() -> bool:
     return torch.is_grad_enabled() and not disabled()
 
 
-def _has_origin(values: Iterable[Any]) -> bool:
-    """Whether some tensor among the arguments was computed from parameters."""
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of a call."""
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            if value.requires_grad and origin_of(value) is not None:
-                return True
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            if _has_origin(value):
-                return True
-        elif isinstance(value, dict) and _has_origin(value.values()):
-            return True
-    return False
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found
+
+
+def _has_origin(values: Iterable[Any]) -> bool:
+    """Whether some tensor among the arguments was computed from parameters."""
+    return any(tensor.requires_grad and origin_of(tensor) is not None for tensor in _tensors(values))
 
 
 def _undispatched(function: FunctionType) -> FunctionType:
@@ -173,17 +175,20 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
-    outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None]
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    origins = [origin_of(t) for t in tensors if t.requires_grad]
+    tensors = _tensors([*args, *kwargs.values()])
+    differentiable = [tensor for tensor in tensors if tensor.requires_grad]
+    origins = [origin_of(tensor) for tensor in differentiable]
     if func in JOINS and {*origins} != {PURE}:
-        origins = [None if is_copy(t) else origin_of(t) for t in tensors if t.requires_grad]
-    if not any(origins) or any(o is t for o in outputs for t in tensors):
+        origins = [None if is_copy(tensor) else origin_of(tensor) for tensor in differentiable]
+    if not any(origins):
         return
-    origin = combined(origins, tensors)
-    copies = all(is_copy(t) for t in tensors if t.requires_grad)
+    outputs = [tensor for tensor in _tensors([out]) if tensor.grad_fn is not None]
+    if any(o is t for o in outputs for t in tensors):
+        return
+    origin = combined(origins, len(tensors))
+    copies = all(map(is_copy, differentiable))
     for out in outputs:
-        mark = mark_at(cast("Node", out.grad_fn))
+        mark = mark_at(out.grad_fn)
         mark.origin, mark.copies = mark.origin or origin, copies
     if PURE in origins and len(outputs) == 1 and not copies:
         _Call(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
@@ -196,10 +201,14 @@ class _Call:
 
     def __init__(self, func: Callable[..., Any], rule: Rule, bound: dict[str, Any]) -> None:
         self.func, self.rule, self.bound = func, rule, bound
-        self.tensors = {k: v for k, v in bound.items() if isinstance(v, Tensor)}
-        differentiable = [(k, v) for k, v in self.tensors.items() if v.requires_grad]
-        self.nodes = {k: (v.grad_fn, v.output_nr) for k, v in differentiable}
-        self.origins = {k: origin_of(v) for k, v in differentiable}
+        self.tensors: dict[str, Tensor] = {}
+        self.nodes: dict[str, tuple[Node | None, int]] = {}
+        self.origins: dict[str, str | None] = {}
+        for name, value in bound.items():
+            if isinstance(value, Tensor):
+                self.tensors[name] = value
+                if value.requires_grad:
+                    self.nodes[name], self.origins[name] = (value.grad_fn, value.output_nr), origin_of(value)
         self.reads = rule.reads(bound)
         self.changed: dict[str, Tensor] = {}
         if rule.inplace(func) and (name := next(iter(bound))) in self.reads and name in self.tensors:
@@ -207,8 +216,8 @@ class _Call:
 
     def store(self, out: Tensor) -> None:
         """Leave the call at the node of its output."""
-        operands, node = self._operands(out), cast("Node", out.grad_fn)
-        self._mark_origin(node, operands, out)
+        operands = self._operands(out)
+        self._mark_origin(operands, out)
         owner = _owner(out) if self.rule.slots else out
         couples = self.rule.couples(self.bound)
         if not (operands or couples):
@@ -217,22 +226,31 @@ class _Call:
         mark = mark_at(node)
         if mark.use is not None:
             return
-        keep = {k: self._value(k) for k in self.tensors if k in self.reads or k in operands}
+        arguments, versions = dict(self.bound), {}
+        for name in self.tensors:
+            if name in operands:
+                arguments[name] = self._value(name)
+            elif name in self.reads:
+                arguments[name] = value = self._value(name)
+                versions[name] = value._version
+            else:
+                arguments[name] = None
         mark.use = Use(
             function=self.func,
             rule=self.rule,
-            arguments={k: keep.get(k) if k in self.tensors else v for k, v in self.bound.items()},
-            operands={k: self._operand(k, keep) for k in operands},
+            arguments=arguments,
+            operands={k: self._operand(k, arguments[k]) for k in operands},
             inputs={k: self._edge(k) for k in self.nodes if k not in operands},
             shape=out.shape,
             output_nr=owner.output_nr,
-            versions={k: v._version for k, v in keep.items() if k not in operands},
+            versions=versions,
             couples=couples,
         )
         node.register_hook(mark.use.release)
 
-    def _mark_origin(self, node: Node, operands: list[str], out: Tensor) -> None:
-        origin = combined(list(self.origins.values()), list(self.tensors.values()))
+    def _mark_origin(self, operands: list[str], out: Tensor) -> None:
+        node = cast("Node", out.grad_fn)
+        origin = combined([*self.origins.values()], len(self.tensors))
         if self.rule.expands and operands and repeated(self.tensors[operands[0]], out):
             origin = None  # a copy per sample: from here on it is data
         if origin is not None or self.rule.expands or marks(node) is not None:
@@ -247,9 +265,9 @@ class _Call:
         tentative = (k for k, origin in self.origins.items() if origin == TENTATIVE)
         return pure or [k for k in tentative if self.rule.accepts(k, self.tensors[k], out)]
 
-    def _operand(self, name: str, values: dict[str, Tensor]) -> Operand:
+    def _operand(self, name: str, value: Tensor) -> Operand:
         leaf = self.nodes[name][0] is None
-        return Operand(self.tensors[name]) if leaf else Operand(values[name], self._edge(name))
+        return Operand(self.tensors[name]) if leaf else Operand(value, self._edge(name))
 
     def _edge(self, name: str) -> GradientEdge:
         node, output_nr = self.nodes[name]

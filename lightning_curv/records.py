@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class Marks:
 
 def marks(node: Node) -> Marks | None:
     """What recording left at ``node``."""
-    return cast("Marks | None", cast("dict[str, Any]", node.metadata).get(KEY))
+    return node.metadata.get(KEY)  # type: ignore[attr-defined]
 
 
 def edge_of(tensor: Tensor) -> GradientEdge:
@@ -167,11 +167,11 @@ def is_copy(tensor: Tensor) -> bool:
 
 def mark_at(node: Node) -> Marks:
     """The marks at ``node``, to be written."""
-    metadata = cast("dict[str, Any]", node.metadata)
-    found = metadata.get(KEY)
+    metadata: dict[str, Any] = node.metadata  # type: ignore[assignment]
+    found: Marks | None = metadata.get(KEY)
     if found is None:
         found = metadata[KEY] = Marks()
-    return cast("Marks", found)
+    return found
 
 
 def origin_of(tensor: Tensor) -> str | None:
@@ -182,8 +182,8 @@ def origin_of(tensor: Tensor) -> str | None:
     return found.origin if found else None
 
 
-def combined(origins: list[str | None], tensors: list[Tensor]) -> str | None:
-    """What a value computed from ``tensors`` comes from; ``origins``: of those that require gradients."""
+def combined(origins: list[str | None], tensors: int) -> str | None:
+    """What a value computed from so many tensors comes from; ``origins``: of those that require gradients."""
     if not origins or None in origins:
         return None
-    return PURE if all(o == PURE for o in origins) and len(origins) == len(tensors) else TENTATIVE
+    return PURE if len(origins) == tensors and TENTATIVE not in origins else TENTATIVE

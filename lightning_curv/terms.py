@@ -87,6 +87,8 @@ class Term:
     def promoted(self) -> Term:
         """The term in float32 or better, with one dtype for ``g`` and ``x``."""
         dtype = torch.promote_types(self.g.dtype, torch.float32)
+        if self.g.dtype == dtype and (self.x is None or self.classes or self.x.dtype == dtype):
+            return self
         if self.x is None or self.classes:
             return replace(self, g=self.g.to(dtype))
         dtype = torch.promote_types(dtype, self.x.dtype)
