@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,21 +36,55 @@ def publish(
         separator = logger.group_separator
         metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
         metrics |= {f"{LAYERS}{separator}{name.replace('/', separator)}": value for name, value in layers.items()}
-        logger.log_metrics(metrics, step=step)
         experiment = getattr(logger, "experiment", None)
-        add_histogram = getattr(experiment, "add_histogram_raw", None)
-        if add_histogram is not None:
-            for name, samples in histograms.items():
-                if counts := binned(samples):
-                    add_histogram(f"{GROUP}{separator}{name}", **counts, global_step=step)
-        add_image = getattr(experiment, "add_image", None)
-        if image is not None and add_image is not None:
-            add_image(f"{LAYERS}{separator}all", image, global_step=step)
+        with _as_one_event(experiment, step):
+            logger.log_metrics(metrics, step=step)
+            add_histogram = getattr(experiment, "add_histogram_raw", None)
+            if add_histogram is not None:
+                for name, samples in histograms.items():
+                    if counts := binned(samples):
+                        add_histogram(f"{GROUP}{separator}{name}", **counts, global_step=step)
+            add_image = getattr(experiment, "add_image", None)
+            if image is not None and add_image is not None:
+                add_image(f"{LAYERS}{separator}all", image, global_step=step)
     tagged = {f"{GROUP}/{name}": torch.tensor(value) for name, value in values.items()}
     trainer.callback_metrics.update(tagged)
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
+
+
+class _Gathering:
+    """Stands for the file writer of a `SummaryWriter` and keeps the values that it is given."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer, self.summary = writer, None
+
+    def add_summary(self, summary: Any, *_: Any) -> None:
+        if self.summary is None:
+            self.summary = summary
+        else:
+            self.summary.value.extend(summary.value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.writer, name)
+
+
+@contextmanager
+def _as_one_event(experiment: Any, step: int) -> Iterator[None]:
+    """All that is written to TensorBoard as one event: half the time of one per value, each of which wakes a thread."""
+    tensorboard = sys.modules.get("torch.utils.tensorboard")  # 0.1 s to import, for loggers that do not need it
+    if tensorboard is None or not isinstance(experiment, tensorboard.SummaryWriter):
+        yield
+        return
+    gathering = _Gathering(experiment._get_file_writer())
+    vars(experiment)["_get_file_writer"] = lambda: gathering
+    try:
+        yield
+    finally:
+        del vars(experiment)["_get_file_writer"]
+        if gathering.summary is not None:
+            gathering.writer.add_summary(gathering.summary, step)
 
 
 def binned(samples: Tensor) -> dict[str, Any]:

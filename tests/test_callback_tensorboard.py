@@ -7,6 +7,7 @@ import torch
 from monitoring import NORMS, Net, fit, per_sample_gradients
 from pytorch_lightning.loggers import CSVLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 
@@ -128,6 +129,19 @@ def test_layout_shows_the_norms_as_a_band(tmp_path, layout):
         names = [f"curvature/{name}$" for name in ("sample_norm_median", "sample_norm_p5", "sample_norm_p95")]
         assert [band.value, band.lower, band.upper] == names
         assert set(NORMS) >= {name.removeprefix("curvature/").removesuffix("$") for name in names}
+
+
+def test_one_event_holds_all_of_a_step(tmp_path):
+    fit(Net(), CurvatureCallback(PER_LAYER, layers=True, max_layers=1), tmp_path=tmp_path)
+    (file,) = tmp_path.rglob("events.out.*")
+    steps = [
+        event.step
+        for event in EventFileLoader(str(file)).Load()
+        if any("curvature" in v.tag for v in event.summary.value)
+    ]
+    assert steps == sorted({*steps})
+    logged = events(tmp_path)
+    assert [e.step for e in logged.Images("curvature_layers/all")] == steps
 
 
 def test_other_loggers_get_the_scalars(tmp_path):
