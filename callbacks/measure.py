@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pytorch_lightning.strategies import Strategy
-from torch import Tensor
 
 from lightning_curv.callbacks.measurement import Measurement
 from lightning_curv.callbacks.quantities import Quantity
@@ -79,15 +79,16 @@ class Job:
 def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
     """The values of every job by series; those that are not finite are left out.
 
-    One reduction over processes and one synchronisation with the device for all of them.
+    One reduction over processes, and one transfer from the device unless there are quantities of single entries.
     """
-    _reduce([job.measurement for job in jobs], strategy)
-    found = [_values(job) for job in jobs]
-    values = [value.double() for group in found for value in group.values()]
-    numbers = iter(torch.stack(values).tolist() if values else [])
-    return [
-        _with_noise_scale(job, {name: next(numbers) for name in group}) for job, group in zip(jobs, found, strict=True)
-    ]
+    measurements = [job.measurement for job in jobs]
+    _reduce(measurements, strategy)
+    vectors = [measurement.on_device() for measurement in measurements]
+    numbers = torch.cat(vectors).cpu().double().numpy()
+    for measurement, part in zip(measurements, np.split(numbers, np.cumsum([*map(len, vectors)])), strict=False):
+        measurement.set_numbers(part)
+    with np.errstate(all="ignore"):
+        return [_with_noise_scale(job, _values(job)) for job in jobs]
 
 
 def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
@@ -103,17 +104,17 @@ def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
         measurement.set_sums({name: next(rest) for name in group})
 
 
-def _values(job: Job) -> dict[str, Tensor]:
+def _values(job: Job) -> dict[str, float]:
     m = job.measurement
-    values: dict[str, Tensor] = {}
+    values: dict[str, float] = {}
     if m.unseen:
         return values
     for quantity in job.quantities:
         if quantity.formula is not None and (m.covered or not quantity.fields):
-            result = quantity.formula(m)
-            values.update(zip(quantity.series, result.reshape(-1).unbind(), strict=True))
+            results = quantity.formula(m)
+            values.update(zip(quantity.series, map(float, results if len(quantity.series) > 1 else [results])))
     if _noise_scale(job.quantities) and m.covered:
-        values |= {"_variance": m.variance, "_signal": m.signal}
+        values |= {"_variance": float(m.variance), "_signal": float(m.signal)}
     return values
 
 

@@ -6,12 +6,13 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
+import numpy as np
 import torch
 from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_curv.callbacks.sketch import pooled, shared_sketch
+from lightning_curv.callbacks.sketch import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.window import Statistics, stacked, wide
 from lightning_curv.metrics import unbiased_moments
 
@@ -108,37 +109,53 @@ class Measurement:
         """Whether there should be statistics of samples, but no backward pass of the window was seen."""
         return bool({*self._fields} - self._lost) and not self.covered
 
-    @cached_property
-    def norms(self) -> tuple[Tensor, Tensor]:
-        r"""Norms $\|g_n\|$ of all processes' samples and how many samples each stands for, ascending; [K] each."""
+    def on_device(self) -> Tensor:
+        """What the formulas need as numbers, in one vector: sums, norms of the gradients and of the samples."""
+        self._scalars = [key for key, value in self._reduced.items() if isinstance(key, str) and not value.ndim]
+        grads = [g.float() if g.dtype.itemsize < 4 else g for g in self._grads.values()]
+        parts = [
+            torch.stack([self._reduced[key] for key in self._scalars]),
+            wide(stacked(list(torch._foreach_norm(grads)))),
+        ]
+        if self._pool and self._world > 1:
+            parts += pooled(self._reduced["norms"] * self._world)
+        elif self._pool:
+            parts.append(self.statistics.sq_norms.sqrt().sort().values)
+        return torch.cat([part.to(parts[0]) for part in parts])
+
+    def set_numbers(self, numbers: Numbers) -> None:
+        """Set the vector of `on_device`."""
+        sums, norms, samples = np.split(numbers, np.cumsum([len(self._scalars), len(self._grads)]))
+        self._numbers = dict(zip(self._scalars, sums, strict=True))
+        self._grad_squares = np.square(norms / self._divisor)
+        weights = np.ones_like(samples)
         if self._world > 1:
-            return pooled(self._reduced["norms"] * self._world)
-        norms = self.statistics.sq_norms.sqrt().sort().values
-        return norms, torch.ones_like(norms)
+            samples, weights = np.split(samples, 2)
+        self.norms = samples, weights
 
     @property
-    def second_moment(self) -> Tensor:
-        r"""$\sum_n w_n \|g_n\|^2$, []."""
-        return self._reduced["second_moment"]
+    def second_moment(self) -> np.float64:
+        r"""$\sum_n w_n \|g_n\|^2$."""
+        return self._numbers["second_moment"]
 
     @property
-    def concentration(self) -> Tensor:
-        """Inverse of the effective number of samples, []."""
-        return self._reduced["concentration"]
+    def concentration(self) -> np.float64:
+        """Inverse of the effective number of samples."""
+        return self._numbers["concentration"]
 
     @property
-    def dot_second(self) -> Tensor:
-        r"""$\sum_n w_n (g_n \cdot \bar g)^2$, []."""
-        return self._reduced["dot_second"]
+    def dot_second(self) -> np.float64:
+        r"""$\sum_n w_n (g_n \cdot \bar g)^2$."""
+        return self._numbers["dot_second"]
 
     @property
-    def loss(self) -> Tensor:
-        """The loss, []."""
-        return self._reduced["loss"]
+    def loss(self) -> np.float64:
+        """The loss."""
+        return self._numbers["loss"]
 
-    def sum_of(self, savefield: str) -> Tensor:
-        """A trace, added up over the parameters, []."""
-        return self._reduced[savefield]
+    def sum_of(self, savefield: str) -> np.float64:
+        """A trace, added up over the parameters."""
+        return self._numbers[savefield]
 
     any_of = sum_of
 
@@ -156,32 +173,26 @@ class Measurement:
             mean = self._params[p].to_dense().to(second) / self._divisor
             yield mean, ((second - mean.square()) / (1 - self.concentration)).clamp(min=0)
 
-    @cached_property
-    def _sq_norms(self) -> dict[Parameter, Tensor]:
-        grads = [g.float() if g.dtype.itemsize < 4 else g for g in self._grads.values()]
-        norms = wide(stacked(list(torch._foreach_norm(grads))))
-        return dict(zip(self._grads, (norms / self._divisor).square().unbind()))
+    @property
+    def grad_norm(self) -> np.float64:
+        r"""$\|\bar g\|$ over all parameters."""
+        return np.sqrt(self._grad_squares.sum())
 
     @cached_property
-    def grad_norm(self) -> Tensor:
-        r"""$\|\bar g\|$ over all parameters, []."""
-        return torch.stack(list(self._sq_norms.values())).sum().sqrt()
+    def grad_sq_norm(self) -> np.float64:
+        r"""$\|\bar g\|^2$ over the parameters whose samples were seen."""
+        return self._grad_squares[[p in self.covered for p in self._params]].sum()
 
     @cached_property
-    def grad_sq_norm(self) -> Tensor:
-        r"""$\|\bar g\|^2$ over the parameters whose samples were seen, []."""
-        return torch.stack([square for p, square in self._sq_norms.items() if p in self.covered]).sum()
-
-    @cached_property
-    def _moments(self) -> tuple[Tensor, Tensor]:
+    def _moments(self) -> tuple[float, float]:
         return unbiased_moments(self.second_moment, self.grad_sq_norm, self.concentration)
 
     @property
-    def variance(self) -> Tensor:
-        """Trace of the covariance, unbiased, []."""
+    def variance(self) -> float:
+        """Trace of the covariance, unbiased."""
         return self._moments[0]
 
     @property
-    def signal(self) -> Tensor:
-        """Squared norm of the gradient without its noise, unbiased, []."""
+    def signal(self) -> float:
+        """Squared norm of the gradient without its noise, unbiased."""
         return self._moments[1]

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_curv.callbacks.measurement import Measurement
 from lightning_curv.callbacks.settings import near
-from lightning_curv.callbacks.sketch import quantiles
+from lightning_curv.callbacks.sketch import Numbers, quantiles
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.noise import GradientJacobian
@@ -125,28 +126,28 @@ def _of_the_course(name: str) -> None:
 
 
 @_quantity()
-def grad_norm(m: Measurement) -> Tensor:
+def grad_norm(m: Measurement) -> float:
     r"""$\|\bar g\|$, before clipping."""
     return m.grad_norm
 
 
 @_quantity("batch_l2", series=tuple(LEVELS), per_layer=False)
-def sample_norms(m: Measurement) -> Tensor:
+def sample_norms(m: Measurement) -> Numbers:
     r"""Quantiles 5 %, 50 %, 95 % and the maximum of the $\|g_n\|$, and their histogram.
 
     Over several processes exact up to 256 samples in each, interpolated between as many order statistics above.
     """
-    return quantiles(*m.norms, m.norms[0].new_tensor(list(LEVELS.values())))
+    return quantiles(*m.norms, [*LEVELS.values()])
 
 
 @_quantity("batch_l2")
-def grad_variance(m: Measurement) -> Tensor:
+def grad_variance(m: Measurement) -> float:
     r"""$\widehat{\mathrm{tr}\,\Sigma}$, unbiased."""
     return m.variance
 
 
 @_quantity("batch_l2")
-def grad_signal(m: Measurement) -> Tensor:
+def grad_signal(m: Measurement) -> float:
     r"""$\widehat{\|G\|^2} = \|\bar g\|^2 - c\,\widehat{\mathrm{tr}\,\Sigma}$: squared norm without noise, unbiased.
 
     Negative now and then where the batches are too small to resolve it. McCandlish et al., *An empirical model of
@@ -163,31 +164,31 @@ _of_the_course("suggested_batch_size")
 
 
 @_quantity("ggn_trace_mc")
-def ggn_trace(m: Measurement) -> Tensor:
+def ggn_trace(m: Measurement) -> float:
     """Trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate. Dangel et al., *BackPACK*, ICLR 2020."""
     return m.sum_of("ggn_trace_mc")
 
 
 @_quantity("ggn_trace_exact")
-def ggn_trace_exact(m: Measurement) -> Tensor:
+def ggn_trace_exact(m: Measurement) -> float:
     """The same, exact: one backward pass per output entry of a sample."""
     return m.sum_of("ggn_trace_exact")
 
 
 @_quantity("hessian_trace_mc")
-def hessian_trace(m: Measurement) -> Tensor:
+def hessian_trace(m: Measurement) -> float:
     """Trace of the Hessian by Hutchinson's estimator; its cost does not grow with the number of outputs."""
     return m.sum_of("hessian_trace_mc")
 
 
 @_quantity("ggn_max_eigenvalue", per_layer=False)
-def ggn_max_eigenvalue(m: Measurement) -> Tensor:
+def ggn_max_eigenvalue(m: Measurement) -> float:
     """Largest eigenvalue of the generalized Gauss-Newton matrix of all parameters; see `MaxEigenvalue`."""
     return m.any_of("ggn_max_eigenvalue")
 
 
 @_quantity("hessian_max_eigenvalue", per_layer=False)
-def hessian_max_eigenvalue(m: Measurement) -> Tensor:
+def hessian_max_eigenvalue(m: Measurement) -> float:
     """Largest eigenvalue of the Hessian of all parameters, the sharpness; see `MaxEigenvalue`."""
     return m.any_of("hessian_max_eigenvalue")
 
@@ -199,11 +200,11 @@ def mean_gsnr(m: Measurement) -> Tensor:
     Gradient signal-to-noise ratio; pure noise has $1/B$. Liu et al., *Understanding why neural networks generalize well
     through GSNR of parameters*, ICLR 2020, eq. 3.
     """
-    total, count = m.variance.new_zeros(()), m.variance.new_zeros(())
+    totals, counts = [], []
     for mean, variance in m.entry_moments():
-        ratio = torch.where(variance > 0, mean.square() / variance, 0)
-        total, count = total + ratio.sum(), count + (variance > 0).sum()
-    return total / count
+        totals.append(torch.where(variance > 0, mean.square() / variance, 0).sum())
+        counts.append((variance > 0).sum())
+    return torch.stack(totals).sum() / torch.stack(counts).sum()
 
 
 @_quantity("batch_l2", "sum_grad_squared")
@@ -217,7 +218,7 @@ def early_stopping(m: Measurement) -> Tensor:
 
 
 @_quantity("batch_l2")
-def grad_diversity(m: Measurement) -> Tensor:
+def grad_diversity(m: Measurement) -> float:
     r"""$\sum_n \|g_n\|^2 / \|\sum_n g_n\|^2$, from $1/B$ (equal gradients) upwards.
 
     Batches up to $B$ times this speed training up. Yin et al., *Gradient diversity*, AISTATS 2018, definition 1.
@@ -226,39 +227,39 @@ def grad_diversity(m: Measurement) -> Tensor:
 
 
 @_quantity("batch_l2")
-def norm_test(m: Measurement) -> Tensor:
+def norm_test(m: Measurement) -> float:
     r"""$\sqrt{c\,\widehat{\mathrm{tr}\,\Sigma}} / \|\bar g\|$, relative error of the gradient.
 
     Above a θ of the user's choice the batch should grow. Byrd et al., *Sample size selection in optimization methods
     for machine learning*, Math. Programming 2012, eq. 3.5.
     """
-    return (m.variance * m.concentration / m.grad_sq_norm).sqrt()
+    return np.sqrt(m.variance * m.concentration / m.grad_sq_norm)
 
 
 @_quantity("batch_l2", "jacobian_grad")
-def inner_product_test(m: Measurement) -> Tensor:
+def inner_product_test(m: Measurement) -> float:
     r"""$\sqrt{c\,\widehat{\mathrm{Var}}(g_n \cdot \bar g)} / \|\bar g\|^2$: the part of the error along $\bar g$.
 
     Bollapragada, Byrd & Nocedal, *Adaptive sampling strategies for stochastic optimization*, SIAM J. Optim. 2018,
     eq. 2.6.
     """
-    variance = (m.dot_second - m.grad_sq_norm.square()) / (1 - m.concentration)
-    return (variance.clamp(min=0) * m.concentration).sqrt() / m.grad_sq_norm
+    variance = (m.dot_second - m.grad_sq_norm**2) / (1 - m.concentration)
+    return np.sqrt(np.maximum(variance, 0) * m.concentration) / m.grad_sq_norm
 
 
 @_quantity("batch_l2", "jacobian_grad")
-def orthogonality_test(m: Measurement) -> Tensor:
+def orthogonality_test(m: Measurement) -> float:
     r"""Root of the mean square of the $g_n$ orthogonal to $\bar g$, times $\sqrt{c / (1 - c)}$, over $\|\bar g\|$.
 
     The other part: its square and that of the inner product test add up to the norm test's. Bollapragada et al., 2018,
     eq. 3.2.
     """
-    square = (m.second_moment - m.dot_second / m.grad_sq_norm).clamp(min=0) / (1 - m.concentration)
-    return (square * m.concentration / m.grad_sq_norm).sqrt()
+    square = np.maximum(m.second_moment - m.dot_second / m.grad_sq_norm, 0) / (1 - m.concentration)
+    return np.sqrt(square * m.concentration / m.grad_sq_norm)
 
 
 @_quantity("batch_l2", per_layer=False)
-def cabs(m: Measurement) -> Tensor:
+def cabs(m: Measurement) -> float:
     r"""$\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$: batch size for plain SGD and a loss $\ell$ with minimum 0.
 
     Balles, Romero & Hennig, *Coupling adaptive batch sizes with learning rates*, UAI 2017, eq. 22.
@@ -267,7 +268,7 @@ def cabs(m: Measurement) -> Tensor:
 
 
 @_quantity("batch_l2", "ggn_trace_mc")
-def tic_trace(m: Measurement) -> Tensor:
+def tic_trace(m: Measurement) -> float:
     r"""$\sum_n w_n \|g_n\|^2 / \mathrm{tr}\,G$, a scalar approximation of the Takeuchi information criterion.
 
     Thomas et al., *On the interplay between noise and curvature and its effect on optimization and generalization*,

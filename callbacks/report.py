@@ -16,6 +16,7 @@ from lightning_curv.callbacks.measure import Job, RunningNoiseScale, measure
 from lightning_curv.callbacks.measurement import Measurement
 from lightning_curv.callbacks.publish import heat_map, publish
 from lightning_curv.callbacks.quantities import Quantity
+from lightning_curv.callbacks.sketch import Numbers
 from lightning_curv.callbacks.trajectory import Trajectory, distance
 from lightning_curv.callbacks.window import Window
 
@@ -46,7 +47,7 @@ class Report:
         self._values: dict[str, float] = {}
         self._layers: dict[str, dict[str, float]] = {}
         self._updated: dict[str, list[Parameter]] = {}
-        self._histograms: dict[str, Tensor] = {}
+        self._histograms: dict[str, Numbers] = {}
         self.too_noisy = 0  # samples of a batch that was too small
 
     @property

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+Numbers = NDArray[np.float64]
 SIZE = 256  # samples per process up to which nothing is lost
 
 
@@ -39,7 +44,7 @@ def pooled(rows: Tensor) -> tuple[Tensor, Tensor]:
     return values, weights[inside][order]
 
 
-def quantiles(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
+def quantiles(values: Numbers, weights: Numbers, levels: Sequence[float]) -> Numbers:
     """Quantiles by linear interpolation, those of `torch.quantile` if all weights are equal; NaN without values.
 
     Args:
@@ -48,13 +53,9 @@ def quantiles(values: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
         levels: in [0, 1], [L].
     """
     if not len(values):
-        return torch.full_like(levels, torch.nan)
-    centers = weights.cumsum(0) - (weights + weights[0]) / 2
-    targets = levels * centers[-1]
-    upper = torch.searchsorted(centers, targets).clamp(max=len(values) - 1)
-    lower = (upper - 1).clamp(min=0)
-    gap = (centers[upper] - centers[lower]).clamp(min=torch.finfo(centers.dtype).tiny)
-    return torch.lerp(values[lower], values[upper], ((targets - centers[lower]) / gap).clamp(0, 1))
+        return np.full(len(levels), np.nan)
+    centers = weights.cumsum() - (weights + weights[0]) / 2
+    return np.interp(np.asarray(levels) * centers[-1], centers, values)
 
 
 def at(ordered: Tensor, position: Tensor) -> Tensor:

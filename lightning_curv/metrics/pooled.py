@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+Number = TypeVar("Number", Tensor, float)
 
-def unbiased_moments(second_moment: Tensor, grad_sq_norm: Tensor, concentration: Tensor) -> tuple[Tensor, Tensor]:
+
+def unbiased_moments(second_moment: Number, grad_sq_norm: Number, concentration: Number) -> tuple[Number, Number]:
     r"""Trace of the gradient covariance and squared norm of the true gradient, both unbiased.
 
     For independent samples with weights $w_n$, $\sum_n w_n = 1$, and $\bar g = \sum_n w_n g_n$,
