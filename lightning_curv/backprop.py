@@ -89,6 +89,8 @@ class Backprop:
         serving = shared(e.source for e in self._extensions if isinstance(e, Extension))
         for extension in self._extensions:
             units[extension if isinstance(extension, GraphExtension) else serving[extension.source]].append(extension)
+        for extensions in units.values():
+            extensions.sort(key=lambda e: isinstance(e, Extension) and not e.forms)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
             with self._failing(extensions):
@@ -100,7 +102,8 @@ class Backprop:
                             self._evaluate(jacobian, extensions)
         if gradient and any(not isinstance(extension, SumCheck) for extension in gradient):
             failed = partial(self._fail, gradient) if self._defer else None
-            self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), failed)
+            totals = any(extension.totals for extension in gradient)
+            self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), totals, failed)
         _PENDING.add(self)
 
     def run(self, **options: Any) -> None:
@@ -171,14 +174,18 @@ class Backprop:
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1
-        for extension in sorted(extensions, key=lambda extension: not extension.forms):
-            with self._failing(extensions if isinstance(extension, SumCheck) else [extension]):
+        for extension in [*extensions]:
+            try:
                 result = extension.evaluate(jacobian)
                 key = extension, jacobian.parameter
                 self._results[key] = (
                     extension.merge(self._results[key], result, jacobian) if key in self._results else result
                 )
-        extensions[:] = [e for e in extensions if e in self._extensions]
+            except Exception as error:
+                if not self._defer:
+                    raise
+                self._fail(extensions if isinstance(extension, SumCheck) else [extension], error)
+                extensions[:] = [e for e in extensions if e in self._extensions]
 
     @contextmanager
     def _failing(self, extensions: Sequence[AnyExtension]) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -21,12 +21,13 @@ from lightning_curv.terms import Term
 class Listener:
     """Takes the gradients of the coming backward pass where they reach the parameters' ops.
 
-    A parameter's Jacobian is complete when its own gradient is: it is evaluated and dropped at once, so that no more
-    than the cotangents of the pass are held.
+    A parameter's Jacobian is complete when the last of its ops is reached; its gradient is known a little later. It is
+    evaluated and dropped at once, so that no more than the cotangents of the pass are held.
 
     Args:
         passes: The graph.
         evaluate: Receives the Jacobian of every parameter.
+        totals: Whether to wait for the gradient, the sum over the samples.
         failed: Receives an error instead of the backward pass, after which nothing more is listened to.
     """
 
@@ -34,6 +35,7 @@ class Listener:
         self,
         passes: Passes,
         evaluate: Callable[[Jacobian], None],
+        totals: bool = True,
         failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self._passes, self._evaluate, self._failed = passes, evaluate, failed
@@ -41,7 +43,9 @@ class Listener:
         self._deaf = False
         uses = {node: use for node, use in passes.tape.uses.items() if use.operands}
         self._handles = [node.register_prehook(self._hook(self._arrive, node, use)) for node, use in uses.items()]
-        for parameter in dict.fromkeys(p for use in uses.values() for p in parameters(use)):
+        self._waiting = Counter(p for use in uses.values() for p in parameters(use))
+        for parameter in self._waiting if totals else ():
+            self._waiting[parameter] += 1
             accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
             self._handles.append(accumulate.register_prehook(self._hook(self._complete, parameter)))
 
@@ -61,6 +65,10 @@ class Listener:
         if g is not None:
             for parameter, term in self._passes.terms(node, use, g[None]):
                 self._terms[parameter].append(term)
+            for parameter in parameters(use):
+                self._waiting[parameter] -= 1
+                if not self._waiting[parameter]:
+                    self._complete((None,), parameter)
 
     def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:
         # the user's tensor hooks may have changed the gradient on its way

@@ -24,6 +24,7 @@ class Extension(ABC):
         savefield: Name of the parameter's attribute that receives the result.
         source: Which columns are backpropagated: `Gradient`, `Exact` or `Sampled`.
         independent: Whether the quantity exists only where the samples of a batch do not influence each other.
+        totals: Whether it needs `Jacobian.total`: the gradient, if that is the source, is then waited for.
         forms: Whether all of J is formed in memory: it is evaluated first, so that others find J there.
 
     Example:
@@ -45,6 +46,7 @@ class Extension(ABC):
     savefield: str
     source: Source = Gradient()
     independent: bool = True
+    totals: bool = True
     forms: bool = False
 
     @abstractmethod

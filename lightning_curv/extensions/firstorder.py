@@ -33,6 +33,7 @@ class BatchGrad(Extension):
     """
 
     savefield = "grad_batch"
+    totals = False
     forms = True
 
     def __init__(self, subsampling: list[int] | None = None) -> None:
@@ -52,6 +53,7 @@ class BatchL2Grad(Extension):
     """
 
     savefield = "batch_l2"
+    totals = False
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Norms of the single column of J."""
@@ -66,6 +68,7 @@ class SumGradSquared(Extension):
     """
 
     savefield = "sum_grad_squared"
+    totals = False
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Squares of the single column of J, summed over the samples."""

@@ -24,6 +24,7 @@ class GradientJacobian(Extension):
     """
 
     savefield = "jacobian_grad"
+    totals = False
 
     def evaluate(self, jacobian: Jacobian) -> Jacobian:
         """J, without the gradient, which the user may change in place."""
