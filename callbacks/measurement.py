@@ -75,8 +75,8 @@ class Measurement:
         if field == "batch_l2":
             sums: dict[Key, Tensor] = {"second_moment": zero, "concentration": zero}
             if available:
-                sums["second_moment"] = zero + s.weights @ s.sq_norms
-                sums["concentration"] = zero + s.weights @ s.weights / self._world
+                sums["second_moment"] = (s.weights @ s.sq_norms).to(zero)
+                sums["concentration"] = (s.weights @ s.weights / self._world).to(zero)
             if self._pool and self._world > 1:
                 norms = s.sq_norms.sqrt() if available else zero[None]
                 sums["norms"] = shared_sketch(norms.to(zero), self._rank, self._world)

@@ -62,14 +62,14 @@ class Statistics:
             wide(stacked(found)).sum(0) * self._sample_factor(backward, len(found[0])) ** 2
             for backward, found in self._found("batch_l2")
         ]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+        return _joined(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     @cached_property
     def weights(self) -> Tensor:
         """$w_n$, [N]; they add up to one."""
         sizes = [len(found[0]) for _, found in self._found("batch_l2")]
         parts = [self.sq_norms.new_full((size,), 1 / max(len(self._passes) * size, 1)) for size in sizes]
-        return torch.cat(parts) if parts else self.sq_norms.new_zeros(0)
+        return _joined(parts) if parts else self.sq_norms.new_zeros(0)
 
     def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
         r"""$g_n \cdot v$, [N]: the op is applied to v; no per-sample gradient is formed."""
@@ -77,7 +77,7 @@ class Statistics:
         for backward, found in self._found("jacobian_grad"):
             products = [wide(jacobian.dot(vectors[jacobian.parameter])[0]) for jacobian in found]
             parts.append(torch.stack(products).sum(0) * self._sample_factor(backward, len(products[0])))
-        return torch.cat(parts)
+        return _joined(parts)
 
     def second_moments(self) -> dict[Parameter, Tensor]:
         r"""$\sum_n w_n g_n^2$ entry by entry, of the parameters' shapes."""
@@ -144,6 +144,10 @@ class Window:
         params = set(params)
         passes = [backward for backward in self._passes if backward.covered & params]
         return Statistics(passes or self._passes, params, share)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:

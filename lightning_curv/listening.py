@@ -41,9 +41,9 @@ class Listener:
         self._passes, self._evaluate, self._failed = passes, evaluate, failed
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
         self._deaf = False
-        uses = {node: use for node, use in passes.tape.uses.items() if use.operands}
-        self._handles = [node.register_prehook(self._hook(self._arrive, node, use)) for node, use in uses.items()]
-        self._waiting = Counter(p for use in uses.values() for p in parameters(use))
+        uses = [(node, use, parameters(use)) for node, use in passes.tape.uses.items() if use.operands]
+        self._handles = [use[0].register_prehook(self._hook(self._arrive, *use)) for use in uses]
+        self._waiting = Counter(parameter for *_, found in uses for parameter in found)
         for parameter in self._waiting if totals else ():
             self._waiting[parameter] += 1
             accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -60,12 +60,12 @@ class Listener:
         for parameter in list(self._terms):
             self._hook(self._complete, parameter)((None,))
 
-    def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node, use: Use) -> None:
+    def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node, use: Use, found: list[Tensor]) -> None:
         g = gradients[use.output_nr]
         if g is not None:
             for parameter, term in self._passes.terms(node, use, g[None]):
                 self._terms[parameter].append(term)
-            for parameter in parameters(use):
+            for parameter in found:
                 self._waiting[parameter] -= 1
                 if not self._waiting[parameter]:
                     self._complete((None,), parameter)
