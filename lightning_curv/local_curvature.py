@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,23 +19,103 @@ from lightning_curv.places import Place
 from lightning_curv.symmetric import eigh
 
 
-@dataclass(frozen=True)
-class Residual:
+class Residual(ABC):
     """The residual of one node.
 
     Attributes:
         edges: The node's data inputs.
+    """
+
+    edges: Sequence[GradientEdge]
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Sequence[torch.Size]:
+        """The shapes of the data inputs."""
+
+    @abstractmethod
+    def positive(self, modify: str) -> Residual:
+        """The residual with its negative eigenvalues set to zero (``"clip"``) or made positive (``"abs"``)."""
+
+    @abstractmethod
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The residual times one vector per input."""
+
+    @abstractmethod
+    def columns(self) -> Iterator[Column]:
+        """Columns whose signed squares add up to the residual; zero ones are left out."""
+
+
+def _positive(values: Tensor, modify: str) -> Tensor:
+    return values.clamp(min=0) if modify == "clip" else values.abs()
+
+
+@dataclass(frozen=True)
+class DiagonalResidual(Residual):
+    """The residual of an elementwise node of one input.
+
+    Attributes:
+        edges: The input.
+        values: The diagonal, of the input's shape.
+        place: Where the input carries the samples; found out when it is asked for.
+        count: The number of samples N.
+    """
+
+    edges: Sequence[GradientEdge]
+    values: Tensor
+    place: Callable[[], Place | None]
+    count: int
+
+    @property
+    def shapes(self) -> Sequence[torch.Size]:
+        return [self.values.shape]
+
+    def positive(self, modify: str) -> Residual:
+        return replace(self, values=_positive(self.values, modify))
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return [self.values * vectors[0]]
+
+    def columns(self) -> Iterator[Column]:
+        place = self.place()
+        if place is None:
+            return
+        values = place.split(self.values, self.count)  # [N, E]
+        roots = values.abs().sqrt()
+        for entry in _used(values).nonzero().flatten().tolist():
+            column = torch.zeros_like(values)
+            column[:, entry] = roots[:, entry]
+            yield Column(self.edges, [place.join(column, self.values.shape)], values[:, entry].sign())
+
+
+def _used(values: Tensor) -> Tensor:
+    """Which eigenvalues ``[N, E, ...]`` are not zero up to rounding in all samples."""
+    magnitudes = values.abs()
+    threshold = torch.finfo(values.dtype).eps * float(magnitudes.max()) * values.shape[1] if values.numel() else 0.0
+    return (magnitudes > threshold).any(0)
+
+
+@dataclass(frozen=True)
+class EigenResidual(Residual):
+    """The residual of a node with several inputs, or of one that couples the entries of a sample.
+
+    Attributes:
+        edges: The node's data inputs.
         places: Where they carry the samples.
-        shapes: Their shapes.
+        sizes: Their shapes.
         values: Eigenvalues: ``[N, E, k]`` for an elementwise node of k inputs with E entries, else ``[N, E]``.
         vectors: Eigenvectors: ``[N, E, k (input), k]``, else ``[N, E (entry of all inputs), E]``.
     """
 
     edges: Sequence[GradientEdge]
     places: Sequence[Place]
-    shapes: Sequence[torch.Size]
+    sizes: Sequence[torch.Size]
     values: Tensor
     vectors: Tensor
+
+    @property
+    def shapes(self) -> Sequence[torch.Size]:
+        return self.sizes
 
     @property
     def elementwise(self) -> bool:
@@ -44,11 +126,9 @@ class Residual:
         return index[0] * self.values.shape[-1] + index[1] if self.elementwise else index[0]
 
     def positive(self, modify: str) -> Residual:
-        """The residual with its negative eigenvalues set to zero (``"clip"``) or made positive (``"abs"``)."""
-        return replace(self, values=self.values.clamp(min=0) if modify == "clip" else self.values.abs())
+        return replace(self, values=_positive(self.values, modify))
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """The residual times one vector per input."""
         count = len(self.values)
         parts = [place.split(v, count) for place, v in zip(self.places, vectors, strict=True)]
         joint = torch.stack(parts, -1) if self.elementwise else torch.cat(parts, 1)
@@ -57,22 +137,19 @@ class Residual:
             out = list(image.unbind(-1))
         else:
             out = list(image.split([part.shape[1] for part in parts], dim=1))
-        return [place.join(part, shape) for place, part, shape in zip(self.places, out, self.shapes, strict=True)]
+        return [place.join(part, shape) for place, part, shape in zip(self.places, out, self.sizes, strict=True)]
 
     def columns(self) -> Iterator[Column]:
-        """Columns whose signed squares add up to the residual; zero ones are left out."""
         scaled = self.vectors * self.values.abs().sqrt().unsqueeze(-2)
-        threshold = torch.finfo(self.values.dtype).eps * float(self.values.abs().max()) * self.values.shape[1]
-        used = (self.values.abs() > threshold).any(0)
-        for index in used.nonzero().tolist():
+        for index in _used(self.values).nonzero().tolist():
             if self.elementwise:
                 entry, k = index
                 flat = [torch.zeros_like(self.values[..., 0]) for _ in self.edges]
                 for i, part in enumerate(flat):
                     part[:, entry] = scaled[:, entry, i, k]
             else:
-                flat = list(scaled[:, :, index[0]].split([s.numel() // len(scaled) for s in self.shapes], dim=1))
-            seeds = [place.join(part, shape) for place, part, shape in zip(self.places, flat, self.shapes, strict=True)]
+                flat = list(scaled[:, :, index[0]].split([s.numel() // len(scaled) for s in self.sizes], dim=1))
+            seeds = [place.join(part, shape) for place, part, shape in zip(self.places, flat, self.sizes, strict=True)]
             yield Column(self.edges, seeds, self.values.flatten(1)[:, self._position(index)].sign())
 
 
@@ -93,29 +170,49 @@ def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 
 class LocalCurvature:
-    """The local second derivative R of one node, as a linear map on its inputs."""
+    """The local second derivative R of one node, as a linear map on its inputs.
+
+    Raises:
+        UnsupportedError: Torch cannot differentiate the node twice.
+    """
 
     def __init__(
         self, node: Node, edges: Sequence[GradientEdge], outputs: Sequence[tuple[GradientEdge, Tensor]]
     ) -> None:
         self.node, self.edges = node, edges
-        with torch.enable_grad(), unheard(), _blocked(edges):
-            try:
-                gradients = torch.autograd.grad(
-                    [edge for edge, _ in outputs], edges, [g for _, g in outputs], create_graph=True, allow_unused=True
-                )
-                self.gradients = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-                self.inputs = [g.detach() for g in gradients if g is not None]
-                self.trial = [
-                    torch.cos(torch.arange(1.0, g.numel() + 1, dtype=g.dtype, device=g.device)).reshape(g.shape)
-                    for g in self.inputs
-                ]
-                self.image = self(self.trial) if len(self.inputs) == len(edges) else []
-            except RuntimeError as error:
-                raise UnsupportedError(
-                    f"Hessian quantities need the second derivative of `{node.name()}`, found none in torch: {error} "
-                    "Attention: run the forward pass under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
-                ) from error
+        with self._refused(), torch.enable_grad(), unheard(), _blocked(edges):
+            gradients = torch.autograd.grad(
+                [edge for edge, _ in outputs], edges, [g for _, g in outputs], create_graph=True, allow_unused=True
+            )
+        self.gradients = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        self.inputs = [g.detach() for g in gradients if g is not None]
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"Hessian quantities need the second derivative of `{self.node.name()}`, found none in torch: {error} "
+                "Attention: run the forward pass under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
+            ) from error
+
+    @cached_property
+    def trial(self) -> list[Tensor]:
+        """A vector per input that no structure annihilates."""
+        return [
+            torch.cos(torch.arange(1.0, g.numel() + 1, dtype=g.dtype, device=g.device)).reshape(g.shape)
+            for g in self.inputs
+        ]
+
+    @cached_property
+    def image(self) -> list[Tensor]:
+        """R times the trial."""
+        return self(self.trial) if len(self.inputs) == len(self.edges) else []
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of R, of the input's shape, where the node is elementwise in its only input."""
+        return self([torch.ones_like(self.inputs[0])])[0]
 
     @property
     def linear(self) -> bool:
@@ -126,7 +223,7 @@ class LocalCurvature:
         """R applied to vectors of the inputs' shapes."""
         if not self.gradients:
             return [torch.zeros_like(v) for v in vectors]
-        with unheard(), _blocked(self.edges):
+        with self._refused(), unheard(), _blocked(self.edges):
             parts = torch.autograd.grad(
                 [g for _, g in self.gradients],
                 self.edges,
@@ -136,15 +233,15 @@ class LocalCurvature:
             )
         return [torch.zeros_like(v) if part is None else part for part, v in zip(parts, vectors, strict=True)]
 
-    def eigen(self, places: Sequence[Place], count: int) -> Residual:
+    def eigen(self, places: Sequence[Place], count: int) -> EigenResidual:
         """The eigendecomposition of R, per entry where the node is elementwise, else per sample."""
         shapes = [v.shape for v in self.inputs]
         matrix = self._elementwise(places, count) if len(set(zip(shapes, places, strict=True))) == 1 else None
         if matrix is None:
             matrix = self._dense(places, shapes, count)
         if matrix.shape[-1] == 1:
-            return Residual(self.edges, places, shapes, matrix[..., 0], torch.ones_like(matrix))
-        return Residual(self.edges, places, shapes, *eigh(matrix))
+            return EigenResidual(self.edges, places, shapes, matrix[..., 0], torch.ones_like(matrix))
+        return EigenResidual(self.edges, places, shapes, *eigh(matrix))
 
     def _elementwise(self, places: Sequence[Place], count: int) -> Tensor | None:
         """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""

@@ -20,9 +20,8 @@ from lightning_curv.graph import leaves
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Column, Passes, apply_rule, parameters
-from lightning_curv.places import place_of
+from lightning_curv.probing import places_at
 from lightning_curv.records import Operand, Use
-from lightning_curv.residuals import probes
 from lightning_curv.rules.fallback import dense
 from lightning_curv.symmetric import eigh
 
@@ -95,10 +94,10 @@ class _Op:
         if not below.intersection(found):
             return
         for argument, edge in inputs.items():
-            probe, x = probes(self.passes, [edge])[edge], self.use.arguments[argument]
-            if probe is None:
+            place, x = places_at(self.passes, [edge])[edge], self.use.arguments[argument]
+            if place is None:
                 continue
-            place, entries = place_of(*probe, self.count), x.numel() // max(1, self.count)
+            entries = x.numel() // max(1, self.count)
             for entry in range(entries):
                 unit = x.new_zeros(self.count, entries)
                 unit[:, entry] = 1

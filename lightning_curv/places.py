@@ -86,22 +86,22 @@ def largest_entry(tensors: Iterable[Tensor | None]) -> float:
     return max((float(t.max()) for t in found), default=0.0)
 
 
-def place_of(first: Tensor, second: Tensor, scale: float, samples: int) -> Place:
-    """The place of the samples in any tensor of the graph, from two cotangents as in `consistent`.
+def places_of(first: Tensor, second: Tensor, scale: float, samples: int) -> list[Place]:
+    """The places of the samples that a tensor of the graph may have, from two cotangents as in `consistent`.
 
     Raises:
         UnsupportedError: There is none: samples mix.
     """
     exact = [Place(axis) for axis, size in enumerate(first.shape) if size == samples]
-    rows = [axis for axis, size in enumerate(first.shape) if size % max(1, samples) == 0]
+    rows = [axis for axis, size in enumerate(first.shape) if size != samples and size % max(1, samples) == 0]
     choices = [*exact, *(Place(axis, minor) for axis in rows for minor in (False, True))] if first.ndim else [Place()]
-    found = consistent(first, second, scale, choices, samples)
+    found = consistent(first, second, scale, choices[:1] if samples <= 1 else choices, samples)
     if not found:
         raise UnsupportedError(
             f"Expected one axis with {samples} samples in a tensor of shape {tuple(first.shape)}, found none that "
             "keeps them apart: an op mixes samples."
         )
-    return found[0]
+    return found
 
 
 def places(shape: Sequence[int], axes: Sequence[int], samples: int) -> list[Place]:

@@ -14,16 +14,16 @@ node twice; no list of activation functions is needed. Its eigenvectors are colu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import cache, partial
 
-import torch
-from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.dependence import Dependence
-from lightning_curv.local_curvature import LocalCurvature, Residual
+from lightning_curv.local_curvature import DiagonalResidual, LocalCurvature, Residual
 from lightning_curv.passes import Passes
-from lightning_curv.places import largest_entry, place_of
+from lightning_curv.places import Place
+from lightning_curv.probing import places_at
 
 # nodes whose output is (piecewise) linear in all data inputs together: never differentiated
 _LINEAR = """
@@ -36,6 +36,12 @@ _LINEAR = """
     UpsampleNearest2D View Where
 """
 LINEAR = frozenset(_LINEAR.split())
+# nodes whose output entries depend on one entry of their only data input each
+_ELEMENTWISE = """
+    Acos Acosh Asin Asinh Atan Atanh Celu Cos Cosh Elu Erf Erfc Exp Expm1 Gelu Hardsigmoid Hardswish Log Log10 Log1P
+    Log2 LogSigmoid Mish Pow Reciprocal Rsqrt Sigmoid Silu Sin Sinh Softplus Sqrt Tan Tanh
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 # nodes that are linear in each input: linear in the data if one input alone carries it
 BILINEAR = frozenset(("Addmm", "Baddbmm", "Bmm", "Convolution", "Dot", "Mm", "Mul", "Mv"))
 
@@ -50,14 +56,27 @@ def residuals(passes: Passes) -> Iterator[Residual]:
     outputs = {node: [GradientEdge(node, i) for i in range(len(node._input_metadata))] for node in nodes}
     every = [edge for edges in outputs.values() for edge in edges]
     gradients = dict(zip(every, passes.gradients(every), strict=True)) if every else {}
-    probed = probes(passes, [edge for edges in nodes.values() for edge in edges])
+
+    @cache
+    def places() -> dict[GradientEdge, Place | None]:
+        return places_at(passes, [edge for edges in nodes.values() for edge in edges])
+
+    def place(edge: GradientEdge) -> Place | None:
+        return places()[edge]
+
     for node, edges in nodes.items():
         reached = [(edge, g) for edge in outputs[node] if (g := gradients[edge]) is not None]
-        probe = [p for edge in edges if (p := probed[edge]) is not None]
-        if reached and len(probe) == len(edges):
-            curvature = LocalCurvature(node, edges, reached)
-            if not curvature.linear:
-                yield curvature.eigen([place_of(*p, count) for p in probe], count)
+        if not reached:
+            continue
+        curvature = LocalCurvature(node, edges, reached)
+        if _name(node) in ELEMENTWISE and len(edges) == 1:
+            values = curvature.diagonal()
+            if bool(values.any()):
+                yield DiagonalResidual(edges, values, partial(place, edges[0]), count)
+        else:
+            found = [at for edge in edges if (at := place(edge)) is not None]
+            if len(found) == len(edges) and not curvature.linear:
+                yield curvature.eigen(found, count)
 
 
 def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
@@ -65,22 +84,11 @@ def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
     candidates, dependence = {}, Dependence(passes.tape)
     for node in dependence.nodes:
         data = dependence.inputs(node)
-        name = re.sub(r"Backward\d*$", "", node.name())
+        name = _name(node)
         if data and name not in LINEAR and not (name in BILINEAR and len(data) == 1):
             candidates[node] = list(dict.fromkeys(data))
     return candidates
 
 
-def probes(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, tuple[Tensor, Tensor, float] | None]:
-    """Two cotangents per edge, the second with weighted samples, and their scale: what `place_of` needs."""
-    calls = [(call.input, call.arguments["input"], passes.samples.losses[n]) for n, call in passes.tape.losses.items()]
-    ones = [torch.linspace(1, 2, v.numel(), device=v.device).to(v.dtype).reshape(v.shape) for _, v, _ in calls]
-    count = passes.samples.count
-    numbered = [one * place.weights(one, count) for one, (_, _, place) in zip(ones, calls, strict=True)]
-    starts = [edge for edge, _, _ in calls]
-    if not edges:
-        return {}
-    first, second = passes.backward(starts, edges, ones), passes.backward(starts, edges, numbered)
-    scale = largest_entry(first)
-    found = zip(edges, first, second, strict=True)
-    return {edge: None if a is None or b is None else (a, b, scale) for edge, a, b in found}
+def _name(node: Node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name())

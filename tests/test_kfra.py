@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import ROW, assert_close, compute
 
-from lightning_curv import curvature
+from lightning_curv import curvature, probing
 from lightning_curv.extensions import KFLR, KFRA
 
 
@@ -46,6 +46,8 @@ CHAINS = {
         ],
         (4, 2, 5, 5),
     ),
+    "wide": (lambda: [nn.Linear(3, 7), nn.Dropout(0.0), nn.Linear(7, 7), nn.Sigmoid(), nn.Linear(7, 3)], (2, 3)),
+    "samples_as_many_as_features": (lambda: [nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)], (5, 5)),
 }
 
 
@@ -69,6 +71,77 @@ def test_factors_equal_the_recursion(name, weight_sharing):
         assert_close(layer.weight.kfra[0], B, label=f"{k}.weight")
         assert_close(layer.bias.kfra[0], B, label=f"{k}.bias")
         assert_close(layer.weight.kfra[1], layer.weight.kflr[1], label=f"{k}.weight")
+
+
+class Product(nn.Module):
+    """x W."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_forms_of_other_parameters():
+    """Groups, a transposed weight, a diagonal and a reused layer, from the averages written out."""
+    torch.manual_seed(0)
+    conv, norm, reused, last = nn.Conv1d(2, 4, 2, groups=2), nn.LayerNorm(4), nn.Linear(4, 4), Product()
+    layers = [conv, nn.Tanh(), nn.AvgPool1d(2), nn.Flatten(), norm, reused, nn.Sigmoid(), reused, last]
+    layers = [layer.double() for layer in layers]
+    model, X, y = nn.Sequential(*layers), torch.randn(6, 2, 3).double(), torch.randint(3, (6,))
+    with curvature(KFRA()):
+        F.cross_entropy(model(X), y).backward()
+    H = loss_hessian(model(X))
+    bars = [averaged(layers, X, H, k) for k in range(len(layers))]
+    assert_close(last.weight.kfra[1], H, label="product")
+    assert_close(reused.weight.kfra[0], bars[5] + bars[7], label="reused")
+    normed = F.layer_norm(model[:4](X), (4,))
+    assert_close(norm.weight.kfra[0], bars[4].diagonal() * normed.square().mean(0), label="norm")
+    grouped = torch.einsum("qosqps->qop", bars[0].reshape(2, 2, 2, 2, 2, 2))
+    assert_close(conv.weight.kfra[0], grouped, label="groups")
+    assert conv.weight.kfra[1].shape == (2, 2, 2)
+
+
+def test_an_empty_batch_has_no_curvature():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with curvature(KFRA()):
+        F.cross_entropy(model(torch.zeros(0, 3)), torch.zeros(0, dtype=torch.long), reduction="sum").backward()
+    for p in model.parameters():
+        assert not any(factor.any() for factor in p.kfra)
+    assert [factor.shape for factor in model[0].weight.kfra] == [(4, 4), (3, 3)]
+
+
+def test_factors_share_no_memory():
+    problem = ROW["mlp_sigmoid"].make()
+    compute(problem, KFRA())
+    factors = [factor for p in problem.parameters().values() for factor in p.kfra]
+    assert len({factor.data_ptr() for factor in factors}) == len(factors)
+
+
+def test_places_are_found_once_per_structure(monkeypatch):
+    probed, probe = [], probing._probed
+    monkeypatch.setattr(probing, "_probed", lambda *args: probed.append(args) or probe(*args))
+    problem = ROW["mlp_sigmoid"].make()
+    problem.model.append(nn.Hardswish())  # a structure of its own
+    for _ in range(2):
+        compute(problem, KFRA())
+    assert len(probed) == 1
+
+
+def test_a_layer_that_starts_to_mix_samples_is_found():
+    model, X, y = (
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)),
+        torch.randn(5, 3),
+        torch.ones(5).long(),
+    )
+    model.eval()
+    with curvature(KFRA()):
+        F.cross_entropy(model(X), y).backward()
+    model.train()
+    with pytest.raises(NotImplementedError, match="an op mixes samples"), curvature(KFRA()):
+        F.cross_entropy(model(X), y).backward()
 
 
 def test_equals_kflr_for_one_datum():

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
 from lightning_curv.dependence import Dependence
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import GraphExtension
-from lightning_curv.extensions.kronecker import KFLR, WeightSharing
+from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_axes, kronecker_factor
 from lightning_curv.jacobian import Jacobian
-from lightning_curv.passes import Passes
-from lightning_curv.places import Place, place_of
-from lightning_curv.residuals import probes
-from lightning_curv.symmetric import eigh
+from lightning_curv.passes import Passes, parameters
+from lightning_curv.places import Place
+from lightning_curv.probing import places_at, shape_at
+from lightning_curv.symmetric import eigh, gram
 from lightning_curv.terms import Term
+
+SAME = frozenset(("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"))  # J is the same in all samples of an axis
 
 
 class KFRA(GraphExtension):
@@ -26,10 +31,10 @@ class KFRA(GraphExtension):
 
     The GGN with respect to a layer's output is averaged over the batch before it is propagated to the layer's input,
     :math:`\bar H_{in} = \tfrac1N \sum_n J_n^\top \bar H_{out} J_n`, and its blocks are the factors B. Exact where the
-    layers' Jacobians do not depend on the sample. Needs a chain of layers and one loss. Cost: a pass through every
-    elementwise layer, as many as hold its inputs and outputs, N at a time, through every linear one, and as many as it
-    has inputs and outputs through others, such as max-pooling; memory: the square of the widest layer. Botev, Ritter &
-    Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017, eq. 17.
+    layers' Jacobians do not depend on the sample. Needs a chain of layers and one loss. Cost: two passes through
+    every elementwise layer, as many as hold its inputs and outputs, N at a time, through every linear one, and as many
+    as it has inputs and outputs through others, such as max-pooling; memory: the square of the widest layer. Botev,
+    Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017, eq. 17.
 
     Args:
         weight_sharing: ``"expand"`` or ``"reduce"`` as in `KFLR`.
@@ -48,64 +53,125 @@ class KFRA(GraphExtension):
     independent = False
 
     def __init__(self, weight_sharing: WeightSharing = "expand") -> None:
-        self._factors = KFLR(weight_sharing)
+        self._kflr = KFLR(weight_sharing)
 
     def compute(self, passes: Passes) -> dict[Tensor, list[Tensor]]:
         """The factors of every parameter, from the last layer to the first."""
-        terms: dict[Tensor, list[Term]] = {}
-        for node, columns in _recursion(passes):
-            for parameter, term in passes.terms(node, passes.tape.uses[node], columns):
-                terms.setdefault(parameter, []).append(term)
-        return {p: self._factors.evaluate(Jacobian(p, found)) for p, found in terms.items()}
+        factors: dict[Tensor, list[Tensor]] = {}
+        roots: dict[Tensor, list[Term]] = defaultdict(list)
+        uses = Counter(parameter for use in passes.tape.uses.values() for parameter in parameters(use))
+        for point, average in _recursion(passes):
+            if point.edge.node not in passes.tape.uses:
+                continue
+            rows = _terms(passes, point, average)
+            if all(uses[p] == len(found) == 1 and _kronecker(p, found[0]) for p, found in rows.items()):
+                for p, (term,) in rows.items():
+                    (both,) = _terms(passes, point, term.g[:, 0].flatten(1).mT)[p]
+                    factors[p] = self._factors(p, both)
+            else:
+                for p, found in _terms(passes, point, _root(average, point.count)).items():
+                    roots[p] += found
+        return factors | {p: self._kflr.evaluate(Jacobian(p, found)) for p, found in roots.items()}
+
+    def _factors(self, parameter: Tensor, term: Term) -> list[Tensor]:
+        """The factors, from a term whose columns are the rows of the averaged GGN, in the order of its entries."""
+        jacobian = Jacobian(parameter, [term])
+        term, sharing = jacobian.terms[0], self._kflr.weight_sharing
+        paired = "q" if sharing == "reduce" else "q" + term.shared  # letters that both sides of the GGN have in common
+        other = "".join(x if x in paired else x.upper() for x in term.out)
+        features = "".join(x for x in term.out if x in term.par and x != "q")
+        groups = "q" if "q" in term.out else ""
+        average = term.g[:, 0].reshape(2 * term.g.shape[2:])
+        factor = torch.einsum(f"{term.out}{other}->{groups}{features}{features.upper()}", average)
+        factor = factor.flatten(-len(features)).flatten(len(groups), -2).clone()
+        return [factor if x == "o" else kronecker_factor(term, x, sharing) for x in kronecker_axes(jacobian)]
 
 
-def _recursion(passes: Passes) -> Iterator[tuple[Node, Tensor]]:
-    """At every use a square root of its averaged GGN: columns of its output's shape, equal in all samples."""
+@dataclass(frozen=True)
+class _Point:
+    """A place in the chain of layers.
+
+    Attributes:
+        edge: Where it is in the graph.
+        place: Where its tensor carries the samples.
+        shape: The tensor's shape.
+        count: The number of samples N.
+    """
+
+    edge: GradientEdge
+    place: Place
+    shape: torch.Size
+    count: int
+
+    @property
+    def entries(self) -> int:
+        """The number of entries of a sample."""
+        rest = math.prod(size for axis, size in enumerate(self.shape) if axis != self.place.axis)
+        return rest * (self.shape[self.place.axis] // self.count if self.count and self.shape else 1)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows ``[R, E]`` as tensors that are equal in all samples, ``[R, *shape]``; one sample in memory if it can."""
+        place = self.place
+        if place.minor or self.shape[place.axis] != self.count:
+            return torch.stack([place.join(row.expand(self.count, -1), self.shape) for row in rows])
+        rest = [size for axis, size in enumerate(self.shape) if axis != place.axis]
+        return rows.reshape(len(rows), *rest).unsqueeze(1 + place.axis).expand(-1, *self.shape)
+
+
+def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
+    """The averaged GGN at every place of the chain, ``[E, E]``."""
+    output, *inputs = _chain(passes)
+    average = _at_output(passes, output)
+    yield output, average
+    for point in inputs:
+        average = _averaged(passes, average, output, point)
+        output = point
+        yield output, average
+
+
+def _at_output(passes: Passes, output: _Point) -> Tensor:
+    """The sum over the samples of the loss' H, ``[E, E]``."""
+    (loss,) = passes.tape.losses
+    columns = passes.likelihood(loss).columns(output.count, output.place.minor)
+    roots = [output.place.split(column, output.count) for column in columns if output.count]
+    return gram(torch.cat(roots).mT) if roots else passes.seed.new_zeros(output.entries, output.entries)
+
+
+def _chain(passes: Passes) -> list[_Point]:
+    """The places from the network's output to the output of the first layer."""
     (loss, call), *others = passes.tape.losses.items()
     if others:
         raise UnsupportedError(f"KFRA expects one loss, found {1 + len(others)}; use `KFLR`.")
-    count, edge, place = passes.samples.count, call.input, passes.samples.losses[loss]
-    columns = passes.likelihood(loss).columns(count, place.minor)
-    roots = torch.stack([place.split(column, count) for column in columns])  # [V, N, E]
-    average = torch.einsum("vni,vnj->ij", roots, roots)
-    shape, dependence = call.arguments["input"].shape, Dependence(passes.tape)
-    while True:
-        if edge.node in passes.tape.uses:
-            yield edge.node, _columns(average, place, shape, count)
-        inputs = dependence.inputs(edge.node)
-        if not inputs:
-            return
+    edges, dependence, count = [call.input], Dependence(passes.tape), passes.samples.count
+    while inputs := dependence.inputs(edges[-1].node):
         if len(inputs) > 1:
             raise UnsupportedError(
-                f"KFRA expects a chain of layers, found a branch at `{edge.node.name()}`: {len(inputs)} inputs "
+                f"KFRA expects a chain of layers, found a branch at `{edges[-1].node.name()}`: {len(inputs)} inputs "
                 "depend on parameters. Use `KFLR` or `KFAC`."
             )
-        probe = probes(passes, inputs)[inputs[0]]
-        if probe is None:
-            return
-        after = place_of(*probe, count)
-        average = _averaged(passes, average, (edge, place, shape), (inputs[0], after), count)
-        edge, place, shape = inputs[0], after, probe[0].shape
+        edges += inputs
+    points = [_Point(call.input, passes.samples.losses[loss], call.arguments["input"].shape, count)]
+    for edge, place in places_at(passes, edges[1:]).items():
+        if place is None:
+            break
+        points.append(_Point(edge, place, shape_at(edge), count))
+    return points
 
 
-def _averaged(
-    passes: Passes,
-    average: Tensor,
-    output: tuple[GradientEdge, Place, torch.Size],
-    source: tuple[GradientEdge, Place],
-    count: int,
-) -> Tensor:
-    """The mean over the samples of Jᵀ H J, by two sweeps of vector-Jacobian products with the rows of H.
+def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -> Tensor:
+    """The mean over the samples of Jᵀ H J, by vector-Jacobian products with the rows of H.
 
     Where every J is diagonal, its entries are one product; where all are the same, a pass takes a row in every sample.
-    Both are found out by passes with random numbers, and true up to rounding.
+    Unless the node tells, both are found out by passes with random numbers, and true up to rounding.
     """
-    (edge, place, shape), (after, after_place) = output, source
+    count = output.count
+    if not count:
+        return average.new_zeros(source.entries, source.entries)
 
     def pull(entries: Tensor) -> Tensor:
         """``[N, E_out]`` to ``[N, E_in]``."""
-        (g,) = passes.backward([edge], [after], [place.join(entries, shape)])
-        return average.new_zeros(count, 0) if g is None else after_place.split(g, count)
+        (g,) = passes.backward([output.edge], [source.edge], [output.place.join(entries, output.shape)])
+        return average.new_zeros(count, source.entries) if g is None else source.place.split(g, count)
 
     def pull_rows(rows: Tensor) -> Tensor:
         """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
@@ -113,28 +179,49 @@ def _averaged(
         return torch.cat([pull(part) for part in parts])[: len(rows)]
 
     generator = torch.Generator(average.device).manual_seed(0)
-    entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
-    diagonal = pull(torch.ones_like(entries))
-    if diagonal.shape == entries.shape and _same(pull(entries), entries * diagonal):
-        return average * (diagonal.mT @ diagonal / count)
-    weights, row = entries[:, :1], entries[:1].expand(count, -1)
-    if _same(pull(weights * row), weights * pull(row)[:1]):
-        return pull_rows(pull_rows(average).mT)
+    same = output.edge.node.name() in SAME and output.place.axis == source.place.axis
+    if source.entries == output.entries and not same:
+        entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
+        image, diagonal = pull(entries), pull(torch.ones_like(entries))
+        if torch.equal(image, entries):
+            return average
+        if _same(image, entries * diagonal, image.abs().amax()):
+            return gram(diagonal.mT).mul_(average).div_(count)
+    half = pull_rows(average)
+    if same:
+        return pull_rows(half.mT)
+    weights, mix = (average.new_empty(n).uniform_(-1, 1, generator=generator) for n in (count, len(average)))
+    if _same(
+        pull(torch.outer(weights, mix @ average)), torch.outer(weights, mix @ half), (mix.abs() @ half.abs()).amax()
+    ):
+        return pull_rows(half.mT)
     half = torch.stack([pull(row.expand(count, -1)) for row in average], -1)  # [N, E_in, E_out]
     full = [pull(column).mean(0) for column in half.unbind(1)]
     return torch.stack(full)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Up to the rounding of products of matrices."""
-    tolerance = 100 * torch.finfo(other.dtype).eps * other.abs().amax() if other.numel() else 0
-    return bool(((one - other).abs() <= tolerance).all())
+def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:
+    """Up to the rounding of sums of the magnitude ``scale``."""
+    return bool(((one - other).abs() <= 100 * torch.finfo(other.dtype).eps * scale).all())
 
 
-def _columns(average: Tensor, place: Place, shape: torch.Size, count: int) -> Tensor:
+def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, list[Term]]:
+    """The terms of the parameters used at a point, for cotangents ``[R, E]`` that are equal in all samples."""
+    node, found = point.edge.node, defaultdict(list)
+    for parameter, term in passes.terms(node, passes.tape.uses[node], point.spread(rows)):
+        found[parameter].append(term)
+    return found
+
+
+def _kronecker(parameter: Tensor, term: Term) -> bool:
+    """Whether the block has Kronecker factors, and the cotangents of all samples are those of one."""
+    samples = term.g.shape[1]
+    return bool(kronecker_axes(Jacobian(parameter, [term]))) and (
+        samples == 1 or (samples > 1 and not term.g.stride(1))
+    )
+
+
+def _root(average: Tensor, count: int) -> Tensor:
+    """Rows whose outer products, once per sample, add up to the averaged GGN."""
     values, vectors = eigh(average)
-    root = (vectors * (values.clamp(min=0) / count).sqrt()).mT
-    if place.minor or shape[place.axis] != count:
-        return torch.stack([place.join(row.expand(count, -1), shape) for row in root])
-    rest = [size for axis, size in enumerate(shape) if axis != place.axis]
-    return root.reshape(-1, *rest).unsqueeze(1 + place.axis).expand(-1, *shape)  # one sample in memory
+    return (vectors * (values.clamp(min=0) / count).sqrt()).mT

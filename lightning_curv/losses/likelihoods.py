@@ -123,7 +123,7 @@ class Categorical(Likelihood):
         for row in range(roots.shape[1]):
             for block in _one_class_each(roots, row):
                 entries = torch.stack([joined(column, p.shape, samples, minor) for column in block]) if minor else block
-                yield from self._centred(entries.reshape(-1, *p.shape).movedim(-1, self.axis + 1))
+                yield from self._centred(entries.reshape(len(block), *p.shape).movedim(-1, self.axis + 1))
 
     def fewest_columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
         r"""The Cholesky factor of H, one column less than classes.
