@@ -159,10 +159,9 @@ def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None 
     """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
     g = g.reshape(len(g), *use.shape).movedim(axis + 1, 1)
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
+    other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
     try:
-        return use.rule.function(
-            Call(use.shape, tuple(operands), axis), g, **{**use.arguments, **operands, **(inputs or {})}
-        )
+        return use.rule.function(Call(use.shape, tuple(operands), axis), g, **{**use.arguments, **operands, **other})
     except NotImplementedError as error:
         name = describe(parameters(use)[0])
         raise UnsupportedError(

@@ -102,6 +102,9 @@ class record(TorchFunctionMode):
             return func(*args, **kwargs)
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
+        if rule.outputs and any(map(rule.holds, call.origins)):
+            first = out[0] if isinstance(out, tuple) else out
+            call.bound["output"] = first.detach(), first._version
         if rule.outputs and isinstance(out, tuple) and any(map(rule.holds, call.origins)):
             whole, out = joined(out, rule.outputs(call.bound))
             call.store(whole)

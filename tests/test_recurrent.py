@@ -20,6 +20,7 @@ from lightning_curv.extensions import (
     SqrtGGNExact,
 )
 from lightning_curv.records import marks
+from lightning_curv.rules import cells, recurrent
 
 NETWORKS = {
     "lstm": nn.LSTM,
@@ -111,6 +112,38 @@ def test_network_equals_brute_force(name, batch_first, used):
 @pytest.mark.parametrize("name", CELLS)
 def test_cell_equals_brute_force(name):
     assert_everything_right(problem(Steps(CELLS[name])))
+
+
+def no_replay(*_):
+    raise AssertionError("the recurrence was written out")
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *CELLS])
+def test_closed_form_serves_every_quantity_that_is_no_derivative_of_its_cotangents(name, monkeypatch):
+    """Blocks of one step at a time; the replay is there for the Hessian alone."""
+    monkeypatch.setattr(recurrent._Network, "replayed", no_replay)
+    monkeypatch.setattr(cells, "BLOCK_BYTES", 1)
+    X = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = Network(NETWORKS[name], True, "both") if name in NETWORKS else Steps(CELLS[name])
+    case = problem(model, X)
+    compute(case, BatchGrad(), SqrtGGNExact(), check=True)
+    ggn, gradients = oracle.ggn(case), oracle.grad_batch(case)
+    for key, p in case.parameters().items():
+        V = p.sqrt_ggn_exact.flatten(2)
+        assert_close(torch.einsum("vnp,vnq->npq", V, V), ggn[key], label=key)
+        assert_close(p.grad_batch, gradients[key].reshape(p.grad_batch.shape), label=key)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_output_changed_in_place(name):
+    """Where the builtin allows it; the closed form would read the changed output."""
+
+    class Changed(Network):
+        def forward(self, x):
+            outputs, final = self.rnn(torch.sin(self.gain * x))
+            return torch.cat([outputs.mul_(2)[:, :, 0], final_states(final, len(x))], 1)
+
+    assert_everything_right(problem(Changed(NETWORKS[name], True, "both")))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

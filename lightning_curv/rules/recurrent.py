@@ -1,54 +1,47 @@
-"""Recurrent networks and cells: the recurrence is replayed to find the cotangents of its matrix products.
+"""Recurrent networks and cells: one call applies every weight at every step.
 
-One call of ``torch.lstm`` applies every weight at every step. The rule runs the textbook recurrence on the recorded
-inputs and differentiates it at the results of its products: the steps then are shared positions of the weight, as the
-positions of a sequence are for ``F.linear``. The forward pass and the gradients stay those of the builtin.
+The steps are shared positions of the weights, as the positions of a sequence are for ``F.linear``; the forward pass and
+the gradients stay those of the builtin. The cotangents of the products with the weights are found in closed form from
+the recorded outputs (`cells`), from the last layer to the first. Where these are not what the call returned (changed in
+place, or inputs replaced by others) the recurrence is written out and differentiated instead (`replay`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.rules import linear
+from lightning_curv.rules import cells, linear, replay
 from lightning_curv.rules.joined import rows
 from lightning_curv.rules.registry import Call, rule
 from lightning_curv.terms import Term
 
-States = tuple[Tensor, ...]  # h, or h and c
-Step = Callable[[Tensor, Tensor, States], States]  # from W_i x + b_i, W_h h + b_h and the states
-
 LAYERS = "input hx params has_biases num_layers dropout train bidirectional batch_first"
 PACKED = "input batch_sizes hx params has_biases num_layers dropout train bidirectional"
 CELL = "input hx w_ih w_hh b_ih b_hh"
+Numbered = Iterator[tuple[int, Tensor, Tensor]]  # a weight's number, cotangents [V, N, T, o], inputs [N, T, i]
 
 
-def _lstm(x: Tensor, h: Tensor, states: States) -> States:
-    i, f, z, o = (x + h).chunk(4, dim=-1)
-    c = f.sigmoid() * states[1] + i.sigmoid() * z.tanh()
-    return o.sigmoid() * c.tanh(), c
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of recurrence.
 
+    Attributes:
+        step: One step, differentiable.
+        cell: The backward pass of all steps, in closed form.
+        builtin: Torch's function of networks of this kind.
+    """
 
-def _gru(x: Tensor, h: Tensor, states: States) -> States:
-    (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, dim=-1), h.chunk(3, dim=-1)
-    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
-    n = (x_n + r * h_n).tanh()
-    return (n + z * (states[0] - n),)
-
-
-def _tanh(x: Tensor, h: Tensor, states: States) -> States:
-    return ((x + h).tanh(),)
-
-
-def _relu(x: Tensor, h: Tensor, states: States) -> States:
-    return ((x + h).relu(),)
+    step: replay.Step
+    cell: Callable[[cells.Run, Tensor, Sequence[Tensor]], cells.Products]
+    builtin: Callable[..., tuple[Tensor, ...]]
 
 
 def _bind_layers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +76,7 @@ def _sample_axes(arguments: dict[str, Any]) -> list[int | None]:
     return [*first, *(0 if not first else 1 for _ in _numbered(arguments, "states"))]
 
 
-def _replayable(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
+def _backpropagable(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
     if "batch_sizes" in arguments:
         raise UnsupportedError(
             "Expected a padded tensor as input of a recurrent network, found a PackedSequence, whose rows are sorted "
@@ -97,94 +90,128 @@ def _replayable(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
     return (0,)
 
 
-class _Replay:
-    """The recurrence, with a shift added to the results ``[T, N, o]`` of every matrix product; keeps their inputs.
+class _Network:
+    """The arguments of a call; a cell is a network of one layer and one step.
 
-    Shifts, inputs and the numbers of the biases go by the number of the weight.
+    Attributes:
+        x: Inputs, ``[T, N, D]``.
+        initial: Initial states, ``[layers·directions, N, *]`` each.
+        weights: All parameters by number.
+        biases: Numbers of the biases by those of their weights.
+        matrices: Numbers of the weights of every direction of every layer: W_i, W_h and, where projected, W_r.
     """
 
-    def __init__(self, step: Step, weights: list[Tensor], biases: dict[int, int], shifts: dict[int, Tensor]) -> None:
-        self.step, self.weights, self.biases, self.shifts = step, weights, biases, shifts
-        # one node for all steps: the backward function of an index fills a tensor of all steps with zeros
-        self.steps = {weight: shift.unbind(0) for weight, shift in shifts.items()}
-        self.inputs: dict[int, list[Tensor]] = defaultdict(list)
+    def __init__(self, kind: _Kind, arguments: dict[str, Any]) -> None:
+        self.kind, self.arguments, self.is_cell = kind, arguments, "num_layers" not in arguments
+        self.weights = _numbered(arguments, "params")
+        x, *initial = [t.to(self.weights[0].dtype) for t in (arguments["input"], *_numbered(arguments, "states"))]
+        self.x, self.initial = self._steps_first(x), [s[None] for s in initial] if self.is_cell else initial
+        self.directions = 1 + arguments.get("bidirectional", False)
+        count = len(self.weights) // len(self.initial[0])
+        firsts = range(0, len(self.weights), count)
+        self.biases = {k + j: k + j + 2 for k in firsts for j in (0, 1) if arguments["has_biases"]}
+        self.matrices = [[k, k + 1, *([k + count - 1] if count % 2 else [])] for k in firsts]
 
-    def product(self, x: Tensor, weight: int, step: int | None = None) -> Tensor:
-        self.inputs[weight].append(x)
-        bias = self.biases.get(weight)
-        y = F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
-        return y + (self.shifts[weight] if step is None else self.steps[weight][step])
+    def _steps_first(self, tensor: Tensor) -> Tensor:
+        return tensor[None] if self.is_cell else tensor.transpose(0, 1) if self.arguments["batch_first"] else tensor
 
-    def direction(self, x: Tensor, states: States, first: int, last: int) -> tuple[Tensor, States]:
-        """One direction of one layer with the weights ``first`` to ``last``: all h, and the final states."""
-        projected = (last - first) % 2
-        outputs = []
-        for t, x_t in enumerate(self.product(x, first)):
-            states = self.step(x_t, self.product(states[0], first + 1, t), states)
-            if projected:
-                states = (self.product(states[0], last - 1, t), *states[1:])
-            outputs.append(states[0])
-        return torch.stack(outputs), states
+    def replayed(self, g: Tensor) -> Numbered:
+        """Cotangents ``g [V, N, K]`` of all outputs at the products with the weights, by differentiating every step."""
 
-    def network(self, x: Tensor, initial: Sequence[Tensor], directions: int) -> tuple[Tensor, list[Tensor]]:
-        """All layers: outputs ``[T, N, *]`` and final states ``[layers·directions, N, *]``."""
-        count = len(self.weights) // len(initial[0])
-        final = []
-        for layer in range(0, len(initial[0]), directions):
-            outputs = []
-            for k in range(layer, layer + directions):
-                states = tuple(state[k] for state in initial)
-                h, states = self.direction(x.flip(0) if k > layer else x, states, k * count, (k + 1) * count)
-                outputs.append(h.flip(0) if k > layer else h)
-                final.append(states)
-            x = torch.cat(outputs, dim=-1)
-        return x, [torch.stack(state) for state in zip(*final, strict=True)]
+        def outputs(shifts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+            run = replay.Replay(self.kind.step, self.weights, self.biases, shifts)
+            h, final = run.network(self.x, self.initial, self.directions)
+            h = h.transpose(0, 1) if self.arguments.get("batch_first") else h
+            tensors = [state[0] for state in final] if self.is_cell else [h, *final]
+            inputs = {k: v[0] if v[0].ndim == 3 else torch.stack(v) for k, v in run.inputs.items()}
+            return rows(tensors, _sample_axes(self.arguments)), inputs
+
+        shifts = {k: self.x.new_zeros(*self.x.shape[:2], len(w)) for k, w in enumerate(self.weights) if w.ndim == 2}
+        whole, pull, inputs = torch.func.vjp(outputs, shifts, has_aux=True)  # type: ignore[misc]
+        g = g.to(whole.dtype)
+        if len(g) == 1:
+            cotangents = {k: y[None] for k, y in pull(g[0])[0].items()}
+        else:
+            (cotangents,) = torch.func.vmap(pull)(g)
+        for k, y in cotangents.items():
+            yield k, y.movedim(1, 2), inputs[k].movedim(0, 1)
+
+    @torch.no_grad()
+    def backpropagated(self, g: Tensor, output: Tensor) -> Numbered:
+        """The same in closed form.
+
+        Args:
+            g: Cotangents of all outputs.
+            output: What the call returned first.
+        """
+        dtype = torch.promote_types(self.weights[0].dtype, torch.float32)
+        layers = [t.to(dtype) for t in self._layers(output)]
+        arriving, final = self._split(g.to(dtype))
+        for layer in reversed(range(len(layers) - 1)):
+            below = []
+            for direction in range(self.directions):
+                number, backwards = layer * self.directions + direction, direction == 1
+                h, y = (t.chunk(self.directions, dim=-1)[direction] for t in (layers[layer + 1], arriving))
+                x, h, y = (t.flip(0) if backwards else t for t in (layers[layer], h, y))
+                run = self._run(number, x, h, dtype)
+                products = self.kind.cell(run, y, [state[:, :, number] for state in final])
+                for k, (cotangents, inputs) in zip(self.matrices[number], products, strict=True):
+                    yield k, cotangents.permute(1, 2, 0, 3), inputs.transpose(0, 1)
+                if layer:
+                    pulled = cells.times(products[0][0], run.weights[0])
+                    below.append(pulled.flip(0) if backwards else pulled)
+            arriving = sum(below[1:], start=below[0]) if below else arriving
+
+    def _run(self, number: int, x: Tensor, h: Tensor, dtype: torch.dtype) -> cells.Run:
+        matrices, initial = self.matrices[number], [state[number].to(dtype) for state in self.initial]
+        weights = [self.weights[k].to(dtype) for k in matrices]
+        biases = [self.weights[self.biases[k]].to(dtype) for k in matrices if k in self.biases]
+        before = torch.cat([initial[0][None], h[:-1]])
+        return cells.Run(weights, biases, x, before, h, initial[1] if len(initial) > 1 else None)
+
+    def _layers(self, output: Tensor) -> list[Tensor]:
+        """The input of the first layer and the outputs of all, ``[T, N, *]``, of which the last is known."""
+        found, count = [self.x], len(self.initial[0]) // self.directions
+        for layer in range(count - 1):
+            states = [state.chunk(count)[layer].contiguous() for state in self.initial]
+            size = len(self.weights) // count
+            weights = self.weights[layer * size : (layer + 1) * size]
+            options = self.arguments["has_biases"], 1, 0.0, False, self.directions == 2, False
+            with warnings.catch_warnings():  # weights that are not in one block of a GPU's memory
+                warnings.simplefilter("ignore")
+                hx = states if len(states) > 1 else states[0]
+                found.append(self.kind.builtin(found[-1], hx, weights, *options)[0])
+        return [*found, self._steps_first(output)]
+
+    def _split(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Cotangents of the outputs h_t, ``[T, V, N, *]``, and of the final states, ``[V, N, k, *]``."""
+        steps, width = len(self.x), self.directions * self.initial[0].shape[2]
+        own = g.new_zeros(*g.shape[:2], steps * width) if self.is_cell else g[:, :, : steps * width]
+        sizes = [len(state) * state.shape[2] for state in self.initial]
+        states = g[:, :, -sum(sizes) :].split(sizes, dim=2)
+        final = [part.unflatten(2, (len(s), -1)) for part, s in zip(states, self.initial, strict=True)]
+        return own.unflatten(2, (steps, width)).permute(2, 0, 1, 3), final
 
 
-def _recurrent(step: Step, call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
+def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
     """``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``, ``torch.rnn_relu`` and their cells."""
-    weights, cell = _numbered(arguments, "params"), "num_layers" not in arguments
-    x, *initial = [t.to(weights[0].dtype) for t in (arguments["input"], *_numbered(arguments, "states"))]
-    if cell:
-        x, initial = x[None], [state[None] for state in initial]
-    elif arguments["batch_first"]:
-        x = x.transpose(0, 1)
-    count = len(weights) // len(initial[0])
-    biases = {k: k + 2 for k in range(len(weights)) if arguments["has_biases"] and k % count < 2}
-
-    def outputs(shifts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-        replay = _Replay(step, weights, biases, shifts)
-        h, final = replay.network(x, initial, 1 + arguments.get("bidirectional", False))
-        h = h.transpose(0, 1) if arguments.get("batch_first") else h
-        tensors = [state[0] for state in final] if cell else [h, *final]
-        inputs = {k: v[0] if v[0].ndim == 3 else torch.stack(v) for k, v in replay.inputs.items()}
-        return rows(tensors, _sample_axes(arguments)), inputs
-
-    shifts = {k: x.new_zeros(*x.shape[:2], len(w)) for k, w in enumerate(weights) if w.ndim == 2}
-    whole, pull, inputs = torch.func.vjp(outputs, shifts, has_aux=True)  # type: ignore[misc]
-    g = g.to(whole.dtype)
-    if len(g) == 1:
-        cotangents = {k: y[None] for k, y in pull(g[0])[0].items()}
-    else:
-        (cotangents,) = torch.func.vmap(pull)(g)
+    network = _Network(kind, arguments)
+    output, version = arguments["output"] or (g, -1)
+    products = network.backpropagated(g, output) if output._version == version else network.replayed(g)
     terms = {}
-    for k, y in cotangents.items():
-        weight, bias = linear.product(y.movedim(1, 2), inputs[k].movedim(0, 1), "oi")
-        terms.update({f"params{k}": weight, f"params{biases.get(k)}": bias})
+    for k, y, x in products:
+        terms[f"params{k}"], terms[f"params{network.biases.get(k)}"] = linear.product(y, x, "oi")
     return terms
 
 
-_BUILTINS: dict[Any, dict[Any, Step]] = {
-    _bind_layers: {torch.lstm: _lstm, torch.gru: _gru, torch.rnn_tanh: _tanh, torch.rnn_relu: _relu},
-    _bind_cell: {
-        torch.lstm_cell: _lstm,
-        torch.gru_cell: _gru,
-        torch.rnn_tanh_cell: _tanh,
-        torch.rnn_relu_cell: _relu,
-    },
+_KINDS = {
+    "lstm": _Kind(replay.lstm, cells.lstm, torch.lstm),
+    "gru": _Kind(replay.gru, cells.gru, torch.gru),
+    "rnn_tanh": _Kind(replay.tanh, cells.tanh, torch.rnn_tanh),
+    "rnn_relu": _Kind(replay.relu, cells.relu, torch.rnn_relu),
 }
-for _binds, _steps in _BUILTINS.items():
-    for _function, _step in _steps.items():
-        rule(_function, binds=_binds, slots=("params",), axes=_replayable, outputs=_sample_axes, affine=False)(
-            partial(_recurrent, _step)
+for _name, _kind in _KINDS.items():
+    for _function, _binds in ((_kind.builtin, _bind_layers), (getattr(torch, f"{_name}_cell"), _bind_cell)):
+        rule(_function, binds=_binds, slots=("params",), axes=_backpropagable, outputs=_sample_axes, affine=False)(
+            partial(_recurrent, _kind)
         )
