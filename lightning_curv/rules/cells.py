@@ -55,9 +55,20 @@ class Run:
         y = times((self.x, self.before)[number][steps], self.weights[number].mT)
         return y.add_(self.biases[number]) if self.biases else y
 
-    def back(self, products: Tensor, arriving: Tensor) -> Tensor:
-        """Cotangents ``[V, N, P]`` of h_t: those of the products of the next step, pulled back, and its own."""
-        return times(products, self.weights[1]).add_(arriving)
+    def arriving(self, products: Tensor, g: Tensor, final: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """From the last step to the first, its number and the cotangents ``[V, N, P]`` of h_t.
+
+        Args:
+            products: Cotangents of the products with W_h, ``[T, V, N, o]``, filled in step by step.
+            g: Those of the outputs, ``[T, V, N, P]``.
+            final: Those of h_T as a final state.
+        """
+        rows, outputs, weight, shape = products.flatten(1, 2).unbind(), g.unbind(), self.weights[1], g.shape[1:]
+        h = outputs[-1] + final
+        for t in reversed(range(len(outputs))):
+            yield t, h
+            if t:
+                h = matmul.mm(rows[t], weight).view(shape).add_(outputs[t - 1])
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -71,18 +82,16 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     found = gates if g.shape[1] == 1 else gates.new_empty(*g.shape[:3], *gates.shape[3:])
     projected = None if hidden is None else g.new_empty(g.shape)
     products, c = found.flatten(3), final[1].clone()
-    for t in reversed(range(len(g))):
-        if t + 1 == len(g):
-            h = g[t] + final[0]
-        else:
-            h = run.back(products[t + 1], g[t])
-            c.mul_(forget[t + 1])
+    by_c, by_h = gates[..., :3, :].unbind(), gates[..., 3, :].unbind()
+    to_c, to_h = found[..., :3, :].unbind(), found[..., 3, :].unbind()
+    for t, h in run.arriving(products, g, final[0]):
         if projected is not None:
             projected[t] = h
             h = times(h, run.weights[2])
         c.addcmul_(h, through[t])
-        torch.mul(gates[t, :, :, :3], c.unsqueeze(-2), out=found[t, :, :, :3])
-        torch.mul(gates[t, :, :, 3], h, out=found[t, :, :, 3])
+        torch.mul(by_c[t], c.unsqueeze(-2), out=to_c[t])
+        torch.mul(by_h[t], h, out=to_h[t])
+        c.mul_(forget[t])
     result = [(products, run.x), (products, run.before)]
     return result if projected is None or hidden is None else [*result, (projected, hidden)]
 
@@ -125,11 +134,8 @@ def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     gates, candidate, keep = _gru_derivatives(run)
     found, states = gates.new_empty(*g.shape[:3], *gates.shape[2:]), g.new_empty(g.shape)
     products = found.flatten(3)
-    for t in reversed(range(len(g))):
-        if t + 1 == len(g):
-            torch.add(g[t], final[0], out=states[t])
-        else:
-            torch.addcmul(run.back(products[t + 1], g[t]), states[t + 1], keep[t + 1], out=states[t])
+    for t, h in run.arriving(products, g, final[0]):
+        torch.add(h, 0 if t + 1 == len(g) else states[t + 1] * keep[t + 1], out=states[t])
         torch.mul(gates[t], states[t].unsqueeze(-2), out=found[t])
     width = 2 * candidate.shape[2]
     inputs = torch.cat([products[..., :width], states.mul_(candidate.unsqueeze(1))], dim=-1)
@@ -158,8 +164,7 @@ def _gru_derivatives(run: Run) -> tuple[Tensor, Tensor, Tensor]:
 def _elman(derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Elman's network, whose nonlinearity has a derivative that is a function of its value."""
     slopes, products = derivative(run.after), g.new_empty(g.shape)
-    for t in reversed(range(len(g))):
-        h = g[t] + final[0] if t + 1 == len(g) else run.back(products[t + 1], g[t])
+    for t, h in run.arriving(products, g, final[0]):
         torch.mul(h, slopes[t], out=products[t])
     return [(products, run.x), (products, run.before)]
 
