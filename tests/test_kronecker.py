@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zoo import ROW, Problem, assert_close, assert_fields, compute
 
+from lightning_curv import curvature
 from lightning_curv.extensions import (
     KFAC,
     KFLR,
@@ -23,6 +24,7 @@ from lightning_curv.extensions import (
     DiagGGNMC,
     SumGradSquared,
     Variance,
+    kronecker,
 )
 from lightning_curv.jacobian import CHUNK_BYTES
 
@@ -101,6 +103,24 @@ def test_factors_are_symmetric_and_positive_semidefinite(name):
                 continue
             assert_close(factor, factor.mT, label=key)
             assert torch.linalg.eigvalsh(factor).min() >= -1e-12 * factor.abs().max(), key
+
+
+@SHARING
+def test_what_a_weight_and_its_bias_share_is_computed_once(weight_sharing, monkeypatch):
+    """Two layers in turn, on rows and on sequences: a product for every factor but the biases', which are copies."""
+    products = []
+    counted = lambda *args: products.append(args[1]) or kronecker_factor(*args)  # noqa: E731
+    kronecker_factor = kronecker.kronecker_factor
+    monkeypatch.setattr(kronecker, "kronecker_factor", counted)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
+    with curvature(KFAC(weight_sharing=weight_sharing)):
+        F.mse_loss(model(torch.randn(5, 2, 3)), torch.zeros(5, 2)).backward()
+    assert products == ["o", "i"] * 3
+    for layer in (model[0], model[2], model[5]):
+        (bias,), B = layer.bias.kfac, layer.weight.kfac[0]
+        assert torch.equal(bias, B)
+        assert bias.data_ptr() != B.data_ptr()
+    assert all(latest._factor is None for latest in kronecker._LATEST.values())
 
 
 def test_unknown_weight_sharing_is_refused():

@@ -18,8 +18,10 @@ with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the position
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +74,13 @@ class KFLR(Extension):
             return [jacobian.sum_squares().flatten()]
         known = "i" if jacobian.continues else ""  # the inputs' factor stays that of the first columns, see `merge`
         term = jacobian.terms[0]
-        return [term.g if axis in known else kronecker_factor(term, axis, self.weight_sharing) for axis in axes]
+        return [term.g if axis in known else self._factor(term, axis) for axis in axes]
+
+    def _factor(self, term: Term, axis: str) -> Tensor:
+        factor, letters = (term.g, term.out) if axis == "o" else (term.x, term.inp)
+        assert factor is not None
+        key = letters, *(x for x in letters if x not in term.par), self.weight_sharing, term.classes
+        return _LATEST[axis].of(factor, key, lambda: kronecker_factor(term, axis, self.weight_sharing))
 
     def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
         """The factors of the columns add up, that of the inputs stays."""
@@ -96,6 +104,32 @@ class KFAC(KFLR):
     def __init__(self, mc_samples: int = 1, weight_sharing: WeightSharing = "expand") -> None:
         super().__init__(weight_sharing)
         self.source = Sampled(mc_samples)
+
+
+class _Latest(threading.local):
+    """The factor made last, kept while what it was made of is in memory: a weight and its bias have one in common."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._source: weakref.ref[Tensor] | None = None
+        self._factor: Tensor | None = None
+
+    def of(self, tensor: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        """The factor of a tensor: a copy of the latest one, if that was made of the same entries in the same way."""
+        base = tensor if tensor._base is None else tensor._base
+        key = *key, base._version, tensor.storage_offset(), tensor.shape, tensor.stride()
+        if self._source is not None and self._source() is base and self._key == key and self._factor is not None:
+            return self._factor.clone()
+        self._factor = make()
+        self._source, self._key = weakref.ref(base, self._forget), key
+        return self._factor
+
+    def _forget(self, source: weakref.ref[Tensor]) -> None:
+        if source is self._source:
+            self._source = self._factor = None
+
+
+_LATEST = {"o": _Latest(), "i": _Latest()}
 
 
 def kronecker_axes(jacobian: Jacobian) -> str:
@@ -154,7 +188,11 @@ def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: Weigh
     groups = "q" if "q" in letters else ""
     features = [lead + letters.index(x) for x in letters if x in par and x != "q"]
     positions = [lead + letters.index(x) for x in letters if x not in par]
-    order = [*(lead + letters.index(x) for x in groups), *features, *range(lead), *positions]
+    summed = [*range(lead), *positions]
+    if weight_sharing == "expand":  # in the order of memory, where they are one axis
+        strides = factor.stride()
+        summed.sort(key=lambda axis: -strides[axis])
+    order = [*(lead + letters.index(x) for x in groups), *features, *summed]
     size = max(1, CHUNK_BYTES // max(1, math.prod(factor.shape[1:]) * factor.element_size()))
     total = None
     for start in range(0, max(1, len(factor)), size):
