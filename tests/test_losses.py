@@ -22,6 +22,7 @@ from lightning_curv.extensions import (
 )
 from lightning_curv.losses import LOSSES as REGISTERED
 from lightning_curv.losses import PARTS
+from lightning_curv.losses.likelihoods import Categorical, _classes
 
 N = 4
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # kl_div
@@ -202,6 +203,19 @@ def test_classes_have_one_column_less_also_where_probabilities_underflow():
     torch.testing.assert_close(
         torch.einsum("vne,vnf->nef", columns, columns), p.diag_embed() - p[:, :, None] * p[:, None]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_drawn_classes_have_their_probabilities(dtype):
+    """Classes without probability are not drawn, wherever they are; NaN draws something."""
+    p = torch.tensor([0, 0.25, 0, 0.125, 0.625, 0], dtype=dtype)
+    drawn = _classes(p.expand(100, 200, 6), torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn.flatten(), minlength=6) / 20_000
+    assert drawn.shape == (100, 200, 1)
+    assert torch.equal(share > 0, p > 0)
+    torch.testing.assert_close(share, p.float(), rtol=0, atol=0.015)  # four standard deviations
+    rows = Categorical(torch.full((3, 4), torch.nan), torch.ones(3, 1), 1).sample(torch.Generator())
+    assert bool(rows.isnan().all())
 
 
 @pytest.mark.parametrize("name", CALLS)
