@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_curv import matmul, onehot
-from lightning_curv.pieces import Matrices, pieces
-from lightning_curv.sliding import Sliding
-from lightning_curv.terms import Term, signed
+from lightning_curv.pieces import CHUNK_BYTES, Matrices, pieces
+from lightning_curv.terms import DIAGONAL, Term, signed
 
-CHUNK_BYTES = 2**24  # of intermediate results; they then stay in cache, and memory does not grow with N
 KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
 BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
@@ -80,11 +78,6 @@ class Jacobian:
     def _onehot(self) -> Term | None:
         return self.terms[0] if len(self.terms) == 1 and self.terms[0].classes else None
 
-    @cached_property
-    def _sliding(self) -> Sliding | None:
-        sliding = Sliding(self.terms[0])
-        return sliding if len(self.terms) == 1 and sliding.slides else None
-
     def __getitem__(self, samples: slice | list[int]) -> Jacobian:
         """The Jacobian of some samples."""
         signs = None if self.signs is None else self.signs[:, samples]
@@ -100,10 +93,10 @@ class Jacobian:
         if self._formed is not None:
             return self._formed
         if not self._one_by_one:
-            formed = next(self._pieces(max(1, self.samples)))
+            formed = next(self._pieces(max(1, self.samples), ordered=True))
         else:
             formed = self.terms[0].g.new_empty(self.columns, self.samples, *self.shape)
-            for n, piece in enumerate(self._pieces(1)):
+            for n, piece in enumerate(self._pieces(1, ordered=True)):
                 formed[:, n] = piece[:, 0]
         if self.shared:
             self._formed = formed
@@ -124,8 +117,8 @@ class Jacobian:
             return iter(self._formed.split(size, dim=1))
         return self._pieces(1 if self._one_by_one else size)
 
-    def _pieces(self, size: int) -> Iterator[Tensor]:
-        return (self._added(parts) for parts in zip(*(pieces(term, size) for term in self.terms), strict=True))
+    def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
+        return (self._added(parts) for parts in zip(*(pieces(t, size, ordered) for t in self.terms), strict=True))
 
     @cached_property
     def _one_by_one(self) -> bool:
@@ -169,10 +162,7 @@ class Jacobian:
         )
         if self.columns * self.samples * self.parameter.numel() > 1.25 * held:
             return self
-        if self._sliding is not None:
-            return Jacobian(self.parameter, [self._sliding.formed()])
-        formed = self.per_sample().reshape(self.columns, self.samples, -1)
-        return Jacobian(self.parameter, [Term("d", "", "d", formed)])
+        return Jacobian(self.parameter, [_joined(self.chunks(), self.samples)])
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
@@ -189,9 +179,7 @@ class Jacobian:
             return self._factorised.squared_norms()
         if len(self.terms) == 1 and _gram_pays(self.terms[0]):
             return _gram_norms(self.terms[0])
-        if self._sliding is not None and self._formed is None and not self._one_by_one:
-            return self._sliding.squared_norms()
-        norms = [torch.linalg.vector_norm(j.reshape(*j.shape[:2], -1), dim=2) for j in self.chunks()]
+        norms = [torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)]) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
 
     def sum_squares(self) -> Tensor:
@@ -275,6 +263,20 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
     return result.contiguous()
 
 
+def _joined(parts: Iterator[Tensor], samples: int) -> Term:
+    """Pieces ``[1, n, *p]`` as one term without inputs, its axes in the order of their memory: nothing is moved."""
+    start, order, rows = 0, [0], None
+    for j in parts:
+        if rows is None:
+            order = sorted(range(j.ndim - 2), key=lambda axis: -j.stride(axis + 2))
+            rows = j.new_empty(samples, *(j.shape[axis + 2] for axis in order))
+        rows[start : start + j.shape[1]] = j[0].permute(0, *(axis + 1 for axis in order))
+        start += j.shape[1]
+    assert rows is not None
+    letters = DIAGONAL[: len(order)]
+    return Term("".join(letters[axis] for axis in order), "", letters, rows[None])
+
+
 def _dot(term: Term, vector: Tensor) -> Tensor:
     sizes = term.sizes()
     vector = vector.reshape([sizes[letter] for letter in term.par])
@@ -315,7 +317,7 @@ def _doubled(term: Term) -> Term:
 def _gram_pays(term: Term) -> bool:
     """Whether Gram matrices over the shared positions are cheaper than the per-sample gradient; crossover measured."""
     m = Matrices(term)
-    out, inp = m.size(m.rows), m.size(m.columns)
+    out, inp = m.size(m.outputs), m.size(m.inputs)
     return m.regular and m.size(m.shared) * (out + inp) <= 1.25 * out * inp
 
 

@@ -15,8 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LARGE = 2**20  # multiplications from which one product by oneDNN is faster, measured
-LARGE_EACH = 2**21  # of one product of a stack, from which products one after the other are faster than one of all
+LARGE = 2**20  # multiplications from which a product by oneDNN is faster, measured; so are those of a stack, one by one
 
 
 @cache
@@ -33,10 +32,10 @@ def _onednn() -> Callable[..., Tensor] | None:
     return product
 
 
-def is_large(like: Tensor, multiplications: int, least: int = LARGE) -> bool:
+def is_large(like: Tensor, multiplications: int) -> bool:
     """Whether oneDNN is there, and faster for a product of this size."""
     return (
-        multiplications >= least
+        multiplications >= LARGE
         and like.dtype == torch.float32
         and like.device.type == "cpu"
         and bool(torch.backends.mkldnn.enabled)
@@ -61,14 +60,14 @@ def _dense(matrix: Tensor) -> Tensor:
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
-    if len(a) and is_large(a, a.shape[1] * b[0].numel(), LARGE_EACH):
+    if len(a) and is_large(a, a.shape[1] * b[0].numel()):
         products = [*one_by_one(a, b)]
         return products[0][None] if len(products) == 1 else torch.stack(products)
     return a @ b
 
 
 def one_by_one(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """The products of two stacks of matrices one after the other, each of at least `LARGE_EACH`."""
+    """The products of two stacks of matrices one after the other, each of at least `LARGE` multiplications."""
     product = _onednn()
     assert product is not None
     for left, right in zip(_dense(a).unbind(), _dense(b).mT.unbind(), strict=True):

@@ -1,6 +1,7 @@
 """Per-sample gradients of one term, in pieces of consecutive samples: products of matrices with the positions last.
 
-Overlapping patches are copied a few samples at a time, so that they stay in cache.
+The features of the output are the columns of a product: they are more often a multiple of the width of the vector units
+than those of a patch. Overlapping patches are copied a few samples at a time, so that they stay in cache.
 """
 
 from __future__ import annotations
@@ -9,17 +10,24 @@ import math
 from collections.abc import Iterator
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from lightning_curv import matmul, onehot
 from lightning_curv.terms import Term
 
-PATCH_BYTES = 2**21  # of factors that are copied at once
+CHUNK_BYTES = 2**21  # of copies and of intermediate results; they then stay in cache, and memory does not grow with N
 
 
-def pieces(term: Term, size: int) -> Iterator[Tensor]:
-    """J of ``size`` consecutive samples at a time, ``[V, n, *par]``; one piece without samples where there are none."""
-    matrices = Matrices(term)
+def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
+    """J of consecutive samples, ``[V, n, *par]``; one piece without samples where there are none.
+
+    Args:
+        term: The term.
+        size: The number of samples n.
+        ordered: Whether memory is to be in the order ``n``, outputs, inputs, not in the faster one.
+    """
+    matrices = Matrices(term, ordered)
     if matrices.regular:
         yield from matrices.pieces(size)
         return
@@ -33,17 +41,18 @@ class Matrices:
 
     Attributes:
         term: The term.
+        ordered: Whether products have rows of outputs and columns of inputs, not the other way round.
         both: Letters of the parameter that both factors have.
-        rows: Those of the cotangents alone.
-        columns: Those of the inputs alone.
+        outputs: Those of the cotangents alone.
+        inputs: Those of the inputs alone.
         shared: The letters that are summed.
     """
 
-    def __init__(self, term: Term) -> None:
-        self.term = term
+    def __init__(self, term: Term, ordered: bool = False) -> None:
+        self.term, self.ordered = term, ordered or len(term.g) > 1  # columns apart: each is squared on its own
         self.both = [x for x in term.par if x in term.out and x in term.inp]
-        self.rows = [x for x in term.par if x in term.out and x not in term.inp]
-        self.columns = [x for x in term.par if x not in term.out]
+        self.outputs = [x for x in term.par if x in term.out and x not in term.inp]
+        self.inputs = [x for x in term.par if x not in term.out]
         self.shared = [*term.shared]
 
     @property
@@ -51,7 +60,7 @@ class Matrices:
         """Whether J is a product of the two matrices."""
         common = all(x in self.term.out and x in self.term.inp for x in self.shared)
         dense = self.term.x is not None and not self.term.classes
-        return dense and bool(self.shared) and common and bool(self.rows or self.columns)
+        return dense and bool(self.shared) and common and bool(self.outputs or self.inputs)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
@@ -64,9 +73,9 @@ class Matrices:
     @cached_property
     def large(self) -> bool:
         """Whether the product of a single sample is large."""
-        sizes = [self.size(x) for x in (self.rows, self.columns, self.shared)]
+        sizes = [self.size(x) for x in (self.outputs, self.inputs, self.shared)]
         multiplications = len(self.term.g) * math.prod(sizes)
-        return self.regular and matmul.is_large(self.term.g, multiplications, matmul.LARGE_EACH)
+        return self.regular and matmul.is_large(self.term.g, multiplications)
 
     @cached_property
     def _views(self) -> tuple[Tensor, Tensor, bool]:
@@ -76,14 +85,15 @@ class Matrices:
         """
         term = self.term
         assert term.x is not None
-        both, rows, shared = ([2 + term.out.index(x) for x in group] for group in (self.both, self.rows, self.shared))
+        groups = self.both, self.outputs, self.shared
+        both, rows, shared = ([2 + term.out.index(x) for x in group] for group in groups)
         last = bool(rows) and term.g.stride(rows[-1]) < term.g.stride(shared[-1])
         g = term.g.permute(1, *both, *(shared if last else []), 0, *rows, *([] if last else shared))
-        return g, term.x.permute(0, *(1 + term.inp.index(x) for x in self.both + self.columns + self.shared)), last
+        return g, term.x.permute(0, *(1 + term.inp.index(x) for x in self.both + self.inputs + self.shared)), last
 
     def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
-        q, o, i, s = (self.size(x) for x in (self.both, self.rows, self.columns, self.shared))
+        q, o, i, s = (self.size(x) for x in (self.both, self.outputs, self.inputs, self.shared))
         g, x, last = self._views
         g, x, o = g[start:stop], x[start:stop], len(self.term.g) * o
         g = g.reshape(len(g), q, s, o).mT if last else g.reshape(len(g), q, o, s)
@@ -92,32 +102,35 @@ class Matrices:
     def pieces(self, size: int) -> Iterator[Tensor]:
         """See `pieces`."""
         single = size == 1 and self.large
-        step = max(1, PATCH_BYTES // self._bytes) if single else size
+        step = max(1, CHUNK_BYTES // self._bytes) if single else size
         for start in range(0, max(self.term.g.shape[1], 1), step):
             g, x = self.of(start, start + step)
-            if single and not self.both:
-                yield from map(self._shaped, matmul.one_by_one(g[:, 0], x[:, 0].mT))
-            elif single:
-                yield from (self._shaped(matmul.bmm(g_n, x_n.mT)) for g_n, x_n in zip(g, x, strict=True))
+            left, right = (g, x) if self.ordered else (x, g)
+            if single:
+                products = matmul.one_by_one(left.flatten(0, 1), right.flatten(0, 1).mT)
+                for groups in zip(*[products] * left.shape[1], strict=True):
+                    yield self._shaped(torch.stack(groups) if self.both else groups[0])
             else:
-                yield self._shaped(g @ x.mT)
+                yield self._shaped(left @ right.mT)
 
     @property
     def _bytes(self) -> int:
         """Of the inputs of one sample."""
-        letters = self.both + self.columns + self.shared
+        letters = self.both + self.inputs + self.shared
         return self.size(letters) * self.term.g.element_size()
 
     @cached_property
     def _axes(self) -> tuple[list[int], list[int] | None]:
         """Sizes of the axes of products behind ``n``, and their order in J; ``None``: the same."""
-        both, rows, columns = ([self._sizes[x] for x in group] for group in (self.both, self.rows, self.columns))
-        found = [*self.both, "v", *self.rows, *self.columns]
+        both, rows, columns = ([self._sizes[x] for x in group] for group in (self.both, self.outputs, self.inputs))
+        outputs, inputs = (["v", *self.outputs], [len(self.term.g), *rows]), (self.inputs, columns)
+        first, second = (outputs, inputs) if self.ordered else (inputs, outputs)
+        found = [*self.both, *first[0], *second[0]]
         order = [1 + found.index("v"), 0, *(1 + found.index(x) for x in self.term.par)]
-        return [*both, len(self.term.g), *rows, *columns], None if order == [1, 0, *range(2, len(order))] else order
+        return [*both, *first[1], *second[1]], None if order == [1, 0, *range(2, len(order))] else order
 
     def _shaped(self, product: Tensor) -> Tensor:
-        """``[n, q, V·o, i]`` (or without ``n`` and ``q`` where they are 1) as ``[V, n, *par]``."""
+        """Products ``[n, q, rows, columns]``, or one without ``n`` and a single ``q``, as ``[V, n, *par]``."""
         sizes, order = self._axes
         product = product.view(len(product) if product.ndim == 4 else 1, *sizes)
         return product.transpose(0, 1) if order is None else product.permute(order)

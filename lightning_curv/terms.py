@@ -145,7 +145,9 @@ class Term:
         """``g·x`` of the first column, times ``weights [N]``, summed over the samples; dense inputs only."""
         g, x = self.g[:1], self.x
         if x is None:
-            return torch.einsum(f"n,n{self.out}->{self.par}", weights.to(g.dtype), g[0])
+            kept = "".join(letter for letter in self.out if letter in self.par)
+            total = torch.einsum(f"n,n{self.out}->{kept}", weights.to(g.dtype), g[0])
+            return total.permute([kept.index(letter) for letter in self.par])
         own = self.adjoint if self.adjoint is not None and self.adjoint.x is x else None
         if own is not None or g.numel() <= x.numel():
             g = g * weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 2))
@@ -158,9 +160,9 @@ class Term:
         if {*self.out} & {*self.inp}:
             squares = replace(self, g=self.g.square(), x=None if self.x is None else self.x.square())
             return squares.contract("vn")
-        norms = torch.linalg.vector_norm(self.g.flatten(2), dim=2)
+        norms = torch.linalg.vector_norm(self.g[..., None].flatten(2), dim=2)
         if self.x is not None:
-            norms = norms * torch.linalg.vector_norm(self.x.flatten(1), dim=1)
+            norms = norms * torch.linalg.vector_norm(self.x[..., None].flatten(1), dim=1)
         return norms.square_()
 
     def squared(self, signs: Tensor | None = None) -> Term:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_curv.jacobian import CHUNK_BYTES, Jacobian
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.pieces import CHUNK_BYTES
 from lightning_curv.terms import Term
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -26,7 +26,7 @@ from lightning_curv.extensions import (
     Variance,
     kronecker,
 )
-from lightning_curv.jacobian import CHUNK_BYTES
+from lightning_curv.pieces import CHUNK_BYTES
 
 NAMES = [
     "mlp_sigmoid",

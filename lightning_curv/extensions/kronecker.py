@@ -28,7 +28,8 @@ from torch import Tensor
 
 from lightning_curv import onehot
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
-from lightning_curv.jacobian import CHUNK_BYTES, Jacobian
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.pieces import CHUNK_BYTES
 from lightning_curv.symmetric import gram
 from lightning_curv.terms import Term
 

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from lightning_curv import curvature
 from lightning_curv.extensions import Extension
-from lightning_curv.sliding import Sliding
 
 
 class Contractions(Extension):
@@ -15,35 +14,36 @@ class Contractions(Extension):
 
     def evaluate(self, jacobian):
         weights = torch.linspace(-1, 2, jacobian.samples, dtype=torch.float64)
-        (term,) = jacobian.terms
-        return (
-            Sliding(term).slides,
+        return [
             jacobian.per_sample()[0],
             jacobian.squared_norms()[0],
+            jacobian.variance(),
+            jacobian.kept().squared_norms()[0],
+            jacobian.kept().weighted_total(weights),
             jacobian.weighted_total(weights),
             jacobian[1:3].weighted_total(weights[1:3]),
-        )
+        ]
 
 
 @pytest.mark.parametrize(
-    ("make", "slides"),
+    "make",
     [
-        (lambda: nn.Conv1d(4, 6, 3, padding=1), True),
-        (lambda: nn.Conv2d(4, 6, 3, padding=1), True),
-        (lambda: nn.Conv2d(4, 6, (3, 2), padding=(0, 2), bias=False), True),
-        (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), True),
-        (lambda: nn.Conv2d(4, 6, 3, groups=2), True),
-        (lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1), True),
-        (lambda: nn.Conv2d(4, 6, 4, padding="same"), True),
-        (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), True),
-        (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), False),
-        (lambda: nn.Conv2d(4, 6, 3, stride=(1, 2), padding=1), True),
-        (lambda: nn.Conv2d(4, 6, (1, 3)), False),
-        (lambda: nn.Conv3d(4, 6, 2, padding=1), True),
-        (lambda: nn.ConvTranspose2d(4, 6, 3), False),
+        lambda: nn.Conv1d(4, 6, 3, padding=1),
+        lambda: nn.Conv2d(4, 6, 3, padding=1),
+        lambda: nn.Conv2d(4, 6, (3, 2), padding=(0, 2), bias=False),
+        lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2),
+        lambda: nn.Conv2d(4, 6, 3, groups=2),
+        lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1),
+        lambda: nn.Conv2d(4, 6, 4, padding="same"),
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1),
+        lambda: nn.Conv2d(4, 6, 3, stride=(1, 2), padding=1),
+        lambda: nn.Conv2d(4, 6, (1, 3)),
+        lambda: nn.Conv3d(4, 6, 2, padding=1),
+        lambda: nn.ConvTranspose2d(4, 6, 3),
     ],
 )
-def test_contractions_equal_single_samples(make, slides):
+def test_contractions_equal_single_samples(make):
     torch.manual_seed(0)
     layer = make().double()
     dims = layer.weight.ndim - 2
@@ -51,13 +51,15 @@ def test_contractions_equal_single_samples(make, slides):
     with curvature(Contractions(), batch_size=5):
         F.silu(layer(X)).square().sum().backward()
     singles = torch.stack([torch.autograd.grad(F.silu(layer(x[None])).square().sum(), layer.weight)[0] for x in X])
-    slid, *found = layer.weight.contractions
+    found = layer.weight.contractions
     weights = torch.linspace(-1, 2, 5, dtype=torch.float64)
     expected = [
         singles,
         singles.flatten(1).square().sum(1),
+        singles.var(0, correction=0),
+        singles.flatten(1).square().sum(1),
+        torch.tensordot(weights, singles, 1),
         torch.tensordot(weights, singles, 1),
         torch.tensordot(weights[1:3], singles[1:3], 1),
     ]
-    assert slid == slides
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
