@@ -18,6 +18,7 @@ from lightning_curv import matmul, onehot
 from lightning_curv.pieces import CHUNK_BYTES, Matrices, pieces
 from lightning_curv.terms import DIAGONAL, Term, signed
 
+STACK_BYTES = 2**18  # of products that are made one by one and worked on together
 KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
 BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
@@ -95,9 +96,10 @@ class Jacobian:
         if not self._one_by_one:
             formed = next(self._pieces(max(1, self.samples), ordered=True))
         else:
-            formed = self.terms[0].g.new_empty(self.columns, self.samples, *self.shape)
-            for n, piece in enumerate(self._pieces(1, ordered=True)):
-                formed[:, n] = piece[:, 0]
+            formed, start = self.terms[0].g.new_empty(self.columns, self.samples, *self.shape), 0
+            for piece in self._pieces(self._size, ordered=True):
+                formed[:, start : start + piece.shape[1]] = piece
+                start += piece.shape[1]
         if self.shared:
             self._formed = formed
         return formed
@@ -107,15 +109,23 @@ class Jacobian:
 
         They are not to be changed in place.
         """
-        bytes_ = self.columns * self.parameter.numel() * self.terms[0].g.element_size()
         sparse = any(term.classes for term in self.terms)
-        if self.shared and self._formed is None and not sparse and bytes_ * self.samples <= KEPT_BYTES:
+        if self.shared and self._formed is None and not sparse and self._bytes * self.samples <= KEPT_BYTES:
             self.per_sample()
+        return self._pieces(self._size) if self._formed is None else iter(self._formed.split(self._size, dim=1))
+
+    @property
+    def _bytes(self) -> int:
+        """Of J of one sample."""
+        return self.columns * self.parameter.numel() * self.terms[0].g.element_size()
+
+    @cached_property
+    def _size(self) -> int:
+        """Samples at a time."""
+        if self._one_by_one:
+            return max(1, STACK_BYTES // self._bytes)
         inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in self.terms if t.x is not None]
-        size = max(1, CHUNK_BYTES // max(bytes_, *inputs, 1, 1))
-        if self._formed is not None:
-            return iter(self._formed.split(size, dim=1))
-        return self._pieces(1 if self._one_by_one else size)
+        return max(1, CHUNK_BYTES // max(self._bytes, *inputs, 1, 1))
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
         return (self._added(parts) for parts in zip(*(pieces(t, size, ordered) for t in self.terms), strict=True))
@@ -148,21 +158,27 @@ class Jacobian:
         parts = [onehot.weighted_total(t, weights) if t.classes else t.weighted_total(weights) for t in self.terms]
         return sum((p.reshape(self.shape) for p in parts[1:]), start=parts[0].reshape(self.shape))
 
-    def kept(self) -> Jacobian:
-        """The same, with per-sample gradients formed where `squared_norms` forms them and they take no more memory.
+    @cached_property
+    def forms_norms(self) -> bool:
+        """Whether `squared_norms` has to form the per-sample gradients: no product of norms or Gram matrices do."""
+        if self._onehot is not None or self._factorised is not None:
+            return False
+        return len(self.terms) > 1 or not _gram_pays(self.terms[0])
 
-        That is at most a quarter more than the terms. A small kernel at many positions: its gradients are then found
-        once for the norms and for `weighted_total`.
-        """
-        cheap = self._onehot is not None or self._factorised is not None
-        if cheap or (len(self.terms) == 1 and _gram_pays(self.terms[0])):
+    def formed(self) -> Jacobian:
+        """The same with its only column formed, in the order of memory that is the fastest."""
+        if self._factorised is not None and self._factorised.x is None:
             return self
-        held = sum(
-            t.g.numel() + (0 if t.x is None else t.x.untyped_storage().nbytes() // t.x.itemsize) for t in self.terms
-        )
-        if self.columns * self.samples * self.parameter.numel() > 1.25 * held:
-            return self
-        return Jacobian(self.parameter, [_joined(self.chunks(), self.samples)])
+        start, order, rows = 0, [0], None
+        for j in self.chunks():
+            if rows is None:
+                order = sorted(range(j.ndim - 2), key=lambda axis: -j.stride(axis + 2))
+                rows = j.new_empty(1, self.samples, *(j.shape[axis + 2] for axis in order))
+            rows[:, start : start + j.shape[1]] = j.permute(0, 1, *(axis + 2 for axis in order))
+            start += j.shape[1]
+        assert rows is not None
+        letters = DIAGONAL[: len(order)]
+        return Jacobian(self.parameter, [Term("".join(letters[axis] for axis in order), "", letters, rows)])
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
@@ -177,7 +193,7 @@ class Jacobian:
             return onehot.squared_norms(self._onehot)
         if self._factorised is not None:
             return self._factorised.squared_norms()
-        if len(self.terms) == 1 and _gram_pays(self.terms[0]):
+        if not self.forms_norms:
             return _gram_norms(self.terms[0])
         norms = [torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)]) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
@@ -214,8 +230,15 @@ class Jacobian:
             return onehot.variance(self._onehot).reshape(self.shape)
         if self._factorised is not None and self._factorised.g.dtype == torch.float32:
             return self._variance_of_moments()
-        mean = self._sum() / self.samples
-        return _sum_squares((j - mean for j in self.chunks()), None).div_(self.samples)
+        return _sum_squares(self._deviations(self._sum() / self.samples), None).div_(self.samples)
+
+    def _deviations(self, mean: Tensor) -> Iterator[Tensor]:
+        """The chunks minus the mean, in their order of memory."""
+        first = True
+        for j in self.chunks():
+            if first and j.shape[1]:
+                mean, first = torch.empty_like(j[0, 0]).copy_(mean), False
+            yield j - mean
 
     def _sum(self) -> Tensor:
         """Sum over the samples of the only column: the gradient, where it is known in full."""
@@ -261,20 +284,6 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
         start += j.shape[1]
     assert result is not None
     return result.contiguous()
-
-
-def _joined(parts: Iterator[Tensor], samples: int) -> Term:
-    """Pieces ``[1, n, *p]`` as one term without inputs, its axes in the order of their memory: nothing is moved."""
-    start, order, rows = 0, [0], None
-    for j in parts:
-        if rows is None:
-            order = sorted(range(j.ndim - 2), key=lambda axis: -j.stride(axis + 2))
-            rows = j.new_empty(samples, *(j.shape[axis + 2] for axis in order))
-        rows[start : start + j.shape[1]] = j[0].permute(0, *(axis + 1 for axis in order))
-        start += j.shape[1]
-    assert rows is not None
-    letters = DIAGONAL[: len(order)]
-    return Term("".join(letters[axis] for axis in order), "", letters, rows[None])
 
 
 def _dot(term: Term, vector: Tensor) -> Tensor:

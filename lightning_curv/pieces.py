@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -101,15 +102,14 @@ class Matrices:
 
     def pieces(self, size: int) -> Iterator[Tensor]:
         """See `pieces`."""
-        single = size == 1 and self.large
-        step = max(1, CHUNK_BYTES // self._bytes) if single else size
+        step = size * max(1, CHUNK_BYTES // (size * self._bytes)) if self.large else size
         for start in range(0, max(self.term.g.shape[1], 1), step):
             g, x = self.of(start, start + step)
             left, right = (g, x) if self.ordered else (x, g)
-            if single:
+            if self.large:
                 products = matmul.one_by_one(left.flatten(0, 1), right.flatten(0, 1).mT)
-                for groups in zip(*[products] * left.shape[1], strict=True):
-                    yield self._shaped(torch.stack(groups) if self.both else groups[0])
+                while some := [*islice(products, size * left.shape[1])]:
+                    yield self._shaped(some[0] if len(some) == 1 else torch.stack(some))
             else:
                 yield self._shaped(left @ right.mT)
 
@@ -130,7 +130,7 @@ class Matrices:
         return [*both, *first[1], *second[1]], None if order == [1, 0, *range(2, len(order))] else order
 
     def _shaped(self, product: Tensor) -> Tensor:
-        """Products ``[n, q, rows, columns]``, or one without ``n`` and a single ``q``, as ``[V, n, *par]``."""
+        """Products ``[n, q, rows, columns]`` or ``[n·q, rows, columns]``, or a single one, as ``[V, n, *par]``."""
         sizes, order = self._axes
-        product = product.view(len(product) if product.ndim == 4 else 1, *sizes)
+        product = product.view(product.numel() // max(1, math.prod(sizes)), *sizes)
         return product.transpose(0, 1) if order is None else product.permute(order)

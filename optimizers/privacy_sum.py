@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,15 @@ from torch import Tensor
 from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.optimizers.privacy_clipping import Clipping
+from lightning_curv.pieces import CHUNK_BYTES
 
 
 class ClippedSum(GradientReceiver):
     r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
 
     Book-keeping: one backward pass as far as the recorded ops, squared norms from their inputs and cotangents, then one
-    weighted contraction of the same.
+    weighted contraction of the same. Where a norm needs the per-sample gradient itself, all such gradients of a few
+    samples are formed at once, in cache, and the sample's factor is known while they are there: no second contraction.
 
     Args:
         parameters: The norm is taken over all of them together.
@@ -49,9 +52,7 @@ class ClippedSum(GradientReceiver):
     def forget(self) -> None:
         """Drop everything since the last step."""
         self._sums: dict[Tensor, Tensor] = {}
-        self._jacobians: list[Jacobian] = []
-        self._squares: list[Tensor] = []
-        self._samples = 0
+        self.begin(0)
         self.passes = 0
         self.norms: list[Tensor] = []
         self.discarded = 0
@@ -63,23 +64,46 @@ class ClippedSum(GradientReceiver):
 
     def begin(self, samples: int) -> None:
         """A backward pass begins."""
-        self._jacobians, self._squares, self._samples = [], [], samples
+        self._jacobians: list[Jacobian] = []
+        self._squares: list[Tensor] = []  # of the norms of these
+        self._formed: list[Jacobian] = []  # those whose norms need per-sample gradients
+        self._samples = samples
 
     def receive(self, jacobian: Jacobian) -> None:
         """Take a parameter's norms now, while its inputs are in the cache, and hold its terms."""
-        jacobian = jacobian.kept()
-        self._jacobians.append(jacobian)
-        self._squares.append(jacobian.squared_norms()[0])
+        if jacobian.forms_norms:
+            small = 4 * jacobian.parameter.numel() <= max(term.g[0, 0].numel() for term in jacobian.terms)
+            self._formed.append(jacobian.formed() if small else jacobian)
+        else:
+            self._jacobians.append(jacobian)
+            self._squares.append(jacobian.squared_norms()[0])
 
     @torch.no_grad()
     def end(self) -> None:
         """Clip and add up the pass."""
-        jacobians, squares, samples = self._jacobians, self._squares, self._samples
+        jacobians, squares, formed, samples = self._jacobians, self._squares, self._formed, self._samples
         self.begin(0)
         self.passes += 1
-        if not jacobians or not samples:
+        if not (jacobians or formed) or not samples:
             return
         scale = self.loss_scale / (samples if self.mean else 1)
+        bytes_ = sum(4 * jacobian.parameter.numel() for jacobian in formed)
+        size = max(1, CHUNK_BYTES // bytes_) if formed else samples
+        parts = []
+        for start in range(0, samples, size):
+            some = slice(start, start + size)
+            rows = [jacobian[some].formed() for jacobian in formed]
+            weights = self._weights([*(s[some] for s in squares), *(row.squared_norms()[0] for row in rows)], scale)
+            for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
+                self._add(row, weight)
+            parts.append(weights[: len(jacobians)])
+        formed.clear()
+        weights = torch.cat(parts, dim=1)
+        while jacobians:  # one after the other, so that memory falls
+            self._add(jacobians.pop(), weights[len(jacobians)])
+
+    def _weights(self, squares: list[Tensor], scale: float) -> Tensor:
+        """Factors of the scaled gradients of some samples, one row per parameter; NaN where they are not finite."""
         dtype, device = squares[0].dtype, squares[0].device
         for square in squares[1:]:
             dtype = torch.promote_types(dtype, square.dtype)
@@ -89,24 +113,25 @@ class ClippedSum(GradientReceiver):
         if self.keep_norms:
             self.norms.append(joint)
         finite = joint.isfinite()
-        kept = None if bool(finite.all()) else finite.nonzero().flatten().tolist()
-        if kept is not None:
-            self.discarded += samples - len(kept)
-            factors = factors[:, kept]  # 0 · NaN is NaN: these samples do not take part at all
-        weights = (factors / scale).expand(len(jacobians), -1)
-        while jacobians:  # one after the other, so that memory falls
-            self._add(jacobians.pop() if kept is None else jacobians.pop()[kept], weights[len(jacobians)])
+        self.discarded += len(finite) - int(finite.sum())
+        return (factors / scale).where(finite, math.nan).expand(len(squares), -1)
 
     def _add(self, jacobian: Jacobian, weights: Tensor) -> None:
+        """Add samples whose weight is not NaN; the others may have gradients that are not, and 0 · NaN is NaN."""
+        finite = weights.isfinite()
+        if not bool(finite.all()):
+            jacobian, weights = jacobian[finite.nonzero().flatten().tolist()], weights[finite]
         if not jacobian.samples:
             return
-        parameter = jacobian.parameter
         total = jacobian.weighted_total(weights.to(jacobian.terms[0].g.device))
-        self._sums[parameter] = self._sums[parameter] + total if parameter in self._sums else total
+        if jacobian.parameter in self._sums:
+            self._sums[jacobian.parameter] += total
+        else:
+            self._sums[jacobian.parameter] = total
 
     def totals(self) -> list[Tensor]:
         """The sum of every parameter, in float32 or better; zero where there was no gradient."""
-        return [self._sums[p] if p in self._sums else _zeros(p) for p in self._parameters]
+        return [self._sums[p].contiguous() if p in self._sums else _zeros(p) for p in self._parameters]
 
 
 def _zeros(parameter: Tensor) -> Tensor:

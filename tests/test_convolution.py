@@ -18,8 +18,8 @@ class Contractions(Extension):
             jacobian.per_sample()[0],
             jacobian.squared_norms()[0],
             jacobian.variance(),
-            jacobian.kept().squared_norms()[0],
-            jacobian.kept().weighted_total(weights),
+            jacobian.formed().squared_norms()[0],
+            jacobian.formed().weighted_total(weights),
             jacobian.weighted_total(weights),
             jacobian[1:3].weighted_total(weights[1:3]),
         ]
