@@ -143,7 +143,8 @@ class Jacobian:
     def total(self) -> Tensor:
         """Sum over the samples, ``[V, *p]``."""
         parts = [onehot.total(t) if t.classes else t.contract(f"v{t.par}") for t in self.terms]
-        return sum(p.reshape(self.columns, *self.shape) for p in parts)  # type: ignore[return-value]
+        parts = [p.reshape(self.columns, *self.shape) for p in parts]
+        return sum(parts[1:], start=parts[0])
 
     def weighted_total(self, weights: Tensor) -> Tensor:
         r"""Weighted sum over the samples of the only column, :math:`\sum_n c_n J[0, n]`, of the parameter's shape.

@@ -10,11 +10,12 @@ import oracle
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import NAMES, ROW, assert_close, assert_fields, compute
 
-from lightning_curv import curvature, extend
+from lightning_curv import curvature, extend, local_curvature
 from lightning_curv.extensions import (
     GGNMP,
     HMP,
@@ -22,6 +23,7 @@ from lightning_curv.extensions import (
     BatchDiagHessian,
     DiagGGNExact,
     DiagHessian,
+    products,
 )
 
 DIAGONALS = [(DiagHessian, "diag_h", "diag_hessian"), (BatchDiagHessian, "diag_h_batch", "diag_hessian_batch")]
@@ -71,19 +73,83 @@ def test_products_equal_brute_force(extension, quantity, name):
         assert_close(product(V[0]), product(V)[0], label=key)
 
 
-def test_products_see_the_parameters_of_the_backward_pass():
+# rows with parameters whose own ops have second derivatives, which are no part of the PCH
+BENT = {
+    *("broadcast", "constant_branch", "constant_branch_batch_of_one", "encoder_decoder", "gru_sequence_first"),
+    *("hypernetwork", "layer_reused", "lstm_tagger", "spectral_norm", "tied_embedding", "unusual_ops", "weight_norm"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BENT])
+def test_ggn_and_residuals_add_up_to_the_hessian(name, monkeypatch):
+    for kind in (local_curvature.DiagonalResidual, local_curvature.EigenResidual):
+        monkeypatch.setattr(kind, "positive", lambda self, modify: self)
+    problem = ROW[name].make()
+    compute(problem, PCHMP())
+    for key, p in problem.parameters().items():
+        if p.grad is not None:
+            V = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(0))
+            expected = blocks("hessian", name)[key].sum(0).double() @ V.flatten().double()
+            assert_close(p.pchmp(V), expected.reshape(V.shape).to(p.dtype), ROW[name].rtol, key)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_products_see_the_parameters_of_the_backward_pass(first):
+    """Whether the first product is before the optimizer's step or after it."""
+    problems = [ROW["mlp_sigmoid"].make() for _ in range(2)]
+    for problem in problems:
+        compute(problem, HMP(), GGNMP(), PCHMP())
+    moved, kept = ([*problem.model.parameters()] for problem in problems)
+    V = [torch.randn_like(p) for p in kept]
+    if first:
+        for p, v in zip(moved, V):
+            assert_close(p.hmp(v), p.hmp(2 * v) / 2)
+    torch.optim.SGD(moved, lr=1.0).step()
+    for p, q, v in zip(moved, kept, V):
+        now, version = p.detach().clone(), p._version
+        for field in ("hmp", "ggnmp", "pchmp"):
+            assert torch.equal(getattr(p, field)(v), getattr(q, field)(v))
+        assert torch.equal(p, now)
+        assert p._version == version
+
+
+@pytest.mark.parametrize("extension", [HMP(), GGNMP(), PCHMP()], ids=lambda e: e.savefield)
+def test_products_refuse_inputs_that_were_overwritten(extension):
+    problem = ROW["mlp_sigmoid"].make()
+    compute(problem, extension)
+    problem.X.zero_()
+    weight = problem.model[0].weight
+    with pytest.raises(RuntimeError, match=r"modified by an in-?place operation"):
+        getattr(weight, extension.savefield)(torch.ones_like(weight))
+
+
+def test_only_parameters_that_a_pass_reads_are_copied(monkeypatch):
+    copied = []
+    snapshot = products.Snapshot
+    monkeypatch.setattr(products, "Snapshot", lambda found: copied.extend(found) or snapshot(found))
+    problem = ROW["mlp_sigmoid"].make()
+    compute(problem, GGNMP())
+    first, second, third = (problem.model[i].weight for i in (0, 2, 4))
+    assert {id(second), id(third)} <= {*map(id, copied)}
+    assert id(first) not in {*map(id, copied)}
+
+
+def test_of_linear_layers_no_weight_gradient_is_differentiated(monkeypatch):
+    """Passes end at the ops, which are applied to vectors and transposed without autograd."""
     problem = ROW["mlp_sigmoid"].make()
     compute(problem, HMP(), GGNMP(), PCHMP())
-    p = problem.model[0].weight
-    V = torch.randn_like(p)
-    before = [p.hmp(V), p.ggnmp(V), p.pchmp(V)]
-    optimizer = torch.optim.SGD(problem.model.parameters(), lr=1.0)
-    optimizer.step()
-    now, version = p.detach().clone(), p._version
-    for product, expected in zip([p.hmp, p.ggnmp, p.pchmp], before):
-        assert torch.equal(product(V), expected)
-    assert torch.equal(p, now)
-    assert p._version == version
+    grad = torch.autograd.grad
+
+    def watched(outputs, inputs, *args, **kwargs):
+        for found in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
+            assert not isinstance(found, nn.Parameter)
+            assert not isinstance(found, GradientEdge) or "Accumulate" not in found.node.name()
+        return grad(outputs, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    for p in problem.model.parameters():
+        for field in ("hmp", "ggnmp", "pchmp"):
+            assert getattr(p, field)(torch.randn_like(p)).any()
 
 
 def test_products_free_their_graph():

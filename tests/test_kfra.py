@@ -85,10 +85,10 @@ class Product(nn.Module):
 
 
 def test_forms_of_other_parameters():
-    """Groups, a transposed weight, a diagonal and a reused layer, from the averages written out."""
+    """Groups, a transposed weight and a diagonal, from the averages written out."""
     torch.manual_seed(0)
-    conv, norm, reused, last = nn.Conv1d(2, 4, 2, groups=2), nn.LayerNorm(4), nn.Linear(4, 4), Product()
-    layers = [conv, nn.Tanh(), nn.AvgPool1d(2), nn.Flatten(), norm, reused, nn.Sigmoid(), reused, last]
+    conv, norm, last = nn.Conv1d(2, 4, 2, groups=2), nn.LayerNorm(4), Product()
+    layers = [conv, nn.Tanh(), nn.AvgPool1d(2), nn.Flatten(), norm, nn.Sigmoid(), last]
     layers = [layer.double() for layer in layers]
     model, X, y = nn.Sequential(*layers), torch.randn(6, 2, 3).double(), torch.randint(3, (6,))
     with curvature(KFRA()):
@@ -96,7 +96,6 @@ def test_forms_of_other_parameters():
     H = loss_hessian(model(X))
     bars = [averaged(layers, X, H, k) for k in range(len(layers))]
     assert_close(last.weight.kfra[1], H, label="product")
-    assert_close(reused.weight.kfra[0], bars[5] + bars[7], label="reused")
     normed = F.layer_norm(model[:4](X), (4,))
     assert_close(norm.weight.kfra[0], bars[4].diagonal() * normed.square().mean(0), label="norm")
     grouped = torch.einsum("qosqps->qop", bars[0].reshape(2, 2, 2, 2, 2, 2))
@@ -155,6 +154,12 @@ def test_equals_kflr_for_one_datum():
 def test_branches_are_named():
     problem = ROW["residual_functional"].make()
     with pytest.raises(NotImplementedError, match="KFRA expects a chain of layers, found a branch at `AddBackward0`"):
+        compute(problem, KFRA())
+
+
+def test_a_parameter_used_twice_is_named():
+    problem = ROW["layer_reused"].make()
+    with pytest.raises(NotImplementedError, match=r"KFRA expects every parameter to be used once, found .* used again"):
         compute(problem, KFRA())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,11 +12,11 @@ from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
 from lightning_curv.dependence import Dependence
-from lightning_curv.errors import UnsupportedError
+from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_axes, kronecker_factor
 from lightning_curv.jacobian import Jacobian
-from lightning_curv.passes import Passes, parameters
+from lightning_curv.passes import Passes
 from lightning_curv.places import Place
 from lightning_curv.probing import places_at, shape_at
 from lightning_curv.symmetric import eigh, gram
@@ -58,20 +57,20 @@ class KFRA(GraphExtension):
     def compute(self, passes: Passes) -> dict[Tensor, list[Tensor]]:
         """The factors of every parameter, from the last layer to the first."""
         factors: dict[Tensor, list[Tensor]] = {}
-        roots: dict[Tensor, list[Term]] = defaultdict(list)
-        uses = Counter(parameter for use in passes.tape.uses.values() for parameter in parameters(use))
         for point, average in _recursion(passes):
             if point.edge.node not in passes.tape.uses:
                 continue
-            rows = _terms(passes, point, average)
-            if all(uses[p] == len(found) == 1 and _kronecker(p, found[0]) for p, found in rows.items()):
-                for p, (term,) in rows.items():
-                    (both,) = _terms(passes, point, term.g[:, 0].flatten(1).mT)[p]
-                    factors[p] = self._factors(p, both)
+            terms = _terms(passes, point, average)
+            if all(_kronecker(p, term) for p, term in terms.items()):
+                found = {p: _terms(passes, point, term.g[:, 0].flatten(1).mT)[p] for p, term in terms.items()}
+                made = {p: self._factors(p, term) for p, term in found.items()}
             else:
-                for p, found in _terms(passes, point, _root(average, point.count)).items():
-                    roots[p] += found
-        return factors | {p: self._kflr.evaluate(Jacobian(p, found)) for p, found in roots.items()}
+                found = _terms(passes, point, _root(average, point.count))
+                made = {p: self._kflr.evaluate(Jacobian(p, [term])) for p, term in found.items()}
+            if again := made.keys() & factors.keys():
+                raise _used_again(again.pop())
+            factors |= made
+        return factors
 
     def _factors(self, parameter: Tensor, term: Term) -> list[Tensor]:
         """The factors, from a term whose columns are the rows of the averaged GGN, in the order of its entries."""
@@ -205,12 +204,20 @@ def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:
     return bool(((one - other).abs() <= 100 * torch.finfo(other.dtype).eps * scale).all())
 
 
-def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, list[Term]]:
+def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
     """The terms of the parameters used at a point, for cotangents ``[R, E]`` that are equal in all samples."""
-    node, found = point.edge.node, defaultdict(list)
+    node, found = point.edge.node, dict[Tensor, Term]()
     for parameter, term in passes.terms(node, passes.tape.uses[node], point.spread(rows)):
-        found[parameter].append(term)
+        if parameter in found:
+            raise _used_again(parameter)
+        found[parameter] = term
     return found
+
+
+def _used_again(parameter: Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"KFRA expects every parameter to be used once, found {describe(parameter)} used again. Use `KFLR` or `KFAC`."
+    )
 
 
 def _kronecker(parameter: Tensor, term: Term) -> bool:

@@ -7,9 +7,11 @@ overwritten.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -19,8 +21,10 @@ from torch.autograd.graph import GradientEdge
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.local_curvature import Residual
 from lightning_curv.losses import Likelihood
+from lightning_curv.onlyuse import OnlyUse, only_uses
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Passes, parameters
+from lightning_curv.records import edge_of
 from lightning_curv.residuals import residuals
 from lightning_curv.snapshot import Snapshot
 
@@ -36,35 +40,74 @@ class _Product(GraphExtension):
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
         """One function per parameter."""
         found = list(dict.fromkeys(p for use in passes.tape.uses.values() for p in parameters(use)))
-        snapshot, curvature = Snapshot(found), self._prepare(passes)
-        return {p: partial(_rows, p, snapshot, partial(self._product, curvature, p)) for p in found}
+        uses = only_uses(passes)
+        snapshot = Snapshot([p for p in found if p not in uses or uses[p].needs_value])
+        matrix = self._prepare(passes, uses)
+        return {p: partial(_rows, p, snapshot, matrix) for p in found}
 
     @abstractmethod
-    def _prepare(self, passes: Passes) -> Any:
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
         """What all parameters share."""
 
+
+class _Matrix(ABC):
+    """The blocks of a curvature matrix; what does not depend on the vector is found at the first product.
+
+    Args:
+        uses: The parameters that are used once, and where.
+    """
+
+    def __init__(self, uses: Mapping[Tensor, OnlyUse]) -> None:
+        self._uses = uses
+
     @abstractmethod
-    def _product(self, curvature: Any, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
-        """The block times every vector."""
+    def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
+        """The parameter's block times every vector."""
+
+    @abstractmethod
+    def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+        """The cotangents that are differentiated, at ``edges``, with a graph."""
+
+    @cached_property
+    def _cotangents(self) -> dict[GradientEdge, Tensor | None]:
+        edges = list(dict.fromkeys(use.edge for use in self._uses.values()))
+        return dict(zip(edges, self._backpropagated(edges), strict=True)) if edges else {}
+
+    def _gradient(self, parameter: Tensor) -> tuple[OnlyUse | None, Tensor | None]:
+        """What is differentiated for the parameter's block.
+
+        The cotangent at its only use, if that can be applied to vectors; else the gradient by the parameter itself.
+        """
+        use = self._uses.get(parameter)
+        if use is None:
+            (gradient,) = self._backpropagated([edge_of(parameter)])
+            return None, gradient
+        cotangent = self._cotangents[use.edge]
+        if use.linear or cotangent is None:
+            return use, cotangent
+        (gradient,) = torch.autograd.grad(use.edge, parameter, cotangent, create_graph=True, allow_unused=True)
+        return None, gradient
 
 
-def _rows(parameter: Tensor, snapshot: Snapshot, product: Any, vectors: Tensor) -> Tensor:
+def _rows(parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, vectors: Tensor) -> Tensor:
     """Apply a product to one vector of the parameter's shape or to several."""
     single = vectors.shape == parameter.shape
     if not single and vectors.shape[1:] != parameter.shape:
         shape = ", ".join(map(str, parameter.shape))
         raise ValueError(f"Expected vectors of shape [{shape}] or [V, {shape}], found {list(vectors.shape)}.")
     with torch.enable_grad(), snapshot.restored(), unheard():
-        rows = product(vectors.detach()[None] if single else vectors.detach())
-    result = torch.stack(rows) if rows else torch.zeros_like(vectors)
-    return result[0] if single else result
+        rows = matrix.products(parameter, vectors.detach()[None] if single else vectors.detach())
+    if single:
+        return rows[0]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows) if rows else torch.zeros_like(vectors)
 
 
 class HMP(_Product):
     """Products with the parameter's block of the Hessian of the loss, exact for any differentiable network and loss.
 
-    Cost of a call: a backward pass with a graph, and one more backward pass per vector (Pearlmutter, *Fast exact
-    multiplication by the Hessian*, Neural Computation 1994).
+    Cost: a backward pass with a graph at the first call, and two passes per vector between the parameter's op and the
+    loss (Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 1994); one more to the parameter
+    per call where it is used several times.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -86,23 +129,41 @@ class HMP(_Product):
     def __init__(self, savefield: str = "hmp") -> None:
         super().__init__(savefield)
 
-    def _prepare(self, passes: Passes) -> tuple[Tensor, Tensor]:
-        return passes.loss, passes.seed
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+        return _Hessian(passes, uses)
 
-    def _product(self, curvature: tuple[Tensor, Tensor], parameter: Tensor, vectors: Tensor) -> list[Tensor]:
-        loss, seed = curvature
-        (gradient,) = torch.autograd.grad(loss, parameter, seed, create_graph=True)
-        if not gradient.requires_grad:
+
+class _Hessian(_Matrix):
+    """The derivative of the gradient."""
+
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
+        super().__init__(uses)
+        self._loss, self._seed = passes.loss, passes.seed
+
+    def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(self._loss, edges, self._seed, create_graph=True, allow_unused=True)
+
+    def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
+        use, gradient = self._gradient(parameter)
+        if gradient is None or not gradient.requires_grad:
             return [torch.zeros_like(parameter) for _ in vectors]
-        rows = [torch.autograd.grad(gradient, parameter, v, retain_graph=True, allow_unused=True)[0] for v in vectors]
-        return [torch.zeros_like(parameter) if row is None else row for row in rows]
+        by, rows = edge_of(parameter) if use is None else use.edge, []
+        for vector in vectors:
+            seed = vector if use is None else use.forward(vector)
+            (row,) = torch.autograd.grad(gradient, by, seed, retain_graph=True, allow_unused=True)
+            if row is None:
+                rows.append(torch.zeros_like(parameter))
+            else:
+                rows.append(row if use is None else use.transposed(row))
+        return rows
 
 
 class GGNMP(_Product):
     """Products with the parameter's block of the generalised Gauss-Newton matrix.
 
-    Cost of a call: three backward passes per vector (Schraudolph, *Fast curvature matrix-vector products for
-    second-order gradient descent*, Neural Computation 2002). No Jacobian is formed.
+    Cost: a backward pass with a graph at the first call, and two passes per vector between the parameter's op and the
+    loss (Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*, Neural Computation
+    2002); one more to the parameter per call where it is used several times. No Jacobian is formed.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -111,11 +172,8 @@ class GGNMP(_Product):
     def __init__(self, savefield: str = "ggnmp") -> None:
         super().__init__(savefield)
 
-    def _prepare(self, passes: Passes) -> _Curvatures:
-        return _Curvatures(passes, [])
-
-    def _product(self, curvature: _Curvatures, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
-        return [curvature.product(parameter, v) for v in vectors]
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+        return _Curvatures(passes, uses, [])
 
 
 class PCHMP(GGNMP):
@@ -136,34 +194,67 @@ class PCHMP(GGNMP):
             raise ValueError(f"`modify` must be 'clip' or 'abs', found {modify!r}.")
         self.modify = modify
 
-    def _prepare(self, passes: Passes) -> _Curvatures:
-        return _Curvatures(passes, [r.positive(self.modify) for r in residuals(passes)])
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+        return _Curvatures(passes, uses, [r.positive(self.modify) for r in residuals(passes)])
 
 
-class _Curvatures:
-    """Curvature matrices at places of the graph: the losses', and residuals of nonlinear nodes."""
+@dataclass(frozen=True)
+class _Part:
+    """A curvature matrix C at some places of the graph."""
 
-    def __init__(self, passes: Passes, found: Sequence[Residual]) -> None:
+    edges: Sequence[GradientEdge]
+    shapes: Sequence[torch.Size]
+    product: Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class _Curvatures(_Matrix):
+    """Σ Jᵀ C J over curvature matrices at places of the graph: the losses', and residuals of nonlinear nodes."""
+
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse], found: Sequence[Residual]) -> None:
+        super().__init__(uses)
         self._loss = passes.loss  # keeps the graph
-        self._losses: list[tuple[GradientEdge, Likelihood]] = [
-            (call.input, passes.likelihood(node)) for node, call in passes.tape.losses.items()
-        ]
-        self._inputs = [call.arguments["input"] for call in passes.tape.losses.values()]
-        self._residuals = found
+        self._parts = [
+            _Part([call.input], [call.arguments["input"].shape], partial(_applied, passes.likelihood(node)))
+            for node, call in passes.tape.losses.items()
+        ] + [_Part(r.edges, r.shapes, r.product) for r in found]
+        self._edges = [edge for part in self._parts for edge in part.edges]
 
-    def product(self, parameter: Tensor, vector: Tensor) -> Tensor:
-        """Σ Jᵀ C J v over all places."""
-        edges = [edge for edge, _ in self._losses] + [edge for r in self._residuals for edge in r.edges]
-        shapes = [v.shape for v in self._inputs] + [shape for r in self._residuals for shape in r.shapes]
-        dual = [vector.new_zeros(shape, requires_grad=True) for shape in shapes]
-        (transposed,) = torch.autograd.grad(edges, parameter, dual, create_graph=True, allow_unused=True)
+    @cached_property
+    def _dual(self) -> list[Tensor]:
+        """What the backpropagated cotangents are linear in, and are differentiated by: its values do not matter."""
+        zero = self._loss.detach().new_zeros(())
+        return [zero.expand(shape).requires_grad_() for part in self._parts for shape in part.shapes]
+
+    def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(self._edges, edges, self._dual, create_graph=True, allow_unused=True)
+
+    def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
+        use, transposed = self._gradient(parameter)
         if transposed is None:
-            return torch.zeros_like(parameter)
-        forward = torch.autograd.grad(transposed, dual, vector, allow_unused=True)
-        images = [torch.zeros_like(d) if u is None else u for u, d in zip(forward, dual, strict=True)]
-        out = [likelihood.product(u) for (_, likelihood), u in zip(self._losses, images, strict=False)]
-        rest = images[len(out) :]
-        for residual in self._residuals:
-            out += residual.product(rest[: len(residual.edges)])
-            rest = rest[len(residual.edges) :]
-        return torch.autograd.grad(edges, parameter, out, retain_graph=True)[0]
+            return [torch.zeros_like(parameter) for _ in vectors]
+        by, rows = edge_of(parameter) if use is None else use.edge, []
+        for vector in vectors:
+            seed = vector if use is None else use.forward(vector)
+            images = torch.autograd.grad(transposed, self._dual, seed, retain_graph=True, allow_unused=True)
+            edges, seeds = self._multiplied(images)
+            (row,) = torch.autograd.grad(edges, by, seeds, retain_graph=True)
+            rows.append(row if use is None else use.transposed(row))
+        return rows
+
+    def _multiplied(self, images: Sequence[Tensor | None]) -> tuple[list[GradientEdge], list[Tensor]]:
+        """C J v at the places that it reaches."""
+        edges: list[GradientEdge] = []
+        seeds: list[Tensor] = []
+        left = iter(images)
+        for part in self._parts:
+            own = list(islice(left, len(part.edges)))
+            if any(u is not None for u in own):
+                like = next(u for u in own if u is not None)
+                full = [like.new_zeros(shape) if u is None else u for u, shape in zip(own, part.shapes, strict=True)]
+                edges += part.edges
+                seeds += part.product(full)
+        return edges, seeds
+
+
+def _applied(likelihood: Likelihood, vectors: Sequence[Tensor]) -> list[Tensor]:
+    return [likelihood.product(vectors[0])]

@@ -1,0 +1,111 @@
+"""Parameters that are used once: products with a block need passes between their op and the loss alone.
+
+The op itself is applied to a vector, and transposed, by its rule where that is a linear layer, a norm or alike: without
+the gradient by the parameter that autograd would form to differentiate it a second time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv import matmul
+from lightning_curv.dependence import uses_below
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.graph import leaves
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.passes import Passes, apply_rule
+from lightning_curv.places import Place
+from lightning_curv.probing import shape_at
+from lightning_curv.records import Use
+from lightning_curv.terms import Term
+
+
+@dataclass(frozen=True)
+class OnlyUse:
+    """The only use of a parameter, by its own value.
+
+    Attributes:
+        edge: The op's output in the graph.
+        use: The recorded op.
+        name: The argument that holds the parameter.
+        place: Where the output carries the samples.
+        count: The number of samples N.
+        lowest: Whether no other op with parameters is below.
+    """
+
+    edge: GradientEdge
+    use: Use
+    name: str
+    place: Place
+    count: int
+    lowest: bool
+
+    @cached_property
+    def linear(self) -> bool:
+        """Whether the op has a rule by which it can be applied to a vector in the parameter's place."""
+        rule, value = self.use.rule, self.use.operands[self.name].tensor
+        if not (rule.affine and rule.slots and rule.outputs is None):
+            return False
+        g = value.detach().new_empty(1, *shape_at(self.edge))
+        try:
+            term = self._term(g)
+        except UnsupportedError:
+            return False
+        reindexed = term.g.untyped_storage().data_ptr() == g.untyped_storage().data_ptr()
+        dense = term.adjoint is None and not term.classes and (term.x is None or term.x.dtype == g.dtype)
+        return reindexed and dense and term.g.dtype == g.dtype and term.g.numel() == g.numel()
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether a pass may need the parameter's value."""
+        return not (self.linear and self.lowest)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """The derivative of the op's output in the direction of a vector of the parameter's shape."""
+        out = vector.new_empty(1, *shape_at(self.edge))
+        term = self._term(out)
+        sizes, summed = term.sizes(), "n" + term.par + term.inp
+        vector = vector.reshape([sizes[letter] for letter in term.par])
+        letters = "".join(letter for letter in term.out if letter in summed)
+        if term.x is None:
+            image = torch.einsum(f"{term.par}->{letters}", vector)[None]
+        else:
+            image = matmul.einsum(f"n{term.inp},{term.par}->n{letters}", term.x, vector)
+        axes = tuple(slice(None) if letter in summed else None for letter in "n" + term.out)
+        term.g[0].copy_(image[axes])  # the term's cotangents are a view of `out`
+        return out[0]
+
+    def transposed(self, g: Tensor) -> Tensor:
+        """The gradient by the parameter for a cotangent at the op's output."""
+        value = self.use.operands[self.name].tensor
+        return Jacobian(value, [self._term(g[None])]).total()[0]
+
+    @torch.no_grad()
+    def _term(self, g: Tensor) -> Term:
+        self.use.check()
+        return apply_rule(self.use, self.place.axis, g)[self.name].grouped(self.count, self.place.minor)
+
+
+def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
+    """The parameters that are used once, not through a transform, and these uses."""
+    counts: Counter[Tensor] = Counter()
+    found: dict[Tensor, tuple[Node, Use, str]] = {}
+    for node, use in passes.tape.uses.items():
+        for name, operand in use.operands.items():
+            counts.update(leaves(operand.edge) if operand.derived else [operand.tensor])
+            if not operand.derived:
+                found[operand.tensor] = node, use, name
+    lowest = {node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()}
+    return {
+        p: OnlyUse(
+            GradientEdge(node, use.output_nr), use, name, passes.samples.uses[node], passes.samples.count, lowest[node]
+        )
+        for p, (node, use, name) in found.items()
+        if counts[p] == 1
+    }
