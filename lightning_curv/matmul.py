@@ -4,16 +4,21 @@
 processors uses half the width of the vector units. oneDNN, the library behind torch's convolutions, uses all of it:
 the same IEEE products and sums in another order, in half the time. Torch offers its product of matrices to the code
 that the compiler generates, as ``torch.ops.mkldnn._linear_pointwise``; where that op is missing, or a product is small
-(oneDNN costs more per call), everything is ``torch.mm``.
+(oneDNN costs more per call), everything is ``torch.mm``. In the context `fast_products` this holds for the products of
+autograd too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGE = 2**20  # multiplications from which a product by oneDNN is faster, measured; so are those of a stack, one by one
 
@@ -49,6 +54,34 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     fast = is_large(a, a.shape[0] * b.numel()) and b.dtype == a.dtype and not differentiated
     product = _onednn() if fast else None
     return a @ b if product is None else product(_dense(a), _dense(b).mT, None, "none", [], "")
+
+
+class _FastProducts(TorchDispatchMode):
+    """Below autograd every op passes by here, a few microseconds each; ``mm`` of large plain matrices is our `mm`."""
+
+    supports_higher_order_operators = True  # they pass by too
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # no wrapper around every call: nothing compiled runs in here
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # compiled parts of a backward pass run as they are
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten.mm.default and all(type(matrix) in (Tensor, Parameter) for matrix in args):
+            a, b = args
+            if is_large(a, a.shape[0] * b.numel()) and (product := _onednn()) is not None:
+                return product(_dense(a), _dense(b).mT, None, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def fast_products(worthwhile: bool) -> AbstractContextManager[object]:
+    """Context in which ``torch.mm`` is `mm`, in passes of autograd too; where oneDNN is missing, nothing changes."""
+    return _FastProducts() if worthwhile and torch.backends.mkldnn.enabled and _onednn() is not None else nullcontext()
 
 
 def _dense(matrix: Tensor) -> Tensor:

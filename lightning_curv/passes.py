@@ -17,6 +17,7 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import Tape, leaves
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.losses import LOSSES, Likelihood
+from lightning_curv.matmul import fast_products, is_large
 from lightning_curv.own_passes import unheard
 from lightning_curv.records import Use
 from lightning_curv.rules import Call
@@ -24,6 +25,7 @@ from lightning_curv.samples import Samples
 from lightning_curv.terms import Term
 
 COLUMN_BYTES = 2**26  # of cotangents that are held at once
+WATCHED = 2**21  # multiplications that oneDNN has to make per node of the graph to be worth watching its ops, measured
 
 
 @dataclass
@@ -63,24 +65,33 @@ class Passes:
         """The gradient of the loss at ``edges``."""
         if all(edge[:2] == (self.loss.grad_fn, self.loss.output_nr) for edge in edges):
             return (self.seed,) * len(edges)
-        return _grad([self.loss], edges, [self.seed])
+        return self.backward([self.loss], edges, [self.seed])
 
-    @staticmethod
     def backward(
-        outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge], seeds: Sequence[Tensor]
+        self,
+        outputs: Sequence[Tensor] | Sequence[GradientEdge],
+        inputs: Sequence[GradientEdge],
+        seeds: Sequence[Tensor],
+        keep_graph: bool = True,
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
-        return _grad(outputs, inputs, seeds)
+        with unheard(), fast_products(self.multiplies):
+            return torch.autograd.grad(outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True)
+
+    @cached_property
+    def multiplies(self) -> bool:
+        """Whether the products of matrices in a pass are worth `fast_products`."""
+        return sum(map(_multiplications, self.tape.uses.values())) > WATCHED * len(self.tape.names)
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
         if len(column.edges) == 1 and all(edge[:2] == column.edges[0][:2] for edge in self.use_edges):
             return (column.seeds[0],) * len(self.use_edges)  # the last layer alone
-        return _grad(column.edges, self.use_edges, column.seeds)
+        return self.backward(column.edges, self.use_edges, column.seeds)
 
     def pull_loss(self, keep_graph: bool) -> tuple[Tensor | None, ...]:
         """The gradient of the loss at the outputs of all uses, as the last pass through the graph if it is not kept."""
-        return _grad([self.loss], self.use_edges, [self.seed], keep_graph)
+        return self.backward([self.loss], self.use_edges, [self.seed], keep_graph)
 
     @cached_property
     def use_edges(self) -> list[GradientEdge]:
@@ -175,11 +186,8 @@ def parameters(use: Use) -> list[Tensor]:
     return list(dict.fromkeys(p for group in found for p in group))
 
 
-def _grad(
-    outputs: Sequence[Tensor] | Sequence[GradientEdge],
-    inputs: Sequence[GradientEdge],
-    seeds: Sequence[Tensor],
-    keep_graph: bool = True,
-) -> tuple[Tensor | None, ...]:
-    with unheard():
-        return torch.autograd.grad(outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True)
+def _multiplications(use: Use) -> int:
+    """Of the products of matrices that oneDNN would make in a pass through an op, from below."""
+    matrices = [o.tensor for o in use.operands.values() if o.tensor.ndim == 2] if use.inputs else []
+    counts = [(m, use.shape.numel() * min(m.shape)) for m in matrices]
+    return sum(count for m, count in counts if is_large(m, count))

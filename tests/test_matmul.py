@@ -14,6 +14,7 @@ from lightning_curv import (
     Variance,
     curvature,
     matmul,
+    passes,
     symmetric,
 )
 
@@ -51,6 +52,66 @@ def test_einsum(equation, columns):
 def test_gram(size):
     x = torch.randn(90, size).mT
     torch.testing.assert_close(symmetric.gram(x).double(), x.double() @ x.double().mT, rtol=1e-5, atol=1e-4)
+
+
+def counted(monkeypatch):
+    """The products that are left to oneDNN from now on."""
+    made, find = [], matmul._onednn
+
+    def product(a, b, *rest):
+        made.append((a.shape, b.shape))
+        return find()(a, b, *rest)
+
+    monkeypatch.setattr(matmul, "_onednn", lambda: product if find() is not None else None)
+    return made
+
+
+def test_fast_products_of_autograd(monkeypatch):
+    """Large products of plain float32 matrices alone; the second derivative too."""
+    made, W, x = counted(monkeypatch), torch.randn(128, 128, requires_grad=True), torch.randn(128, 128)
+    with matmul.fast_products(True):
+        h = x @ W
+        (g,) = torch.autograd.grad(h.square().sum(), W, create_graph=True)
+        (second,) = torch.autograd.grad(g.square().sum(), W)
+    assert len(made) >= 3 or matmul._onednn() is None
+    expected = 2 * 2 * x.double().T @ (x.double() @ (2 * x.double().T @ (x.double() @ W.double())))
+    torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    made.clear()
+    with matmul.fast_products(True):
+        assert torch.mm(W[:8], x).requires_grad
+        assert torch.mm(W.double(), x.double()).dtype == torch.float64
+        assert torch.mm(W.bfloat16(), x.bfloat16()).dtype == torch.bfloat16
+    with matmul.fast_products(False):
+        assert torch.mm(W, x).requires_grad
+    assert not made
+
+
+@pytest.mark.parametrize("width", [8, 256])
+def test_passes_use_them_where_it_pays(width, monkeypatch):
+    model = nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+    watched = []
+    monkeypatch.setattr(passes, "fast_products", lambda pays: watched.append(pays) or matmul.fast_products(pays))
+    with curvature(DiagGGNExact()):
+        F.cross_entropy(model(torch.randn(500, 10)), torch.zeros(500, dtype=torch.long)).backward()
+    pays = width == 256 and matmul._onednn() is not None
+    assert {*watched} == {pays}
+
+
+def test_compiled_parts_of_a_pass_run_as_they_are(monkeypatch):
+    compiled = torch.compile(lambda h: (h.tanh() * h).sin(), backend="aot_eager")
+
+    class Inner(nn.Module):
+        def forward(self, h):
+            return compiled(h)
+
+    model, found = nn.Sequential(nn.Linear(9, 256), Inner(), nn.Linear(256, 256), Inner(), nn.Linear(256, 3)), []
+    x, made = torch.randn(400, 9), counted(monkeypatch)
+    for mkldnn in (True, False):
+        with torch.backends.mkldnn.flags(enabled=mkldnn), curvature(DiagGGNExact()):
+            F.cross_entropy(model(x), torch.zeros(400, dtype=torch.long)).backward()
+        found.append(model[0].weight.diag_ggn_exact)
+    assert made or matmul._onednn() is None
+    torch.testing.assert_close(*found)
 
 
 class Sequence(nn.Module):

@@ -21,6 +21,7 @@ from torch.autograd.graph import GradientEdge
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.local_curvature import Residual
 from lightning_curv.losses import Likelihood
+from lightning_curv.matmul import fast_products
 from lightning_curv.onlyuse import OnlyUse, only_uses
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Passes, parameters
@@ -54,11 +55,18 @@ class _Matrix(ABC):
     """The blocks of a curvature matrix; what does not depend on the vector is found at the first product.
 
     Args:
+        passes: The graph.
         uses: The parameters that are used once, and where.
     """
 
-    def __init__(self, uses: Mapping[Tensor, OnlyUse]) -> None:
-        self._uses = uses
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
+        self._uses, self._multiplies = uses, passes.multiplies
+
+    def _grad(self, outputs: Any, inputs: Any, seeds: Any, create_graph: bool = False) -> Sequence[Tensor | None]:
+        with fast_products(self._multiplies):
+            return torch.autograd.grad(
+                outputs, inputs, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
 
     @abstractmethod
     def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
@@ -85,7 +93,7 @@ class _Matrix(ABC):
         cotangent = self._cotangents[use.edge]
         if use.linear or cotangent is None:
             return use, cotangent
-        (gradient,) = torch.autograd.grad(use.edge, parameter, cotangent, create_graph=True, allow_unused=True)
+        (gradient,) = self._grad(use.edge, parameter, cotangent, create_graph=True)
         return None, gradient
 
 
@@ -137,11 +145,11 @@ class _Hessian(_Matrix):
     """The derivative of the gradient."""
 
     def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
-        super().__init__(uses)
+        super().__init__(passes, uses)
         self._loss, self._seed = passes.loss, passes.seed
 
     def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(self._loss, edges, self._seed, create_graph=True, allow_unused=True)
+        return self._grad(self._loss, edges, self._seed, create_graph=True)
 
     def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
         use, gradient = self._gradient(parameter)
@@ -150,7 +158,7 @@ class _Hessian(_Matrix):
         by, rows = edge_of(parameter) if use is None else use.edge, []
         for vector in vectors:
             seed = vector if use is None else use.forward(vector)
-            (row,) = torch.autograd.grad(gradient, by, seed, retain_graph=True, allow_unused=True)
+            (row,) = self._grad(gradient, by, seed)
             if row is None:
                 rows.append(torch.zeros_like(parameter))
             else:
@@ -211,7 +219,7 @@ class _Curvatures(_Matrix):
     """Σ Jᵀ C J over curvature matrices at places of the graph: the losses', and residuals of nonlinear nodes."""
 
     def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse], found: Sequence[Residual]) -> None:
-        super().__init__(uses)
+        super().__init__(passes, uses)
         self._loss = passes.loss  # keeps the graph
         self._parts = [
             _Part([call.input], [call.arguments["input"].shape], partial(_applied, passes.likelihood(node)))
@@ -226,7 +234,7 @@ class _Curvatures(_Matrix):
         return [zero.expand(shape).requires_grad_() for part in self._parts for shape in part.shapes]
 
     def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-        return torch.autograd.grad(self._edges, edges, self._dual, create_graph=True, allow_unused=True)
+        return self._grad(self._edges, edges, self._dual, create_graph=True)
 
     def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
         use, transposed = self._gradient(parameter)
@@ -235,9 +243,9 @@ class _Curvatures(_Matrix):
         by, rows = edge_of(parameter) if use is None else use.edge, []
         for vector in vectors:
             seed = vector if use is None else use.forward(vector)
-            images = torch.autograd.grad(transposed, self._dual, seed, retain_graph=True, allow_unused=True)
-            edges, seeds = self._multiplied(images)
-            (row,) = torch.autograd.grad(edges, by, seeds, retain_graph=True)
+            edges, seeds = self._multiplied(self._grad(transposed, self._dual, seed))
+            (row,) = self._grad(edges, by, seeds)
+            assert row is not None
             rows.append(row if use is None else use.transposed(row))
         return rows
 
