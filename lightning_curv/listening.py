@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from lightning_curv.terms import Term
 class Listener:
     """Takes the gradients of the coming backward pass where they reach the parameters' ops.
 
-    A parameter's Jacobian is complete when the last of its ops is reached; its gradient is known a little later. It is
-    evaluated and dropped at once, so that no more than the cotangents of the pass are held.
+    A parameter's Jacobian is complete when the last of its ops is reached; its gradient is known a little later, when
+    the op has freed what it saved. It is evaluated and dropped at once, so that no more than the cotangents of the pass
+    are held.
 
     Args:
         passes: The graph.
@@ -40,11 +42,13 @@ class Listener:
     ) -> None:
         self._passes, self._evaluate, self._failed = passes, evaluate, failed
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
+        self._bulky: dict[Node, tuple[Use, Tensor]] = {}  # uses that were reached and whose terms are not made yet
         self._deaf = False
         uses = [(node, use, parameters(use)) for node, use in passes.tape.uses.items() if use.operands]
         self._handles = [use[0].register_prehook(self._hook(self._arrive, *use)) for use in uses]
         self._waiting = Counter(parameter for *_, found in uses for parameter in found)
-        for parameter in self._waiting if totals else ():
+        late = {parameter for _, use, found in uses if _late(use) for parameter in found}
+        for parameter in self._waiting if totals else late:
             self._waiting[parameter] += 1
             accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
             self._handles.append(accumulate.register_prehook(self._hook(self._complete, parameter)))
@@ -57,20 +61,29 @@ class Listener:
     def finish(self) -> None:
         """Evaluate parameters whose own gradient was not asked for."""
         self.stop()
-        for parameter in list(self._terms):
+        bulky = [parameter for use, _ in self._bulky.values() for parameter in parameters(use)]
+        for parameter in dict.fromkeys([*self._terms, *bulky]):
             self._hook(self._complete, parameter)((None,))
 
     def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node, use: Use, found: list[Tensor]) -> None:
         g = gradients[use.output_nr]
         if g is not None:
-            for parameter, term in self._passes.terms(node, use, g[None]):
-                self._terms[parameter].append(term)
+            if _late(use):
+                self._bulky[node] = replace(use), g  # a copy, whose arguments are not released
+            else:
+                self._add(node, use, g)
             for parameter in found:
                 self._waiting[parameter] -= 1
                 if not self._waiting[parameter]:
                     self._complete((None,), parameter)
 
+    def _add(self, node: Node, use: Use, g: Tensor) -> None:
+        for parameter, term in self._passes.terms(node, use, g[None]):
+            self._terms[parameter].append(term)
+
     def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:
+        for node in [n for n, (use, _) in self._bulky.items() if any(p is parameter for p in parameters(use))]:
+            self._add(node, *self._bulky.pop(node))
         # the user's tensor hooks may have changed the gradient on its way
         gradient = None if parameter._backward_hooks else gradients[0]
         if terms := self._terms.pop(parameter, None):
@@ -88,6 +101,12 @@ class Listener:
                     raise
                 self._deaf = True
                 self._terms.clear()
+                self._bulky.clear()
                 self._failed(error)
 
         return hook
+
+
+def _late(use: Use) -> bool:
+    """Whether the terms can wait until the op has freed what it saved; those behind a transform need its graph."""
+    return use.rule.bulky and not any(operand.derived for operand in use.operands.values())

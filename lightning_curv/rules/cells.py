@@ -1,18 +1,18 @@
 """Recurrences that have run, backpropagated in closed form.
 
 Once the outputs h_1 … h_T are known, the products of all steps with the weights are two products of matrices, and the
-derivatives of the gates are elementwise functions of them; only the cell state of an LSTM is found step by step, by one
-elementwise operation each. The backward pass of a step is linear: one product with the recurrent weight and a few
-elementwise operations, for all columns together.
+gates are elementwise functions of them; only the cell state of an LSTM is found step by step, by one elementwise
+operation each. The backward pass of a step is linear: one product with the recurrent weight and a few elementwise
+operations, for all columns together. Some steps at a time are worked on in cache.
 
 A cell is a function of a `Run`, the cotangents ``[T, V, N, P]`` of its outputs h_t and those of its final states,
-``[V, N, *]``. It returns for every weight the cotangents of its product, ``[T, V, N, o]``, and the inputs of that
+``[V, N, *]``. It returns for every weight the cotangents of its product, ``[V, N, T, o]``, and the inputs of that
 product, ``[T, N, i]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_curv import matmul
 
-BLOCK_BYTES = 2**19  # of products with the weights that are worked on at once, in cache
+BLOCK_BYTES = 2**19  # of products with the weights that are worked on at once
 Products = list[tuple[Tensor, Tensor]]
 
 
@@ -44,134 +44,120 @@ class Run:
     after: Tensor
     cell: Tensor | None = None
 
-    def blocks(self) -> Iterator[slice]:
-        """Some consecutive steps at a time."""
+    def blocks(self) -> list[range]:
+        """Some consecutive steps each."""
         bytes_ = self.x.shape[1] * len(self.weights[0]) * self.x.element_size()
-        size = max(1, BLOCK_BYTES // max(1, bytes_))
-        return (slice(start, start + size) for start in range(0, len(self.x), size))
+        size, steps = max(1, BLOCK_BYTES // max(1, bytes_)), len(self.x)
+        return [range(start, min(start + size, steps)) for start in range(0, steps, size)]
 
-    def product(self, number: int, steps: slice) -> Tensor:
-        """W_i x_t + b_i (number 0) or W_h h_{t-1} + b_h (1)."""
-        y = times((self.x, self.before)[number][steps], self.weights[number].mT)
+    def product(self, number: int, steps: range) -> Tensor:
+        """W_i x_t + b_i (number 0) or W_h h_{t-1} + b_h (1), ``[t, N, o]``."""
+        y = times((self.x, self.before)[number][steps.start : steps.stop], self.weights[number].mT)
         return y.add_(self.biases[number]) if self.biases else y
 
-    def arriving(self, products: Tensor, g: Tensor, final: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """From the last step to the first, its number and the cotangents ``[V, N, P]`` of h_t.
-
-        Args:
-            products: Cotangents of the products with W_h, ``[T, V, N, o]``, filled in step by step.
-            g: Those of the outputs, ``[T, V, N, P]``.
-            final: Those of h_T as a final state.
-        """
-        rows, outputs, weight, shape = products.flatten(1, 2).unbind(), g.unbind(), self.weights[1], g.shape[1:]
-        h = outputs[-1] + final
-        for t in reversed(range(len(outputs))):
-            yield t, h
-            if t:
-                h = matmul.mm(rows[t], weight).view(shape).add_(outputs[t - 1])
+    def back(self, products: Tensor, g: Tensor) -> Tensor:
+        """Cotangents ``[V, N, P]`` of h_t: those ``[V, N, …]`` of the next step's products with W_h, and its own."""
+        return matmul.mm(products.view(-1, len(self.weights[1])), self.weights[1]).view(g.shape).add_(g)
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x @ matrix`` for ``x [*, *, k]``."""
+    """``x @ matrix`` for ``x [*, k]``."""
     return matmul.mm(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], -1)
 
 
 def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Long short-term memory, its output projected or not."""
-    gates, through, forget, hidden = _lstm_derivatives(run)
-    found = gates if g.shape[1] == 1 else gates.new_empty(*g.shape[:3], *gates.shape[3:])
-    projected = None if hidden is None else g.new_empty(g.shape)
-    products, c = found.flatten(3), final[1].clone()
-    by_c, by_h = gates[..., :3, :].unbind(), gates[..., 3, :].unbind()
-    to_c, to_h = found[..., :3, :].unbind(), found[..., 3, :].unbind()
-    for t, h in run.arriving(products, g, final[0]):
-        if projected is not None:
-            projected[t] = h
-            h = times(h, run.weights[2])
-        c.addcmul_(h, through[t])
-        torch.mul(by_c[t], c.unsqueeze(-2), out=to_c[t])
-        torch.mul(by_h[t], h, out=to_h[t])
-        c.mul_(forget[t])
+    gates, cells = _lstm_states(run)
+    found = gates[None] if g.shape[1] == 1 else gates.new_empty(g.shape[1], *gates.shape)
+    projected = hidden = None
+    if len(run.weights) > 2:
+        hidden, projected = torch.empty_like(cells[1:]), g.new_empty(*g.shape[1:3], len(g), g.shape[3])
+    h, c, arriving = g[-1] + final[0], final[1].clone(), g.unbind()
+    for block in reversed(run.blocks()):
+        i, f, z, o = gates[:, block.start : block.stop].permute(2, 1, 0, 3)
+        squashed = cells[block.start + 1 : block.stop + 1].tanh()
+        if hidden is not None:
+            torch.mul(o, squashed, out=hidden[block.start : block.stop])
+        by_c = torch.stack([(i - i * i) * z, (f - f * f) * cells[block.start : block.stop], i - i * z * z], dim=2)
+        by_h, through = (o - o * o) * squashed, torch.addcmul(o, o, squashed.square(), value=-1)
+        row = g.new_empty(*g.shape[1:3], *gates.shape[2:])
+        for k, t in reversed([*enumerate(block)]):
+            if projected is not None:
+                projected[:, :, t] = h
+                h = times(h, run.weights[2])
+            c.addcmul_(h, through[k])
+            torch.mul(by_c[k], c.unsqueeze(2), out=row[:, :, :3])
+            torch.mul(by_h[k], h, out=row[:, :, 3])
+            c.mul_(f[k])
+            found[:, :, t] = row
+            if t:
+                h = run.back(row, arriving[t - 1])
+    products = found.flatten(3)
     result = [(products, run.x), (products, run.before)]
     return result if projected is None or hidden is None else [*result, (projected, hidden)]
 
 
-def _lstm_derivatives(run: Run) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """∂c_t by the products of i, f, z, and ∂h_t by that of o, ``[T, 1, N, 4, H]``; ∂h_t/∂c_t; f; h_t where projected.
-
-    h_t: without its projection.
-    """
-    shape = (*run.x.shape[:2], len(run.weights[0]) // 4)
-    gates = run.x.new_empty(shape[0], 1, shape[1], 4, shape[2])
-    through, forget = run.x.new_empty(2, *shape)
-    hidden = run.x.new_empty(shape) if len(run.weights) > 2 else None
+def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
+    """The gates i, f, z, o, ``[N, T, 4, H]``, and c_0 … c_T, ``[T + 1, N, H]``."""
     assert run.cell is not None
-    last = run.cell
+    steps, samples, width = *run.x.shape[:2], run.cell.shape[1]
+    gates, cells = run.x.new_empty(samples, steps, 4, width), run.x.new_empty(steps + 1, samples, width)
+    cells[0] = last = run.cell
     for block in run.blocks():
         pre = run.product(0, block).add_(run.product(1, block)).unflatten(2, (4, -1))
         i, f, z, o = pre.unbind(2)
         pre[:, :, :2].sigmoid_()
         z.tanh_()
         o.sigmoid_()
-        c, first = i * z, last
+        c = torch.mul(i, z, out=cells[block.start + 1 : block.stop + 1])
         for f_t, c_t in zip(f, c, strict=True):
             last = c_t.addcmul_(f_t, last)
-        before, squashed = torch.cat([first[None], c[:-1]]), c.tanh()
-        forget[block] = f
-        if hidden is not None:
-            torch.mul(o, squashed, out=hidden[block])
-        torch.addcmul(o, o, squashed.square(), value=-1, out=through[block])
-        derivatives = gates[block, 0].unbind(2)
-        torch.mul(i - i.square(), z, out=derivatives[0])
-        torch.mul(f - f.square(), before, out=derivatives[1])
-        torch.addcmul(i, i, z.square(), value=-1, out=derivatives[2])
-        torch.mul(o - o.square(), squashed, out=derivatives[3])
-    return gates, through, forget, hidden
+        gates[:, block.start : block.stop] = pre.transpose(0, 1)
+    return gates, cells
 
 
 def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Gated recurrent unit."""
-    gates, candidate, keep = _gru_derivatives(run)
-    found, states = gates.new_empty(*g.shape[:3], *gates.shape[2:]), g.new_empty(g.shape)
-    products = found.flatten(3)
-    for t, h in run.arriving(products, g, final[0]):
-        torch.add(h, 0 if t + 1 == len(g) else states[t + 1] * keep[t + 1], out=states[t])
-        torch.mul(gates[t], states[t].unsqueeze(-2), out=found[t])
-    width = 2 * candidate.shape[2]
-    inputs = torch.cat([products[..., :width], states.mul_(candidate.unsqueeze(1))], dim=-1)
-    return [(inputs, run.x), (products, run.before)]
+    shape = (*g.shape[1:3], len(g), 3, len(run.weights[0]) // 3)
+    by_x, by_h = g.new_empty(2, *shape)
+    h, arriving = g[-1] + final[0], g.unbind()
+    for block in reversed(run.blocks()):
+        gates, candidate, keep = _gru_derivatives(run, block)
+        for k, t in reversed([*enumerate(block)]):
+            row = gates[k] * h.unsqueeze(2)
+            by_h[:, :, t] = row
+            by_x[:, :, t, :2] = row[:, :, :2]
+            torch.mul(candidate[k], h, out=by_x[:, :, t, 2])
+            if t:
+                h = run.back(row, torch.addcmul(arriving[t - 1], h, keep[k]))
+    return [(by_x.flatten(3), run.x), (by_h.flatten(3), run.before)]
 
 
-def _gru_derivatives(run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """∂h_t by W_h h_{t-1} through the gates r, z, n, ``[T, N, 3, H]``; ∂h_t by n's part of W_i x_t; z."""
-    shape = (*run.x.shape[:2], len(run.weights[0]) // 3)
-    gates = run.x.new_empty(*shape[:2], 3, shape[2])
-    candidate, keep = run.x.new_empty(2, *shape)
-    for block in run.blocks():
-        x, h = (run.product(k, block).unflatten(2, (3, -1)) for k in (0, 1))
-        r, z = (x[:, :, :2] + h[:, :, :2]).sigmoid_().unbind(2)
-        n = torch.addcmul(x[:, :, 2], r, h[:, :, 2]).tanh_()
-        by_n = torch.mul(1 - z, 1 - n.square(), out=candidate[block])
-        by_r = by_n * h[:, :, 2]
-        derivatives = gates[block].unbind(2)
-        torch.mul(r - r.square(), by_r, out=derivatives[0])
-        torch.mul(z - z.square(), run.before[block] - n, out=derivatives[1])
-        torch.mul(by_n, r, out=derivatives[2])
-        keep[block] = z
-    return gates, candidate, keep
+def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
+    """∂h_t by W_h h_{t-1} through the gates r, z, n, ``[t, N, 3, H]``; ∂h_t by n's part of W_i x_t; z."""
+    x, h = (run.product(k, block).unflatten(2, (3, -1)) for k in (0, 1))
+    r, z = (x[:, :, :2] + h[:, :, :2]).sigmoid_().unbind(2)
+    n = torch.addcmul(x[:, :, 2], r, h[:, :, 2]).tanh_()
+    by_n = (1 - z) * (1 - n * n)
+    by_z = (z - z * z) * (run.before[block.start : block.stop] - n)
+    return torch.stack([(r - r * r) * by_n * h[:, :, 2], by_z, by_n * r], dim=2), by_n, z
 
 
 def _elman(derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Elman's network, whose nonlinearity has a derivative that is a function of its value."""
-    slopes, products = derivative(run.after), g.new_empty(g.shape)
-    for t, h in run.arriving(products, g, final[0]):
-        torch.mul(h, slopes[t], out=products[t])
-    return [(products, run.x), (products, run.before)]
+    found, arriving = g.new_empty(*g.shape[1:3], len(g), g.shape[3]), g.unbind()
+    slopes, h = derivative(run.after), g[-1] + final[0]
+    for t in reversed(range(len(g))):
+        row = slopes[t] * h
+        found[:, :, t] = row
+        if t:
+            h = run.back(row, arriving[t - 1])
+    return [(found, run.x), (found, run.before)]
 
 
 def tanh(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Elman's network with the hyperbolic tangent."""
-    return _elman(lambda h: 1 - h.square(), run, g, final)
+    return _elman(lambda h: 1 - h * h, run, g, final)
 
 
 def relu(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:

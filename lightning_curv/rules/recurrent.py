@@ -155,11 +155,11 @@ class _Network:
                 x, h, y = (t.flip(0) if backwards else t for t in (layers[layer], h, y))
                 run = self._run(number, x, h, dtype)
                 products = self.kind.cell(run, y, [state[:, :, number] for state in final])
-                for k, (cotangents, inputs) in zip(self.matrices[number], products, strict=True):
-                    yield k, cotangents.permute(1, 2, 0, 3), inputs.transpose(0, 1)
                 if layer:
-                    pulled = cells.times(products[0][0], run.weights[0])
+                    pulled = cells.times(products[0][0], run.weights[0]).permute(2, 0, 1, 3)
                     below.append(pulled.flip(0) if backwards else pulled)
+                for k, (cotangents, inputs) in zip(self.matrices[number], products, strict=True):
+                    yield k, cotangents, inputs.transpose(0, 1)
             arriving = sum(below[1:], start=below[0]) if below else arriving
 
     def _run(self, number: int, x: Tensor, h: Tensor, dtype: torch.dtype) -> cells.Run:
@@ -212,6 +212,7 @@ _KINDS = {
 }
 for _name, _kind in _KINDS.items():
     for _function, _binds in ((_kind.builtin, _bind_layers), (getattr(torch, f"{_name}_cell"), _bind_cell)):
-        rule(_function, binds=_binds, slots=("params",), axes=_backpropagable, outputs=_sample_axes, affine=False)(
-            partial(_recurrent, _kind)
-        )
+        rule(
+            _function, binds=_binds, slots=("params",), axes=_backpropagable, outputs=_sample_axes, affine=False,
+            bulky=True,
+        )(partial(_recurrent, _kind))  # fmt: skip

@@ -69,6 +69,8 @@ class Rule:
         outputs: For ops that return a tuple: ``outputs(arguments)`` gives the axis of every output that carries the
             samples. The rule gets the cotangents of all outputs as the rows of one tensor, ``[V, N, K]``.
         affine: Whether the op is affine in each of its parameters.
+        bulky: Whether the terms take more memory than the arguments: in the user's backward pass they are then made
+            when that of the op is through and has freed what it saved.
     """
 
     function: Callable[..., dict[str, Term]]
@@ -81,6 +83,7 @@ class Rule:
     binds: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]] | None = None
     outputs: Callable[[dict[str, Any]], Sequence[int | None]] | None = None
     affine: bool = True
+    bulky: bool = False
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by the names that the rule gives them."""
