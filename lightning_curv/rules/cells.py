@@ -72,7 +72,9 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     projected = hidden = None
     if len(run.weights) > 2:
         hidden, projected = torch.empty_like(cells[1:]), g.new_empty(*g.shape[1:3], len(g), g.shape[3])
-    h, c, arriving = g[-1] + final[0], final[1].clone(), g.unbind()
+    h, c, arriving, to = g[-1] + final[0], final[1].clone(), g.unbind(), found.unbind(2)
+    row = g.new_empty(*g.shape[1:3], *gates.shape[2:])
+    row_by_c, row_by_h, wide = row[:, :, :3], row[:, :, 3], c.unsqueeze(2)
     for block in reversed(run.blocks()):
         i, f, z, o = gates[:, block.start : block.stop].permute(2, 1, 0, 3)
         squashed = cells[block.start + 1 : block.stop + 1].tanh()
@@ -80,16 +82,16 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
             torch.mul(o, squashed, out=hidden[block.start : block.stop])
         by_c = torch.stack([(i - i * i) * z, (f - f * f) * cells[block.start : block.stop], i - i * z * z], dim=2)
         by_h, through = (o - o * o) * squashed, torch.addcmul(o, o, squashed.square(), value=-1)
-        row = g.new_empty(*g.shape[1:3], *gates.shape[2:])
-        for k, t in reversed([*enumerate(block)]):
+        derivatives = zip(by_c.unbind(), by_h.unbind(), through.unbind(), f.unbind(), block, strict=True)
+        for by_c_t, by_h_t, through_t, f_t, t in reversed([*derivatives]):
             if projected is not None:
                 projected[:, :, t] = h
                 h = times(h, run.weights[2])
-            c.addcmul_(h, through[k])
-            torch.mul(by_c[k], c.unsqueeze(2), out=row[:, :, :3])
-            torch.mul(by_h[k], h, out=row[:, :, 3])
-            c.mul_(f[k])
-            found[:, :, t] = row
+            c.addcmul_(h, through_t)
+            torch.mul(by_c_t, wide, out=row_by_c)
+            torch.mul(by_h_t, h, out=row_by_h)
+            c.mul_(f_t)
+            to[t].copy_(row)
             if t:
                 h = run.back(row, arriving[t - 1])
     products = found.flatten(3)
