@@ -11,7 +11,7 @@ from lightning_curv.terms import Term, signed
 
 
 class Rows(NamedTuple):
-    """Per-sample gradients of an embedding as its touched rows, each (sample, index) pair once."""
+    """Per-sample gradients of an embedding as its touched rows, each (sample, index) pair once; made to be changed."""
 
     g: Tensor  # [V, U, *]
     sample: Tensor  # [U]
@@ -85,7 +85,7 @@ def weighted_total(term: Term, weights: Tensor) -> Tensor:
 def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
     """Sum over columns and samples of the squared per-sample gradients, ``[classes, *]``."""
     touched = rows(term)
-    squares = signed(touched.g.square(), None if signs is None else signs[:, touched.sample])
+    squares = signed(touched.g.square_(), None if signs is None else signs[:, touched.sample])
     return _scatter(touched._replace(g=squares.sum(0, keepdim=True)), term.classes)[0]
 
 
@@ -93,7 +93,7 @@ def variance(term: Term) -> Tensor:
     """Population variance over the samples of the first column, ``[classes, *]``; untouched rows are zero."""
     touched, samples = rows(term), term.g.shape[1]
     mean = _scatter(touched, term.classes)[0] / samples
-    deviations = (touched.g - mean[touched.token]).square()
+    deviations = touched.g.sub_(mean[touched.token]).square_()
     untouched = samples - torch.bincount(touched.token, minlength=term.classes).to(mean.dtype)
     untouched = untouched.reshape(-1, *[1] * (mean.ndim - 1))
     return (_scatter(touched._replace(g=deviations), term.classes)[0] + untouched * mean.square()) / samples
@@ -102,7 +102,7 @@ def variance(term: Term) -> Tensor:
 def squared_norms(term: Term) -> Tensor:
     """Squared norms of the per-sample gradients, ``[V, N]``."""
     touched = rows(term)
-    norms = touched.g.square().flatten(2).sum(2)
+    norms = torch.linalg.vector_norm(touched.g.flatten(2), dim=2).square_()
     return norms.new_zeros(norms.shape[0], term.g.shape[1]).index_add_(1, touched.sample, norms)
 
 
