@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from losses_table import LOSS
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import pack_padded_sequence
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
@@ -287,6 +288,40 @@ def test_replay_equals_the_builtin_in_float32():
         F.mse_loss(model(X), torch.zeros(8, 20)).backward()
     for p in model.parameters():
         torch.testing.assert_close(p.grad_batch.sum(0), p.grad, rtol=1e-4, atol=1e-5 * p.grad.abs().max().item())
+
+
+def test_terms_are_made_when_the_builtin_has_freed_its_memory(monkeypatch):
+    events, backpropagated = [], recurrent._Network.backpropagated
+    watched = lambda *args: events.append("terms") or backpropagated(*args)  # noqa: E731
+    monkeypatch.setattr(recurrent._Network, "backpropagated", watched)
+    rnn = nn.LSTM(4, 3)
+    for p in rnn.parameters():
+        p.register_hook(lambda g: events.append("gradient"))
+    with curvature(BatchGrad()):
+        F.mse_loss(rnn(torch.randn(2, 5, 4))[0].transpose(0, 1), torch.zeros(5, 2, 3)).backward()
+    assert events == ["gradient", "terms", *["gradient"] * 3]
+    torch.testing.assert_close(rnn.weight_hh_l0.grad_batch.sum(0), rnn.weight_hh_l0.grad)
+
+
+def test_backward_to_some_of_the_weights():
+    """The others' quantities are those of the whole pass."""
+    case = problem(Network(nn.LSTM, True, "outputs"))
+    expected, params = oracle.grad_batch(case), case.parameters()
+    with curvature(BatchGrad()):
+        case.loss.function(case.model(case.X), case.y).backward(inputs=[params["rnn.bias_hh_l0"]])
+    for key in ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"):
+        assert_close(params[key].grad_batch, expected[key].reshape(params[key].grad_batch.shape), label=key)
+
+
+def test_nothing_recorded_survives_the_backward_pass():
+    rnn, X = nn.GRU(4, 3, num_layers=2), torch.randn(2, 5, 4)
+    with curvature(BatchGrad(), DiagGGNExact()):
+        output, _ = rnn(X.sin())
+        alive = StorageWeakRef(output.untyped_storage())
+        loss = F.mse_loss(output.transpose(0, 1), torch.zeros(5, 2, 3))
+        del output
+        loss.backward()
+    assert alive.expired()
 
 
 def test_nothing_is_left_without_trainable_weights():
