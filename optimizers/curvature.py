@@ -49,7 +49,8 @@ class Direction:
         damping: $\lambda$ of the block, [].
         group: settings of the parameter.
         last: the last update of the parameter, if it is known.
-        jacobian: derivatives of this batch's columns by the parameter, if the step rule asked for them.
+        jacobians: derivatives of the columns of every micro-batch by the parameter, None where it has none; empty if
+            the step rule did not ask for them.
     """
 
     param: Tensor
@@ -59,7 +60,7 @@ class Direction:
     damping: Tensor
     group: ParamGroup
     last: Tensor | None = None
-    jacobian: Jacobian | None = None
+    jacobians: Sequence[Jacobian | None] = ()
 
 
 @dataclass(frozen=True)

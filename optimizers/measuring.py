@@ -17,13 +17,21 @@ Statistics = dict[Tensor, list[Tensor]]  # of every block, by its first paramete
 
 
 class MicroBatches:
-    """Sums of the statistics of micro-batches whose gradients add up in one step."""
+    """What the micro-batches whose gradients add up in one step left on the parameters.
+
+    Attributes:
+        jacobians: of every micro-batch, for the quadratic model. The directions that it needs them for are known when
+            all gradients are: until then they keep the inputs and cotangents of the layers.
+        limits: `LossLimits` of every micro-batch.
+    """
 
     def __init__(self) -> None:
+        self.jacobians: list[dict[Tensor, Any]] = []
+        self.limits: list[Tensor] = []
         self._sums: dict[Tensor, tuple[int, list[Tensor]]] = {}
 
     def add(self, statistics: Statistics) -> None:
-        """Add those of one more micro-batch; where shapes have changed the former ones are dropped."""
+        """Add the statistics of one more micro-batch; where shapes have changed the former ones are dropped."""
         for param, tensors in statistics.items():
             count, sums = self._sums.get(param, (0, []))
             if [s.shape for s in sums] == [t.shape for t in tensors]:
@@ -32,9 +40,11 @@ class MicroBatches:
                 self._sums[param] = 1, tensors
 
     def means(self) -> Statistics:
-        """Averages over the micro-batches; starts anew."""
-        sums, self._sums = self._sums, {}
-        return {param: [tensor / count for tensor in tensors] for param, (count, tensors) in sums.items()}
+        """Averages of the statistics over the micro-batches."""
+        return {
+            param: tensors if count == 1 else [tensor / count for tensor in tensors]
+            for param, (count, tensors) in self._sums.items()
+        }
 
 
 def statistics(

@@ -19,7 +19,7 @@ def directions(
     parameters: Parameters,
     blocks: Sequence[Block],
     dampings: dict[Tensor, Tensor],
-    jacobians: dict[Tensor, Any],
+    jacobians: Sequence[dict[Tensor, Any]],
 ) -> list[Direction]:
     """The preconditioned gradients of all parameters whose curvature is ready."""
     state = parameters.state
@@ -34,7 +34,7 @@ def directions(
             g.damping,
             group,
             state[param].get("velocity"),
-            jacobians.get(param),
+            [batch.get(param) for batch in jacobians],
         )
         for g, values in zip(gradients, preconditioned(curvature, gradients), strict=True)
         for (group, param), grad, value in zip(g.block.members, g.values, values, strict=True)

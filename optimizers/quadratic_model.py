@@ -14,6 +14,7 @@ sections 6.4 and 7.
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,67 +23,85 @@ from lightning_curv.jacobian import Jacobian
 
 from .directional import directional_derivatives
 
+DEPENDENT = 1e-7  # share of a direction's squared length, in the metric of the model, that must not lie in others
 
-def curvature_along(jacobians: Sequence[Jacobian], vectors: Sequence[Tensor]) -> Tensor:
-    """$M$, [K, K] in float64.
+Matrix = Sequence[Sequence[float]]
+
+
+def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[Tensor]) -> Tensor:
+    """$M$, [K, K] in float64, the mean over batches.
 
     Args:
-        jacobians: of each parameter; of the same columns.
+        jacobians: of each batch, by the number of the parameter; those of one batch are of the same columns.
         vectors: the part of the directions that belongs to each parameter, [K, *p].
     """
-    products = sum(directional_derivatives(j, u) for j, u in zip(jacobians, vectors, strict=True))
-    assert isinstance(products, Tensor)
-    wide = products.flatten(1).to(_wide(products))
-    return wide @ wide.mT
+    moments = []
+    for batch in jacobians:
+        products = sum(directional_derivatives(jacobian, vectors[i]) for i, jacobian in batch.items())
+        if isinstance(products, Tensor):
+            wide = products.flatten(1).to(_wide(products))
+            moments.append(wide @ wide.mT)
+    return moments[0] if len(moments) == 1 else torch.stack(moments).mean(0)
 
 
 def inner_products(first: Tensor, second: Tensor) -> Tensor:
-    """Of all pairs of rows, in float64: first [K, *p], second [L, *p] → [K, L]."""
-    return (first.flatten(1) @ second.flatten(1).mT).to(_wide(first))
+    """Of all pairs of rows, in float64: first [K, P], second [L, P] → [K, L]."""
+    return (first @ second.mT).to(_wide(first))
 
 
-def minimizer(curvature: Tensor, slope: Tensor) -> Tensor:
-    r"""$w = -(M + R)^{+} b$, [K]; directions that are linear combinations of others do no harm.
+def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:
+    r"""$w$ with $(M + R) w = -b$; of directions that are linear combinations of others only the first ones are used.
 
     Args:
         curvature: $M + R$, [K, K].
         slope: $b$, [K].
 
-    >>> minimizer(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([4.0, 0.0]))
-    tensor([-2.,  0.])
+    Returns:
+        The weights of the directions, NaN where anything is not finite.
+
+    >>> minimizer([[2.0, 0.0], [0.0, 0.0]], [4.0, 0.0])
+    [-2.0, 0.0]
     """
-    # Directions differ in length by orders of magnitude: scale to a unit diagonal before deciding what is singular.
-    scale = curvature.diagonal().clamp_min(torch.finfo(curvature.dtype).tiny).rsqrt()
-    scaled = scale[:, None] * curvature * scale
-    finite = scaled.isfinite().all()
-    # The decomposition of NaN would raise; the result is NaN instead, and the step is rejected.
-    values, vectors = torch.linalg.eigh(torch.where(finite, scaled, torch.eye(len(scale)).to(scaled)))
-    inverse = torch.where(values > 1e-7 * values[-1], 1 / values, torch.zeros_like(values))
-    w = -scale * (vectors @ (inverse * (vectors.mT @ (scale * slope)))) + 0.0
-    return torch.where(finite, w, torch.full_like(w, math.nan))
+    if not all(map(math.isfinite, chain(slope, *curvature))):
+        return [math.nan] * len(slope)
+    # Directions differ in length by orders of magnitude: a unit diagonal, then elimination as of a Gram matrix.
+    scales = [row[i] ** -0.5 if row[i] > 0 else 0.0 for i, row in enumerate(curvature)]
+    rows = [
+        [*(s * c * t for c, t in zip(row, scales, strict=True)), -s * b]
+        for row, s, b in zip(curvature, scales, slope, strict=True)
+    ]
+    solution = [0.0] * len(slope)
+    used = []
+    for i in range(len(rows)):
+        row = rows[i]
+        if row[i] > DEPENDENT:
+            used.append(i)
+            rows = [r if r is row else [x - r[i] / row[i] * y for x, y in zip(r, row, strict=True)] for r in rows]
+    for i in used:
+        solution[i] = scales[i] * rows[i][-1] / rows[i][i]
+    return solution
 
 
-def change(curvature: Tensor, slope: Tensor, w: Tensor) -> Tensor:
-    """$q(w)$ with the given curvature, []."""
-    return 0.5 * w @ curvature @ w + slope @ w
+def change(curvature: Matrix, slope: Sequence[float], w: Sequence[float]) -> float:
+    """$q(w)$ with the given curvature."""
+    quadratic = sum(c * a * b for row, a in zip(curvature, w, strict=True) for c, b in zip(row, w, strict=True))
+    return 0.5 * quadratic + sum(b * a for b, a in zip(slope, w, strict=True))
 
 
-def shortened(curvature: Tensor, slope: Tensor, most: float) -> Tensor:
-    r"""The factor $\tau \le 1$ of a step at which the model $\tau s + \tau^2 c$ falls by no more than `most`, [].
+def shortened(curvature: float, slope: float, most: float) -> float:
+    r"""The factor $\tau \le 1$ of a step at which the model $\tau s + \tau^2 c$ falls by no more than `most`.
 
     Args:
-        curvature: $c \ge 0$, [].
-        slope: $s$, [].
+        curvature: $c \ge 0$.
+        slope: $s$.
         most: largest decrease, may be inf.
 
-    >>> shortened(torch.tensor(1.0), torch.tensor(-2.0), most=0.75)
-    tensor(0.5000)
+    >>> shortened(1.0, -2.0, most=0.75)
+    0.5
     """
-    if not math.isfinite(most):
-        return torch.ones_like(slope)
-    root = (slope.square() - 4 * curvature * most).clamp_min(0).sqrt()
-    factor = 2 * most / (root - slope)
-    return torch.where(-(slope + curvature) > most, factor, torch.ones_like(factor))
+    if not -(slope + curvature) > most:
+        return 1.0
+    return 2 * most / (math.sqrt(max(slope * slope - 4 * curvature * most, 0.0)) - slope)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

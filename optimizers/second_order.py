@@ -53,9 +53,8 @@ class SecondOrderOptimizer(Optimizer):
     Attributes:
         loss_fn: what `step` takes as `loss_fn` if it is not given any; set it where `step` is called by others.
         last_step: numbers of the last step, for logs.
-        curvature_scale: what the fields on the parameters lack to be the curvature of the loss whose gradient they
-            carry. Set it to the number of micro-batches if their losses were divided by it, their gradients accumulated
-            and only the last one's curvature is on the parameters.
+        curvature_scale: what the mean curvature of the backward passes of a step lacks to be that of the loss whose
+            gradient the parameters carry. Set it to the number of micro-batches whose gradients were accumulated.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class SecondOrderOptimizer(Optimizer):
         self.loss_fn: Callable[[], Any] | None = None
         self.last_step: dict[str, float] = {}
         self._after: float | None = None
-        self._room = math.inf
         self._inboxes: dict[str, Inbox] = {}
         self._micro_batches = MicroBatches()
         super().__init__(params, defaults)
@@ -94,9 +92,9 @@ class SecondOrderOptimizer(Optimizer):
         """The extensions that the upcoming step needs; none between two measurements with a given learning rate."""
         return self._extensions(measure=self.schedule.measure_due(self.steps))
 
-    def accumulated_extensions(self) -> tuple[Extension, ...]:
+    def accumulated_extensions(self) -> tuple[Extension | GraphExtension, ...]:
         """The extensions that `accumulate` needs from a micro-batch of the upcoming step."""
-        return (self.curvature.extension,) if self.schedule.measure_due(self.steps) else ()
+        return self.required_extensions()
 
     def _extensions(self, measure: bool) -> tuple[Extension | GraphExtension, ...]:
         found: list[Extension | GraphExtension | None] = [self.step_rule.extension]
@@ -170,7 +168,8 @@ class SecondOrderOptimizer(Optimizer):
         """Take in the curvature of a micro-batch whose gradient is not all of the step's.
 
         Call it after the backward pass of every micro-batch but the last; `step` averages the curvature over all of
-        them. The quadratic model of `lr="auto"` is that of the last micro-batch.
+        them. So does the quadratic model of `lr="auto"`, for which inputs and cotangents of all layers are kept until
+        then.
 
         Raises:
             RuntimeError: curvature is due and no parameter has any that was not used before.
@@ -178,9 +177,7 @@ class SecondOrderOptimizer(Optimizer):
         members = self._parameters.members()
         if members and self.accumulated_extensions():
             with torch.autocast(members[0][1].device.type, enabled=False):
-                fields = self._taken(self.curvature.extension, members)
-                blocks = self._parameters.paired(members, self.curvature.pairs(fields))
-                self._micro_batches.add(statistics(self.curvature, self._parameters, blocks, fields, self.steps))
+                self._take_in(members)
 
     def _trial(self, loss_fn: Callable[[], Any] | None, device: torch.device) -> Trial | None:
         """Evaluate the loss where the damping is to be adapted, and once more after that to know the batch again."""
@@ -212,17 +209,15 @@ class SecondOrderOptimizer(Optimizer):
         if not all(flags):
             names = self._parameters.described([p for (_, p), good in zip(members, flags, strict=True) if not good])
             warn(f"found inf or NaN in the gradients of {names}; this step is skipped.")
+            self._micro_batches = MicroBatches()
             return None
         parameters, curvature, state = self._parameters, self.curvature, self.state
-        jacobians = self._taken(self.step_rule.extension, members) if self.step_rule.extension else {}
-        self._read_limits(members)
+        self._take_in(members)
+        found, self._micro_batches = self._micro_batches, MicroBatches()
+        blocks = parameters.blocks(members)
         if self.schedule.measure_due(self.steps):
-            fields = self._fields(members, jacobians)
-            blocks = parameters.paired(members, curvature.pairs(fields))
-            self._micro_batches.add(statistics(curvature, parameters, blocks, fields, self.steps))
-            absorb(curvature, parameters, blocks, self._micro_batches.means(), self.curvature_scale)
-        else:
-            blocks = parameters.blocks(members)
+            absorb(curvature, parameters, blocks, found.means(), self.curvature_scale)
+        room = self._limited(found.limits)
         dampings = {
             block.params[0]: block_damping(
                 curvature, state[block.params[0]], block, self.relative_damping, self.loss_floor
@@ -231,9 +226,9 @@ class SecondOrderOptimizer(Optimizer):
             if "weight" in state[block.params[0]]  # its curvature was measured
         }
         refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
-        found = directions(curvature, parameters, blocks, dampings, jacobians)
-        step = self.step_rule(found, self.curvature_scale, self._room)
-        updates = {d.param: update for d, update in zip(found, step.updates, strict=True)}
+        ways = directions(curvature, parameters, blocks, dampings, found.jacobians)
+        step = self.step_rule(ways, self.curvature_scale, room)
+        updates = {d.param: update for d, update in zip(ways, step.updates, strict=True)}
         if not move(parameters, members, updates, step, keep=self.step_rule.extension is not None):
             flags = finite_flags(updates.values())
             names = parameters.described([p for p, good in zip(updates, flags, strict=True) if not good])
@@ -253,18 +248,30 @@ class SecondOrderOptimizer(Optimizer):
             raise RuntimeError(self._missing(extension))
         return fields
 
-    def _read_limits(self, members: list[Member]) -> None:
-        limits = next((p.loss_limits for _, p in members if hasattr(p, "loss_limits")), None)
-        self._room = math.inf
-        if limits is not None and self._adapts:
-            self.loss_floor, self._room = (number * self.curvature_scale for number in averaged(limits).tolist())
-            for _, param in members:
-                vars(param).pop("loss_limits", None)
-
-    def _fields(self, members: list[Member], jacobians: dict[Tensor, Any]) -> dict[Tensor, Any]:
+    def _take_in(self, members: list[Member]) -> None:
+        """Take what one backward pass left on the parameters."""
         extension, rule = self.curvature.extension, self.step_rule.extension
-        shared = rule is not None and rule.savefield == extension.savefield
-        return jacobians if shared else self._taken(extension, members)
+        fields: dict[Tensor, Any] = {}
+        if rule is not None:
+            fields = self._taken(rule, members)
+            self._micro_batches.jacobians.append(fields)
+        if self.schedule.measure_due(self.steps):
+            if rule is None or rule.savefield != extension.savefield:
+                fields = self._taken(extension, members)
+            blocks = self._parameters.paired(members, self.curvature.pairs(fields))
+            self._micro_batches.add(statistics(self.curvature, self._parameters, blocks, fields, self.steps))
+        if self._adapts:
+            found = [vars(param).pop("loss_limits", None) for _, param in members]
+            self._micro_batches.limits += [limits for limits in found if limits is not None][:1]
+
+    def _limited(self, limits: list[Tensor]) -> float:
+        """Read the least damping off the limits of all micro-batches; how far the loss can fall."""
+        if not limits:
+            return math.inf
+        mean = averaged(torch.stack(limits).mean(0)) * self.curvature_scale
+        floor, room = mean.tolist()
+        self.loss_floor = floor / len(limits)  # it falls with the number of predictions
+        return float(room)
 
     @property
     def _parameters(self) -> Parameters:
@@ -316,7 +323,7 @@ class SecondOrderOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_inboxes" not in self.__dict__:  # weak references are neither copied nor pickled
-            self._inboxes, self.last_step, self.loss_fn, self._room = {}, {}, None, math.inf
+            self._inboxes, self.last_step, self.loss_fn = {}, {}, None
             self._micro_batches = MicroBatches()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions import Extension
+from lightning_curv.jacobian import Jacobian
 
 from .curvature import Direction
 from .distributed import averaged
@@ -127,40 +128,45 @@ class QuadraticModel:
         self.extension: Extension | None = extension
 
     def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
-        if not directions:
-            return Step([])
+        batches = _jacobians(directions)
+        if not batches:
+            return Step([torch.zeros_like(d.value) for d in directions])
         sizes = [d.value.numel() for d in directions]
         span = _span(directions)
         parts = [part.unflatten(1, d.value.shape) for part, d in zip(span.split(sizes, dim=1), directions, strict=True)]
-        known = [(d.jacobian, part) for d, part in zip(directions, parts, strict=True) if d.jacobian is not None]
-        if not known:
-            return Step([torch.zeros_like(d.value) for d in directions])
-        curvature = averaged(curvature_along([j for j, _ in known], [part for _, part in known]) * scale)
+        model = averaged(curvature_along(batches, parts) * scale)
         grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
-        counts = torch.tensor(sizes, device=span.device)
-        dampings = torch.stack([d.damping for d in directions]).to(span).repeat_interleave(counts)
-        slope = inner_products(span, grad[None])[:, 0]
-        damped = curvature + inner_products(span * dampings, span)
-        w = minimizer(damped, slope)
-        w = w * shortened(change(curvature, 0 * slope, w), slope @ w, room)
-        numbers = torch.cat([-w[:1], w[1:], change(curvature, slope, w)[None]]).tolist()
-        combined = w.to(span) @ span
+        damping = torch.cat([d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)])
+        damped = model + inner_products(span * damping, span)
+        numbers = torch.stack([model, damped, inner_products(span, grad.expand_as(span))]).tolist()
+        curvature, damped_curvature, slope = numbers[0], numbers[1], [row[0] for row in numbers[2]]
+        w = minimizer(damped_curvature, slope)
+        bend = change(curvature, [0.0] * len(w), w)
+        length = shortened(bend, sum(b * a for b, a in zip(slope, w, strict=True)), room)
+        w = [length * a for a in w]
+        combined = torch.tensor(w, dtype=span.dtype, device=span.device) @ span
         updates = [
-            (part * d.group["lr"]).view(d.value.shape)
+            (part if d.group["lr"] == 1.0 else part * d.group["lr"]).view(d.value.shape)
             for part, d in zip(combined.split(sizes), directions, strict=True)
         ]
-        rate, predicted = numbers[0], numbers[-1]
-        momentum = numbers[1] if len(numbers) > 2 else 0.0
+        rate, momentum, predicted = -w[0], sum(w[1:]), change(curvature, slope, w)
         return Step(updates, rate, predicted, {"learning_rate": rate, "momentum": momentum, "predicted": predicted})
+
+
+def _jacobians(directions: Sequence[Direction]) -> list[dict[int, Jacobian]]:
+    """The Jacobians of every batch by the number of the direction."""
+    count = max((len(d.jacobians) for d in directions), default=0)
+    found = [[(i, d.jacobians[k]) for i, d in enumerate(directions)] for k in range(count)]
+    batches = [{i: jacobian for i, jacobian in batch if jacobian is not None} for batch in found]
+    return [batch for batch in batches if batch]
 
 
 def _span(directions: Sequence[Direction]) -> Tensor:
     """The direction and, if there is one, the last update over all parameters, [K, P]."""
-    rows = [torch.cat([d.value.flatten() for d in directions])]
+    rows = [[d.value for d in directions]]
     if any(d.last is not None for d in directions):
-        last = [torch.zeros_like(d.value) if d.last is None else d.last for d in directions]
-        rows.append(torch.cat([part.flatten() for part in last]).to(rows[0]))
-    return torch.stack(rows)
+        rows.append([torch.zeros_like(d.value) if d.last is None else d.last for d in directions])
+    return torch.stack([torch.cat([part.flatten() for part in row]).to(rows[0][0]) for row in rows])
 
 
 def _with_momentum(direction: Direction, update: Tensor) -> Tensor:

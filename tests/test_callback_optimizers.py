@@ -55,10 +55,11 @@ def test_curvature_optimizers_see_the_curvature_of_the_accumulated_loss(optimize
     assert_same_parameters_up_to_rounding(accumulated, whole)
 
 
+@pytest.mark.parametrize("lr", [0.3, "auto"])
 @pytest.mark.parametrize("optimizer", [KFACOptimizer, DiagGGNOptimizer])
-def test_curvature_is_that_of_all_micro_batches(optimizer):
+def test_curvature_is_that_of_all_micro_batches(optimizer, lr):
     def build(params):
-        return optimizer(params, lr=0.3, damping=0.01, curvature="exact")
+        return optimizer(params, lr=lr, damping=0.01, curvature="exact")
 
     x, y = data(24, torch.float64).tensors
     micro, whole = ([(x[i : i + n], y[i : i + n]) for i in range(0, 24, n)] for n in (3, 6))

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -388,16 +389,36 @@ def test_batch_norm_in_training_mode_takes_its_statistics_as_given(settings):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_micro_batches_are_averaged():
-    net, (x, y) = mlp().double(), (torch.randn(12, 4, dtype=DOUBLE), torch.randint(3, (12,)))
-    whole, twin = bare(net.parameters(), curvature="exact"), copy.deepcopy(net)
-    parts = bare(twin.parameters(), curvature="exact")
-    fit(whole, net, x, y)
-    for part in range(3):
-        with curvature(*parts.accumulated_extensions()):
-            (F.cross_entropy(twin(x[4 * part :][:4]), y[4 * part :][:4]) / 3).backward()
-        if part < 2:
-            parts.accumulate()
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("settings", [{}, {"eigen": True}, {"lr": 1.0, "damping": 0.1}], ids=["auto", "eigen", "fixed"])
+def test_micro_batches_make_the_step_of_the_whole_batch(settings, reduction):
+    """Factors, least damping, bound on the promise and the quadratic model."""
+    net, (x, y) = mlp().double(), (torch.randn(15, 4, dtype=DOUBLE), torch.randint(3, (15,)))
+    twin, loss = copy.deepcopy(net), partial(F.cross_entropy, reduction=reduction)
+    whole, parts = (KFACOptimizer(n.parameters(), curvature="exact", **settings) for n in (net, twin))
     parts.curvature_scale = 3.0
-    parts.step()
+    for _ in range(3):
+        fit(whole, net, x, y, loss=loss)
+        parts.zero_grad()
+        for part in range(3):
+            with curvature(*parts.accumulated_extensions()):
+                (loss(twin(x[5 * part :][:5]), y[5 * part :][:5]) / (3 if reduction == "mean" else 1)).backward()
+            if part < 2:
+                parts.accumulate()
+        parts.step()
+        torch.testing.assert_close(flat(twin.parameters()), flat(net.parameters()))
+
+
+def test_skipped_step_forgets_its_micro_batches():
+    net, (x, y) = mlp().double(), (torch.randn(12, 4, dtype=DOUBLE), torch.randint(3, (12,)))
+    twin = copy.deepcopy(net)
+    plain, spoiled = (KFACOptimizer(n.parameters(), curvature="exact") for n in (net, twin))
+    for number in range(2):
+        with curvature(*spoiled.accumulated_extensions()):
+            F.cross_entropy(twin(x * 3), y).backward()
+        spoiled.accumulate() if number == 0 else None
+    twin[0].weight.grad[0, 0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="this step is skipped"):
+        spoiled.step()
+    fit(plain, net, x, y), fit(spoiled, twin, x, y)
     torch.testing.assert_close(flat(twin.parameters()), flat(net.parameters()))

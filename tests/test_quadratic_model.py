@@ -1,5 +1,7 @@
 """The quadratic model: its curvature without passes, its minimizer, and the step that follows from it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def test_curvature_along_directions_is_the_gauss_newton_matrix():
     G = gauss_newton(net, x, 2 / y.numel())
     vectors = [torch.randn(3, *p.shape, dtype=p.dtype) for p in net.parameters()]
     U = torch.cat([v.flatten(1) for v in vectors], dim=1)
-    found = curvature_along([p.jacobian_exact for p in net.parameters()], vectors)
+    found = curvature_along([{i: p.jacobian_exact for i, p in enumerate(net.parameters())}], vectors)
     torch.testing.assert_close(found, U @ G @ U.T)
 
 
@@ -89,28 +91,58 @@ def test_step_minimizes_the_model_by_brute_force():
         assert (optimizer.last_step["momentum"] != 0) == (step > 0)
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+@pytest.mark.parametrize("divided", [True, False])
+def test_model_of_accumulated_micro_batches_by_brute_force(divided, interval):
+    """The micro-batches differ, also in size of their curvature; the step minimizes the model of their total."""
+    net, x, y = problem()
+    x = x * torch.linspace(0.1, 3, 8, dtype=torch.float64)[:, None]
+    optimizer = KFACOptimizer(net.parameters(), damping=0.3, curvature="exact", factor_interval=interval)
+    optimizer.curvature_scale = 4
+    for _ in range(3):
+        start = flat([p.detach().clone() for p in net.parameters()])
+        last = flat([optimizer.state[p].get("velocity", torch.zeros_like(p)) for p in net.parameters()]).clone()
+        optimizer.zero_grad()
+        scale = 1 / 4 if divided else 1.0
+        G = scale * sum(gauss_newton(net, part, 2 / 4) for part in x.split(2))
+        C = G + 0.3 * torch.eye(len(start), dtype=start.dtype)
+        for k in range(4):
+            with curvature(*(optimizer.required_extensions() if k == 3 else optimizer.accumulated_extensions())):
+                (scale * nn.functional.mse_loss(net(x[2 * k :][:2]), y[2 * k :][:2])).backward()
+            if k < 3:
+                optimizer.accumulate()
+        g = flat([p.grad for p in net.parameters()])
+        optimizer.step()
+        moved = flat([p.detach() for p in net.parameters()]) - start
+        assert moved.norm() > 1e-3
+        torch.testing.assert_close(moved @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
+        torch.testing.assert_close(last @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
+        predicted = (0.5 * moved @ G @ moved + g @ moved).item()
+        assert optimizer.last_step["predicted"] == pytest.approx(predicted, rel=1e-9)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_minimizer_solves_the_system(size):
     root, b = torch.randn(size, 5, dtype=torch.float64), torch.randn(size, dtype=torch.float64)
     scale = torch.logspace(-8, 8, size, dtype=torch.float64)  # directions of very different length
     A = (root @ root.T) * scale * scale[:, None]
-    torch.testing.assert_close((A @ minimizer(A, scale * b)) / scale, -b, rtol=1e-6, atol=1e-6)
+    w = torch.tensor(minimizer(A.tolist(), (scale * b).tolist()), dtype=torch.float64)
+    torch.testing.assert_close((A @ w) / scale, -b, rtol=1e-6, atol=1e-6)
 
 
 def test_dependent_directions_do_no_harm():
     d, b = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
     A = d[:, None] * d  # the second direction is twice the first
-    w = minimizer(A, b)
-    torch.testing.assert_close(A @ w, -b)
-    torch.testing.assert_close(change(A, b, w), torch.tensor(-0.5, dtype=torch.float64))
+    w = minimizer(A.tolist(), b.tolist())
+    torch.testing.assert_close(A @ torch.tensor(w, dtype=torch.float64), -b)
+    assert change(A.tolist(), b.tolist(), w) == pytest.approx(-0.5)
 
 
 @pytest.mark.parametrize("most", [1e-3, 0.4, 1.0, 5.0, float("inf")])
 def test_shortened_step_promises_at_most_so_much(most):
-    c, s = torch.tensor(0.8, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    c, s = 0.8, -2.0
     factor = shortened(c, s, most)
-    promise = -(factor * s + factor**2 * c)
-    torch.testing.assert_close(promise, torch.tensor(min(most, 1.2), dtype=torch.float64))
+    assert -(factor * s + factor**2 * c) == pytest.approx(min(most, 1.2))
 
 
 def test_scale_of_the_loss_does_not_change_the_step():
@@ -213,4 +245,5 @@ def test_overflow_rejects_the_step():
 
 
 def test_minimizer_of_what_is_not_finite_is_nan():
-    assert minimizer(torch.full((2, 2), float("nan")), torch.ones(2)).isnan().all()
+    assert all(map(math.isnan, minimizer([[float("nan")] * 2] * 2, [1.0, 1.0])))
+    assert all(map(math.isnan, minimizer([[1.0, 0.0], [0.0, 1.0]], [1.0, float("inf")])))
