@@ -14,7 +14,7 @@ from .running_mean import next_weight, update_mean
 
 
 class DiagonalCurvature:
-    r"""Diagonal $h$ per parameter; gradient and $h$ are bias-corrected running means with the group's `betas`.
+    r"""Diagonal $h$ per parameter, a bias-corrected running mean with the second of the group's `betas`.
 
     Args:
         extension: leaves the diagonal of one batch on the parameters.
@@ -62,21 +62,12 @@ class DiagonalCurvature:
         return "diagonal" in state
 
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
-        r"""$d = \hat g / (\hat h + \lambda)$."""
-        return [[_quotient(gradient)] for gradient in gradients]
+        r"""$d = g / (\hat h + \lambda)$."""
+        return [[g.values[0] / (g.state["diagonal"] + g.damping)] for g in gradients]
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
         r"""$d^\top \operatorname{diag}(\hat h) \, d$."""
         return (value.square() * state["diagonal"]).sum()
-
-
-def _quotient(gradient: Gradient) -> Tensor:
-    state, value = gradient.state, gradient.values[0]
-    if "gradient" not in state:
-        state["gradient"], state["gradient_weight"] = _zeros(value), 0.0
-    state["gradient_weight"] = next_weight(state["gradient_weight"], gradient.block.group["betas"][0])
-    update_mean(state["gradient"], value, state["gradient_weight"])
-    return state["gradient"] / (state["diagonal"] + gradient.damping)
 
 
 def _zeros(tensor: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ class KFACOptimizer(SecondOrderOptimizer):
     `lr="auto"`: the update is $\delta = \eta_t (-\alpha d + \beta \delta_{\text{last}})$ with the $\alpha, \beta$ that
     minimize the quadratic model $g^\top \delta + \tfrac12 \delta^\top (G + \lambda) \delta$ of the loss; $G$ is the
     generalized Gauss-Newton matrix of this batch itself, by per-sample dot products with what its backward pass
-    recorded. $\eta_t$ is 1 unless a schedule or a parameter group says otherwise.
+    recorded. $d$ is then made of a running mean of the gradients: along the gradient of a single batch that batch promises
+    more than the loss will hold, its noise being part of both. Where every step has the same batch there is no noise, and
+    $d$ is made of the gradient itself. $\eta_t$ is 1 unless a schedule or a parameter group says otherwise.
 
     A number $\eta$ as `lr`: $\delta = -\eta_t \nu d + \mu \delta_{\text{last}}$ with
     $\nu = \min(1, \sqrt{\kappa / (\eta_0^2 \sum d^\top g)})$ and $\eta_0$ the learning rate the optimizer was built
@@ -47,7 +49,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         damping: "auto", or $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
         momentum: $\mu$ in [0, 1), per group; not used with `lr="auto"`.
         weight_decay: $w$, decoupled, per group: parameters shrink by $\eta_t w$, with `lr="auto"` by $\alpha \eta_t w$.
-        factor_decay: decay in [0, 1) of the running means, per group.
+        factor_decay: decay in [0, 1) of the running means of the factors, per group.
+        gradient_decay: decay in [0, 1) of the running mean of the gradients, per group; not used with a number as `lr`.
         factor_interval: measure factors every so many steps.
         inverse_interval: refresh each inverse every so many steps, spread over the steps; more often in the first 20.
         kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for no bound; not used
@@ -76,7 +79,7 @@ class KFACOptimizer(SecondOrderOptimizer):
 
     Cost: per step $|\theta| \sum_i d_i$ time; one more backward pass, without parameter gradients, when curvature is
     measured, and on every step, with about a forward pass on top, if `lr="auto"`; $d_i^3$ per inversion. Memory: two
-    copies of all factors, one of the parameters, and the activations of the batch until `step`.
+    copies of all factors, two of the parameters, and the activations of the batch until `step`.
 
     Example:
         >>> import torch
@@ -102,7 +105,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         damping: float | Literal["auto"] = "auto",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        factor_decay: float = 0.95,
+        factor_decay: float = 0.9,
+        gradient_decay: float = 0.7,
         factor_interval: int = 1,
         inverse_interval: int = 10,
         kl_clip: float | None = 1e-3,
@@ -147,6 +151,7 @@ class KFACOptimizer(SecondOrderOptimizer):
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "factor_decay": factor_decay,
+                "gradient_decay": gradient_decay if lr == "auto" else 0.0,
                 "fallback_lr": fallback_lr,
             },
             curvature=model(extension, KFLR(weight_sharing), positions, max_factor_size, split_factors, shard_inverses),
@@ -158,4 +163,5 @@ class KFACOptimizer(SecondOrderOptimizer):
     def _check_group(self, group: ParamGroup) -> None:
         super()._check_group(group)
         require_fraction("momentum", group["momentum"])
-        require_fraction("factor_decay", group["factor_decay"])
+        for name in ("factor_decay", "gradient_decay"):
+            require_fraction(name, group[name])

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .adam import adam_direction
-from .curvature import Block, Curvature, Direction, Gradient, Member
+from .curvature import Block, Curvature, Direction, Gradient, Member, ParamGroup
 from .finite import finite_flags
 from .parameters import Parameters, gradient
+from .running_mean import next_weight, update_mean
 from .sharing import preconditioned
 from .step_rules import Step
 
@@ -20,15 +22,27 @@ def directions(
     blocks: Sequence[Block],
     dampings: dict[Tensor, Tensor],
     jacobians: Sequence[dict[Tensor, Any]],
+    average: bool = True,
 ) -> list[Direction]:
-    """The preconditioned gradients of all parameters whose curvature is ready."""
+    """The preconditioned gradients of all parameters whose curvature is ready.
+
+    Args:
+        curvature: what preconditions.
+        parameters: of the optimizer.
+        blocks: of the parameters that move.
+        dampings: of the blocks whose curvature is known, by their first parameter.
+        jacobians: of every micro-batch.
+        average: whether running means of the gradients are preconditioned, decayed as their groups say.
+    """
     state = parameters.state
     ready = [block for block in blocks if curvature.ready(state[block.params[0]])]
-    gradients = [Gradient(state[b.params[0]], b, [gradient(p) for p in b.params], dampings[b.params[0]]) for b in ready]
+    members = [member for block in ready for member in block.members]
+    found = _averaged(parameters, members) if average else {param: gradient(param) for _, param in members}
+    gradients = [Gradient(state[b.params[0]], b, [found[p] for p in b.params], dampings[b.params[0]]) for b in ready]
     return [
         Direction(
             param,
-            grad,
+            gradient(param),
             value,
             partial(curvature.squared_norm, g.state, grad.to(value.dtype), value),
             g.damping,
@@ -39,6 +53,26 @@ def directions(
         for g, values in zip(gradients, preconditioned(curvature, gradients), strict=True)
         for (group, param), grad, value in zip(g.block.members, g.values, values, strict=True)
     ]
+
+
+def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor, Tensor]:
+    """Running means of the gradients, kept in the state of each parameter."""
+    found = {}
+    for group, param in members:
+        decay, state, found[param] = _decay(group), parameters.state[param], gradient(param)
+        if decay:
+            if "gradient" not in state:
+                dtype = torch.promote_types(param.dtype, torch.float32)
+                state["gradient"], state["gradient_weight"] = torch.zeros_like(param, dtype=dtype), 0.0
+            state["gradient_weight"] = next_weight(state["gradient_weight"], decay)
+            update_mean(state["gradient"], found[param], state["gradient_weight"])
+            found[param] = state["gradient"]
+    return found
+
+
+def _decay(group: ParamGroup) -> float:
+    betas = group.get("betas")
+    return float(betas[0] if betas else group.get("gradient_decay", 0.0))
 
 
 def move(

@@ -226,7 +226,8 @@ class SecondOrderOptimizer(Optimizer):
             if "weight" in state[block.params[0]]  # its curvature was measured
         }
         refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
-        ways = directions(curvature, parameters, blocks, dampings, found.jacobians)
+        exact = self.full_batch and self.step_rule.extension is not None  # gradients without noise, momentum of its own
+        ways = directions(curvature, parameters, blocks, dampings, found.jacobians, average=not exact)
         step = self.step_rule(ways, self.curvature_scale, room)
         updates = {d.param: update for d, update in zip(ways, step.updates, strict=True)}
         if not move(parameters, members, updates, step, keep=self.step_rule.extension is not None):

@@ -91,6 +91,45 @@ def test_step_minimizes_the_model_by_brute_force():
         assert (optimizer.last_step["momentum"] != 0) == (step > 0)
 
 
+def test_direction_is_made_of_the_running_mean_of_the_gradients():
+    """The update lies in the span of the last one and of the mean, solved with the dense damped block."""
+    layer = nn.Linear(3, 2, dtype=torch.float64)
+    optimizer = KFACOptimizer(layer.parameters(), damping=0.1, curvature="exact", gradient_decay=0.6, inverse_interval=1)
+    total, weight, last = torch.zeros(8, dtype=torch.float64), 0.0, None
+    for _ in range(4):
+        start = flat([p.detach().clone() for p in layer.parameters()])
+        optimizer.zero_grad()
+        with curvature(*optimizer.required_extensions()):
+            nn.functional.mse_loss(layer(torch.randn(5, 3).double()), torch.randn(5, 2).double()).backward()
+        grad = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1).flatten()
+        total, weight = grad + 0.6 * total, 1 + 0.6 * weight
+        optimizer.step()
+        B, A = optimizer.state[layer.weight]["factors"]
+        pi = ((A.trace() / 4) / (B.trace() / 2)).sqrt()
+        damped = [B + 0.1**0.5 / pi * torch.eye(2).double(), A + 0.1**0.5 * pi * torch.eye(4).double()]
+        d = torch.linalg.solve(torch.kron(*damped), total / weight).view(2, 4)
+        d = flat([d[:, :3], d[:, 3]])
+        moved = flat([p.detach() for p in layer.parameters()]) - start
+        span = torch.stack([d] if last is None else [d, last], dim=1)
+        torch.testing.assert_close(span @ torch.linalg.lstsq(span, moved[:, None]).solution, moved[:, None])
+        last = moved
+
+
+def test_gradients_without_noise_are_not_averaged():
+    net, x, y = problem()
+    optimizer = KFACOptimizer(net.parameters())
+    means = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        with curvature(*optimizer.required_extensions()):
+            nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step(loss_fn=lambda: nn.functional.mse_loss(net(x), y))
+        means.append(optimizer.state[net[0].weight]["gradient"].clone())
+    assert optimizer.full_batch is True
+    assert not torch.equal(means[3], means[4])
+    assert torch.equal(means[-2], means[-1])
+
+
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize("divided", [True, False])
 def test_model_of_accumulated_micro_batches_by_brute_force(divided, interval):
