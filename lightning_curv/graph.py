@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
@@ -14,6 +16,7 @@ from lightning_curv.losses import by_autograd
 from lightning_curv.records import LossCall, Output, Use, marks
 
 HIDING = {"CheckpointFunctionBackward"}
+CAST = "ToCopyBackward0"
 Step = tuple[Node, int, bool, str]  # a node, which of its outputs, whether outside of the losses, the op above it
 
 
@@ -28,7 +31,8 @@ class Tape:
         leaves: Other leaf tensors that require gradients.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
         refusals: Why calls of known loss functions were not recorded.
-        names: Names of all nodes in the order of the walk: the structure of the graph.
+        structure: Names of all nodes in the order of the walk, with the axes and sizes that they work on.
+        casts: Nodes that may change the precision.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
 
@@ -39,7 +43,15 @@ class Tape:
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    structure: list[Hashable] = field(default_factory=list)
+    casts: list[Node] = field(default_factory=list)
+
+    @property
+    def eps(self) -> float:
+        """The rounding of the coarsest type of number in the graph."""
+        outputs = [(node, use.output_nr) for node, use in self.uses.items()] + [(node, 0) for node in self.casts]
+        dtypes = {node._input_metadata[number].dtype for node, number in outputs}
+        return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
 
 
 def walk(root: Node, output: LossCall | None = None) -> Tape:
@@ -79,7 +91,9 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
             continue
         seen.add((node, outside))
         name = node.name()
-        tape.names.append(name)
+        tape.structure.append((name, *(getattr(node, attribute) for attribute in _placing(type(node)))))
+        if name == CAST:
+            tape.casts.append(node)
         if name in HIDING:
             tape.hidden.append(name)
         mark = marks(node)
@@ -102,6 +116,12 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
             tape.stray.append((leaf, parent))
         else:
             tape.leaves.append(leaf)
+
+
+@cache
+def _placing(kind: type[Node]) -> tuple[str, ...]:
+    """Attributes of a kind of node that hold axes and sizes: one that works along the samples mixes them."""
+    return tuple(name for name in dir(kind) if name.startswith("_saved_dim") or name == "_saved_self_sym_sizes")
 
 
 def _above(use: Use, output: LossCall) -> bool:

@@ -173,7 +173,7 @@ class LocalCurvature:
     """The local second derivative R of one node, as a linear map on its inputs.
 
     Raises:
-        UnsupportedError: Torch cannot differentiate the node twice.
+        UnsupportedError: Torch cannot differentiate the node twice, or its inputs are complex.
     """
 
     def __init__(
@@ -186,6 +186,10 @@ class LocalCurvature:
             )
         self.gradients = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         self.inputs = [g.detach() for g in gradients if g is not None]
+        if any(v.is_complex() for v in self.inputs):
+            raise UnsupportedError(
+                f"Second derivatives of ops expect real numbers, found complex ones in `{node.name()}`; use `HMP`."
+            )
 
     @contextmanager
     def _refused(self) -> Iterator[None]:

@@ -55,7 +55,9 @@ class Place:
         return 1 + (owner * GOLDEN).frac().to(like.dtype)
 
 
-def consistent(first: Tensor, second: Tensor, scale: float, choices: Iterable[Place], samples: int) -> list[Place]:
+def consistent(
+    first: Tensor, second: Tensor, scale: float, eps: float, choices: Iterable[Place], samples: int
+) -> list[Place]:
     """The places that two cotangents agree with, where the second started as the first times `Place.weights`.
 
     Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its sample. Entries that
@@ -65,10 +67,11 @@ def consistent(first: Tensor, second: Tensor, scale: float, choices: Iterable[Pl
         first: Cotangent of any shape.
         second: The other one.
         scale: The largest entry of all cotangents of the pass, whose rounding errors may remain where they cancel.
+        eps: The rounding of the coarsest type of number that the pass may have gone through.
         choices: Possible places.
         samples: N.
     """
-    eps = torch.finfo(first.dtype).eps
+    eps = max(eps, torch.finfo(first.dtype).eps)
     unknown = ~(first.isfinite() & second.isfinite())
     largest = largest_entry([first])
     tolerance = eps * ((1e3 if eps < 1e-6 else 32) * largest + 8 * scale)
@@ -86,7 +89,7 @@ def largest_entry(tensors: Iterable[Tensor | None]) -> float:
     return max((float(t.max()) for t in found), default=0.0)
 
 
-def places_of(first: Tensor, second: Tensor, scale: float, samples: int) -> list[Place]:
+def places_of(first: Tensor, second: Tensor, scale: float, eps: float, samples: int) -> list[Place]:
     """The places of the samples that a tensor of the graph may have, from two cotangents as in `consistent`.
 
     Raises:
@@ -95,7 +98,7 @@ def places_of(first: Tensor, second: Tensor, scale: float, samples: int) -> list
     exact = [Place(axis) for axis, size in enumerate(first.shape) if size == samples]
     rows = [axis for axis, size in enumerate(first.shape) if size != samples and size % max(1, samples) == 0]
     choices = [*exact, *(Place(axis, minor) for axis in rows for minor in (False, True))] if first.ndim else [Place()]
-    found = consistent(first, second, scale, choices[:1] if samples <= 1 else choices, samples)
+    found = consistent(first, second, scale, eps, choices[:1] if samples <= 1 else choices, samples)
     if not found:
         raise UnsupportedError(
             f"Expected one axis with {samples} samples in a tensor of shape {tuple(first.shape)}, found none that "

@@ -28,9 +28,10 @@ def places_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
     if (known := _KNOWN.get(key)) is not None:
         return dict(zip(edges, known, strict=True))
     first, second = _probed(passes, edges)
-    scale, count = largest_entry(first), passes.samples.count
+    scale, eps, count = largest_entry(first), passes.tape.eps, passes.samples.count
     found = [
-        None if a is None or b is None else places_of(a, b, scale, count) for a, b in zip(first, second, strict=True)
+        None if a is None or b is None else places_of(a, b, scale, eps, count)
+        for a, b in zip(first, second, strict=True)
     ]
     places = [None if choices is None else choices[0] for choices in found]
     conclusive = all(a is None or bool(a.isfinite().all()) for a in first)
@@ -50,7 +51,7 @@ def _structure(passes: Passes, edges: Sequence[GradientEdge]) -> Hashable:
     tape = passes.tape
     return (
         passes.samples.count,
-        tuple(tape.names),
+        tuple(tape.structure),
         tuple((use.shape, use.couples) for use in tape.uses.values()),
         tuple(call.arguments["input"].shape for call in tape.losses.values()),
         tuple((edge.node.name(), edge.output_nr, shape_at(edge)) for edge in edges),

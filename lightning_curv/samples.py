@@ -62,7 +62,7 @@ def find_samples(
     axes = {node: _axes(use) for node, use in uses.items()}
     key = (
         batch_size,
-        tuple(tape.names),
+        tuple(tape.structure),
         tuple(use.shape for use in uses.values()),
         tuple(map(_rows, tape.losses.values())),
     )
@@ -93,11 +93,11 @@ def find_samples(
 
 
 def _candidates(tape: Tape, sizes: Sequence[int], batch_size: int | None) -> list[int]:
-    """Possible numbers of samples; 1 agrees with every graph, so only where a loss call has one row, or all are 1."""
+    """Possible numbers of samples; 1 and 0 agree with every graph, so only where a loss call has it, or all have."""
     if batch_size is not None:
         return [batch_size]
     rows = [_rows(call) for call in tape.losses.values()]
-    return sorted({size for size in sizes if size != 1 or size in rows} or {1})
+    return sorted({size for size in sizes if size > 1 or size in rows} or {max(sizes, default=1)})
 
 
 def _first(count: int, choices: Choices, heads: Choices) -> Samples:
@@ -156,11 +156,11 @@ def _agreeing(
     weighted: Sequence[Tensor | None],
     count: int,
 ) -> Choices:
-    left, scale = dict(possible), largest_entry(plain)
+    left, scale, eps = dict(possible), largest_entry(plain), tape.eps
     for node, first, second in zip(tape.uses, plain, weighted, strict=True):
         if node in uses and first is not None and second is not None:
             shape = uses[node].shape
-            left[node] = consistent(first.reshape(shape), second.reshape(shape), scale, possible[node], count)
+            left[node] = consistent(first.reshape(shape), second.reshape(shape), scale, eps, possible[node], count)
     return left
 
 

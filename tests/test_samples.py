@@ -70,6 +70,27 @@ def test_every_structure_is_verified_once(monkeypatch):
     assert len(passes) == 2
 
 
+ALONG = {
+    "softmax": lambda h, axis: h.softmax(axis),
+    "mean": lambda h, axis: h - h.mean(axis, keepdim=True),
+    "roll": lambda h, axis: h.roll(1, axis),
+    "flip": lambda h, axis: h.flip(axis),
+    "cumsum": lambda h, axis: h.cumsum(axis),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_an_op_along_another_axis_is_another_structure(name):
+    case = problem()
+    case.model = Mixing(lambda h: ALONG[name](h, 1)).double()
+    with curvature(*both()):
+        case.compute_loss().backward()
+    assert_right(case)
+    case.model.mix = lambda h: ALONG[name](h, 0)
+    with pytest.raises(NotImplementedError, match="keeps the samples apart"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
 def test_other_batch_sizes_are_other_structures():
     case = problem()
     for size in (6, 4, 1):
