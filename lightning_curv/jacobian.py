@@ -335,7 +335,7 @@ def _gram_norms(term: Term) -> Tensor:
     """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample; both Gram matrices in chunks."""
     m = Matrices(term)
     positions, columns = m.size(m.shared), len(term.g)
-    size = max(1, CHUNK_BYTES // (positions**2 * columns * m.size(m.both) * term.g.element_size()))
+    size = max(1, CHUNK_BYTES // max(1, positions**2 * columns * m.size(m.both) * term.g.element_size()))
     norms = []
     for start in range(0, term.g.shape[1], size):
         g, x = m.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]

@@ -171,6 +171,11 @@ def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None 
     g = g.reshape(len(g), *use.shape).movedim(axis + 1, 1)
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
     other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
+    if g.is_complex() or any(operand.is_complex() for operand in operands.values()):
+        raise UnsupportedError(
+            f"Expected real numbers in every op with parameters, found complex ones in `{use.name}` using parameter "
+            f"{describe(parameters(use)[0])}. Multiply real and imaginary parts (`torch.view_as_real`), or use `HMP`."
+        )
     try:
         return use.rule.function(Call(use.shape, tuple(operands), axis), g, **{**use.arguments, **operands, **other})
     except NotImplementedError as error:

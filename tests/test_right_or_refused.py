@@ -132,6 +132,70 @@ class ConstantTokens(nn.Module):
         return self.head(torch.tanh(torch.cat([tokens, x], 1)).mean(1))
 
 
+class Spectral(nn.Module):
+    """A Fourier layer: a real parameter holds complex weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.rand(4, 2, 3, 2)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        modes = torch.einsum("nik,iok->nok", torch.fft.rfft(x), torch.view_as_complex(self.weight))
+        return self.head(torch.fft.irfft(modes, n=5).mean(1))
+
+
+class Phases(nn.Module):
+    """Complex numbers between real layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.head = nn.Linear(5, 4), nn.Linear(2, 3)
+
+    def forward(self, x):
+        return self.head(torch.view_as_complex(self.inp(x.mean(1)).unflatten(1, (2, 2))).square().abs())
+
+
+class Routed(nn.Module):
+    """Every token goes to one expert; an expert may get none."""
+
+    def __init__(self, spare):
+        super().__init__()
+        self.gate, self.head = nn.Linear(5, 2 + spare), nn.Linear(5, 3)
+        self.experts = nn.ModuleList(nn.Linear(5, 5) for _ in range(2 + spare))
+        if spare:
+            nn.init.constant_(self.gate.bias, 9.0)
+            nn.init.constant_(self.gate.bias[2:], -9.0)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        chances = self.gate(tokens).softmax(1)
+        mixed = torch.zeros_like(tokens)
+        for k, expert in enumerate(self.experts):
+            rows = chances.argmax(1) == k
+            mixed[rows] = expert(tokens[rows]) * chances[rows, k, None]
+        return self.head((x + mixed.view_as(x)).mean(1))
+
+
+class Alone(Routed):
+    """One of two experts gets everything."""
+
+    def __init__(self):
+        super().__init__(0)
+        nn.init.constant_(self.gate.bias[:1], 9.0)
+        nn.init.constant_(self.gate.bias[1:], -9.0)
+
+
+class Rounded(nn.Module):
+    """Float64 layers with a cast to float32 between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inp(x.mean(1))).float().double())
+
+
 def sequences(layer):
     return lambda: nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(3))
 
@@ -160,6 +224,12 @@ UNPROMISED = {
     "latent_queries_expanded": lambda: LatentQueries(True),
     "constant_tokens": lambda: ConstantTokens(()),
     "constant_tokens_leading": lambda: ConstantTokens((1,)),
+    "fourier_layer": Spectral,
+    "complex_numbers": Phases,
+    "routed_tokens": lambda: Routed(0),
+    "routed_tokens_and_spare_experts": lambda: Routed(1),
+    "routed_to_one_expert": Alone,
+    "cast_in_between": Rounded,
 }
 
 

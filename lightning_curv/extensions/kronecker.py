@@ -168,7 +168,7 @@ def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -
     if term.classes:
         return onehot.second_moment(term, weight_sharing == "reduce")
     sizes = term.sizes()
-    positions = math.prod(sizes[letter] for letter in term.inp if letter not in term.par)
+    positions = max(1, math.prod(sizes[letter] for letter in term.inp if letter not in term.par))
     total = _second_moment(term.x, term.inp, term.par, weight_sharing, product)
     return total.div_(max(1, len(term.x)) * positions ** (2 if weight_sharing == "reduce" else 1))
 
