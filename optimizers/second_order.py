@@ -286,8 +286,8 @@ class SecondOrderOptimizer(Optimizer):
         return (
             f"{type(self).__name__} needs new curvature for step {self.steps}, found no parameter whose "
             f"`.{extension.savefield}` was written since the last step. In Lightning add `CurvatureCallback()` to the "
-            "Trainer's callbacks; elsewhere write `with curvature(*optimizer.extensions): loss.backward()` before "
-            "`optimizer.step()`."
+            "Trainer's callbacks (its tuners run without callbacks: tune with another optimizer); elsewhere write "
+            "`with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Save(pl.Callback):
 def resume(net, path, callbacks, folder):
     trainer = pl.Trainer(
         max_epochs=2,
+        max_steps=8,  # Lightning 2.4 repeats the batch at whose end the checkpoint was saved
         accelerator="cpu",
         precision="64-true",
         log_every_n_steps=1,
@@ -49,6 +50,11 @@ def resume(net, path, callbacks, folder):
     )
     trainer.fit(net, DataLoader(data(), batch_size=6), ckpt_path=path)
     return trainer
+
+
+def uncounted(trainer):
+    """Steps that the loggers' count lacks: Lightning 2.4 forgets the one at whose end it saved the checkpoint."""
+    return 8 - trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 BUILD = {
@@ -70,7 +76,9 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_same_bit_for_bit(tmp_pat
     assert trainer.global_step == 8
     assert_same_parameters(whole, part)
     for name in ("grad_norm", "grad_variance", "noise_scale", "ggn_trace", "distance", "update_size"):
-        after = {step: value for step, value in series(tmp_path / "whole", name).items() if step > 5}
+        after = {
+            step - uncounted(trainer): value for step, value in series(tmp_path / "whole", name).items() if step > 5
+        }
         assert series(tmp_path / "part", name) == after
         assert after or name == "noise_scale"
 
@@ -86,7 +94,7 @@ def test_a_checkpoint_of_another_optimizer_without_our_state_loads_with_warnings
     assert trainer.global_step == 8
     assert trainer.optimizers[0].steps == 2
     assert trainer.optimizers[0].param_groups[0]["damping"] == 0.1
-    assert list(series(tmp_path / "part", "grad_norm")) == [6, 7]
+    assert [step + uncounted(trainer) for step in series(tmp_path / "part", "grad_norm")] == [6, 7]
 
 
 def test_a_new_run_and_a_resumed_one_do_not_warn(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from monitoring import (
+    CONSTANT,
     ManualNet,
     Net,
     Scaled,
@@ -170,6 +171,19 @@ def test_tuners_find_the_same_and_disturb_nothing(tmp_path, tool):
     assert_same_parameters(*nets)
     assert_nothing_left_behind(nets[1])
     assert_logged_values_are_true(nets[1], tmp_path / "1", sorted({step for step, *_ in nets[1].seen}))
+
+
+class TunableKFAC(Tunable):
+    def configure_optimizers(self):
+        return kfac(self.parameters())
+
+
+def test_tuners_name_why_a_curvature_optimizer_cannot_be_tuned(tmp_path):
+    trainer = pl.Trainer(
+        accelerator="cpu", precision="64-true", callbacks=[CurvatureCallback()], default_root_dir=tmp_path, **CONSTANT
+    )
+    with pytest.raises(RuntimeError, match="tuners run without callbacks: tune with another optimizer"):
+        pl.tuner.Tuner(trainer).scale_batch_size(TunableKFAC(), max_trials=1, steps_per_trial=1)
 
 
 def test_a_second_fit_with_the_same_objects(tmp_path):
