@@ -142,7 +142,7 @@ class Jacobian:
 
     def total(self) -> Tensor:
         """Sum over the samples, ``[V, *p]``."""
-        parts = [onehot.total(t) if t.classes else t.contract(f"v{t.par}") for t in self.terms]
+        parts = [onehot.total(t) if t.classes else t.total() for t in self.terms]
         parts = [p.reshape(self.columns, *self.shape) for p in parts]
         return sum(parts[1:], start=parts[0])
 
@@ -262,10 +262,8 @@ def _subtract_mean(squares: Tensor, total: Tensor, samples: int) -> bool:
     """Σ j² becomes Σ j² / N - (Σ j / N)², in place and in cache; whether less than a tenth is left anywhere."""
     cancelled = []
     for part, sums in zip(squares.split(BLOCK), total.split(BLOCK), strict=True):
-        tenth = part * 0.1
-        part.addcmul_(sums, sums, value=-1 / samples)
-        cancelled.append((part < tenth).any())
-        part.div_(samples)
+        part.div_(samples).addcmul_(sums, sums, value=-1 / samples**2)
+        cancelled.append(torch.addcmul(part, sums, sums, value=-1 / (3 * samples) ** 2).amin() < 0)
     return bool(torch.stack(cancelled).any())
 
 

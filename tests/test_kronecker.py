@@ -277,3 +277,13 @@ def test_tied_embedding_with_repeated_tokens_and_padding():
     for field in ("grad_batch", "batch_l2", "sum_grad_squared", "variance"):
         assert_fields(case, field, getattr(oracle, field)(case))
     assert_fields(case, "diag_ggn_exact", oracle.diag_ggn(case))
+
+
+def test_factors_of_a_weight_and_its_bias_are_equal_and_apart():
+    layer = nn.Linear(3, 4)
+    with curvature(KFAC()):
+        F.cross_entropy(layer(torch.randn(5, 3)), torch.tensor([0, 1, 2, 3, 0])).backward()
+    (outputs, _), (bias,) = layer.weight.kfac, layer.bias.kfac
+    torch.testing.assert_close(outputs, bias, rtol=0, atol=0)
+    outputs.add_(1)
+    torch.testing.assert_close(outputs, bias + 1)
