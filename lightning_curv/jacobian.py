@@ -229,7 +229,11 @@ class Jacobian:
         """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""
         if self._onehot is not None:
             return onehot.variance(self._onehot).reshape(self.shape)
-        if self._factorised is not None and self._factorised.g.dtype == torch.float32:
+        term = self._factorised
+        if term is not None and term.x is None:
+            j = term.contract(f"vn{term.par}")[0]
+            return (j - j.mean(0)).square_().mean(0).reshape(self.shape)
+        if term is not None and term.g.dtype == torch.float32:
             return self._variance_of_moments()
         return _sum_squares(self._deviations(self._sum() / self.samples), None).div_(self.samples)
 

@@ -10,6 +10,7 @@ autograd too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -109,22 +110,35 @@ def one_by_one(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
     """``torch.einsum`` of two tensors, by `mm` where it is one product of matrices."""
+    plan = _plan(equation)
+    if plan is None:
+        return torch.einsum(equation, a, b)
+    a_axes, rows, b_axes, columns, order = plan
+    left, right = a.permute(a_axes), b.permute(b_axes)  # ones, rows, summed; ones, summed, columns
+    outer = left.shape[rows] + right.shape[columns]
+    m, n = math.prod(left.shape[rows]), math.prod(right.shape[columns])
+    k = math.prod(left.shape[rows.stop :])
+    if left.numel() != m * k or right.numel() != k * n:
+        return torch.einsum(equation, a, b)
+    product = mm(left.reshape(m, k), right.reshape(k, n)).reshape(outer)
+    return product if order is None else product.permute(order)
+
+
+@cache
+def _plan(equation: str) -> tuple[list[int], slice, list[int], slice, list[int] | None] | None:
+    """Order of the axes, and which become rows or columns; letters of one operand alone have to be of size 1."""
     operands, result = equation.split("->")
     left, right = operands.split(",")
     summed = [x for x in left if x in right and x not in result]
-    # letters of one operand alone that are not in the result have to be of size 1, and are then left out
     rows, columns = ([x for x in own if x in result] for own in (left, right))
-    sizes = {**dict(zip(left, a.shape, strict=True)), **dict(zip(right, b.shape, strict=True))}
-    ones = all(sizes[x] == 1 for x in left + right if x not in result and x not in summed)
-    if not summed or not ones or {*rows} & {*columns}:
-        return torch.einsum(equation, a, b)
-    m, k, n = (torch.Size(sizes[x] for x in letters).numel() for letters in (rows, summed, columns))
-    if not is_large(a, m * k * n):
-        return torch.einsum(equation, a, b)
-    product = mm(_ordered(a, left, rows + summed).reshape(m, k), _ordered(b, right, summed + columns).reshape(k, n))
-    return _ordered(product.reshape([sizes[x] for x in rows + columns]), "".join(rows + columns), [*result])
-
-
-def _ordered(tensor: Tensor, letters: str, order: list[str]) -> Tensor:
-    """The axes in another order, those without a letter in it (of size 1) in front."""
-    return tensor.permute([letters.index(x) for x in [x for x in letters if x not in order] + order])
+    if not summed or {*rows} & {*columns}:
+        return None
+    a_ones, b_ones = ([x for x in own if x not in (*result, *summed)] for own in (left, right))
+    order = [(rows + columns).index(x) for x in result]
+    return (
+        [left.index(x) for x in a_ones + rows + summed],
+        slice(len(a_ones), len(a_ones + rows)),
+        [right.index(x) for x in b_ones + summed + columns],
+        slice(len(b_ones + summed), len(right)),
+        None if order == sorted(order) else order,
+    )

@@ -133,7 +133,10 @@ class Term:
     def contract(self, result: str) -> Tensor:
         """``g·x`` summed to the letters ``result`` (of ``v n`` and ``par``); dense inputs only."""
         if self.x is None:
-            return torch.einsum(f"vn{self.out}->{result}", self.g)
+            summed = [axis for axis, letter in enumerate("vn" + self.out) if letter not in result]
+            kept = [letter for letter in "vn" + self.out if letter in result]
+            total = self.g.sum(summed) if summed else self.g
+            return total if kept == [*result] else total.permute([kept.index(letter) for letter in result])
         if set(result) == {"v", "n", *self.out, *self.inp}:  # an outer product: no matrix product
             return _placed(self.g, "vn" + self.out, result) * _placed(self.x, "n" + self.inp, result)
         if {*self.out} == {*self.inp}:  # a norm's scale: nothing to multiply out
