@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from lightning_curv import matmul, onehot
+from lightning_curv.latest import Latest
 from lightning_curv.pieces import CHUNK_BYTES, Matrices, pieces
 from lightning_curv.terms import DIAGONAL, Term, signed
 
@@ -22,6 +23,7 @@ STACK_BYTES = 2**18  # of products that are made one by one and worked on togeth
 KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
 BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
+_GRAMS = Latest(), Latest()  # of cotangents, of inputs
 
 
 class Jacobian:
@@ -336,6 +338,7 @@ def _gram_pays(term: Term) -> bool:
 def _gram_norms(term: Term) -> Tensor:
     """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample; both Gram matrices in chunks."""
     m = Matrices(term)
+    assert term.x is not None
     positions, columns = m.size(m.shared), len(term.g)
     size = max(1, CHUNK_BYTES // max(1, positions**2 * columns * m.size(m.both) * term.g.element_size()))
     norms = []
@@ -343,8 +346,14 @@ def _gram_norms(term: Term) -> Tensor:
         g, x = m.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
         x = x.flatten(0, 1)
         g = g.flatten(0, 1).unflatten(1, (columns, -1))
-        g_gram = matmul.bmm(g.mT.flatten(0, 1), g.flatten(0, 1)).unflatten(0, (-1, columns))
-        x_gram = matmul.bmm(x.mT, x)
-        products = torch.einsum("bvst,bst->vb", g_gram, x_gram)
+        rest = start, size, *m.both, *m.shared
+        g_gram, _ = _GRAMS[0].of(term.g, (term.out, *rest), partial(_gram, g.flatten(0, 1)))
+        x_gram, _ = _GRAMS[1].of(term.x, (term.inp, *rest), partial(_gram, x))
+        products = torch.einsum("bvst,bst->vb", g_gram.unflatten(0, (-1, columns)), x_gram)
         norms.append(products.unflatten(1, (-1, m.size(m.both))).sum(2))
     return torch.cat(norms, dim=1)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """⟨x_s, x_t⟩ for ``x [b, i, s]``."""
+    return matmul.bmm(x.mT, x)

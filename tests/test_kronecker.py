@@ -120,7 +120,7 @@ def test_what_a_weight_and_its_bias_share_is_computed_once(weight_sharing, monke
         (bias,), B = layer.bias.kfac, layer.weight.kfac[0]
         assert torch.equal(bias, B)
         assert bias.data_ptr() != B.data_ptr()
-    assert all(latest._factor is None for latest in kronecker._LATEST.values())
+    assert all(latest._result is None for latest in kronecker._LATEST.values())
 
 
 def test_unknown_weight_sharing_is_refused():

@@ -13,10 +13,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import pack_padded_sequence
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
-from lightning_curv import curvature, record
+from lightning_curv import curvature, jacobian, record
 from lightning_curv.extensions import (
     KFLR,
     BatchGrad,
+    BatchL2Grad,
     DiagGGNExact,
     SqrtGGNExact,
 )
@@ -301,6 +302,16 @@ def test_terms_are_made_when_the_builtin_has_freed_its_memory(monkeypatch):
         F.mse_loss(rnn(torch.randn(2, 5, 4))[0].transpose(0, 1), torch.zeros(5, 2, 3)).backward()
     assert events == ["gradient", "terms", *["gradient"] * 3]
     torch.testing.assert_close(rnn.weight_hh_l0.grad_batch.sum(0), rnn.weight_hh_l0.grad)
+
+
+def test_gram_matrices_of_what_both_weights_share_are_made_once(monkeypatch):
+    made, gram = [], jacobian._gram
+    monkeypatch.setattr(jacobian, "_gram", lambda x: made.append(x.shape) or gram(x))
+    case = problem(Network(lambda i, _, **options: nn.LSTM(i, 10, **options), True, "outputs"))
+    compute(case, BatchL2Grad())
+    assert sorted(made) == [(3, 4, 2), (3, 10, 2), (3, 40, 2)]
+    for key, norms in oracle.batch_l2(case).items():
+        assert_close(case.parameters()[key].batch_l2, norms, label=key)
 
 
 def test_backward_to_some_of_the_weights():

@@ -18,10 +18,8 @@ with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the position
 from __future__ import annotations
 
 import math
-import threading
-import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +27,7 @@ from torch import Tensor
 from lightning_curv import onehot
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.latest import Latest
 from lightning_curv.pieces import CHUNK_BYTES
 from lightning_curv.symmetric import gram
 from lightning_curv.terms import Term
@@ -36,6 +35,7 @@ from lightning_curv.terms import Term
 WeightSharing = Literal["expand", "reduce"]
 Product = Callable[[Tensor], Tensor]
 KRONECKER = "oixyz"  # letters of matrix axes; x y z belong to the patches of the input or of the output
+_LATEST = {"o": Latest(), "i": Latest()}
 
 
 class KFLR(Extension):
@@ -81,7 +81,8 @@ class KFLR(Extension):
         factor, letters = (term.g, term.out) if axis == "o" else (term.x, term.inp)
         assert factor is not None
         key = letters, *(x for x in letters if x not in term.par), self.weight_sharing, term.classes
-        return _LATEST[axis].of(factor, key, lambda: kronecker_factor(term, axis, self.weight_sharing))
+        result, known = _LATEST[axis].of(factor, key, lambda: kronecker_factor(term, axis, self.weight_sharing))
+        return result.clone() if known else result
 
     def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
         """The factors of the columns add up, that of the inputs stays."""
@@ -105,32 +106,6 @@ class KFAC(KFLR):
     def __init__(self, mc_samples: int = 1, weight_sharing: WeightSharing = "expand") -> None:
         super().__init__(weight_sharing)
         self.source = Sampled(mc_samples)
-
-
-class _Latest(threading.local):
-    """The factor made last, kept while what it was made of is in memory: a weight and its bias have one in common."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._source: weakref.ref[Tensor] | None = None
-        self._factor: Tensor | None = None
-
-    def of(self, tensor: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        """The factor of a tensor: a copy of the latest one, if that was made of the same entries in the same way."""
-        base = tensor if tensor._base is None else tensor._base
-        key = *key, base._version, tensor.storage_offset(), tensor.shape, tensor.stride()
-        if self._source is not None and self._source() is base and self._key == key and self._factor is not None:
-            return self._factor.clone()
-        self._factor = make()
-        self._source, self._key = weakref.ref(base, self._forget), key
-        return self._factor
-
-    def _forget(self, source: weakref.ref[Tensor]) -> None:
-        if source is self._source:
-            self._source = self._factor = None
-
-
-_LATEST = {"o": _Latest(), "i": _Latest()}
 
 
 def kronecker_axes(jacobian: Jacobian) -> str:
