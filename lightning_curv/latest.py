@@ -21,6 +21,7 @@ class Latest(threading.local):
         self._key: tuple[Any, ...] = ()
         self._source: weakref.ref[Tensor] | None = None
         self._result: Tensor | None = None
+        self._version = 0
 
     def of(self, tensor: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         """The result of ``make``, or the latest one, and whether it is that.
@@ -32,10 +33,12 @@ class Latest(threading.local):
         """
         base = tensor if tensor._base is None else tensor._base
         key = *key, base._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
-        if self._source is not None and self._source() is base and self._key == key and self._result is not None:
-            return self._result, True
+        if self._source is not None and self._source() is base and self._key == key:
+            result = self._result
+            if result is not None and result._version == self._version:  # nobody has changed it in place since
+                return result, True
         self._result = result = make()
-        self._source, self._key = weakref.ref(base, self._forget), key
+        self._source, self._key, self._version = weakref.ref(base, self._forget), key, result._version
         return result, False
 
     def _forget(self, source: weakref.ref[Tensor]) -> None:

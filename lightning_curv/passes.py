@@ -81,7 +81,7 @@ class Passes:
     @cached_property
     def multiplies(self) -> bool:
         """Whether the products of matrices in a pass are worth `fast_products`."""
-        return sum(map(_multiplications, self.tape.uses.values())) > WATCHED * len(self.tape.names)
+        return sum(map(_multiplications, self.tape.uses.values())) > WATCHED * len(self.tape.structure)
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""

@@ -27,9 +27,9 @@ class KFACOptimizer(SecondOrderOptimizer):
     `lr="auto"`: the update is $\delta = \eta_t (-\alpha d + \beta \delta_{\text{last}})$ with the $\alpha, \beta$ that
     minimize the quadratic model $g^\top \delta + \tfrac12 \delta^\top (G + \lambda) \delta$ of the loss; $G$ is the
     generalized Gauss-Newton matrix of this batch itself, by per-sample dot products with what its backward pass
-    recorded. $d$ is then made of a running mean of the gradients: along the gradient of a single batch that batch promises
-    more than the loss will hold, its noise being part of both. Where every step has the same batch there is no noise, and
-    $d$ is made of the gradient itself. $\eta_t$ is 1 unless a schedule or a parameter group says otherwise.
+    recorded. $d$ is then made of a running mean of the gradients: along the gradient of a single batch that batch
+    promises more than the loss will hold, its noise being part of both. Where every step has the same batch there is no
+    noise, and $d$ is made of the gradient itself. $\eta_t$ is 1 unless a schedule or a parameter group says otherwise.
 
     A number $\eta$ as `lr`: $\delta = -\eta_t \nu d + \mu \delta_{\text{last}}$ with
     $\nu = \min(1, \sqrt{\kappa / (\eta_0^2 \sum d^\top g)})$ and $\eta_0$ the learning rate the optimizer was built

@@ -287,3 +287,13 @@ def test_factors_of_a_weight_and_its_bias_are_equal_and_apart():
     torch.testing.assert_close(outputs, bias, rtol=0, atol=0)
     outputs.add_(1)
     torch.testing.assert_close(outputs, bias + 1)
+
+
+def test_factors_changed_in_place_do_not_come_back():
+    layer, x = nn.Linear(3, 2).double(), torch.randn(5, 3).double()
+    with curvature(KFAC(mc_samples=1)):
+        loss = nn.functional.mse_loss(layer(x), torch.zeros(5, 2).double())
+        for _ in range(2):
+            loss.backward(retain_graph=True)
+            torch.testing.assert_close(layer.weight.kfac[1], x.T @ x / 5)
+            layer.weight.kfac[1].zero_()

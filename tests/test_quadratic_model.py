@@ -94,7 +94,9 @@ def test_step_minimizes_the_model_by_brute_force():
 def test_direction_is_made_of_the_running_mean_of_the_gradients():
     """The update lies in the span of the last one and of the mean, solved with the dense damped block."""
     layer = nn.Linear(3, 2, dtype=torch.float64)
-    optimizer = KFACOptimizer(layer.parameters(), damping=0.1, curvature="exact", gradient_decay=0.6, inverse_interval=1)
+    optimizer = KFACOptimizer(
+        layer.parameters(), damping=0.1, curvature="exact", gradient_decay=0.6, inverse_interval=1
+    )
     total, weight, last = torch.zeros(8, dtype=torch.float64), 0.0, None
     for _ in range(4):
         start = flat([p.detach().clone() for p in layer.parameters()])
