@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGE = 2**20  # multiplications from which a product by oneDNN is faster, measured; so are those of a stack, one by one
+SMALL = 2**15  # entries of a matrix that is smaller than this buffer
 
 
 @cache
@@ -54,7 +55,11 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     fast = is_large(a, a.shape[0] * b.numel()) and b.dtype == a.dtype and not differentiated
     product = _onednn() if fast else None
-    return a @ b if product is None else product(_dense(a), _dense(b).mT, None, "none", [], "")
+    if product is None:
+        return a @ b
+    # oneDNN transposes a matrix by columns through a buffer of its own, which a small one is better copied for
+    right = b.contiguous() if b.numel() <= SMALL else _dense(b)
+    return product(_dense(a), right.mT, None, "none", [], "")
 
 
 class _FastProducts(TorchDispatchMode):

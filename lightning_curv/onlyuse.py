@@ -48,18 +48,25 @@ class OnlyUse:
 
     @cached_property
     def linear(self) -> bool:
-        """Whether the op has a rule by which it can be applied to a vector in the parameter's place."""
+        """Whether the op can be applied to a vector by its rule."""
+        return self._order is not None
+
+    @cached_property
+    def _order(self) -> bool | None:
+        """Whether the cotangents of the op's term are those at its output in order; ``None``: it cannot be applied."""
         rule, value = self.use.rule, self.use.operands[self.name].tensor
         if not (rule.affine and rule.slots and rule.outputs is None):
-            return False
+            return None
         g = value.detach().new_empty(1, *shape_at(self.edge))
         try:
             term = self._term(g)
         except UnsupportedError:
-            return False
+            return None
         reindexed = term.g.untyped_storage().data_ptr() == g.untyped_storage().data_ptr()
         dense = term.adjoint is None and not term.classes and (term.x is None or term.x.dtype == g.dtype)
-        return reindexed and dense and term.g.dtype == g.dtype and term.g.numel() == g.numel()
+        if not (reindexed and dense and term.g.dtype == g.dtype and term.g.numel() == g.numel()):
+            return None
+        return term.g.is_contiguous()
 
     @property
     def needs_value(self) -> bool:
@@ -68,17 +75,20 @@ class OnlyUse:
 
     def forward(self, vector: Tensor) -> Tensor:
         """The derivative of the op's output in the direction of a vector of the parameter's shape."""
-        out = vector.new_empty(1, *shape_at(self.edge))
+        shape = shape_at(self.edge)
+        out = vector.new_empty(()).expand(1, *shape) if self._order else vector.new_empty(1, *shape)
         term = self._term(out)
-        sizes, summed = term.sizes(), "n" + term.par + term.inp
+        sizes, known = term.sizes(), "n" + term.par + term.inp
         vector = vector.reshape([sizes[letter] for letter in term.par])
-        letters = "".join(letter for letter in term.out if letter in summed)
+        letters = "".join(letter for letter in term.out if letter in known)
         if term.x is None:
             image = torch.einsum(f"{term.par}->{letters}", vector)[None]
         else:
             image = matmul.einsum(f"n{term.inp},{term.par}->n{letters}", term.x, vector)
-        axes = tuple(slice(None) if letter in summed else None for letter in "n" + term.out)
-        term.g[0].copy_(image[axes])  # the term's cotangents are a view of `out`
+        image = image[tuple(slice(None) if letter in known else None for letter in "n" + term.out)]
+        if self._order:
+            return image.expand(term.g.shape[1:]).reshape(shape)
+        term.g[0].copy_(image)  # a view of `out`
         return out[0]
 
     def transposed(self, g: Tensor) -> Tensor:

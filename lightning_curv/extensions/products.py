@@ -157,8 +157,7 @@ class _Hessian(_Matrix):
             return [torch.zeros_like(parameter) for _ in vectors]
         by, rows = edge_of(parameter) if use is None else use.edge, []
         for vector in vectors:
-            seed = vector if use is None else use.forward(vector)
-            (row,) = self._grad(gradient, by, seed)
+            (row,) = self._grad(gradient, by, vector if use is None else use.forward(vector))
             if row is None:
                 rows.append(torch.zeros_like(parameter))
             else:
@@ -243,14 +242,13 @@ class _Curvatures(_Matrix):
         by, rows = edge_of(parameter) if use is None else use.edge, []
         for vector in vectors:
             seed = vector if use is None else use.forward(vector)
-            edges, seeds = self._multiplied(self._grad(transposed, self._dual, seed))
-            (row,) = self._grad(edges, by, seeds)
-            assert row is not None
+            row = self._pulled(self._grad(transposed, self._dual, seed), by)
+            del seed  # before more is allocated
             rows.append(row if use is None else use.transposed(row))
         return rows
 
-    def _multiplied(self, images: Sequence[Tensor | None]) -> tuple[list[GradientEdge], list[Tensor]]:
-        """C J v at the places that it reaches."""
+    def _pulled(self, images: Sequence[Tensor | None], by: GradientEdge) -> Tensor:
+        """Jᵀ C u, for u = J v at all places, ``None`` at those that it does not reach."""
         edges: list[GradientEdge] = []
         seeds: list[Tensor] = []
         left = iter(images)
@@ -261,7 +259,9 @@ class _Curvatures(_Matrix):
                 full = [like.new_zeros(shape) if u is None else u for u, shape in zip(own, part.shapes, strict=True)]
                 edges += part.edges
                 seeds += part.product(full)
-        return edges, seeds
+        (row,) = self._grad(edges, by, seeds)
+        assert row is not None
+        return row
 
 
 def _applied(likelihood: Likelihood, vectors: Sequence[Tensor]) -> list[Tensor]:

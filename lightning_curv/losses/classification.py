@@ -35,9 +35,10 @@ def cross_entropy(
         normaliser: Tensor | int = rows.numel()
     else:
         label = _label_weight(input, target, weight, ignore_index)
-        uniform = 1.0 if weight is None else weight.sum() / input.shape[axis]
-        smooth = uniform * (target != ignore_index)
-        rows = (1 - label_smoothing) * label + label_smoothing * smooth if label_smoothing else label
+        rows = label
+        if label_smoothing:
+            uniform = 1.0 if weight is None else weight.sum() / input.shape[axis]
+            rows = (1 - label_smoothing) * label + label_smoothing * uniform * (target != ignore_index)
         normaliser = label.sum()
     return Categorical(
         p, reduced(rows, normaliser, scale, reduction_of(reduction, size_average, reduce)).unsqueeze(axis), axis

@@ -161,11 +161,15 @@ class Categorical(Likelihood):
         weights, entries = per_sample(w, samples, minor), per_sample(p, samples, minor, trailing=1)
         for row in range(entries.shape[1]):
             signs, scale = signs_of(weights[:, row]), weights[:, row, None].abs().sqrt()
-            for block in _multinomial_roots(entries[:, row], entries.shape[1]):
-                columns = block.new_zeros(len(block), *entries.shape)
-                columns[:, :, row] = scale * block
-                for column in columns:
-                    yield joined(column, p.shape, samples, minor).movedim(-1, self.axis), signs
+            for block in _multinomial_roots(entries[:, row], scale, entries.shape[1]):
+                columns = block.unsqueeze(2)
+                if entries.shape[1] > 1:
+                    columns = block.new_zeros(len(block), *entries.shape)
+                    columns[:, :, row] = block
+                if minor:
+                    columns = torch.stack([joined(column, p.shape, samples, minor) for column in columns])
+                for column in columns.reshape(len(block), *p.shape).movedim(-1, self.axis + 1).unbind():
+                    yield column, signs
 
     def _centred(self, columns: Tensor) -> Tensor:
         """``columns - p Σ columns`` over the classes, for any number of leading axes."""
@@ -183,20 +187,22 @@ def _classes(p: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(below, level, right=True).clamp_(max=p.shape[-1] - 1)
 
 
-def _multinomial_roots(p: Tensor, rows: int) -> Iterator[Tensor]:
-    """Columns c < C - 1 of the Cholesky factors of diag(p) - p pᵀ for ``p [N, C]``: ``[c, N, C]``, in pieces."""
+def _multinomial_roots(p: Tensor, scale: Tensor, rows: int) -> Iterator[Tensor]:
+    """Columns c < C - 1 of the Cholesky factors of diag(p) - p pᵀ for ``p [N, C]``: ``[c, N, C]``, in pieces.
+
+    They are multiplied by ``scale [N, 1]``.
+    """
     smallest = torch.finfo(p.dtype).tiny
     tails = p.flip(1).cumsum(1).flip(1)  # Σ_{i>=c} p_i
     rest = tails[:, 1:].clamp(min=smallest)
-    roots = (p[:, :-1] * (tails[:, 1:] / tails[:, :-1].clamp(min=smallest))).sqrt()
+    roots = scale * (p[:, :-1] * (tails[:, 1:] / tails[:, :-1].clamp(min=smallest))).sqrt()
     size = max(1, BLOCK_BYTES // max(1, p.numel() * rows * p.element_size()))
-    classes = torch.arange(p.shape[1], device=p.device)
     for start in range(0, p.shape[1] - 1, size):
-        own = slice(start, start + size)
-        block = -(roots[:, own] / rest[:, own]).mT.unsqueeze(-1) * p
-        c = classes[:-1][own][:, None, None]
-        block.masked_fill_(classes <= c, 0)
-        yield torch.where(classes == c, roots[:, own].mT.unsqueeze(-1), block)
+        ratios = -(roots[:, start : start + size] / rest[:, start : start + size]).mT
+        above = torch.ones(len(ratios), p.shape[1], dtype=p.dtype, device=p.device).triu_(start + 1)
+        block = (above.unsqueeze(1) * p).mul_(ratios.unsqueeze(-1))
+        block.diagonal(start, 0, 2).copy_(roots[:, start : start + size])
+        yield block
 
 
 def _one_class_each(roots: Tensor, row: int) -> Iterator[Tensor]:
