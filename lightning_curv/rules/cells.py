@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_curv import matmul
 
 BLOCK_BYTES = 2**19  # of products with the weights that are worked on at once
+by_sigmoid, by_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward  # of factors and values
 Products = list[tuple[Tensor, Tensor]]
 
 
@@ -80,8 +81,11 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
         squashed = cells[block.start + 1 : block.stop + 1].tanh()
         if hidden is not None:
             torch.mul(o, squashed, out=hidden[block.start : block.stop])
-        by_c = torch.stack([(i - i * i) * z, (f - f * f) * cells[block.start : block.stop], i - i * z * z], dim=2)
-        by_h, through = (o - o * o) * squashed, torch.addcmul(o, o, squashed.square(), value=-1)
+        by_c = g.new_empty(len(block), len(gates), 3, gates.shape[3])
+        by_sigmoid.grad_input(z, i, grad_input=by_c[:, :, 0])
+        by_sigmoid.grad_input(cells[block.start : block.stop], f, grad_input=by_c[:, :, 1])
+        by_tanh.grad_input(i, z, grad_input=by_c[:, :, 2])
+        by_h, through = by_sigmoid(squashed, o), by_tanh(o, squashed)
         derivatives = zip(by_c.unbind(), by_h.unbind(), through.unbind(), f.unbind(), block, strict=True)
         for by_c_t, by_h_t, through_t, f_t, t in reversed([*derivatives]):
             if projected is not None:
@@ -104,9 +108,12 @@ def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
     assert run.cell is not None
     steps, samples, width = *run.x.shape[:2], run.cell.shape[1]
     gates, cells = run.x.new_empty(samples, steps, 4, width), run.x.new_empty(steps + 1, samples, width)
+    weight = torch.cat([run.weights[0], run.weights[1]], dim=1).mT
+    bias = run.biases[0] + run.biases[1] if run.biases else run.x.new_zeros(())
     cells[0] = last = run.cell
     for block in run.blocks():
-        pre = run.product(0, block).add_(run.product(1, block)).unflatten(2, (4, -1))
+        inputs = torch.cat([run.x[block.start : block.stop], run.before[block.start : block.stop]], dim=2)
+        pre = times(inputs, weight).add_(bias).unflatten(2, (4, -1))
         i, f, z, o = pre.unbind(2)
         pre[:, :, :2].sigmoid_()
         z.tanh_()
@@ -140,9 +147,9 @@ def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
     x, h = (run.product(k, block).unflatten(2, (3, -1)) for k in (0, 1))
     r, z = (x[:, :, :2] + h[:, :, :2]).sigmoid_().unbind(2)
     n = torch.addcmul(x[:, :, 2], r, h[:, :, 2]).tanh_()
-    by_n = (1 - z) * (1 - n * n)
-    by_z = (z - z * z) * (run.before[block.start : block.stop] - n)
-    return torch.stack([(r - r * r) * by_n * h[:, :, 2], by_z, by_n * r], dim=2), by_n, z
+    by_n = by_tanh(1 - z, n)
+    by_r, by_z = by_sigmoid(by_n * h[:, :, 2], r), by_sigmoid(run.before[block.start : block.stop] - n, z)
+    return torch.stack([by_r, by_z, by_n * r], dim=2), by_n, z
 
 
 def _elman(derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
