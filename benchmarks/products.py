@@ -1,6 +1,7 @@
 """Products behind the quantities, alternatives side by side: ``python benchmarks/products.py``.
 
-One thread, process time, medians, in milliseconds. Shapes are those of the convolutions of 3C3D at N = 64.
+One thread, process time, medians, in milliseconds. Shapes are those of the convolutions of 3C3D at N = 64, and of the
+LSTM of `networks.py` at N = 32.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import Tensor
+from networks import POSITIONS, VOCABULARY
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_curv import record
+from lightning_curv.losses.likelihoods import Categorical
 from lightning_curv.matmul import mm, one_by_one
+from lightning_curv.passes import apply_rule
+from lightning_curv.records import marks
 from lightning_curv.rules.convolution import patches
 from lightning_curv.symmetric import gram
 
@@ -57,13 +63,33 @@ def layer(samples: int, channels: int, size: int, out: int, kernel: int) -> dict
     }
 
 
+def recurrence(samples: int = 32, width: int = 128) -> dict[str, Callable[[], object]]:
+    """Alternatives for an LSTM and for the targets drawn from its output."""
+    lstm, x = nn.LSTM(width, width, batch_first=True), torch.randn(samples, POSITIONS, width)
+    with record():
+        output, _ = lstm(x)
+    use = marks(output.grad_fn.next_functions[0][0]).use
+    g, whole = torch.randn_like(output), torch.randn(1, *use.shape)
+    p, scale = torch.randn(samples, VOCABULARY, POSITIONS).softmax(1), torch.ones(samples, 1, POSITIONS)
+    rows, generator = p.movedim(1, 2).flatten(0, 1), torch.Generator().manual_seed(0)
+    return {
+        "torch.lstm, forward": lambda: lstm(x),
+        "torch.lstm, backward": lambda: torch.autograd.grad(output, [*lstm.parameters()], g, retain_graph=True),
+        "terms: every step written out": lambda: apply_rule(use, 0, whole, {"input": x}),
+        "terms: in closed form": lambda: apply_rule(use, 0, whole),
+        "classes: torch.multinomial": lambda: torch.multinomial(rows, 1, generator=generator),
+        "classes: one number per row, all of `sample`": lambda: Categorical(p, scale, 1).sample(generator),
+    }
+
+
 def main() -> None:
     """Print all."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    for name, shape in LAYERS.items():
-        print(f"{name} convolution of 3C3D")
-        for alternative, function in layer(*shape).items():
+    groups = {f"{name} convolution of 3C3D": layer(*shape) for name, shape in LAYERS.items()}
+    for name, alternatives in {**groups, "LSTM 128, T = 64": recurrence()}.items():
+        print(name)
+        for alternative, function in alternatives.items():
             print(f"  {alternative:45s} {milliseconds(function):8.2f}")
 
 
