@@ -51,6 +51,10 @@ class BatchDiagGGNExact(Extension):
         """Squares of J, summed over columns."""
         return jacobian.sum_squares_per_sample()
 
+    def merge(self, previous: Tensor, new: Tensor, jacobian: Jacobian) -> Tensor:
+        """They add up, in place: a third copy is never in memory."""
+        return previous.add_(new)
+
 
 class SqrtGGNExact(Extension):
     r"""Square root V of the GGN block, :math:`\sum V V^\top = G`, in ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
