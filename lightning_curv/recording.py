@@ -39,6 +39,7 @@ from lightning_curv.records import (
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
+from lightning_curv.weight_norm import weight_norm
 
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
@@ -119,7 +120,17 @@ class record(TorchFunctionMode):
         with self:
             return _undispatched(func)(*args, **kwargs)
 
-    _intercepted: Mapping[Callable[..., Any], Callable[..., Any]] = {F.multi_head_attention_forward: _record_inside}
+    def _record_weight_norm(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An op whose second derivative is wrong in torch."""
+        out = weight_norm(*args, **kwargs) if _recording() else func(*args, **kwargs)
+        if _recording() and (_has_origin(args) or _has_origin(kwargs.values())):
+            _record_unknown(func, args, kwargs, out)
+        return out
+
+    _intercepted: Mapping[Callable[..., Any], Callable[..., Any]] = {
+        F.multi_head_attention_forward: _record_inside,
+        torch._weight_norm: _record_weight_norm,
+    }
 
 
 def _recording() -> bool:

@@ -9,11 +9,13 @@ import hessian_oracle
 import oracle
 import pytest
 import torch
+from losses_table import LOSS
 from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from zoo import NAMES, ROW, assert_close, assert_fields, compute
+from torch.nn.utils.parametrizations import weight_norm
+from zoo import NAMES, ROW, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature, extend, local_curvature
 from lightning_curv.extensions import (
@@ -287,6 +289,36 @@ def test_flash_attention_names_the_way_out():
         q = F.linear(x, model.in_proj_weight, model.in_proj_bias).reshape(3, 4, 2, 12).transpose(1, 2)
         out = F.scaled_dot_product_attention(*q.chunk(3, dim=-1))
         F.cross_entropy(head(out.transpose(1, 2).reshape(3, 4, 8)).mean(1), torch.tensor([0, 1, 0])).backward()
+
+
+@pytest.mark.parametrize("extension", [HMP, GGNMP])
+def test_products_through_flash_attention_name_the_way_out(extension):
+    layer = nn.Linear(4, 4)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), curvature(extension()):
+        x = layer(torch.ones(3, 2, 5, 4).cumsum(2))
+        F.mse_loss(F.scaled_dot_product_attention(x, x, x), torch.zeros(3, 2, 5, 4)).backward()
+    with pytest.raises(
+        NotImplementedError, match=r"without a second derivative in torch.*sdpa_kernel\(SDPBackend.MATH\)"
+    ):
+        getattr(layer.weight, extension().savefield)(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, None])
+def test_weight_norm_has_the_hessian_of_its_formula(dim):
+    """torch's own second derivative takes the norm as given where the norm runs over leading or trailing axes."""
+    torch.manual_seed(0)
+    layer = weight_norm(nn.ConvTranspose1d(2, 2, 3, bias=False).double(), dim=dim)
+    model, x = nn.Sequential(layer, nn.Tanh(), nn.Flatten()), torch.randn(4, 2, 4).double()
+    case = Problem(model, x, torch.tensor([0, 3, 2, 5]), LOSS["ce"])
+    before = model(x)
+    compute(case, DiagHessian(), HMP())
+    assert torch.equal(before, model(x))
+    for name, block in hessian_oracle.hessian(case).items():
+        p, expected = case.parameters()[name], block.sum(0)
+        assert_close(expected, expected.mT, label=name)
+        units = torch.eye(p.numel()).to(p).reshape(-1, *p.shape)
+        assert_close(p.hmp(units).reshape(expected.shape), expected, label=name)
+        assert_close(p.diag_h, expected.diagonal().reshape(p.shape), label=name)
 
 
 def test_extended_modules_keep_the_graph_for_products():
