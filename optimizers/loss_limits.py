@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_curv.extensions import GraphExtension
 from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Likelihood
@@ -11,6 +12,7 @@ from lightning_curv.passes import Passes, parameters
 
 from .distributed import processes
 
+NONNEGATIVE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
 ROWS = 5  # predictions in a batch for which the least damping is the whole weight of the loss
 BERNOULLI = 0.02
 
@@ -32,7 +34,10 @@ class LossLimits(GraphExtension):
         """The same numbers for all parameters."""
         calls = [(passes.likelihood(node), passes.samples.count) for node in passes.tape.losses]
         floor = torch.stack([_floor(*call).float() for call in calls]).sum()
-        bounded = all(isinstance(likelihood, (Bernoulli, Categorical)) for likelihood, _ in calls)
+        bounded = all(
+            isinstance(likelihood, (Bernoulli, Categorical)) or call.function in NONNEGATIVE
+            for (likelihood, _), call in zip(calls, passes.tape.losses.values(), strict=True)
+        )
         loss = (passes.loss.detach() * passes.seed).sum().float() if bounded else torch.full_like(floor, math.inf)
         limits = torch.stack([floor, loss])
         return {parameter: limits for use in passes.tape.uses.values() for parameter in parameters(use)}

@@ -114,8 +114,8 @@ class QuadraticModel:
 
     minimizes $q$ of `quadratic_model` over the span of the direction $d$ and the last update, before the schedule
     $\eta_t$. A step that promises to take away more than all of the loss is shortened: where a classifier is confident
-    the model knows nothing of the curvature that the step will meet. A parameter whose Jacobian is missing moves along
-    without a say.
+    the model knows nothing of the curvature that the step will meet, and the targets drawn for a small batch hide some
+    of it from $d$ and $q$ alike. A parameter whose Jacobian is missing moves along without a say.
 
     Args:
         extension: leaves the Jacobians on the parameters.
@@ -133,7 +133,7 @@ class QuadraticModel:
             return Step([torch.zeros_like(d.value) for d in directions])
         sizes = [d.value.numel() for d in directions]
         span = _span(directions)
-        parts = [part.unflatten(1, d.value.shape) for part, d in zip(span.split(sizes, dim=1), directions, strict=True)]
+        parts = [part.reshape(-1, *d.value.shape) for part, d in zip(span.split(sizes, dim=1), directions, strict=True)]
         model = averaged(curvature_along(batches, parts) * scale)
         grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
         damping = torch.cat([d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)])

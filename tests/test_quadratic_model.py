@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, jacrev
+from torch.nn import functional as F
 from zoo import NAMES, ROW, assert_close, compute
 
 from lightning_curv import KFACOptimizer, curvature
@@ -184,6 +185,37 @@ def test_shortened_step_promises_at_most_so_much(most):
     c, s = 0.8, -2.0
     factor = shortened(c, s, most)
     assert -(factor * s + factor**2 * c) == pytest.approx(min(most, 1.2))
+
+
+@pytest.mark.parametrize(("lossfunc", "size"), [(F.mse_loss, 8), (F.mse_loss, 64), (F.huber_loss, 64)])
+def test_small_batches_of_a_regression(lossfunc, size):
+    """One draw of the targets per sample hides curvature from the direction and from the model of the loss alike."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    x = torch.randn(size, 10)
+    y, optimizer, losses = x[:, :3].sin(), KFACOptimizer(net.parameters()), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        with curvature(*optimizer.extensions):
+            loss = lossfunc(net(x), y)
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        assert -optimizer.last_step["predicted"] <= losses[-1] * (1 + 1e-5)
+    assert max(losses) < 1.5 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_a_scalar_parameter_takes_part():
+    temperature, layer = nn.Parameter(torch.tensor(2.0)), nn.Linear(4, 3)
+    optimizer = KFACOptimizer([temperature, *layer.parameters()])
+    for _ in range(2):
+        optimizer.zero_grad()
+        with curvature(*optimizer.extensions):
+            F.cross_entropy(temperature * layer(torch.eye(4)), torch.tensor([0, 1, 2, 0])).backward()
+        before = temperature.item()
+        optimizer.step()
+    assert temperature.item() != before
 
 
 def test_scale_of_the_loss_does_not_change_the_step():
