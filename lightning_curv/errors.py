@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 
 class UnsupportedError(NotImplementedError):
     """A quantity is not defined, or not implemented, for this graph; it is never computed approximately instead."""
+
+
+@contextmanager
+def differentiating_twice() -> Iterator[None]:
+    """Says what to do where an op has no second derivative in torch."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, UnsupportedError) or "not implemented" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"Expected ops that can be differentiated twice, found one without a second derivative in torch: {error} "
+            "Attention: run the forward pass under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
+        ) from error
 
 
 def describe(parameter: Tensor) -> str:

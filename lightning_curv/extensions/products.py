@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_curv.errors import differentiating_twice
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.local_curvature import Residual
 from lightning_curv.losses import Likelihood
@@ -103,7 +104,7 @@ def _rows(parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, vectors: Tenso
     if not single and vectors.shape[1:] != parameter.shape:
         shape = ", ".join(map(str, parameter.shape))
         raise ValueError(f"Expected vectors of shape [{shape}] or [V, {shape}], found {list(vectors.shape)}.")
-    with torch.enable_grad(), snapshot.restored(), unheard():
+    with torch.enable_grad(), snapshot.restored(), unheard(), differentiating_twice():
         rows = matrix.products(parameter, vectors.detach()[None] if single else vectors.detach())
     if single:
         return rows[0]

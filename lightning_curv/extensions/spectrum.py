@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_curv.errors import differentiating_twice
 from lightning_curv.extensions.base import Exact, Extension, GraphExtension
 from lightning_curv.extensions.joint import Product, all_parameters, ggn_product, hessian_product
 from lightning_curv.jacobian import Jacobian
@@ -53,7 +54,7 @@ class HessianTraceMC(GraphExtension):
         """One number per parameter."""
         params = all_parameters(passes)
         totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
-        with torch.enable_grad(), unheard(), fast_products(passes.multiplies):
+        with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
             product = hessian_product(passes, params)
             for _ in range(self.mc_samples):
                 signs = [torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1) for p in params]
@@ -101,7 +102,7 @@ class MaxEigenvalue(GraphExtension):
             torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=passes.generator).contiguous()
             for p in params
         ]
-        with torch.enable_grad(), unheard(), fast_products(passes.multiplies):
+        with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
             product = (hessian_product if self.matrix == "hessian" else ggn_product)(passes, params)
             value = largest_eigenvalue(product, start, self.products, self.tolerance)
         return {p: passes.seed.new_tensor(value) for p in params}
