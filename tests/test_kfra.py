@@ -163,6 +163,14 @@ def test_a_parameter_used_twice_is_named():
         compute(problem, KFRA())
 
 
+def test_complex_numbers_are_refused():
+    layer = nn.Linear(4, 4)
+    with curvature(KFRA()):
+        loss = F.mse_loss(torch.fft.irfft(torch.fft.rfft(layer(torch.rand(5, 4)))), torch.rand(5, 4))
+        with pytest.raises(NotImplementedError, match="KFRA expects real numbers, found complex ones below `FftC2R"):
+            loss.backward()
+
+
 def test_several_losses_are_refused():
     model = nn.Linear(3, 2)
     with curvature(KFRA()):

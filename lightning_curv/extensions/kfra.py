@@ -149,6 +149,8 @@ def _chain(passes: Passes) -> list[_Point]:
                 "depend on parameters. Use `KFLR` or `KFAC`."
             )
         edges += inputs
+        if inputs[0].node._input_metadata[inputs[0].output_nr].dtype.is_complex:
+            raise UnsupportedError(f"KFRA expects real numbers, found complex ones below `{edges[-2].node.name()}`.")
     points = [_Point(call.input, passes.samples.losses[loss], call.arguments["input"].shape, count)]
     for edge, place in places_at(passes, edges[1:]).items():
         if place is None:
