@@ -49,8 +49,7 @@ class Tape:
     @property
     def eps(self) -> float:
         """The rounding of the coarsest type of number in the graph."""
-        outputs = [(node, use.output_nr) for node, use in self.uses.items()] + [(node, 0) for node in self.casts]
-        dtypes = {node._input_metadata[number].dtype for node, number in outputs}
+        dtypes = {use.dtype for use in self.uses.values()} | {node._input_metadata[0].dtype for node in self.casts}
         return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
 
 

@@ -71,16 +71,19 @@ def consistent(
         choices: Possible places.
         samples: N.
     """
-    eps = max(eps, torch.finfo(first.dtype).eps)
+    own = torch.finfo(first.dtype).eps
+    eps = max(eps, own)
     unknown = ~(first.isfinite() & second.isfinite())
     largest = largest_entry([first])
     tolerance = eps * ((1e3 if eps < 1e-6 else 32) * largest + 8 * scale)
 
-    def agrees(place: Place) -> bool:
-        deviation = (second - first * place.weights(first, samples)).abs()
-        return bool((unknown | (deviation <= tolerance)).all())
+    def deviation(place: Place) -> Tensor:
+        return (second - first * place.weights(first, samples)).masked_fill(unknown, 0)
 
-    return [place for place in choices if agrees(place)]
+    norms = {p: float(d.norm()) for p in choices if bool(((d := deviation(p)).abs() <= tolerance).all())}
+    # Where the rounding is coarse, more than one place may agree, but the right one by far the best.
+    most = 8 * min(norms.values(), default=0.0) + 4 * own * float(first.masked_fill(unknown, 0).norm())
+    return [place for place, norm in norms.items() if norm <= most]
 
 
 def largest_entry(tensors: Iterable[Tensor | None]) -> float:
@@ -108,8 +111,8 @@ def places_of(first: Tensor, second: Tensor, scale: float, eps: float, samples: 
 
 
 def places(shape: Sequence[int], axes: Sequence[int], samples: int) -> list[Place]:
-    """All places that N samples may have in a tensor; an axis of exactly N entries excludes flattened ones."""
+    """All places that N samples may have in a tensor, axes of exactly N entries first, then flattened ones."""
     exact = [Place(axis) for axis in axes if shape[axis] == samples]
-    if exact or shape[axes[0]] % max(samples, 1):
+    if shape[axes[0]] == samples or shape[axes[0]] % max(samples, 1):
         return exact
-    return [Place(axes[0], minor) for minor in (False, True)[: 2 if samples > 1 else 1]]
+    return exact + [Place(axes[0], minor) for minor in (False, True)[: 2 if samples > 1 else 1]]

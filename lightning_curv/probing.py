@@ -52,7 +52,7 @@ def _structure(passes: Passes, edges: Sequence[GradientEdge]) -> Hashable:
     return (
         passes.samples.count,
         tuple(tape.structure),
-        tuple((use.shape, use.couples) for use in tape.uses.values()),
+        tuple((use.shape, use.dtype, use.couples) for use in tape.uses.values()),
         tuple(call.arguments["input"].shape for call in tape.losses.values()),
         tuple((edge.node.name(), edge.output_nr, shape_at(edge)) for edge in edges),
     )

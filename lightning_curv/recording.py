@@ -256,6 +256,7 @@ class _Call:
             operands={k: self._operand(k, arguments[k]) for k in operands},
             inputs={k: self._edge(k) for k in self.nodes if k not in operands},
             shape=out.shape,
+            dtype=out.dtype,
             output_nr=owner.output_nr,
             versions=versions,
             couples=couples,

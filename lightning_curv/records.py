@@ -45,6 +45,7 @@ class Use:
     operands: dict[str, Operand]  # by argument name
     inputs: dict[str, GradientEdge]  # of the other differentiable arguments
     shape: torch.Size  # of the output
+    dtype: torch.dtype
     output_nr: int = 0
     versions: dict[str, int] = field(default_factory=dict)
     couples: bool = False  # a sample's output depends on other samples

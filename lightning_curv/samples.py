@@ -63,7 +63,7 @@ def find_samples(
     key = (
         batch_size,
         tuple(tape.structure),
-        tuple(use.shape for use in uses.values()),
+        tuple((use.shape, use.dtype) for use in uses.values()),
         tuple(map(_rows, tape.losses.values())),
     )
     if not check and (known := _VERIFIED.get(key)) is not None:

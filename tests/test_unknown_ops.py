@@ -231,16 +231,16 @@ def test_autocast():
 
 @pytest.mark.parametrize("name", ["vit", "language_model", "transformer_encoder", "transformer_decoder", "products"])
 def test_autocast_around_what_stays_in_float32(name):
-    """Norms, embeddings and products get cotangents that went through bfloat16."""
-    case = ROW[name].make()
+    """Norms, embeddings and products get cotangents that went through bfloat16; batch and time may be equally long."""
+    expected, case = reference("grad_batch", name), ROW[name].make()
     model, X = case.model.float(), case.X.float() if case.X.is_floating_point() else case.X
     with curvature(*both()):
         with torch.autocast("cpu", torch.bfloat16):
             output = model(X)
         case.loss.function(output.float(), case.y.float() if case.y.is_floating_point() else case.y).backward()
-    largest = max(p.grad.abs().max().item() for p in model.parameters())
-    for p in model.parameters():
-        torch.testing.assert_close(p.grad_batch.sum(0), p.grad, rtol=2**-5, atol=2**-5 * largest)
+    largest = max(g.abs().max().item() for g in expected.values())
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(p.grad_batch.double(), expected[key], rtol=0.1, atol=0.1 * largest)
 
 
 def test_reentrant_checkpoints_are_refused():

@@ -617,6 +617,18 @@ class Experts(nn.Module):
         return torch.einsum("eni,eio->no", h, self.second)
 
 
+class Windows(nn.Module):
+    """Windows of a sequence are rows; each is as long as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):  # [N, 8, 3]
+        h = torch.tanh(self.embed(x.unflatten(1, (2, 4)).flatten(0, 1)))  # [2N, 4, 4]
+        return self.head((self.mix(h) * h.mean(1, keepdim=True)).view(len(x), 8, 4).mean(1))
+
+
 class AllEqual(nn.Module):
     """Every size is 3: batch, time, features, classes."""
 
@@ -678,6 +690,7 @@ ZOO = [
     Row("cast", Cast, randn(6, 5), rtol=1e-5),  # the gradient of the cast is rounded to float32
     Row("weight_norm", parametrized, randn(6, 5)),
     Row("subclass", lambda: nn.Sequential(ScaledLinear(5, 4), nn.Tanh(), ScaledLinear(4, 3)), randn(6, 5)),
+    Row("windows", Windows, randn(4, 8, 3)),
     Row("all_sizes_equal", AllEqual, randn(3, 3, 3)),
     Row("segmentation_ce", segmentation, randn(4, 2, 3, 2), "ce_image"),
     Row("lstm_tagger", Tagger, ints(5, 3, 4), "ce_sequence"),
