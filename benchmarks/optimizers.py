@@ -4,12 +4,13 @@
 
 Runs three seeds of each workload, stores the curves in `benchmarks/results/`, prints the table of `docs/optimizers.md`
 and draws `docs/images/optimizers.png` from everything stored. `--grid` tunes the baseline's learning rate again.
-Times are process time on one thread and leave out the measurements.
+Times are process time on one thread and leave out the measurements; the steps of the methods are interleaved.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ SECOND_ORDER: dict[str, Any] = {
 Curve = list[dict[str, float]]
 
 
-def train(workload: Workload, method: str, seed: int, lr: float | None = None, steps: int | None = None) -> Curve:
-    """Metric, step and CPU seconds along one run."""
+def train(
+    workload: Workload, method: str, seed: int, lr: float | None = None, steps: int | None = None
+) -> Iterator[tuple[float, Curve]]:
+    """Train; after every step the share of all steps that is done, and metric, step and CPU seconds so far."""
     torch.manual_seed(seed)
     net, (train_data, test_data) = workload.net(), workload.data(seed)
     second_order = method in SECOND_ORDER
@@ -41,16 +44,18 @@ def train(workload: Workload, method: str, seed: int, lr: float | None = None, s
         optimizer = getattr(torch.optim, name)(net.parameters(), lr=lr or best)
     decays = workload.decay or not second_order
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if decays else None
+    generator = torch.Generator().manual_seed(seed)
     curve: Curve = []
-    seconds, start = 0.0, time.process_time()
+    seconds = 0.0
     for step, (inputs, targets) in enumerate(workload.batches(train_data, seed), start=1):
 
         def loss_fn(inputs: torch.Tensor = inputs, targets: torch.Tensor = targets) -> torch.Tensor:
             return workload.loss(net(inputs), targets)
 
+        start = time.process_time()
         optimizer.zero_grad()
         if second_order:
-            with curvature(*optimizer.required_extensions()):
+            with curvature(*optimizer.required_extensions(), generator=generator):
                 loss_fn().backward()
             optimizer.step(loss_fn=loss_fn)
         else:
@@ -58,14 +63,22 @@ def train(workload: Workload, method: str, seed: int, lr: float | None = None, s
             optimizer.step()
         if schedule is not None:
             schedule.step()
+        seconds += time.process_time() - start
         if step % (workload.marks if second_order else max(workload.marks, count // 100)) == 0 or step == steps:
-            seconds += time.process_time() - start
             with torch.no_grad():
                 curve.append({"step": step, "seconds": seconds, **workload.measure(net, train_data, test_data)})
-            start = time.process_time()
+        yield step / steps, curve
         if step == steps:
-            return curve
-    raise AssertionError("batches are endless")
+            return
+
+
+def interleaved(runs: dict[str, Iterator[tuple[float, Curve]]]) -> dict[str, Curve]:
+    """The curves of several runs, a step at a time of the one that is furthest behind: all meet the same machine."""
+    found = {method: next(run) for method, run in runs.items()}
+    while min(done for done, _ in found.values()) < 1:
+        behind = min(found, key=lambda method: found[method][0])
+        found[behind] = next(runs[behind])
+    return {method: curve for method, (_, curve) in found.items()}
 
 
 def first(curve: Curve, target: float) -> dict[str, float] | None:
@@ -138,14 +151,18 @@ def main() -> None:
         workload, path = WORKLOADS[name], RESULTS / f"{name}.json"
         if arguments.grid:
             for lr in workload.grid:
-                print(name, lr, metric(train(workload, "baseline", 0, lr, arguments.steps)[-1]), flush=True)
+                curves = interleaved({"baseline": train(workload, "baseline", 0, lr, arguments.steps)})
+                print(name, lr, metric(curves["baseline"][-1]), flush=True)
             continue
         results = json.loads(path.read_text()) if path.exists() else {}
-        for method in arguments.methods:
-            results[method] = [train(workload, method, seed) for seed in range(arguments.seeds)]
-            path.write_text(json.dumps(results))
-            if "baseline" in results:
-                report(name, results)
+        found = [
+            interleaved({method: train(workload, method, seed) for method in arguments.methods})
+            for seed in range(arguments.seeds)
+        ]
+        results.update({method: [curves[method] for curves in found] for method in arguments.methods})
+        path.write_text(json.dumps(results))
+        if "baseline" in results:
+            report(name, results)
     draw()
 
 

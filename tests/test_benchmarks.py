@@ -1,6 +1,7 @@
 """The benchmark of the peers: every contender computes the same thing, and the command measures and saves it."""
 
 import copy
+import importlib.util
 import json
 import subprocess
 import sys
@@ -47,6 +48,23 @@ def test_vmap_computes_per_sample_gradients(contenders):
     found = contenders.vmap_grad(net, x, y, ("BatchGrad",))()
     contenders.ours(net, x, y, ("BatchGrad",))()
     assert_close(found["weight"] / len(x), net.weight.grad_batch)
+
+
+def test_interleaved_runs_are_those_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("optimizer_benchmark", BENCHMARKS / "optimizers.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    regression = benchmark.WORKLOADS["regression"]
+    runs = {
+        method: lambda method=method, count=count: benchmark.train(regression, method, 0, steps=count)
+        for method, count in {"baseline": 6, "KFAC": 4}.items()
+    }
+    together = benchmark.interleaved({method: run() for method, run in runs.items()})
+    for method, run in runs.items():
+        (alone,) = benchmark.interleaved({method: run()}).values()
+        assert [point["step"] for point in together[method]] == [point["step"] for point in alone]
+        assert [point["test"] for point in together[method]] == [point["test"] for point in alone]
 
 
 def test_peak_memory_is_that_of_live_tensors(contenders):
