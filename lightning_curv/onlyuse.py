@@ -55,7 +55,7 @@ class OnlyUse:
     def _order(self) -> bool | None:
         """Whether the cotangents of the op's term are those at its output in order; ``None``: it cannot be applied."""
         rule, value = self.use.rule, self.use.operands[self.name].tensor
-        if not (rule.affine and rule.slots and rule.outputs is None):
+        if not (rule.affine and rule.slots):
             return None
         g = value.detach().new_empty(1, *shape_at(self.edge))
         try:
@@ -103,13 +103,13 @@ class OnlyUse:
 
 
 def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
-    """The parameters that are used once, not through a transform, and these uses."""
+    """The parameters that are used once, not through a transform, and these uses; ops with one output only."""
     counts: Counter[Tensor] = Counter()
     found: dict[Tensor, tuple[Node, Use, str]] = {}
     for node, use in passes.tape.uses.items():
         for name, operand in use.operands.items():
             counts.update(leaves(operand.edge) if operand.derived else [operand.tensor])
-            if not operand.derived:
+            if not operand.derived and use.rule.outputs is None:
                 found[operand.tensor] = node, use, name
     lowest = {node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()}
     return {

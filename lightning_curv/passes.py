@@ -81,7 +81,9 @@ class Passes:
     @cached_property
     def multiplies(self) -> bool:
         """Whether the products of matrices in a pass are worth `fast_products`."""
-        return sum(map(_multiplications, self.tape.uses.values())) > WATCHED * len(self.tape.structure)
+        uses = self.tape.uses.values()
+        composed = any(use.rule.outputs is not None for use in uses)  # recurrent: a node stands for many ops
+        return not composed and sum(map(_multiplications, uses)) > WATCHED * len(self.tape.structure)
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
