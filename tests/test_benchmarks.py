@@ -146,3 +146,18 @@ def test_ratios_are_medians_over_rounds(contenders):
     assert "BackPACK: unsupported" in report.line(cells)
     rows = list(report.table("mlp", {"Variance": cells}))
     assert "| Variance | 1.00 | 3.00 | unsupported | — |" in rows
+
+
+def test_floor_counts_operations_and_bytes(contenders):
+    import floor
+
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4))  # 4 positions, patches of 18
+    work = floor.count(net, torch.randn(5, 2, 4, 4), torch.randint(4, (5,)))
+    convolution, linear = 2 * 5 * 3 * 18 * 4, 2 * 5 * 12 * 4
+    assert work["plain"] == 2 * convolution + 3 * linear
+    assert work["Variance"] == work["SumGradSquared"] == convolution + linear
+    assert work["BatchGrad"] == convolution
+    assert work["BatchL2Grad"] == min(convolution, 2 * 5 * 4 * 4 * (3 + 18))
+    assert work["KFAC"] == 5 * 4 * (9 + 18**2) + 5 * (16 + 12**2) + linear
+    assert work["BatchGrad bytes"] == 4 * 5 * (54 + 3 + 48 + 4)
+    assert work["KFAC bytes"] == 4 * (9 + 18**2 + 9 + 16 + 12**2 + 16)
