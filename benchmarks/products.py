@@ -1,13 +1,13 @@
 """Products behind the quantities, alternatives side by side: ``python benchmarks/products.py``.
 
-One thread, process time, medians, in milliseconds. Shapes are those of the convolutions of 3C3D at N = 64, and of the
-LSTM of `networks.py` at N = 32.
+One thread, process time, medians, in milliseconds. Shapes are those of convolutions of 3C3D, of 2C2D and of the
+network in `privacy.py`, and of the LSTM of `networks.py` at N = 32.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 
 import torch
@@ -23,7 +23,13 @@ from lightning_curv.records import marks
 from lightning_curv.rules.convolution import patches
 from lightning_curv.symmetric import gram
 
-LAYERS = {"first": (64, 3, 32, 64, 5), "second": (64, 64, 14, 96, 3)}  # N, channels, size, channels out, kernel
+LAYERS = {  # N, channels, padded size, channels out, kernel
+    "first of 3C3D": (64, 3, 32, 64, 5),
+    "second of 3C3D": (64, 64, 14, 96, 3),
+    "first of 2C2D": (128, 1, 32, 32, 5),
+    "second of 2C2D": (128, 32, 18, 64, 5),
+    "second of the private network": (256, 16, 18, 32, 5),
+}
 
 
 def milliseconds(function: Callable[[], object], rounds: int = 9) -> float:
@@ -45,16 +51,29 @@ def squares(g: Tensor, x: Tensor) -> Tensor:
     return result
 
 
+def every(products: Iterable[Tensor]) -> None:
+    """Make products one after the other, and drop them."""
+    for _ in products:
+        pass
+
+
 def layer(samples: int, channels: int, size: int, out: int, kernel: int) -> dict[str, Callable[[], object]]:
     """Alternatives for one convolution."""
     image, weight = torch.randn(samples, channels, size, size), torch.randn(out, channels, kernel, kernel)
     view = patches(image, weight, 1, 0, 1, 1)[:, 0]
     x = view.flatten(4).flatten(1, 3)
     g, features = torch.randn(samples, out, x.shape[2]), x.transpose(0, 1).flatten(1)
+    side = size - kernel + 1
+    g_images = g.reshape(samples * out, 1, side, side)
     return {
         "patches: F.unfold": lambda: F.unfold(image, kernel),
         "patches: copy of a view, positions last": lambda: view.contiguous(),
         "patches: copy of a view, positions first": lambda: view.permute(0, 4, 5, 1, 2, 3).contiguous(),
+        "per sample, o × i: one batched product": lambda: g @ x.mT,
+        "per sample, i × o: one batched product": lambda: x @ g.mT,
+        "per sample, o × i: one at a time": lambda: every(one_by_one(g, x.mT)),
+        "per sample, i × o: one at a time": lambda: every(one_by_one(x, g.mT)),
+        "per sample: grouped convolution": lambda: F.conv2d(image.transpose(0, 1), g_images, groups=samples),
         "per-sample squares: one batched product": lambda: (g @ x.mT).square_().sum(0),
         "per-sample squares: one sample at a time": lambda: squares(g, x),
         "input factor: torch.mm": lambda: features @ features.mT,
@@ -86,7 +105,7 @@ def main() -> None:
     """Print all."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    groups = {f"{name} convolution of 3C3D": layer(*shape) for name, shape in LAYERS.items()}
+    groups = {f"{name}: convolution {shape}": layer(*shape) for name, shape in LAYERS.items()}
     for name, alternatives in {**groups, "LSTM 128, T = 64": recurrence()}.items():
         print(name)
         for alternative, function in alternatives.items():
