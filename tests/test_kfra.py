@@ -163,6 +163,24 @@ def test_a_parameter_used_twice_is_named():
         compute(problem, KFRA())
 
 
+class Rounded(nn.Module):
+    def forward(self, x):
+        return x.float().double()
+
+
+def test_casts_in_the_chain():
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+    x, y = torch.randn(6, 4).double(), torch.randint(3, (6,))
+    found = []
+    for between in (nn.Sequential(nn.Tanh(), Rounded()), nn.Tanh()):
+        with curvature(KFRA()):
+            F.cross_entropy(nn.Sequential(first, between, last)(x), y).backward()
+        found.append([factor.clone() for p in (first.weight, last.weight) for factor in p.kfra])
+    for rounded, exact in zip(*found):
+        torch.testing.assert_close(rounded, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_complex_numbers_are_refused():
     layer = nn.Linear(4, 4)
     with curvature(KFRA()):

@@ -172,7 +172,7 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
     def pull(entries: Tensor) -> Tensor:
         """``[N, E_out]`` to ``[N, E_in]``."""
         (g,) = passes.backward([output.edge], [source.edge], [output.place.join(entries, output.shape)])
-        return average.new_zeros(count, source.entries) if g is None else source.place.split(g, count)
+        return average.new_zeros(count, source.entries) if g is None else source.place.split(g, count).to(average)
 
     def pull_rows(rows: Tensor) -> Tensor:
         """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
