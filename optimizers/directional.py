@@ -18,8 +18,20 @@ def directional_derivatives(jacobian: Jacobian, vectors: Tensor) -> Tensor:
 
     As `Jacobian.dot`, but the inputs are read once for all vectors, and a convolution is applied as one.
     """
+    if len(jacobian.terms) == 1 and _forming_pays(jacobian.terms[0], len(vectors)):
+        flat = vectors.to(jacobian.terms[0].g.dtype).flatten(1).mT
+        return torch.cat([j.flatten(2) @ flat for j in jacobian.chunks()], dim=1).movedim(2, 0)
     products = [_products(term, vectors.to(term.g.dtype)) for term in jacobian.terms]
     return products[0] if len(products) == 1 else torch.stack(products).sum(0)
+
+
+def _forming_pays(term: Term, count: int) -> bool:
+    """Whether a matrix meets so many positions of every sample that its gradients per sample are cheaper."""
+    if term.x is None or term.classes or len(term.g) > 1 or {*term.par} != {"o", "i"}:
+        return False
+    sizes = term.sizes()
+    positions = math.prod(sizes[letter] for letter in term.shared)
+    return positions > 1 and sizes["i"] <= count * positions
 
 
 def _products(term: Term, vectors: Tensor) -> Tensor:
