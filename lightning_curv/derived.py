@@ -82,7 +82,7 @@ def _transposed(node: Any, number: int, term: Term) -> Term | None:
         a, b = (0, 1) if node.name() == "TBackward0" else (_signed(node._saved_dim0), _signed(node._saved_dim1))
         source[a], source[b] = source[b], source[a]
     by_source = dict(zip(source, letters, strict=True))
-    return replace(term, par="".join(by_source[axis] for axis in range(len(letters))))
+    return replace(term, par="".join(by_source[axis] for axis in range(len(letters))), adjoint=None)
 
 
 def _sliced(node: Any, number: int, term: Term) -> Term | None:
@@ -107,7 +107,8 @@ def _sliced(node: Any, number: int, term: Term) -> Term | None:
         shape = [*tensor.shape[:dim], sizes[axis], *tensor.shape[dim + 1 :]]
         return tensor.new_zeros(shape).index_copy(dim, index, tensor)
 
-    return replace(term, g=padded(term.g, term.out, 2), x=None if term.x is None else padded(term.x, term.inp, 1))
+    x = None if term.x is None else padded(term.x, term.inp, 1)
+    return replace(term, g=padded(term.g, term.out, 2), x=x, adjoint=None)
 
 
 def _signed(value: int) -> int:

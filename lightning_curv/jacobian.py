@@ -144,7 +144,7 @@ class Jacobian:
 
     def total(self) -> Tensor:
         """Sum over the samples, ``[V, *p]``."""
-        parts = [onehot.total(t) if t.classes else t.total() for t in self.terms]
+        parts = [onehot.total(t) if t.classes else t.contract(f"v{t.par}") for t in self.terms]
         parts = [p.reshape(self.columns, *self.shape) for p in parts]
         return sum(parts[1:], start=parts[0])
 

@@ -38,7 +38,8 @@ class Adjoint:
     """An op's own way from cotangents to the gradient, where it is faster than a contraction.
 
     Attributes:
-        x: The inputs that it is made for; a term with other inputs (of some samples, squared) must not use it.
+        x: The inputs that it is made for; a term with other inputs (of some samples, squared) must not use it. Nor must
+            one with another order or other sizes of the parameter's axes: it has none.
         gradient: From cotangents ``[N, *out]`` to the sum over the samples, in the parameter's memory order.
     """
 
@@ -144,17 +145,6 @@ class Term:
             return torch.einsum(f"vn{self.out}->{result}", product)
         return einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
 
-    def total(self) -> Tensor:
-        """``g·x`` summed over the samples, ``[V, *par]``; dense inputs only."""
-        if (own := self._own) is not None:
-            return torch.stack([own(g) for g in self.g])
-        return self.contract(f"v{self.par}")
-
-    @property
-    def _own(self) -> Callable[[Tensor], Tensor] | None:
-        """The op's own way to the gradient, if it is for these inputs."""
-        return self.adjoint.gradient if self.adjoint is not None and self.adjoint.x is self.x else None
-
     def weighted_total(self, weights: Tensor) -> Tensor:
         """``g·x`` of the first column, times ``weights [N]``, summed over the samples; dense inputs only."""
         g, x = self.g[:1], self.x
@@ -162,12 +152,12 @@ class Term:
             kept = "".join(letter for letter in self.out if letter in self.par)
             total = torch.einsum(f"n,n{self.out}->{kept}", weights.to(g.dtype), g[0])
             return total.permute([kept.index(letter) for letter in self.par])
-        own = self._own
+        own = self.adjoint if self.adjoint is not None and self.adjoint.x is x else None
         if own is not None or g.numel() <= x.numel():
             g = g * weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 2))
         else:
             x = x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        return own(g[0]) if own is not None else replace(self, g=g, x=x).contract(self.par)
+        return own.gradient(g[0]) if own is not None else replace(self, g=g, x=x).contract(self.par)
 
     def squared_norms(self) -> Tensor:
         """Squared norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``."""

@@ -63,3 +63,26 @@ def test_contractions_equal_single_samples(make):
         torch.tensordot(weights[1:3], singles[1:3], 1),
     ]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [3, 8], ids=["gram", "formed"])
+@pytest.mark.parametrize(
+    "reindex", [lambda w: w.transpose(0, 1), lambda w: w.permute(1, 0, 3, 2), lambda w: w[:-2], lambda w: w[:, 1:-1]]
+)
+def test_contractions_of_a_weight_that_is_reindexed(reindex, size):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(18, 18, 3, 3, dtype=torch.float64))
+    X = torch.randn(5, reindex(weight).shape[1], size, size, dtype=torch.float64)
+
+    def loss(x):
+        return F.silu(F.conv2d(x, reindex(weight), padding=1)).square().sum()
+
+    with curvature(Contractions()):
+        loss(X).backward()
+    singles = torch.stack([torch.autograd.grad(loss(x[None]), weight)[0] for x in X])
+    weights = torch.linspace(-1, 2, 5, dtype=torch.float64)
+    expected = torch.tensordot(weights, singles, 1)
+    _, norms, _, _, formed, found, some = weight.contractions
+    torch.testing.assert_close(norms, singles.flatten(1).square().sum(1))
+    torch.testing.assert_close([formed, found], [expected, expected])
+    torch.testing.assert_close(some, torch.tensordot(weights[1:3], singles[1:3], 1))
