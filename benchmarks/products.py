@@ -1,23 +1,24 @@
 """Products behind the quantities, alternatives side by side: ``python benchmarks/products.py``.
 
 One thread, process time, medians, in milliseconds. Shapes are those of convolutions of 3C3D, of 2C2D and of the
-network in `privacy.py`, and of the LSTM of `networks.py` at N = 32.
+network in `privacy.py`, of the MLP at N = 256, and of the LSTM of `networks.py` at N = 32.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import median
 
 import torch
-from networks import POSITIONS, VOCABULARY
+from networks import POSITIONS, VOCABULARY, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_curv import record
 from lightning_curv.losses.likelihoods import Categorical
-from lightning_curv.matmul import mm, one_by_one
+from lightning_curv.matmul import fast_products, mm, one_by_one
 from lightning_curv.passes import apply_rule
 from lightning_curv.records import marks
 from lightning_curv.rules.convolution import patches
@@ -101,12 +102,42 @@ def recurrence(samples: int = 32, width: int = 128) -> dict[str, Callable[[], ob
     }
 
 
+def backward_pass(samples: int = 256) -> dict[str, Callable[[], object]]:
+    """Passes of autograd: through the MLP of `networks.py` to the output of its first layer, through small products."""
+    flatten, first, *rest = mlp()
+    hidden = first(flatten(torch.randn(samples, 784)))
+    output, small = nn.Sequential(*rest)(hidden), torch.ones(4, 4, requires_grad=True)
+    chain, seed = small, torch.randn_like(output)
+    for _ in range(100):
+        chain = chain @ small
+
+    def fast(function: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with fast_products(True):
+                function()
+
+        return run
+
+    large = partial(torch.autograd.grad, output, hidden, seed, retain_graph=True)
+    many = partial(torch.autograd.grad, chain, small, torch.ones(4, 4), retain_graph=True)
+    x, v = torch.randn(2 * samples, 784), torch.randn(10, 784)
+    return {
+        "a pass: torch.mm": large,
+        "a pass: oneDNN, all ops watched": fast(large),
+        "100 small products: torch.mm": many,
+        "100 small products: all ops watched": fast(many),
+        "few columns (logistic regression): torch.mm": lambda: x @ v.mT,
+        "few columns (logistic regression): oneDNN": lambda: mm(x, v.mT),
+    }
+
+
 def main() -> None:
     """Print all."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     groups = {f"{name}: convolution {shape}": layer(*shape) for name, shape in LAYERS.items()}
-    for name, alternatives in {**groups, "LSTM 128, T = 64": recurrence()}.items():
+    groups |= {"MLP 784-512-256-10": backward_pass(), "LSTM 128, T = 64": recurrence()}
+    for name, alternatives in groups.items():
         print(name)
         for alternative, function in alternatives.items():
             print(f"  {alternative:45s} {milliseconds(function):8.2f}")
