@@ -131,12 +131,30 @@ def backward_pass(samples: int = 256) -> dict[str, Callable[[], object]]:
     }
 
 
+def moments() -> dict[str, Callable[[], object]]:
+    """Alternatives for what follows the products of a linear layer."""
+    g, a, b = torch.randn(256, 512), torch.rand(512 * 784), torch.rand(512 * 784)
+    features = torch.randn(784, 256)
+    return {
+        "variance of 256 × 512: torch.var": lambda: g.var(0, correction=0),
+        "variance of 256 × 512: mean square": lambda: (g - g.mean(0)).square_().mean(0),
+        "any a < b, 512 × 784: comparison": lambda: bool((a < b).any()),
+        "any a < b, 512 × 784: minimum": lambda: bool((a - b).amin() < 0),
+        "input factor, 256 rows: oneDNN": lambda: mm(features, features.mT),
+        "input factor, 256 rows: oneDNN, in strips": lambda: gram(features),
+    }
+
+
 def main() -> None:
     """Print all."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     groups = {f"{name}: convolution {shape}": layer(*shape) for name, shape in LAYERS.items()}
-    groups |= {"MLP 784-512-256-10": backward_pass(), "LSTM 128, T = 64": recurrence()}
+    groups |= {
+        "MLP 784-512-256-10, a pass": backward_pass(),
+        "MLP 784-512-256-10, moments": moments(),
+        "LSTM 128, T = 64": recurrence(),
+    }
     for name, alternatives in groups.items():
         print(name)
         for alternative, function in alternatives.items():
