@@ -20,6 +20,7 @@ from lightning_curv.extensions import (
     BatchL2Grad,
     DiagGGNExact,
     SqrtGGNExact,
+    SumGradSquared,
 )
 from lightning_curv.records import marks
 from lightning_curv.rules import cells, recurrent
@@ -156,6 +157,16 @@ def test_as_many_steps_as_samples(batch_first):
 
 def test_one_sample_and_one_step():
     assert_everything_right(problem(Network(nn.LSTM, True, "both"), torch.ones(1, 1, 4, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_batch_without_samples(name):
+    """As Poisson sampling may draw."""
+    rnn = NETWORKS[name](4, 3, batch_first=True)
+    with curvature(SumGradSquared(), batch_size=0):
+        output, _ = rnn(torch.randn(0, 5, 4))
+        F.mse_loss(output, torch.zeros_like(output), reduction="sum").backward()
+    assert not any(p.sum_grad_squared.any() for p in rnn.parameters())
 
 
 def test_states_from_another_layer():

@@ -63,7 +63,7 @@ class Run:
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix`` for ``x [*, k]``."""
-    return matmul.mm(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], -1)
+    return matmul.mm(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
