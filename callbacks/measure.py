@@ -84,9 +84,10 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
     measurements = [job.measurement for job in jobs]
     _reduce(measurements, strategy)
     vectors = [measurement.on_device() for measurement in measurements]
-    numbers = torch.cat(vectors).cpu().double().numpy()
-    for measurement, part in zip(measurements, np.split(numbers, np.cumsum([*map(len, vectors)])), strict=False):
-        measurement.set_numbers(part)
+    numbers, start = torch.cat(vectors).cpu().double().numpy(), 0
+    for measurement, vector in zip(measurements, vectors, strict=True):
+        measurement.set_numbers(numbers[start : start + len(vector)])
+        start += len(vector)
     with np.errstate(all="ignore"):
         return [_with_noise_scale(job, _values(job)) for job in jobs]
 

@@ -125,13 +125,14 @@ class Measurement:
 
     def set_numbers(self, numbers: Numbers) -> None:
         """Set the vector of `on_device`."""
-        sums, norms, samples = np.split(numbers, np.cumsum([len(self._scalars), len(self._grads)]))
-        self._numbers = dict(zip(self._scalars, sums, strict=True))
-        self._grad_squares = np.square(norms / self._divisor)
-        weights = np.ones_like(samples)
-        if self._world > 1:
-            samples, weights = np.split(samples, 2)
-        self.norms = samples, weights
+        sums, grads = len(self._scalars), len(self._grads)
+        samples = numbers[sums + grads :]
+        self._numbers = dict(zip(self._scalars, numbers[:sums], strict=True))
+        self._grad_squares = (numbers[sums : sums + grads] / self._divisor) ** 2
+        if self._world == 1:
+            self.norms = samples, np.ones_like(samples)
+        else:
+            self.norms = samples[: len(samples) // 2], samples[len(samples) // 2 :]
 
     @property
     def second_moment(self) -> np.float64:

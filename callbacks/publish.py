@@ -50,7 +50,7 @@ def publish(
             add_image = getattr(experiment, "add_image", None)
             if image is not None and add_image is not None:
                 add_image(f"{LAYERS}{separator}all", image, global_step=step)
-    tagged = {f"{GROUP}/{name}": torch.tensor(value) for name, value in values.items()}
+    tagged = dict(zip([f"{GROUP}/{name}" for name in values], torch.tensor([*values.values()]).unbind(), strict=True))
     trainer.callback_metrics.update(tagged)
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
