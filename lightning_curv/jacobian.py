@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_curv import matmul, onehot
-from lightning_curv.latest import Latest
+from lightning_curv import grams, onehot
 from lightning_curv.pieces import CHUNK_BYTES, Matrices, pieces
 from lightning_curv.terms import DIAGONAL, Term, signed
 
@@ -23,7 +22,6 @@ STACK_BYTES = 2**18  # of products that are made one by one and worked on togeth
 KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
 BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
-_GRAMS = Latest(), Latest()  # of cotangents, of inputs
 
 
 class Jacobian:
@@ -166,7 +164,7 @@ class Jacobian:
         """Whether `squared_norms` has to form the per-sample gradients: no product of norms or Gram matrices do."""
         if self._onehot is not None or self._factorised is not None:
             return False
-        return len(self.terms) > 1 or not _gram_pays(self.terms[0])
+        return len(self.terms) > 1 or not grams.pay(self.terms[0])
 
     def formed(self) -> Jacobian:
         """The same with its only column formed, in the order of memory that is the fastest."""
@@ -197,7 +195,7 @@ class Jacobian:
         if self._factorised is not None:
             return self._factorised.squared_norms()
         if not self.forms_norms:
-            return _gram_norms(self.terms[0])
+            return grams.norms(self.terms[0])
         norms = [torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)]) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
 
@@ -326,34 +324,3 @@ def _concatenated(terms: list[Term]) -> Term:
 
 def _doubled(term: Term) -> Term:
     return replace(term, g=term.g.double(), x=None if term.x is None else term.x.double())
-
-
-def _gram_pays(term: Term) -> bool:
-    """Whether Gram matrices over the shared positions are cheaper than the per-sample gradient; crossover measured."""
-    m = Matrices(term)
-    out, inp = m.size(m.outputs), m.size(m.inputs)
-    return m.regular and m.size(m.shared) * (out + inp) <= 1.25 * out * inp
-
-
-def _gram_norms(term: Term) -> Tensor:
-    """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample; both Gram matrices in chunks."""
-    m = Matrices(term)
-    assert term.x is not None
-    positions, columns = m.size(m.shared), len(term.g)
-    size = max(1, CHUNK_BYTES // max(1, positions**2 * columns * m.size(m.both) * term.g.element_size()))
-    norms = []
-    for start in range(0, term.g.shape[1], size):
-        g, x = m.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
-        x = x.flatten(0, 1)
-        g = g.flatten(0, 1).unflatten(1, (columns, -1))
-        rest = start, size, *m.both, *m.shared
-        g_gram, _ = _GRAMS[0].of(term.g, (term.out, *rest), partial(_gram, g.flatten(0, 1)))
-        x_gram, _ = _GRAMS[1].of(term.x, (term.inp, *rest), partial(_gram, x))
-        products = torch.einsum("bvst,bst->vb", g_gram.unflatten(0, (-1, columns)), x_gram)
-        norms.append(products.unflatten(1, (-1, m.size(m.both))).sum(2))
-    return torch.cat(norms, dim=1)
-
-
-def _gram(x: Tensor) -> Tensor:
-    """⟨x_s, x_t⟩ for ``x [b, i, s]``."""
-    return matmul.bmm(x.mT, x)

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import pack_padded_sequence
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
-from lightning_curv import curvature, jacobian, record
+from lightning_curv import curvature, grams, record
 from lightning_curv.extensions import (
     KFLR,
     BatchGrad,
@@ -316,8 +316,8 @@ def test_terms_are_made_when_the_builtin_has_freed_its_memory(monkeypatch):
 
 
 def test_gram_matrices_of_what_both_weights_share_are_made_once(monkeypatch):
-    made, gram = [], jacobian._gram
-    monkeypatch.setattr(jacobian, "_gram", lambda x: made.append(x.shape) or gram(x))
+    made, gram = [], grams._gram
+    monkeypatch.setattr(grams, "_gram", lambda x: made.append(x.shape) or gram(x))
     case = problem(Network(lambda i, _, **options: nn.LSTM(i, 10, **options), True, "outputs"))
     compute(case, BatchL2Grad())
     assert sorted(made) == [(3, 4, 2), (3, 10, 2), (3, 40, 2)]
