@@ -166,6 +166,7 @@ def draw(networks: dict[str, dict[str, Cells]]) -> None:
     """Times and memory relative to BackPACK's, one panel per network."""
     try:
         from matplotlib import pyplot
+        from matplotlib.ticker import NullFormatter
     except ImportError:
         print("matplotlib is not installed; no picture.")
         return
@@ -184,6 +185,7 @@ def draw(networks: dict[str, dict[str, Cells]]) -> None:
             ax.plot(*zip(*points, strict=True), mark, label=label)
         ax.axvline(1, color="gray", linewidth=1)
         ax.set(xscale="log", title=NETWORKS[network].title.split(",")[0])
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(range(len(names)), names)
         ax.grid(alpha=0.3)
     axes[0][0].legend()
