@@ -10,7 +10,7 @@ import pytest
 import torch
 from losses_table import LOSS
 from torch import nn
-from zoo import Problem, assert_close, assert_fields, compute
+from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature
 from lightning_curv.extensions import (
@@ -221,14 +221,6 @@ def op_problem(name, loss="mse_sum", N=3) -> Problem:
         return Problem(model, X, LOSS[loss].target(model(X).shape), LOSS[loss])
 
 
-QUANTITIES = [
-    (BatchGrad, "grad_batch", oracle.grad_batch),
-    (BatchL2Grad, "batch_l2", oracle.batch_l2),
-    (SumGradSquared, "sum_grad_squared", oracle.sum_grad_squared),
-    (Variance, "variance", oracle.variance),
-    (DiagGGNExact, "diag_ggn_exact", oracle.diag_ggn),
-    (BatchDiagGGNExact, "diag_ggn_exact_batch", oracle.diag_ggn_batch),
-]
 FIELDS = [field for _, field, _ in QUANTITIES]
 
 
