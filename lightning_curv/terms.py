@@ -88,12 +88,11 @@ class Term:
     def promoted(self) -> Term:
         """The term in float32 or better, with one dtype for ``g`` and ``x``."""
         dtype = torch.promote_types(self.g.dtype, torch.float32)
-        if self.g.dtype == dtype and (self.x is None or self.classes or self.x.dtype == dtype):
-            return self
-        if self.x is None or self.classes:
-            return replace(self, g=self.g.to(dtype))
-        dtype = torch.promote_types(dtype, self.x.dtype)
-        return replace(self, g=self.g.to(dtype), x=self.x.to(dtype))
+        x = self.x
+        if x is not None and not self.classes:
+            dtype = torch.promote_types(dtype, x.dtype)
+            x = x.to(dtype)
+        return self if self.g.dtype == dtype and x is self.x else replace(self, g=self.g.to(dtype), x=x)
 
     def grouped(self, samples: int, minor: bool = False) -> Term:
         """Rows regrouped to samples: ``N·r`` rows become ``N`` samples with ``r`` shared positions each.
