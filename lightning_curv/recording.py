@@ -122,9 +122,10 @@ class record(TorchFunctionMode):
 
     def _record_weight_norm(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op whose second derivative is wrong in torch."""
-        out = weight_norm(*args, **kwargs) if _recording() else func(*args, **kwargs)
-        if _recording() and (_has_origin(args) or _has_origin(kwargs.values())):
-            _record_unknown(func, args, kwargs, out)
+        if not _recording():
+            return func(*args, **kwargs)
+        out = weight_norm(*args, **kwargs)
+        _record_unknown(func, args, kwargs, out)
         return out
 
     _intercepted: Mapping[Callable[..., Any], Callable[..., Any]] = {
