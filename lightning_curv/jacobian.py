@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_curv import grams, onehot
+from lightning_curv import grams, memory, onehot
 from lightning_curv.pieces import CHUNK_BYTES, Matrices, pieces
 from lightning_curv.terms import DIAGONAL, Term, signed
 
@@ -96,7 +96,7 @@ class Jacobian:
         if not self._one_by_one:
             formed = next(self._pieces(max(1, self.samples), ordered=True))
         else:
-            formed, start = self.terms[0].g.new_empty(self.columns, self.samples, *self.shape), 0
+            formed, start = memory.empty(self.terms[0].g, self.columns, self.samples, *self.shape), 0
             for piece in self._pieces(self._size, ordered=True):
                 formed[:, start : start + piece.shape[1]] = piece
                 start += piece.shape[1]
@@ -174,7 +174,7 @@ class Jacobian:
         for j in self.chunks():
             if rows is None:
                 order = sorted(range(j.ndim - 2), key=lambda axis: -j.stride(axis + 2))
-                rows = j.new_empty(1, self.samples, *(j.shape[axis + 2] for axis in order))
+                rows = memory.empty(j, 1, self.samples, *(j.shape[axis + 2] for axis in order))
             rows[:, start : start + j.shape[1]] = j.permute(0, 1, *(axis + 2 for axis in order))
             start += j.shape[1]
         assert rows is not None
@@ -217,7 +217,7 @@ class Jacobian:
         if self._factorised is not None and not self._onehot:
             term = self._factorised
             return term.squared(self.signs).contract(f"n{term.par}").reshape(self.samples, *self.shape)
-        result, start = self.terms[0].g.new_empty(self.samples, *self.shape), 0
+        result, start = memory.empty(self.terms[0].g, self.samples, *self.shape), 0
         for j in self.chunks():
             stop = start + j.shape[1]
             signs = None if self.signs is None else self.signs[:, start:stop]

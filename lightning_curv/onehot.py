@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_curv import memory
 from lightning_curv.terms import Term, signed
 
 
@@ -63,7 +64,7 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
 def per_sample(term: Term) -> Tensor:
     """``[V, N, classes, *]``, dense."""
     touched, samples = rows(term), term.g.shape[1]
-    dense = touched.g.new_zeros(term.g.shape[0], samples * term.classes, *touched.g.shape[2:])
+    dense = memory.empty(touched.g, term.g.shape[0], samples * term.classes, *touched.g.shape[2:]).zero_()
     dense[:, touched.sample * term.classes + touched.token] = touched.g
     return dense.unflatten(1, (samples, term.classes))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_curv import memory
 from lightning_curv.derived import pulled_back
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import Tape, leaves
@@ -160,7 +161,7 @@ def _stacked(columns: list[list[Tensor | None]], i: int) -> Tensor | None:
     found = next((g for g in gs if g is not None), None)
     if found is None or len(gs) == 1:
         return None if found is None else found[None]
-    return torch.stack([torch.zeros_like(found) if g is None else g for g in gs])
+    return memory.stack([torch.zeros_like(found) if g is None else g for g in gs])
 
 
 def use_edges(tape: Tape) -> list[GradientEdge]:

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from lightning_curv import matmul, onehot
+from lightning_curv import matmul, memory, onehot
 from lightning_curv.terms import Term
 
 CHUNK_BYTES = 2**21  # of copies and of intermediate results; they then stay in cache, and memory does not grow with N
@@ -111,7 +111,7 @@ class Matrices:
                 while some := [*islice(products, size * left.shape[1])]:
                     yield self._shaped(some[0] if len(some) == 1 else torch.stack(some))
             else:
-                yield self._shaped(left @ right.mT)
+                yield self._shaped(memory.bmm(left.flatten(0, 1), right.flatten(0, 1).mT))
 
     @property
     def _bytes(self) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.matmul import mm
+from lightning_curv.memory import empty
 
 STRIP = 128  # rows of the product that are made at once, measured
 
@@ -15,7 +16,7 @@ def gram(x: Tensor) -> Tensor:
     x = x.contiguous()
     if len(x) <= STRIP:
         return mm(x, x.mT)
-    result = x.new_empty(len(x), len(x))
+    result = empty(x, len(x), len(x))
     for start in range(0, len(x), STRIP):
         stop = start + STRIP
         strip = mm(x[start:stop], x[start:].mT)

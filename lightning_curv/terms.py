@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_curv import memory
 from lightning_curv.matmul import einsum
 
 DIAGONAL = "defghjklm"
@@ -137,8 +138,10 @@ class Term:
             kept = [letter for letter in "vn" + self.out if letter in result]
             total = self.g.sum(summed) if summed else self.g
             return total if kept == [*result] else total.permute([kept.index(letter) for letter in result])
-        if set(result) == {"v", "n", *self.out, *self.inp}:  # an outer product: no matrix product
-            return _placed(self.g, "vn" + self.out, result) * _placed(self.x, "n" + self.inp, result)
+        columns = "v" if "v" in result or len(self.g) > 1 else ""
+        if set(result) == {*columns, "n", *self.out, *self.inp}:  # an outer product: no matrix product
+            g = _placed(self.g if columns else self.g[0], columns + "n" + self.out, result)
+            return memory.multiply(g, _placed(self.x, "n" + self.inp, result))
         if {*self.out} == {*self.inp}:  # a norm's scale: nothing to multiply out
             product = self.g * _placed(self.x, "n" + self.inp, "vn" + self.out)
             return torch.einsum(f"vn{self.out}->{result}", product)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_curv import memory
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
 from lightning_curv.jacobian import Jacobian
 
@@ -78,7 +79,8 @@ class SqrtGGNExact(Extension):
 
     def merge(self, previous: Tensor, new: Tensor, jacobian: Jacobian) -> Tensor:
         """Columns are stacked."""
-        return torch.cat([previous, new])
+        both = memory.empty(new, len(previous) + len(new), *new.shape[1:])
+        return torch.cat([previous, new], out=both)
 
 
 class DiagGGNMC(DiagGGNExact):
