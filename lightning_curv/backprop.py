@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from traceback import clear_frames
-from typing import Any, cast
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -26,8 +24,7 @@ from lightning_curv.listening import Listener
 from lightning_curv.passes import Column, Passes
 from lightning_curv.records import Output
 from lightning_curv.samples import Samples, find_samples
-from lightning_curv.sampling import default_generator
-from lightning_curv.sources import Gradient, Source, shared
+from lightning_curv.sources import Exact, Gradient, Source
 
 AnyExtension = Extension | GraphExtension
 _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
@@ -69,7 +66,7 @@ class Backprop:
         self._loss, self._where, self._generator = loss, output, generator
         self._seed = torch.ones_like(loss) if gradient is None else gradient
         self._extensions = [*extensions, SumCheck()] if check else list(extensions)
-        self._check, self._defer = check, defer
+        self._check, self.defers = check, defer
         self._batch_size = batch_size
         self._results: dict[tuple[AnyExtension, Tensor], Any] = {}
         self._listener: Listener | None = None
@@ -78,30 +75,22 @@ class Backprop:
     @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
-        with self._failing(self._extensions):
+        with _Failing(self, self._extensions):
             self._passes = passes = self._walked()
             self._refuse_uncovered(passes.tape)
             self._find_samples(passes)
-        if not self._extensions:
-            return
-        # In the order of the list: what comes first draws the same random numbers whatever follows.
-        units: dict[AnyExtension | Source, list[Any]] = defaultdict(list)
-        serving = shared(e.source for e in self._extensions if isinstance(e, Extension))
-        for extension in self._extensions:
-            units[extension if isinstance(extension, GraphExtension) else serving[extension.source]].append(extension)
-        for extensions in units.values():
-            extensions.sort(key=lambda e: isinstance(e, Extension) and not e.forms)
+        units = _units(self._extensions)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
-            with self._failing(extensions):
+            with _Failing(self, extensions):
                 if isinstance(unit, GraphExtension):
                     self._results.update({(unit, p): result for p, result in unit.compute(passes).items()})
                 else:
-                    for jacobians in cast("Source", unit).jacobians(passes):
+                    for jacobians in unit.jacobians(passes):
                         for jacobian in jacobians.values() if extensions else ():
                             self._evaluate(jacobian, extensions)
-        if gradient and any(not isinstance(extension, SumCheck) for extension in gradient):
-            failed = partial(self._fail, gradient) if self._defer else None
+        if gradient and any(type(extension) is not SumCheck for extension in gradient):
+            failed = partial(self.fail, gradient) if self.defers else None
             totals = any(extension.totals for extension in gradient)
             self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), totals, failed)
         _PENDING.add(self)
@@ -126,7 +115,7 @@ class Backprop:
         if listener is not None:
             listener.finish()
         for (extension, parameter), result in self._results.items():
-            if not isinstance(extension, SumCheck):
+            if type(extension) is not SumCheck:
                 setattr(parameter, extension.savefield, result)
 
     def abort(self) -> None:
@@ -146,21 +135,21 @@ class Backprop:
             use.check()
         for call in tape.losses.values():
             call.check()
-        return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._generator or default_generator(loss.device))
+        return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._generator)
 
     def _refuse_uncovered(self, tape: Tape) -> None:
         try:
             refuse_uncovered(tape, self._extensions)
         except UnsupportedError as error:
-            if not self._defer:
+            if not self.defers:
                 raise
-            self._fail([e for e in self._extensions if _uncovered(tape, e)], error)
+            self.fail([e for e in self._extensions if _uncovered(tape, e)], error)
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
         while self._extensions:
             independent = [e for e in self._extensions if e.independent]
-            with self._failing(independent or self._extensions):
+            with _Failing(self, independent or self._extensions):
                 passes.samples = samples = find_samples(
                     passes.tape, self._probe, self._batch_size, bool(independent), self._check
                 )
@@ -182,21 +171,12 @@ class Backprop:
                     extension.merge(self._results[key], result, jacobian) if key in self._results else result
                 )
             except Exception as error:
-                if not self._defer:
+                if not self.defers:
                     raise
-                self._fail(extensions if isinstance(extension, SumCheck) else [extension], error)
+                self.fail(extensions if isinstance(extension, SumCheck) else [extension], error)
                 extensions[:] = [e for e in extensions if e in self._extensions]
 
-    @contextmanager
-    def _failing(self, extensions: Sequence[AnyExtension]) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not self._defer:
-                raise
-            self._fail(extensions, error)
-
-    def _fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
+    def fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
         """Go on without some extensions, and free what they had in memory."""
         link: BaseException | None = error
         while link is not None:
@@ -205,6 +185,38 @@ class Backprop:
         self.failures.append((tuple(extensions), error))
         self._extensions = [e for e in self._extensions if e not in extensions]
         self._results = {key: result for key, result in self._results.items() if key[0] not in extensions}
+
+
+class _Failing:
+    """Context in which some extensions may fail; a generator would take twice the time."""
+
+    __slots__ = ("_backprop", "_extensions")
+
+    def __init__(self, backprop: Backprop, extensions: Sequence[AnyExtension]) -> None:
+        self._backprop, self._extensions = backprop, extensions
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        if isinstance(error, Exception) and self._backprop.defers:
+            self._backprop.fail(self._extensions, error)
+            return True
+        return False
+
+
+def _units(extensions: Sequence[AnyExtension]) -> dict[GraphExtension | Source, list[Any]]:
+    """What shares passes, in the order of the list: what comes first draws the same numbers whatever follows."""
+    units: dict[GraphExtension | Source, list[Any]] = {}
+    for extension in extensions:
+        unit = extension if isinstance(extension, GraphExtension) else extension.source
+        units.setdefault(unit, []).append(extension)
+    if (root := Exact(complete=True)) in units and Exact() in units:  # the complete root serves all that need any
+        units[root] += units.pop(Exact())
+    for unit, group in units.items():
+        if len(group) > 1 and not isinstance(unit, GraphExtension):
+            group.sort(key=lambda extension: not extension.forms)
+    return units
 
 
 def _uncovered(tape: Tape, extension: AnyExtension) -> bool:

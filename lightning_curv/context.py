@@ -87,7 +87,7 @@ class curvature(record):
             return func(*args, **kwargs)
         loss, kwargs = _BACKWARD[func](*args, **kwargs)
         backprop = Backprop(loss, self.extensions, gradient=kwargs.get("gradient"), **self._options)
-        if any(isinstance(e, GraphExtension) and e.keeps_graph for e in self.extensions):
+        if True in [extension.keeps_graph for extension in self.extensions]:
             kwargs["retain_graph"] = True
         try:
             backprop.before()

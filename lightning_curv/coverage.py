@@ -8,55 +8,44 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.graph import Tape
 from lightning_curv.losses import PARTS
-from lightning_curv.sources import Gradient
 
 
 def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
     """Raise `UnsupportedError` if some extension would be wrong on the recorded graph."""
-    _refuse_hidden(tape)
-    _refuse_unrecorded(tape)
-    _refuse_coupled(tape, [e for e in extensions if e.independent])
-    _refuse_unknown_loss(tape, [e for e in extensions if _needs_likelihood(e)])
-
-
-def _needs_likelihood(extension: Extension | GraphExtension) -> bool:
-    return extension.needs_likelihood if isinstance(extension, GraphExtension) else extension.source != Gradient()
-
-
-def _refuse_unrecorded(tape: Tape) -> None:
+    for name in tape.hidden:
+        raise UnsupportedError(
+            f"Every op must be in the graph before the backward pass, found `{name}`, which runs its ops during it. "
+            "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+        )
     for parameter, op in tape.stray:
         raise UnsupportedError(
             f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, which was not recorded. "
             "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model; give an op of your own "
             "a rule with `@lightning_curv.rule`; leave weight penalties to the optimizer (`weight_decay`)."
         )
+    known_loss = tape.losses and not tape.outside
+    for extension in extensions:
+        if extension.independent:
+            _refuse_coupled(tape, extension)
+        if not known_loss and extension.needs_likelihood:
+            _refuse_unknown_loss(tape, extension)
 
 
-def _refuse_hidden(tape: Tape) -> None:
-    for name in tape.hidden:
-        raise UnsupportedError(
-            f"Every op must be in the graph before the backward pass, found `{name}`, which runs its ops during it. "
-            "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
-        )
+def _refuse_coupled(tape: Tape, extension: Extension | GraphExtension) -> None:
+    for use in tape.uses.values():
+        if use.couples and use.inputs:
+            raise UnsupportedError(
+                f"{extension} needs samples that do not influence each other, found `{use.name}` with statistics of "
+                "the batch. Put the layer into evaluation mode (`.eval()`), or use GroupNorm or LayerNorm."
+            )
 
 
-def _refuse_coupled(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
-    coupling = [use for use in tape.uses.values() if use.couples and use.inputs]
-    if coupling and extensions:
-        raise UnsupportedError(
-            f"{extensions[0]} needs samples that do not influence each other, found `{coupling[0].name}` with "
-            "statistics of the batch. Put the layer into evaluation mode (`.eval()`), or use GroupNorm or LayerNorm."
-        )
-
-
-def _refuse_unknown_loss(tape: Tape, extensions: Sequence[Extension | GraphExtension]) -> None:
-    if not extensions or (tape.losses and not tape.outside):
-        return
+def _refuse_unknown_loss(tape: Tape, extension: Extension | GraphExtension) -> None:
     known = ", ".join(sorted({function.__name__ for function, _ in PARTS}))
     found = tape.refusals[0] if tape.refusals else f"a loss that is none of {known}"
     around = f"; `{tape.uses[next(iter(tape.outside))].name}` reaches it around the others" if tape.losses else ""
     raise UnsupportedError(
-        f"{extensions[0]} needs the curvature of the loss function, found {found}{around}. Use one of these, inside "
+        f"{extension} needs the curvature of the loss function, found {found}{around}. Use one of these, inside "
         "`curvature(...)` or `record()` or as an extended module; or say where the network ends, "
         "`curvature(..., output=...)`, and the Hessian of everything after it is found by differentiation. First-order "
         "quantities work with any loss."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import cast
 
 import torch
@@ -45,6 +45,11 @@ class Tape:
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     casts: list[Node] = field(default_factory=list)
+
+    @cached_property
+    def parameters(self) -> dict[Node, list[Tensor]]:
+        """The parameters that every use consumes, through transforms too."""
+        return {node: parameters(use) for node, use in self.uses.items()}
 
     @property
     def eps(self) -> float:
@@ -167,6 +172,17 @@ def reaches(root: Node, node: Node) -> bool:
 def leaves(edge: GradientEdge) -> list[Tensor]:
     """The leaf tensors that the value at ``edge`` was computed from."""
     return list(dict.fromkeys(leaf for node in _nodes(edge.node) if (leaf := _leaf(node)) is not None))
+
+
+def parameters(use: Use) -> list[Tensor]:
+    """The parameters that a use consumes, through transforms too."""
+    found: dict[Tensor, None] = {}
+    for operand in use.operands.values():
+        if operand.derived:
+            found.update(dict.fromkeys(leaves(operand.edge)))
+        else:
+            found[operand.tensor] = None
+    return list(found)
 
 
 def _nodes(root: Node) -> Iterator[Node]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +14,7 @@ from torch.autograd.graph import Node
 
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.own_passes import own_pass, unheard
-from lightning_curv.passes import Passes, parameters
+from lightning_curv.passes import Passes
 from lightning_curv.records import Use
 from lightning_curv.terms import Term
 
@@ -44,11 +44,18 @@ class Listener:
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
         self._bulky: dict[Node, tuple[Use, Tensor]] = {}  # uses that were reached and whose terms are not made yet
         self._deaf = False
-        uses = [(node, use, parameters(use)) for node, use in passes.tape.uses.items() if use.operands]
-        self._handles = [use[0].register_prehook(self._hook(self._arrive, *use)) for use in uses]
-        self._waiting = Counter(parameter for *_, found in uses for parameter in found)
-        late = {parameter for _, use, found in uses if _late(use) for parameter in found}
-        for parameter in self._waiting if totals else late:
+        self._waiting: dict[Tensor, int] = {}  # how often it is still to be reached
+        self._handles = []
+        late: dict[Tensor, None] = {}
+        for node, use in passes.tape.uses.items():
+            if use.operands:
+                found = passes.tape.parameters[node]
+                self._handles.append(node.register_prehook(self._hook(self._arrive, node, use, found)))
+                for parameter in found:
+                    self._waiting[parameter] = self._waiting.get(parameter, 0) + 1
+                if totals or _late(use):
+                    late.update(dict.fromkeys(found))
+        for parameter in late:
             self._waiting[parameter] += 1
             accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
             self._handles.append(accumulate.register_prehook(self._hook(self._complete, parameter)))
@@ -61,8 +68,8 @@ class Listener:
     def finish(self) -> None:
         """Evaluate parameters whose own gradient was not asked for."""
         self.stop()
-        bulky = [parameter for use, _ in self._bulky.values() for parameter in parameters(use)]
-        for parameter in dict.fromkeys([*self._terms, *bulky]):
+        bulky = [parameter for node in self._bulky for parameter in self._passes.tape.parameters[node]]
+        for parameter in dict.fromkeys([*self._terms, *bulky]) if self._terms or bulky else ():
             self._hook(self._complete, parameter)((None,))
 
     def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node, use: Use, found: list[Tensor]) -> None:
@@ -82,8 +89,9 @@ class Listener:
             self._terms[parameter].append(term)
 
     def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:
-        for node in [n for n, (use, _) in self._bulky.items() if any(p is parameter for p in parameters(use))]:
-            self._add(node, *self._bulky.pop(node))
+        for node in [*self._bulky]:
+            if any(found is parameter for found in self._passes.tape.parameters[node]):
+                self._add(node, *self._bulky.pop(node))
         # the user's tensor hooks may have changed the gradient on its way
         gradient = None if parameter._backward_hooks else gradients[0]
         if terms := self._terms.pop(parameter, None):

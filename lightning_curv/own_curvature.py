@@ -16,10 +16,10 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.dependence import uses_below
 from lightning_curv.derived import pulled_back
-from lightning_curv.graph import leaves
+from lightning_curv.graph import leaves, parameters
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.own_passes import unheard
-from lightning_curv.passes import Column, Passes, apply_rule, parameters
+from lightning_curv.passes import Column, Passes, apply_rule
 from lightning_curv.probing import places_at
 from lightning_curv.records import Operand, Use
 from lightning_curv.rules.fallback import dense

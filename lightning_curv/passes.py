@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv import memory
 from lightning_curv.derived import pulled_back
 from lightning_curv.errors import UnsupportedError, describe
-from lightning_curv.graph import Tape, leaves
+from lightning_curv.graph import Tape, parameters
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.losses import LOSSES, Likelihood
 from lightning_curv.matmul import fast_products, is_large
@@ -23,6 +23,7 @@ from lightning_curv.own_passes import unheard
 from lightning_curv.records import Use
 from lightning_curv.rules import Call
 from lightning_curv.samples import Samples
+from lightning_curv.sampling import default_generator
 from lightning_curv.terms import Term
 
 COLUMN_BYTES = 2**26  # of cotangents that are held at once
@@ -53,14 +54,19 @@ class Passes:
         seed: The gradient at the root.
         tape: What is recorded below it.
         samples: Where the samples are.
-        generator: Draws Monte-Carlo targets.
+        own_generator: Draws Monte-Carlo targets instead of `default_generator`.
     """
 
     loss: Tensor
     seed: Tensor
     tape: Tape
     samples: Samples
-    generator: torch.Generator
+    own_generator: torch.Generator | None = None
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Draws Monte-Carlo targets."""
+        return self.own_generator or default_generator(self.loss.device)
 
     def gradients(self, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
         """The gradient of the loss at ``edges``."""
@@ -130,11 +136,11 @@ class Passes:
         if any(s is not None for s, _ in columns):
             signs = torch.stack([self.seed.new_ones(self.samples.count) if s is None else s for s, _ in columns])
         terms: dict[Tensor, list[Term]] = defaultdict(list)
-        waiting = Counter(parameter for use in self.tape.uses.values() for parameter in parameters(use))
+        waiting = Counter(parameter for found in self.tape.parameters.values() for parameter in found)
         for i, (node, use) in enumerate(self.tape.uses.items()):
             for parameter, term in self.terms(node, use, _stacked([gs for _, gs in columns], i)):
                 terms[parameter].append(term)
-            for parameter in parameters(use):
+            for parameter in self.tape.parameters[node]:
                 waiting[parameter] -= 1
                 if not waiting[parameter] and parameter in terms:
                     yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
@@ -174,7 +180,7 @@ def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None 
     g = g.reshape(len(g), *use.shape).movedim(axis + 1, 1)
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
     other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
-    if g.is_complex() or any(operand.is_complex() for operand in operands.values()):
+    if True in [tensor.is_complex() for tensor in (g, *operands.values())]:
         raise UnsupportedError(
             f"Expected real numbers in every op with parameters, found complex ones in `{use.name}` using parameter "
             f"{describe(parameters(use)[0])}. Multiply real and imaginary parts (`torch.view_as_real`), or use `HMP`."
@@ -186,12 +192,6 @@ def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None 
         raise UnsupportedError(
             f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
         ) from error
-
-
-def parameters(use: Use) -> list[Tensor]:
-    """The parameters that a use consumes, through transforms too."""
-    found = [leaves(o.edge) if o.derived else [o.tensor] for o in use.operands.values()]
-    return list(dict.fromkeys(p for group in found for p in group))
 
 
 def _multiplications(use: Use) -> int:

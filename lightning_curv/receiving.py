@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.jacobian import Jacobian
-from lightning_curv.passes import Passes, parameters
+from lightning_curv.passes import Passes
 from lightning_curv.terms import Term
 
 
@@ -33,7 +33,7 @@ def run(passes: Passes, receivers: Sequence[GradientReceiver], shared: bool, **o
             "A backward pass whose gradients are clipped sample by sample takes neither `create_graph` nor `inputs`; "
             "leave them out. Parameters that the optimizer does not have get ordinary gradients."
         )
-    found = {node: parameters(use) for node, use in passes.tape.uses.items()}
+    found = passes.tape.parameters
     leaves = dict.fromkeys([*passes.tape.leaves, *(p for group in found.values() for p in group)])
     others = [leaf for leaf in leaves if not any(r.receives(leaf) for r in receivers)]
     keep = shared or bool(others) or bool(options.get("retain_graph"))

@@ -62,7 +62,8 @@ class Use:
 
     def check(self) -> None:
         """Raise if a recorded input was freed, or modified in place after the op had read it."""
-        _check_kept(self)
+        if not self.arguments:
+            raise _freed(self)
         for name, version in self.versions.items():
             if self.arguments[name]._version != version:
                 raise RuntimeError(
@@ -94,16 +95,16 @@ class LossCall:
 
     def check(self) -> None:
         """Raise if the arguments were freed."""
-        _check_kept(self)
+        if not self.arguments:
+            raise _freed(self)
 
 
-def _check_kept(record: Use | LossCall) -> None:
-    if not record.arguments:
-        raise RuntimeError(
-            f"Expected a graph that still holds the inputs of its ops, found one that is passed a second time: the "
-            f"first backward pass freed the inputs of `{record.name}`. Pass `retain_graph=True` to it, or run the "
-            "forward pass again."
-        )
+def _freed(record: Use | LossCall) -> RuntimeError:
+    return RuntimeError(
+        f"Expected a graph that still holds the inputs of its ops, found one that is passed a second time: the "
+        f"first backward pass freed the inputs of `{record.name}`. Pass `retain_graph=True` to it, or run the "
+        "forward pass again."
+    )
 
 
 _keeps_graph: Callable[[], bool] = getattr(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -77,9 +77,3 @@ class Signed:
 
 
 Source = Gradient | Exact | Sampled | Signed
-
-
-def shared(sources: Iterable[Source]) -> dict[Source, Source]:
-    """Which source serves each: the complete root serves all that need any root."""
-    found = set(sources)
-    return {source: Exact(complete=True) if source == Exact() and Exact(True) in found else source for source in found}

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_curv.extensions import GraphExtension
 from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Likelihood
-from lightning_curv.passes import Passes, parameters
+from lightning_curv.passes import Passes
 
 from .distributed import processes
 
@@ -40,7 +40,7 @@ class LossLimits(GraphExtension):
         )
         loss = (passes.loss.detach() * passes.seed).sum().float() if bounded else torch.full_like(floor, math.inf)
         limits = torch.stack([floor, loss])
-        return {parameter: limits for use in passes.tape.uses.values() for parameter in parameters(use)}
+        return {parameter: limits for found in passes.tape.parameters.values() for parameter in found}
 
 
 def _floor(likelihood: Likelihood, samples: int) -> Tensor:

@@ -48,6 +48,12 @@ class Extension(ABC):
     independent: bool = True
     totals: bool = True
     forms: bool = False
+    keeps_graph = False
+
+    @property
+    def needs_likelihood(self) -> bool:
+        """Whether the loss must be a known loss function."""
+        return not isinstance(self.source, Gradient)
 
     @abstractmethod
     def evaluate(self, jacobian: Jacobian) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_curv.passes import Passes, parameters
+from lightning_curv.passes import Passes
 
 Vectors = Sequence[Tensor]
 Product = Callable[[Vectors], list[Tensor]]
@@ -15,7 +15,7 @@ Product = Callable[[Vectors], list[Tensor]]
 
 def all_parameters(passes: Passes) -> list[Tensor]:
     """The parameters that the loss depends on, each once."""
-    return list(dict.fromkeys(p for use in passes.tape.uses.values() for p in parameters(use)))
+    return list(dict.fromkeys(p for found in passes.tape.parameters.values() for p in found))
 
 
 def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:

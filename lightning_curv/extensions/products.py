@@ -25,7 +25,7 @@ from lightning_curv.losses import Likelihood
 from lightning_curv.matmul import fast_products
 from lightning_curv.onlyuse import OnlyUse, only_uses
 from lightning_curv.own_passes import unheard
-from lightning_curv.passes import Passes, parameters
+from lightning_curv.passes import Passes
 from lightning_curv.records import edge_of
 from lightning_curv.residuals import residuals
 from lightning_curv.snapshot import Snapshot
@@ -41,7 +41,7 @@ class _Product(GraphExtension):
 
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
         """One function per parameter."""
-        found = list(dict.fromkeys(p for use in passes.tape.uses.values() for p in parameters(use)))
+        found = list(dict.fromkeys(p for group in passes.tape.parameters.values() for p in group))
         uses = only_uses(passes)
         snapshot = Snapshot([p for p in found if p not in uses or uses[p].needs_value])
         matrix = self._prepare(passes, uses)
