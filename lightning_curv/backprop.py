@@ -68,7 +68,7 @@ class Backprop:
         self._extensions = [*extensions, SumCheck()] if check else list(extensions)
         self._check, self.defers = check, defer
         self._batch_size = batch_size
-        self._results: dict[tuple[AnyExtension, Tensor], Any] = {}
+        self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
         self._listener: Listener | None = None
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
 
@@ -84,7 +84,7 @@ class Backprop:
         for unit, extensions in units.items():
             with _Failing(self, extensions):
                 if isinstance(unit, GraphExtension):
-                    self._results.update({(unit, p): result for p, result in unit.compute(passes).items()})
+                    self._results[unit] = unit.compute(passes)
                 else:
                     for jacobians in unit.jacobians(passes):
                         for jacobian in jacobians.values() if extensions else ():
@@ -114,8 +114,8 @@ class Backprop:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.finish()
-        for (extension, parameter), result in self._results.items():
-            if type(extension) is not SumCheck:
+        for extension, results in self._results.items():
+            for parameter, result in results.items() if type(extension) is not SumCheck else ():
                 setattr(parameter, extension.savefield, result)
 
     def abort(self) -> None:
@@ -166,10 +166,10 @@ class Backprop:
         for extension in [*extensions]:
             try:
                 result = extension.evaluate(jacobian)
-                key = extension, jacobian.parameter
-                self._results[key] = (
-                    extension.merge(self._results[key], result, jacobian) if key in self._results else result
-                )
+                results = self._results.setdefault(extension, {})
+                if (previous := results.get(jacobian.parameter)) is not None:
+                    result = extension.merge(previous, result, jacobian)
+                results[jacobian.parameter] = result
             except Exception as error:
                 if not self.defers:
                     raise
@@ -184,7 +184,9 @@ class Backprop:
             link = link.__context__
         self.failures.append((tuple(extensions), error))
         self._extensions = [e for e in self._extensions if e not in extensions]
-        self._results = {key: result for key, result in self._results.items() if key[0] not in extensions}
+        self._results = {
+            extension: results for extension, results in self._results.items() if extension not in extensions
+        }
 
 
 class _Failing:
@@ -211,8 +213,8 @@ def _units(extensions: Sequence[AnyExtension]) -> dict[GraphExtension | Source, 
     for extension in extensions:
         unit = extension if isinstance(extension, GraphExtension) else extension.source
         units.setdefault(unit, []).append(extension)
-    if (root := Exact(complete=True)) in units and Exact() in units:  # the complete root serves all that need any
-        units[root] += units.pop(Exact())
+    if len([unit for unit in units if isinstance(unit, Exact)]) > 1:  # the complete root serves all that need any
+        units[Exact(complete=True)] += units.pop(Exact())
     for unit, group in units.items():
         if len(group) > 1 and not isinstance(unit, GraphExtension):
             group.sort(key=lambda extension: not extension.forms)

@@ -95,7 +95,8 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
             continue
         seen.add((node, outside))
         name = node.name()
-        tape.structure.append((name, *(getattr(node, attribute) for attribute in _placing(type(node)))))
+        placing = _placing(type(node))
+        tape.structure.append((name, *(getattr(node, attribute) for attribute in placing)) if placing else name)
         if name == CAST:
             tape.casts.append(node)
         if name in HIDING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -73,7 +72,8 @@ class Jacobian:
     @cached_property
     def _factorised(self) -> Term | None:
         """The term, if J is an outer product: then J² is one too."""
-        return self.terms[0] if len(self.terms) == 1 and not self.terms[0].shared else None
+        term = self.terms[0]
+        return term if len(self.terms) == 1 and {*term.out, *term.inp} <= {*term.par} else None
 
     @property
     def _onehot(self) -> Term | None:
@@ -86,7 +86,7 @@ class Jacobian:
 
     def stacked(self, other: Jacobian) -> Jacobian:
         """The Jacobian of the columns of both; the uses must be the same."""
-        terms = [replace(a, g=torch.cat([a.g, b.g])) for a, b in zip(self.terms, other.terms, strict=True)]
+        terms = [a.of(torch.cat([a.g, b.g]), a.x) for a, b in zip(self.terms, other.terms, strict=True)]
         return Jacobian(self.parameter, terms)
 
     def per_sample(self) -> Tensor:
@@ -319,8 +319,8 @@ def _structure(term: Term) -> tuple[str, ...]:
 def _concatenated(terms: list[Term]) -> Term:
     terms = [t.canonical() for t in terms]
     x = [t.x for t in terms if t.x is not None]
-    return replace(terms[0], g=torch.cat([t.g for t in terms], dim=2), x=torch.cat(x, dim=1) if x else None)
+    return terms[0].of(torch.cat([t.g for t in terms], dim=2), torch.cat(x, dim=1) if x else None)
 
 
 def _doubled(term: Term) -> Term:
-    return replace(term, g=term.g.double(), x=None if term.x is None else term.x.double())
+    return term.of(term.g.double(), None if term.x is None else term.x.double())

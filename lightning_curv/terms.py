@@ -84,7 +84,11 @@ class Term:
         return {**sizes, "i": self.classes} if self.classes else sizes
 
     def __getitem__(self, samples: slice | list[int]) -> Term:
-        return replace(self, g=self.g[:, samples], x=None if self.x is None else self.x[samples])
+        return self.of(self.g[:, samples], None if self.x is None else self.x[samples])
+
+    def of(self, g: Tensor, x: Tensor | None) -> Term:
+        """The same letters with other cotangents and inputs; in a third of the time of `dataclasses.replace`."""
+        return Term(self.out, self.inp, self.par, g, x, self.classes, self.adjoint)
 
     def promoted(self) -> Term:
         """The term in float32 or better, with one dtype for ``g`` and ``x``."""
@@ -93,7 +97,7 @@ class Term:
         if x is not None and not self.classes:
             dtype = torch.promote_types(dtype, x.dtype)
             x = x.to(dtype)
-        return self if self.g.dtype == dtype and x is self.x else replace(self, g=self.g.to(dtype), x=x)
+        return self if self.g.dtype == dtype and x is self.x else self.of(self.g.to(dtype), x)
 
     def grouped(self, samples: int, minor: bool = False) -> Term:
         """Rows regrouped to samples: ``N·r`` rows become ``N`` samples with ``r`` shared positions each.
@@ -159,13 +163,12 @@ class Term:
             g = g * weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 2))
         else:
             x = x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        return own.gradient(g[0]) if own is not None else replace(self, g=g, x=x).contract(self.par)
+        return own.gradient(g[0]) if own is not None else self.of(g, x).contract(self.par)
 
     def squared_norms(self) -> Tensor:
         """Squared norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``."""
         if {*self.out} & {*self.inp}:
-            squares = replace(self, g=self.g.square(), x=None if self.x is None else self.x.square())
-            return squares.contract("vn")
+            return self.of(self.g.square(), None if self.x is None else self.x.square()).contract("vn")
         norms = torch.linalg.vector_norm(self.g[..., None].flatten(2), dim=2)
         if self.x is not None:
             norms = norms * torch.linalg.vector_norm(self.x[..., None].flatten(1), dim=1)
@@ -175,7 +178,7 @@ class Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
         g = signed(self.g.square(), signs)
         g = g if len(g) == 1 else g.sum(0, keepdim=True)
-        return replace(self, g=g, x=None if self.x is None else self.x if self.classes else self.x.square())
+        return self.of(g, None if self.x is None else self.x if self.classes else self.x.square())
 
 
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
