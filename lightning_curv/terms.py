@@ -16,15 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_curv import memory
+from lightning_curv.latest import Latest
 from lightning_curv.matmul import einsum
 
 DIAGONAL = "defghjklm"
 SHARED = "rstu"
+SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
+_SQUARES = Latest()  # of the cotangents that a weight and its bias share
 
 
 def flatten_shared(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -176,14 +180,27 @@ class Term:
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
-        g = signed(self.g.square(), signs)
-        g = g if len(g) == 1 else g.sum(0, keepdim=True)
+        if signs is None:
+            g, _ = _SQUARES.of(self.g, (), partial(_sum_squares, self.g))
+        else:
+            g = _sum_squares(self.g, signs)
         return self.of(g, None if self.x is None else self.x if self.classes else self.x.square())
 
 
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
     """``squares [V, N, *]`` times ``signs [V, N]``."""
     return squares if signs is None else squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
+
+
+def _sum_squares(g: Tensor, signs: Tensor | None = None) -> Tensor:
+    """The sum of the squares over the columns, ``[1, N, *]``; one column after the other where that pays."""
+    if len(g) == 1 or g[0].numel() < SMALL:
+        squares = signed(g.square(), signs)
+        return squares if len(g) == 1 else squares.sum(0, keepdim=True)
+    total = torch.zeros_like(g[:1])
+    for v, column in enumerate(g.unbind()):
+        total[0].addcmul_(column, column if signs is None else signed(column[None], signs[v : v + 1])[0])
+    return total
 
 
 def _placed(tensor: Tensor, letters: str, result: str) -> Tensor:

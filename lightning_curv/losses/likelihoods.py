@@ -133,12 +133,13 @@ class Categorical(Likelihood):
         generalized inverse of the variance-covariance matrix of the multinomial distribution, with applications*,
         J. R. Stat. Soc. B, 1992.
         """
-        _nonnegative(self.weight)
         if self.normalized or self.probabilities.shape[self.axis] == 1:
             yield from self.columns(samples, minor)
-        else:
-            for column, _ in self._cholesky(samples, minor):
-                yield column
+            return
+        for column, signs in self._cholesky(samples, minor):
+            if signs is not None:
+                _nonnegative(self.weight)
+            yield column
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (e_y - p) with y drawn from p."""
