@@ -165,11 +165,11 @@ class Backprop:
         jacobian.shared = len(extensions) > 1
         for extension in [*extensions]:
             try:
-                result = extension.evaluate(jacobian)
                 results = self._results.setdefault(extension, {})
-                if (previous := results.get(jacobian.parameter)) is not None:
-                    result = extension.merge(previous, result, jacobian)
-                results[jacobian.parameter] = result
+                previous = results.get(jacobian.parameter)
+                results[jacobian.parameter] = (
+                    extension.evaluate(jacobian) if previous is None else extension.accumulate(previous, jacobian)
+                )
             except Exception as error:
                 if not self.defers:
                     raise

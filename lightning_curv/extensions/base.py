@@ -59,6 +59,10 @@ class Extension(ABC):
     def evaluate(self, jacobian: Jacobian) -> Any:
         """The quantity, for some columns of the parameter's Jacobian."""
 
+    def accumulate(self, previous: Any, jacobian: Jacobian) -> Any:
+        """The result so far with further columns: `evaluate` and `merge`, unless it can be changed in place."""
+        return self.merge(previous, self.evaluate(jacobian), jacobian)
+
     def merge(self, previous: Any, new: Any, jacobian: Jacobian) -> Any:
         """Combine the results of disjoint sets of columns; they add up unless a subclass says otherwise.
 

@@ -52,9 +52,9 @@ class BatchDiagGGNExact(Extension):
         """Squares of J, summed over columns."""
         return jacobian.sum_squares_per_sample()
 
-    def merge(self, previous: Tensor, new: Tensor, jacobian: Jacobian) -> Tensor:
-        """They add up, in place: a third copy is never in memory."""
-        return previous.add_(new)
+    def accumulate(self, previous: Tensor, jacobian: Jacobian) -> Tensor:
+        """They add up, in place."""
+        return jacobian.sum_squares_per_sample(previous)
 
 
 class SqrtGGNExact(Extension):

@@ -45,3 +45,7 @@ class BatchDiagHessian(Extension):
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Signed squares of J, summed over columns."""
         return jacobian.sum_squares_per_sample()
+
+    def accumulate(self, previous: Tensor, jacobian: Jacobian) -> Tensor:
+        """They add up, in place."""
+        return jacobian.sum_squares_per_sample(previous)
