@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
 from lightning_curv.callbacks.sketch import Numbers
@@ -18,6 +18,7 @@ from lightning_curv.callbacks.sketch import Numbers
 GROUP = "curvature"
 LAYERS = "curvature_layers"
 BINS = 30
+Bins = Mapping[str, dict[str, Any]]  # arguments of `add_histogram_raw` by name
 NORM_BAND = ["sample_norm_median", "sample_norm_p5", "sample_norm_p95"]
 
 
@@ -35,21 +36,15 @@ def publish(
     `LightningModule.log` would write the values again at every later logging step of the epoch.
     """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    counts = {name: binned(samples) for name, samples in histograms.items()}
     for logger in trainer.loggers:
         separator = logger.group_separator
         metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
         metrics |= {f"{LAYERS}{separator}{name.replace('/', separator)}": value for name, value in layers.items()}
-        experiment = getattr(logger, "experiment", None)
-        with _as_one_event(experiment, step):
-            logger.log_metrics(metrics, step=step)
-            add_histogram = getattr(experiment, "add_histogram_raw", None)
-            if add_histogram is not None:
-                for name, samples in histograms.items():
-                    if counts := binned(samples):
-                        add_histogram(f"{GROUP}{separator}{name}", **counts, global_step=step)
-            add_image = getattr(experiment, "add_image", None)
-            if image is not None and add_image is not None:
-                add_image(f"{LAYERS}{separator}all", image, global_step=step)
+        bins = {f"{GROUP}{separator}{name}": found for name, found in counts.items() if found}
+        images = {} if image is None else {f"{LAYERS}{separator}all": image}
+        write = _write_one_event if _is_plain_tensorboard(logger) else _write
+        write(logger, step, metrics, bins, images)
     tagged = dict(zip([f"{GROUP}/{name}" for name in values], torch.tensor([*values.values()]).unbind(), strict=True))
     trainer.callback_metrics.update(tagged)
     for name in prog_bar:
@@ -57,37 +52,37 @@ def publish(
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
 
 
-class _Gathering:
-    """Stands for the file writer of a `SummaryWriter` and keeps the values that it is given."""
-
-    def __init__(self, writer: Any) -> None:
-        self.writer, self.summary = writer, None
-
-    def add_summary(self, summary: Any, *_: Any) -> None:
-        if self.summary is None:
-            self.summary = summary
-        else:
-            self.summary.value.extend(summary.value)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.writer, name)
+def _write(logger: Logger, step: int, metrics: dict[str, float], bins: Bins, images: Mapping[str, Tensor]) -> None:
+    """Through the methods of a logger; histograms and images if its experiment takes them."""
+    logger.log_metrics(metrics, step=step)
+    experiment = getattr(logger, "experiment", None)
+    if add_histogram := getattr(experiment, "add_histogram_raw", None):
+        for name, histogram in bins.items():
+            add_histogram(name, **histogram, global_step=step)
+    if add_image := getattr(experiment, "add_image", None):
+        for name, image in images.items():
+            add_image(name, image, global_step=step)
 
 
-@contextmanager
-def _as_one_event(experiment: Any, step: int) -> Iterator[None]:
-    """All that is written to TensorBoard as one event: half the time of one per value, each of which wakes a thread."""
+def _is_plain_tensorboard(logger: Any) -> bool:
+    """Whether a logger only hands metrics on to TensorBoard, as Lightning's does in the process that writes."""
     tensorboard = sys.modules.get("torch.utils.tensorboard")  # 0.1 s to import, for loggers that do not need it
-    if tensorboard is None or not isinstance(experiment, tensorboard.SummaryWriter):
-        yield
-        return
-    gathering = _Gathering(experiment._get_file_writer())
-    vars(experiment)["_get_file_writer"] = lambda: gathering
-    try:
-        yield
-    finally:
-        del vars(experiment)["_get_file_writer"]
-        if gathering.summary is not None:
-            gathering.writer.add_summary(gathering.summary, step)
+    if tensorboard is None or not type(logger).log_metrics.__module__.endswith("fabric.loggers.tensorboard"):
+        return False
+    return type(logger.experiment) is tensorboard.SummaryWriter and not logger._prefix
+
+
+def _write_one_event(
+    logger: Any, step: int, metrics: dict[str, float], bins: Bins, images: Mapping[str, Tensor]
+) -> None:
+    """What `_write` leaves in the file of TensorBoard, but as one event: each wakes the thread that writes."""
+    tensorboard = sys.modules["torch.utils.tensorboard.summary"]
+    values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
+    for name, histogram in bins.items():
+        values += tensorboard.histogram_raw(name, **histogram).value
+    for name, image in images.items():
+        values += tensorboard.image(name, image, dataformats="CHW").value
+    logger.experiment._get_file_writer().add_summary(tensorboard.Summary(value=values), step)
 
 
 def binned(samples: Numbers) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from monitoring import NORMS, Net, fit, per_sample_gradients
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
@@ -17,6 +17,7 @@ from lightning_curv.callbacks.publish import binned, heat_map
 
 pytestmark = pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning")  # they are, for speed
 PER_LAYER = ["grad_norm", "grad_variance", "norm_test", "noise_scale", "ggn_trace_exact"]
+HISTOGRAMS, IMAGES = ["curvature/sample_norms"], ["curvature_layers/all"]
 SLICES = {"net.0": slice(0, 30), "net.3": slice(30, None)}
 
 
@@ -139,6 +140,29 @@ def test_one_event_holds_all_of_a_step(tmp_path):
     assert steps == sorted({*steps})
     logged = events(tmp_path)
     assert [e.step for e in logged.Images("curvature_layers/all")] == steps
+
+
+def test_a_logger_of_the_users_own_leaves_the_same_file(tmp_path):
+    class Own(TensorBoardLogger):
+        def log_metrics(self, metrics, step=None):
+            super().log_metrics(metrics, step)
+
+    found = []
+    for i, logger in enumerate([TensorBoardLogger, Own]):
+        path = tmp_path / str(i)
+        fit(Net(), CurvatureCallback(layers=True, max_layers=1), logger=logger(path, name="", version=""))
+        logged = events(path)
+        values = {tag: [(e.step, e.value) for e in logged.Scalars(tag)] for tag in logged.Tags()["scalars"]}
+        values |= {tag: [(e.step, e.histogram_value) for e in logged.Histograms(tag)] for tag in HISTOGRAMS}
+        values |= {tag: [(e.step, e.encoded_image_string) for e in logged.Images(tag)] for tag in IMAGES}
+        found.append(values)
+    assert all(len(events) == 8 for tag, events in found[0].items() if tag in HISTOGRAMS + IMAGES)
+    assert found[0] == found[1]
+
+
+def test_the_prefix_of_a_logger_is_kept(tmp_path):
+    fit(Net(), CurvatureCallback(), logger=TensorBoardLogger(tmp_path, name="", version="", prefix="mine"))
+    assert "mine-curvature/grad_norm" in events(tmp_path).Tags()["scalars"]
 
 
 def test_other_loggers_get_the_scalars(tmp_path):
