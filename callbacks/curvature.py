@@ -233,7 +233,7 @@ class CurvatureCallback(Callback):
         self._factor = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
         if pl_module.automatic_optimization:
             self._factor = self._factor / trainer.accumulate_grad_batches
-        self._loss = loss.detach() / self._factor if loss.ndim == 0 else None
+        self._loss = loss.detach() if loss.ndim == 0 else None
         if not self._observation:
             return
         if self._observation.logged and not pl_module.automatic_optimization:

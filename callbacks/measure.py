@@ -12,6 +12,7 @@ from pytorch_lightning.strategies import Strategy
 
 from lightning_curv.callbacks.measurement import Measurement
 from lightning_curv.callbacks.quantities import Quantity
+from lightning_curv.callbacks.window import wide
 
 
 class RunningNoiseScale:
@@ -84,10 +85,11 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
     measurements = [job.measurement for job in jobs]
     _reduce(measurements, strategy)
     vectors = [measurement.on_device() for measurement in measurements]
-    numbers, start = torch.cat(vectors).cpu().double().numpy(), 0
-    for measurement, vector in zip(measurements, vectors, strict=True):
-        measurement.set_numbers(numbers[start : start + len(vector)])
-        start += len(vector)
+    numbers, start = torch.cat([part for parts in vectors for part in parts]).cpu().double().numpy(), 0
+    for measurement, parts in zip(measurements, vectors, strict=True):
+        stop = start + sum(part.numel() for part in parts)
+        measurement.set_numbers(numbers[start:stop])
+        start = stop
     with np.errstate(all="ignore"):
         return [_with_noise_scale(job, _values(job)) for job in jobs]
 
@@ -95,14 +97,15 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
 def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
     """One reduction over processes: all of them have the same keys and shapes."""
     sums = [measurement.local_sums() for measurement in measurements]
-    values = [value for group in sums for value in group.values()]
     if getattr(strategy, "world_size", 1) > 1:
-        flat = strategy.reduce(torch.cat([value.reshape(-1) for value in values]), reduce_op="mean")
-        parts = flat.split([value.numel() for value in values])
-        values = [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
-    rest = iter(values)
+        device = strategy.root_device
+        tensors = [wide(torch.as_tensor(value, device=device)) for group in sums for value in group.values()]
+        flat = strategy.reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), reduce_op="mean")
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        rest = iter([part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+        sums = [{key: next(rest) for key in group} for group in sums]
     for measurement, group in zip(measurements, sums, strict=True):
-        measurement.set_sums({name: next(rest) for name in group})
+        measurement.set_sums(group)
 
 
 def _values(job: Job) -> dict[str, float]:

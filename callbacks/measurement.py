@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_curv.callbacks.sketch import Numbers, pooled, shared_sketch
-from lightning_curv.callbacks.window import Statistics, stacked, wide
+from lightning_curv.callbacks.window import Statistics, wide
 from lightning_curv.metrics import unbiased_moments
 
 EIGENVALUES = {"ggn_max_eigenvalue", "hessian_max_eigenvalue"}
@@ -31,7 +32,8 @@ class Measurement:
         strategy: averages over processes.
         fields: savefields that the quantities need, the same in all processes.
         lost: those of them that could not be computed in this process.
-        pool: whether the norms of all processes' samples are wanted.
+        pool: whether the norms of the samples are wanted, those of all processes.
+        with_loss: whether the loss is wanted.
     """
 
     def __init__(
@@ -44,125 +46,126 @@ class Measurement:
         fields: Collection[str],
         lost: Collection[str] = (),
         pool: bool = False,
+        with_loss: bool = False,
     ) -> None:
         self.statistics, self.lr = statistics, lr
         self._divisor, self._params = divisor, grads
-        self._grads = {p: grad.coalesce().values() if grad.is_sparse else grad for p, grad in grads.items()}
         self._world, self._rank = getattr(strategy, "world_size", 1), getattr(strategy, "global_rank", 0)
-        self._fields, self._lost, self._pool = list(fields), set(lost), pool
-        self._reduced: dict[Key, Tensor] = {}
-        self.covered: set[Parameter] = set()
+        self._fields, self._lost, self._pool, self._with_loss = list(fields), set(lost), pool, with_loss
+        self._sums: dict[Key, Tensor | float] = {}
+        self.covered: frozenset[Parameter] = frozenset()
+        self.norms: Numbers  # of the samples, ascending
+        self.norm_weights: Numbers | None  # how many samples each stands for, if not one
 
-    def local_sums(self) -> dict[Key, Tensor]:
+    def local_sums(self) -> dict[Key, Tensor | float]:
         """What the formulas need the average over processes of, in the same order and shapes in all of them.
 
         A parameter that this process did not use has zeros, what could not be computed has NaN.
         """
-        zero = wide(next(iter(self._grads.values())).new_zeros(()))
-        loss = self.statistics.loss
-        sums: dict[Key, Tensor] = {"loss": zero * math.nan if loss is None else loss}
+        sums: dict[Key, Tensor | float] = {}
+        if self._with_loss:
+            loss = self.statistics.loss
+            sums["loss"] = math.nan if loss is None else loss
         if self._world > 1:
-            sums["covered"] = zero.new_tensor([p in self.statistics.covered for p in self._params])
+            sums["covered"] = torch.tensor([p in self.statistics.covered for p in self._params])
         for field in self._fields:
-            found = self._of_field(field, zero)
             if field in self._lost:
-                found = {key: torch.full_like(value, math.nan) for key, value in found.items()}
-            sums |= found
+                sums |= {key: math.nan * value for key, value in self._of_field(field, available=False).items()}
+            else:
+                sums |= self._of_field(field)
         return sums
 
-    def _of_field(self, field: str, zero: Tensor) -> dict[Key, Tensor]:
-        s, available = self.statistics, field not in self._lost
+    def _of_field(self, field: str, available: bool = True) -> Mapping[Key, Tensor | float]:
+        s = self.statistics
         if field == "batch_l2":
-            sums: dict[Key, Tensor] = {"second_moment": zero, "concentration": zero}
+            sums: dict[Key, Tensor | float] = {"second_moment": 0.0, "concentration": 0.0}
             if available:
-                sums["second_moment"] = (s.weights @ s.sq_norms).to(zero)
-                sums["concentration"] = (s.weights @ s.weights / self._world).to(zero)
+                sums = {"second_moment": s.second_moment, "concentration": s.concentration / self._world}
             if self._pool and self._world > 1:
-                norms = s.sq_norms.sqrt() if available else zero[None]
-                sums["norms"] = shared_sketch(norms.to(zero), self._rank, self._world)
+                norms = s.sq_norms.sqrt() if available else torch.zeros(1)
+                sums["norms"] = shared_sketch(norms, self._rank, self._world)
             return sums
         if field == "jacobian_grad":
             vectors = {p: self._params[p].to_dense() for p in s.covered} if available else {}
-            dots = s.dots(vectors).to(zero) / self._divisor if vectors else zero[None]
-            return {"dot_second": zero + s.weights @ dots.square() if vectors else zero}
+            return {"dot_second": s.dot_second(vectors) / self._divisor**2 if vectors else 0.0}
         if field == "sum_grad_squared":
-            return self._entries(field, s.second_moments() if available else {}, zero)
+            return self._entries(field, s.second_moments() if available else {})
         curvatures = s.curvatures(field) if available else {}
         if field == "diag_ggn_mc":
-            return self._entries(field, curvatures, zero)
-        values = [c.to(zero) for c in curvatures.values()]
+            return self._entries(field, curvatures)
+        values = [*curvatures.values()]
         if field in EIGENVALUES:  # the same on all parameters
             values = values[:1]
-        return {field: torch.stack(values).sum() if values else zero}
+        return {field: torch.stack(values).sum() if values else 0.0}
 
-    def _entries(self, field: str, found: Mapping[Parameter, Tensor], zero: Tensor) -> dict[Key, Tensor]:
-        return {(field, p): found[p].to(zero) if p in found else zero.expand(p.shape) for p in self._params}
+    def _entries(self, field: str, found: Mapping[Parameter, Tensor]) -> dict[Key, Tensor | float]:
+        return {(field, p): found[p] if p in found else wide(p.new_zeros(())).expand(p.shape) for p in self._params}
 
-    def set_sums(self, sums: Mapping[Key, Tensor]) -> None:
+    def set_sums(self, sums: Mapping[Key, Tensor | float]) -> None:
         """Set the averages of `local_sums` over all processes."""
-        self._reduced, self.covered = dict(sums), self.statistics.covered
+        self._sums, self.covered = dict(sums), self.statistics.covered
         if self._world > 1:
-            self.covered = {p for p, share in zip(self._params, sums["covered"].tolist(), strict=True) if share > 0}
+            shares = cast("Tensor", sums["covered"]).tolist()
+            self.covered = frozenset(p for p, share in zip(self._params, shares, strict=True) if share > 0)
 
     @property
     def unseen(self) -> bool:
         """Whether there should be statistics of samples, but no backward pass of the window was seen."""
-        return bool({*self._fields} - self._lost) and not self.covered
+        return not self.covered and not self._lost.issuperset(self._fields)
 
-    def on_device(self) -> Tensor:
-        """What the formulas need as numbers, in one vector: sums, norms of the gradients and of the samples."""
-        self._scalars = [key for key, value in self._reduced.items() if isinstance(key, str) and not value.ndim]
-        grads = [g.float() if g.dtype.itemsize < 4 else g for g in self._grads.values()]
-        parts = [
-            torch.stack([self._reduced[key] for key in self._scalars]),
-            wide(stacked(list(torch._foreach_norm(grads)))),
-        ]
+    def on_device(self) -> list[Tensor]:
+        """Vectors that are to be transferred to the host: sums and norms of gradients, norms of samples."""
+        tensors = {key: value for key, value in self._sums.items() if isinstance(value, Tensor)}
+        self._scalars = [key for key, value in tensors.items() if not value.ndim]
+        grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in self._params.values()]
+        norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads])
+        parts = [torch.stack([tensors[key] for key in self._scalars] + [*norms])]
         if self._pool and self._world > 1:
-            parts += pooled(self._reduced["norms"] * self._world)
+            parts += pooled(tensors["norms"] * self._world)
         elif self._pool:
-            parts.append(self.statistics.sq_norms.sqrt().sort().values)
-        return torch.cat([part.to(parts[0]) for part in parts])
+            parts.append(self.statistics.sq_norms.to(parts[0].device))
+        return parts
 
     def set_numbers(self, numbers: Numbers) -> None:
-        """Set the vector of `on_device`."""
-        sums, grads = len(self._scalars), len(self._grads)
+        """Set the vectors of `on_device`, joined."""
+        sums, grads = len(self._scalars), len(self._params)
+        self._sums.update(zip(self._scalars, numbers[:sums], strict=True))
+        self._grad_norms = [float(norm / self._divisor) for norm in numbers[sums : sums + grads]]
         samples = numbers[sums + grads :]
-        self._numbers = dict(zip(self._scalars, numbers[:sums], strict=True))
-        self._grad_squares = (numbers[sums : sums + grads] / self._divisor) ** 2
         if self._world == 1:
-            self.norms = samples, np.ones_like(samples)
+            self.norms, self.norm_weights = np.sort(np.sqrt(samples)), None
         else:
-            self.norms = samples[: len(samples) // 2], samples[len(samples) // 2 :]
+            self.norms, self.norm_weights = np.split(samples, 2)
 
     @property
     def second_moment(self) -> np.float64:
         r"""$\sum_n w_n \|g_n\|^2$."""
-        return self._numbers["second_moment"]
+        return np.float64(self._sums["second_moment"])
 
     @property
     def concentration(self) -> np.float64:
         """Inverse of the effective number of samples."""
-        return self._numbers["concentration"]
+        return np.float64(self._sums["concentration"])
 
     @property
     def dot_second(self) -> np.float64:
         r"""$\sum_n w_n (g_n \cdot \bar g)^2$."""
-        return self._numbers["dot_second"]
+        return np.float64(self._sums["dot_second"])
 
     @property
     def loss(self) -> np.float64:
         """The loss."""
-        return self._numbers["loss"]
+        return np.float64(self._sums["loss"])
 
     def sum_of(self, savefield: str) -> np.float64:
         """A trace, added up over the parameters."""
-        return self._numbers[savefield]
+        return np.float64(self._sums[savefield])
 
     any_of = sum_of
 
     def mean_of(self, savefield: str) -> dict[Parameter, Tensor]:
         """A curvature of the parameters' shapes."""
-        return {p: self._reduced[savefield, p] for p in self._params if p in self.covered}
+        return {p: cast("Tensor", self._sums[savefield, p]) for p in self._params if p in self.covered}
 
     def second_moments(self) -> dict[Parameter, Tensor]:
         """Second moments of the entries of the per-sample gradients."""
@@ -177,12 +180,12 @@ class Measurement:
     @property
     def grad_norm(self) -> np.float64:
         r"""$\|\bar g\|$ over all parameters."""
-        return np.sqrt(self._grad_squares.sum())
+        return np.sqrt(_sum_of_squares(self._grad_norms))
 
     @cached_property
     def grad_sq_norm(self) -> np.float64:
         r"""$\|\bar g\|^2$ over the parameters whose samples were seen."""
-        return self._grad_squares[[p in self.covered for p in self._params]].sum()
+        return _sum_of_squares(n for p, n in zip(self._params, self._grad_norms, strict=True) if p in self.covered)
 
     @cached_property
     def _moments(self) -> tuple[float, float]:
@@ -197,3 +200,7 @@ class Measurement:
     def signal(self) -> float:
         """Squared norm of the gradient without its noise, unbiased."""
         return self._moments[1]
+
+
+def _sum_of_squares(numbers: Iterable[float]) -> np.float64:
+    return np.float64(sum(number * number for number in numbers))

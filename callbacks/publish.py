@@ -7,7 +7,6 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.loggers import Logger
@@ -87,10 +86,11 @@ def _write_one_event(
 
 def binned(samples: Numbers) -> dict[str, Any]:
     """A histogram of equal bins of ascending samples, 0.6 kB in an event file; empty if there is nothing to count."""
-    if not len(samples) or not math.isfinite(squares := float(samples @ samples)):
+    if not len(samples) or not math.isfinite(squares := float((samples * samples).sum())):
         return {}
     low, high = float(samples[0]), float(samples[-1])
-    limits = low + np.arange(1, BINS + 1) * ((high - low) / BINS or abs(high) / BINS or 1.0)
+    width = (high - low) / BINS or abs(high) / BINS or 1.0
+    limits = [low + i * width for i in range(1, BINS + 1)]
     upto = samples.searchsorted(limits[:-1], side="right").tolist()
     return {
         "min": low,
@@ -98,7 +98,7 @@ def binned(samples: Numbers) -> dict[str, Any]:
         "num": len(samples),
         "sum": float(samples.sum()),
         "sum_squares": squares,
-        "bucket_limits": limits.tolist(),
+        "bucket_limits": limits,
         "bucket_counts": [b - a for a, b in zip([0, *upto], [*upto, len(samples)], strict=True)],
     }
 

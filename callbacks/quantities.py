@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_curv.callbacks.measurement import Measurement
 from lightning_curv.callbacks.settings import near
-from lightning_curv.callbacks.sketch import Numbers, quantiles
+from lightning_curv.callbacks.sketch import quantiles
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.noise import GradientJacobian
@@ -132,12 +132,12 @@ def grad_norm(m: Measurement) -> float:
 
 
 @_quantity("batch_l2", series=tuple(LEVELS), per_layer=False)
-def sample_norms(m: Measurement) -> Numbers:
+def sample_norms(m: Measurement) -> list[float]:
     r"""Quantiles 5 %, 50 %, 95 % and the maximum of the $\|g_n\|$, and their histogram.
 
     Over several processes exact up to 256 samples in each, interpolated between as many order statistics above.
     """
-    return quantiles(*m.norms, [*LEVELS.values()])
+    return quantiles(m.norms, m.norm_weights, [*LEVELS.values()])
 
 
 @_quantity("batch_l2")

@@ -97,8 +97,9 @@ class Report:
             statistics = window.statistics(params, share=1 / passes)
             quantities = [q for q in self._quantities if not name or q.per_layer]
             fields = dict.fromkeys(field for quantity in quantities for field in quantity.fields)
-            lost, pool = fields.keys() - {*self.fields}, any(q.name == "sample_norms" for q in quantities)
-            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields, lost, pool)
+            lost, names = fields.keys() - {*self.fields}, {quantity.name for quantity in quantities}
+            pool, with_loss = "sample_norms" in names, "cabs" in names
+            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss)
             noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
             return Job(quantities, measurement, noise)
 
@@ -115,7 +116,7 @@ class Report:
         if self._names & NOISE_SCALE and jobs[""].noise.unresolved:
             self.too_noisy = len(measurement.statistics.sq_norms)
         if "sample_norms" in self._names:
-            self._histograms[f"sample_norms{suffix}"] = measurement.norms[0]
+            self._histograms[f"sample_norms{suffix}"] = measurement.norms
         if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
             self._add(f"alpha{suffix}", alpha)
         if self._names & {"update_size", "distance"}:

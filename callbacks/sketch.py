@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,18 +45,27 @@ def pooled(rows: Tensor) -> tuple[Tensor, Tensor]:
     return values, weights[inside][order]
 
 
-def quantiles(values: Numbers, weights: Numbers, levels: Sequence[float]) -> Numbers:
+def quantiles(values: Numbers, weights: Numbers | None, levels: Sequence[float]) -> list[float]:
     """Quantiles by linear interpolation, those of `torch.quantile` if all weights are equal; NaN without values.
 
     Args:
         values: ascending, [K].
-        weights: of the values, [K].
+        weights: of the values, [K]; None: equal.
         levels: in [0, 1], [L].
     """
     if not len(values):
-        return np.full(len(levels), np.nan)
+        return [math.nan] * len(levels)
+    if weights is None:
+        return [_between(values, level * (len(values) - 1)) for level in levels]
     centers = weights.cumsum() - (weights + weights[0]) / 2
-    return np.interp(np.asarray(levels) * centers[-1], centers, values)
+    return np.interp(np.asarray(levels) * centers[-1], centers, values).tolist()
+
+
+def _between(values: Numbers, position: float) -> float:
+    """A value between two neighbours, by linear interpolation."""
+    low = int(position)
+    value, part = float(values[low]), position - low
+    return value + part * (float(values[low + 1]) - value) if part else value
 
 
 def at(ordered: Tensor, position: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,17 +19,24 @@ class BackwardPass:
     Args:
         fields: results by savefield and parameter.
         factor: of the loss: first-order results carry it, curvature does not.
-        loss: as `training_step` returned it, [].
+        loss: with the factor, [].
     """
 
     fields: dict[str, dict[Parameter, Any]] = field(default_factory=dict)
     factor: Tensor | float = 1.0
     loss: Tensor | None = None
 
-    @property
-    def covered(self) -> set[Parameter]:
+    @cached_property
+    def covered(self) -> frozenset[Parameter]:
         """The parameters that something was found for."""
-        return {param for found in self.fields.values() for param in found}
+        return frozenset().union(*self.fields.values())
+
+    def without(self, params: Collection[Parameter]) -> BackwardPass:
+        """The same for the other parameters."""
+        fields = {
+            name: {p: result for p, result in found.items() if p not in params} for name, found in self.fields.items()
+        }
+        return replace(self, fields=fields)
 
 
 class Statistics:
@@ -45,39 +52,53 @@ class Statistics:
         share: $\alpha$, 1/M if the window's loss is the mean over the passes, 1 if it is their sum.
     """
 
-    def __init__(self, passes: list[BackwardPass], params: Collection[Parameter], share: float) -> None:
+    def __init__(self, passes: list[BackwardPass], params: frozenset[Parameter], share: float) -> None:
         self._passes, self._share = passes, share
-        self.covered = {p for backward in passes for p in backward.covered if p in params}
+        self.covered = frozenset().union(*(backward.covered & params for backward in passes))
 
-    @cached_property
+    @property
     def loss(self) -> Tensor | None:
         r"""$\alpha \sum_m \ell_m$, []."""
-        losses = [wide(backward.loss) for backward in self._passes if backward.loss is not None]
+        losses = [wide(backward.loss) / backward.factor for backward in self._passes if backward.loss is not None]
         return self._share * torch.stack(losses).sum() if losses else None
 
     @cached_property
-    def sq_norms(self) -> Tensor:
-        r"""$\|g_n\|^2$, [N]."""
-        parts = [
-            wide(stacked(found)).sum(0) * self._sample_factor(backward, len(found[0])) ** 2
+    def _sq_norms(self) -> list[Tensor]:
+        """By pass."""
+        return [
+            _total(found) * self._sample_factor(backward, len(found[0])) ** 2
             for backward, found in self._found("batch_l2")
         ]
-        return _joined(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
-    @cached_property
-    def weights(self) -> Tensor:
-        """$w_n$, [N]; they add up to one."""
-        sizes = [len(found[0]) for _, found in self._found("batch_l2")]
-        parts = [self.sq_norms.new_full((size,), 1 / max(len(self._passes) * size, 1)) for size in sizes]
-        return _joined(parts) if parts else self.sq_norms.new_zeros(0)
+    @property
+    def sq_norms(self) -> Tensor:
+        r"""$\|g_n\|^2$, [N]."""
+        return _joined(self._sq_norms)
 
-    def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
-        r"""$g_n \cdot v$, [N]: the op is applied to v; no per-sample gradient is formed."""
+    @property
+    def concentration(self) -> float:
+        r"""$\sum_n w_n^2$."""
+        return sum(1 / len(part) for part in self._sq_norms if len(part)) / max(len(self._passes), 1) ** 2
+
+    @property
+    def second_moment(self) -> Tensor | float:
+        r"""$\sum_n w_n \|g_n\|^2$, []."""
+        return self._mean(self._sq_norms)
+
+    def dot_second(self, vectors: Mapping[Parameter, Tensor]) -> Tensor | float:
+        r"""$\sum_n w_n (g_n \cdot v)^2$, []: the op is applied to v; no per-sample gradient is formed."""
         parts = []
         for backward, found in self._found("jacobian_grad"):
-            products = [wide(jacobian.dot(vectors[jacobian.parameter])[0]) for jacobian in found]
-            parts.append(torch.stack(products).sum(0) * self._sample_factor(backward, len(products[0])))
-        return _joined(parts)
+            dots = _total([jacobian.dot(vectors[jacobian.parameter])[0] for jacobian in found])
+            parts.append((dots * self._sample_factor(backward, len(dots))).square())
+        return self._mean(parts)
+
+    def _mean(self, parts: list[Tensor]) -> Tensor | float:
+        """Of values by pass, [N_m] each."""
+        means = [part.mean() for part in parts if len(part)]
+        if len(means) == len(self._passes) == 1:
+            return means[0]
+        return torch.stack(means).sum() / len(self._passes) if means else 0.0
 
     def second_moments(self) -> dict[Parameter, Tensor]:
         r"""$\sum_n w_n g_n^2$ entry by entry, of the parameters' shapes."""
@@ -133,28 +154,26 @@ class Window:
 
     def forget(self, params: Iterable[Parameter]) -> None:
         """Drop parameters whose gradient was set to zero, and passes that then have nothing left."""
-        for param in params:
-            for backward in self._passes:
-                for found in backward.fields.values():
-                    found.pop(param, None)
-        self._passes = [backward for backward in self._passes if backward.covered]
+        params = frozenset(params)
+        self._passes = [backward.without(params) for backward in self._passes if not backward.covered <= params]
 
     def statistics(self, params: Iterable[Parameter], share: float) -> Statistics:
         """Combine the passes; see `Statistics`."""
-        params = set(params)
-        passes = [backward for backward in self._passes if backward.covered & params]
+        params = frozenset(params)
+        passes = [backward for backward in self._passes if not backward.covered.isdisjoint(params)]
         return Statistics(passes or self._passes, params, share)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def stacked(tensors: list[Tensor]) -> Tensor:
-    """Of different precision, as one."""
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        tensors = [wide(tensor) for tensor in tensors]
-    return torch.stack(tensors)
+def _total(vectors: list[Tensor]) -> Tensor:
+    """Sum of [N], in the widest type."""
+    stack = torch.stack(vectors)
+    return stack.sum(0, dtype=torch.float32 if stack.device.type == "mps" else torch.float64)
 
 
 def wide(tensor: Tensor) -> Tensor:
