@@ -1,6 +1,6 @@
 """Cost of a private step against the plain step of the same inner optimizer: time of one thread, and peak memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/privacy.py [--repeats 9] [--no-opacus]
+    OMP_NUM_THREADS=1 python benchmarks/privacy.py [--repeats 9] [--no-opacus] [--only CNN]
 
 Opacus' two modes are measured beside it where it is installed. How time and memory are measured: `measure.py`.
 """
@@ -112,10 +112,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-opacus", action="store_true")
+    parser.add_argument("--only", default="", help="part of the name of a workload")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     for name, (make, draw, allowed) in WORKLOADS.items():
+        if arguments.only not in name:
+            continue
         torch.manual_seed(0)
         model, X = make(), draw()
         y = torch.randint(10, (len(X),))

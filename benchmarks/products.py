@@ -20,8 +20,9 @@ from lightning_curv import record
 from lightning_curv.losses.likelihoods import Categorical
 from lightning_curv.matmul import fast_products, mm, one_by_one
 from lightning_curv.passes import apply_rule
+from lightning_curv.pieces import CHUNK_BYTES
 from lightning_curv.records import marks
-from lightning_curv.rules.convolution import patches
+from lightning_curv.rules.convolution import patches, weight_gradient
 from lightning_curv.symmetric import gram
 
 LAYERS = {  # N, channels, padded size, channels out, kernel
@@ -61,11 +62,18 @@ def every(products: Iterable[Tensor]) -> None:
 def layer(samples: int, channels: int, size: int, out: int, kernel: int) -> dict[str, Callable[[], object]]:
     """Alternatives for one convolution."""
     image, weight = torch.randn(samples, channels, size, size), torch.randn(out, channels, kernel, kernel)
-    view = patches(image, weight, 1, 0, 1, 1)[:, 0]
+    view = patches(image, weight, (1, 1), (1, 1), 1)[:, 0]
     x = view.flatten(4).flatten(1, 3)
     g, features = torch.randn(samples, out, x.shape[2]), x.transpose(0, 1).flatten(1)
     side = size - kernel + 1
     g_images = g.reshape(samples * out, 1, side, side)
+
+    def grouped(size: int) -> None:
+        """The gradients of some samples at a time."""
+        for images, cotangents in zip(image.split(size), g_images.split(size * out), strict=True):
+            some = images.flatten(0, 1)[None], weight.repeat(len(images), 1, 1, 1)
+            weight_gradient(cotangents.transpose(0, 1), *some, (1, 1), [0, 0], (1, 1), len(images))
+
     return {
         "patches: F.unfold": lambda: F.unfold(image, kernel),
         "patches: copy of a view, positions last": lambda: view.contiguous(),
@@ -74,7 +82,9 @@ def layer(samples: int, channels: int, size: int, out: int, kernel: int) -> dict
         "per sample, i × o: one batched product": lambda: x @ g.mT,
         "per sample, o × i: one at a time": lambda: every(one_by_one(g, x.mT)),
         "per sample, i × o: one at a time": lambda: every(one_by_one(x, g.mT)),
-        "per sample: grouped convolution": lambda: F.conv2d(image.transpose(0, 1), g_images, groups=samples),
+        "per sample: one gradient, samples as groups": lambda: grouped(samples),
+        "per sample: the same in pieces of 2 MiB": lambda: grouped(max(1, CHUNK_BYTES // weight.nbytes)),
+        "per sample: convolution by the cotangents": lambda: F.conv2d(image.transpose(0, 1), g_images, groups=samples),
         "per-sample squares: one batched product": lambda: (g @ x.mT).square_().sum(0),
         "per-sample squares: one sample at a time": lambda: squares(g, x),
         "input factor: torch.mm": lambda: features @ features.mT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Jacobian:
         """J itself, ``[V, N, *p]``."""
         if self._formed is not None:
             return self._formed
-        if not self._one_by_one:
+        if not self._in_pieces:
             formed = next(self._pieces(max(1, self.samples), ordered=True))
         else:
             formed, start = memory.empty(self.terms[0].g, self.columns, self.samples, *self.shape), 0
@@ -122,18 +123,19 @@ class Jacobian:
     @cached_property
     def _size(self) -> int:
         """Samples at a time."""
-        if self._one_by_one:
+        products = [t for t in self.terms if t.own_gradients is None]
+        if any(Matrices(t).large for t in products):  # made one by one
             return max(1, STACK_BYTES // self._bytes)
-        inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in self.terms if t.x is not None]
+        inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in products if t.x is not None]
         return max(1, CHUNK_BYTES // max(self._bytes, *inputs, 1, 1))
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
         return (self._added(parts) for parts in zip(*(pieces(t, size, ordered) for t in self.terms), strict=True))
 
     @cached_property
-    def _one_by_one(self) -> bool:
-        """Whether the product of a single sample is large enough to be made on its own."""
-        return any(Matrices(term).large for term in self.terms)
+    def _in_pieces(self) -> bool:
+        """Whether J is made faster in pieces than as a whole."""
+        return any(term.own_gradients is not None or Matrices(term).large for term in self.terms)
 
     def _added(self, parts: Iterable[Tensor]) -> Tensor:
         """The sum of pieces ``[V, n, *par]``, ``[V, n, *p]``."""
@@ -170,14 +172,16 @@ class Jacobian:
         """The same with its only column formed, in the order of memory that is the fastest."""
         if self._factorised is not None and self._factorised.x is None:
             return self
-        start, order, rows = 0, [0], None
-        for j in self.chunks():
-            if rows is None:
-                order = sorted(range(j.ndim - 2), key=lambda axis: -j.stride(axis + 2))
-                rows = memory.empty(j, 1, self.samples, *(j.shape[axis + 2] for axis in order))
-            rows[:, start : start + j.shape[1]] = j.permute(0, 1, *(axis + 2 for axis in order))
-            start += j.shape[1]
-        assert rows is not None
+        chunks = self.chunks()
+        first = next(chunks)
+        order = sorted(range(first.ndim - 2), key=lambda axis: -first.stride(axis + 2))
+        places = 0, 1, *(axis + 2 for axis in order)
+        rows, start = first.permute(places), 0
+        if first.shape[1] < self.samples:
+            rows = memory.empty(first, 1, self.samples, *rows.shape[2:])
+            for j in chain([first], chunks):
+                rows[:, start : start + j.shape[1]] = j.permute(places)
+                start += j.shape[1]
         letters = DIAGONAL[: len(order)]
         return Jacobian(self.parameter, [Term("".join(letters[axis] for axis in order), "", letters, rows)])
 

@@ -29,12 +29,15 @@ def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
         ordered: Whether memory is to be in the order ``n``, outputs, inputs, not in the faster one.
     """
     matrices = Matrices(term, ordered)
-    if matrices.regular:
+    if matrices.regular and term.own_gradients is None:
         yield from matrices.pieces(size)
         return
     for start in range(0, max(term.g.shape[1], 1), size):
         part = term[start : start + size]
-        yield onehot.per_sample(part) if part.classes else part.contract(f"vn{part.par}")
+        if (own := part.own_gradients) is not None:
+            yield own()[None]
+        else:
+            yield onehot.per_sample(part) if part.classes else part.contract(f"vn{part.par}")
 
 
 class Matrices:

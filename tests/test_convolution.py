@@ -25,6 +25,21 @@ class Contractions(Extension):
         ]
 
 
+def expectations(layer, X):
+    """The same for the gradients of single samples."""
+    singles = torch.stack([torch.autograd.grad(F.silu(layer(x[None])).square().sum(), layer.weight)[0] for x in X])
+    weights = torch.linspace(-1, 2, len(X), dtype=X.dtype)
+    return [
+        singles,
+        singles.flatten(1).square().sum(1),
+        singles.var(0, correction=0),
+        singles.flatten(1).square().sum(1),
+        torch.tensordot(weights, singles, 1),
+        torch.tensordot(weights, singles, 1),
+        torch.tensordot(weights[1:3], singles[1:3], 1),
+    ]
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -50,19 +65,62 @@ def test_contractions_equal_single_samples(make):
     X = torch.randn(5, 4, *[6, 5, 4][:dims], dtype=torch.float64)
     with curvature(Contractions(), batch_size=5):
         F.silu(layer(X)).square().sum().backward()
-    singles = torch.stack([torch.autograd.grad(F.silu(layer(x[None])).square().sum(), layer.weight)[0] for x in X])
-    found = layer.weight.contractions
-    weights = torch.linspace(-1, 2, 5, dtype=torch.float64)
-    expected = [
-        singles,
-        singles.flatten(1).square().sum(1),
-        singles.var(0, correction=0),
-        singles.flatten(1).square().sum(1),
-        torch.tensordot(weights, singles, 1),
-        torch.tensordot(weights, singles, 1),
-        torch.tensordot(weights[1:3], singles[1:3], 1),
-    ]
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer.weight.contractions, expectations(layer, X), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 100], ids=["one", "two", "all"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv1d(16, 8, 3, padding=1),
+        lambda: nn.Conv2d(16, 24, 3, padding=1),
+        lambda: nn.Conv2d(16, 8, (3, 2), padding=(0, 2), bias=False),
+        lambda: nn.Conv2d(16, 8, 3, stride=2, dilation=(1, 2), padding=2),
+        lambda: nn.Conv2d(16, 32, 3, groups=2),
+        lambda: nn.Conv2d(16, 8, 4, padding="same"),
+        lambda: nn.Conv2d(16, 8, 3, padding=1, padding_mode="circular"),
+        lambda: nn.Conv3d(16, 8, 2, padding=1),
+    ],
+)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a way of oneDNN")
+def test_samples_as_groups_of_one_convolution_equal_single_samples(make, samples, monkeypatch):
+    torch.manual_seed(0)
+    layer = make()
+    X = torch.randn(5, 16, *[6, 5, 4][: layer.weight.ndim - 2])
+    expected = expectations(layer.double(), X.double())
+    layer.float()
+    monkeypatch.setattr("lightning_curv.jacobian.CHUNK_BYTES", samples * layer.weight.nbytes)
+    monkeypatch.setattr("lightning_curv.grams.pay", lambda term: False)
+    with curvature(Contractions(), Kept(), batch_size=5):
+        F.silu(layer(X)).square().sum().backward()
+    assert layer.weight.kept.terms[0].own_gradients is not None
+    found = [x.double() for x in layer.weight.contractions]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Kept(Extension):
+    savefield = "kept"
+
+    def evaluate(self, jacobian):
+        return jacobian
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a way of oneDNN")
+def test_samples_are_groups_only_where_that_is_faster():
+    def own(layer, X):
+        with curvature(Kept(), batch_size=len(X)):
+            layer(X).square().sum().backward()
+        return layer.weight.kept.terms[0].own_gradients is not None
+
+    X = torch.randn(2, 16, 8, 8)
+    assert own(nn.Conv2d(16, 8, 3), X)
+    assert not own(nn.Conv2d(16, 8, 3).double(), X.double())
+    assert not own(nn.Conv2d(16, 12, 3), X)  # part of a vector
+    assert not own(nn.Conv2d(16, 16, 3, groups=4), X)
+    assert not own(nn.Conv2d(16, 8, 1), X)  # nothing to copy
+    assert not own(nn.Conv2d(16, 512, 3), X)  # more than the cache holds
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not own(nn.Conv2d(16, 8, 3), X)
 
 
 @pytest.mark.parametrize("size", [3, 8], ids=["gram", "formed"])
