@@ -71,9 +71,10 @@ class ClippedSum(GradientReceiver):
 
     def receive(self, jacobian: Jacobian) -> None:
         """Take a parameter's norms now, while its inputs are in the cache, and hold its terms."""
+        if jacobian.forms_norms and _is_small(jacobian):
+            jacobian = jacobian.formed()
         if jacobian.forms_norms:
-            small = 4 * jacobian.parameter.numel() <= max(term.g[0, 0].numel() for term in jacobian.terms)
-            self._formed.append(jacobian.formed() if small else jacobian)
+            self._formed.append(jacobian)
         else:
             self._jacobians.append(jacobian)
             self._squares.append(jacobian.squared_norms()[0])
@@ -132,6 +133,11 @@ class ClippedSum(GradientReceiver):
     def totals(self) -> list[Tensor]:
         """The sum of every parameter, in float32 or better; zero where there was no gradient."""
         return [self._sums[p].contiguous() if p in self._sums else _zeros(p) for p in self._parameters]
+
+
+def _is_small(jacobian: Jacobian) -> bool:
+    """Whether a per-sample gradient takes much less memory than what it is made of."""
+    return 4 * jacobian.parameter.numel() <= max(term.g[0, 0].numel() for term in jacobian.terms)
 
 
 def _zeros(parameter: Tensor) -> Tensor:
