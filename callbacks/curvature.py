@@ -201,14 +201,12 @@ class CurvatureCallback(Callback):
             add_layout(trainer, self._series)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._rest()
         supplied, logged = self._required(trainer), []
         self._required_fields = {extension.savefield for extension in supplied}
         if self._is_logging_step(trainer):
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-            quantities = [q for q in self._quantities if q.is_due(step, self._interval(trainer))]
-            self._report = Report(quantities, self._chosen, self._noise, self.ema, self._trajectory)
-            self._report.turn_off(self._off)
+            step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, self._interval(trainer)
+            quantities = [q for q in self._quantities if q.is_due(step, interval)]
+            self._report = Report(quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off)
             logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
             supplied += [e for e in self.extensions if e.savefield not in self._required_fields | self._off]
         else:
@@ -217,9 +215,8 @@ class CurvatureCallback(Callback):
             return
         # A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart.
         seed = hash((self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
-        generator = torch.Generator(pl_module.device).manual_seed(seed)
         output = find_output(pl_module, self.output)
-        self._observation = Observation(supplied, logged, generator, output)
+        self._observation = Observation(supplied, logged, seed, output)
         record_training_step(pl_module, output)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -249,7 +246,7 @@ class CurvatureCallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
-        self._observation.finish()
+        found = self._observation.finish()
         forget_returned_loss(pl_module)
         self._turn_off_failed()
         if trainer.fit_loop._should_accumulate() and self._required_fields:
@@ -258,8 +255,7 @@ class CurvatureCallback(Callback):
                     optimizer.accumulate()  # type: ignore[attr-defined]
         if self._report:
             self._checked = True
-            params = [p for p in pl_module.parameters() if p.requires_grad and p not in self._partial]
-            self._window.add(BackwardPass(self._observation.collect(params), self._factor, self._loss))
+            self._window.add(BackwardPass(found, self._factor, self._loss).without(self._partial))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -299,7 +295,7 @@ class CurvatureCallback(Callback):
     def _release(self, pl_module: LightningModule) -> None:
         """Leave nothing of this batch behind."""
         restore_training_step(pl_module)
-        self._observation.release(pl_module.parameters())
+        self._observation.release()
         self._rest()
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_curv.backprop import Backprop
-from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.extensions.base import Extension, Gradient, GraphExtension
 
 AnyExtension = Extension | GraphExtension
 Fields = dict[str, dict[Parameter, Any]]  # results by savefield and parameter
@@ -22,8 +22,8 @@ class Observation:
 
     Args:
         supplied: stays on the parameters until `release`.
-        logged: leaves the parameters after every backward pass.
-        generator: of random labels.
+        logged: does not get there.
+        seed: of random labels.
         output: the network's output, if the loss is no known function.
     """
 
@@ -31,13 +31,15 @@ class Observation:
         self,
         supplied: Sequence[AnyExtension] = (),
         logged: Sequence[AnyExtension] = (),
-        generator: torch.Generator | None = None,
+        seed: int = 0,
         output: nn.Module | None = None,
     ) -> None:
         self.supplied, self.logged = list(supplied), list(logged)
-        self._generator, self._output = generator, output
+        self._seed, self._output = seed, output
+        self._generator: torch.Generator | None = None
         self._backprop: Backprop | None = None
         self._failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
+        self._left: list[tuple[Tensor, str]] = []  # fields of parameters
 
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged)
@@ -53,18 +55,30 @@ class Observation:
         """
         fields = {extension.savefield for extension in self.supplied}
         extensions = [*self.supplied, *(e for e in self.logged if e.savefield not in fields)]
+        if self._generator is None and any(map(_draws, extensions)):
+            self._generator = torch.Generator(loss.device).manual_seed(self._seed)
         backprop = self._backprop = Backprop(
             loss, extensions, self._generator, None, check, seed, defer=True, output=self._output
         )
         backprop.before()
         self._failures, backprop.failures = backprop.failures, []
 
-    def finish(self) -> None:
-        """After the backward pass: set the results on the parameters."""
+    def finish(self) -> Fields:
+        """After the backward pass: leave what is supplied on the parameters, return what is logged."""
         backprop, self._backprop = self._backprop, None
-        if backprop is not None:
-            backprop.after()
-            self._failures = backprop.failures
+        if backprop is None:
+            return {}
+        results = backprop.finish()
+        self._failures = backprop.failures
+        found: Fields = {extension.savefield: {} for extension in self.logged}
+        for extension, by_parameter in results.items():
+            if extension in self.supplied:
+                for parameter, result in by_parameter.items():
+                    setattr(parameter, extension.savefield, result)
+                    self._left.append((parameter, extension.savefield))
+            if extension.savefield in found:
+                found[extension.savefield] = cast("dict[Parameter, Any]", by_parameter)
+        return found
 
     def failures(self) -> Iterator[tuple[set[str], Exception]]:
         """Savefields that could not be computed and why, each only once."""
@@ -75,29 +89,18 @@ class Observation:
             self.supplied = [e for e in self.supplied if e.savefield not in fields]
             yield fields, error
 
-    def collect(self, params: Iterable[Parameter]) -> Fields:
-        """Take the logged results off the parameters."""
-        params = list(params)
-        found: Fields = {
-            name: {p: getattr(p, name) for p in params if hasattr(p, name)}
-            for name in (extension.savefield for extension in self.logged)
-        }
-        delete_fields(params, found.keys() - {extension.savefield for extension in self.supplied})
-        return found
-
-    def release(self, params: Iterable[Parameter]) -> None:
+    def release(self) -> None:
         """Leave nothing of this batch behind."""
         if self._backprop is not None:
             self._backprop.abort()
             self._backprop = None
-        delete_fields(params, {extension.savefield for extension in (*self.supplied, *self.logged)})
+        while self._left:
+            parameter, field = self._left.pop()
+            vars(parameter).pop(field, None)
 
 
-def delete_fields(params: Iterable[Parameter], fields: Collection[str]) -> None:
-    """Delete attributes of parameters, where they exist."""
-    for param in params if fields else ():
-        for field in vars(param).keys() & set(fields):
-            delattr(param, field)
+def _draws(extension: AnyExtension) -> bool:
+    return not (isinstance(extension, Extension) and extension.source == Gradient())
 
 
 def required_extensions(optimizers: Iterable[Optimizer], partial: bool) -> list[AnyExtension]:

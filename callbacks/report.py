@@ -30,7 +30,12 @@ class Report:
         quantities: what to measure.
         chosen: layers with series of their own.
         noise: running averages by series, updated.
+        ema: decay of the averages.
         trajectory: copies of parameters and gradients, updated.
+        off: savefields that cannot be computed.
+
+    Attributes:
+        fields: savefields that are to be computed.
     """
 
     def __init__(
@@ -40,32 +45,24 @@ class Report:
         noise: dict[str, RunningNoiseScale],
         ema: float,
         trajectory: Trajectory,
+        off: Collection[str] = (),
     ) -> None:
         self._quantities, self._chosen = quantities, chosen
-        self._off: set[str] = set()
         self._noise, self._ema, self._trajectory = noise, ema, trajectory
         self._values: dict[str, float] = {}
         self._layers: dict[str, dict[str, float]] = {}
         self._updated: dict[str, list[Parameter]] = {}
         self._histograms: dict[str, Numbers] = {}
+        self._off: set[str] = set()
         self.too_noisy = 0  # samples of a batch that was too small
-
-    @property
-    def fields(self) -> list[str]:
-        """Savefields that are to be computed."""
-        return list(dict.fromkeys(field for quantity in self._possible for field in quantity.fields))
-
-    @property
-    def _possible(self) -> list[Quantity]:
-        return [q for q in self._quantities if not self._off & {*q.fields}]
-
-    @property
-    def _names(self) -> set[str]:
-        return {quantity.name for quantity in self._possible}
+        self.turn_off(off)
 
     def turn_off(self, fields: Collection[str]) -> None:
         """Leave out what needs one of these savefields, which could not be computed in this process."""
         self._off |= set(fields)
+        possible = [q for q in self._quantities if self._off.isdisjoint(q.fields)]
+        self._names = {quantity.name for quantity in possible}
+        self.fields = list(dict.fromkeys(field for quantity in possible for field in quantity.fields))
 
     @torch.no_grad()
     def measure(

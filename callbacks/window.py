@@ -33,6 +33,8 @@ class BackwardPass:
 
     def without(self, params: Collection[Parameter]) -> BackwardPass:
         """The same for the other parameters."""
+        if not params:
+            return self
         fields = {
             name: {p: result for p, result in found.items() if p not in params} for name, found in self.fields.items()
         }

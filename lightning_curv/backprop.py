@@ -110,13 +110,17 @@ class Backprop:
 
     def after(self) -> None:
         """Set the results on the parameters."""
+        for extension, results in self.finish().items():
+            for parameter, result in results.items():
+                setattr(parameter, extension.savefield, result)
+
+    def finish(self) -> dict[AnyExtension, dict[Tensor, Any]]:
+        """The results by extension and parameter, once the backward pass is through."""
         _PENDING.discard(self)
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.finish()
-        for extension, results in self._results.items():
-            for parameter, result in results.items() if type(extension) is not SumCheck else ():
-                setattr(parameter, extension.savefield, result)
+        return {e: results for e, results in self._results.items() if type(e) is not SumCheck}
 
     def abort(self) -> None:
         """Stop listening."""
