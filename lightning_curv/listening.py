@@ -85,7 +85,7 @@ class Listener:
                     self._complete((None,), parameter)
 
     def _add(self, node: Node, use: Use, g: Tensor) -> None:
-        for parameter, term in self._passes.terms(node, use, g[None]):
+        for parameter, term in self._passes.terms(node, use, g.unsqueeze(0)):
             self._terms[parameter].append(term)
 
     def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:

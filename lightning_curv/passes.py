@@ -181,7 +181,8 @@ def use_edges(tape: Tape) -> list[GradientEdge]:
 
 def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
     """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
-    g = g.reshape(len(g), *use.shape).movedim(axis + 1, 1)
+    g = g.reshape(g.shape[0], *use.shape)
+    g = g.movedim(axis + 1, 1) if axis else g
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
     other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
     if True in [tensor.is_complex() for tensor in (g, *operands.values())]:

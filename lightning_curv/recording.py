@@ -96,7 +96,8 @@ class record(TorchFunctionMode):
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
-            if isinstance(out, (Tensor, tuple, list, dict)) and _recording():
+            found = out.grad_fn is not None if isinstance(out, Tensor) else isinstance(out, (tuple, list, dict))
+            if found and _recording():
                 _record_unknown(func, args, kwargs, out)
             return out
         if not _recording() or not (rule.slots or _has_origin([*args, *kwargs.values()])):

@@ -28,7 +28,7 @@ from lightning_curv.matmul import einsum
 DIAGONAL = "defghjklm"
 SHARED = "rstu"
 SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
-_SQUARES = Latest()  # of the cotangents that a weight and its bias share
+_SQUARES, _NORMS = Latest(), Latest()  # of the cotangents that a weight and its bias share
 
 
 def flatten_shared(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -115,6 +115,8 @@ class Term:
 
     def promoted(self) -> Term:
         """The term in float32 or better, with one dtype for ``g`` and ``x``."""
+        if self.g.dtype == torch.float32 and (self.x is None or self.classes or self.x.dtype == torch.float32):
+            return self
         dtype = torch.promote_types(self.g.dtype, torch.float32)
         x = self.x
         if x is not None and not self.classes:
@@ -192,10 +194,8 @@ class Term:
         """Squared norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``."""
         if {*self.out} & {*self.inp}:
             return self.of(self.g.square(), None if self.x is None else self.x.square()).contract("vn")
-        norms = torch.linalg.vector_norm(self.g[..., None].flatten(2), dim=2)
-        if self.x is not None:
-            norms = norms * torch.linalg.vector_norm(self.x[..., None].flatten(1), dim=1)
-        return norms.square_()
+        norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
+        return norms.square() if self.x is None else (norms * _norms(self.x, 1)).square_()
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
@@ -220,6 +220,13 @@ def _sum_squares(g: Tensor, signs: Tensor | None = None) -> Tensor:
     for v, column in enumerate(g.unbind()):
         total[0].addcmul_(column, column if signs is None else signed(column[None], signs[v : v + 1])[0])
     return total
+
+
+def _norms(tensor: Tensor, start: int) -> Tensor:
+    """Norms over all axes from ``start`` on."""
+    if tensor.ndim == start:
+        return tensor.abs()
+    return torch.linalg.vector_norm(tensor if tensor.ndim == start + 1 else tensor.flatten(start), dim=start)
 
 
 def _placed(tensor: Tensor, letters: str, result: str) -> Tensor:

@@ -33,7 +33,7 @@ class Call:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """``tensor`` (leading axes as in the output) with the sample axis in front."""
-        return tensor.movedim(self.axis, 0)
+        return tensor.movedim(self.axis, 0) if self.axis else tensor
 
 
 def repeated(tensor: Tensor, out: Tensor) -> bool:
