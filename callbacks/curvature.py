@@ -136,6 +136,13 @@ class CurvatureCallback(Callback):
         self.max_layers = max_layers
         self.prog_bar = prog_bar
         self.layout = layout
+        self._state_key = self._generate_state_key(  # Lightning reads it at every hook
+            quantities=quantities if isinstance(quantities, str) else list(quantities),
+            every_n_steps=every_n_steps,
+            layers=layers,
+            ema=ema,
+            mc_samples=mc_samples,
+        )
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
         self._off: set[str] = set()  # savefields that could not be computed
@@ -158,14 +165,7 @@ class CurvatureCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        names = self.quantities if isinstance(self.quantities, str) else list(self.quantities)
-        return self._generate_state_key(
-            quantities=names,
-            every_n_steps=self.every_n_steps,
-            layers=self.layers,
-            ema=self.ema,
-            mc_samples=self.mc_samples,
-        )
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -249,7 +249,7 @@ class CurvatureCallback(Callback):
         found = self._observation.finish()
         forget_returned_loss(pl_module)
         self._turn_off_failed()
-        if trainer.fit_loop._should_accumulate() and self._required_fields:
+        if self._required_fields and trainer.fit_loop._should_accumulate():
             for optimizer in trainer.optimizers:
                 if getattr(optimizer, "accumulated_extensions", tuple)():
                     optimizer.accumulate()  # type: ignore[attr-defined]
@@ -314,7 +314,8 @@ class CurvatureCallback(Callback):
         callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]  # type: ignore[attr-defined]
         if callbacks[0] is not self:
             return []
-        return required_extensions(trainer.optimizers, partial=trainer.fit_loop._should_accumulate())
+        asking = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "required_extensions")]
+        return required_extensions(asking, partial=trainer.fit_loop._should_accumulate()) if asking else []
 
     def _turn_off_failed(self) -> None:
         """What cannot be computed is not logged in the rest of the run, or stops it."""

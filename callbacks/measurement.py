@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import cast
 
@@ -119,18 +119,19 @@ class Measurement:
         self._scalars = [key for key, value in tensors.items() if not value.ndim]
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in self._params.values()]
         norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads])
-        parts = [torch.stack([tensors[key] for key in self._scalars] + [*norms])]
+        parts = [*(tensors[key].reshape(1) for key in self._scalars), torch.stack(norms)]
         if self._pool and self._world > 1:
             parts += pooled(tensors["norms"] * self._world)
         elif self._pool:
-            parts.append(self.statistics.sq_norms.to(parts[0].device))
+            parts.append(self.statistics.sq_norms.to(norms[0].device))
         return parts
 
     def set_numbers(self, numbers: Numbers) -> None:
         """Set the vectors of `on_device`, joined."""
         sums, grads = len(self._scalars), len(self._params)
         self._sums.update(zip(self._scalars, numbers[:sums], strict=True))
-        self._grad_norms = [float(norm / self._divisor) for norm in numbers[sums : sums + grads]]
+        norms = [norm / self._divisor for norm in numbers[sums : sums + grads].tolist()]
+        self._grad_squares = [norm * norm for norm in norms]
         samples = numbers[sums + grads :]
         if self._world == 1:
             self.norms, self.norm_weights = np.sort(np.sqrt(samples)), None
@@ -180,12 +181,12 @@ class Measurement:
     @property
     def grad_norm(self) -> np.float64:
         r"""$\|\bar g\|$ over all parameters."""
-        return np.sqrt(_sum_of_squares(self._grad_norms))
+        return np.sqrt(np.float64(sum(self._grad_squares)))
 
     @cached_property
     def grad_sq_norm(self) -> np.float64:
         r"""$\|\bar g\|^2$ over the parameters whose samples were seen."""
-        return _sum_of_squares(n for p, n in zip(self._params, self._grad_norms, strict=True) if p in self.covered)
+        return np.float64(sum([s for p, s in zip(self._params, self._grad_squares, strict=True) if p in self.covered]))
 
     @cached_property
     def _moments(self) -> tuple[float, float]:
@@ -200,7 +201,3 @@ class Measurement:
     def signal(self) -> float:
         """Squared norm of the gradient without its noise, unbiased."""
         return self._moments[1]
-
-
-def _sum_of_squares(numbers: Iterable[float]) -> np.float64:
-    return np.float64(sum(number * number for number in numbers))

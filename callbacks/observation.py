@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +70,14 @@ class Observation:
             return {}
         results = backprop.finish()
         self._failures = backprop.failures
-        found: Fields = {extension.savefield: {} for extension in self.logged}
+        found: dict[str, dict[Any, Any]] = {extension.savefield: {} for extension in self.logged}
         for extension, by_parameter in results.items():
             if extension in self.supplied:
                 for parameter, result in by_parameter.items():
                     setattr(parameter, extension.savefield, result)
                     self._left.append((parameter, extension.savefield))
             if extension.savefield in found:
-                found[extension.savefield] = cast("dict[Parameter, Any]", by_parameter)
+                found[extension.savefield] = by_parameter
         return found
 
     def failures(self) -> Iterator[tuple[set[str], Exception]]:

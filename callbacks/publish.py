@@ -45,7 +45,7 @@ def publish(
         write = _write_one_event if _is_plain_tensorboard(logger) else _write
         write(logger, step, metrics, bins, images)
     tagged = dict(zip([f"{GROUP}/{name}" for name in values], torch.tensor([*values.values()]).unbind(), strict=True))
-    trainer.callback_metrics.update(tagged)
+    trainer._logger_connector._callback_metrics.update(tagged)  # the public property first collects those of the epoch
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)

@@ -2,8 +2,8 @@
 
 import functools
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -31,21 +31,21 @@ def record_training_step(pl_module: LightningModule, output: nn.Module | None = 
 
         @functools.wraps(step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            with _eager(), ExitStack() as stack:
-                for module in outputs:
-                    stack.enter_context(record(module))
-                if not outputs:
-                    stack.enter_context(record())
-                returned[:] = [step(*args, **kwargs)]
+            with _eager():
+                returned[:] = [_recorded(outputs, step, args, kwargs)]
             return returned[0]
 
-        setattr(recorded, _REPLACED, vars(pl_module).get("training_step"))
-        setattr(recorded, _OUTPUTS, outputs)
-        setattr(recorded, _RETURNED, returned)
-        pl_module.training_step = recorded  # type: ignore[method-assign]
+        own = {_REPLACED: vars(pl_module).get("training_step"), _OUTPUTS: outputs, _RETURNED: returned}
+        vars(recorded).update(own)
+        vars(pl_module)["training_step"] = recorded
     shared: list[nn.Module] = getattr(pl_module.training_step, _OUTPUTS)
     if output is not None and output not in shared:
         shared.append(output)
+
+
+def _recorded(outputs: Sequence[nn.Module], step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    with record(*outputs[:1]):
+        return _recorded(outputs[1:], step, args, kwargs) if len(outputs) > 1 else step(*args, **kwargs)
 
 
 def returned_loss(pl_module: LightningModule) -> Tensor | None:
@@ -55,7 +55,7 @@ def returned_loss(pl_module: LightningModule) -> Tensor | None:
     """
     returned: list[Any] = getattr(pl_module.training_step, _RETURNED, [])
     loss = returned[0] if returned else None
-    if isinstance(loss, Mapping):
+    if not isinstance(loss, Tensor) and isinstance(loss, Mapping):
         loss = loss.get("loss")
     return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None
 
@@ -68,12 +68,10 @@ def forget_returned_loss(pl_module: LightningModule) -> None:
 def restore_training_step(pl_module: LightningModule) -> None:
     """Undo `record_training_step`; does nothing if there is nothing to undo."""
     recorded = vars(pl_module).get("training_step")
-    if not hasattr(recorded, _REPLACED):
-        return
-    replaced = getattr(recorded, _REPLACED)
-    del pl_module.training_step
-    if replaced is not None:
-        pl_module.training_step = replaced  # type: ignore[method-assign]
+    if hasattr(recorded, _REPLACED):
+        del vars(pl_module)["training_step"]
+        if getattr(recorded, _REPLACED) is not None:
+            vars(pl_module)["training_step"] = getattr(recorded, _REPLACED)
 
 
 def _eager() -> AbstractContextManager[Any]:
