@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/callback.py [--rounds 30] [--quantities norm_test hessian_trace]
 
-The settings take turns step by step in one run, so that load from outside meets all of them; the table shows medians.
+The settings take turns in one run, `BLOCK` steps each, so that load from outside meets all of them. The first step of a
+turn still has work of the setting before it (TensorBoard's thread) and is left out; the table shows medians.
 A step is everything from the start of one batch to the start of the next: forward and backward pass, Adam, Lightning's
 loop and TensorBoard. Columns: a step without callback; relative to it one with an idle callback, the mean step where
 every one logs the default quantities (past the start, where every tenth has the GGN trace), and where every 50th does;
@@ -32,6 +33,7 @@ from lightning_curv.callbacks.quantities import DEFAULT, SPACING
 NETS = {
     f"{NETWORKS[name].title}, N = {NETWORKS[name].samples}": NETWORKS[name] for name in ("mlp", "3c3d", "transformer")
 }
+BLOCK = 4
 
 
 class Model(pl.LightningModule):
@@ -50,7 +52,7 @@ class Model(pl.LightningModule):
 
 
 class Turns(pl.Callback):
-    """Gives every step of one run another setting in turn, and measures it: no callback, an idle one, the callbacks."""
+    """Gives the steps of one run the settings in turn, and measures them: no callback, an idle one, the callbacks."""
 
     def __init__(self, settings: Sequence[Sequence[CurvatureCallback]]) -> None:
         self.settings = settings
@@ -59,9 +61,10 @@ class Turns(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         now = time.process_time()
-        if self.step > 3 * len(self.settings):  # warm
-            self.times[(self.step - 1) % len(self.settings)].append(now - self.start)
-        trainer.callbacks[1:] = self.settings[self.step % len(self.settings)]  # read after this one
+        turn, place = divmod(self.step - 1, BLOCK)  # of the step that is over
+        if turn > 3 * len(self.settings) and place:  # warm
+            self.times[turn % len(self.settings)].append(now - self.start)
+        trainer.callbacks[1:] = self.settings[self.step // BLOCK % len(self.settings)]  # read after this one
         self.step += 1
         self.start = time.process_time()
 
@@ -84,13 +87,13 @@ def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: 
         for callbacks in settings:
             for callback in callbacks:
                 callback.on_fit_start(trainer, model)
-        trainer.fit(model, DataLoader([batch] * ((rounds + 3) * len(settings) + 2), batch_size=None))
+        trainer.fit(model, DataLoader([batch] * ((rounds + 4) * len(settings) * BLOCK), batch_size=None))
     return [statistics.median(times) for times in turns.times]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quantities", nargs="*", default=[], help="each alone, beside the default")
     parser.add_argument("--nets", default="", help="regular expression")
     arguments = parser.parse_args()
