@@ -7,6 +7,7 @@ nonlinear transform (weight normalisation).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,11 +29,12 @@ from lightning_curv.symmetric import eigh
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
     """These second derivatives, or their diagonals, as Jacobians of dense signed columns."""
+    times = Counter(p for found in passes.tape.parameters.values() for p in found)
     for node, use in passes.tape.uses.items():
-        (g,) = passes.gradients([GradientEdge(node, use.output_nr)])
-        if g is not None:
-            for name in use.operands:
-                op = _Op(passes, node, use, name, g)
+        again = any(times[p] > 1 for p in passes.tape.parameters[node])
+        names = [k for k, operand in use.operands.items() if again or operand.derived or not use.rule.affine]
+        if names and (g := passes.gradients([GradientEdge(node, use.output_nr)])[0]) is not None:
+            for op in [_Op(passes, node, use, name, g) for name in names]:
                 yield from op.bent()
                 yield from op.fed_back()
                 yield from op.transformed()

@@ -53,9 +53,11 @@ def residuals(passes: Passes) -> Iterator[Residual]:
         UnsupportedError: A node cannot be differentiated twice, or mixes samples.
     """
     nodes, count = _candidates(passes), passes.samples.count
+    if not nodes:
+        return
     outputs = {node: [GradientEdge(node, i) for i in range(len(node._input_metadata))] for node in nodes}
     every = [edge for edges in outputs.values() for edge in edges]
-    gradients = dict(zip(every, passes.gradients(every), strict=True)) if every else {}
+    gradients = dict(zip(every, passes.gradients(every), strict=True))
 
     @cache
     def places() -> dict[GradientEdge, Place | None]:
@@ -91,4 +93,9 @@ def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
 
 
 def _name(node: Node) -> str:
-    return re.sub(r"Backward\d*$", "", node.name())
+    return _without_suffix(node.name())
+
+
+@cache
+def _without_suffix(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name)
