@@ -158,6 +158,8 @@ def test_floor_counts_operations_and_bytes(contenders):
     assert work["Variance"] == work["SumGradSquared"] == convolution + linear
     assert work["BatchGrad"] == convolution
     assert work["BatchL2Grad"] == min(convolution, 2 * 5 * 4 * 4 * (3 + 18))
+    assert work["DiagGGNMC"] == linear + (convolution + linear)
+    assert work["DiagGGNExact"] == 3 * (linear + convolution) + linear  # three columns
     assert work["KFAC"] == 5 * 4 * (9 + 18**2) + 5 * (16 + 12**2) + linear
     assert work["BatchGrad bytes"] == 4 * 5 * (54 + 3 + 48 + 4)
     assert work["KFAC bytes"] == 4 * (9 + 18**2 + 9 + 16 + 12**2 + 16)
