@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_curv import record
-from lightning_curv.losses.likelihoods import Categorical
+from lightning_curv.losses.categorical import Categorical
 from lightning_curv.matmul import fast_products, mm, one_by_one
 from lightning_curv.passes import apply_rule
 from lightning_curv.pieces import CHUNK_BYTES

@@ -94,7 +94,7 @@ class Passes:
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
-        if len(column.edges) == 1 and self._ends == {column.edges[0][:2]}:
+        if len(column.edges) == 1 and self.ends_at(column.edges[0]):
             return (column.seeds[0],) * len(self.use_edges)  # the last layer alone
         return self.backward(column.edges, self.use_edges, column.seeds)
 
@@ -106,6 +106,10 @@ class Passes:
     def use_edges(self) -> list[GradientEdge]:
         """The outputs of all uses, in the order of the tape."""
         return use_edges(self.tape)
+
+    def ends_at(self, edge: GradientEdge) -> bool:
+        """Whether all uses have their output there: what arrives costs no pass."""
+        return self._ends == {edge[:2]}
 
     @cached_property
     def _ends(self) -> set[tuple[Node, int]]:

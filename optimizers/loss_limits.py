@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_curv.extensions import GraphExtension
-from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Likelihood
+from lightning_curv.losses.categorical import Categorical
+from lightning_curv.losses.likelihoods import Bernoulli, Likelihood
 from lightning_curv.passes import Passes
 
 from .distributed import processes

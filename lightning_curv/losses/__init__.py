@@ -1,7 +1,8 @@
 """Loss functions: the curvature that a loss call has at its input, as columns, samples and products."""
 
 from lightning_curv.losses.autograd import Quadratic, by_autograd
-from lightning_curv.losses.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood, Poisson
+from lightning_curv.losses.categorical import Categorical
+from lightning_curv.losses.likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
 from lightning_curv.losses.registry import LOSSES, PARTS, loss
 
 __all__ = [

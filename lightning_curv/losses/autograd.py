@@ -67,7 +67,9 @@ class Quadratic(Likelihood):
         along = torch.einsum("nek,ne->nk", vectors, self._split(v))
         return self._joined(torch.einsum("nek,nk->ne", vectors, values.clamp(min=0) * along))
 
-    def hessian_columns(self, samples: int, minor: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(
+        self, samples: int, minor: bool = False, fewest: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """√|λ| times every eigenvector of a sample, with the signs of λ."""
         values, vectors = self.eigen
         roots = vectors * values.abs().sqrt().unsqueeze(1)

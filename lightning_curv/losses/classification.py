@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.losses.likelihoods import Bernoulli, Categorical
+from lightning_curv.losses.categorical import Categorical
+from lightning_curv.losses.likelihoods import Bernoulli
 from lightning_curv.losses.reduction import full, reduced, reduction_of, same_shape
 from lightning_curv.losses.registry import loss
 

@@ -1,0 +1,147 @@
+"""The likelihood of classes, and square roots of its curvature, the covariance of a multinomial distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_curv.losses.likelihoods import Likelihood, drawable, joined, nonnegative, per_sample, root_of, signs_of
+
+Roots = Callable[[Tensor, Tensor, int], Iterator[Tensor]]  # columns by row: see `_multinomial_roots`
+BLOCK_BYTES = 2**22  # of columns that are made at once
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    r"""Softmax cross-entropy: H = w (diag(p) - p pᵀ) per row.
+
+    Attributes:
+        probabilities: p, with classes on axis ``axis``.
+        weight: w, of p's shape with one entry on the axis of the classes.
+        axis: The axis of the classes.
+        normalized: Whether the input holds log-probabilities instead of logits: H is then w diag(p), the log-softmax
+            below turns it into w (diag(p) - p pᵀ), and the loss, linear in its input, has no Hessian of its own.
+    """
+
+    probabilities: Tensor
+    weight: Tensor
+    axis: int
+    normalized: bool = False
+
+    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+        """√(w p_c) (e_c - p) for every class c and every row of a sample."""
+        roots = _one_class_each if self.normalized else _symmetric_roots
+        for column, signs in self._columns(roots, samples, minor):
+            if signs is not None:
+                nonnegative(self.weight)
+            yield column
+
+    def fewest_columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+        r"""The Cholesky factor of H, one column less than classes.
+
+        Column c is :math:`\sqrt{w\, p_c\, q_c / (p_c + q_c)}\, (e_c - \sum_{i>c} (p_i / q_c)\, e_i)` with the tail
+        :math:`q_c = \sum_{i>c} p_i`: nothing cancels. Tanabe & Sagae, *An exact Cholesky decomposition and the
+        generalized inverse of the variance-covariance matrix of the multinomial distribution, with applications*,
+        J. R. Stat. Soc. B, 1992.
+        """
+        if self.normalized or self.probabilities.shape[self.axis] == 1:
+            yield from self.columns(samples, minor)
+            return
+        for column, signs in self._columns(_multinomial_roots, samples, minor):
+            if signs is not None:
+                nonnegative(self.weight)
+            yield column
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """√w (e_y - p) with y drawn from p."""
+        root, p = root_of(self.weight), self.probabilities
+        drawn = _classes(drawable(p.movedim(self.axis, -1), 1.0), generator).movedim(-1, self.axis)
+        result = torch.zeros_like(p) if self.normalized else -root * p
+        return result.scatter_add_(self.axis, drawn, root.to(p.dtype))
+
+    def product(self, v: Tensor) -> Tensor:
+        """W (p ⊙ v - p pᵀv)."""
+        return self.weight * self._centred(self.probabilities * v)
+
+    def hessian_columns(
+        self, samples: int, minor: bool = False, fewest: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Either root with the signs of the weights; none for log-probabilities."""
+        if not self.normalized:
+            yield from self._columns(_multinomial_roots if fewest else _symmetric_roots, samples, minor)
+
+    def _columns(self, roots: Roots, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Columns of the input's shape and their signs, from those of every row of a sample."""
+        p, w = self.probabilities.movedim(self.axis, -1), self.weight.movedim(self.axis, -1)
+        weights, entries = per_sample(w, samples, minor), per_sample(p, samples, minor, trailing=1)
+        for row in range(entries.shape[1]):
+            signs, scale = signs_of(weights[:, row]), weights[:, row, None].abs().sqrt()
+            for block in roots(entries[:, row], scale, entries.shape[1]):
+                columns = block.unsqueeze(2)
+                if entries.shape[1] > 1:
+                    columns = block.new_zeros(len(block), *entries.shape)
+                    columns[:, :, row] = block
+                if minor:
+                    columns = torch.stack([joined(column, p.shape, samples, minor) for column in columns])
+                for column in columns.reshape(len(block), *p.shape).movedim(-1, self.axis + 1).unbind():
+                    yield column, signs
+
+    def _centred(self, columns: Tensor) -> Tensor:
+        """``columns - p Σ columns`` over the classes, for any number of leading axes."""
+        axis = self.axis - self.probabilities.ndim
+        return columns if self.normalized else columns - self.probabilities * columns.sum(axis, keepdim=True)
+
+
+def _classes(p: Tensor, generator: torch.Generator) -> Tensor:
+    """One class drawn from every row of ``p [*, C]``, ``[*, 1]``."""
+    if p.device.type != "cpu":
+        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(*p.shape[:-1], 1)
+    # a tenth of the time of `multinomial`, which draws a number for every class
+    below = p.cumsum(-1, dtype=torch.promote_types(p.dtype, torch.float32))
+    level = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=below.dtype) * below[..., -1:]
+    return torch.searchsorted(below, level, right=True).clamp_(max=p.shape[-1] - 1)
+
+
+def _multinomial_roots(p: Tensor, scale: Tensor, rows: int) -> Iterator[Tensor]:
+    """Columns c < C - 1 of the Cholesky factors of diag(p) - p pᵀ for ``p [N, C]``: ``[c, N, C]``, in pieces.
+
+    They are multiplied by ``scale [N, 1]``.
+    """
+    smallest = torch.finfo(p.dtype).tiny
+    tails = p.flip(1).cumsum(1).flip(1)  # Σ_{i>=c} p_i
+    rest = tails[:, 1:].clamp(min=smallest)
+    roots = scale * (p[:, :-1] * (tails[:, 1:] / tails[:, :-1].clamp(min=smallest))).sqrt()
+    for start, own in _pieces(roots, rows):
+        ratios = -(own / rest[:, start : start + own.shape[1]]).mT
+        above = torch.ones(len(ratios), p.shape[1], dtype=p.dtype, device=p.device).triu_(start + 1)
+        block = (above.unsqueeze(1) * p).mul_(ratios.unsqueeze(-1))
+        block.diagonal(start, 0, 2).copy_(own)
+        yield block
+
+
+def _symmetric_roots(p: Tensor, scale: Tensor, rows: int) -> Iterator[Tensor]:
+    """Columns √p_c (e_c - p) of diag(p) - p pᵀ for every class c, as `_multinomial_roots` gives them."""
+    roots = scale * p.sqrt()
+    for start, own in _pieces(roots, rows):
+        block = own.mT.unsqueeze(-1) * -p
+        block.diagonal(start, 0, 2).add_(own)
+        yield block
+
+
+def _one_class_each(p: Tensor, scale: Tensor, rows: int) -> Iterator[Tensor]:
+    """Columns √p_c e_c of diag(p) for every class c, as `_multinomial_roots` gives them."""
+    roots = scale * p.sqrt()
+    for start, own in _pieces(roots, rows):
+        block = roots.new_zeros(own.shape[1], *roots.shape)
+        block.diagonal(start, 0, 2).copy_(own)
+        yield block
+
+
+def _pieces(roots: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """As many classes at a time as `BLOCK_BYTES` allow, from which one on."""
+    size = max(1, BLOCK_BYTES // max(1, roots.numel() * rows * roots.element_size()))
+    for start in range(0, roots.shape[1], size):
+        yield start, roots[:, start : start + size]
