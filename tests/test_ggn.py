@@ -145,14 +145,15 @@ def test_global_random_state_is_untouched(extension):
 
 def test_a_complete_root_serves_all(monkeypatch):
     """With `SqrtGGNExact`, whose columns are one per class, `DiagGGNExact` makes no passes of its own."""
-    model, X, y = nn.Linear(3, 4).double(), torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    weight, X, y = model[2].weight, torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
     found, passes, pull = {}, [], Passes.pull
     monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(1) or pull(self, column))
     for extensions in [(DiagGGNExact(),), (DiagGGNExact(),), (DiagGGNExact(), SqrtGGNExact())]:  # the first one probes
         passes.clear()
         with curvature(*extensions, batch_size=5):
             F.cross_entropy(model(X), y).backward()
-        found[len(extensions)] = model.weight.diag_ggn_exact, len(passes)
+        found[len(extensions)] = weight.diag_ggn_exact, len(passes)
     assert_close(found[2][0], found[1][0])
-    assert_close(model.weight.sqrt_ggn_exact.square().sum((0, 1)), found[1][0])
+    assert_close(weight.sqrt_ggn_exact.square().sum((0, 1)), found[1][0])
     assert found[2][1] - found[1][1] == 1  # four columns instead of three
