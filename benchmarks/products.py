@@ -16,7 +16,7 @@ from networks import POSITIONS, VOCABULARY, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_curv import record
+from lightning_curv import memory, record
 from lightning_curv.losses.categorical import Categorical
 from lightning_curv.matmul import fast_products, mm, one_by_one
 from lightning_curv.passes import apply_rule
@@ -24,6 +24,7 @@ from lightning_curv.pieces import CHUNK_BYTES
 from lightning_curv.records import marks
 from lightning_curv.rules.convolution import patches, weight_gradient
 from lightning_curv.symmetric import gram
+from lightning_curv.terms import squares_of_columns
 
 LAYERS = {  # N, channels, padded size, channels out, kernel
     "first of 3C3D": (64, 3, 32, 64, 5),
@@ -144,8 +145,15 @@ def backward_pass(samples: int = 256) -> dict[str, Callable[[], object]]:
 def moments() -> dict[str, Callable[[], object]]:
     """Alternatives for what follows the products of a linear layer."""
     g, a, b = torch.randn(256, 512), torch.rand(512 * 784), torch.rand(512 * 784)
-    features = torch.randn(784, 256)
+    features, columns = torch.randn(784, 256), torch.randn(9, 256, 512)
+    x, likelihood = torch.randn(256, 784), Categorical(torch.rand(512, 10).softmax(1), torch.ones(512, 1), 1)
     return {
+        "roots of the Hessian, 512 × 10: fewest": lambda: every(likelihood.fewest_columns(512)),
+        "roots of the Hessian, 512 × 10: one per class": lambda: every(likelihood.columns(512)),
+        "outer products, 256 × 512 × 784: pages of 4 KiB": lambda: g[:, :, None] * x[:, None],
+        "outer products, 256 × 512 × 784: huge pages": lambda: memory.multiply(g[:, :, None], x[:, None]),
+        "squares of 9 columns: at once": lambda: columns.square().sum(0),
+        "squares of 9 columns: one after the other": lambda: squares_of_columns(columns),
         "variance of 256 × 512: torch.var": lambda: g.var(0, correction=0),
         "variance of 256 × 512: mean square": lambda: (g - g.mean(0)).square_().mean(0),
         "any a < b, 512 × 784: comparison": lambda: bool((a < b).any()),

@@ -200,9 +200,9 @@ class Term:
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
         if signs is None:
-            g, _ = _SQUARES.of(self.g, (), partial(_sum_squares, self.g))
+            g, _ = _SQUARES.of(self.g, (), partial(squares_of_columns, self.g))
         else:
-            g = _sum_squares(self.g, signs)
+            g = squares_of_columns(self.g, signs)
         return self.of(g, None if self.x is None else self.x if self.classes else self.x.square())
 
 
@@ -211,7 +211,7 @@ def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
     return squares if signs is None else squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
 
 
-def _sum_squares(g: Tensor, signs: Tensor | None = None) -> Tensor:
+def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
     """The sum of the squares over the columns, ``[1, N, *]``; one column after the other where that pays."""
     if len(g) == 1 or g[0].numel() < SMALL:
         squares = signed(g.square(), signs)
