@@ -1,6 +1,7 @@
 """The callback that feeds second-order optimizers and logs gradient noise and curvature."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -213,10 +214,8 @@ class CurvatureCallback(Callback):
             self._window = Window()
         if not logged and not supplied:
             return
-        # A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart.
-        seed = hash((self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
         output = find_output(pl_module, self.output)
-        self._observation = Observation(supplied, logged, seed, output)
+        self._observation = Observation(supplied, logged, partial(self._seed_of_batch, trainer), output)
         record_training_step(pl_module, output)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -309,13 +308,16 @@ class CurvatureCallback(Callback):
             return 1 if trainer.fast_dev_run else trainer.log_every_n_steps  # type: ignore[attr-defined]
         return min(self.every_n_steps, 1) if trainer.fast_dev_run else self.every_n_steps  # type: ignore[attr-defined]
 
+    def _seed_of_batch(self, trainer: Trainer) -> int:
+        # A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart.
+        return hash((self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
+
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
-        callbacks = [callback for callback in trainer.callbacks if isinstance(callback, CurvatureCallback)]  # type: ignore[attr-defined]
-        if callbacks[0] is not self:
-            return []
         asking = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "required_extensions")]
-        return required_extensions(asking, partial=trainer.fit_loop._should_accumulate()) if asking else []
+        if not asking or self is not next(c for c in trainer.callbacks if isinstance(c, CurvatureCallback)):  # type: ignore[attr-defined]
+            return []
+        return required_extensions(asking, partial=trainer.fit_loop._should_accumulate())
 
     def _turn_off_failed(self) -> None:
         """What cannot be computed is not logged in the rest of the run, or stops it."""

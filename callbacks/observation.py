@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Observation:
     Args:
         supplied: stays on the parameters until `release`.
         logged: does not get there.
-        seed: of random labels.
+        seed: of random labels, asked for where some are drawn.
         output: the network's output, if the loss is no known function.
     """
 
@@ -31,7 +31,7 @@ class Observation:
         self,
         supplied: Sequence[AnyExtension] = (),
         logged: Sequence[AnyExtension] = (),
-        seed: int = 0,
+        seed: Callable[[], int] = int,
         output: nn.Module | None = None,
     ) -> None:
         self.supplied, self.logged = list(supplied), list(logged)
@@ -56,7 +56,7 @@ class Observation:
         fields = {extension.savefield for extension in self.supplied}
         extensions = [*self.supplied, *(e for e in self.logged if e.savefield not in fields)]
         if self._generator is None and any(map(_draws, extensions)):
-            self._generator = torch.Generator(loss.device).manual_seed(self._seed)
+            self._generator = torch.Generator(loss.device).manual_seed(self._seed())
         backprop = self._backprop = Backprop(
             loss, extensions, self._generator, None, check, seed, defer=True, output=self._output
         )

@@ -44,7 +44,7 @@ def publish(
         images = {} if image is None else {f"{LAYERS}{separator}all": image}
         write = _write_one_event if _is_plain_tensorboard(logger) else _write
         write(logger, step, metrics, bins, images)
-    tagged = dict(zip([f"{GROUP}/{name}" for name in values], torch.tensor([*values.values()]).unbind(), strict=True))
+    tagged = {f"{GROUP}/{name}": torch.scalar_tensor(value) for name, value in values.items()}
     trainer._logger_connector._callback_metrics.update(tagged)  # the public property first collects those of the epoch
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
