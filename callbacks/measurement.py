@@ -78,16 +78,18 @@ class Measurement:
     def _of_field(self, field: str, available: bool = True) -> Mapping[Key, Tensor | float]:
         s = self.statistics
         if field == "batch_l2":
-            sums: dict[Key, Tensor | float] = {"second_moment": 0.0, "concentration": 0.0}
+            sums: dict[Key, Tensor | float] = {"concentration": 0.0, "second_moment": 0.0}
             if available:
-                sums = {"second_moment": s.second_moment, "concentration": s.concentration / self._world}
-            if self._pool and self._world > 1:
+                sums = {"concentration": s.concentration / self._world}  # the rest on the host, if in one process
+            if available and self._world > 1:
+                sums["second_moment"] = s.mean(s.sq_norms)
+            if self._world > 1 and self._pool:
                 norms = s.sq_norms.sqrt() if available else torch.zeros(1)
                 sums["norms"] = shared_sketch(norms, self._rank, self._world)
             return sums
         if field == "jacobian_grad":
             vectors = {p: self._params[p].to_dense() for p in s.covered} if available else {}
-            return {"dot_second": s.dot_second(vectors) / self._divisor**2 if vectors else 0.0}
+            return {"dot_second": s.mean((s.dots(vectors) / self._divisor).square()) if vectors else 0.0}
         if field == "sum_grad_squared":
             return self._entries(field, s.second_moments() if available else {})
         curvatures = s.curvatures(field) if available else {}
@@ -120,10 +122,10 @@ class Measurement:
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in self._params.values()]
         norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads])
         parts = [*(tensors[key].reshape(1) for key in self._scalars), torch.stack(norms)]
-        if self._pool and self._world > 1:
-            parts += pooled(tensors["norms"] * self._world)
-        elif self._pool:
+        if self._world == 1:
             parts.append(self.statistics.sq_norms.to(norms[0].device))
+        elif self._pool:
+            parts += pooled(tensors["norms"] * self._world)
         return parts
 
     def set_numbers(self, numbers: Numbers) -> None:
@@ -134,7 +136,9 @@ class Measurement:
         self._grad_squares = [norm * norm for norm in norms]
         samples = numbers[sums + grads :]
         if self._world == 1:
-            self.norms, self.norm_weights = np.sort(np.sqrt(samples)), None
+            self._sums.setdefault("second_moment", self.statistics.mean(samples))
+            self.norms, self.norm_weights = np.sqrt(samples), None
+            self.norms.sort()
         else:
             self.norms, self.norm_weights = np.split(samples, 2)
 

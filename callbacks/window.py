@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from lightning_curv.callbacks.sketch import Numbers
 
 
 @dataclass(frozen=True)
@@ -65,42 +68,36 @@ class Statistics:
         return self._share * torch.stack(losses).sum() if losses else None
 
     @cached_property
-    def _sq_norms(self) -> list[Tensor]:
-        """By pass."""
-        return [
-            _total(found) * self._sample_factor(backward, len(found[0])) ** 2
-            for backward, found in self._found("batch_l2")
-        ]
-
-    @property
     def sq_norms(self) -> Tensor:
         r"""$\|g_n\|^2$, [N]."""
-        return _joined(self._sq_norms)
+        return _joined([_total(found) * self._sample_factor(backward, found) ** 2 for backward, found in self._norms])
+
+    @cached_property
+    def _norms(self) -> list[tuple[BackwardPass, list[Tensor]]]:
+        return self._found("batch_l2")
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [found[0].numel() for _, found in self._norms]
 
     @property
     def concentration(self) -> float:
         r"""$\sum_n w_n^2$."""
-        return sum(1 / len(part) for part in self._sq_norms if len(part)) / max(len(self._passes), 1) ** 2
+        return sum(1 / size for size in self._sizes if size) / max(len(self._passes), 1) ** 2
 
-    @property
-    def second_moment(self) -> Tensor | float:
-        r"""$\sum_n w_n \|g_n\|^2$, []."""
-        return self._mean(self._sq_norms)
+    def mean(self, values: Tensor | Numbers) -> Any:
+        r"""$\sum_n w_n v_n$, [], for v of shape [N]."""
+        stops = accumulate(self._sizes)
+        means = [values[stop - size : stop].sum() / size for size, stop in zip(self._sizes, stops) if size]
+        return sum(means) / max(len(self._passes), 1)
 
-    def dot_second(self, vectors: Mapping[Parameter, Tensor]) -> Tensor | float:
-        r"""$\sum_n w_n (g_n \cdot v)^2$, []: the op is applied to v; no per-sample gradient is formed."""
+    def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
+        r"""$g_n \cdot v$, [N]: the op is applied to v; no per-sample gradient is formed."""
         parts = []
         for backward, found in self._found("jacobian_grad"):
-            dots = _total([jacobian.dot(vectors[jacobian.parameter])[0] for jacobian in found])
-            parts.append((dots * self._sample_factor(backward, len(dots))).square())
-        return self._mean(parts)
-
-    def _mean(self, parts: list[Tensor]) -> Tensor | float:
-        """Of values by pass, [N_m] each."""
-        means = [part.mean() for part in parts if len(part)]
-        if len(means) == len(self._passes) == 1:
-            return means[0]
-        return torch.stack(means).sum() / len(self._passes) if means else 0.0
+            products = [jacobian.dot(vectors[jacobian.parameter])[0] for jacobian in found]
+            parts.append(_total(products) * self._sample_factor(backward, products))
+        return _joined(parts)
 
     def second_moments(self) -> dict[Parameter, Tensor]:
         r"""$\sum_n w_n g_n^2$ entry by entry, of the parameters' shapes."""
@@ -108,8 +105,8 @@ class Statistics:
         for backward in self._passes:
             if not backward.fields.get("sum_grad_squared"):
                 continue
-            size = self._size(backward)
-            factor = self._sample_factor(backward, size) ** 2 / (len(self._passes) * size)
+            norms = [*backward.fields["batch_l2"].values()]
+            factor = self._sample_factor(backward, norms) ** 2 / (len(self._passes) * norms[0].numel())
             for param, found in backward.fields.get("sum_grad_squared", {}).items():
                 if param in self.covered:
                     total[param] = total.get(param, 0) + wide(found) * factor
@@ -131,12 +128,8 @@ class Statistics:
         ]
         return [(backward, found) for backward, found in pairs if found]
 
-    def _sample_factor(self, backward: BackwardPass, size: int) -> Tensor | float:
-        return self._share * len(self._passes) * size / backward.factor
-
-    @staticmethod
-    def _size(backward: BackwardPass) -> int:
-        return len(next(iter(backward.fields["batch_l2"].values())))
+    def _sample_factor(self, backward: BackwardPass, samples: Sequence[Tensor]) -> Tensor | float:
+        return self._share * len(self._passes) * samples[0].numel() / backward.factor
 
 
 class Window:
