@@ -81,7 +81,8 @@ def _write_one_event(
         values += tensorboard.histogram_raw(name, **histogram).value
     for name, image in images.items():
         values += tensorboard.image(name, image, dataformats="CHW").value
-    logger.experiment._get_file_writer().add_summary(tensorboard.Summary(value=values), step)
+    event = sys.modules["torch.utils.tensorboard.writer"].Event(summary={"value": values})
+    logger.experiment._get_file_writer().add_event(event, step)
 
 
 def binned(samples: Numbers) -> dict[str, Any]:
