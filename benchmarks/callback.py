@@ -1,9 +1,10 @@
 """Cost of `CurvatureCallback`: process time of a training step with and without it, on one thread.
 
-    OMP_NUM_THREADS=1 python benchmarks/callback.py [--rounds 30] [--quantities norm_test hessian_trace]
+    OMP_NUM_THREADS=1 python benchmarks/callback.py [--rounds 12] [--quantities norm_test hessian_trace]
 
-The settings take turns in one run, `BLOCK` steps each, so that load from outside meets all of them. The first step of a
-turn still has work of the setting before it (TensorBoard's thread) and is left out; the table shows medians.
+The settings take turns in one run, so that load from outside meets all of them. A turn is one step that still has work
+of the setting before it (TensorBoard's thread) and is left out, and as many as write to TensorBoard together, whose
+mean counts; the table shows medians over turns.
 A step is everything from the start of one batch to the start of the next: forward and backward pass, Adam, Lightning's
 loop and TensorBoard. Columns: a step without callback; relative to it one with an idle callback, the mean step where
 every one logs the default quantities (past the start, where every tenth has the GGN trace), and where every 50th does;
@@ -28,12 +29,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback
+from lightning_curv.callbacks.publish import HELD
 from lightning_curv.callbacks.quantities import DEFAULT, SPACING
 
 NETS = {
     f"{NETWORKS[name].title}, N = {NETWORKS[name].samples}": NETWORKS[name] for name in ("mlp", "3c3d", "transformer")
 }
-BLOCK = 4
+TURN = 1 + HELD
 
 
 class Model(pl.LightningModule):
@@ -61,12 +63,13 @@ class Turns(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
         now = time.process_time()
-        turn, place = divmod(self.step - 1, BLOCK)  # of the step that is over
-        if turn > 3 * len(self.settings) and place:  # warm
-            self.times[turn % len(self.settings)].append(now - self.start)
-        trainer.callbacks[1:] = self.settings[self.step // BLOCK % len(self.settings)]  # read after this one
+        turn, place = divmod(self.step, TURN)
+        if place == 0 and turn > 3 * len(self.settings):  # warm
+            self.times[(turn - 1) % len(self.settings)].append((now - self.start) / HELD)
+        trainer.callbacks[1:] = self.settings[turn % len(self.settings)]  # read after this one
         self.step += 1
-        self.start = time.process_time()
+        if place == 1:
+            self.start = time.process_time()
 
 
 def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: int) -> list[float]:
@@ -87,19 +90,20 @@ def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: 
         for callbacks in settings:
             for callback in callbacks:
                 callback.on_fit_start(trainer, model)
-        trainer.fit(model, DataLoader([batch] * ((rounds + 4) * len(settings) * BLOCK), batch_size=None))
+        trainer.fit(model, DataLoader([batch] * ((rounds + 4) * len(settings) * TURN), batch_size=None))
     return [statistics.median(times) for times in turns.times]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quantities", nargs="*", default=[], help="each alone, beside the default")
     parser.add_argument("--nets", default="", help="regular expression")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # the batch is always the same: gradients vanish
     print(f"{'':48} {'plain':>9} {'idle':>6} {'every':>6} {'at 50':>6} {'whole':>6} " + " ".join(arguments.quantities))
     for name in NETS:
         if not re.search(arguments.nets, name):

@@ -15,7 +15,7 @@ from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.layers import choose
 from lightning_curv.callbacks.measure import RunningNoiseScale
 from lightning_curv.callbacks.observation import AnyExtension, Observation, explained, required_extensions
-from lightning_curv.callbacks.publish import add_layout
+from lightning_curv.callbacks.publish import Events, add_layout
 from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
 from lightning_curv.callbacks.recorded_step import (
     forget_returned_loss,
@@ -62,6 +62,7 @@ class CurvatureCallback(Callback):
     accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates; eigenvalues are
     averages over them. With several optimizers each gets its own series, `curvature/grad_norm/optimizer_0` and so on.
     Every value is written once, at the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`.
+    Values for TensorBoard are written up to eight logged steps at a time, and at least every second while steps follow.
     In distributed training all are those of the global batch, by one reduction per logged step; what is promised and
     refused is listed in `docs/guarantees.md`.
 
@@ -153,6 +154,7 @@ class CurvatureCallback(Callback):
         self._passes = 0  # since the gradients were last set to zero
         self._window = Window()
         self._trajectory = Trajectory()
+        self._events = Events()
         self._rest()
 
     def _rest(self) -> None:
@@ -277,10 +279,17 @@ class CurvatureCallback(Callback):
     ) -> None:
         if self._report:
             self._report.follow_updates(pl_module)
-            self._report.publish(trainer, pl_module, self.histograms, self.prog_bar)
+            self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
         self._release(pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._events.write()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._events.write()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._events.write()
         self._release(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -290,6 +299,7 @@ class CurvatureCallback(Callback):
         self._window = Window()
         self._trajectory.forget()
         self._release(pl_module)
+        self._events.write()
 
     def _release(self, pl_module: LightningModule) -> None:
         """Leave nothing of this batch behind."""

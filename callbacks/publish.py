@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -17,13 +18,39 @@ from lightning_curv.callbacks.sketch import Numbers
 GROUP = "curvature"
 LAYERS = "curvature_layers"
 BINS = 30
-Bins = Mapping[str, dict[str, Any]]  # arguments of `add_histogram_raw` by name
+HELD, HELD_SECONDS = 8, 1.0  # events that are written together, at most so long after the last time
 NORM_BAND = ["sample_norm_median", "sample_norm_p5", "sample_norm_p95"]
+
+
+class Events:
+    """What is on its way to TensorBoard's files: one event per logged step, written some at a time.
+
+    Alone, each costs more than twice as much: between two steps, the code that makes and writes it leaves the
+    processor's caches.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Any, ...]] = []
+        self._due = 0.0
+
+    def add(self, *event: Any) -> None:
+        """Take the arguments of `_write_event` without the time."""
+        now = time.time()
+        self._held.append((*event, now))
+        if len(self._held) >= HELD or now >= self._due:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is held back."""
+        while self._held:
+            _write_event(*self._held.pop(0))
+        self._due = time.time() + HELD_SECONDS
 
 
 def publish(
     trainer: Trainer,
     pl_module: LightningModule,
+    events: Events,
     values: Mapping[str, float],
     layers: Mapping[str, float],
     histograms: Mapping[str, Numbers],
@@ -35,15 +62,14 @@ def publish(
     `LightningModule.log` would write the values again at every later logging step of the epoch.
     """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    counts = {name: binned(samples) for name, samples in histograms.items()}
     for logger in trainer.loggers:
         separator = logger.group_separator
         metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
         metrics |= {f"{LAYERS}{separator}{name.replace('/', separator)}": value for name, value in layers.items()}
-        bins = {f"{GROUP}{separator}{name}": found for name, found in counts.items() if found}
+        samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
         images = {} if image is None else {f"{LAYERS}{separator}all": image}
-        write = _write_one_event if _is_plain_tensorboard(logger) else _write
-        write(logger, step, metrics, bins, images)
+        write = events.add if _is_plain_tensorboard(logger) else _write
+        write(logger, step, metrics, samples, images)
     tagged = {f"{GROUP}/{name}": torch.scalar_tensor(value) for name, value in values.items()}
     trainer._logger_connector._callback_metrics.update(tagged)  # the public property first collects those of the epoch
     for name in prog_bar:
@@ -51,13 +77,16 @@ def publish(
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
 
 
-def _write(logger: Logger, step: int, metrics: dict[str, float], bins: Bins, images: Mapping[str, Tensor]) -> None:
+def _write(
+    logger: Logger, step: int, metrics: dict[str, float], samples: Mapping[str, Numbers], images: Mapping[str, Tensor]
+) -> None:
     """Through the methods of a logger; histograms and images if its experiment takes them."""
     logger.log_metrics(metrics, step=step)
     experiment = getattr(logger, "experiment", None)
     if add_histogram := getattr(experiment, "add_histogram_raw", None):
-        for name, histogram in bins.items():
-            add_histogram(name, **histogram, global_step=step)
+        for name, found in samples.items():
+            if histogram := binned(found):
+                add_histogram(name, **histogram, global_step=step)
     if add_image := getattr(experiment, "add_image", None):
         for name, image in images.items():
             add_image(name, image, global_step=step)
@@ -71,18 +100,24 @@ def _is_plain_tensorboard(logger: Any) -> bool:
     return type(logger.experiment) is tensorboard.SummaryWriter and not logger._prefix
 
 
-def _write_one_event(
-    logger: Any, step: int, metrics: dict[str, float], bins: Bins, images: Mapping[str, Tensor]
+def _write_event(
+    logger: Any,
+    step: int,
+    metrics: dict[str, float],
+    samples: Mapping[str, Numbers],
+    images: Mapping[str, Tensor],
+    moment: float,
 ) -> None:
     """What `_write` leaves in the file of TensorBoard, but as one event: each wakes the thread that writes."""
     tensorboard = sys.modules["torch.utils.tensorboard.summary"]
     values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
-    for name, histogram in bins.items():
-        values += tensorboard.histogram_raw(name, **histogram).value
+    for name, found in samples.items():
+        if histogram := binned(found):
+            values += tensorboard.histogram_raw(name, **histogram).value
     for name, image in images.items():
         values += tensorboard.image(name, image, dataformats="CHW").value
     event = sys.modules["torch.utils.tensorboard.writer"].Event(summary={"value": values})
-    logger.experiment._get_file_writer().add_event(event, step)
+    logger.experiment._get_file_writer().add_event(event, step, moment)
 
 
 def binned(samples: Numbers) -> dict[str, Any]:

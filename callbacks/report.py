@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_curv.callbacks.layers import parameters_by_layer
 from lightning_curv.callbacks.measure import Job, RunningNoiseScale, measure
 from lightning_curv.callbacks.measurement import Measurement
-from lightning_curv.callbacks.publish import heat_map, publish
+from lightning_curv.callbacks.publish import Events, heat_map, publish
 from lightning_curv.callbacks.quantities import Quantity
 from lightning_curv.callbacks.sketch import Numbers
 from lightning_curv.callbacks.trajectory import Trajectory, distance
@@ -138,7 +138,7 @@ class Report:
         self._trajectory.end_update()
 
     def publish(
-        self, trainer: Trainer, pl_module: LightningModule, histograms: bool, prog_bar: Collection[str]
+        self, trainer: Trainer, pl_module: LightningModule, events: Events, histograms: bool, prog_bar: Collection[str]
     ) -> None:
         """Write the numbers, if there are any."""
         if not self._values:
@@ -147,7 +147,7 @@ class Report:
         layers = {f"{name}/{layer}": v for layer in self._chosen for name, v in found.get(layer, {}).items()}
         image = heat_map(found) if len(found) > len(self._chosen) else None
         samples = self._histograms if histograms else {}
-        publish(trainer, pl_module, self._values, layers, samples, image, prog_bar)
+        publish(trainer, pl_module, events, self._values, layers, samples, image, prog_bar)
 
 
 def warn_of_noise(trainer: Trainer, samples: int, ema: float) -> None:

@@ -4,14 +4,18 @@ import math
 
 import numpy as np
 import pytest
-from monitoring import NORMS, Net, fit, per_sample_gradients
+from monitoring import NORMS, Net, data, fit, per_sample_gradients
+from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback
+from lightning_curv.callbacks import publish
 from lightning_curv.callbacks.layers import choose
 from lightning_curv.callbacks.publish import binned, heat_map
 
@@ -165,6 +169,56 @@ def test_the_prefix_of_a_logger_is_kept(tmp_path):
     assert "mine-curvature/grad_norm" in events(tmp_path).Tags()["scalars"]
 
 
+class Validated(Net):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def val_dataloader(self):
+        return DataLoader(data(6), batch_size=6)
+
+
+@pytest.mark.parametrize(
+    ("hook", "held", "steps"),
+    [
+        ("on_train_batch_end", 2, [0, 1, 2]),
+        ("on_save_checkpoint", 1000, [0, 1, 2]),
+        ("on_validation_start", 1000, [0, 1, 2, 3]),
+        ("on_train_end", 1000, [0, 1, 2, 3]),
+    ],
+)
+def test_events_that_are_written_together_are_not_held_back_for_long(tmp_path, monkeypatch, hook, held, steps):
+    monkeypatch.setattr(publish, "HELD", held)
+    monkeypatch.setattr(publish, "HELD_SECONDS", 1000.0)
+
+    class Reads(Callback):
+        steps = None
+
+    def read(self, trainer, *_):
+        trainer.logger.experiment.flush()
+        self.steps = [event.step for event in events(tmp_path).Scalars("curvature/grad_norm")]
+
+    setattr(Reads, hook, read)
+    reads, saves = Reads(), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
+    settings = {"tmp_path": tmp_path, "epochs": 1, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    fit(Validated(), CurvatureCallback(), reads, saves, **settings)
+    assert reads.steps == steps
+    assert [event.step for event in events(tmp_path).Scalars("curvature/grad_norm")] == [0, 1, 2, 3]
+
+
+def test_events_survive_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "HELD", 1000)
+    monkeypatch.setattr(publish, "HELD_SECONDS", 1000.0)
+
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 3:
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(Net(), CurvatureCallback(), Fails(), tmp_path=tmp_path)
+    assert [event.step for event in events(tmp_path).Scalars("curvature/grad_norm")] == [0, 1, 2]
+
+
 def test_other_loggers_get_the_scalars(tmp_path):
     trainer = fit(Net(), CurvatureCallback(layers=True, max_layers=1, layout=True), logger=CSVLogger(tmp_path))
     assert "curvature-noise_scale" in {key.replace("/", "-") for key in trainer.logger.experiment.metrics_keys}
@@ -194,8 +248,6 @@ def test_chosen_series_are_on_the_progress_bar():
 
 
 def test_user_extensions_are_left_for_other_callbacks():
-    from pytorch_lightning import Callback
-
     from lightning_curv import Variance
 
     class Reads(Callback):
