@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_curv.callbacks import recorded_step
 from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.layers import choose
 from lightning_curv.callbacks.measure import RunningNoiseScale
-from lightning_curv.callbacks.observation import AnyExtension, Observation, explained, required_extensions
+from lightning_curv.callbacks.observation import (
+    AnyExtension,
+    Observation,
+    explained,
+    required_extensions,
+    seed_of_batch,
+)
 from lightning_curv.callbacks.publish import Events, add_layout
 from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
-from lightning_curv.callbacks.recorded_step import (
-    forget_returned_loss,
-    record_training_step,
-    restore_training_step,
-    returned_loss,
-)
 from lightning_curv.callbacks.report import Report, warn_of_noise
 from lightning_curv.callbacks.settings import check, find_output, require_whole_parameters
 from lightning_curv.callbacks.trajectory import Trajectory
@@ -138,13 +139,9 @@ class CurvatureCallback(Callback):
         self.max_layers = max_layers
         self.prog_bar = prog_bar
         self.layout = layout
-        self._state_key = self._generate_state_key(  # Lightning reads it at every hook
-            quantities=quantities if isinstance(quantities, str) else list(quantities),
-            every_n_steps=every_n_steps,
-            layers=layers,
-            ema=ema,
-            mc_samples=mc_samples,
-        )
+        names = quantities if isinstance(quantities, str) else list(quantities)
+        settings = {"every_n_steps": every_n_steps, "layers": layers, "ema": ema, "mc_samples": mc_samples}
+        self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
         self._off: set[str] = set()  # savefields that could not be computed
@@ -217,8 +214,8 @@ class CurvatureCallback(Callback):
         if not logged and not supplied:
             return
         output = find_output(pl_module, self.output)
-        self._observation = Observation(supplied, logged, partial(self._seed_of_batch, trainer), output)
-        record_training_step(pl_module, output)
+        self._observation = Observation(supplied, logged, partial(seed_of_batch, trainer, self.seed), output)
+        recorded_step.record_training_step(pl_module, output)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._window = Window()
@@ -238,7 +235,7 @@ class CurvatureCallback(Callback):
             self._follow_zero_grad(pl_module)
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
         check = bool(self._report and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision)
-        returned = returned_loss(pl_module) if pl_module.automatic_optimization else None
+        returned = recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
         if returned is None:
             self._observation.begin(loss, torch.ones_like(loss) / self._factor, check)
         else:
@@ -248,7 +245,7 @@ class CurvatureCallback(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
         found = self._observation.finish()
-        forget_returned_loss(pl_module)
+        recorded_step.forget_returned_loss(pl_module)
         self._turn_off_failed()
         if self._required_fields and trainer.fit_loop._should_accumulate():
             for optimizer in trainer.optimizers:
@@ -259,6 +256,8 @@ class CurvatureCallback(Callback):
             self._window.add(BackwardPass(found, self._factor, self._loss).without(self._partial))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self._report and "alpha" not in self._names:
+            return
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return
@@ -303,7 +302,7 @@ class CurvatureCallback(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         """Leave nothing of this batch behind."""
-        restore_training_step(pl_module)
+        recorded_step.restore_training_step(pl_module)
         self._observation.release()
         self._rest()
 
@@ -317,10 +316,6 @@ class CurvatureCallback(Callback):
         if self.every_n_steps is None:
             return 1 if trainer.fast_dev_run else trainer.log_every_n_steps  # type: ignore[attr-defined]
         return min(self.every_n_steps, 1) if trainer.fast_dev_run else self.every_n_steps  # type: ignore[attr-defined]
-
-    def _seed_of_batch(self, trainer: Trainer) -> int:
-        # A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart.
-        return hash((self.seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""

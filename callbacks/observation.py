@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -101,6 +102,11 @@ class Observation:
 
 def _draws(extension: AnyExtension) -> bool:
     return not (isinstance(extension, Extension) and extension.source == Gradient())
+
+
+def seed_of_batch(trainer: Trainer, seed: int) -> int:
+    """A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart."""
+    return hash((seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
 
 
 def required_extensions(optimizers: Iterable[Optimizer], partial: bool) -> list[AnyExtension]:
