@@ -258,13 +258,12 @@ class CurvatureCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._report and "alpha" not in self._names:
             return
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not params:
+        grads = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        if not grads:
             return
         # Lightning divides by the full number of passes, but the last window of an epoch may hold fewer.
         passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
         divisor = passes / trainer.accumulate_grad_batches
-        grads = {p: p.grad for p in params}
         if self._report:
             self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
             if self._report.too_noisy and not self._noisy:
@@ -308,8 +307,7 @@ class CurvatureCallback(Callback):
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
         # From counters only, which are equal on all ranks and constant while gradients accumulate.
-        interval = self._interval(trainer)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead
+        step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead, self._interval(trainer)
         return interval > 0 and step % interval == 0
 
     def _interval(self, trainer: Trainer) -> int:
