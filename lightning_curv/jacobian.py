@@ -192,14 +192,18 @@ class Jacobian:
         """
         return torch.stack([_dot(t, vector.to(t.g.dtype)) for t in self.terms]).sum(0)
 
-    def squared_norms(self) -> Tensor:
-        """Squared norms of J[v, n], ``[V, N]``."""
+    def squared_norms(self, above: bool = False) -> Tensor:
+        """Squared norms of J[v, n], ``[V, N]``.
+
+        Args:
+            above: Whether they are to be no less, in spite of rounding, than those of what `weighted_total` adds up.
+        """
         if self._onehot is not None:
-            return onehot.squared_norms(self._onehot)
+            return onehot.squared_norms(self._onehot, above)
         if self._factorised is not None:
             return self._factorised.squared_norms()
         if not self.forms_norms:
-            return grams.norms(self.terms[0])
+            return grams.norms(self.terms[0], above)
         norms = [torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)]) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
 

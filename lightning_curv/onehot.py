@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv import memory
-from lightning_curv.terms import Term, signed
+from lightning_curv.terms import ROUNDING, Term, signed
 
 
 class Rows(NamedTuple):
@@ -21,12 +21,20 @@ class Rows(NamedTuple):
 
 def rows(term: Term) -> Rows:
     """The touched rows of the per-sample gradients; repeated tokens of a sample are added up."""
+    return _added(*_entries(term), term.classes)
+
+
+def _entries(term: Term) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of all tokens ``[V, M, *]``, a number per (sample, index) pair ``[U]``, the pair of each token."""
     term = term.canonical()
     sample, index, position = _touched(term)
     key, inverse = (index + term.classes * sample).unique(return_inverse=True)
-    g = _at(term.g.flatten(1, 2), position, 1)
+    return _at(term.g.flatten(1, 2), position, 1), key, inverse
+
+
+def _added(g: Tensor, key: Tensor, inverse: Tensor, classes: int) -> Rows:
     g = g.new_zeros(len(g), len(key), *g.shape[2:]).index_add_(1, inverse, g)
-    return Rows(g, key // term.classes, key % term.classes)
+    return Rows(g, key // classes, key % classes)
 
 
 def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,10 +108,15 @@ def variance(term: Term) -> Tensor:
     return (_scatter(touched._replace(g=deviations), term.classes)[0] + untouched * mean.square()) / samples
 
 
-def squared_norms(term: Term) -> Tensor:
-    """Squared norms of the per-sample gradients, ``[V, N]``."""
-    touched = rows(term)
+def squared_norms(term: Term, above: bool = False) -> Tensor:
+    """Squared norms of the per-sample gradients, ``[V, N]``; ``above`` as in `grams.norms`, for repeated tokens."""
+    g, key, inverse = _entries(term)
+    touched = _added(g, key, inverse, term.classes)
     norms = torch.linalg.vector_norm(touched.g.flatten(2), dim=2).square_()
+    if above and len(key) < len(inverse):
+        tokens = torch.linalg.vector_norm(g.flatten(2), dim=2)
+        sizes = torch.zeros_like(norms).index_add_(1, inverse, tokens)
+        norms += ROUNDING * torch.finfo(g.dtype).eps * sizes.square_()
     return norms.new_zeros(norms.shape[0], term.g.shape[1]).index_add_(1, touched.sample, norms)
 
 

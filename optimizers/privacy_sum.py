@@ -77,7 +77,7 @@ class ClippedSum(GradientReceiver):
             self._formed.append(jacobian)
         else:
             self._jacobians.append(jacobian)
-            self._squares.append(jacobian.squared_norms()[0])
+            self._squares.append(jacobian.squared_norms(above=True)[0])
 
     @torch.no_grad()
     def end(self) -> None:

@@ -245,6 +245,38 @@ def test_one_sample_changes_the_sum_of_any_network_by_no_more_than_the_norm(prob
     assert (with_x - without).norm() <= C * (1 + 1e-5)
 
 
+class Centred(nn.Module):
+    """What positions have in common is subtracted: their contributions to the first gradient cancel."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.head = first, nn.Linear(64, 7, bias=False)
+        self.register_buffer("place", torch.randn(16, 64))
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head(((h - h.mean(1, keepdim=True)) * self.place[: x.shape[1]]).sum(1))
+
+
+@pytest.mark.parametrize("C", [1e-10, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("positions", [2, 4, 16])
+@pytest.mark.parametrize("size", ["tokens", 1.0, 1e2, 1e4, 1e8])
+def test_rounding_of_what_cancels_breaks_no_bound(size, positions, C):
+    """In float32, where a norm is of the size of the rounding errors of what it is computed from."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        y = torch.randint(7, (4,))
+        if size == "tokens":
+            model, X = Centred(nn.Embedding(9, 64)), torch.randint(9, (4, positions))
+            X[-1] = X[-1, 0]
+        else:
+            model, X = Centred(nn.Linear(64, 64, bias=False)), torch.randn(4, positions, 64)
+            X[-1] = 0.1 * X[-1] + size
+        with_x, without = (contribution(model, X[:n], y[:n], C) for n in (4, 3))
+        assert with_x.isfinite().all()
+        assert (with_x.double() - without.double()).norm() <= C * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("clipping", CLIPPINGS)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "tied"])  # whose inputs are integers
