@@ -21,20 +21,16 @@ class Rows(NamedTuple):
 
 def rows(term: Term) -> Rows:
     """The touched rows of the per-sample gradients; repeated tokens of a sample are added up."""
-    return _added(*_entries(term), term.classes)
-
-
-def _entries(term: Term) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of all tokens ``[V, M, *]``, a number per (sample, index) pair ``[U]``, the pair of each token."""
     term = term.canonical()
     sample, index, position = _touched(term)
     key, inverse = (index + term.classes * sample).unique(return_inverse=True)
-    return _at(term.g.flatten(1, 2), position, 1), key, inverse
+    g = _at(term.g.flatten(1, 2), position, 1)
+    return Rows(_added(g, inverse, len(key)), key // term.classes, key % term.classes)
 
 
-def _added(g: Tensor, key: Tensor, inverse: Tensor, classes: int) -> Rows:
-    g = g.new_zeros(len(g), len(key), *g.shape[2:]).index_add_(1, inverse, g)
-    return Rows(g, key // classes, key % classes)
+def _added(g: Tensor, place: Tensor, places: int) -> Tensor:
+    """Sums of the entries ``g [V, M, *]`` that go to the same place, ``[V, places, *]``."""
+    return g.new_zeros(len(g), places, *g.shape[2:]).index_add_(1, place, g)
 
 
 def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,15 +105,25 @@ def variance(term: Term) -> Tensor:
 
 
 def squared_norms(term: Term, above: bool = False) -> Tensor:
-    """Squared norms of the per-sample gradients, ``[V, N]``; ``above`` as in `grams.norms`, for repeated tokens."""
-    g, key, inverse = _entries(term)
-    touched = _added(g, key, inverse, term.classes)
-    norms = torch.linalg.vector_norm(touched.g.flatten(2), dim=2).square_()
-    if above and len(key) < len(inverse):
-        tokens = torch.linalg.vector_norm(g.flatten(2), dim=2)
-        sizes = torch.zeros_like(norms).index_add_(1, inverse, tokens)
-        norms += ROUNDING * torch.finfo(g.dtype).eps * sizes.square_()
-    return norms.new_zeros(norms.shape[0], term.g.shape[1]).index_add_(1, touched.sample, norms)
+    """Squared norms of the per-sample gradients, ``[V, N]``; ``above`` as in `grams.norms`.
+
+    Only the rows of tokens that a sample repeats are added up before they are squared.
+    """
+    term = term.canonical()
+    sample, index, position = _touched(term)
+    key, pair, counts = (index + term.classes * sample).unique(return_inverse=True, return_counts=True)
+    g = _at(term.g.flatten(1, 2), position, 1)
+    norms = torch.linalg.vector_norm(g.flatten(2), dim=2)
+    repeats = (counts > 1)[pair]
+    found = _added(norms.square().masked_fill_(repeats, 0), sample, term.g.shape[1])
+    repeated = repeats.nonzero().squeeze(1)
+    if len(repeated):
+        some, place = pair[repeated].unique(return_inverse=True)
+        sums = torch.linalg.vector_norm(_added(_at(g, repeated, 1), place, len(some)).flatten(2), dim=2).square_()
+        if above:
+            sums += ROUNDING * torch.finfo(g.dtype).eps * _added(norms[:, repeated], place, len(some)).square_()
+        found += _added(sums, key[some] // term.classes, term.g.shape[1])
+    return found
 
 
 def _scatter(touched: Rows, classes: int) -> Tensor:

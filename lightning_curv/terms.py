@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_curv import memory
 from lightning_curv.latest import Latest
-from lightning_curv.matmul import einsum
+from lightning_curv.matmul import einsum, is_large
 
 DIAGONAL = "defghjklm"
 SHARED = "rstu"
@@ -185,12 +185,36 @@ class Term:
             kept = "".join(letter for letter in self.out if letter in self.par)
             total = torch.einsum(f"n,n{self.out}->{kept}", weights.to(g.dtype), g[0])
             return total.permute([kept.index(letter) for letter in self.par])
-        own = self.own
-        if own is not None or g.numel() <= x.numel():
-            g = g * weights.to(g.dtype).reshape(-1, *[1] * (g.ndim - 2))
+        weights = weights.to(g.dtype)
+        if (own := self.own) is not None:
+            return own.gradient(g[0] * weights.reshape(-1, *[1] * (g.ndim - 2)), own.input)
+        if (left := self._weighted_matrix(weights)) is not None:
+            g = left
+        elif g.numel() <= x.numel():
+            g = g * weights.reshape(-1, *[1] * (g.ndim - 2))
         else:
-            x = x * weights.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        return own.gradient(g[0], own.input) if own is not None else self.of(g, x).contract(self.par)
+            x = x * weights.reshape(-1, *[1] * (x.ndim - 1))
+        return self.of(g, x).contract(self.par)
+
+    def _weighted_matrix(self, weights: Tensor) -> Tensor | None:
+        """The first column's ``g`` times weights, in memory as `contract` multiplies it; ``None``: no need for that.
+
+        oneDNN copies a first matrix that is transposed. That copy is made here, and multiplied in place.
+        """
+        g, sizes = self.g[0], self.sizes()
+        rows = [y for y in self.out if y in self.par]
+        summed = ["n", *(y for y in self.out if y not in self.par)]
+        columns = math.prod(sizes[y] for y in self.par if y not in self.out)
+        if {*rows} & {*self.inp} or not is_large(g, g.numel() * columns):
+            return None
+        transposed = g.permute([("n" + self.out).index(y) for y in summed + rows])
+        if not transposed.is_contiguous():
+            return None
+        matrix = transposed.flatten(0, len(summed) - 1).flatten(1)
+        matrix = g.new_empty(matrix.shape[::-1]).copy_(matrix.t())
+        matrix.view(len(matrix), len(weights), -1).mul_(weights[:, None])
+        shape = transposed.shape[len(summed) :] + transposed.shape[: len(summed)]
+        return matrix.view(shape).permute([(rows + summed).index(y) for y in "n" + self.out])[None]
 
     def squared_norms(self) -> Tensor:
         """Squared norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``."""

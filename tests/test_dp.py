@@ -76,6 +76,41 @@ def test_weighted_total_equals_the_weighted_sum_of_per_sample_gradients(name):
             torch.testing.assert_close(*p.weighted, check_dtype=False, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(64, 96), (256, 64)),
+        (lambda: nn.Linear(64, 96), (64, 8, 64)),
+        (lambda: nn.Linear(64, 96), (16, 3, 5, 64)),
+        (lambda: nn.Linear(4096, 1), (256, 4096)),
+        (lambda: nn.Linear(4096, 512), (1, 4096)),
+        (lambda: nn.Sequential(nn.Linear(64, 96), nn.Unflatten(1, (8, -1)), nn.Linear(96, 64)), (64, 8, 64)),
+        (lambda: nn.Conv1d(64, 96, 1), (64, 64, 8)),  # cotangents by columns already
+    ],
+)
+def test_large_products_of_float32_equal_single_samples(make, shape):
+    torch.manual_seed(0)
+    model, X = make(), torch.randn(shape)
+    exact = copy.deepcopy(model).double()
+    gradients = {}
+    for name, p in exact.named_parameters():
+        losses = (exact(x[None]).sin().sum() for x in X.double())
+        gradients[name] = torch.stack([torch.autograd.grad(loss, p)[0] for loss in losses])
+    _, norms = clipped_sum(gradients, torch.ones_like)
+    C = float(norms.median())
+    expected, _ = clipped_sum(gradients, lambda norms: (C / norms).clamp(max=1))
+    optimizer = private(model.parameters(), lr=0.0, clip_norm=C, loss_reduction="sum")
+    with record():
+        loss = model(X).sin().sum()
+    for _ in range(2):  # nothing recorded is changed: the second pass adds the same
+        with curvature(*optimizer.extensions, batch_size=len(X)):
+            loss.backward(retain_graph=True)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        largest = float(expected[name].abs().max())
+        torch.testing.assert_close(p.grad.double(), 2 * expected[name], rtol=1e-4, atol=1e-4 * largest)
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
