@@ -18,8 +18,7 @@ from lightning_curv import grams, memory, onehot
 from lightning_curv.pieces import CHUNK_BYTES, Matrices, pieces
 from lightning_curv.terms import DIAGONAL, Term, signed
 
-STACK_BYTES = 2**18  # of products that are made one by one and worked on together
-ENTRY_BYTES = 2**18  # of products of single entries before they are summed
+STACK_BYTES = 2**18  # of products that are worked on together: those made one by one, or of single entries
 KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
 BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
@@ -129,7 +128,7 @@ class Jacobian:
             return max(1, STACK_BYTES // self._bytes)
         inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in products if t.x is not None]
         if any({*t.out} == {*t.inp} for t in products):  # multiplied entry by entry, then summed
-            return max(1, ENTRY_BYTES // max(self._bytes, *(self.columns * size for size in inputs), 1))
+            return max(1, STACK_BYTES // max(self._bytes, *(self.columns * size for size in inputs), 1))
         return max(1, CHUNK_BYTES // max(self._bytes, *inputs, 1, 1))
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
