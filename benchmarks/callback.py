@@ -1,6 +1,6 @@
 """Cost of `CurvatureCallback`: process time of a training step with and without it, on one thread.
 
-    OMP_NUM_THREADS=1 python benchmarks/callback.py [--rounds 12] [--quantities norm_test hessian_trace]
+    OMP_NUM_THREADS=1 python benchmarks/callback.py [--rounds 20] [--quantities norm_test hessian_trace]
 
 The settings take turns in one run, so that load from outside meets all of them. A turn is one step that still has work
 of the setting before it (TensorBoard's thread) and is left out, and as many as write to TensorBoard together, whose
@@ -107,7 +107,7 @@ def keep_memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quantities", nargs="*", default=[], help="each alone, beside the default")
     parser.add_argument("--nets", default="", help="regular expression")
     arguments = parser.parse_args()
