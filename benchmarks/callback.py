@@ -12,11 +12,9 @@ one that logs all default quantities, the trace included; then further quantitie
 """
 
 import argparse
-import ctypes
 import logging
 import re
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -24,6 +22,7 @@ from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
+from measure import keep_freed_memory
 from networks import NETWORKS
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -38,7 +37,6 @@ NETS = {
     f"{NETWORKS[name].title}, N = {NETWORKS[name].samples}": NETWORKS[name] for name in ("mlp", "3c3d", "transformer")
 }
 TURN = 1 + HELD
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class Model(pl.LightningModule):
@@ -97,14 +95,6 @@ def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: 
     return [statistics.median(times) for times in turns.times]
 
 
-def keep_memory() -> None:
-    """Let glibc keep what is freed: at times it gives memory back in every step, and some settings are luckier."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30)):
-        if mallopt is not None:
-            mallopt(parameter, value)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
@@ -115,7 +105,7 @@ def main() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # the batch is always the same: gradients vanish
-    keep_memory()
+    keep_freed_memory()
     print(f"{'':48} {'plain':>9} {'idle':>6} {'every':>6} {'at 50':>6} {'whole':>6} " + " ".join(arguments.quantities))
     for name in NETS:
         if not re.search(arguments.nets, name):

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from measure import Contender, compare
+from measure import Contender, compare, keep_freed_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,15 +107,6 @@ def opacus(model: nn.Module, X: Tensor, y: Tensor, mode: str) -> Callable[[], No
         optimizer.step()
 
     return step
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks up to 31 MiB; its thresholds follow the largest it has seen freed (mallopt(3)).
-
-    Otherwise it gives some back to the system, depending on how they happen to lie, and to map them anew takes a fifth
-    of a step, of the plain one in one run and of the private one in the next.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def main() -> None:
