@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 from contenders import clear, ours, plain
-from measure import Contender, compare, keep_freed_memory
+from measure import Contender, compare
 from networks import NETWORKS
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -103,7 +103,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    keep_freed_memory()
     operations, fresh = rates()
     print(f"{operations / 1e9:.0f} GFLOP/s, {1e9 / fresh:.2f} s per GB of fresh memory\n")
     print(

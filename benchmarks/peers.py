@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from contenders import COMPARISONS, PEERS, Comparison, clear, installed, ours, plain
-from measure import Contender, compare, keep_freed_memory
+from measure import Contender, compare
 from networks import NETWORKS
 from report import line, write
 from torch import nn
@@ -84,7 +84,6 @@ def main() -> None:
         warnings.filterwarnings("ignore")
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
-        keep_freed_memory()
         size = int(options.memory * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         peers = installed(options.peers)
