@@ -4,7 +4,7 @@
 
 The settings take turns in one run, so that load from outside meets all of them. A turn is one step that still has work
 of the setting before it (TensorBoard's thread) and is left out, and as many as write to TensorBoard together, whose
-mean counts; the table shows medians over turns.
+mean counts relative to that of the plain turn next to it; the table shows medians over the rounds.
 A step is everything from the start of one batch to the start of the next: forward and backward pass, Adam, Lightning's
 loop and TensorBoard. Columns: a step without callback; relative to it one with an idle callback, the mean step where
 every one logs the default quantities (past the start, where every tenth has the GGN trace), and where every 50th does;
@@ -74,7 +74,7 @@ class Turns(pl.Callback):
 
 
 def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: int) -> list[float]:
-    """Median seconds of a step, per setting."""
+    """Median seconds of a step of the first setting, then the others relative to it, medians over the rounds."""
     torch.manual_seed(0)
     turns = Turns(settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,9 @@ def measure(name: str, settings: Sequence[Sequence[CurvatureCallback]], rounds: 
             for callback in callbacks:
                 callback.on_fit_start(trainer, model)
         trainer.fit(model, DataLoader([batch] * ((rounds + 4) * len(settings) * TURN), batch_size=None))
-    return [statistics.median(times) for times in turns.times]
+    plain, *others = turns.times
+    ratios = [[time / base for time, base in zip(times, plain)] for times in others]
+    return [statistics.median(values) for values in (plain, *ratios)]
 
 
 def main() -> None:
@@ -112,11 +114,10 @@ def main() -> None:
             continue
         often = [quantity for quantity in DEFAULT if quantity not in SPACING]
         callbacks = [[CurvatureCallback(names, every_n_steps=1)] for names in (often, DEFAULT, *arguments.quantities)]
-        plain, idle, *times = measure(name, [[], [CurvatureCallback(every_n_steps=0)], *callbacks], arguments.rounds)
-        ratios = [time / plain for time in times]
-        every, sparse = 0.9 * ratios[0] + 0.1 * ratios[1], (49 * idle / plain + ratios[1]) / 50
+        plain, idle, *ratios = measure(name, [[], [CurvatureCallback(every_n_steps=0)], *callbacks], arguments.rounds)
+        every, sparse = 0.9 * ratios[0] + 0.1 * ratios[1], (49 * idle + ratios[1]) / 50
         print(
-            f"{name:48} {1e3 * plain:6.1f} ms {idle / plain:6.3f} {every:6.2f} {sparse:6.3f} {ratios[1]:6.2f} "
+            f"{name:48} {1e3 * plain:6.1f} ms {idle:6.3f} {every:6.2f} {sparse:6.3f} {ratios[1]:6.2f} "
             + " ".join(f"{ratio:{len(q)}.2f}" for q, ratio in zip(arguments.quantities, ratios[2:], strict=True)),
             flush=True,
         )
