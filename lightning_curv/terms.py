@@ -225,7 +225,7 @@ class Term:
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
-        if signs is None:
+        if signs is None and len(self.g) > 1:
             g, _ = _SQUARES.of(self.g, (), partial(squares_of_columns, self.g))
         else:
             g = squares_of_columns(self.g, signs)
