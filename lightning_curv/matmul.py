@@ -22,6 +22,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGE = 2**20  # multiplications from which a product by oneDNN is faster, measured; so are those of a stack, one by one
+NARROW = 16  # rows or columns of a product that is not worth oneDNN's copy of the other matrix, in new memory
 SMALL = 2**15  # entries of a matrix that is smaller than this buffer
 
 
@@ -53,7 +54,8 @@ def is_large(like: Tensor, multiplications: int) -> bool:
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices ``[m, k]`` and ``[k, n]``."""
     differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    fast = is_large(a, a.shape[0] * b.numel()) and b.dtype == a.dtype and not differentiated
+    wide = min(a.shape[0], b.shape[1]) >= NARROW and b.dtype == a.dtype
+    fast = wide and is_large(a, a.shape[0] * b.numel()) and not differentiated
     product = _onednn() if fast else None
     if product is None:
         return a @ b
