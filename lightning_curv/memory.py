@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor  # under a transform nothing has an `out=`
 
 LARGE = 2**22  # bytes of a tensor from which huge pages are asked for
+LARGEST = 2**29  # and up to which: a virtual machine's host takes free blocks back, and giving them again takes longer
 _HUGE_PAGE = 14  # MADV_HUGEPAGE
 _PAGE = 2**12  # bytes, at least
 
@@ -26,7 +27,8 @@ _PAGE = 2**12  # bytes, at least
 def empty(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor of the type and on the device of ``like``, to be filled at once."""
     result = like.new_empty(shape)
-    if result.nbytes >= LARGE and result.device.type == "cpu" and type(result) is Tensor and (advise := _madvise()):
+    wanted = LARGE <= result.nbytes <= LARGEST and result.device.type == "cpu" and type(result) is Tensor
+    if wanted and (advise := _madvise()):
         start = result.data_ptr() // _PAGE * _PAGE
         advise(start, result.data_ptr() + result.nbytes - start, _HUGE_PAGE)  # advice: nothing is lost if it fails
     return result

@@ -36,8 +36,9 @@ def test_a_large_tensor_is_covered_from_its_first_to_its_last_byte(asked):
     assert len(asked) == 1
 
 
-def test_a_small_tensor_is_left_alone(asked):
+def test_small_and_very_large_tensors_are_left_alone(asked):
     memory.empty(torch.zeros(1), memory.LARGE // 4 - 1)
+    memory.empty(torch.zeros(1), memory.LARGEST // 4 + 1)
     memory.empty(torch.zeros(1, device="meta"), memory.LARGE)
     assert not asked
 
