@@ -229,29 +229,21 @@ class Jacobian:
             total: What they are added to, in place: a second tensor of this size is never in memory.
         """
         term = self._factorised
-        outer = term.squared(self.signs) if term is not None and not self._onehot else None
-        if outer is not None and total is None:
-            return outer.contract(f"n{outer.par}").reshape(self.samples, *self.shape)
+        if term is not None and not self._onehot:
+            squares = term.squared(self.signs)
+            if total is None:
+                return squares.contract(f"n{term.par}").reshape(self.samples, *self.shape)
+            squares.add_to(total)
+            return total
         result = memory.empty(self.terms[0].g, self.samples, *self.shape) if total is None else total
         start = 0
-        for squares in self._squares_per_sample(outer):
-            part = result[start : start + len(squares)]
-            part.copy_(squares) if total is None else part.add_(squares)
-            start += len(squares)
-        return result
-
-    def _squares_per_sample(self, outer: Term | None) -> Iterator[Tensor]:
-        """Sum over columns of the squared entries of a few samples at a time; ``outer``: the squares, if factorised."""
-        if outer is not None:
-            for start in range(0, self.samples, self._size):
-                part = outer[start : start + self._size].contract(f"n{outer.par}")
-                yield part.reshape(len(part), *self.shape)
-            return
-        start = 0
         for j in self.chunks():
-            signs = None if self.signs is None else self.signs[:, start : start + j.shape[1]]
-            yield signed(j.square(), signs).sum(0)
-            start += j.shape[1]
+            stop = start + j.shape[1]
+            added = signed(j.square(), None if self.signs is None else self.signs[:, start:stop]).sum(0)
+            part = result[start:stop]
+            part.copy_(added) if total is None else part.add_(added)
+            start = stop
+        return result
 
     def variance(self) -> Tensor:
         """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""

@@ -178,6 +178,16 @@ class Term:
             return torch.einsum(f"vn{self.out}->{result}", product)
         return einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
 
+    def add_to(self, total: Tensor) -> None:
+        """Add the outer products of the only column to ``total [N, *p]``, in place and without making them."""
+        sizes, result = self.sizes(), f"n{self.par}"
+        total = total.view(len(total), *(sizes[letter] for letter in self.par))
+        g = _placed(self.g[0], f"n{self.out}", result)
+        if self.x is None:
+            total.add_(g)
+        else:
+            total.addcmul_(g, _placed(self.x, f"n{self.inp}", result))
+
     def weighted_total(self, weights: Tensor) -> Tensor:
         """``g·x`` of the first column, times ``weights [N]``, summed over the samples; dense inputs only."""
         g, x = self.g[:1], self.x
