@@ -4,15 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from zoo import NAMES, ROW, assert_close, assert_fields, compute, reference
 
-from lightning_curv import curvature
+from lightning_curv import curvature, passes
 from lightning_curv.extensions import (
     KFAC,
+    KFLR,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
+    BatchDiagHessian,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     SqrtGGNExact,
     SqrtGGNMC,
 )
@@ -157,3 +161,19 @@ def test_a_complete_root_serves_all(monkeypatch):
     assert_close(found[2][0], found[1][0])
     assert_close(weight.sqrt_ggn_exact.square().sum((0, 1)), found[1][0])
     assert found[2][1] - found[1][1] == 1  # four columns instead of three
+
+
+@pytest.mark.parametrize(
+    "extension", [DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), DiagHessian(), BatchDiagHessian(), KFLR()]
+)
+def test_columns_one_at_a_time_are_those_at_once(monkeypatch, extension):
+    """Products with and without shared positions, a normalisation, an embedding."""
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Conv1d(5, 3, 2), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(9, 4))
+    net, X, y, found = net.double(), torch.randint(7, (6, 5)), torch.randint(4, (6,)), []
+    for bytes_ in (passes.COLUMN_BYTES, 1):
+        monkeypatch.setattr(passes, "COLUMN_BYTES", bytes_)
+        with curvature(extension, batch_size=6):
+            F.cross_entropy(net(X), y).backward()
+        found.append(tree_leaves([getattr(p, extension.savefield) for p in net.parameters()]))
+    for one_by_one, at_once in zip(found[1], found[0], strict=True):
+        assert_close(one_by_one, at_once)
