@@ -16,7 +16,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor  # under a transform nothing has an `out=`
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 LARGE = 2**22  # bytes of a tensor from which huge pages are asked for
 LARGEST = 2**29  # and up to which: a virtual machine's host takes free blocks back, and giving them again takes longer
@@ -36,14 +36,14 @@ def empty(like: Tensor, *shape: int) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a * b`` for tensors with as many axes each, of equal sizes or 1."""
-    if a.nbytes * b.numel() < LARGE or is_functorch_wrapped_tensor(a) or is_functorch_wrapped_tensor(b):
+    if a.nbytes * b.numel() < LARGE or _transformed(a, b):
         return a * b
     return torch.mul(a, b, out=empty(a, *(max(sizes) for sizes in zip(a.shape, b.shape, strict=True))))
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
-    if a.shape[1] * b.nbytes < LARGE or is_functorch_wrapped_tensor(a) or is_functorch_wrapped_tensor(b):
+    if a.shape[1] * b.nbytes < LARGE or _transformed(a, b):
         return torch.bmm(a, b)
     return torch.bmm(a, b, out=empty(a, len(a), a.shape[1], b.shape[2]))
 
@@ -51,6 +51,11 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """``torch.stack`` of tensors of one size."""
     return torch.stack([*tensors], out=empty(tensors[0], len(tensors), *tensors[0].shape))
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of `torch.func` looks on: no product has an ``out=`` then."""
+    return any(map(is_functorch_wrapped_tensor, tensors))
 
 
 @cache

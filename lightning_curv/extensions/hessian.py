@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_curv.extensions.base import Extension
+from lightning_curv.extensions.ggn import BatchDiagGGNExact
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.sources import Signed
 
@@ -36,16 +37,8 @@ class DiagHessian(Extension):
         return jacobian.sum_squares()
 
 
-class BatchDiagHessian(Extension):
+class BatchDiagHessian(BatchDiagGGNExact):
     """The summands of `DiagHessian`, scale included, in ``diag_h_batch`` of shape ``[N, *p]``."""
 
     savefield = "diag_h_batch"
     source = Signed()
-
-    def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Signed squares of J, summed over columns."""
-        return jacobian.sum_squares_per_sample()
-
-    def accumulate(self, previous: Tensor, jacobian: Jacobian) -> Tensor:
-        """They add up, in place."""
-        return jacobian.sum_squares_per_sample(previous)

@@ -33,11 +33,7 @@ class Categorical(Likelihood):
 
     def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
         """√(w p_c) (e_c - p) for every class c and every row of a sample."""
-        roots = _one_class_each if self.normalized else _symmetric_roots
-        for column, signs in self._columns(roots, samples, minor):
-            if signs is not None:
-                nonnegative(self.weight)
-            yield column
+        yield from self._positive(_one_class_each if self.normalized else _symmetric_roots, samples, minor)
 
     def fewest_columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
         r"""The Cholesky factor of H, one column less than classes.
@@ -49,11 +45,8 @@ class Categorical(Likelihood):
         """
         if self.normalized or self.probabilities.shape[self.axis] == 1:
             yield from self.columns(samples, minor)
-            return
-        for column, signs in self._columns(_multinomial_roots, samples, minor):
-            if signs is not None:
-                nonnegative(self.weight)
-            yield column
+        else:
+            yield from self._positive(_multinomial_roots, samples, minor)
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (e_y - p) with y drawn from p."""
@@ -72,6 +65,13 @@ class Categorical(Likelihood):
         """Either root with the signs of the weights; none for log-probabilities."""
         if not self.normalized:
             yield from self._columns(_multinomial_roots if fewest else _symmetric_roots, samples, minor)
+
+    def _positive(self, roots: Roots, samples: int, minor: bool) -> Iterator[Tensor]:
+        """The columns of a matrix without negative weights."""
+        for column, signs in self._columns(roots, samples, minor):
+            if signs is not None:
+                nonnegative(self.weight)
+            yield column
 
     def _columns(self, roots: Roots, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Columns of the input's shape and their signs, from those of every row of a sample."""
