@@ -10,7 +10,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from lightning_curv import receiving
 from lightning_curv.check import SumCheck
@@ -21,9 +20,9 @@ from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.graph import Tape, find_output, walk
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.listening import Listener
-from lightning_curv.passes import Column, Passes
+from lightning_curv.passes import Passes
 from lightning_curv.records import Output
-from lightning_curv.samples import Samples, find_samples
+from lightning_curv.samples import Batch, Samples, find_samples, whole_batch
 from lightning_curv.sources import Exact, Gradient, Source
 
 AnyExtension = Extension | GraphExtension
@@ -40,7 +39,7 @@ class Backprop:
         loss: The root of the backward pass.
         extensions: What to compute.
         generator: Draws the targets of Monte-Carlo quantities; by default one that leaves the global state alone.
-        batch_size: N, where the shapes do not tell.
+        batch_size: N, or all that is known of the batch.
         check: Compare the per-sample gradients with the gradient, and verify that samples do not mix.
         gradient: The gradient that the backward pass starts with (non-scalar roots).
         defer: Go on without an extension that fails, in `before` or during the backward pass, and list it in `failures`
@@ -57,7 +56,7 @@ class Backprop:
         loss: Tensor,
         extensions: Sequence[AnyExtension],
         generator: torch.Generator | None = None,
-        batch_size: int | None = None,
+        batch_size: int | Batch | None = None,
         check: bool = False,
         gradient: Tensor | None = None,
         defer: bool = False,
@@ -67,7 +66,7 @@ class Backprop:
         self._seed = torch.ones_like(loss) if gradient is None else gradient
         self._extensions = [*extensions, SumCheck()] if check else list(extensions)
         self._check, self.defers = check, defer
-        self._batch_size = batch_size
+        self._batch = batch_size if isinstance(batch_size, Batch) else Batch(batch_size)
         self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
         self._listener: Listener | None = None
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
@@ -139,7 +138,7 @@ class Backprop:
             use.check()
         for call in tape.losses.values():
             call.check()
-        return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._generator)
+        return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._output, self._generator)
 
     def _refuse_uncovered(self, tape: Tape) -> None:
         try:
@@ -151,19 +150,27 @@ class Backprop:
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
-        while self._extensions:
-            independent = [e for e in self._extensions if e.independent]
-            with _Failing(self, independent or self._extensions):
-                passes.samples = samples = find_samples(
-                    passes.tape, self._probe, self._batch_size, bool(independent), self._check
-                )
-                for node, call in passes.tape.losses.items():
-                    if call is self._output:
-                        call.arguments |= {"samples": samples.count, "minor": samples.losses[node].minor}
-                return
+        while wanting := [e for e in self._extensions if self._needs_samples(e)]:
+            independent = [e for e in wanting if e.independent]
+            with _Failing(self, independent or wanting):
+                try:
+                    passes.samples = find_samples(passes, self._batch, bool(independent), self._check)
+                except UnsupportedError:
+                    if not all(extension.batchwise for extension in wanting):
+                        raise
+                    passes.samples = whole_batch(passes.tape)
+                break
+        else:
+            passes.samples = whole_batch(passes.tape)
+        for name in ("use_edges", "_ends"):
+            passes.__dict__.pop(name, None)
+        for node, call in passes.tape.losses.items():
+            if call is self._output:
+                call.arguments["owners"] = passes.samples.losses[node]
 
-    def _probe(self, loss: Node, column: Tensor) -> tuple[Tensor | None, ...]:
-        return self._passes.pull(Column([self._passes.tape.losses[loss].input], [column]))
+    def _needs_samples(self, extension: AnyExtension) -> bool:
+        """Whether a quantity, or the curvature of a loss that is no known function, needs the samples."""
+        return extension.needs_samples or (self._output is not None and extension.needs_likelihood)
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1

@@ -17,15 +17,15 @@ def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension
             f"Every op must be in the graph before the backward pass, found `{name}`, which runs its ops during it. "
             "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
         )
-    for parameter, op in tape.stray:
+    if tape.stray and not tape.uses and not tape.losses:
+        parameter, op = tape.stray[0]
         raise UnsupportedError(
-            f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, which was not recorded. "
-            "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model; give an op of your own "
-            "a rule with `@lightning_curv.rule`; leave weight penalties to the optimizer (`weight_decay`)."
+            f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and no op was recorded. "
+            "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model."
         )
     known_loss = tape.losses and not tape.outside
     for extension in extensions:
-        if extension.independent:
+        if extension.independent and extension.needs_samples and not extension.batchwise:
             _refuse_coupled(tape, extension)
         if not known_loss and extension.needs_likelihood:
             _refuse_unknown_loss(tape, extension)

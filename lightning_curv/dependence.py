@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.graph import Tape
+from lightning_curv.joins import node_of
 from lightning_curv.records import Use
 
 
@@ -19,13 +20,14 @@ class Dependence:
 
     def __init__(self, tape: Tape) -> None:
         reaches: dict[Node, bool] = {}
+        uses = {node_of(key) for key in tape.uses}
         seen: set[Node] = set()
         stack = [(call.input.node, False) for call in tape.losses.values()]
         while stack:
             node, finished = stack.pop()
             after = [n for n, _ in node.next_functions if n is not None]
             if finished:
-                reaches[node] = node in tape.uses or any(reaches[n] for n in after)
+                reaches[node] = node in uses or any(reaches[n] for n in after)
             elif node not in seen:
                 seen.add(node)
                 stack += [(node, True), *((n, False) for n in after)]

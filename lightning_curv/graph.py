@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import re
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import cast
@@ -12,10 +13,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
+from lightning_curv.joins import Join
 from lightning_curv.losses import by_autograd
-from lightning_curv.records import LossCall, Output, Use, marks
+from lightning_curv.provenance import Roots
+from lightning_curv.records import LossCall, Operand, Output, Use, marks
 
 HIDING = {"CheckpointFunctionBackward"}
+_ROUTING = """
+    Embedding EmbeddingBag Gather GroupedMm Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce
+    IndexSelect Kthvalue MaskedScatter MaskedSelect Put RepeatInterleave Scatter ScatterAdd ScatterReduce
+    SegmentReduce Sort Take Topk _PackPaddedSequence
+"""
+PLACING = ("_saved_dim", "_saved_self_sym_sizes", "_saved_shifts")  # attributes of nodes
+ROUTING = frozenset(_ROUTING.split())
+PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Mm", "SparseAddmm"))  # a matrix without gradient may permute rows
 CAST = "ToCopyBackward0"
 Step = tuple[Node, int, bool, str]  # a node, which of its outputs, whether outside of the losses, the op above it
 
@@ -25,18 +36,22 @@ class Tape:
     """What a loss depends on.
 
     Attributes:
-        uses: Recorded ops with parameters by their autograd node; ops that couple samples too.
+        uses: Recorded ops with parameters by their autograd node; ops that couple samples too. Once the samples are
+            known also the joins, where what depends on no sample meets them.
         losses: Recorded loss calls by their autograd node.
-        outside: Nodes of ``uses`` that the root reaches without passing a recorded loss call.
+        outside: Keys of ``uses`` that the root reaches without passing a recorded loss call.
         leaves: Other leaf tensors that require gradients.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
         refusals: Why calls of known loss functions were not recorded.
         structure: Names of all nodes in the order of the walk, with the axes and sizes that they work on.
         casts: Nodes that may change the precision.
+        routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
+            the next.
+        seen: Nodes that the walk has been at, and whether from outside of the losses.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
 
-    uses: dict[Node, Use] = field(default_factory=dict)
+    uses: dict[Node | Join, Use] = field(default_factory=dict)
     losses: dict[Node, LossCall] = field(default_factory=dict)
     outside: set[Node] = field(default_factory=set)
     leaves: list[Tensor] = field(default_factory=list)
@@ -45,11 +60,36 @@ class Tape:
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     casts: list[Node] = field(default_factory=list)
+    routes: bool = False
+    seen: set[tuple[Node, bool]] = field(default_factory=set)
 
     @cached_property
-    def parameters(self) -> dict[Node, list[Tensor]]:
+    def parameters(self) -> dict[Node | Join, list[Tensor]]:
         """The parameters that every use consumes, through transforms too."""
         return {node: parameters(use) for node, use in self.uses.items()}
+
+    @property
+    def all_parameters(self) -> list[Tensor]:
+        """The parameters that the loss depends on, each once."""
+        used = [parameter for found in self.parameters.values() for parameter in found]
+        return list(dict.fromkeys([*used, *(parameter for parameter, _ in self.stray)]))
+
+    def demote(self, is_data: Callable[[Use, Roots, Operand], bool]) -> list[Step]:
+        """Take operands that were computed from data for data; returns where the walk goes on."""
+        steps: list[Step] = []
+        for node, use in self.uses.items():
+            for name, operand in list(use.operands.items()):
+                if operand.derived and is_data(use, use.roots.get(name, Roots()), operand):
+                    use.inputs[name] = use.operands.pop(name).edge
+                    steps.append((*operand.edge[:2], node in self.outside, use.name))
+        return steps
+
+    def follow(self, steps: list[Step], output: LossCall | None) -> None:
+        """Walk on from some nodes."""
+        while steps:
+            _follow(self, steps, self.seen, output)
+            steps = _data_after_all(self)
+        self.__dict__.pop("parameters", None)
 
     @property
     def eps(self) -> float:
@@ -68,23 +108,13 @@ def walk(root: Node, output: LossCall | None = None) -> Tape:
     tape = Tape()
     if output is not None:
         tape.losses[root] = output
-    seen: set[tuple[Node, bool]] = set()
-    stack: list[Step] = [(root, 0, True, "")]
-    while stack:
-        _follow(tape, stack, seen, output)
-        stack = _data_after_all(tape)
+    tape.follow([(root, 0, True, "")], output)
     return tape
 
 
 def _data_after_all(tape: Tape) -> list[Step]:
     """Operands that look computed from parameters, but depend on the network's data (a mean over the batch)."""
-    steps: list[Step] = []
-    for node, use in tape.uses.items():
-        for name, operand in list(use.operands.items()):
-            if operand.derived and any(found in tape.uses for found in _nodes(operand.edge.node)):
-                use.inputs[name] = use.operands.pop(name).edge
-                steps.append((*operand.edge[:2], node in tape.outside, use.name))
-    return steps
+    return tape.demote(lambda _, __, operand: any(found in tape.uses for found in nodes_below(operand.edge.node)))
 
 
 def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output: LossCall | None) -> None:
@@ -112,10 +142,12 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
                 stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
         elif mark is not None and mark.use is not None and not (outside and output and _above(mark.use, output)):
             tape.uses[node] = mark.use
+            tape.routes = tape.routes or _kind(name) in ROUTING - {"Embedding"}
             if outside:
                 tape.outside.add(node)
             stack += [(edge.node, edge.output_nr, outside, mark.use.name) for edge in mark.use.inputs.values()]
-        elif (leaf := _leaf(node)) is None:
+        elif (leaf := leaf_of(node)) is None:
+            tape.routes = tape.routes or _routes(node, name)
             stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
         elif isinstance(leaf, nn.Parameter):
             tape.stray.append((leaf, parent))
@@ -123,10 +155,23 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
             tape.leaves.append(leaf)
 
 
+def _routes(node: Node, name: str) -> bool:
+    """Whether a node moves rows to places that depend on values."""
+    kind = _kind(name)
+    if kind in ROUTING or isinstance(node, torch.autograd.function.BackwardCFunction):
+        return kind != "_Parts"
+    return kind in PRODUCTS and any(after is None for after, _ in node.next_functions)
+
+
+@cache
+def _kind(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name)
+
+
 @cache
 def _placing(kind: type[Node]) -> tuple[str, ...]:
     """Attributes of a kind of node that hold axes and sizes: one that works along the samples mixes them."""
-    return tuple(name for name in dir(kind) if name.startswith("_saved_dim") or name == "_saved_self_sym_sizes")
+    return tuple(name for name in dir(kind) if name.startswith(PLACING))
 
 
 def _above(use: Use, output: LossCall) -> bool:
@@ -147,7 +192,9 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
         found = [output] if reaches(root, output.edge.node) else []
         name = f"a tensor of shape {tuple(output.like.shape)}"
     else:
-        known = [(node, mark.outputs) for node in _nodes(root) if (mark := marks(node)) is not None and mark.outputs]
+        known = [
+            (node, mark.outputs) for node in nodes_below(root) if (mark := marks(node)) is not None and mark.outputs
+        ]
         found = [
             Output(GradientEdge(node, outputs[output][0]), outputs[output][1])
             for node, outputs in known
@@ -167,12 +214,12 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
 
 def reaches(root: Node, node: Node) -> bool:
     """Whether a value depends on another."""
-    return any(found is node for found in _nodes(root))
+    return any(found is node for found in nodes_below(root))
 
 
 def leaves(edge: GradientEdge) -> list[Tensor]:
     """The leaf tensors that the value at ``edge`` was computed from."""
-    return list(dict.fromkeys(leaf for node in _nodes(edge.node) if (leaf := _leaf(node)) is not None))
+    return list(dict.fromkeys(leaf for node in nodes_below(edge.node) if (leaf := leaf_of(node)) is not None))
 
 
 def parameters(use: Use) -> list[Tensor]:
@@ -186,7 +233,7 @@ def parameters(use: Use) -> list[Tensor]:
     return list(found)
 
 
-def _nodes(root: Node) -> Iterator[Node]:
+def nodes_below(root: Node) -> Iterator[Node]:
     """All nodes that a value depends on, itself included."""
     stack, seen = [root], {root}
     while stack:
@@ -198,6 +245,6 @@ def _nodes(root: Node) -> Iterator[Node]:
                 stack.append(after)
 
 
-def _leaf(node: Node) -> Tensor | None:
+def leaf_of(node: Node) -> Tensor | None:
     """The leaf tensor whose gradient ``node`` accumulates."""
     return getattr(node, "variable", None)

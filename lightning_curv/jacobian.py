@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 
@@ -339,7 +340,11 @@ def _structure(term: Term) -> tuple[str, ...]:
 def _concatenated(terms: list[Term]) -> Term:
     terms = [t.canonical() for t in terms]
     x = [t.x for t in terms if t.x is not None]
-    return terms[0].of(torch.cat([t.g for t in terms], dim=2), torch.cat(x, dim=1) if x else None)
+    merged = terms[0].of(torch.cat([t.g for t in terms], dim=2), torch.cat(x, dim=1) if x else None)
+    if all(t.lengths is None for t in terms):
+        return merged
+    lengths = [torch.full(t.g.shape[1:2], t.g.shape[2]) if t.lengths is None else t.lengths.cpu() for t in terms]
+    return replace(merged, lengths=torch.stack(lengths).sum(0))
 
 
 def _doubled(term: Term) -> Term:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.joins import Join, node_of
 from lightning_curv.own_passes import own_pass, unheard
 from lightning_curv.passes import Passes
 from lightning_curv.records import Use
@@ -42,7 +43,9 @@ class Listener:
     ) -> None:
         self._passes, self._evaluate, self._failed = passes, evaluate, failed
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
-        self._bulky: dict[Node, tuple[Use, Tensor]] = {}  # uses that were reached and whose terms are not made yet
+        self._bulky: dict[
+            Node | Join, tuple[Use, Tensor]
+        ] = {}  # uses that were reached and whose terms are not made yet
         self._deaf = False
         self._waiting: dict[Tensor, int] = {}  # how often it is still to be reached
         self._handles = []
@@ -50,7 +53,7 @@ class Listener:
         for node, use in passes.tape.uses.items():
             if use.operands:
                 found = passes.tape.parameters[node]
-                self._handles.append(node.register_prehook(self._hook(self._arrive, node, use, found)))
+                self._handles.append(node_of(node).register_prehook(self._hook(self._arrive, node, use, found)))
                 for parameter in found:
                     self._waiting[parameter] = self._waiting.get(parameter, 0) + 1
                 if totals or _late(use):
@@ -72,7 +75,7 @@ class Listener:
         for parameter in dict.fromkeys([*self._terms, *bulky]) if self._terms or bulky else ():
             self._hook(self._complete, parameter)((None,))
 
-    def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node, use: Use, found: list[Tensor]) -> None:
+    def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node | Join, use: Use, found: list[Tensor]) -> None:
         g = gradients[use.output_nr]
         if g is not None:
             if _late(use):
@@ -84,7 +87,7 @@ class Listener:
                 if not self._waiting[parameter]:
                     self._complete((None,), parameter)
 
-    def _add(self, node: Node, use: Use, g: Tensor) -> None:
+    def _add(self, node: Node | Join, use: Use, g: Tensor) -> None:
         for parameter, term in self._passes.terms(node, use, g.unsqueeze(0)):
             self._terms[parameter].append(term)
 

@@ -14,8 +14,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.own_passes import unheard
+from lightning_curv.owners import Owners
 from lightning_curv.passes import Column
-from lightning_curv.places import Place
 from lightning_curv.symmetric import eigh
 
 
@@ -57,14 +57,12 @@ class DiagonalResidual(Residual):
     Attributes:
         edges: The input.
         values: The diagonal, of the input's shape.
-        place: Where the input carries the samples; found out when it is asked for.
-        count: The number of samples N.
+        owners: Which sample owns each row of the input; found out when it is asked for.
     """
 
     edges: Sequence[GradientEdge]
     values: Tensor
-    place: Callable[[], Place | None]
-    count: int
+    owners: Callable[[], Owners | None]
 
     @property
     def shapes(self) -> Sequence[torch.Size]:
@@ -77,15 +75,15 @@ class DiagonalResidual(Residual):
         return [self.values * vectors[0]]
 
     def columns(self) -> Iterator[Column]:
-        place = self.place()
-        if place is None:
+        owners = self.owners()
+        if owners is None:
             return
-        values = place.split(self.values, self.count)  # [N, E]
+        values = owners.split(self.values)  # [N, E]
         roots = values.abs().sqrt()
         for entry in _used(values).nonzero().flatten().tolist():
             column = torch.zeros_like(values)
             column[:, entry] = roots[:, entry]
-            yield Column(self.edges, [place.join(column, self.values.shape)], values[:, entry].sign())
+            yield Column(self.edges, [owners.join(column, self.values.shape)], values[:, entry].sign())
 
 
 def _used(values: Tensor) -> Tensor:
@@ -101,14 +99,14 @@ class EigenResidual(Residual):
 
     Attributes:
         edges: The node's data inputs.
-        places: Where they carry the samples.
+        owners: Which sample owns each row of them.
         sizes: Their shapes.
         values: Eigenvalues: ``[N, E, k]`` for an elementwise node of k inputs with E entries, else ``[N, E]``.
         vectors: Eigenvectors: ``[N, E, k (input), k]``, else ``[N, E (entry of all inputs), E]``.
     """
 
     edges: Sequence[GradientEdge]
-    places: Sequence[Place]
+    owners: Sequence[Owners]
     sizes: Sequence[torch.Size]
     values: Tensor
     vectors: Tensor
@@ -116,6 +114,11 @@ class EigenResidual(Residual):
     @property
     def shapes(self) -> Sequence[torch.Size]:
         return self.sizes
+
+    @property
+    def entries(self) -> list[int]:
+        """The number of entries of a sample in every input."""
+        return _entries(self.owners, self.sizes)
 
     @property
     def elementwise(self) -> bool:
@@ -129,15 +132,14 @@ class EigenResidual(Residual):
         return replace(self, values=_positive(self.values, modify))
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        count = len(self.values)
-        parts = [place.split(v, count) for place, v in zip(self.places, vectors, strict=True)]
+        parts = [owners.split(v) for owners, v in zip(self.owners, vectors, strict=True)]
         joint = torch.stack(parts, -1) if self.elementwise else torch.cat(parts, 1)
         image = (self.vectors @ (self.values * (self.vectors.mT @ joint[..., None])[..., 0])[..., None])[..., 0]
         if self.elementwise:
             out = list(image.unbind(-1))
         else:
             out = list(image.split([part.shape[1] for part in parts], dim=1))
-        return [place.join(part, shape) for place, part, shape in zip(self.places, out, self.sizes, strict=True)]
+        return [owners.join(part, shape) for owners, part, shape in zip(self.owners, out, self.sizes, strict=True)]
 
     def columns(self) -> Iterator[Column]:
         scaled = self.vectors * self.values.abs().sqrt().unsqueeze(-2)
@@ -148,8 +150,10 @@ class EigenResidual(Residual):
                 for i, part in enumerate(flat):
                     part[:, entry] = scaled[:, entry, i, k]
             else:
-                flat = list(scaled[:, :, index[0]].split([s.numel() // len(scaled) for s in self.sizes], dim=1))
-            seeds = [place.join(part, shape) for place, part, shape in zip(self.places, flat, self.sizes, strict=True)]
+                flat = list(scaled[:, :, index[0]].split(self.entries, dim=1))
+            seeds = [
+                owners.join(part, shape) for owners, part, shape in zip(self.owners, flat, self.sizes, strict=True)
+            ]
             yield Column(self.edges, seeds, self.values.flatten(1)[:, self._position(index)].sign())
 
 
@@ -237,17 +241,17 @@ class LocalCurvature:
             )
         return [torch.zeros_like(v) if part is None else part for part, v in zip(parts, vectors, strict=True)]
 
-    def eigen(self, places: Sequence[Place], count: int) -> EigenResidual:
+    def eigen(self, owners: Sequence[Owners]) -> EigenResidual:
         """The eigendecomposition of R, per entry where the node is elementwise, else per sample."""
         shapes = [v.shape for v in self.inputs]
-        matrix = self._elementwise(places, count) if len(set(zip(shapes, places, strict=True))) == 1 else None
+        matrix = self._elementwise(owners) if len(set(zip(shapes, owners, strict=True))) == 1 else None
         if matrix is None:
-            matrix = self._dense(places, shapes, count)
+            matrix = self._dense(owners, shapes)
         if matrix.shape[-1] == 1:
-            return EigenResidual(self.edges, places, shapes, matrix[..., 0], torch.ones_like(matrix))
-        return EigenResidual(self.edges, places, shapes, *eigh(matrix))
+            return EigenResidual(self.edges, owners, shapes, matrix[..., 0], torch.ones_like(matrix))
+        return EigenResidual(self.edges, owners, shapes, *eigh(matrix))
 
-    def _elementwise(self, places: Sequence[Place], count: int) -> Tensor | None:
+    def _elementwise(self, owners: Sequence[Owners]) -> Tensor | None:
         """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""
         zero = [torch.zeros_like(v) for v in self.inputs]
         rows = [
@@ -258,16 +262,21 @@ class LocalCurvature:
             expected = torch.stack([row[j] * w for row, w in zip(rows, self.trial, strict=True)]).sum(0)
             if not torch.allclose(expected, image, rtol=1e-4, atol=1e-5 * float(image.abs().max())):
                 return None
-        return torch.stack([torch.stack([places[0].split(part, count) for part in row], -1) for row in rows], -2)
+        return torch.stack([torch.stack([owners[0].split(part) for part in row], -1) for row in rows], -2)
 
-    def _dense(self, places: Sequence[Place], shapes: Sequence[torch.Size], count: int) -> Tensor:
+    def _dense(self, owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> Tensor:
         """R as ``[N, E, E]`` over the entries of all inputs."""
-        sizes = [shape.numel() // count for shape in shapes]
-        unit = self.inputs[0].new_zeros(count, sum(sizes))
+        sizes = _entries(owners, shapes)
+        unit = self.inputs[0].new_zeros(owners[0].count, sum(sizes))
         rows = []
         for e in range(sum(sizes)):
             unit.zero_()[:, e] = 1
-            parts = [p.join(flat, shape) for p, flat, shape in zip(places, unit.split(sizes, 1), shapes, strict=True)]
-            rows.append(torch.cat([p.split(part, count) for p, part in zip(places, self(parts), strict=True)], dim=1))
+            parts = [o.join(flat, shape) for o, flat, shape in zip(owners, unit.split(sizes, 1), shapes, strict=True)]
+            rows.append(torch.cat([o.split(part) for o, part in zip(owners, self(parts), strict=True)], dim=1))
         matrix = torch.stack(rows, 1)
         return (matrix + matrix.mT) / 2
+
+
+def _entries(owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> list[int]:
+    """The number of entries of a sample in tensors of these shapes."""
+    return [o.split(torch.zeros(()).expand(shape)).shape[1] for o, shape in zip(owners, shapes, strict=True)]

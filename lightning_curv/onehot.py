@@ -58,11 +58,17 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
     assert term.x is not None
     sample, index, _ = _touched(term)
     samples, positions = term.x.shape
+    lengths = torch.full((samples,), positions) if term.lengths is None else term.lengths.clamp(min=1)
+    lengths = lengths.to(term.x.device)
     if not reduce:
-        return torch.bincount(index, minlength=term.classes).to(term.g.dtype) / (samples * positions)
+        number = samples * positions if term.lengths is None else max(1, int(term.lengths.sum()))
+        return torch.bincount(index, minlength=term.classes).to(term.g.dtype) / number
     key, counts = (index + term.classes * sample).unique(return_counts=True)
     result = term.g.new_zeros(term.classes)
-    return result.index_add_(0, key % term.classes, (counts / positions).square().to(result.dtype)) / samples
+    return (
+        result.index_add_(0, key % term.classes, (counts / lengths[key // term.classes]).square().to(result.dtype))
+        / samples
+    )
 
 
 def per_sample(term: Term) -> Tensor:

@@ -19,8 +19,8 @@ from lightning_curv.dependence import uses_below
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph import leaves
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.owners import Owners
 from lightning_curv.passes import Passes, apply_rule
-from lightning_curv.places import Place
 from lightning_curv.probing import shape_at
 from lightning_curv.records import Use
 from lightning_curv.terms import Term
@@ -34,16 +34,14 @@ class OnlyUse:
         edge: The op's output in the graph.
         use: The recorded op.
         name: The argument that holds the parameter.
-        place: Where the output carries the samples.
-        count: The number of samples N.
+        owners: Which sample owns each row of the output.
         lowest: Whether no other op with parameters is below.
     """
 
     edge: GradientEdge
     use: Use
     name: str
-    place: Place
-    count: int
+    owners: Owners
     lowest: bool
 
     @cached_property
@@ -99,7 +97,7 @@ class OnlyUse:
     @torch.no_grad()
     def _term(self, g: Tensor) -> Term:
         self.use.check()
-        return apply_rule(self.use, self.place.axis, g)[self.name].grouped(self.count, self.place.minor)
+        return apply_rule(self.use, self.owners, g)[self.name]
 
 
 def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
@@ -113,9 +111,7 @@ def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
                 found[operand.tensor] = node, use, name
     lowest = {node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()}
     return {
-        p: OnlyUse(
-            GradientEdge(node, use.output_nr), use, name, passes.samples.uses[node], passes.samples.count, lowest[node]
-        )
+        p: OnlyUse(GradientEdge(node, use.output_nr), use, name, passes.samples.uses[node], lowest[node])
         for p, (node, use, name) in found.items()
         if counts[p] == 1
     }

@@ -21,7 +21,7 @@ from lightning_curv.graph import leaves, parameters
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Column, Passes, apply_rule
-from lightning_curv.probing import places_at
+from lightning_curv.probing import owners_at
 from lightning_curv.records import Operand, Use
 from lightning_curv.rules.fallback import dense
 from lightning_curv.symmetric import eigh
@@ -60,9 +60,9 @@ class _Op:
 
     def gradient(self, **arguments: Tensor) -> Tensor:
         """K, the per-sample gradient by the operand, as a function of the op's arguments, ``[N, *D]``."""
-        place = self.passes.samples.uses[self.node]
-        term = apply_rule(self.use, place.axis, self.g[None], arguments)[self.name]
-        return Jacobian(self.operand.tensor, [term.grouped(self.count, place.minor)]).per_sample()[0]
+        owners = self.passes.samples.uses[self.node]
+        term = apply_rule(self.use, owners, self.g[None], arguments)[self.name]
+        return Jacobian(self.operand.tensor, [term]).per_sample()[0]
 
     def derivative(self, argument: str, at: Tensor, direction: Tensor) -> Tensor:
         """∂K/∂argument · direction."""
@@ -96,14 +96,14 @@ class _Op:
         if not below.intersection(found):
             return
         for argument, edge in inputs.items():
-            place, x = places_at(self.passes, [edge])[edge], self.use.arguments[argument]
-            if place is None:
+            owners, x = owners_at(self.passes, [edge])[edge], self.use.arguments[argument]
+            if owners is None:
                 continue
-            entries = x.numel() // max(1, self.count)
+            entries = owners.split(x).shape[1]
             for entry in range(entries):
                 unit = x.new_zeros(self.count, entries)
                 unit[:, entry] = 1
-                direction = place.join(unit, x.shape)
+                direction = owners.join(unit, x.shape)
                 reached = self.passes.jacobian(Column([edge], [direction]))
                 for parameter, change in self.pulled(self.derivative(argument, x, direction)[None]):
                     if parameter in reached:

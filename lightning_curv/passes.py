@@ -17,11 +17,14 @@ from lightning_curv.derived import pulled_back
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import Tape, parameters
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.joins import Join, node_of
 from lightning_curv.losses import LOSSES, Likelihood
 from lightning_curv.matmul import fast_products, is_large
 from lightning_curv.own_passes import unheard
-from lightning_curv.records import Use
+from lightning_curv.owners import BatchAxis, Owners, RowOwners
+from lightning_curv.records import LossCall, Use
 from lightning_curv.rules import Call
+from lightning_curv.rules.fallback import dense
 from lightning_curv.samples import Samples
 from lightning_curv.sampling import default_generator
 from lightning_curv.terms import Term
@@ -54,6 +57,7 @@ class Passes:
         seed: The gradient at the root.
         tape: What is recorded below it.
         samples: Where the samples are.
+        output: Where the curvature of the loss enters instead of at known loss functions.
         own_generator: Draws Monte-Carlo targets instead of `default_generator`.
     """
 
@@ -61,6 +65,7 @@ class Passes:
     seed: Tensor
     tape: Tape
     samples: Samples
+    output: LossCall | None = None
     own_generator: torch.Generator | None = None
 
     @cached_property
@@ -153,14 +158,16 @@ class Passes:
                 if not waiting[parameter] and parameter in terms:
                     yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
 
-    def terms(self, node: Node, use: Use, g: Tensor | None) -> Iterator[tuple[Tensor, Term]]:
+    def terms(self, node: Node | Join, use: Use, g: Tensor | None) -> Iterator[tuple[Tensor, Term]]:
         """The terms of one use's parameters, for cotangents ``[V, *output]``; ``None``: the columns do not reach it."""
         if g is None or not use.operands:
             return
-        place = self.samples.uses[node]
-        found = apply_rule(use, place.axis, g)
+        if use.pull is not None:
+            found = {"value": dense(use.pull(g.reshape(g.shape[0], *use.shape)))}
+        else:
+            found = apply_rule(use, self.samples.uses[node], g)
         for name, operand in use.operands.items():
-            term = found[name].grouped(self.samples.count, place.minor)
+            term = found[name]
             if operand.derived:
                 yield from pulled_back(operand.edge, operand.tensor, term)
             else:
@@ -180,13 +187,17 @@ def _stacked(columns: list[list[Tensor | None]], i: int) -> Tensor | None:
 
 def use_edges(tape: Tape) -> list[GradientEdge]:
     """The outputs of all uses, in the order of the tape."""
-    return [GradientEdge(node, use.output_nr) for node, use in tape.uses.items()]
+    return [GradientEdge(node_of(key), use.output_nr) for key, use in tape.uses.items()]
 
 
-def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
+def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
     """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
     g = g.reshape(g.shape[0], *use.shape)
-    g = g.movedim(axis + 1, 1) if axis else g
+    call = Call(use.shape, tuple(use.operands), *_rows(owners))
+    if call.lead > 1:
+        g = g.flatten(1, call.lead)
+    elif call.axis:
+        g = g.movedim(call.axis + 1, 1)
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
     other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
     if True in [tensor.is_complex() for tensor in (g, *operands.values())]:
@@ -195,12 +206,21 @@ def apply_rule(use: Use, axis: int, g: Tensor, inputs: dict[str, Tensor] | None 
             f"{describe(parameters(use)[0])}. Multiply real and imaginary parts (`torch.view_as_real`), or use `HMP`."
         )
     try:
-        return use.rule.function(Call(use.shape, tuple(operands), axis), g, **{**use.arguments, **operands, **other})
+        found = use.rule.function(call, g, **{**use.arguments, **operands, **other})
     except NotImplementedError as error:
         name = describe(parameters(use)[0])
         raise UnsupportedError(
             f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
         ) from error
+    return {name: found[name].grouped(owners) for name in use.operands}
+
+
+def _rows(owners: Owners) -> tuple[int, int]:
+    """The axis of a use's output that carries the rows, and how many leading axes do so together."""
+    if isinstance(owners, RowOwners):
+        return owners.axes[0], len(owners.axes)
+    assert isinstance(owners, BatchAxis)
+    return owners.axis, 1
 
 
 def _multiplications(use: Use) -> int:

@@ -1,71 +1,334 @@
-"""Where the tensors between the recorded ops carry the samples: two passes, once per structure of a graph."""
+"""Probing a graph: weights given to the samples at the top of the loss tell who owns each row below.
+
+Backpropagation is linear. Two passes whose cotangents differ by one weight per sample give, at every row of every
+tensor, cotangents that differ by the weight of the row's owner; where they differ by anything else, samples mix.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_curv.passes import Passes
-from lightning_curv.places import Place, largest_entry, places_of
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.heads import Head
+from lightning_curv.own_passes import unheard
+from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, largest_entry
+from lightning_curv.records import shape_at
 
-_KNOWN: OrderedDict[Hashable, list[Place | None]] = OrderedDict()  # structures seen lately
-_KNOWN_SIZE = 256
+if TYPE_CHECKING:
+    from lightning_curv.passes import Passes
+
+Cotangents = Sequence[Tensor | None]
 
 
-def places_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, Place | None]:
-    """Where the tensors at ``edges`` carry the samples; ``None``: nothing arrives there from the losses.
+@dataclass(frozen=True)
+class Place:
+    """A tensor whose owners are asked for.
+
+    Attributes:
+        edge: Where it is in the graph.
+        shape: Its shape.
+        axes: What comes into question first.
+        rows: The axes that may make up rows in any order, the fewest first.
+    """
+
+    edge: GradientEdge
+    shape: torch.Size
+    axes: Sequence[BatchAxis]
+    rows: Sequence[tuple[int, ...]]
+
+    @classmethod
+    def anywhere(cls, edge: GradientEdge, count: int) -> Place:
+        """Any axis, or any axes together, may carry the samples."""
+        shape = shape_at(edge)
+        axes = range(len(shape))
+        rows = [(axis,) for axis in axes] + [tuple(range(k)) for k in range(2, len(shape) + 1)]
+        return cls(edge, shape, batch_axes(shape, axes, count) or ([] if shape else [BatchAxis(count)]), rows)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the weights say of a place.
+
+    Attributes:
+        owners: Who owns its rows; ``None``: samples mix, or the losses do not depend on it.
+        reached: Whether the losses depend on it, in these numbers.
+        ambiguous: Whether other owners agree with the weights as well.
+    """
+
+    owners: Owners | None
+    reached: bool = True
+    ambiguous: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        """Whether several samples share a row."""
+        return self.owners is None and self.reached
+
+
+class Probe:
+    """Weighted passes from the top of a loss.
+
+    Args:
+        passes: The graph.
+        heads: Where they start, and who owns the rows there.
+        count: N.
+    """
+
+    def __init__(self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int) -> None:
+        self.passes, self.heads, self.count = passes, heads, count
+        self.conclusive = True
+        self._ones = [_generic(head.like) for head, _ in heads]
+
+    def findings(self, places: Sequence[Place]) -> list[Finding]:
+        """What the weights say of every place."""
+        if self.count <= 1:
+            return [Finding(_trivial(place, self.count)) for place in places]
+        edges = [place.edge for place in places]
+        first, second = self._pass(edges, None), self._pass(edges, golden_values(self.count))
+        scale, eps = largest_entry(first), self.passes.tape.eps
+        found = [self._cheap(p, a, b, scale, eps) for p, a, b in zip(places, first, second, strict=True)]
+        unknown = [i for i, finding in enumerate(found) if finding.mixed and places[i].rows]
+        if unknown:
+            rows = self._rows([places[i] for i in unknown], [first[i] for i in unknown], scale, eps)
+            for i, finding in zip(unknown, rows, strict=True):
+                found[i] = finding
+        return found
+
+    def _pass(self, edges: Sequence[GradientEdge], values: Tensor | None) -> Cotangents:
+        """The cotangents at some edges for seeds that are weighted by the samples."""
+        if not edges:
+            return ()
+        seeds = self._ones
+        if values is not None:
+            seeds = [one * owners.weights(one, values) for one, (_, owners) in zip(seeds, self.heads, strict=True)]
+        return self.passes.backward([head.edge for head, _ in self.heads], edges, seeds)
+
+    def _cheap(self, place: Place, first: Tensor | None, second: Tensor | None, scale: float, eps: float) -> Finding:
+        if first is None or second is None:
+            return Finding(_trivial(place, self.count), reached=False)
+        first, second = first.reshape(place.shape), second.reshape(place.shape)
+        if not bool(first.any()) and not bool(second.any()):
+            self.conclusive = False
+            return Finding(_trivial(place, self.count), reached=False)
+        if not bool(first.isfinite().all()):
+            self.conclusive = False
+        agreeing = consistent(first, second, scale, eps, place.axes)
+        if not agreeing:
+            return Finding(None)
+        return Finding(agreeing[0], ambiguous=len(agreeing) > 1)
+
+    def _rows(self, places: Sequence[Place], first: Cotangents, scale: float, eps: float) -> list[Finding]:
+        """Owners of rows in any order, by weights that spell the number of the sample."""
+        own = max((torch.finfo(g.dtype).eps for g in first if g is not None), default=0.0)
+        code = Code.of(self.count, max(eps, own))
+        edges = [place.edge for place in places]
+        passes = [self._pass(edges, values) for values in code.values(self.count)]
+        found = []
+        for i, (place, plain) in enumerate(zip(places, first, strict=True)):
+            assert plain is not None
+            spelled = [cotangents[i] for cotangents in passes]
+            plain = plain.reshape(place.shape)
+            columns = [torch.zeros_like(plain) if g is None else g.reshape(place.shape) for g in spelled]
+            options = (code.read(plain, columns, axes, self.count, scale) for axes in place.rows)
+            found.append(Finding(next((rows for rows in options if rows is not None), None)))
+        return found
+
+
+@dataclass(frozen=True)
+class Code:
+    """Numbers of samples, spelled by one weight per pass.
+
+    Attributes:
+        base: How many weights the rounding of the passes can tell apart.
+        digits: The number of passes; the last one repeats the first digit in other weights, to be sure.
+        eps: The rounding.
+    """
+
+    base: int
+    digits: int
+    eps: float
+
+    @classmethod
+    def of(cls, count: int, eps: float) -> Code:
+        """The code with the fewest passes for N samples."""
+        base = max(2, min(count, int(1 / (400 * eps)), 1024))
+        return cls(base, max(1, math.ceil(math.log(max(2, count), base) - 1e-9)), eps)
+
+    def values(self, count: int) -> list[Tensor]:
+        """The weights of the samples in every pass."""
+        number = torch.arange(count)
+        spelled = [number // self.base**k % self.base for k in range(self.digits)]
+        check = (self.base - 1 - spelled[0] + sum(spelled[1:])) % self.base
+        return [1 + digit / (self.base - 1) for digit in [*spelled, check]]
+
+    def read(
+        self, plain: Tensor, columns: Sequence[Tensor], axes: tuple[int, ...], count: int, scale: float
+    ) -> RowOwners | None:
+        """The owners of the rows; ``None``: a row has several."""
+        rest = RowOwners(count, torch.zeros(0, dtype=torch.long), axes)
+        a = rest.rows(plain).flatten(1) if plain.ndim > len(axes) else rest.rows(plain)[:, None]
+        if not bool(a.isfinite().all()):
+            return None
+        wide = a.double() if a.device.type != "mps" else a.float()
+        norms = wide.square().sum(1)
+        rounding = 8 * max(self.eps, torch.finfo(plain.dtype).eps) * scale
+        owned = wide.abs().amax(1) > rounding if wide.shape[1] else norms > 0
+        digits = []
+        for column in columns:
+            b = rest.rows(column).flatten(1) if column.ndim > len(axes) else rest.rows(column)[:, None]
+            ratio = (wide * b.to(wide.dtype)).sum(1) / norms.clamp(min=torch.finfo(wide.dtype).tiny)
+            level = (ratio - 1) * (self.base - 1)
+            digit = level.round().clamp(0, self.base - 1)
+            exact = 1 + digit / (self.base - 1)
+            error = (b.to(wide.dtype) - exact[:, None] * wide).abs().amax(1) if wide.shape[1] else norms
+            largest = wide.abs().amax(1) if wide.shape[1] else norms
+            allowed = largest * min(self.eps * (1e3 if self.eps < 1e-6 else 32), 0.2 / (self.base - 1)) + rounding
+            if bool(((error > allowed) & owned).any()):
+                return None
+            digits.append(digit.long())
+        number = sum(digit * self.base**k for k, digit in enumerate(digits[:-1]))
+        assert isinstance(number, Tensor)
+        check = (self.base - 1 - digits[0] + sum(digits[1:-1])) % self.base
+        if bool((((number >= count) | (check != digits[-1])) & owned).any()):
+            return None
+        return RowOwners(count, number.masked_fill(~owned, -1), axes)
+
+
+def golden_values(count: int) -> Tensor:
+    """Different weights for all samples, neighbours far apart."""
+    from lightning_curv.owners import golden
+
+    return golden(count)
+
+
+def consistent(
+    first: Tensor, second: Tensor, scale: float, eps: float, choices: Iterable[BatchAxis]
+) -> list[BatchAxis]:
+    """The axes that two cotangents agree with, where the second started as the first times `Owners.weights`.
+
+    Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its sample. Entries that
+    are not finite tell nothing.
+
+    Args:
+        first: Cotangent of any shape.
+        second: The other one.
+        scale: The largest entry of all cotangents of the pass, whose rounding errors may remain where they cancel.
+        eps: The rounding of the coarsest type of number that the pass may have gone through.
+        choices: What comes into question.
+    """
+    own = torch.finfo(first.dtype).eps
+    eps = max(eps, own)
+    unknown = ~(first.isfinite() & second.isfinite())
+    largest = largest_entry([first])
+    tolerance = eps * ((1e3 if eps < 1e-6 else 32) * largest + 8 * scale)
+
+    def deviation(axis: BatchAxis) -> Tensor:
+        return (second - first * axis.weights(first)).masked_fill(unknown, 0)
+
+    norms = {c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= tolerance).all())}
+    # Where the rounding is coarse, more than one may agree, but the right one by far the best.
+    most = 8 * min(norms.values(), default=0.0) + 4 * own * float(first.masked_fill(unknown, 0).norm())
+    return [choice for choice, norm in norms.items() if norm <= most]
+
+
+def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, Owners | None]:
+    """Who owns the rows of the tensors at ``edges``; ``None``: nothing arrives there from the losses.
 
     Raises:
         UnsupportedError: Samples mix.
     """
     if not edges:
         return {}
-    key = _structure(passes, edges)
-    if (known := _KNOWN.get(key)) is not None:
-        return dict(zip(edges, known, strict=True))
-    first, second = _probed(passes, edges)
-    scale, eps, count = largest_entry(first), passes.tape.eps, passes.samples.count
-    found = [
-        None if a is None or b is None else places_of(a, b, scale, eps, count)
-        for a, b in zip(first, second, strict=True)
+    samples = passes.samples
+    heads = [
+        (Head(call.input, call.arguments["input"], call), samples.losses[node])
+        for node, call in passes.tape.losses.items()
     ]
-    places = [None if choices is None else choices[0] for choices in found]
-    conclusive = all(a is None or bool(a.isfinite().all()) for a in first)
-    if conclusive and all(choices is None or len(choices) == 1 for choices in found):
-        _KNOWN[key] = places
-        while len(_KNOWN) > _KNOWN_SIZE:
-            _KNOWN.popitem(last=False)
-    return dict(zip(edges, places, strict=True))
+    places = [Place.anywhere(edge, samples.count) for edge in edges]
+    found: dict[GradientEdge, Owners | None] = {}
+    for place, finding in zip(places, Probe(passes, heads, samples.count).findings(places), strict=True):
+        if finding.mixed:
+            raise UnsupportedError(
+                f"Expected rows of {samples.count} samples in a tensor of shape {tuple(place.shape)}, found rows that "
+                "belong to several of them: an op mixes samples."
+            )
+        found[place.edge] = finding.owners if finding.reached else None
+    return found
 
 
-def shape_at(edge: GradientEdge) -> torch.Size:
-    """The shape of the tensor at an edge."""
-    return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
+def forward_owners(
+    passes: Passes, heads: Sequence[Head], sources: Sequence[tuple[GradientEdge, Owners]], count: int
+) -> list[RowOwners] | None:
+    """Owners of the rows of heads, from those of tensors that the network computes from its inputs.
+
+    The derivative of the heads in a direction that is weighted by the samples is found by differentiating a backward
+    pass by its seeds.
+
+    Args:
+        passes: The graph.
+        heads: Whose rows are asked for.
+        sources: Tensors with known owners.
+        count: N.
+
+    Returns:
+        The owners; ``None``: a row depends on several samples, or the graph cannot be differentiated twice.
+    """
+    with torch.enable_grad(), unheard():
+        seeds = [torch.zeros_like(head.like).contiguous().requires_grad_() for head in heads]
+        edges = [edge for edge, _ in sources]
+        try:
+            pulled = torch.autograd.grad(
+                [head.edge for head in heads], edges, seeds, create_graph=True, allow_unused=True
+            )
+            reached = [(g, owners) for g, (_, owners) in zip(pulled, sources, strict=True) if g is not None]
+            reached = [(g, owners) for g, owners in reached if g.requires_grad]
+            if not reached:
+                return None
+            directions = [_generic(g.detach()) for g, _ in reached]
+
+            def derivative(values: Tensor | None) -> Cotangents:
+                vectors = directions
+                if values is not None:
+                    vectors = [v * o.weights(v, values) for v, (_, o) in zip(directions, reached, strict=True)]
+                return torch.autograd.grad(
+                    [g for g, _ in reached], seeds, vectors, retain_graph=True, allow_unused=True
+                )
+
+            eps = max(passes.tape.eps, torch.finfo(seeds[0].dtype).eps)
+            code = Code.of(count, eps)
+            plain = derivative(None)
+            columns = [derivative(values) for values in code.values(count)]
+        except RuntimeError:
+            return None
+    scale, found = largest_entry(plain), []
+    for i, head in enumerate(heads):
+        if plain[i] is None or not head.like.ndim:
+            return None
+        rows = code.read(plain[i], [column[i] for column in columns], (0,), count, scale)  # type: ignore[misc]
+        if rows is None or bool((rows.index < 0).any()):
+            return None
+        found.append(rows)
+    return found
 
 
-def _structure(passes: Passes, edges: Sequence[GradientEdge]) -> Hashable:
-    tape = passes.tape
-    return (
-        passes.samples.count,
-        tuple(tape.structure),
-        tuple((use.shape, use.dtype, use.couples) for use in tape.uses.values()),
-        tuple(call.arguments["input"].shape for call in tape.losses.values()),
-        tuple((edge.node.name(), edge.output_nr, shape_at(edge)) for edge in edges),
-    )
+def _generic(like: Tensor) -> Tensor:
+    """Numbers that no structure annihilates."""
+    return torch.linspace(1, 2, like.numel(), device=like.device).to(like.dtype).reshape(like.shape)
 
 
-Cotangents = tuple[Tensor | None, ...]
-
-
-def _probed(passes: Passes, edges: Sequence[GradientEdge]) -> tuple[Cotangents, Cotangents]:
-    """Two cotangents per edge, the second with weighted samples: what `places_of` needs."""
-    calls = [(call.input, call.arguments["input"], passes.samples.losses[n]) for n, call in passes.tape.losses.items()]
-    ones = [torch.linspace(1, 2, v.numel(), device=v.device).to(v.dtype).reshape(v.shape) for _, v, _ in calls]
-    count = passes.samples.count
-    numbered = [one * place.weights(one, count) for one, (_, _, place) in zip(ones, calls, strict=True)]
-    starts = [edge for edge, _, _ in calls]
-    return passes.backward(starts, edges, ones), passes.backward(starts, edges, numbered)
+def _trivial(place: Place, count: int) -> Owners:
+    """Owners of a place of which the weights say nothing, or where there is one sample."""
+    if place.axes:
+        return place.axes[0]
+    if count <= 1:
+        return BatchAxis(count, 0)
+    rows = math.prod(place.shape[axis] for axis in (place.rows[0] if place.rows else ()))
+    axes = place.rows[0] if place.rows else ()
+    return RowOwners(count, torch.full((rows,), -1), axes) if axes else BatchAxis(count)

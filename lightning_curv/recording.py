@@ -22,12 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
+from lightning_curv.provenance import note, united
 from lightning_curv.records import (
+    CONSTANT,
     PURE,
     TENTATIVE,
     LossCall,
     Operand,
     Use,
+    all_roots,
     combined,
     edge_of,
     is_copy,
@@ -41,6 +44,9 @@ from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
 from lightning_curv.weight_norm import weight_norm
 
+RANDOM = frozenset(
+    ["bernoulli", "exponential", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm", "uniform"]
+)
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 _local = threading.local()
@@ -96,12 +102,18 @@ class record(TorchFunctionMode):
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
-            found = out.grad_fn is not None if isinstance(out, Tensor) else isinstance(out, (tuple, list, dict))
-            if found and _recording():
+            if isinstance(out, Tensor) and out.grad_fn is None:
+                _note_roots(func, args, kwargs, out)
+            elif isinstance(out, (Tensor, tuple, list, dict)) and _recording():
                 _record_unknown(func, args, kwargs, out)
+            elif func is Tensor.__setitem__ and not args[0].requires_grad:
+                _note_roots(func, args, kwargs, args[0])
             return out
         if not _recording() or not (rule.slots or _has_origin([*args, *kwargs.values()])):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if isinstance(out, Tensor) and out.grad_fn is None:
+                _note_roots(func, args, kwargs, out)
+            return out
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
         if rule.outputs and any(map(rule.holds, call.origins)):
@@ -137,6 +149,12 @@ class record(TorchFunctionMode):
 
 def _recording() -> bool:
     return torch.is_grad_enabled() and not disabled()
+
+
+def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Tensor) -> None:
+    """Note what a tensor without gradient was computed from; random numbers come from outside."""
+    if not out.requires_grad and not disabled() and getattr(func, "__name__", "").strip("_") not in RANDOM:
+        note(out, united(map(all_roots, _tensors([*args, *kwargs.values()]))))
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -179,12 +197,14 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         mark_at(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
         return out
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    roots = united(all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad)
     for i, name in enumerate(differentiable):
         out = out.view_as(out) if i else out
         mark, part = mark_at(out.grad_fn), PARTS[func, name]
         own = {**detached, name: detached["input"], "input": detached[name]}
         if mark.loss is None:
-            mark.loss = LossCall(part, own, edge_of(arguments[name]), out.shape, out.output_nr, i > 0)
+            edge = edge_of(arguments[name])
+            mark.loss = LossCall(part, own, edge, out.shape, out.output_nr, roots, i > 0)
             out.grad_fn.register_hook(mark.loss.release)
     return out
 
@@ -201,11 +221,13 @@ def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     outputs = [tensor for tensor in _tensors([out]) if tensor.grad_fn is not None]
     if any(o is t for o in outputs for t in tensors):
         return
-    origin = combined(origins, len(tensors))
+    origin, roots = combined(origins, tensors)
     copies = all(map(is_copy, differentiable))
     for out in outputs:
         mark = mark_at(out.grad_fn)
-        mark.origin, mark.copies = mark.origin or origin, copies
+        if mark.origin is None:
+            mark.origin, mark.roots = origin, roots
+        mark.copies = copies
     if PURE in origins and len(outputs) == 1 and not copies:
         _Call(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
 
@@ -232,6 +254,8 @@ class _Call:
 
     def store(self, out: Tensor) -> None:
         """Leave the call at the node of its output."""
+        if out._is_view() and self.rule.inplace(self.func):
+            return  # its gradient goes to the tensor that it is a view of, around the node
         operands = self._operands(out)
         self._mark_origin(operands, out)
         owner = _owner(out) if self.rule.slots else out
@@ -251,6 +275,7 @@ class _Call:
                 versions[name] = value._version
             else:
                 arguments[name] = None
+        roots = {k: all_roots(t) for k, t in self.tensors.items() if k in operands or not t.requires_grad}
         mark.use = Use(
             function=self.func,
             rule=self.rule,
@@ -262,24 +287,25 @@ class _Call:
             output_nr=owner.output_nr,
             versions=versions,
             couples=couples,
+            roots=roots,
         )
         node.register_hook(mark.use.release)
 
     def _mark_origin(self, operands: list[str], out: Tensor) -> None:
         node = cast("Node", out.grad_fn)
-        origin = combined([*self.origins.values()], len(self.tensors))
+        origin, roots = combined([*self.origins.values()], [*self.tensors.values()])
         if self.rule.expands and operands and repeated(self.tensors[operands[0]], out):
             origin = None  # a copy per sample: from here on it is data
         if origin is not None or self.rule.expands or marks(node) is not None:
             mark = mark_at(node)
-            mark.origin, mark.copies = origin, self.rule.expands
+            mark.origin, mark.roots, mark.copies = origin, roots, self.rule.expands
 
     def _operands(self, out: Tensor) -> list[str]:
         """The arguments that are parameters of this call; the others are data."""
         if self.rule.slots:
             return [k for k in self.nodes if self.rule.holds(k)]
         pure = [k for k, origin in self.origins.items() if origin == PURE]
-        tentative = (k for k, origin in self.origins.items() if origin == TENTATIVE)
+        tentative = (k for k, origin in self.origins.items() if origin in (CONSTANT, TENTATIVE))
         return pure or [k for k in tentative if self.rule.accepts(k, self.tensors[k], out)]
 
     def _operand(self, name: str, value: Tensor) -> Operand:

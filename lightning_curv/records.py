@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.own_passes import own_pass
+from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
+from lightning_curv.provenance import DATA, Root, Roots, roots_of, united
 from lightning_curv.rules import Rule
 
 KEY = "lightning_curv"
-PURE, TENTATIVE = "pure", "tentative"  # computed from parameters alone / from parameters and tensors without gradient
+# computed from parameters alone / and from constants / and from tensors without gradient that came from outside
+PURE, CONSTANT, TENTATIVE = "pure", "constant", "tentative"
 
 
 @dataclass(slots=True)
@@ -49,6 +52,8 @@ class Use:
     output_nr: int = 0
     versions: dict[str, int] = field(default_factory=dict)
     couples: bool = False  # a sample's output depends on other samples
+    roots: dict[str, Roots] = field(default_factory=dict)  # of the arguments without gradient, and of operands
+    pull: Callable[[Tensor], Tensor] | None = None  # instead of a rule: cotangents to J of the only operand
 
     @property
     def name(self) -> str:
@@ -81,6 +86,7 @@ class LossCall:
     input: GradientEdge
     shape: torch.Size  # of the output
     output_nr: int = 0
+    roots: Roots = CONSTANT_ROOTS  # of the arguments without gradient
     beside: bool = False  # the node below is the same call once more, for its other input
 
     @property
@@ -120,7 +126,8 @@ class Marks:
     loss: LossCall | None = None
     refusal: str | None = None  # why a call of a known loss function is no `LossCall`
     outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
-    origin: str | None = None  # PURE or TENTATIVE: the node's value was computed from parameters
+    origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
+    roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
     copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
 
 
@@ -134,6 +141,11 @@ def edge_of(tensor: Tensor) -> GradientEdge:
     if tensor.grad_fn is None:
         return torch.autograd.graph.get_gradient_edge(tensor)
     return GradientEdge(tensor.grad_fn, tensor.output_nr)
+
+
+def shape_at(edge: GradientEdge) -> torch.Size:
+    """The shape of the tensor at an edge."""
+    return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
 
 
 @dataclass(frozen=True)
@@ -177,15 +189,30 @@ def mark_at(node: Node) -> Marks:
 
 
 def origin_of(tensor: Tensor) -> str | None:
-    """What a tensor that requires gradients was computed from: `PURE`, `TENTATIVE` or, with data, ``None``."""
+    """What a tensor that requires gradients was computed from: an origin or, with data, ``None``."""
     if tensor.grad_fn is None:
         return PURE if isinstance(tensor, nn.Parameter) else None
     found = marks(tensor.grad_fn)
     return found.origin if found else None
 
 
-def combined(origins: list[str | None], tensors: int) -> str | None:
-    """What a value computed from so many tensors comes from; ``origins``: of those that require gradients."""
+def all_roots(tensor: Tensor) -> Roots:
+    """What a tensor was computed from besides parameters; of one that depends on data only that it does."""
+    if not tensor.requires_grad:
+        return roots_of(tensor)
+    if tensor.grad_fn is None:
+        return Roots() if isinstance(tensor, nn.Parameter) else Roots((Root.of(tensor),))
+    found = marks(tensor.grad_fn)
+    return found.roots if found is not None and found.origin is not None else DATA
+
+
+def combined(origins: Sequence[str | None], tensors: Sequence[Tensor]) -> tuple[str | None, Roots]:
+    """What a value comes from that was computed from some tensors; ``origins``: of those that require gradients."""
     if not origins or None in origins:
-        return None
-    return PURE if len(origins) == tensors and TENTATIVE not in origins else TENTATIVE
+        return None, DATA
+    roots = united(all_roots(tensor) for tensor in tensors)
+    if roots.data:
+        return None, DATA
+    if roots.tensors:
+        return TENTATIVE, roots
+    return (PURE if len(origins) == len(tensors) and {*origins} == {PURE} else CONSTANT), roots

@@ -21,9 +21,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.dependence import Dependence
 from lightning_curv.local_curvature import DiagonalResidual, LocalCurvature, Residual
+from lightning_curv.owners import Owners
 from lightning_curv.passes import Passes
-from lightning_curv.places import Place
-from lightning_curv.probing import places_at
+from lightning_curv.probing import owners_at
 
 # nodes whose output is (piecewise) linear in all data inputs together: never differentiated
 _LINEAR = """
@@ -52,7 +52,7 @@ def residuals(passes: Passes) -> Iterator[Residual]:
     Raises:
         UnsupportedError: A node cannot be differentiated twice, or mixes samples.
     """
-    nodes, count = _candidates(passes), passes.samples.count
+    nodes = _candidates(passes)
     if not nodes:
         return
     outputs = {node: [GradientEdge(node, i) for i in range(len(node._input_metadata))] for node in nodes}
@@ -60,11 +60,11 @@ def residuals(passes: Passes) -> Iterator[Residual]:
     gradients = dict(zip(every, passes.gradients(every), strict=True))
 
     @cache
-    def places() -> dict[GradientEdge, Place | None]:
-        return places_at(passes, [edge for edges in nodes.values() for edge in edges])
+    def owners() -> dict[GradientEdge, Owners | None]:
+        return owners_at(passes, [edge for edges in nodes.values() for edge in edges])
 
-    def place(edge: GradientEdge) -> Place | None:
-        return places()[edge]
+    def owner(edge: GradientEdge) -> Owners | None:
+        return owners()[edge]
 
     for node, edges in nodes.items():
         reached = [(edge, g) for edge in outputs[node] if (g := gradients[edge]) is not None]
@@ -74,11 +74,11 @@ def residuals(passes: Passes) -> Iterator[Residual]:
         if _name(node) in ELEMENTWISE and len(edges) == 1:
             values = curvature.diagonal()
             if bool(values.any()):
-                yield DiagonalResidual(edges, values, partial(place, edges[0]), count)
+                yield DiagonalResidual(edges, values, partial(owner, edges[0]))
         else:
-            found = [at for edge in edges if (at := place(edge)) is not None]
+            found = [at for edge in edges if (at := owner(edge)) is not None]
             if len(found) == len(edges) and not curvature.linear:
-                yield curvature.eigen(found, count)
+                yield curvature.eigen(found)
 
 
 def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:

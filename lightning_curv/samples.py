@@ -1,180 +1,555 @@
-r"""The samples: their number N, and the axis of every recorded op's output that carries them.
+r"""The samples: their number N, and the sample that owns each row of every recorded op's output and of every loss call.
 
-The axis is read off the shapes where they leave one choice. Where they leave several (sequence-first tensors, rows
-``[N·T, ...]`` flattened from sequences, equal sizes) the graph itself decides: columns whose samples are weighted
-differently, backpropagated from the loss, must keep these weights at every op. The same pass shows that samples do not
-influence each other. It is made once per structure of a graph; nothing is guessed.
+N comes from the user's batch: ``batch_size``, else the leading axis of what the network reads first. The graph
+verifies it, it never chooses: columns whose samples are weighted differently are backpropagated from the top of the
+loss, and the weight that arrives at a row is that of its owner. A row where weights mix belongs to several samples:
+either they influence each other, which is refused, or the row depends on no sample (a table of positions), and its
+parameters get their gradients where the row meets the samples (`joins`).
+
+What was verified is remembered only where it cannot depend on values: see `_Memory`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
+from lightning_curv.coupling import Undecided, separable
 from lightning_curv.errors import UnsupportedError, describe
-from lightning_curv.graph import Tape, leaves
-from lightning_curv.places import Place, consistent, largest_entry, places
-from lightning_curv.records import LossCall, Use
+from lightning_curv.graph import Tape, leaf_of, nodes_below
+from lightning_curv.heads import Head, find_heads, frontier
+from lightning_curv.joins import Join, node_of
+from lightning_curv.meeting import Mixed, find_joins
+from lightning_curv.owners import BatchAxis, Owners, batch_axes
+from lightning_curv.probing import Finding, Place, Probe, forward_owners
+from lightning_curv.provenance import Root, Roots, pointer_of
+from lightning_curv.records import Operand, Use, edge_of
 from lightning_curv.rules import Call
+from lightning_curv.rules.fallback import FallbackWarning
 
-Probe = Callable[[Node, Tensor], Sequence[Tensor | None]]  # backpropagate a column from a loss call to all uses
-Choices = Mapping[Node, Sequence[Place]]
+if TYPE_CHECKING:
+    from lightning_curv.passes import Passes
 
-_VERIFIED: OrderedDict[Hashable, tuple[int, list[Place], list[Place]]] = OrderedDict()  # structures seen lately
-_VERIFIED_SIZE = 256
+MOST_CANDIDATES = 6  # numbers of samples that are tried where the default is none
 
 
 @dataclass(frozen=True)
 class Samples:
-    """N and the place of the samples in the output of every use and in the input of every loss call.
-
-    Attributes:
-        conclusive: Whether what was found holds for all graphs of this structure; not so if entries were not finite.
-    """
+    """N and the owners of the rows of the output of every use and of the input of every loss call."""
 
     count: int
-    uses: Mapping[Node, Place]
-    losses: Mapping[Node, Place]
-    conclusive: bool = True
+    uses: Mapping[Node | Join, Owners]
+    losses: Mapping[Node, Owners]
 
 
-def find_samples(
-    tape: Tape, probe: Probe, batch_size: int | None = None, independent: bool = True, check: bool = False
-) -> Samples:
-    """Find N and the places.
+@dataclass(frozen=True)
+class Batch:
+    """What the caller knows of the batch.
+
+    Attributes:
+        size: N, which the graph must agree with.
+        expected: N, unless the graph disagrees.
+        tensors: The tensors of the batch; ``None``: unknown.
+    """
+
+    size: int | None = None
+    expected: int | None = None
+    tensors: Sequence[Tensor] | None = None
+
+    def holds(self, roots: Roots, count: int, read: int) -> bool:
+        """Whether something computed from these roots depends on the samples.
+
+        Where the tensors of the batch are not known, a tensor belongs to it if its leading axis has as many entries as
+        what the network reads first, or a multiple of N, and no module holds it.
+        """
+        if self.tensors is not None:
+            known = {pointer_of(tensor) for tensor in self.tensors}
+            found = any(root.pointer in known for root in roots.tensors)
+        else:
+            leading = [root for root in roots.tensors if root.ndim and len(root) > 1]
+            alike = [root for root in leading if len(root) == read or len(root) % max(1, count) == 0]
+            found = any(not _held(root) for root in alike)
+        return roots.data or found
+
+
+def whole_batch(tape: Tape) -> Samples:
+    """The whole batch as one sample: for quantities that need none."""
+    axes = {node: _axes(use) for node, use in tape.uses.items()}
+    uses = {node: BatchAxis(1, axes[node][0] if axes[node] else 0) for node in tape.uses}
+    return Samples(1, uses, {node: BatchAxis(1) for node in tape.losses})
+
+
+def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: bool = False) -> Samples:
+    """Find N and the owners, and put the joins among the uses of the tape.
 
     Args:
-        tape: The recorded graph.
-        probe: Backpropagates a column from the input of a loss call to the uses, in their order on the tape.
-        batch_size: N, where the caller knows it.
+        passes: The recorded graph.
+        batch: What is known of the batch.
         independent: Whether samples must not influence each other.
         check: Verify this very graph, even if one of its structure was verified before.
 
     Raises:
-        UnsupportedError: No choice is consistent with the graph, or a choice cannot be verified.
+        UnsupportedError: N does not agree with the graph, or samples influence each other.
     """
-    uses = {node: use for node, use in tape.uses.items() if use.operands}
-    axes = {node: _axes(use) for node, use in uses.items()}
-    key = (
-        batch_size,
-        tuple(tape.structure),
-        tuple((use.shape, use.dtype) for use in uses.values()),
-        tuple(map(_rows, tape.losses.values())),
-    )
-    if not check and (known := _VERIFIED.get(key)) is not None:
-        return Samples(known[0], dict(zip(uses, known[1], strict=True)), dict(zip(tape.losses, known[2], strict=True)))
-    sizes = [use.shape[axes[node][0]] for node, use in uses.items()] + [_rows(call) for call in tape.losses.values()]
-    found, verified = None, False
-    for count in _candidates(tape, sizes, batch_size):
-        choices = {node: places(use.shape, axes[node], count) for node, use in uses.items()}
-        heads = {node: places((_rows(call),), [0], count) for node, call in tape.losses.items()}
-        if all(choices.values()) and all(heads.values()):
-            sure = len({*sizes}) == 1 or batch_size is not None
-            sure = sure and all(len(c) == 1 for c in [*choices.values(), *heads.values()])
-            if count == 1 or not tape.losses or (sure and not independent):
-                found = _first(count, choices, heads) if found is None else _ambiguous(uses, sizes, batch_size)
-                if tape.losses:
-                    break
-            elif (found := _verified(tape, uses, choices, heads, count, probe)) is not None:
-                verified = True
-                break
-    if found is None:
-        raise UnsupportedError(_message(uses, sizes, batch_size, bool(tape.losses)))
-    if (independent or verified) and found.conclusive:
-        _VERIFIED[key] = found.count, list(found.uses.values()), list(found.losses.values())
-        while len(_VERIFIED) > _VERIFIED_SIZE:
-            _VERIFIED.popitem(last=False)
+    tape = passes.tape
+    counts = _candidates(tape, batch)
+    _demote(passes, batch, counts[0])
+    key = (batch.size, batch.expected, independent, *_structure(tape), tuple(counts))
+    if not check and (known := MEMORY.recall(key, tape)) is not None:
+        return known
+    finder = _Finder(passes, batch, independent)
+    found = finder.found(counts)
+    if not tape.routes and finder.conclusive:
+        MEMORY.keep(key, tape, found)
     return found
 
 
-def _candidates(tape: Tape, sizes: Sequence[int], batch_size: int | None) -> list[int]:
-    """Possible numbers of samples; 1 and 0 agree with every graph, so only where a loss call has it, or all have."""
-    if batch_size is not None:
-        return [batch_size]
-    rows = [_rows(call) for call in tape.losses.values()]
-    return sorted({size for size in sizes if size > 1 or size in rows} or {max(sizes, default=1)})
+def _structure(tape: Tape) -> tuple[Hashable, ...]:
+    return (
+        tuple(tape.structure),
+        tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in tape.uses.values()),
+        tuple(call.arguments["input"].shape for call in tape.losses.values()),
+    )
 
 
-def _first(count: int, choices: Choices, heads: Choices) -> Samples:
-    return Samples(count, {n: c[0] for n, c in choices.items()}, {n: c[0] for n, c in heads.items()})
+@dataclass
+class _Memory:
+    """Structures of graphs that were verified, and for how long that is believed.
+
+    A structure is remembered only if none of its ops moves rows by values (`Tape.routes`) and every op was reached by
+    the weights. Weights can still open a gate that was closed, so it is verified again at its 10th, 100th, ... use.
+    """
+
+    size: int = 256
+    entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
+
+    def recall(self, key: Hashable, tape: Tape) -> Samples | None:
+        """The samples of a graph of this structure; ``None``: unknown, or due to be verified."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        entry.seen += 1
+        if entry.seen >= entry.due:
+            entry.due *= 10
+            return None
+        uses = dict(zip([node for node, use in tape.uses.items() if use.operands], entry.uses, strict=True))
+        return Samples(entry.count, uses, dict(zip(tape.losses, entry.losses, strict=True)))
+
+    def keep(self, key: Hashable, tape: Tape, samples: Samples) -> None:
+        """Remember what was found, unless there are joins, which are found anew."""
+        if any(isinstance(node, Join) for node in tape.uses):
+            return
+        before = self.entries.pop(key, None)
+        entry = before or _Entry(samples.count, list(samples.uses.values()), list(samples.losses.values()))
+        self.entries[key] = entry
+        while len(self.entries) > self.size:
+            self.entries.popitem(last=False)
 
 
-def _ambiguous(uses: Mapping[Node, Use], sizes: Sequence[int], batch_size: int | None) -> Samples:
-    raise UnsupportedError(_message(uses, sizes, batch_size, known_loss=False))
+@dataclass
+class _Entry:
+    count: int
+    uses: list[Owners]
+    losses: list[Owners]
+    seen: int = 1
+    due: int = 10
+
+
+MEMORY = _Memory()
+
+
+def _candidates(tape: Tape, batch: Batch) -> list[int]:
+    """Possible numbers of samples: first the default, the leading axis of what the network reads first.
+
+    One sample agrees with every graph, so it comes last unless the caller says so.
+    """
+    if batch.size is not None:
+        return [batch.size]
+    read = _read(tape)
+    targets = [len(root) for call in tape.losses.values() for root in call.roots.tensors if root.ndim]
+    heads = [int(call.arguments["input"].shape[0]) for call in tape.losses.values() if call.arguments["input"].ndim]
+    outputs = [use.shape[axes[0]] for use in tape.uses.values() if use.operands and (axes := _axes(use))]
+    if read and all(size <= 1 for size in [*read, *targets]) and batch.expected is None:
+        return [read[0]]
+    sizes = [*read, *targets, *heads, *outputs]
+    ordered = list(dict.fromkeys(size for size in sizes if size > 1))[: 1 + MOST_CANDIDATES]
+    if not ordered or 1 in sizes:
+        ordered += [next((size for size in sizes if size <= 1), 1)]
+    if batch.expected is not None:
+        return list(dict.fromkeys([batch.expected, *ordered]))
+    return ordered
+
+
+def _read(tape: Tape) -> list[int]:
+    """The leading sizes of what the network reads from outside, in the order in which it is read.
+
+    Tables of constants are read as well. Where sizes differ, those that the targets of the loss have too come first,
+    and without such targets tensors that modules hold are left out.
+    """
+    reading = [(node_of(node)._sequence_nr(), use) for node, use in tape.uses.items()]
+    roots: list[Root] = []
+    for _, use in sorted(reading, key=lambda pair: pair[0]):
+        for name, found in use.roots.items():
+            if name not in use.operands:
+                roots += [root for root in found.tensors if root.ndim]
+    targets = {len(root) for call in tape.losses.values() for root in call.roots.tensors if root.ndim}
+    if len({len(root) for root in roots if len(root) > 1} | targets) > 1:
+        if any(len(root) in targets for root in roots if len(root) > 1):
+            roots.sort(key=lambda root: len(root) not in targets or len(root) <= 1)
+        else:
+            roots = [root for root in roots if not _held(root)] or ([] if targets else roots)
+    return [len(root) for root in roots]
+
+
+def _demote(passes: Passes, batch: Batch, count: int) -> None:
+    """Operands that were computed from the batch are data."""
+    tape = passes.tape
+
+    def is_data(use: Use, roots: Roots, operand: Operand) -> bool:
+        if not use.shape and use.inputs:
+            return True  # a sum of losses
+        return not roots.constant and batch.holds(roots, count, count)
+
+    while steps := tape.demote(is_data):
+        tape.follow(steps, passes.output)
+
+
+def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int) -> None:
+    names = sorted({describe(parameter) for parameter, _ in slow})
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    ops = ", ".join(sorted({op for _, op in slow})[:3])
+    warnings.warn(
+        f"Parameters {some} are used by ops without a rule for this use of them ({ops}): their quantities are exact "
+        f"but slow, every column takes a pass through such an op for each of the {count} samples. A rule for the op "
+        "(`@lightning_curv.rule`) is the fast path.",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
+def _held(root: Root) -> bool:
+    """Whether a module holds a tensor, as a buffer or any other attribute. Slow: asked for in doubt only."""
+    import gc
+
+    for module in gc.get_objects():
+        if issubclass(type(module), torch.nn.Module) and "_buffers" in module.__dict__:
+            for value in (*module._buffers.values(), *module.__dict__.values()):
+                if isinstance(value, Tensor) and pointer_of(value) == root.pointer:
+                    return True
+    return False
 
 
 def _axes(use: Use) -> list[int]:
-    axes = list(use.rule.axes(Call(use.shape, tuple(use.operands)), use.arguments))
-    if not axes:
-        parameter = describe(leaves(next(iter(use.operands.values())).edge)[0])
-        raise UnsupportedError(
-            f"`{use.name}` uses parameter {parameter}, but no axis of its output of shape {tuple(use.shape)} can "
-            "carry samples: it is an unbatched call or lies outside of the network (a weight penalty in the loss?). "
-            "Add the batch axis; leave penalties to the optimizer (`weight_decay`)."
-        )
-    return axes
+    """The axes of the output of a use that may carry the samples, as its rule says."""
+    if use.pull is not None or not use.shape:
+        return []
+    try:
+        return list(use.rule.axes(Call(use.shape, tuple(use.operands)), use.arguments))
+    except UnsupportedError:  # no rule for these arguments
+        return []
 
 
-def _rows(call: LossCall) -> int:
-    shape = call.arguments["input"].shape
-    return int(shape[0]) if shape else 1
+@dataclass(frozen=True)
+class _Found:
+    """Samples, and the joins that they need."""
+
+    samples: Samples
+    joins: Mapping[Join, Owners]
+    dropped: Sequence[Node]
 
 
-def _verified(
-    tape: Tape, uses: Mapping[Node, Use], choices: Choices, heads: Choices, count: int, probe: Probe
-) -> Samples | None:
-    """The first combination of places that the graph's own dependencies agree with."""
-    possible: Choices = choices
-    chosen: dict[Node, Place] = {}
-    conclusive = True
-    for node, call in tape.losses.items():
-        like = call.arguments["input"]
-        column = torch.linspace(1, 2, like.numel(), device=like.device).to(like.dtype).reshape(like.shape)
-        plain = probe(node, column)
-        conclusive = conclusive and all(g is None or bool(g.isfinite().all()) for g in plain)
-        for head in heads[node]:
-            weighted = probe(node, column * head.weights(like, count))
-            left = _agreeing(tape, uses, possible, plain, weighted, count)
-            if all(left.values()):
-                possible, chosen[node] = left, head
+class _Finder:
+    """One search for the samples of a graph."""
+
+    def __init__(self, passes: Passes, batch: Batch, independent: bool) -> None:
+        self.passes, self.tape, self.batch, self.independent = passes, passes.tape, batch, independent
+        self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
+        self.axes = {node: _axes(use) for node, use in self.uses.items()}
+        self.heads = find_heads(self.tape, passes.loss)
+        self.read = next((size for size in _read(self.tape) if size > 1), 1)
+        self.reason = ""
+        self.conclusive = True
+
+    def found(self, counts: Sequence[int]) -> Samples:
+        """The samples for the first number that the graph agrees with.
+
+        Raises:
+            UnsupportedError: There is none, or more than one besides the default.
+        """
+        default, *others = counts
+        self._refuse_penalties()
+        if (found := self._attempt(default)) is not None:
+            return self._settled(found)
+        reason = self.reason
+        agreeing = [found for count in others if count > 1 and (found := self._attempt(count)) is not None]
+        if not agreeing and 1 in others:
+            agreeing = [found for found in [self._attempt(1)] if found is not None]
+        if len(agreeing) == 1:
+            return self._settled(agreeing[0])
+        if agreeing:
+            sizes = " and ".join(str(found.samples.count) for found in agreeing)
+            raise UnsupportedError(
+                f"Expected one number of samples that the graph agrees with, found {sizes} (the network reads "
+                f"{default} rows first, which it does not agree with). Pass `batch_size=`."
+            )
+        if not self.independent and (samples := self._assumed(default)) is not None:
+            return samples
+        raise UnsupportedError(self._message(default, reason))
+
+    def _refuse_penalties(self) -> None:
+        """Raise if a summand of the loss depends on parameters alone.
+
+        Raises:
+            UnsupportedError: There is one.
+        """
+        for head in self.heads:
+            keys = {node_of(key): key for key in self.tape.uses}
+            below = list(nodes_below(head.edge.node))
+            uses = [self.tape.uses[keys[node]] for node in below if node in keys]
+            found = [leaf for node in below if (leaf := leaf_of(node)) is not None]
+            data = any(not isinstance(leaf, torch.nn.Parameter) for leaf in found)
+            if not data and all(not use.inputs and {*use.roots} <= {*use.operands} for use in uses):
+                unseen = uses or not self.tape.stray
+                if found and (unseen or head.edge.node in {edge_of(p).node for p in found}):
+                    raise UnsupportedError(
+                        "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on "
+                        f"no sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
+                        "(`weight_decay`)."
+                    )
+
+    def _settled(self, found: _Found) -> Samples:
+        """The samples, with the joins among the uses of the tape."""
+        device, dtype = self.passes.loss.device, self.passes.loss.dtype
+        for node in found.dropped:
+            del self.tape.uses[node]
+        for join, owners in found.joins.items():
+            self.tape.uses[join] = join.use(owners, dtype, device)
+        self.tape.stray.clear()
+        self.tape.__dict__.pop("parameters", None)
+        return found.samples
+
+    def _attempt(self, count: int) -> _Found | None:
+        """The samples if there are N of them; ``None``: the graph does not agree."""
+        self.reason = ""
+        for strict in (True, False):
+            for heads in self._assignments(count, strict):
+                try:
+                    return self._verified(heads, count, strict)
+                except Mixed as mixed:
+                    self.reason = self.reason or str(mixed)
+            if count <= 1 or not any(self._anchored(node, use, count) for node, use in self.uses.items()):
                 break
-        else:
+        return None
+
+    def _assignments(self, count: int, strict: bool) -> Iterator[list[tuple[Head, Owners]]]:
+        """Who may own the rows of the heads, the likeliest first."""
+        if count <= 1:
+            yield [(head, BatchAxis(count)) for head in self.heads]
+            return
+        options = [(head, batch_axes(head.like.shape, head.axes, count)) for head in self.heads]
+        if all(found for _, found in options):
+            for i in range(max((len(found) for _, found in options), default=0)):
+                yield [(head, found[min(i, len(found) - 1)]) for head, found in options]
+        if strict:
+            yield from self._from_inputs(count)
+        yield from self._from_outputs(count)
+
+    def _from_inputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
+        """Rows of the heads in any order, as the network's inputs tell."""
+        sources = [
+            (GradientEdge(node_of(node), use.output_nr), BatchAxis(count))
+            for node, use in self.uses.items()
+            if self._anchored(node, use, count)
+        ]
+        heads = [head for head in self.heads if head.like.ndim]
+        if not sources or len(heads) < len(self.heads):
+            return
+        found = forward_owners(self.passes, heads, sources, count)
+        if found is not None:
+            yield list(zip(heads, found, strict=True))
+
+    def _from_outputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
+        """The network's outputs instead of the heads, for losses that are no sum of anything with N rows."""
+        kept = [head for head in self.heads if head.call is not None]
+        unknown = [head for head in self.heads if head.call is None]
+        if not unknown:
+            return
+        below = [head for head in frontier(self.tape, unknown, self.passes.loss) if head.like.ndim]
+        options = [batch_axes(head.like.shape, self._axes_of(head), count) for head in below]
+        calls = [batch_axes(head.like.shape, head.axes, count) for head in kept]
+        if not below or not all(options) or not all(calls):
+            return
+        for i in range(max(map(len, options))):
+            outputs = [(head, found[min(i, len(found) - 1)]) for head, found in zip(below, options, strict=True)]
+            try:
+                apart = separable(self.passes, unknown, outputs)
+            except Undecided as error:
+                self.reason = f"in the loss, which cannot be looked into: {error}"
+                return
+            if apart:
+                yield [*((head, found[0]) for head, found in zip(kept, calls, strict=True)), *outputs]
+            else:
+                self.reason = "in the loss, above the outputs of the network"
+
+    def _axes_of(self, output: Head) -> list[int]:
+        return self.axes.get(output.edge.node) or list(range(output.like.ndim))
+
+    def _anchored(self, node: Node | Join, use: Use, count: int) -> bool:
+        """Whether a use reads a tensor of N rows from outside as it is: its output then has them on its first axis."""
+        if not use.shape or use.shape[0] != count or 0 not in self.axes[node]:
+            return False
+        for name, roots in use.roots.items():
+            value = use.arguments.get(name)
+            if name in use.operands or not isinstance(value, Tensor) or len(roots.tensors) != 1 or roots.data:
+                continue
+            (root,) = roots.tensors
+            if value.ndim and root == Root.of(value) and len(root) == count:
+                return True
+        return False
+
+    def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool) -> _Found:
+        """The owners everywhere.
+
+        Raises:
+            Mixed: The graph does not agree.
+        """
+        probe = Probe(self.passes, heads, count)
+        nodes = list(self.uses)
+        places = [self._place(node, self.uses[node], count, strict) for node in nodes]
+        own = {head.edge[:2] for head, _ in heads}
+        calls = {node: call for node, call in self.tape.losses.items() if call.input[:2] not in own}
+        for call in calls.values():
+            head = Head(call.input, call.arguments["input"], call)
+            axes = batch_axes(head.like.shape, head.axes, count)
+            places.append(Place(call.input, head.like.shape, axes, [(0,)] if head.like.ndim else []))
+        findings = probe.findings(places)
+        uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
+        if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
+            raise Mixed(f"in the input of `{calls[node].name}`")
+        joins, dropped = self._joins(heads, uses, probe, count)
+        self.conclusive = self.conclusive and probe.conclusive
+        by_edge = {head.edge[:2]: owners for head, owners in heads}
+        owners: dict[Node | Join, Owners] = {}
+        for node, finding in uses.items():
+            if node not in dropped:
+                assert finding.owners is not None
+                owners[node] = finding.owners
+        found = {node: by_edge.get(call.input[:2]) or losses[node].owners for node, call in self.tape.losses.items()}
+        placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
+        return _Found(Samples(count, owners | joins, placed), joins, dropped)
+
+    def _place(self, node: Node | Join, use: Use, count: int, strict: bool) -> Place:
+        edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
+        axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
+        if strict and self._anchored(node, use, count):
+            axes = [BatchAxis(count)]
+        rows = [(axis,) for axis in allowed]
+        lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
+        rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
+        return Place(edge, use.shape, axes, rows if use.rule.outputs is None else [])
+
+    def _joins(
+        self, heads: Sequence[tuple[Head, Owners]], uses: Mapping[Node | Join, Finding], probe: Probe, count: int
+    ) -> tuple[dict[Join, Owners], list[Node]]:
+        """Where what depends on no sample meets the samples, and the ops that are no uses of their own then."""
+        unplaced = [node for node, finding in uses.items() if finding.mixed or not self._has_rule(node, finding)]
+        strays = dict.fromkeys(edge_of(parameter).node for parameter, _ in self.tape.stray)
+        slow = [(parameter, op) for parameter, op in self.tape.stray]
+        if not unplaced and not strays:
+            return {}, []
+        here: dict[Join, Owners] = {}
+        mixed: list[Node] = []
+        anywhere = [Place.anywhere(GradientEdge(node_of(n), self.uses[n].output_nr), count) for n in unplaced]
+        for node, finding in zip(unplaced, probe.findings(anywhere), strict=True):
+            use = self.uses[node]
+            if finding.owners is not None:
+                self._refuse_inner_mixing(use, uses[node], probe, count)
+                direct = {after[:2] for after in node_of(node).next_functions}
+                slow += [(parameter, use.name) for parameter in self.tape.parameters[node]]
+                for operand in use.operands.values():
+                    join = Join(node_of(node), use.output_nr, operand.edge, operand.edge[:2] not in direct)
+                    here[join] = finding.owners
+                continue
+            if any(self.batch.holds(roots, count, self.read) for roots in use.roots.values()):
+                raise Mixed(f"in what is computed from the output of `{use.name}`")
+            mixed.append(node_of(node))
+        if mixed or strays:
+            here |= find_joins(self.tape, [head for head, _ in heads], mixed, strays, probe)
+        if slow:
+            _warn_of_price(slow, count)
+        return here, [node_of(node) for node in unplaced]
+
+    def _refuse_inner_mixing(self, use: Use, by_rule: Finding, probe: Probe, count: int) -> None:
+        """Raise if an op may mix the samples that its outputs keep apart: they lie on axes that its rule excludes.
+
+        Raises:
+            Mixed: Its inputs mix samples, or tell nothing.
+        """
+        excluded = by_rule.mixed and bool(_axes(use))
+        places = [Place.anywhere(edge, count) for edge in use.inputs.values()]
+        findings = probe.findings(places) if excluded or not use.rule.slots else []
+        if any(finding.mixed for finding in findings) or (excluded and not findings):
+            raise Mixed(f"in `{use.name}`")
+
+    def _has_rule(self, node: Node | Join, finding: Finding) -> bool:
+        """Whether the rule of a use can be applied; those of single ops always can."""
+        use = self.uses[node]
+        if not self.axes[node] or finding.owners is None:
+            return False
+        if use.rule.slots:
+            return True
+        column = torch.zeros(1, *use.shape, dtype=use.dtype, device=self.passes.loss.device) + 1
+        from lightning_curv.passes import apply_rule
+
+        try:
+            apply_rule(use, finding.owners, column)
+        except UnsupportedError:
+            return False
+        return True
+
+    def _assumed(self, count: int) -> Samples | None:
+        """Owners by shapes alone, for quantities that take coupled samples as they are."""
+        uses = {n: batch_axes(u.shape, self.axes[n], count, rows=False) for n, u in self.uses.items() if self.axes[n]}
+        heads = {
+            node: batch_axes(call.arguments["input"].shape, [0] if call.arguments["input"].ndim else [], count)
+            for node, call in self.tape.losses.items()
+        }
+        if self.tape.stray or len(uses) < len(self.uses) or not all(uses.values()) or not all(heads.values()):
             return None
-    return Samples(count, {node: c[0] for node, c in possible.items()}, chosen, conclusive)
+        return Samples(count, {n: found[0] for n, found in uses.items()}, {n: h[0] for n, h in heads.items()})
 
+    def _message(self, count: int, reason: str) -> str:
+        shapes = Counter(f"{use.name}: {tuple(use.shape)}" for use in self.uses.values())
+        some = ", ".join(shape for shape, _ in shapes.most_common(4))
+        where = f"samples mix {reason}" if reason else "no axis of the loss or of the network's outputs has them"
+        known = "`batch_size` says" if self.batch.size is not None else "The batch has"
+        return (
+            f"Per-sample quantities need samples that do not influence each other. {known} {count} samples, but "
+            f"{where} (ops with parameters: {some}). {self._way_out(reason)}"
+        )
 
-def _agreeing(
-    tape: Tape,
-    uses: Mapping[Node, Use],
-    possible: Choices,
-    plain: Sequence[Tensor | None],
-    weighted: Sequence[Tensor | None],
-    count: int,
-) -> Choices:
-    left, scale, eps = dict(possible), largest_entry(plain), tape.eps
-    for node, first, second in zip(tape.uses, plain, weighted, strict=True):
-        if node in uses and first is not None and second is not None:
-            shape = uses[node].shape
-            left[node] = consistent(first.reshape(shape), second.reshape(shape), scale, eps, possible[node], count)
-    return left
-
-
-def _message(uses: Mapping[Node, Use], sizes: Sequence[int], batch_size: int | None, known_loss: bool) -> str:
-    shapes = ", ".join(sorted({f"{use.name}: {tuple(use.shape)}" for use in uses.values()})[:6])
-    wanted = (
-        f"{batch_size} samples" if batch_size is not None else f"a number of samples (candidates {sorted(set(sizes))})"
-    )
-    reason = (
-        "no choice keeps the samples apart: does an op mix them (statistics over the batch, a contrastive loss)?"
-        if known_loss
-        else "the loss is no recorded loss function, so the choice cannot be verified."
-    )
-    return (
-        f"Expected one axis with {wanted} in the output of every op with parameters, found {shapes}; {reason} "
-        "Pass `batch_size=` to `curvature`, keep the batch axis first, or use quantities that need no samples."
-    )
+    def _way_out(self, reason: str) -> str:
+        if self.tape.stray:
+            # stray parameters may have been used before recording began
+            parameter, op = self.tape.stray[0]
+            return (
+                f"Parameter {describe(parameter)} is used by `{op}`, which was not recorded: if the forward pass ran "
+                "outside of `curvature(...)`, run it inside or `extend` the model. Else pass `batch_size=`."
+            )
+        if self.batch.size is None:
+            return (
+                "Pass `batch_size=` if their number is another one. Statistics over the batch, contrastive losses and "
+                "penalties of batch means have no per-sample gradients: use quantities that need no samples (`HMP`, "
+                "`GGNMP`), or evaluation mode for BatchNorm."
+            )
+        return (
+            "Statistics over the batch, contrastive losses and penalties of batch means have no per-sample gradients: "
+            "use quantities that need no samples (`HMP`, `GGNMP`), or evaluation mode for BatchNorm."
+        )

@@ -38,7 +38,7 @@ class Exact:
             likelihood = passes.likelihood(node)
             every = self.complete or passes.ends_at(call.input)  # where a column costs no pass
             root = likelihood.columns if every else likelihood.fewest_columns
-            columns = root(passes.samples.count, passes.samples.losses[node].minor)
+            columns = root(passes.samples.losses[node])
             yield from passes.jacobians(Column([call.input], [column]) for column in columns)
 
 
@@ -71,8 +71,8 @@ class Signed:
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         """One pass per column; none for the residuals of piecewise linear networks."""
         for node, call in passes.tape.losses.items():
-            minor, fewest = passes.samples.losses[node].minor, not passes.ends_at(call.input)
-            columns = passes.likelihood(node).hessian_columns(passes.samples.count, minor, fewest)
+            owners, fewest = passes.samples.losses[node], not passes.ends_at(call.input)
+            columns = passes.likelihood(node).hessian_columns(owners, fewest)
             yield from passes.jacobians(Column([call.input], [column], signs) for column, signs in columns)
         yield from passes.jacobians(column for residual in residuals(passes) for column in residual.columns())
         yield from own_curvature(passes)

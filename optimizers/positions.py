@@ -24,7 +24,8 @@ def subsampled(jacobian: Jacobian, positions: int, seed: int) -> Jacobian:
     """
     (term, *others) = jacobian.terms
     count = math.prod(size for letter, size in term.sizes().items() if letter in term.shared)
-    if others or count <= positions or not any(letter in KERNEL for letter in term.par):
+    kernel = any(letter in KERNEL for letter in term.par)
+    if others or count <= positions or not kernel or term.lengths is not None:
         return jacobian
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=generator)[:positions].to(term.g.device)

@@ -70,7 +70,9 @@ def mean_input(jacobian: Jacobian) -> Tensor:
     term = jacobian.terms[0]
     assert term.x is not None
     axes = [0, *(1 + i for i, letter in enumerate(term.inp) if letter in term.shared)]
-    return term.x.mean(axes).flatten()
+    if term.lengths is None:
+        return term.x.mean(axes).flatten()
+    return (term.x.sum(axes) / term.lengths.sum().clamp(min=1).to(term.x.device)).flatten()
 
 
 def with_ones(second_moment: Tensor, mean: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ def test_samples_that_are_not_finite_contribute_nothing_and_are_counted(name, cl
     model, X, y = make().double(), draw(4), torch.randint(7, (4,))
     expected = contribution(model, X[[0, 2, 3]], y[[0, 2, 3]], 1.0, clipping=clipping)
     X[1].view(-1)[0] = bad
-    samples._VERIFIED.clear()  # as in the first batch of a run
+    samples.MEMORY.entries.clear()  # as in the first batch of a run
     optimizer = private(model.parameters(), lr=0.0, clipping=clipping)
     backward(optimizer, lambda: F.cross_entropy(model(X), y), batch_size=4)
     assert optimizer.statistics.discarded == 1
@@ -348,10 +348,10 @@ def test_samples_that_are_not_finite_hide_no_dependence():
         return F.cross_entropy(h - h.mean(0), y)
 
     optimizer = private(model.parameters())
-    samples._VERIFIED.clear()
+    samples.MEMORY.entries.clear()
     backward(optimizer, lambda: mixing(X * math.nan))
     assert optimizer.statistics.discarded == 6
-    with pytest.raises(RuntimeError, match="a number of samples"):
+    with pytest.raises(RuntimeError, match="samples mix"):
         backward(optimizer, lambda: mixing(X))
 
 

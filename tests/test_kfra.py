@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from zoo import ROW, assert_close, compute
 
-from lightning_curv import curvature, probing
+from lightning_curv import curvature
 from lightning_curv.extensions import KFLR, KFRA
 
 
@@ -117,16 +117,6 @@ def test_factors_share_no_memory():
     compute(problem, KFRA())
     factors = [factor for p in problem.parameters().values() for factor in p.kfra]
     assert len({factor.data_ptr() for factor in factors}) == len(factors)
-
-
-def test_places_are_found_once_per_structure(monkeypatch):
-    probed, probe = [], probing._probed
-    monkeypatch.setattr(probing, "_probed", lambda *args: probed.append(args) or probe(*args))
-    problem = ROW["mlp_sigmoid"].make()
-    problem.model.append(nn.Hardswish())  # a structure of its own
-    for _ in range(2):
-        compute(problem, KFRA())
-    assert len(probed) == 1
 
 
 def test_a_layer_that_starts_to_mix_samples_is_found():

@@ -23,6 +23,7 @@ from lightning_curv.extensions import (
 from lightning_curv.losses import LOSSES as REGISTERED
 from lightning_curv.losses import PARTS
 from lightning_curv.losses.categorical import Categorical, _classes
+from lightning_curv.owners import BatchAxis
 
 N = 4
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # kl_div
@@ -172,13 +173,13 @@ def test_signed_columns_are_the_hessian_of_the_loss(name):
     whole = torch.autograd.functional.hessian(function, CALLS[name][1])
     exact = torch.stack([whole[n, :, n] for n in range(4)])
     for fewest in (True, False):
-        assert_close(dense(found.hessian_columns(4, fewest=fewest)), exact, label=name)
+        assert_close(dense(found.hessian_columns(BatchAxis(4), fewest=fewest)), exact, label=name)
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_columns_products_and_samples_are_one_matrix(name):
     found, _ = likelihood(*CALLS[name], scale=SCALE.abs())
-    H = dense((column, None) for column in found.columns(4))
+    H = dense((column, None) for column in found.columns(BatchAxis(4)))
     v = torch.randn(4, 3, dtype=torch.float64)
     assert_close(found.product(v), torch.einsum("nef,nf->ne", H, v), label=name)
     generator = torch.Generator().manual_seed(0)
@@ -190,7 +191,7 @@ def test_columns_products_and_samples_are_one_matrix(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_fewest_columns_are_a_square_root_of_the_same_matrix(name):
     found, _ = likelihood(*CALLS[name], scale=SCALE.abs())
-    every, fewest = list(found.columns(4)), list(found.fewest_columns(4))
+    every, fewest = list(found.columns(BatchAxis(4))), list(found.fewest_columns(BatchAxis(4)))
     assert_close(dense((column, None) for column in fewest), dense((column, None) for column in every), label=name)
     assert len(fewest) <= len(every)
 
@@ -199,7 +200,7 @@ def test_classes_have_one_column_less_also_where_probabilities_underflow():
     logits = torch.tensor([[0.0, -200.0, 3.0], [200.0, 0.0, 1.0], [-200.0, -300.0, 0.0], [1.0, 2.0, 3.0]])
     found = REGISTERED[F.cross_entropy](torch.ones(()), logits, torch.tensor([0, 1, 2, 0]), reduction="sum")
     p = logits.softmax(1).double()
-    columns = torch.stack(list(found.fewest_columns(4))).double()
+    columns = torch.stack(list(found.fewest_columns(BatchAxis(4)))).double()
     assert len(columns) == 2
     torch.testing.assert_close(
         torch.einsum("vne,vnf->nef", columns, columns), p.diag_embed() - p[:, :, None] * p[:, None]
@@ -223,10 +224,10 @@ def test_drawn_classes_have_their_probabilities(dtype):
 def test_rows_of_samples_in_both_orders(name):
     """[N·T, C] and [T·N, C] are the same rows."""
     found, _ = likelihood(*CALLS[name], scale=SCALE.abs())
-    rows = dense((column, None) for column in found.columns(4))
+    rows = dense((column, None) for column in found.columns(BatchAxis(4)))
     pairs = {False: [(0, 1), (2, 3)], True: [(0, 2), (1, 3)]}
     for minor, samples in pairs.items():
-        columns = list(found.columns(2, minor))
+        columns = list(found.columns(BatchAxis(2, minor=minor)))
         for own in samples:
             part = torch.stack([column[list(own)].flatten() for column in columns])
             assert_close(part.T @ part, torch.block_diag(*rows[list(own)]), label=name)
@@ -311,4 +312,4 @@ def test_hessian_of_a_variance_from_the_network_is_refused():
     part = REGISTERED[PARTS[F.gaussian_nll_loss, "var"]]
     found = part(torch.ones(()), input=POSITIVE, var=LOG_P, target=LOG_P)
     with pytest.raises(UnsupportedError, match="mean and variance share a Hessian"):
-        list(found.hessian_columns(4))
+        list(found.hessian_columns(BatchAxis(4)))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from losses_table import LOSS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.utils.rnn import pack_padded_sequence
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature, grams, record
@@ -357,22 +356,17 @@ def test_nothing_is_left_without_trainable_weights():
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
-def test_packed_sequences_are_refused():
-    rnn, X = nn.LSTM(4, 3, batch_first=True), torch.randn(3, 2, 4)
-    with curvature(BatchGrad()):
-        _, (h, _) = rnn(pack_padded_sequence(X, [2, 2, 1], batch_first=True))
-        loss = F.mse_loss(h[0], torch.zeros(3, 3))
-        with pytest.raises(NotImplementedError, match="PackedSequence"):
-            loss.backward()
-
-
-def test_dropout_between_layers_is_refused_in_training_only():
+def test_dropout_between_layers_is_right():
+    """Its masks are hidden in the op: the op itself is passed sample by sample."""
     model = Network(partial(nn.GRU, num_layers=2, dropout=0.5), True, "outputs")
     X = torch.randn(3, 2, 4)
     with curvature(BatchGrad()):
-        loss = F.mse_loss(model(X), torch.zeros(3, 2))
-        with pytest.raises(NotImplementedError, match="dropout"):
-            loss.backward()
+        output = model(X)
+        losses = (output - 0.3).square().mean(1)
+        losses.mean().backward(retain_graph=True)
+    for name, p in model.named_parameters():
+        rows = [torch.autograd.grad(loss / 3, p, retain_graph=True)[0] for loss in losses]
+        torch.testing.assert_close(p.grad_batch, torch.stack(rows), msg=name)
     assert_everything_right(problem(model.eval()))
 
 

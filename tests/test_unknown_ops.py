@@ -58,16 +58,20 @@ class Custom(nn.Module):
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["only_use", "second_use"])
-@pytest.mark.parametrize("extension", [BatchGrad, Variance, DiagGGNExact, KFLR])
-def test_custom_function_names_parameter_op_and_way_out(extension, twice):
+@pytest.mark.parametrize("extensions", [both(), [Variance(), KFLR()]])
+def test_custom_function_is_right_and_names_parameter_op_and_price(extensions, twice):
     case = problem()
     case.model = extend(Custom(twice).double())
-    with pytest.raises((RuntimeError, NotImplementedError)) as caught:
-        compute(case, extension())
-    message = str(caught.value)
-    assert "gain" in message
-    assert "Scale" in message
-    assert "rule" in message or "fallback" in message
+    with pytest.warns(UserWarning, match="gain") as caught, curvature(*extensions):
+        case.compute_loss().backward()
+    messages = " ".join(str(warning.message) for warning in caught)
+    assert "Scale" in messages
+    assert "rule" in messages
+    for extension in extensions:
+        if not isinstance(extension, KFLR):
+            name = {"grad_batch": "grad_batch", "diag_ggn_exact": "diag_ggn", "variance": "variance"}
+            naive = getattr(oracle, name[extension.savefield])
+            assert_fields(case, extension.savefield, naive(case))
 
 
 class Exotic(nn.Module):

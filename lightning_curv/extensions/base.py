@@ -24,6 +24,7 @@ class Extension(ABC):
         savefield: Name of the parameter's attribute that receives the result.
         source: Which columns are backpropagated: `Gradient`, `Exact` or `Sampled`.
         independent: Whether the quantity exists only where the samples of a batch do not influence each other.
+        needs_samples: Whether it needs to know which sample owns each row.
         totals: Whether it needs `Jacobian.total`: the gradient, if that is the source, is then waited for.
         forms: Whether all of J is formed in memory: it is evaluated first, so that others find J there.
 
@@ -46,8 +47,10 @@ class Extension(ABC):
     savefield: str
     source: Source = Gradient()
     independent: bool = True
+    needs_samples: bool = True
     totals: bool = True
     forms: bool = False
+    batchwise = False
     keeps_graph = False
 
     @property
@@ -84,12 +87,16 @@ class GraphExtension(ABC):
     Attributes:
         savefield: Name of the parameter's attribute that receives the result.
         independent: Whether the quantity exists only where the samples of a batch do not influence each other.
+        needs_samples: Whether it needs to know which sample owns each row.
+        batchwise: Whether it takes the whole batch as one sample where samples influence each other.
         needs_likelihood: Whether the loss must be a known loss function.
         keeps_graph: Whether the results need the graph after the backward pass.
     """
 
     savefield: str
     independent: bool = True
+    needs_samples: bool = True
+    batchwise: bool = False
     needs_likelihood: bool = True
     keeps_graph: bool = False
 

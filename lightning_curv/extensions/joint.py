@@ -15,7 +15,7 @@ Product = Callable[[Vectors], list[Tensor]]
 
 def all_parameters(passes: Passes) -> list[Tensor]:
     """The parameters that the loss depends on, each once."""
-    return list(dict.fromkeys(p for found in passes.tape.parameters.values() for p in found))
+    return passes.tape.all_parameters
 
 
 def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:

@@ -16,9 +16,9 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_axes, kronecker_factor
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.owners import BatchAxis, Owners, RowOwners
 from lightning_curv.passes import Passes
-from lightning_curv.places import Place
-from lightning_curv.probing import places_at, shape_at
+from lightning_curv.probing import owners_at, shape_at
 from lightning_curv.symmetric import eigh, gram
 from lightning_curv.terms import Term
 
@@ -92,29 +92,31 @@ class _Point:
 
     Attributes:
         edge: Where it is in the graph.
-        place: Where its tensor carries the samples.
+        owners: Which sample owns each row of its tensor.
         shape: The tensor's shape.
-        count: The number of samples N.
     """
 
     edge: GradientEdge
-    place: Place
+    owners: Owners
     shape: torch.Size
-    count: int
+
+    @property
+    def count(self) -> int:
+        """The number of samples N."""
+        return self.owners.count
 
     @property
     def entries(self) -> int:
         """The number of entries of a sample."""
-        rest = math.prod(size for axis, size in enumerate(self.shape) if axis != self.place.axis)
-        return rest * (self.shape[self.place.axis] // self.count if self.count and self.shape else 1)
+        return math.prod(self.shape) // self.count if self.count else math.prod(self.shape[1:])
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows ``[R, E]`` as tensors that are equal in all samples, ``[R, *shape]``; one sample in memory if it can."""
-        place = self.place
-        if place.minor or self.shape[place.axis] != self.count:
-            return torch.stack([place.join(row.expand(self.count, -1), self.shape) for row in rows])
-        rest = [size for axis, size in enumerate(self.shape) if axis != place.axis]
-        return rows.reshape(len(rows), *rest).unsqueeze(1 + place.axis).expand(-1, *self.shape)
+        owners = self.owners
+        if not isinstance(owners, BatchAxis) or self.shape[owners.axis] != self.count:
+            return torch.stack([owners.join(row.expand(self.count, -1), self.shape) for row in rows])
+        rest = [size for axis, size in enumerate(self.shape) if axis != owners.axis]
+        return rows.reshape(len(rows), *rest).unsqueeze(1 + owners.axis).expand(-1, *self.shape)
 
 
 def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
@@ -131,8 +133,8 @@ def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
 def _at_output(passes: Passes, output: _Point) -> Tensor:
     """The sum over the samples of the loss' H, ``[E, E]``."""
     (loss,) = passes.tape.losses
-    columns = passes.likelihood(loss).columns(output.count, output.place.minor)
-    roots = [output.place.split(column, output.count) for column in columns if output.count]
+    columns = passes.likelihood(loss).columns(output.owners)
+    roots = [output.owners.split(column) for column in columns if output.count]
     return gram(torch.cat(roots).mT) if roots else passes.seed.new_zeros(output.entries, output.entries)
 
 
@@ -141,7 +143,7 @@ def _chain(passes: Passes) -> list[_Point]:
     (loss, call), *others = passes.tape.losses.items()
     if others:
         raise UnsupportedError(f"KFRA expects one loss, found {1 + len(others)}; use `KFLR`.")
-    edges, dependence, count = [call.input], Dependence(passes.tape), passes.samples.count
+    edges, dependence = [call.input], Dependence(passes.tape)
     while inputs := dependence.inputs(edges[-1].node):
         if len(inputs) > 1:
             raise UnsupportedError(
@@ -151,12 +153,23 @@ def _chain(passes: Passes) -> list[_Point]:
         edges += inputs
         if inputs[0].node._input_metadata[inputs[0].output_nr].dtype.is_complex:
             raise UnsupportedError(f"KFRA expects real numbers, found complex ones below `{edges[-2].node.name()}`.")
-    points = [_Point(call.input, passes.samples.losses[loss], call.arguments["input"].shape, count)]
-    for edge, place in places_at(passes, edges[1:]).items():
-        if place is None:
+    points = [_Point(call.input, passes.samples.losses[loss], call.arguments["input"].shape)]
+    for edge, owners in owners_at(passes, edges[1:]).items():
+        if owners is None:
             break
-        points.append(_Point(edge, place, shape_at(edge), count))
+        points.append(_Point(edge, owners, shape_at(edge)))
+    for point in points:
+        if isinstance(point.owners, RowOwners) and len({*point.owners.lengths.tolist()}) > 1:
+            raise UnsupportedError(
+                "KFRA averages over the batch and expects equally many rows of every sample, found a tensor of shape "
+                f"{tuple(point.shape)} with {_some(point.owners.lengths)} of them. Use `KFLR` or `KFAC`."
+            )
     return points
+
+
+def _some(numbers: Tensor) -> str:
+    shown = ", ".join(map(str, numbers[:4].tolist()))
+    return shown if len(numbers) <= 4 else f"{shown}, ..."
 
 
 def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -> Tensor:
@@ -171,8 +184,8 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
 
     def pull(entries: Tensor) -> Tensor:
         """``[N, E_out]`` to ``[N, E_in]``."""
-        (g,) = passes.backward([output.edge], [source.edge], [output.place.join(entries, output.shape)])
-        return average.new_zeros(count, source.entries) if g is None else source.place.split(g, count).to(average)
+        (g,) = passes.backward([output.edge], [source.edge], [output.owners.join(entries, output.shape)])
+        return average.new_zeros(count, source.entries) if g is None else source.owners.split(g).to(average)
 
     def pull_rows(rows: Tensor) -> Tensor:
         """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
@@ -180,7 +193,7 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
         return torch.cat([pull(part) for part in parts])[: len(rows)]
 
     generator = torch.Generator(average.device).manual_seed(0)
-    same = output.edge.node.name() in SAME and output.place.axis == source.place.axis
+    same = output.edge.node.name() in SAME and _axis(output.owners) == _axis(source.owners) is not None
     if source.entries == output.entries and not same:
         entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
         image, diagonal = pull(entries), pull(torch.ones_like(entries))
@@ -199,6 +212,10 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
     half = torch.stack([pull(row.expand(count, -1)) for row in average], -1)  # [N, E_in, E_out]
     full = [pull(column).mean(0) for column in half.unbind(1)]
     return torch.stack(full)
+
+
+def _axis(owners: Owners) -> int | None:
+    return owners.axis if isinstance(owners, BatchAxis) else None
 
 
 def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:

@@ -144,8 +144,21 @@ def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -
         return onehot.second_moment(term, weight_sharing == "reduce")
     sizes = term.sizes()
     positions = max(1, math.prod(sizes[letter] for letter in term.inp if letter not in term.par))
+    if term.lengths is not None:
+        return _ragged_input_factor(term, term.lengths.to(term.x.device), weight_sharing, product)
     total = _second_moment(term.x, term.inp, term.par, weight_sharing, product)
     return total.div_(max(1, len(term.x)) * positions ** (2 if weight_sharing == "reduce" else 1))
+
+
+def _ragged_input_factor(term: Term, lengths: Tensor, weight_sharing: WeightSharing, product: Product) -> Tensor:
+    """The same for samples with different numbers of positions; a sample without any counts as zero."""
+    assert term.x is not None
+    x, count = term.x, lengths.sum()
+    if weight_sharing == "reduce":
+        x = x / lengths.clamp(min=1).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        count = torch.tensor(len(x))
+    total = _second_moment(x, term.inp, term.par, weight_sharing, product)
+    return total.div_(count.clamp(min=1).to(total.device))
 
 
 def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing, product: Product) -> Tensor:

@@ -35,13 +35,15 @@ class _Product(GraphExtension):
     """A product per parameter."""
 
     keeps_graph = True
+    needs_samples = False
+    batchwise = True
 
     def __init__(self, savefield: str) -> None:
         self.savefield = savefield
 
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
         """One function per parameter."""
-        found = list(dict.fromkeys(p for group in passes.tape.parameters.values() for p in group))
+        found = passes.tape.all_parameters
         uses = only_uses(passes)
         snapshot = Snapshot([p for p in found if p not in uses or uses[p].needs_value])
         matrix = self._prepare(passes, uses)
@@ -195,6 +197,8 @@ class PCHMP(GGNMP):
         savefield: Name of the parameter's attribute.
         modify: ``"clip"`` sets negative residuals to zero, ``"abs"`` takes their absolute value.
     """
+
+    needs_samples = True
 
     def __init__(self, savefield: str = "pchmp", modify: Literal["clip", "abs"] = "clip") -> None:
         super().__init__(savefield)

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.losses.likelihoods import Likelihood, joined, per_sample, signs_of
+from lightning_curv.losses.likelihoods import Likelihood, signs_of
 from lightning_curv.losses.registry import LOSSES
+from lightning_curv.owners import BatchAxis, Owners
 from lightning_curv.symmetric import eigh
 
 
@@ -32,18 +33,16 @@ class Quadratic(Likelihood):
         seed: The gradient it starts with.
         edge: Where f is in the graph.
         like: A tensor of f's shape, type and device.
-        samples: N; the leading axis of f holds N·r rows.
-        minor: Whether the sample is the inner index of the rows.
+        owners: Which sample owns each row of f.
     """
 
     root: Tensor
     seed: Tensor
     edge: GradientEdge
     like: Tensor
-    samples: int
-    minor: bool
+    owners: Owners
 
-    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+    def columns(self, owners: Owners) -> Iterator[Tensor]:
         """√λ₊ times every eigenvector of a sample."""
         values, vectors = self.eigen
         if not bool(values.any()):
@@ -67,9 +66,7 @@ class Quadratic(Likelihood):
         along = torch.einsum("nek,ne->nk", vectors, self._split(v))
         return self._joined(torch.einsum("nek,nk->ne", vectors, values.clamp(min=0) * along))
 
-    def hessian_columns(
-        self, samples: int, minor: bool = False, fewest: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
         """√|λ| times every eigenvector of a sample, with the signs of λ."""
         values, vectors = self.eigen
         roots = vectors * values.abs().sqrt().unsqueeze(1)
@@ -94,7 +91,7 @@ class Quadratic(Likelihood):
                 raise UnsupportedError(
                     f"`output=` needs a loss that can be differentiated twice, found one that cannot: {error}"
                 ) from error
-        hessian = torch.stack(rows, 1) if rows else unit.new_zeros(self.samples, 0, 0)
+        hessian = torch.stack(rows, 1) if rows else unit.new_zeros(self.owners.count, 0, 0)
         self._refuse_coupled(torch.einsum("nef,nf->ne", hessian, trial), image)
         return (hessian + hessian.mT) / 2
 
@@ -124,10 +121,10 @@ class Quadratic(Likelihood):
             )
 
     def _split(self, tensor: Tensor) -> Tensor:
-        return per_sample(tensor, self.samples, self.minor)
+        return self.owners.split(tensor)
 
     def _joined(self, entries: Tensor) -> Tensor:
-        return joined(entries.to(self.like.dtype), self.like.shape, self.samples, self.minor)
+        return self.owners.join(entries.to(self.like.dtype), self.like.shape)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -135,10 +132,10 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 
 def by_autograd(
-    scale: Tensor, input: Tensor, root: Tensor, edge: GradientEdge, samples: int = 1, minor: bool = False
+    scale: Tensor, input: Tensor, root: Tensor, edge: GradientEdge, owners: Owners | None = None
 ) -> Quadratic:
     """The loss ``root`` as a function of the output at ``edge``, where no closed form is known."""
-    return Quadratic(root, scale, edge, input, samples, minor)
+    return Quadratic(root, scale, edge, input, owners or BatchAxis(1))
 
 
 LOSSES[by_autograd] = by_autograd

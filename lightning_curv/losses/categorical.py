@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_curv.losses.likelihoods import Likelihood, drawable, joined, nonnegative, per_sample, root_of, signs_of
+from lightning_curv.losses.likelihoods import Likelihood, drawable, nonnegative, root_of, signs_of
+from lightning_curv.owners import BatchAxis, Owners
 
 Roots = Callable[[Tensor, Tensor, int], Iterator[Tensor]]  # columns by row: see `_multinomial_roots`
 BLOCK_BYTES = 2**22  # of columns that are made at once
@@ -31,11 +32,11 @@ class Categorical(Likelihood):
     axis: int
     normalized: bool = False
 
-    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+    def columns(self, owners: Owners) -> Iterator[Tensor]:
         """√(w p_c) (e_c - p) for every class c and every row of a sample."""
-        yield from self._positive(_one_class_each if self.normalized else _symmetric_roots, samples, minor)
+        yield from self._positive(_one_class_each if self.normalized else _symmetric_roots, owners)
 
-    def fewest_columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+    def fewest_columns(self, owners: Owners) -> Iterator[Tensor]:
         r"""The Cholesky factor of H, one column less than classes.
 
         Column c is :math:`\sqrt{w\, p_c\, q_c / (p_c + q_c)}\, (e_c - \sum_{i>c} (p_i / q_c)\, e_i)` with the tail
@@ -44,9 +45,9 @@ class Categorical(Likelihood):
         J. R. Stat. Soc. B, 1992.
         """
         if self.normalized or self.probabilities.shape[self.axis] == 1:
-            yield from self.columns(samples, minor)
+            yield from self.columns(owners)
         else:
-            yield from self._positive(_multinomial_roots, samples, minor)
+            yield from self._positive(_multinomial_roots, owners)
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (e_y - p) with y drawn from p."""
@@ -59,24 +60,23 @@ class Categorical(Likelihood):
         """W (p ⊙ v - p pᵀv)."""
         return self.weight * self._centred(self.probabilities * v)
 
-    def hessian_columns(
-        self, samples: int, minor: bool = False, fewest: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Either root with the signs of the weights; none for log-probabilities."""
         if not self.normalized:
-            yield from self._columns(_multinomial_roots if fewest else _symmetric_roots, samples, minor)
+            yield from self._columns(_multinomial_roots if fewest else _symmetric_roots, owners)
 
-    def _positive(self, roots: Roots, samples: int, minor: bool) -> Iterator[Tensor]:
+    def _positive(self, roots: Roots, owners: Owners) -> Iterator[Tensor]:
         """The columns of a matrix without negative weights."""
-        for column, signs in self._columns(roots, samples, minor):
+        for column, signs in self._columns(roots, owners):
             if signs is not None:
                 nonnegative(self.weight)
             yield column
 
-    def _columns(self, roots: Roots, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _columns(self, roots: Roots, owners: Owners) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Columns of the input's shape and their signs, from those of every row of a sample."""
         p, w = self.probabilities.movedim(self.axis, -1), self.weight.movedim(self.axis, -1)
-        weights, entries = per_sample(w, samples, minor), per_sample(p, samples, minor, trailing=1)
+        weights, entries = owners.split(w), owners.split(p, trailing=1)
+        in_order = owners == BatchAxis(owners.count)
         for row in range(entries.shape[1]):
             signs, scale = signs_of(weights[:, row]), weights[:, row, None].abs().sqrt()
             for block in roots(entries[:, row], scale, entries.shape[1]):
@@ -84,8 +84,8 @@ class Categorical(Likelihood):
                 if entries.shape[1] > 1:
                     columns = block.new_zeros(len(block), *entries.shape)
                     columns[:, :, row] = block
-                if minor:
-                    columns = torch.stack([joined(column, p.shape, samples, minor) for column in columns])
+                if not in_order:
+                    columns = torch.stack([owners.join(column, p.shape) for column in columns])
                 for column in columns.reshape(len(block), *p.shape).movedim(-1, self.axis + 1).unbind():
                     yield column, signs
 

@@ -10,7 +10,6 @@ parameters would: sigmoid and `binary_cross_entropy` are `binary_cross_entropy_w
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.errors import UnsupportedError
+from lightning_curv.owners import Owners
 
 SMALLEST = 1e-12  # variance of a bit that is divided by, as in torch
 
@@ -27,17 +27,16 @@ class Likelihood(ABC):
     """The curvature of a loss at its input ``f``, the weight of every entry or row included."""
 
     @abstractmethod
-    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+    def columns(self, owners: Owners) -> Iterator[Tensor]:
         """Columns S, each of the input's shape, with Σ S[n] S[n]ᵀ = H_n for every sample n.
 
         Args:
-            samples: Number of samples N; the input's leading axis holds ``N·r`` rows.
-            minor: Whether the sample is the inner index of the rows (``[T·N, ...]`` of sequence-first networks).
+            owners: Which sample owns each row of the input.
         """
 
-    def fewest_columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+    def fewest_columns(self, owners: Owners) -> Iterator[Tensor]:
         """Another square root of H, with no more columns than H has ranks where that is known."""
-        yield from self.columns(samples, minor)
+        yield from self.columns(owners)
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Tensor:
@@ -48,9 +47,7 @@ class Likelihood(ABC):
         """H v, for v of the input's shape."""
 
     @abstractmethod
-    def hessian_columns(
-        self, samples: int, minor: bool = False, fewest: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Columns with signs ``[N]`` (``None``: all positive); their signed squares add up to the loss' own Hessian.
 
         It differs from H where the input holds no natural parameters: see the head of this module. ``fewest``: as few
@@ -81,23 +78,6 @@ def root_of(weight: Tensor) -> Tensor:
     return nonnegative(weight).sqrt()
 
 
-def per_sample(tensor: Tensor, samples: int, minor: bool, trailing: int = 0) -> Tensor:
-    """``[N·r, *, *trailing]`` as ``[N, E, *trailing]``; ``minor``: from ``[r·N, *, *trailing]``."""
-    if minor:
-        tensor = tensor.unflatten(0, (-1, samples)).transpose(0, 1).flatten(0, 1)
-    kept = tensor.shape[tensor.ndim - trailing :]
-    entries = math.prod(tensor.shape[1 : tensor.ndim - trailing]) * (len(tensor) // samples if samples else 1)
-    return tensor.reshape(samples, entries, *kept)
-
-
-def joined(entries: Tensor, shape: torch.Size, samples: int, minor: bool) -> Tensor:
-    """The inverse of `per_sample`."""
-    if not minor:
-        return entries.reshape(shape)
-    rows = entries.reshape(samples, shape[0] // samples, *shape[1:])
-    return rows.transpose(0, 1).reshape(shape)
-
-
 def signs_of(weight: Tensor) -> Tensor | None:
     """Signs ``[N]`` of a column's weights; ``None``: all positive."""
     return weight.sign() if bool((weight < 0).any()) else None
@@ -123,30 +103,28 @@ class _Independent(Likelihood):
         """The diagonal of the loss' own Hessian."""
         return self.diagonal
 
-    def columns(self, samples: int, minor: bool = False) -> Iterator[Tensor]:
+    def columns(self, owners: Owners) -> Iterator[Tensor]:
         """√H_ee e_e for every output entry e of a sample."""
-        for column, _ in _entries(nonnegative(self.diagonal), samples, minor):
+        for column, _ in _entries(nonnegative(self.diagonal), owners):
             yield column
 
     def product(self, v: Tensor) -> Tensor:
         """The diagonal times v."""
         return self.diagonal * v
 
-    def hessian_columns(
-        self, samples: int, minor: bool = False, fewest: bool = True
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
         """One column per output entry of a sample, with the sign of the second derivative."""
-        yield from _entries(self.hessian, samples, minor)
+        yield from _entries(self.hessian, owners)
 
 
-def _entries(diagonal: Tensor, samples: int, minor: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _entries(diagonal: Tensor, owners: Owners) -> Iterator[tuple[Tensor, Tensor | None]]:
     """√|h_e| e_e and the sign of h_e for every entry e of a sample; entries without curvature too."""
-    values = per_sample(diagonal if diagonal.ndim else diagonal[None], samples, minor)
+    values = owners.split(diagonal)
     roots = values.abs().sqrt()
     for e in range(values.shape[1]):
         column = torch.zeros_like(roots)
         column[:, e] = roots[:, e]
-        yield joined(column, diagonal.shape, samples, minor), signs_of(values[:, e])
+        yield owners.join(column, diagonal.shape), signs_of(values[:, e])
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def _repeated_in_front(name: str, tensor: Tensor, out: Tensor) -> bool:
 def broadcast(call: Call, g: Tensor, operand: Tensor, factor: Tensor | None = None) -> Term:
     """The term of a parameter that is broadcast to the output and multiplied by ``factor``."""
     sizes = list(_aligned(operand.shape, len(call.shape)))
-    del sizes[call.axis]
+    del sizes[call.axis : call.axis + call.lead]
     if any(size not in (1, full) for size, full in zip(sizes, g.shape[2:], strict=True)):
         raise NotImplementedError("no rule for a parameter that is tiled")
     letters = [DIAGONAL[j] if size == sizes[j] else SUMMED[j] for j, size in enumerate(g.shape[2:])]
@@ -114,7 +114,7 @@ def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> dict[str, Ter
 
 @rule(
     Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat, torch.tile, Tensor.tile,
-    axes=_repeats, reads=lambda arguments: (), expands=True,
+    axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (), expands=True,
 )  # fmt: skip
 def expand(call: Call, g: Tensor, input: Tensor, *sizes: Any, **named: Any) -> dict[str, Term]:
     """Y = a, repeated: class tokens, learned queries."""

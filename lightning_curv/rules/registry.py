@@ -25,14 +25,19 @@ class Call:
         shape: The output's shape as recorded.
         operands: Names of the arguments that are parameters (or computed from parameters).
         axis: The axis of the output that carries the samples.
+        lead: How many leading axes of the output make up its rows together; more than one where every position of a
+            sequence has a sample of its own.
     """
 
     shape: torch.Size
     operands: tuple[str, ...]
     axis: int = 0
+    lead: int = 1
 
     def rows(self, tensor: Tensor) -> Tensor:
         """``tensor`` (leading axes as in the output) with the sample axis in front."""
+        if self.lead > 1:
+            return tensor.flatten(0, self.lead - 1)
         return tensor.movedim(self.axis, 0) if self.axis else tensor
 
 

@@ -1,0 +1,121 @@
+"""Heads: the places near the top of a loss where its summands are still apart.
+
+Above a head a loss is linear (a mean, a sum, a factor) or a known loss function, so a head's rows are summands. Samples
+are found from there: a head's rows are weighted, and the weights are followed through the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.graph import Tape
+from lightning_curv.records import LossCall, like, shape_at
+
+# nodes whose output is linear in all of their differentiable inputs together
+_LINEAR = """
+    Add Alias Cat Clone ConstantPadNd Expand Flip Gather Index IndexSelect MaskedFill MaskedSelect Mean NanToNum
+    Nansum Neg Permute Repeat Reshape ReshapeAlias Roll Rsub Select Slice Split SplitWithSizes Squeeze Stack Sub Sum T
+    ToCopy Transpose Unbind UnsafeView Unsqueeze View Where
+"""
+LINEAR = frozenset(_LINEAR.split())
+# nodes that are linear in one of their inputs if the others carry no gradient; for a quotient: in the first
+PRODUCTS = frozenset(("Div", "Dot", "Mul", "Mv"))
+CLASSES = frozenset(("cross_entropy", "nll_loss"))  # loss functions whose rows lie on the first axis alone
+
+
+@dataclass(frozen=True)
+class Head:
+    """A place near the top of a loss.
+
+    Attributes:
+        edge: Where it is in the graph.
+        like: A tensor of its shape, type and device.
+        call: The recorded loss call whose input it is, if it is one.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+    call: LossCall | None = None
+
+    @property
+    def axes(self) -> range:
+        """The axes that may carry the samples."""
+        first_only = self.call is not None and self.call.name in CLASSES
+        return range(min(1, self.like.ndim) if first_only else self.like.ndim)
+
+
+def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
+    """The heads of a loss, each once."""
+    found: dict[tuple[Node, int], Head] = {}
+    seen: set[tuple[Node, int]] = set()
+    stack = [(cast("Node", loss.grad_fn), loss.output_nr)]
+    while stack:
+        node, number = stack.pop()
+        if (node, number) in seen:
+            continue
+        seen.add((node, number))
+        call = tape.losses.get(node)
+        if call is not None:
+            found.setdefault(call.input[:2], Head(call.input, like(call.arguments["input"]), call))
+            if call.beside:
+                stack += [after for after in node.next_functions if after[0] is not None]
+        elif not (node in tape.uses and tape.uses[node].operands) and (inputs := _linear_inputs(node)):
+            stack += inputs
+        else:
+            found.setdefault((node, number), head_at(GradientEdge(node, number), loss))
+    return list(found.values())
+
+
+def head_at(edge: GradientEdge, loss: Tensor) -> Head:
+    """A head that is no input of a known loss function."""
+    metadata = edge.node._input_metadata[edge.output_nr]
+    dtype = metadata.dtype if isinstance(metadata.dtype, torch.dtype) else loss.dtype
+    return Head(edge, torch.zeros((), dtype=dtype, device=loss.device).expand(shape_at(edge)))
+
+
+def frontier(tape: Tape, heads: Sequence[Head], loss: Tensor) -> list[Head]:
+    """The outputs of the first ops with parameters below some heads."""
+    found: dict[tuple[Node, int], Head] = {}
+    stack, seen = [head.edge.node for head in heads], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        use = tape.uses.get(node)
+        if use is not None:
+            found[node, use.output_nr] = head_at(GradientEdge(node, use.output_nr), loss)
+        else:
+            stack += [after for after, _ in node.next_functions if after is not None]
+    return list(found.values())
+
+
+def _linear_inputs(node: Node) -> list[tuple[Node, int]]:
+    """The inputs of a node that is linear in them; empty: it is not."""
+    name = name_of(node)
+    inputs = [after for after in node.next_functions if after[0] is not None]
+    if name in LINEAR or (name in PRODUCTS and len(inputs) == 1 and not _is_divisor(node, name)):
+        return cast("list[tuple[Node, int]]", inputs)
+    return []
+
+
+def _is_divisor(node: Node, name: str) -> bool:
+    return name == "Div" and node.next_functions[0][0] is None
+
+
+def name_of(node: Node) -> str:
+    """A node's name without ``Backward0``."""
+    return _without_suffix(node.name())
+
+
+@cache
+def _without_suffix(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name)

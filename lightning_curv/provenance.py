@@ -1,0 +1,98 @@
+"""Provenance of tensors without gradient: what came from outside, and what was made from nothing.
+
+A table of relative positions or a mask made by ``torch.arange`` is the same for every sample; a batch of inputs is not,
+and the graph cannot tell them apart, for it ends where gradients end. So recording notes for every tensor without
+gradient which tensors from outside of the recorded code it was computed from: its *roots*. No roots: a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class Root:
+    """A tensor from outside, which is not kept alive.
+
+    Attributes:
+        shape: Its shape.
+        stride: Its strides.
+        pointer: Where its memory is; 0: unknown.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    pointer: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Root:
+        """The root that a tensor is."""
+        return cls(tuple(tensor.shape), tensor.stride(), pointer_of(tensor))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+
+def pointer_of(tensor: Tensor) -> int:
+    """Where the memory of a tensor is; 0: it has none of its own, as under ``vmap``."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+@dataclass(frozen=True)
+class Roots:
+    """What a tensor was computed from.
+
+    Attributes:
+        tensors: Tensors without gradient that came from outside of the recorded code, each once.
+        data: Whether it was also computed from values of the network that depend on data (``h.detach()``).
+    """
+
+    tensors: tuple[Root, ...] = ()
+    data: bool = False
+
+    @property
+    def constant(self) -> bool:
+        """Whether it depends on nothing from outside."""
+        return not self.tensors and not self.data
+
+    def __or__(self, other: Roots) -> Roots:
+        if other.constant or other is self:
+            return self
+        if self.constant:
+            return other
+        return Roots(tuple(dict.fromkeys(self.tensors + other.tensors)), self.data or other.data)
+
+
+CONSTANT, DATA = Roots(), Roots(data=True)
+_KNOWN = WeakTensorKeyDictionary()  # roots of tensors without gradient that recorded code has made
+
+
+def roots_of(tensor: Tensor) -> Roots:
+    """The roots of a tensor without gradient: itself, unless recorded code has made it."""
+    found: Roots | None = _KNOWN.get(tensor)
+    return Roots((Root.of(tensor),)) if found is None else found
+
+
+def note(tensor: Tensor, roots: Roots) -> None:
+    """Remember the roots of a tensor."""
+    _KNOWN[tensor] = roots
+
+
+def united(found: Iterable[Roots]) -> Roots:
+    """The roots of a value that was computed from several tensors."""
+    result = CONSTANT
+    for roots in found:
+        result = result | roots
+    return result
