@@ -116,7 +116,7 @@ class Probe:
         first, second = first.reshape(place.shape), second.reshape(place.shape)
         if not bool(first.any()) and not bool(second.any()):
             self.conclusive = False
-            return Finding(_trivial(place, self.count), reached=False)
+            return Finding(_trivial(place, self.count))
         if not bool(first.isfinite().all()):
             self.conclusive = False
         agreeing = consistent(first, second, scale, eps, place.axes)
