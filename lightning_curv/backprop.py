@@ -19,6 +19,7 @@ from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.graph import Tape, find_output, walk
+from lightning_curv.handover import ExtensionHook, Handover
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.listening import Listener
 from lightning_curv.passes import Column, Passes
@@ -46,6 +47,7 @@ class Backprop:
         defer: Go on without an extension that fails, in `before` or during the backward pass, and list it in `failures`
             instead of raising.
         output: Where the curvature of the loss enters instead of at known loss functions.
+        hook: Gets every parameter, or its module, when its results are set: those of the backward pass during it.
 
     Raises:
         UnsupportedError: A parameter, a loss or a quantity is not covered.
@@ -62,6 +64,7 @@ class Backprop:
         gradient: Tensor | None = None,
         defer: bool = False,
         output: nn.Module | Output | None = None,
+        hook: ExtensionHook | None = None,
     ) -> None:
         self._loss, self._where, self._generator = loss, output, generator
         self._seed = torch.ones_like(loss) if gradient is None else gradient
@@ -70,6 +73,9 @@ class Backprop:
         self._batch_size = batch_size
         self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
         self._listener: Listener | None = None
+        self._hook = hook
+        self._handover: Handover | None = None
+        self._heard: list[Extension] = []  # evaluated during the backward pass
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
 
     @torch.no_grad()
@@ -92,7 +98,11 @@ class Backprop:
         if gradient and any(type(extension) is not SumCheck for extension in gradient):
             failed = partial(self.fail, gradient) if self.defers else None
             totals = any(extension.totals for extension in gradient)
+            self._heard = gradient
             self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), totals, failed)
+        if self._hook is not None:
+            parameters = (p for found in passes.tape.parameters.values() for p in found)
+            self._handover = Handover(self._hook, parameters, self._leave)
         _PENDING.add(self)
 
     def run(self, **options: Any) -> None:
@@ -110,7 +120,10 @@ class Backprop:
 
     def after(self) -> None:
         """Set the results on the parameters."""
-        for extension, results in self.finish().items():
+        found = self.finish()
+        if self._handover is not None:
+            self._handover.finish()
+        for extension, results in found.items():
             for parameter, result in results.items():
                 setattr(parameter, extension.savefield, result)
 
@@ -124,10 +137,21 @@ class Backprop:
 
     def abort(self) -> None:
         """Stop listening."""
+        if self._handover is not None:
+            self._handover.stop()
         _PENDING.discard(self)
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.stop()
+
+    def _leave(self, parameter: Tensor) -> bool:
+        """Set a parameter's results, which are then no longer ours; false if none are there, or some are to come."""
+        if self._listener is not None and any(parameter not in self._results.get(e, {}) for e in self._heard):
+            return False
+        found = [e for e, results in self._results.items() if parameter in results and type(e) is not SumCheck]
+        for extension in found:
+            setattr(parameter, extension.savefield, self._results[extension].pop(parameter))
+        return bool(found)
 
     def _walked(self) -> Passes:
         loss = self._loss
