@@ -15,8 +15,9 @@ from torch.autograd.graph import Node
 from lightning_curv import receiving
 from lightning_curv.check import SumCheck
 from lightning_curv.coverage import refuse_uncovered
+from lightning_curv.differentiable import gradients_per_sample
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
 from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.graph import Tape, find_output, walk
 from lightning_curv.handover import ExtensionHook, Handover
@@ -48,6 +49,7 @@ class Backprop:
             instead of raising.
         output: Where the curvature of the loss enters instead of at known loss functions.
         hook: Gets every parameter, or its module, when its results are set: those of the backward pass during it.
+        create_graph: Whether first-order quantities are to be differentiable.
 
     Raises:
         UnsupportedError: A parameter, a loss or a quantity is not covered.
@@ -65,6 +67,7 @@ class Backprop:
         defer: bool = False,
         output: nn.Module | Output | None = None,
         hook: ExtensionHook | None = None,
+        create_graph: bool = False,
     ) -> None:
         self._loss, self._where, self._generator = loss, output, generator
         self._seed = torch.ones_like(loss) if gradient is None else gradient
@@ -73,7 +76,7 @@ class Backprop:
         self._batch_size = batch_size
         self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
         self._listener: Listener | None = None
-        self._hook = hook
+        self._hook, self._create_graph = hook, create_graph
         self._handover: Handover | None = None
         self._heard: list[Extension] = []  # evaluated during the backward pass
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
@@ -95,7 +98,10 @@ class Backprop:
                     for jacobians in unit.jacobians(passes):
                         for jacobian in jacobians.values() if extensions else ():
                             self._evaluate(jacobian, extensions)
-        if gradient and any(type(extension) is not SumCheck for extension in gradient):
+        if gradient and self._create_graph:
+            self._differentiate(passes, gradient)
+            gradient = [extension for extension in gradient if not isinstance(extension, Differentiable)]
+        if gradient and (self._create_graph or any(type(extension) is not SumCheck for extension in gradient)):
             failed = partial(self.fail, gradient) if self.defers else None
             totals = any(extension.totals for extension in gradient)
             self._heard = gradient
@@ -188,6 +194,13 @@ class Backprop:
 
     def _probe(self, loss: Node, column: Tensor) -> tuple[Tensor | None, ...]:
         return self._passes.pull(Column([self._passes.tape.losses[loss].input], [column]))
+
+    def _differentiate(self, passes: Passes, extensions: list[Extension]) -> None:
+        if found := [extension for extension in extensions if isinstance(extension, Differentiable)]:
+            gradients = gradients_per_sample(passes)
+            with torch.enable_grad():
+                for e in found:
+                    self._results[e] = {parameter: e.of_gradients(rows) for parameter, rows in gradients.items()}
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1

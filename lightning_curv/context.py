@@ -46,6 +46,9 @@ class curvature(record):
 
     The backward pass is ``loss.backward()``, or ``torch.autograd.backward(loss)`` in versions of torch that hand it to
     function modes (2.13 does, 2.6 does not); ``torch.autograd.grad`` computes no extensions.
+    After ``loss.backward(create_graph=True)`` first-order quantities are as differentiable as ``.grad``, for penalties
+    on the variance of the gradient and the like; each per-sample gradient is then a pass of its own through its op, and
+    time and memory grow with N². All other quantities, and extensions that are not `Differentiable`, are constants.
 
     Raises:
         UnsupportedError: In ``backward``: a parameter, an op or the loss is not covered; the message says what to do.
@@ -112,7 +115,8 @@ class curvature(record):
         if not self.extensions:
             return func(*args, **kwargs)
         loss, kwargs = _BACKWARD[func](*args, **kwargs)
-        backprop = Backprop(loss, self.extensions, gradient=kwargs.get("gradient"), **self._options)
+        gradient, create_graph = kwargs.get("gradient"), bool(kwargs.get("create_graph"))
+        backprop = Backprop(loss, self.extensions, gradient=gradient, create_graph=create_graph, **self._options)
         if True in [extension.keeps_graph for extension in self.extensions]:
             kwargs["retain_graph"] = True
         try:
