@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from lightning_curv import receiving
 from lightning_curv.check import SumCheck
 from lightning_curv.coverage import refuse_uncovered
+from lightning_curv.differentiable import gradients_per_sample
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
 from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.graph import Tape, find_output, walk
+from lightning_curv.handover import ExtensionHook, Handover
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.listening import Listener
 from lightning_curv.passes import Passes
@@ -45,6 +47,8 @@ class Backprop:
         defer: Go on without an extension that fails, in `before` or during the backward pass, and list it in `failures`
             instead of raising.
         output: Where the curvature of the loss enters instead of at known loss functions.
+        hook: Gets every parameter, or its module, when its results are set: those of the backward pass during it.
+        create_graph: Whether first-order quantities are to be differentiable.
 
     Raises:
         UnsupportedError: A parameter, a loss or a quantity is not covered.
@@ -61,6 +65,8 @@ class Backprop:
         gradient: Tensor | None = None,
         defer: bool = False,
         output: nn.Module | Output | None = None,
+        hook: ExtensionHook | None = None,
+        create_graph: bool = False,
     ) -> None:
         self._loss, self._where, self._generator = loss, output, generator
         self._seed = torch.ones_like(loss) if gradient is None else gradient
@@ -69,6 +75,9 @@ class Backprop:
         self._batch = batch_size if isinstance(batch_size, Batch) else Batch(batch_size)
         self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
         self._listener: Listener | None = None
+        self._hook, self._create_graph = hook, create_graph
+        self._handover: Handover | None = None
+        self._heard: list[Extension] = []  # evaluated during the backward pass
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
 
     @torch.no_grad()
@@ -88,10 +97,17 @@ class Backprop:
                     for jacobians in unit.jacobians(passes):
                         for jacobian in jacobians.values() if extensions else ():
                             self._evaluate(jacobian, extensions)
-        if gradient and any(type(extension) is not SumCheck for extension in gradient):
+        if gradient and self._create_graph:
+            self._differentiate(passes, gradient)
+            gradient = [extension for extension in gradient if not isinstance(extension, Differentiable)]
+        if gradient and (self._create_graph or any(type(extension) is not SumCheck for extension in gradient)):
             failed = partial(self.fail, gradient) if self.defers else None
             totals = any(extension.totals for extension in gradient)
+            self._heard = gradient
             self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), totals, failed)
+        if self._hook is not None:
+            parameters = (p for found in passes.tape.parameters.values() for p in found)
+            self._handover = Handover(self._hook, parameters, self._leave)
         _PENDING.add(self)
 
     def run(self, **options: Any) -> None:
@@ -109,7 +125,10 @@ class Backprop:
 
     def after(self) -> None:
         """Set the results on the parameters."""
-        for extension, results in self.finish().items():
+        found = self.finish()
+        if self._handover is not None:
+            self._handover.finish()
+        for extension, results in found.items():
             for parameter, result in results.items():
                 setattr(parameter, extension.savefield, result)
 
@@ -123,10 +142,21 @@ class Backprop:
 
     def abort(self) -> None:
         """Stop listening."""
+        if self._handover is not None:
+            self._handover.stop()
         _PENDING.discard(self)
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.stop()
+
+    def _leave(self, parameter: Tensor) -> bool:
+        """Set a parameter's results, which are then no longer ours; false if none are there, or some are to come."""
+        if self._listener is not None and any(parameter not in self._results.get(e, {}) for e in self._heard):
+            return False
+        found = [e for e, results in self._results.items() if parameter in results and type(e) is not SumCheck]
+        for extension in found:
+            setattr(parameter, extension.savefield, self._results[extension].pop(parameter))
+        return bool(found)
 
     def _walked(self) -> Passes:
         loss = self._loss
@@ -171,6 +201,13 @@ class Backprop:
     def _needs_samples(self, extension: AnyExtension) -> bool:
         """Whether a quantity, or the curvature of a loss that is no known function, needs the samples."""
         return extension.needs_samples or (self._output is not None and extension.needs_likelihood)
+
+    def _differentiate(self, passes: Passes, extensions: list[Extension]) -> None:
+        if found := [extension for extension in extensions if isinstance(extension, Differentiable)]:
+            gradients = gradients_per_sample(passes)
+            with torch.enable_grad():
+                for e in found:
+                    self._results[e] = {parameter: e.of_gradients(rows) for parameter, rows in gradients.items()}
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_curv.backprop import Backprop
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.handover import ExtensionHook
 from lightning_curv.recording import record
 from lightning_curv.records import Output
 
@@ -35,9 +36,19 @@ class curvature(record):
             whose second derivatives must not mix samples; the GGN takes its positive part (negative eigenvalues are
             set to zero). Known loss functions that do not depend on the output add their own curvature. Inside
             Lightning a submodule's name is turned into the module by ``pl_module.get_submodule(name)``.
+        extension_hook: A function that is called during the backward pass as soon as a parameter has all its quantities
+            and its ``.grad``: it may reduce them and delete them from the parameter, so that they are never in memory
+            all at once. Parameters of modules given to `extend` come with their module, ``extension_hook(module)``,
+            once for every module that holds parameters itself, when all of ``module.parameters(recurse=False)`` that
+            the loss reaches are there (a parameter of several modules comes with the first of them); all other
+            parameters come alone, ``extension_hook(parameter)``. Parameters left out of ``backward(inputs=)`` come
+            after the pass. An error in the function ends the pass.
 
     The backward pass is ``loss.backward()``, or ``torch.autograd.backward(loss)`` in versions of torch that hand it to
     function modes (2.13 does, 2.6 does not); ``torch.autograd.grad`` computes no extensions.
+    After ``loss.backward(create_graph=True)`` first-order quantities are as differentiable as ``.grad``, for penalties
+    on the variance of the gradient and the like; each per-sample gradient is then a pass of its own through its op, and
+    time and memory grow with N². All other quantities, and extensions that are not `Differentiable`, are constants.
 
     Raises:
         UnsupportedError: In ``backward``: a parameter, an op or the loss is not covered; the message says what to do.
@@ -45,13 +56,24 @@ class curvature(record):
 
     Example:
         >>> import torch
-        >>> from lightning_curv import BatchL2Grad, DiagGGNExact, curvature
+        >>> from lightning_curv import BatchGrad, BatchL2Grad, DiagGGNExact, curvature
         >>> layer = torch.nn.Linear(2, 3)
         >>> with curvature(BatchL2Grad(), DiagGGNExact()):
         ...     loss = torch.nn.functional.cross_entropy(layer(torch.ones(5, 2)), torch.tensor([0, 1, 2, 0, 1]))
         ...     loss.backward()
         >>> layer.weight.batch_l2.shape, layer.weight.diag_ggn_exact.shape
         (torch.Size([5]), torch.Size([3, 2]))
+
+        Per-sample gradients of one parameter at a time:
+
+        >>> norms = []
+        >>> def norm(parameter):
+        ...     norms.append(parameter.grad_batch.flatten(1).norm(dim=1))
+        ...     del parameter.grad_batch
+        >>> with curvature(BatchGrad(), extension_hook=norm):
+        ...     layer(torch.ones(5, 2)).sum().backward()
+        >>> [tuple(found.shape) for found in norms], hasattr(layer.weight, "grad_batch")
+        ([(5,), (5,)], False)
     """
 
     def __init__(
@@ -61,6 +83,7 @@ class curvature(record):
         batch_size: int | None = None,
         check: bool = False,
         output: nn.Module | Tensor | None = None,
+        extension_hook: ExtensionHook | None = None,
     ) -> None:
         super().__init__(output if isinstance(output, nn.Module) else None)
         for extension in extensions:
@@ -73,12 +96,18 @@ class curvature(record):
                 f"`output` must be a module or a tensor, found {output!r}; a name is turned into a module by "
                 "`model.get_submodule(name)`."
             )
+        if not (extension_hook is None or callable(extension_hook)):
+            raise TypeError(
+                "`extension_hook` must be a function of a module or parameter that has its quantities, found "
+                f"{extension_hook!r}."
+            )
         self.extensions = extensions
         self._options: dict[str, Any] = {
             "generator": generator,
             "batch_size": batch_size,
             "check": check,
             "output": Output.of(output) if isinstance(output, Tensor) else output,
+            "hook": extension_hook,
         }
 
     def _compute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,7 +115,8 @@ class curvature(record):
         if not self.extensions:
             return func(*args, **kwargs)
         loss, kwargs = _BACKWARD[func](*args, **kwargs)
-        backprop = Backprop(loss, self.extensions, gradient=kwargs.get("gradient"), **self._options)
+        gradient, create_graph = kwargs.get("gradient"), bool(kwargs.get("create_graph"))
+        backprop = Backprop(loss, self.extensions, gradient=gradient, create_graph=create_graph, **self._options)
         if True in [extension.keeps_graph for extension in self.extensions]:
             kwargs["retain_graph"] = True
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 from torch import nn
 
@@ -11,6 +13,7 @@ from lightning_curv.recording import mark_output, record
 
 Module = TypeVar("Module", bound=nn.Module)
 _local = threading.local()
+_CALLED: WeakSet[nn.Module] = WeakSet()  # extended modules, copies included, that ran
 
 
 def extend(module: Module) -> Module:
@@ -35,6 +38,11 @@ def extend(module: Module) -> Module:
     return module
 
 
+def extended() -> Iterator[nn.Module]:
+    """The modules that were given to `extend` and have run since, and all modules inside them, each once."""
+    return iter(dict.fromkeys(module for root in [*_CALLED] for module in root.modules()))
+
+
 def _stack() -> list[record]:
     if not hasattr(_local, "stack"):
         _local.stack = []
@@ -42,6 +50,8 @@ def _stack() -> list[record]:
 
 
 def _enter(module: nn.Module, args: Any) -> None:
+    if module not in _CALLED:
+        _CALLED.add(module)
     mode = record()
     mode.__enter__()
     _stack().append(mode)

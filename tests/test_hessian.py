@@ -1,7 +1,10 @@
 """Hessian diagonals and products against brute force."""
 
+import copy
 import functools
 import gc
+import io
+import pickle
 import weakref
 from dataclasses import replace
 
@@ -172,6 +175,26 @@ def test_products_free_their_graph():
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("extension", [HMP(), GGNMP(), PCHMP("curv")], ids=repr)
+def test_a_model_with_products_is_saved_without_their_graph(extension):
+    problem = ROW["mlp_sigmoid"].make()
+    compute(problem, extension)
+    buffer = io.BytesIO()
+    torch.save(problem.model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    twin = copy.deepcopy(problem.model)
+    for p, q, r in zip(problem.model.parameters(), loaded.parameters(), twin.parameters()):
+        assert torch.equal(p, q)
+        assert torch.equal(p, r)
+        assert getattr(p, extension.savefield)(torch.ones_like(p)).shape == p.shape
+        gone = getattr(q, extension.savefield)
+        again = pickle.loads(pickle.dumps(gone))
+        for stub in (gone, again, copy.deepcopy(getattr(p, extension.savefield))):
+            with pytest.raises(RuntimeError, match=f"`{extension.savefield}` needs the graph"):
+                stub(torch.ones_like(p))
 
 
 def test_products_refuse_other_shapes():

@@ -1,6 +1,6 @@
 """Extensions: one small class per quantity, each a function of a parameter's per-sample Jacobian."""
 
-from lightning_curv.extensions.base import Exact, Extension, Gradient, GraphExtension, Sampled
+from lightning_curv.extensions.base import Differentiable, Exact, Extension, Gradient, GraphExtension, Sampled
 from lightning_curv.extensions.firstorder import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from lightning_curv.extensions.ggn import (
     BatchDiagGGNExact,
@@ -33,6 +33,7 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
+    "Differentiable",
     "Exact",
     "Extension",
     "GGNTraceMC",

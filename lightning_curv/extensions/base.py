@@ -81,6 +81,18 @@ class Extension(ABC):
         return f"{type(self).__name__}({arguments})"
 
 
+class Differentiable(Extension):
+    """A first-order quantity that is differentiable where the gradient is: ``loss.backward(create_graph=True)``."""
+
+    @abstractmethod
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """The quantity by operations that autograd can differentiate.
+
+        Args:
+            gradients: The per-sample gradients, ``[N, *p]``.
+        """
+
+
 class GraphExtension(ABC):
     """A quantity that is no function of backpropagated columns, and makes its own passes through the graph.
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_curv.extensions.base import Extension
+from lightning_curv.extensions.base import Differentiable
 from lightning_curv.jacobian import Jacobian
 
 
-class BatchGrad(Extension):
+class BatchGrad(Differentiable):
     r"""Per-sample gradients :math:`s\,g_n`, in ``grad_batch`` of shape ``[N, *p]``; they sum to ``.grad``.
 
     Cost: one more product per layer; memory N times the parameters. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020,
@@ -43,8 +43,12 @@ class BatchGrad(Extension):
         """The single column of J."""
         return (jacobian if self.subsampling is None else jacobian[self.subsampling]).per_sample()[0]
 
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """All of them, or those that are wanted."""
+        return gradients if self.subsampling is None else gradients[self.subsampling]
 
-class BatchL2Grad(Extension):
+
+class BatchL2Grad(Differentiable):
     r"""Squared norms of the per-sample gradients :math:`\|s\,g_n\|^2`, in ``batch_l2`` of shape ``[N]``.
 
     Per parameter; sum over the parameters for the norm of the whole gradient. Cost: small; layers with shared weights
@@ -59,8 +63,12 @@ class BatchL2Grad(Extension):
         """Norms of the single column of J."""
         return jacobian.squared_norms()[0]
 
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """Sums of squares of their entries."""
+        return gradients.unsqueeze(-1).flatten(1).square().sum(1)
 
-class SumGradSquared(Extension):
+
+class SumGradSquared(Differentiable):
     r"""Sum of the squared per-sample gradients :math:`\sum_n (s\,g_n)^2`, in ``sum_grad_squared``.
 
     Has the parameter's shape; the uncentred second moment times N. Cost: one more product per layer without weight
@@ -74,8 +82,12 @@ class SumGradSquared(Extension):
         """Squares of the single column of J, summed over the samples."""
         return jacobian.sum_squares()
 
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """Sum of their squares."""
+        return gradients.square().sum(0)
 
-class Variance(Extension):
+
+class Variance(Differentiable):
     r"""Variance of the per-sample gradients over the batch, in ``variance`` of the parameter's shape.
 
     The population variance :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0` of the *scaled*
@@ -88,3 +100,7 @@ class Variance(Extension):
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Variance of the single column of J over the samples."""
         return jacobian.variance()
+
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """Their mean squared distance from the mean."""
+        return gradients.var(0, correction=0)

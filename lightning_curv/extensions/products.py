@@ -2,7 +2,7 @@ r"""Products with blocks of curvature matrices, one block per parameter.
 
 ``p.hmp(V)`` and its siblings are functions: ``[V, *p] -> [V, *p]`` and ``[*p] -> [*p]``. They keep the graph of the
 loss, see the parameters as they were at the backward pass, and free both when the attribute is deleted or
-overwritten.
+overwritten. A graph cannot be saved: in a model that was saved and loaded they say that they are gone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Product(GraphExtension):
         uses = only_uses(passes)
         snapshot = Snapshot([p for p in found if p not in uses or uses[p].needs_value])
         matrix = self._prepare(passes, uses)
-        return {p: partial(_rows, p, snapshot, matrix) for p in found}
+        return {p: _Block(p, snapshot, matrix, self) for p in found}
 
     @abstractmethod
     def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
@@ -100,17 +100,41 @@ class _Matrix(ABC):
         return None, gradient
 
 
-def _rows(parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, vectors: Tensor) -> Tensor:
-    """Apply a product to one vector of the parameter's shape or to several."""
-    single = vectors.shape == parameter.shape
-    if not single and vectors.shape[1:] != parameter.shape:
-        shape = ", ".join(map(str, parameter.shape))
-        raise ValueError(f"Expected vectors of shape [{shape}] or [V, {shape}], found {list(vectors.shape)}.")
-    with torch.enable_grad(), snapshot.restored(), unheard(), differentiating_twice():
-        rows = matrix.products(parameter, vectors.detach()[None] if single else vectors.detach())
-    if single:
-        return rows[0]
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows) if rows else torch.zeros_like(vectors)
+class _Block:
+    """One parameter's block as a function of vectors, as in ``p.hmp(V)``; pickles and copies to a `_Gone`."""
+
+    def __init__(self, parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, extension: _Product) -> None:
+        self._parameter, self._snapshot, self._matrix = parameter, snapshot, matrix
+        self._name, self._savefield = repr(extension), extension.savefield
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Apply the block to one vector of the parameter's shape or to several."""
+        shape = self._parameter.shape
+        single = vectors.shape == shape
+        if not single and vectors.shape[1:] != shape:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"Expected vectors of shape [{sizes}] or [V, {sizes}], found {list(vectors.shape)}.")
+        with torch.enable_grad(), self._snapshot.restored(), unheard(), differentiating_twice():
+            rows = self._matrix.products(self._parameter, vectors.detach()[None] if single else vectors.detach())
+        if single:
+            return rows[0]
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows) if rows else torch.zeros_like(vectors)
+
+    def __reduce__(self) -> tuple[type[_Gone], tuple[str, str]]:
+        return _Gone, (self._name, self._savefield)
+
+
+class _Gone:
+    """What a `_Block` is once it was saved or copied: the graph stays behind."""
+
+    def __init__(self, name: str, savefield: str) -> None:
+        self._name, self._savefield = name, savefield
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        raise RuntimeError(
+            f"`{self._savefield}` needs the graph of a loss, found one that was saved or copied, which graphs are not. "
+            f"Run `loss.backward()` inside `curvature({self._name})` again, or delete the attribute."
+        )
 
 
 class HMP(_Product):
