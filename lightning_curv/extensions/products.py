@@ -29,6 +29,7 @@ from lightning_curv.passes import Passes
 from lightning_curv.records import edge_of
 from lightning_curv.residuals import residuals
 from lightning_curv.snapshot import Snapshot
+from lightning_curv.twice import differentiable, fused
 
 
 class _Product(GraphExtension):
@@ -64,7 +65,8 @@ class _Matrix(ABC):
         self._uses, self._multiplies = uses, passes.multiplies
 
     def _grad(self, outputs: Any, inputs: Any, seeds: Any, create_graph: bool = False) -> Sequence[Tensor | None]:
-        with fast_products(self._multiplies):
+        again = fused(outputs if isinstance(outputs, list) else [outputs]) if create_graph else ()
+        with fast_products(self._multiplies), differentiable(again):
             return torch.autograd.grad(
                 outputs, inputs, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
@@ -229,9 +231,12 @@ class _Curvatures(_Matrix):
 
     @cached_property
     def _dual(self) -> list[Tensor]:
-        """What the backpropagated cotangents are linear in, and are differentiated by: its values do not matter."""
-        zero = self._loss.detach().new_zeros(())
-        return [zero.expand(shape).requires_grad_() for part in self._parts for shape in part.shapes]
+        """What the backpropagated cotangents are linear in, and are differentiated by.
+
+        Its values do not matter, but where all are zero no lost graph is noticed.
+        """
+        one = self._loss.detach().new_ones(())
+        return [one.expand(shape).requires_grad_() for part in self._parts for shape in part.shapes]
 
     def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
         return self._grad(self._edges, edges, self._dual, create_graph=True)
