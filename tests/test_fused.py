@@ -5,6 +5,7 @@ import pytest
 import torch
 from losses_table import LOSS
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -339,11 +340,29 @@ class Scaled(nn.Module):
 # --- what has no second derivative -----------------------------------------------------------------------------------
 
 
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].exp()
+
+
 def segments(x):
     return torch.segment_reduce(x.T.contiguous(), "sum", lengths=torch.tensor([2, 1])).T
 
 
-ONCE = {"segments": (segments, "segment")}
+class Untracked(Once):
+    @staticmethod
+    def backward(ctx, g):
+        return g.detach() * ctx.saved_tensors[0].exp()
+
+
+ONCE = {"once": (Once.apply, "Once"), "untracked": (Untracked.apply, "Untracked"), "segments": (segments, "segment")}
 
 
 def product_or_value(extension, op):
