@@ -191,7 +191,8 @@ class PCHMP(GGNMP):
 
     The Hessian's residual of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise, else the eigenvalues
     of its per-sample residual matrix, is made non-negative (Chen et al., *Positive curvature Hessian*; Dangel,
-    Harmeling & Hennig, AISTATS 2020, section 4).
+    Harmeling & Hennig, AISTATS 2020, section 4). The nonlinearities are the nodes of the graph: a fused attention
+    kernel is one, attention written out is several, and their matrices differ.
 
     Args:
         savefield: Name of the parameter's attribute.
