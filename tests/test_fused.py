@@ -164,21 +164,23 @@ class CheckpointedAttending(nn.Module):
 
 
 class Latents(nn.Module):
-    """Learned queries: the op is one with a parameter."""
+    """Learned queries, and a learned mask: the op is one with parameters."""
 
-    def __init__(self):
+    def __init__(self, biased):
         super().__init__()
+        self.bias = raw(2, 3, 5) if biased else None
         self.q, self.kv, self.head = raw(1, 2, 3, 2), nn.Linear(4, 8), nn.Linear(4, 3)
 
     def forward(self, x):
         k, v = self.kv(x).unflatten(-1, (4, 2)).transpose(1, 2).chunk(2, 1)
-        mixed = F.scaled_dot_product_attention(self.q.expand(len(x), -1, -1, -1), k, v)
+        mixed = F.scaled_dot_product_attention(self.q.expand(len(x), -1, -1, -1), k, v, self.bias)
         return self.head(mixed.transpose(1, 2).flatten(2).tanh().mean(1))
 
 
-def test_learned_queries():
+@pytest.mark.parametrize("biased", [False, True])
+def test_learned_queries_and_masks(biased):
     torch.manual_seed(0)
-    problem = Problem(Latents().double(), randn(3, 5, 4), torch.tensor([0, 1, 2]), LOSS["ce"])
+    problem = Problem(Latents(biased).double(), randn(3, 5, 4), torch.tensor([0, 1, 2]), LOSS["ce"])
     blocks = hessian(problem)
     compute(problem, HMP(), DiagHessian())
     assert_products(problem, "hmp", blocks)
