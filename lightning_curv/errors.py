@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+
+_ONCE = r"not implemented|differentiate twice|double backward"
 
 
 class UnsupportedError(NotImplementedError):
@@ -14,17 +17,29 @@ class UnsupportedError(NotImplementedError):
 
 
 @contextmanager
-def differentiating_twice() -> Iterator[None]:
-    """Says what to do where an op has no second derivative in torch."""
+def differentiating_twice(name: str | None = None) -> Iterator[None]:
+    """Names the op where one has no second derivative in torch: ``name``, or what torch says."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, UnsupportedError) or "not implemented" not in str(error):
+        if isinstance(error, UnsupportedError) or not re.search(_ONCE, str(error)):
             raise
-        raise UnsupportedError(
-            f"Expected ops that can be differentiated twice, found one without a second derivative in torch: {error} "
-            "Attention: run the forward pass under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
-        ) from error
+        op = re.search(r"(\w+)_backward\b|derivative for '(\w+)'", str(error))
+        raise once_differentiable(name or (op[1] or op[2] if op else "an op"), error) from error
+
+
+def once_differentiable(op: str, error: Exception) -> UnsupportedError:
+    """The error for an op that torch does not differentiate twice."""
+    advice = "Write it in ops that have one, or compute quantities that need no second derivative of the network."
+    if re.search("attention", op, re.IGNORECASE):
+        advice = (
+            "Known are those of `F.scaled_dot_product_attention` without dropout in the kernel: run the forward pass "
+            "without, or under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
+        )
+    return UnsupportedError(
+        f"Expected ops that can be differentiated twice, found `{op.lstrip('_')}` without a second derivative in "
+        f"torch: {error} {advice}"
+    )
 
 
 def describe(parameter: Tensor) -> str:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.errors import UnsupportedError
+from lightning_curv.errors import UnsupportedError, differentiating_twice
 from lightning_curv.own_passes import unheard
 from lightning_curv.owners import Owners
 from lightning_curv.passes import Column
 from lightning_curv.symmetric import eigh
+from lightning_curv.twice import differentiable
 
 
 class Residual(ABC):
@@ -184,7 +185,13 @@ class LocalCurvature:
         self, node: Node, edges: Sequence[GradientEdge], outputs: Sequence[tuple[GradientEdge, Tensor]]
     ) -> None:
         self.node, self.edges = node, edges
-        with self._refused(), torch.enable_grad(), unheard(), _blocked(edges):
+        with (
+            differentiating_twice(node.name()),
+            torch.enable_grad(),
+            unheard(),
+            _blocked(edges),
+            differentiable([node]),
+        ):
             gradients = torch.autograd.grad(
                 [edge for edge, _ in outputs], edges, [g for _, g in outputs], create_graph=True, allow_unused=True
             )
@@ -194,16 +201,6 @@ class LocalCurvature:
             raise UnsupportedError(
                 f"Second derivatives of ops expect real numbers, found complex ones in `{node.name()}`; use `HMP`."
             )
-
-    @contextmanager
-    def _refused(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise UnsupportedError(
-                f"Hessian quantities need the second derivative of `{self.node.name()}`, found none in torch: {error} "
-                "Attention: run the forward pass under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
-            ) from error
 
     @cached_property
     def trial(self) -> list[Tensor]:
@@ -231,7 +228,7 @@ class LocalCurvature:
         """R applied to vectors of the inputs' shapes."""
         if not self.gradients:
             return [torch.zeros_like(v) for v in vectors]
-        with self._refused(), unheard(), _blocked(self.edges):
+        with differentiating_twice(self.node.name()), unheard(), _blocked(self.edges):
             parts = torch.autograd.grad(
                 [g for _, g in self.gradients],
                 self.edges,

@@ -25,6 +25,7 @@ from lightning_curv.probing import owners_at
 from lightning_curv.records import Operand, Use
 from lightning_curv.rules.fallback import dense
 from lightning_curv.symmetric import eigh
+from lightning_curv.twice import differentiable, fused
 
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
@@ -115,7 +116,7 @@ class _Op:
         if not self.operand.derived or _is_linear(self.operand, found):
             return
         result = {p: self.g.new_zeros(self.count, *p.shape) for p in found}
-        with torch.enable_grad(), unheard():
+        with torch.enable_grad(), unheard(), differentiable(fused([edge])):
             for n, cotangent in enumerate(self.gradient()):
                 pulled = torch.autograd.grad(edge, found, cotangent, create_graph=True, allow_unused=True)
                 for p, first in zip(found, pulled, strict=True):
@@ -135,7 +136,7 @@ def _diagonal(parameter: Tensor, diagonal: Tensor) -> dict[Tensor, Jacobian]:
 
 
 def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
-    with torch.enable_grad(), unheard():
+    with torch.enable_grad(), unheard(), differentiable(fused([operand.edge])):
         trial = (
             torch.cos(torch.arange(1.0, operand.tensor.numel() + 1)).to(operand.tensor).reshape(operand.tensor.shape)
         )

@@ -27,18 +27,18 @@ from lightning_curv.probing import owners_at
 
 # nodes whose output is (piecewise) linear in all data inputs together: never differentiated
 _LINEAR = """
-    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Alias Amax Amin AsStrided AvgPool2D
-    AvgPool3D Cat Clone Col2Im ConstantPadNd CopySlices Cumsum Diagonal Embedding Expand Flip Gather Hardtanh Im2Col
-    Index IndexSelect LeakyRelu MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices Mean Min
-    MkldnnAdaptiveAvgPool2D NativeDropout Neg Permute ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu Repeat
-    ReplicationPad1D ReplicationPad2D ReplicationPad3D Reshape ReshapeAlias Roll Rsub Select Slice Split SplitWithSizes
-    Squeeze Stack Sub Sum T Threshold ToCopy Transpose Tril Triu Unbind Unfold UnsafeView Unsqueeze UpsampleBilinear2D
-    UpsampleNearest2D View Where
+    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Alias Amax Amin AsStrided
+    AvgPool2D AvgPool3D Cat Clone Col2Im ConstantPadNd CopySlices Cumsum Diagonal Embedding Expand Flip Gather
+    Hardsigmoid Hardtanh Im2Col Index IndexSelect LeakyRelu MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices
+    Mean Min MkldnnAdaptiveAvgPool2D NativeDropout Neg Permute ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu
+    Repeat ReplicationPad1D ReplicationPad2D ReplicationPad3D Reshape ReshapeAlias Roll Rsub Select Slice Split
+    SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpose Tril Triu Unbind Unfold UnsafeView Unsqueeze
+    UpsampleBilinear2D UpsampleNearest2D View Where
 """
 LINEAR = frozenset(_LINEAR.split())
 # nodes whose output entries depend on one entry of their only data input each
 _ELEMENTWISE = """
-    Acos Acosh Asin Asinh Atan Atanh Celu Cos Cosh Elu Erf Erfc Exp Expm1 Gelu Hardsigmoid Hardswish Log Log10 Log1P
+    Acos Acosh Asin Asinh Atan Atanh Celu Cos Cosh Elu Erf Erfc Exp Expm1 Gelu Hardswish Log Log10 Log1P
     Log2 LogSigmoid Mish Pow Reciprocal Rsqrt Sigmoid Silu Sin Sinh Softplus Sqrt Tan Tanh
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.passes import Passes
+from lightning_curv.twice import differentiable, fused
 
 Vectors = Sequence[Tensor]
 Product = Callable[[Vectors], list[Tensor]]
@@ -24,7 +25,8 @@ def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     Cost: a backward pass with a graph once, and one more backward pass per product (Pearlmutter, *Fast exact
     multiplication by the Hessian*, Neural Computation 1994).
     """
-    found = torch.autograd.grad(passes.loss, params, passes.seed, create_graph=True, allow_unused=True)
+    with differentiable(fused([passes.loss])):
+        found = torch.autograd.grad(passes.loss, params, passes.seed, create_graph=True, allow_unused=True)
     gradients = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
 
     def product(vectors: Vectors) -> list[Tensor]:
@@ -45,8 +47,9 @@ def ggn_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     calls = passes.tape.losses
     edges = [call.input for call in calls.values()]
     likelihoods = [passes.likelihood(node) for node in calls]
-    dual = [torch.zeros_like(call.arguments["input"], requires_grad=True) for call in calls.values()]
-    found = torch.autograd.grad(edges, params, dual, create_graph=True, allow_unused=True)
+    dual = [torch.ones_like(call.arguments["input"], requires_grad=True) for call in calls.values()]
+    with differentiable(fused(edges)):
+        found = torch.autograd.grad(edges, params, dual, create_graph=True, allow_unused=True)
     transposed = [(i, t) for i, t in enumerate(found) if t is not None]
 
     def product(vectors: Vectors) -> list[Tensor]:

@@ -29,6 +29,7 @@ from lightning_curv.passes import Passes
 from lightning_curv.records import edge_of
 from lightning_curv.residuals import residuals
 from lightning_curv.snapshot import Snapshot
+from lightning_curv.twice import differentiable, fused
 
 
 class _Product(GraphExtension):
@@ -66,7 +67,8 @@ class _Matrix(ABC):
         self._uses, self._multiplies = uses, passes.multiplies
 
     def _grad(self, outputs: Any, inputs: Any, seeds: Any, create_graph: bool = False) -> Sequence[Tensor | None]:
-        with fast_products(self._multiplies):
+        again = fused(outputs if isinstance(outputs, list) else [outputs]) if create_graph else ()
+        with fast_products(self._multiplies), differentiable(again):
             return torch.autograd.grad(
                 outputs, inputs, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
             )
@@ -215,7 +217,8 @@ class PCHMP(GGNMP):
 
     The Hessian's residual of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise, else the eigenvalues
     of its per-sample residual matrix, is made non-negative (Chen et al., *Positive curvature Hessian*; Dangel,
-    Harmeling & Hennig, AISTATS 2020, section 4).
+    Harmeling & Hennig, AISTATS 2020, section 4). The nonlinearities are the nodes of the graph: a fused attention
+    kernel is one, attention written out is several, and their matrices differ.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -257,9 +260,12 @@ class _Curvatures(_Matrix):
 
     @cached_property
     def _dual(self) -> list[Tensor]:
-        """What the backpropagated cotangents are linear in, and are differentiated by: its values do not matter."""
-        zero = self._loss.detach().new_zeros(())
-        return [zero.expand(shape).requires_grad_() for part in self._parts for shape in part.shapes]
+        """What the backpropagated cotangents are linear in, and are differentiated by.
+
+        Its values do not matter, but where all are zero no lost graph is noticed.
+        """
+        one = self._loss.detach().new_ones(())
+        return [one.expand(shape).requires_grad_() for part in self._parts for shape in part.shapes]
 
     def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
         return self._grad(self._edges, edges, self._dual, create_graph=True)

@@ -14,8 +14,10 @@ from torch.autograd.graph import GradientEdge
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses.likelihoods import Likelihood, signs_of
 from lightning_curv.losses.registry import LOSSES
+from lightning_curv.own_passes import unheard
 from lightning_curv.owners import BatchAxis, Owners
 from lightning_curv.symmetric import eigh
+from lightning_curv.twice import differentiable, fused
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Quadratic(Likelihood):
     def _gradient(self) -> Tensor:
         """The gradient at f with a graph of its own."""
         seed = self.seed.detach().clone().requires_grad_()
-        (g,) = torch.autograd.grad(self.root, [self.edge], seed, create_graph=True)
+        with unheard(), differentiable(fused([self.root])):
+            (g,) = torch.autograd.grad(self.root, [self.edge], seed, create_graph=True)
         # torch drops the graph of `once_differentiable` functions silently; g is linear in the seed where it is whole
         size = g.detach().square().sum()
         (share,) = torch.autograd.grad(g, [seed], g.detach(), retain_graph=True, materialize_grads=True)
