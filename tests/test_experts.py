@@ -1,12 +1,13 @@
-"""Mixtures of experts: grouped products of matrices, every row a sample, against the matrices one by one."""
+"""Mixtures of experts, every row a sample: grouped products and matrices picked by index, against brute force."""
 
+import hessian_oracle
 import oracle
 import pytest
 import torch
 from losses_table import LOSS
 from torch import nn
 from torch.nn import functional as F
-from zoo import Problem, assert_close
+from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature
 from lightning_curv.extensions import (
@@ -15,13 +16,14 @@ from lightning_curv.extensions import (
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
+    DiagHessian,
     SqrtGGNExact,
     SumGradSquared,
     Variance,
 )
 
-pytestmark = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="a torch without grouped products")
-QUANTITIES = [
+GROUPED = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="a torch without grouped products")
+OF_ROWS = [
     (BatchGrad, oracle.grad_batch),
     (BatchL2Grad, oracle.batch_l2),
     (SumGradSquared, oracle.sum_grad_squared),
@@ -66,13 +68,14 @@ def experts(form, grouped):
     return Problem(model, X, y, LOSS["ce_sum"]) if grouped else Problem(model.double(), X.double(), y, LOSS["ce_sum"])
 
 
+@GROUPED
 @pytest.mark.parametrize("form", ["in_out", "out_in", "columns"])
 def test_quantities_are_those_of_the_matrices_one_by_one(form):
     case, reference = experts(form, True), experts(form, False)
-    with curvature(*(extension() for extension, _ in QUANTITIES), SqrtGGNExact(), check=True):
+    with curvature(*(extension() for extension, _ in OF_ROWS), SqrtGGNExact(), check=True):
         case.compute_loss().backward()
     weight = case.model.weight
-    for extension, naive in QUANTITIES:
+    for extension, naive in OF_ROWS:
         expected = naive(reference)["weight"]
         found = getattr(weight, extension.savefield).double()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=extension.savefield)
@@ -82,6 +85,7 @@ def test_quantities_are_those_of_the_matrices_one_by_one(form):
     )
 
 
+@GROUPED
 @pytest.mark.parametrize("form", ["in_out", "out_in", "columns"])
 def test_every_expert_has_factors(form):
     """A, the mean over all rows, and B are made of the expert's own rows."""
@@ -97,6 +101,7 @@ def test_every_expert_has_factors(form):
         assert_close(B[expert], torch.einsum("nab,ai,bj->ij", H[rows], M, M), rtol=1e-4)
 
 
+@GROUPED
 def test_batched_products_of_experts():
     """As many rows for every expert: a product of matrices one by one."""
     torch.manual_seed(0)
@@ -110,7 +115,63 @@ def test_batched_products_of_experts():
     assert [f.shape for f in W.kflr] == [(3, 8, 8), (3, 4, 4)]
 
 
+@GROUPED
 def test_what_no_rule_has_is_named():
     W, x = nn.Parameter(torch.randn(8, 4)), torch.randn(4, 8)
     with pytest.raises(NotImplementedError, match=r"_?grouped_mm"), curvature(BatchGrad(), batch_size=4):
         grouped_mm(x, W, torch.tensor([4, 8], dtype=torch.int32)).sum().backward()
+
+
+class Picked(nn.Module):
+    """One matrix for every row, picked by index, as in a batched product of experts."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.weight, self.bias, self.transposed = (
+            nn.Parameter(torch.zeros(3, 2, 4)),
+            nn.Parameter(torch.ones(3, 2)),
+            transposed,
+        )
+
+    def forward(self, x):
+        expert = (x[:, 0] > 0).long() - 2 * (x[:, 1] > 0).long()  # counted from the end, too
+        if self.transposed:
+            out = torch.bmm(x.unsqueeze(1), self.weight.mT.contiguous()[expert]).squeeze(1)
+        else:
+            out = torch.bmm(self.weight[expert], x.unsqueeze(-1)).squeeze(-1)
+        return out.add_(self.bias[expert]).tanh()
+
+
+@pytest.mark.filterwarnings("error::lightning_curv.rules.fallback.FallbackWarning")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_picked_by_index(transposed):
+    torch.manual_seed(0)
+    model, X = Picked(transposed).double(), torch.randn(7, 4, dtype=torch.float64)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    case = Problem(model, X, LOSS["mse_sum"].target((7, 2)), LOSS["mse_sum"])
+    compute(case, *(extension() for extension, _, _ in QUANTITIES), SqrtGGNExact(), KFLR(), DiagHessian(), check=True)
+    for _, field, naive in QUANTITIES:
+        assert_fields(case, field, naive(case))
+    assert model.weight.grad_batch.any()
+    ggn, hessian = oracle.ggn(case), hessian_oracle.diag_hessian(case)
+    for key, p in case.parameters().items():
+        V = p.sqrt_ggn_exact.flatten(2)
+        assert_close(torch.einsum("vnp,vnq->npq", V, V), ggn[key], label=key)
+        assert_close(p.diag_h, hessian[key], label=key)
+    (diagonal,) = model.weight.kflr
+    assert_close(diagonal, oracle.diag_ggn(case)["weight"].flatten())
+
+
+@pytest.mark.parametrize("steps_first", [False, True])
+def test_rows_picked_by_index_are_an_embedding(steps_first):
+    torch.manual_seed(0)
+    table, y = nn.Parameter(torch.randn(5, 3, dtype=torch.float64)), torch.tensor([0, 1, 2, 0])
+    tokens, found = torch.randint(5, (4, 6)), []
+    for look_up in (lambda index: table[index], lambda index: F.embedding(index, table)):
+        with curvature(BatchGrad(), KFLR(), check=True):
+            rows = look_up(tokens.T if steps_first else tokens)
+            F.cross_entropy(rows.sin().mean(0 if steps_first else 1), y).backward()
+        found.append([table.grad_batch, *table.kflr])
+        table.grad = None
+    torch.testing.assert_close(*found)

@@ -46,10 +46,11 @@ class KFLR(Extension):
     weight used as ``x @ W``: ``[A, B]``. Transposed convolution: ``[B, A]`` of the weight with outputs in front,
     ``W.transpose(0, 1)``, of shapes ``[out/groups, out/groups]`` and ``[in/groups·K, in/groups·K]``; its positions are
     the pixels of the output, each of which sees one patch of the input with ``stride - 1`` zeros between its pixels
-    (BackPACK's layout). Bias: ``[B]``. Recurrent weights: ``[B, A]``, the steps are positions. A factor with one axis
-    is a diagonal matrix: ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A), ``[diagonal of
-    the GGN]`` for every parameter without Kronecker structure (norm scales, offsets, parameters used by ops of
-    different kinds, such as an embedding that is also the output projection).
+    (BackPACK's layout). Experts of a grouped product: as groups, A is the mean over the rows of all experts. Bias:
+    ``[B]``. Recurrent weights: ``[B, A]``, the steps are positions. A factor with one axis is a diagonal matrix:
+    ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A), ``[diagonal of the GGN]`` for every
+    parameter without Kronecker structure (norm scales, offsets, parameters used by ops of different kinds, such as an
+    embedding that is also the output projection).
 
     In training mode BatchNorm couples the samples; the factors then take its batch statistics as given, as all
     implementations do.
