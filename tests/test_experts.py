@@ -175,3 +175,27 @@ def test_rows_picked_by_index_are_an_embedding(steps_first):
         found.append([table.grad_batch, *table.kflr])
         table.grad = None
     torch.testing.assert_close(*found)
+
+
+@GROUPED
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_experts_of_transformers(implementation):
+    """Tokens that are sorted by expert already."""
+    pytest.importorskip("transformers")
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 1}
+    config = mixtral.MixtralConfig(**sizes)
+    config._experts_implementation = implementation
+    torch.manual_seed(0)
+    experts = mixtral.MixtralExperts(config)
+    for p in experts.parameters():
+        nn.init.normal_(p, std=0.5)
+    x, expert, weight = torch.randn(7, 8), torch.tensor([0, 0, 1, 1, 1, 3, 3])[:, None], torch.rand(7, 1)
+    y = torch.randint(8, (7,))
+    with curvature(BatchGrad(), KFLR(), check=True):
+        F.cross_entropy(experts(x, expert, weight), y, reduction="sum").backward()
+    for n in range(7):
+        loss = F.cross_entropy(experts(x[n : n + 1], expert[n : n + 1], weight[n : n + 1]), y[n : n + 1])
+        for p, expected in zip(experts.parameters(), torch.autograd.grad(loss, experts.parameters())):
+            torch.testing.assert_close(p.grad_batch[n], expected, rtol=1e-4, atol=1e-5)
+    assert [len(p.kflr) for p in experts.parameters()] == ([2, 2] if implementation == "grouped_mm" else [1, 1])
