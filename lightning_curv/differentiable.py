@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError, describe, differentiating_twice
+from lightning_curv.joins import Join, node_of
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Passes
 from lightning_curv.records import Use
+from lightning_curv.samples import owner_of_rows
 
 
 def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
             )
     gradients: dict[Tensor, Tensor] = {}
     with torch.enable_grad(), unheard(), differentiating_twice():
-        edges = [GradientEdge(node, use.output_nr) for node, use in uses.items()]
+        edges = [GradientEdge(node_of(key), use.output_nr) for key, use in uses.items()]
         cotangents = torch.autograd.grad([passes.loss], edges, [passes.seed], create_graph=True, allow_unused=True)
         for (node, use), g in zip(uses.items(), cotangents, strict=True):
             for parameter, rows in _of_use(passes, node, use, g) if g is not None else ():
@@ -46,17 +48,13 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
     return gradients
 
 
-def _of_use(passes: Passes, node: Node, use: Use, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _of_use(passes: Passes, key: Node | Join, use: Use, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """What one op adds to the per-sample gradients of its parameters."""
-    place, count = passes.samples.uses[node], passes.samples.count
-    size = use.shape[place.axis]
-    index = torch.arange(size, device=g.device)
-    of_row = index % count if place.minor else index // max(1, size // max(1, count))
-    of_row = of_row.reshape(-1, *[1] * (len(use.shape) - place.axis - 1))
-    parameters, edge = passes.tape.parameters[node], GradientEdge(node, use.output_nr)
+    of_row = owner_of_rows(use, passes.samples.uses[key]).to(g.device)
+    parameters, edge = passes.tape.parameters[key], GradientEdge(node_of(key), use.output_nr)
     columns: list[list[Tensor]] = [[] for _ in parameters]
-    for n in range(count):
-        with _only(node, use, torch.where(of_row == n, g.reshape(use.shape), 0).reshape(g.shape)):
+    for n in range(passes.samples.count):
+        with _only(key, use, torch.where(of_row == n, g.reshape(use.shape), 0).reshape(g.shape)):
             row = torch.autograd.grad(edge, parameters, g, create_graph=True, allow_unused=True)
         for parameter, column, found in zip(parameters, columns, row, strict=True):
             column.append(torch.zeros_like(parameter) if found is None else found.to_dense())
@@ -66,7 +64,7 @@ def _of_use(passes: Passes, node: Node, use: Use, g: Tensor) -> Iterator[tuple[T
 
 
 @contextmanager
-def _only(node: Node, use: Use, seed: Tensor) -> Iterator[None]:
+def _only(key: Node | Join, use: Use, seed: Tensor) -> Iterator[None]:
     """Context in which an op gets ``seed``, after all hooks of its output, and its data gets nothing.
 
     Below the data the parameters of the op may be used again. No node of the data is between the op and a parameter:
@@ -77,7 +75,9 @@ def _only(node: Node, use: Use, seed: Tensor) -> Iterator[None]:
         return tuple(seed if i == use.output_nr else g for i, g in enumerate(gradients))
 
     data = {edge.node for edge in use.inputs.values()}
-    handles = [node.register_prehook(start), *(below.register_prehook(_nothing) for below in data)]
+    if isinstance(key, Join):
+        data = {after for after, _ in key.node.next_functions if after is not None} - {key.edge.node}
+    handles = [node_of(key).register_prehook(start), *(below.register_prehook(_nothing) for below in data)]
     try:
         yield
     finally:

@@ -27,7 +27,7 @@ from lightning_curv.graph import Tape, leaf_of, nodes_below
 from lightning_curv.heads import Head, find_heads, frontier
 from lightning_curv.joins import Join, node_of
 from lightning_curv.meeting import Mixed, find_joins
-from lightning_curv.owners import BatchAxis, Owners, batch_axes
+from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Root, Roots, pointer_of
 from lightning_curv.records import Operand, Use, edge_of
@@ -265,6 +265,36 @@ class _Found:
     dropped: Sequence[Node]
 
 
+def _groups(use: Use) -> Tensor | None:
+    """For ops whose rule makes its own samples of ragged rows: which of them every row belongs to."""
+    return None if use.rule.groups is None or not use.arguments else use.rule.groups(use.arguments)
+
+
+def _by_group(use: Use, owners: Owners) -> Owners:
+    """Who owns the samples of the rule, where they are not the rows.
+
+    Raises:
+        Mixed: One of them has several owners.
+    """
+    groups = _groups(use)
+    if groups is None or not isinstance(owners, RowOwners):
+        return owners
+    groups, rows = groups.to(owners.index.device), owners.index
+    found = rows.new_full((int(groups.max()) + 1 if len(groups) else 0,), -1)
+    found = found.scatter_reduce(0, groups, rows, "amax")
+    if bool(((rows >= 0) & (rows != found[groups])).any()):
+        raise Mixed(f"in `{use.name}`")
+    return RowOwners(owners.count, found)
+
+
+def owner_of_rows(use: Use, owners: Owners) -> Tensor:
+    """The sample that every entry of the output of a use belongs to; broadcasts against it."""
+    groups = _groups(use)
+    if groups is None or not isinstance(owners, RowOwners):
+        return owners.owner(use.shape)
+    return RowOwners(owners.count, owners.index[groups.to(owners.index.device)]).owner(use.shape)
+
+
 class _Finder:
     """One search for the samples of a graph."""
 
@@ -440,7 +470,7 @@ class _Finder:
         for node, finding in uses.items():
             if node not in dropped:
                 assert finding.owners is not None
-                owners[node] = finding.owners
+                owners[node] = _by_group(self.uses[node], finding.owners)
         found = {node: by_edge.get(call.input[:2]) or losses[node].owners for node, call in self.tape.losses.items()}
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         return _Found(Samples(count, owners | joins, placed), joins, dropped)
@@ -453,6 +483,8 @@ class _Finder:
         rows = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
         rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
+        if _groups(use) is not None:
+            return Place(edge, use.shape, [], [(0,)])
         return Place(edge, use.shape, axes, rows if use.rule.outputs is None else [])
 
     def _joins(

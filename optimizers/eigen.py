@@ -9,8 +9,7 @@ from torch import Tensor
 from .batching import kronecker_matmuls
 from .curvature import Block, Gradient, Part, State
 from .factors import is_diagonal, kronecker_matmul, parts_of, partwise, rows
-from .joint import joined, separated
-from .kronecker import KroneckerCurvature, center, means, to_invert
+from .kronecker import KroneckerCurvature, center, from_matrix, matrix, means, to_invert
 from .running_mean import next_weight, update_mean
 from .second_moments import second_moments
 
@@ -63,14 +62,12 @@ class EigenCurvature(KroneckerCurvature):
 
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
         states = [g.state for g in gradients]
-        values = [joined(g.values, g.state.get("center", ())).to(g.state["moments"].dtype) for g in gradients]
+        values = [matrix(g).to(g.state["moments"].dtype) for g in gradients]
         inverse = [[_transposed(q, state["batched"]) for q in state["basis"]] for state in states]
         values = _rotated(states, inverse, values)
         values = [v / (g.state["moments"].view(v.shape) + g.damping) for v, g in zip(values, gradients, strict=True)]
         values = _rotated(states, [state["basis"] for state in states], values)
-        return [
-            separated(value, g.values, g.state.get("center", ())) for value, g in zip(values, gradients, strict=True)
-        ]
+        return [from_matrix(value, g) for value, g in zip(values, gradients, strict=True)]
 
 
 def _rotated(states: Sequence[State], bases: Sequence[list[Tensor]], values: Sequence[Tensor]) -> list[Tensor]:

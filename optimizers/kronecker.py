@@ -56,7 +56,7 @@ class KroneckerCurvature:
 
     def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
         statistics = kronecker_factors(fields, self.sharing, self.positions, step, self.split)
-        count = 2 if len(block.params) == 2 else len(statistics)
+        count = factors_among(statistics, block)
         return [*self.checked(statistics[:count], block), *statistics[count:]]
 
     def checked(self, factors: list[Tensor], block: Block) -> list[Tensor]:
@@ -77,8 +77,11 @@ class KroneckerCurvature:
             for key in self.derived:
                 state.pop(key, None)
             zeros = [torch.zeros_like(value, dtype=dtype, device=device) for value in statistics]
-            count = 2 if len(block.params) == 2 else len(zeros)
+            count = factors_among(statistics, block)
             state["factors"], state["mean"] = zeros[:count], zeros[count:]
+            state.pop("layout", None)
+            if len(block.params) == 1 and state["mean"]:
+                state["layout"] = [round(size) for size in statistics[count].tolist()]
             state["batched"], state["weight"] = is_batched(state["factors"]), 0.0
         state["weight"] = next_weight(state["weight"], block.group["factor_decay"])
         for mean, value in zip(means(state), statistics, strict=True):
@@ -112,18 +115,32 @@ class KroneckerCurvature:
         return all(inverse is not None for inverse in state.get("inverses", [None]))
 
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
-        matrices = [joined(g.values, g.state.get("center", ())).to(g.state["inverses"][0].dtype) for g in gradients]
+        matrices = [matrix(g).to(g.state["inverses"][0].dtype) for g in gradients]
         products = kronecker_matmuls(
             [(g.state["inverses"], v, g.state["batched"]) for g, v in zip(gradients, matrices, strict=True)]
         )
-        return [
-            separated(product, g.values, g.state.get("center", ()))
-            for product, g in zip(products, gradients, strict=True)
-        ]
+        return [from_matrix(product, g) for product, g in zip(products, gradients, strict=True)]
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
         r"""$d^\top g$, the length in the metric of the damped curvature."""
         return torch.dot(value.flatten(), grad.flatten())
+
+
+def matrix(gradient: Gradient) -> Tensor:
+    """The gradient of a block as its factors act on it."""
+    return joined(gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ()))
+
+
+def from_matrix(matrix: Tensor, gradient: Gradient) -> list[Tensor]:
+    """The opposite, in the shapes of the gradient."""
+    return separated(matrix, gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ()))
+
+
+def factors_among(statistics: Sequence[Tensor], block: Block) -> int:
+    """How many of the statistics are factors; what is behind them: see `kronecker_factors`."""
+    pair = statistics[:2]
+    covered = len(pair) == 2 and block_size(pair, is_batched(pair)) == block.params[0].numel()
+    return 2 if len(block.params) == 2 or covered else len(statistics)
 
 
 def means(state: State) -> list[Tensor]:

@@ -6,10 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_curv.extensions.kronecker import interleaved, kronecker_axes
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.terms import Term
 
 from .factors import is_diagonal, parts_of, rows
+from .joint import outputs_first
 
 
 def second_moments(
@@ -29,16 +31,16 @@ def second_moments(
     weight, *bias = jacobians
     sizes = [*basis[0].shape[:-1][:batched], *(rows(q, batched) for q in basis)]
     if len(weight.terms) > 1 or all(is_diagonal(q, batched) for q in basis):
-        rotated = weight if not bias else _rotated(weight, basis, batched, True, center)
-    else:
-        rotated = _rotated(weight, basis, batched, bool(bias), center)
-    return rotated.sum_squares().reshape(sizes)
+        if not bias:
+            return outputs_first(weight.sum_squares(), interleaved(weight) or ()).reshape(sizes)
+        return _rotated(weight, basis, batched, True, center).sum_squares().reshape(sizes)
+    return _rotated(weight, basis, batched, bool(bias), center).sum_squares().reshape(sizes)
 
 
 def _rotated(
     jacobian: Jacobian, basis: Sequence[Tensor], batched: bool, ones: bool, center: Sequence[Tensor]
 ) -> Jacobian:
-    term = _flat(jacobian.terms[0])
+    term = _flat(jacobian.terms[0], kronecker_axes(jacobian))
     x = term.x
     if x is not None and ones:
         for mean in center:
@@ -52,9 +54,8 @@ def _rotated(
     return Jacobian(g.new_zeros(1).expand(sizes), [replace(term, g=g, x=x)], jacobian.signs)
 
 
-def _flat(term: Term) -> Term:
-    """The canonical term with one letter per factor and no axis of a single position."""
-    order = "".join(dict.fromkeys("o" if x in term.out else "i" for x in term.par if x != "q"))
+def _flat(term: Term, order: str) -> Term:
+    """The canonical term with one letter per factor, in this order, and no axis of a single position."""
     q = "q" if "q" in term.par else ""
     term = term.canonical()
     single = "" if term.g.shape[2] == 1 and not term.classes else "s"

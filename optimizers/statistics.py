@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from lightning_curv.extensions import KFLR
-from lightning_curv.extensions.kronecker import kronecker_axes, kronecker_factor
+from lightning_curv.extensions.kronecker import interleaved, kronecker_axes, kronecker_factor
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.terms import Term
 
@@ -33,7 +34,8 @@ def kronecker_factors(
         split: rows of the diagonal blocks, about, that larger factors are split into.
 
     Returns:
-        [F_1, …, F_k], see `lightning_curv.extensions.KFLR` and `factors`. Behind them, if $A'$ is split, $\bar a$.
+        [F_1, …, F_k], see `lightning_curv.extensions.KFLR` and `factors`. Behind them, if $A'$ is split, $\bar a$; if
+        the factors are those of a weight with outputs in front, its groups and inputs per group, [2], see `joint`.
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
     ICML 2015, section 2.1 (homogeneous coordinates).
@@ -53,7 +55,8 @@ def kronecker_factors(
             for axis, product in zip(axes, products, strict=True)
         ]
     if not bias:
-        return factors
+        layout = interleaved(weight)
+        return [*factors, torch.tensor(layout, dtype=factors[0].dtype, device=factors[0].device)] if layout else factors
     outputs, inputs, mean = *factors, mean_input(weight)
     split_mean = [] if inputs.shape[0] == inputs.shape[1] else [mean]
     return [outputs, with_ones(inputs, mean), *split_mean]

@@ -56,6 +56,7 @@ def expectations(layer, X):
         lambda: nn.Conv2d(4, 6, (1, 3)),
         lambda: nn.Conv3d(4, 6, 2, padding=1),
         lambda: nn.ConvTranspose2d(4, 6, 3),
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=(2, 1), padding=1, output_padding=(1, 0), groups=2),
     ],
 )
 def test_contractions_equal_single_samples(make):
@@ -80,6 +81,8 @@ def test_contractions_equal_single_samples(make):
         lambda: nn.Conv2d(16, 8, 4, padding="same"),
         lambda: nn.Conv2d(16, 8, 3, padding=1, padding_mode="circular"),
         lambda: nn.Conv3d(16, 8, 2, padding=1),
+        lambda: nn.ConvTranspose2d(16, 8, 3, stride=2, padding=1, output_padding=1),
+        lambda: nn.ConvTranspose2d(16, 16, (3, 2), dilation=(2, 1), groups=2),
     ],
 )
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a way of oneDNN")

@@ -52,7 +52,7 @@ REINDEXED = {  # function, shape of W, shapes of the Kronecker factors (None: no
     "flat_storage": (lambda x, W: F.linear(x, W.view(2, 4)), (8,), [2, 4]),
     "stacked_storage": (lambda x, W: F.linear(x, W.squeeze(0).flatten(0, 1)), (1, 2, 3, 4), [6, 4]),
     "unsqueezed": (lambda x, W: F.conv1d(x.mT, W.unsqueeze(-1)), (2, 4), [2, 4]),
-    "convolution_transposed": (lambda x, W: F.conv1d(x, W.transpose(0, 1)), (3, 2, 2), None),
+    "convolution_transposed": (lambda x, W: F.conv1d(x, W.transpose(0, 1)), (3, 2, 2), [2, 6]),
     "convolution_permuted": (lambda x, W: F.conv1d(x, W.permute(-1, 0, 1)), (3, 2, 2), [6, 2]),
     "convolution_reversed_axes": (lambda x, W: F.conv1d(x, W.permute(2, 1, 0)), (2, 3, 2), None),
     "rows": (lambda x, W: F.linear(x, W[1:3]), (5, 4), [5, 4]),

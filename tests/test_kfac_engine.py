@@ -91,7 +91,42 @@ def test_weight_and_bias_are_solved_as_one_dense_block(kind):
     assert optimizer.summary() == {"parameter 0 of group 0": "curvature", "parameter 1 of group 0": "curvature"}
 
 
-@pytest.mark.parametrize("make", [mlp, cnn], ids=["mlp", "cnn"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "settings", [{}, {"eigen": True}, {"max_factor_size": 2}, {"eigen": True, "max_factor_size": 2}]
+)
+def test_direction_of_a_transposed_convolution_is_that_of_a_convolution(groups, settings):
+    """Kernels of one pixel: the same layer with the axes of its weight swapped, and factors that are equal."""
+    torch.manual_seed(0)
+    ours = nn.ConvTranspose1d(4, 6, 1, groups=groups, bias=False).double()
+    peer = nn.Conv1d(4, 6, 1, groups=groups, bias=False).double()
+    swapped = lambda w: w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # noqa: E731
+    peer.weight.data = swapped(ours.weight.data).clone()
+    x, y = torch.randn(5, 4, 3, dtype=DOUBLE), torch.randn(5, 6, 3, dtype=DOUBLE)
+    optimizers = [bare(layer.parameters(), curvature="exact", positions=None, **settings) for layer in (ours, peer)]
+    for _ in range(3):
+        for layer, optimizer in zip((ours, peer), optimizers):
+            optimizer.zero_grad()
+            with curvature(*optimizer.extensions):
+                F.mse_loss(layer(x).tanh(), y).backward()
+            optimizer.step()
+        torch.testing.assert_close(swapped(ours.weight.data), peer.weight.data)
+    state = io.BytesIO()
+    torch.save(optimizers[0].state_dict(), state)
+    state.seek(0)
+    optimizers[0].load_state_dict(torch.load(state, weights_only=True))
+    for layer, optimizer in zip((ours, peer), optimizers):
+        optimizer.schedule = Schedule(measure=10**6)
+        optimizer.step()
+    torch.testing.assert_close(swapped(ours.weight.data), peer.weight.data)
+
+
+def decoder():
+    layers = nn.ConvTranspose2d(1, 2, 2, stride=2, padding=5), nn.Tanh(), nn.ConvTranspose2d(2, 4, 2)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 7 * 7, 3))
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, decoder])
 def test_ekfac_direction_is_its_definition(make):
     net = make().double()
     x = torch.randn(12, 4, dtype=DOUBLE) if make is mlp else images(12)[0].double()
@@ -113,13 +148,17 @@ def test_ekfac_direction_is_its_definition(make):
         members = [weight] if bias is None else [weight, bias]
         J = [jacobians[p].per_sample() for p in members]
         J = torch.cat([J[0].flatten(3), J[1].unsqueeze(3)], dim=3) if bias is not None else J[0]
+        turn = "layout" in state  # a transposed convolution: the axes of the basis are outputs, inputs
+        J = J.transpose(2, 3) if turn else J
         grad = weight.grad if bias is None else torch.cat([weight.grad.flatten(1), bias.grad[:, None]], dim=1)
+        grad = grad.transpose(0, 1) if turn else grad
         matrices = [torch.diag(q) if q.dim() == 1 else q for q in state["basis"]]
-        Q = matrices[0] if len(matrices) == 1 else torch.kron(*matrices)
+        Q = matrices[0] if len(matrices) == 1 else torch.kron(*(q.contiguous() for q in matrices))
         moments = (J.flatten(0, 1).flatten(1) @ Q).square().sum(0)
         expected = Q @ ((Q.T @ grad.flatten()) / (moments + 0.1))
         moved = [p.detach() - before[p] for p in members]
         moved = torch.cat([moved[0].flatten(1), moved[1][:, None]], 1) if bias is not None else moved[0]
+        moved = moved.transpose(0, 1) if turn else moved
         torch.testing.assert_close(moved.flatten(), -expected)
 
 

@@ -18,6 +18,7 @@ from lightning_curv import curvature
 from lightning_curv.extensions import (
     KFAC,
     KFLR,
+    KFRA,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
@@ -131,8 +132,8 @@ def test_unknown_weight_sharing_is_refused():
 # --- transposed convolutions -----------------------------------------------------------------------------------------
 
 
-class Written(nn.Module):
-    """A transposed convolution in two steps: the product of every pixel with the weight, then where it is written."""
+class Spread(nn.Module):
+    """A transposed convolution in steps: zeros between the pixels, the patch that every output sees, their product."""
 
     def __init__(self, layer):
         super().__init__()
@@ -140,14 +141,16 @@ class Written(nn.Module):
 
     def forward(self, x):
         m, G = self.layer, self.layer.groups
-        rows = x.unflatten(1, (G, -1)).flatten(3).permute(0, 3, 1, 2)  # [N, S, G, I]
-        self.inputs = rows
-        self.products = torch.einsum("nsgi,gip->nsgp", rows, m.weight.unflatten(0, (G, -1)).flatten(2))
-        P, kernel = self.products.shape[-1], m.weight.shape[2:]
-        place = torch.eye(P).to(x).reshape(P, -1, *kernel).repeat(G, *[1] * (1 + len(kernel)))
-        z = self.products.permute(0, 2, 3, 1).flatten(1, 2).unflatten(2, x.shape[2:])
+        kernel = m.weight.shape[2:]
+        K, out = kernel.numel(), m.weight.shape[1]
         write = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[x.ndim]
-        return write(z, place, m.bias, m.stride, m.padding, m.output_padding, G, m.dilation)
+        place = torch.eye(K).to(x).reshape(1, K, *kernel).repeat(x.shape[1], 1, *[1] * len(kernel))
+        seen = write(x, place, None, m.stride, m.padding, m.output_padding, x.shape[1], m.dilation)  # [N, in·K, *out]
+        self.inputs = seen.flatten(2).unflatten(1, (G, -1)).permute(0, 3, 1, 2)  # [N, S, G, I·K]
+        rows = m.weight.unflatten(0, (G, -1)).transpose(1, 2).flatten(2)  # [G, out, I·K]
+        self.products = torch.einsum("nsgi,goi->nsgo", self.inputs, rows)
+        z = self.products.permute(0, 2, 3, 1).reshape(len(x), G * out, *seen.shape[2:])
+        return z if m.bias is None else z + m.bias.reshape(-1, *[1] * len(kernel))
 
 
 DECONVOLUTIONS = {
@@ -170,30 +173,52 @@ def deconvolution_problem(name, N=3) -> Problem:
 @SHARING
 @pytest.mark.parametrize("name", DECONVOLUTIONS)
 def test_transposed_convolution(name, weight_sharing):
-    """A from the pixels of the input, B from the patches that they write; row-major order of [in, out, *kernel]."""
+    """A from the patches that the pixels of the output see, B from these; row-major order of [out, in, *kernel]."""
     case = deconvolution_problem(name)
     compute(case, KFLR(weight_sharing=weight_sharing))
     explicit = copy.deepcopy(case)
-    explicit.model[1] = written = Written(explicit.model[1])
+    explicit.model[1] = spread = Spread(explicit.model[1])
     columns, output = oracle.hessian_columns(explicit), explicit.model(explicit.X)
     torch.testing.assert_close(output, case.model(case.X))
-    inputs, B = written.inputs, 0
+    inputs, B = spread.inputs, 0
     A = sum(oracle.outer_products(a, "mean", weight_sharing) for a in inputs) / len(inputs)
     for n, column in columns:
         seed = torch.zeros_like(output)
         seed[n] = column
-        (g,) = oracle.gradient(output, [written.products], seed)
+        (g,) = oracle.gradient(output, [spread.products], seed)
         B = B + oracle.outer_products(g[n], "sum", weight_sharing)
-    for actual, expected in zip(case.model[1].weight.kflr, (A, B), strict=True):
+    for actual, expected in zip(case.model[1].weight.kflr, (B, A), strict=True):
         assert_close(actual, expected if case.model[1].groups > 1 else expected[0])
 
 
-def test_transposed_convolution_of_one_pixel_is_exact():
-    case = deconvolution_problem("1d", N=1)
-    case.X = case.X[..., :1]
-    case.y = LOSS["mse_sum"].target(case.model(case.X).shape)
-    compute(case, KFLR())
-    assert_close(torch.kron(*case.model[1].weight.kflr), oracle.ggn(case)["1.weight"].sum(0))
+ONE_PIXEL = {  # of the output: what is around it is cut off
+    "1d": (partial(nn.ConvTranspose1d, 2, 4, 3, padding=5), (2, 9)),
+    "1d_stride": (partial(nn.ConvTranspose1d, 2, 3, 4, stride=3, padding=5, output_padding=1), (2, 3)),
+    "2d": (partial(nn.ConvTranspose2d, 2, 3, 2, padding=2), (2, 4, 4)),
+    "2d_dilation": (partial(nn.ConvTranspose2d, 2, 3, (2, 1), padding=(2, 0), dilation=(2, 1)), (2, 3, 1)),
+    "3d": (partial(nn.ConvTranspose3d, 2, 4, 2, padding=3), (2, 6, 6, 6)),
+}
+
+
+@SHARING
+@pytest.mark.parametrize("extension", [KFLR, KFRA])
+@pytest.mark.parametrize("name", ONE_PIXEL)
+def test_transposed_convolution_is_exact_for_one_pixel_of_one_datum(name, extension, weight_sharing):
+    torch.manual_seed(0)
+    (make, shape), outputs = ONE_PIXEL[name], torch.randn(1, 1, dtype=torch.float64)
+    layer = make()
+    last = type(layer)(layer.out_channels, 1, 1)
+    model = nn.Sequential(layer, nn.Sigmoid(), last, nn.Flatten()).double()
+    case = Problem(model, torch.rand(1, *shape, dtype=torch.float64), outputs, LOSS["mse"])
+    compute(case, extension(weight_sharing=weight_sharing))
+    for key, block in oracle.ggn(case).items():
+        p = case.parameters()[key]
+        factors, block = getattr(p, extension.savefield), block.sum(0)
+        if p.ndim == 1:
+            assert_close(factors[0], block, label=key)
+            continue
+        block = block.reshape(*p.shape, *p.shape).transpose(0, 1).transpose(p.ndim, p.ndim + 1)
+        assert_close(torch.kron(*factors), block.reshape(p.numel(), p.numel()), label=key)
 
 
 # --- diagonal factors ------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Recurrent builtins: their rule against brute force and against the same network written out step by step."""
 
+import contextlib
 import copy
 from functools import partial
+from itertools import product
 
 import oracle
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from losses_table import LOSS
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature, grams, record
@@ -18,11 +21,14 @@ from lightning_curv.extensions import (
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
+    DiagHessian,
     SqrtGGNExact,
     SumGradSquared,
 )
+from lightning_curv.jacobian import Jacobian
 from lightning_curv.records import marks
-from lightning_curv.rules import cells, recurrent
+from lightning_curv.rules import RULES, Call, cells, recurrent
+from lightning_curv.rules.joined import rows
 
 NETWORKS = {
     "lstm": nn.LSTM,
@@ -206,6 +212,115 @@ def test_frozen_network_passes_gradients_on():
 def test_derived_weights():
     case = problem(Network(lambda *a, **k: nn.utils.weight_norm(nn.LSTM(*a, **k), "weight_hh_l0"), True, "states"))
     assert_everything_right(case)
+
+
+# --- packed sequences -------------------------------------------------------------------------------------------------
+
+BUILTIN = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
+
+
+def packed_call(name, lengths):
+    """The function, its arguments and their numbers of parameters, for random sequences, states and weights."""
+    torch.manual_seed(0)
+    rnn = NETWORKS[name](4, 3).double()
+    packed = pack_sequence([torch.randn(length, 4, dtype=torch.float64) for length in lengths])
+    layers = rnn.num_layers * (1 + rnn.bidirectional)
+    sizes = [rnn.proj_size or 3, *([3] if rnn.mode == "LSTM" else [])]
+    states = [torch.randn(layers, len(lengths), size, dtype=torch.float64) for size in sizes]
+    hx = states if len(states) > 1 else states[0]
+    options = rnn.bias, rnn.num_layers, 0.0, True, rnn.bidirectional
+    return BUILTIN[rnn.mode], (packed.data, packed.batch_sizes, hx, rnn._flat_weights, *options)
+
+
+def packed_terms(function, args, g, replayed=False):
+    """What the rule makes of cotangents of all rows, and what the rows are."""
+    rule = RULES[function]
+    arguments, outputs = rule.bind(args, {}), function(*args)
+    whole, owner = rows(outputs, rule.outputs(arguments)), rule.groups(arguments)
+    output = None if replayed else (outputs[0].detach(), outputs[0]._version)
+    detached = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    call = Call(whole.shape, tuple(k for k in arguments if k.startswith("params")))
+    g = torch.randn(g, *whole.shape, dtype=torch.float64)
+    return whole, owner, g, rule.function(call, g, **detached, output=output)
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["closed", "replayed"])
+@pytest.mark.parametrize("lengths", [[4, 2, 2, 1], [3, 3], [1], [5, 4, 1]], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_terms_of_packed_sequences_are_those_of_every_sequence(name, lengths, replayed):
+    """Rows of the output step by step, then of the final states; every sequence's own rows make its gradient."""
+    function, args = packed_call(name, lengths)
+    whole, owner, g, terms = packed_terms(function, args, 2, replayed)
+    assert owner.shape == whole.shape[:1]
+    assert owner[: sum(lengths)].bincount().tolist() == lengths
+    for k, weight in enumerate(args[3]):
+        J = Jacobian(weight, [terms[f"params{k}"]]).per_sample()
+        assert J.shape[:2] == (2, len(lengths))
+        for v, n in product(range(2), range(len(lengths))):
+            (expected,) = torch.autograd.grad(whole, weight, g[v] * (owner == n)[:, None], retain_graph=True)
+            assert_close(J[v, n], expected, label=f"params{k}")
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["closed", "replayed"])
+@pytest.mark.parametrize("name", ["lstm_projected", "gru_both_directions"])
+def test_kronecker_factors_of_packed_sequences(name, replayed):
+    """The inputs are zero where a sequence has no step: A is their sum over the steps that are there."""
+    lengths = [4, 2, 1]
+    function, args = packed_call(name, lengths)
+    *_, terms = packed_terms(function, args, 1, replayed)
+    found = KFLR().evaluate(Jacobian(args[3][0], [terms["params0"]]))[1]
+    assert_close(found, args[0].T @ args[0] / (len(lengths) * max(lengths)))
+    for k in range(len(args[3])):
+        x = terms[f"params{k}"].x
+        if x is not None:
+            beyond = torch.arange(4) >= torch.tensor(lengths)[:, None]
+            assert not x[beyond].any()
+            assert not terms[f"params{k}"].g[:, beyond].any()
+
+
+class Packed(Network):
+    """The same network, its input packed."""
+
+    def forward(self, x):
+        x = torch.sin(self.gain * x)
+        packed = pack_padded_sequence(x, [x.shape[1]] * len(x), batch_first=True)
+        outputs, final = self.rnn(packed)
+        outputs, _ = pad_packed_sequence(outputs, batch_first=True)
+        return outputs[:, :, 0].sum(1, keepdim=True) + final_states(final, len(x))[:, 1::3]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_packed_sequences_of_one_length_equal_brute_force(name):
+    assert_everything_right(problem(Packed(NETWORKS[name], True, "both")))
+
+
+@pytest.mark.parametrize("name", ["lstm_projected_without_bias", "gru_both_directions"])
+def test_packed_sequences_of_one_length_are_padded_ones(name):
+    case = problem(Packed(NETWORKS[name], True, "both"))
+    padded = copy.deepcopy(case)
+    padded.model.__class__ = Network
+    for each in (case, padded):
+        compute(each, DiagHessian(), KFLR())
+    for key, p in padded.parameters().items():
+        assert_close(case.parameters()[key].diag_h, p.diag_h, label=key)
+        for actual, expected in zip(case.parameters()[key].kflr, p.kflr, strict=True):
+            assert_close(actual, expected, label=key)
+
+
+def test_gradients_of_packed_sequences_are_bit_identical():
+    torch.manual_seed(0)
+    rnn, head = nn.LSTM(4, 3, 2, bidirectional=True), nn.Linear(6, 2)
+    sequences = [torch.randn(length, 4) for length in (5, 2, 2, 1)]
+
+    def run(recorded):
+        rnn.zero_grad()
+        with record() if recorded else contextlib.nullcontext():
+            outputs, (h, c) = rnn(pack_sequence(sequences))
+            loss = head(outputs.data).square().sum() + h[1].sum() + c[2].square().sum()
+        loss.backward()
+        return [outputs.data.detach(), h.detach(), *(p.grad.clone() for p in rnn.parameters())]
+
+    assert all(map(torch.equal, run(False), run(True)))
 
 
 # --- Kronecker factors -----------------------------------------------------------------------------------------------

@@ -43,8 +43,10 @@ class KFLR(Extension):
 
     A list of factors in row-major order of the parameter. Linear and convolution weight: ``[B, A]`` of shapes
     ``[out, out]`` and ``[in/groups·K, in/groups·K]``; with groups ``[G, out/G, out/G]`` and ``[G, in/G·K, in/G·K]``. A
-    weight used as ``x @ W``: ``[A, B]``. Transposed convolution: ``[A, B]`` of shapes ``[in/groups, in/groups]`` and
-    ``[out/groups·K, out/groups·K]``; its positions are the pixels of the input, each of which writes one patch. Bias:
+    weight used as ``x @ W``: ``[A, B]``. Transposed convolution: ``[B, A]`` of the weight with outputs in front,
+    ``W.transpose(0, 1)``, of shapes ``[out/groups, out/groups]`` and ``[in/groups·K, in/groups·K]``; its positions are
+    the pixels of the output, each of which sees one patch of the input with ``stride - 1`` zeros between its pixels
+    (BackPACK's layout). Experts of a grouped product: as groups, A is the mean over the rows of all experts. Bias:
     ``[B]``. Recurrent weights: ``[B, A]``, the steps are positions. A factor with one axis is a diagonal matrix:
     ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A), ``[diagonal of the GGN]`` for every
     parameter without Kronecker structure (norm scales, offsets, parameters used by ops of different kinds, such as an
@@ -109,14 +111,30 @@ class KFAC(KFLR):
 
 
 def kronecker_axes(jacobian: Jacobian) -> str:
-    """The factors of the block, ``o`` and ``i`` in the order of the parameter's axes; empty: no Kronecker structure."""
+    """The factors of the block, ``o`` and ``i`` in the order of the parameter's axes; empty: no Kronecker structure.
+
+    Outputs are first where they are in between the inputs, see `interleaved`.
+    """
     term = jacobian.terms[0]
     if len(jacobian.terms) > 1 or any(letter not in "q" + KRONECKER for letter in term.par):
         return ""
     par = term.par.removeprefix("q")
     out, inp = ("".join(letter for letter in letters if letter in par) for letters in (term.out, term.inp))
-    orders = {out + inp: "oi", inp + out: "io"} if inp else {out: "o"}
+    orders = {out + inp: "oi", inp[:1] + out + inp[1:]: "oi", inp + out: "io"} if inp else {out: "o"}
     return orders.get(par, "") if par else ""
+
+
+def interleaved(jacobian: Jacobian) -> tuple[int, int] | None:
+    """Groups, and inputs per group, of a weight whose factors are those of it with its first two axes swapped.
+
+    That is the weight of a transposed convolution, ``[in, out/groups, *kernel]``.
+    """
+    term, axes = jacobian.terms[0], kronecker_axes(jacobian)
+    par = "".join("o" if letter in term.out else "i" for letter in term.par.removeprefix("q"))
+    if axes != "oi" or par[0] == "o" or par[-1] == "o":
+        return None
+    sizes = term.sizes()
+    return sizes.get("q", 1), sizes[term.par.removeprefix("q")[0]]
 
 
 def kronecker_factor(term: Term, axis: str, weight_sharing: WeightSharing, product: Product = gram) -> Tensor:

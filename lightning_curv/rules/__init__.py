@@ -11,6 +11,7 @@ from lightning_curv.rules import (  # noqa: F401
     convolution,
     elementwise,
     embedding,
+    experts,
     fallback,
     linear,
     normalization,

@@ -12,8 +12,8 @@ product, ``[T, N, i]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Run:
         before: h_{t-1}, ``[T, N, P]``.
         after: h_t, ``[T, N, P]``.
         cell: c_0 of an LSTM, ``[N, H]``.
+        ends: The samples whose last step is a certain one, by that step. Cotangents behind it are zero.
     """
 
     weights: Sequence[Tensor]
@@ -44,6 +45,7 @@ class Run:
     before: Tensor
     after: Tensor
     cell: Tensor | None = None
+    ends: Mapping[int, slice] = field(default_factory=dict)
 
     def blocks(self) -> list[range]:
         """Some consecutive steps each."""
@@ -55,6 +57,14 @@ class Run:
         """W_i x_t + b_i (number 0) or W_h h_{t-1} + b_h (1), ``[t, N, o]``."""
         y = times((self.x, self.before)[number][steps.start : steps.stop], self.weights[number].mT)
         return y.add_(self.biases[number]) if self.biases else y
+
+    def arriving(self, g: Tensor, final: Tensor) -> list[Tensor]:
+        """Cotangents ``[V, N, P]`` of every h_t; those of the final states are added at the last steps."""
+        found = [*g.unbind()]
+        for t, ended in self.ends.items():
+            found[t] = found[t].clone()
+            found[t][:, ended] += final[:, ended]
+        return found
 
     def back(self, products: Tensor, g: Tensor) -> Tensor:
         """Cotangents ``[V, N, P]`` of h_t: those ``[V, N, …]`` of the next step's products with W_h, and its own."""
@@ -73,7 +83,8 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     projected = hidden = None
     if len(run.weights) > 2:
         hidden, projected = torch.empty_like(cells[1:]), g.new_empty(*g.shape[1:3], len(g), g.shape[3])
-    h, c, arriving, to = g[-1] + final[0], final[1].clone(), g.unbind(), found.unbind(2)
+    c, arriving, to = torch.zeros_like(final[1]), run.arriving(g, final[0]), found.unbind(2)
+    h = arriving[-1]
     row = g.new_empty(*g.shape[1:3], *gates.shape[2:])
     row_by_c, row_by_h, wide = row[:, :, :3], row[:, :, 3], c.unsqueeze(2)
     for block in reversed(run.blocks()):
@@ -88,6 +99,8 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
         by_h, through = by_sigmoid(squashed, o), by_tanh(o, squashed)
         derivatives = zip(by_c.unbind(), by_h.unbind(), through.unbind(), f.unbind(), block, strict=True)
         for by_c_t, by_h_t, through_t, f_t, t in reversed([*derivatives]):
+            if (ended := run.ends.get(t)) is not None:
+                c[:, ended] += final[1][:, ended]
             if projected is not None:
                 projected[:, :, t] = h
                 h = times(h, run.weights[2])
@@ -129,7 +142,8 @@ def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Gated recurrent unit."""
     shape = (*g.shape[1:3], len(g), 3, len(run.weights[0]) // 3)
     by_x, by_h = g.new_empty(2, *shape)
-    h, arriving = g[-1] + final[0], g.unbind()
+    arriving = run.arriving(g, final[0])
+    h = arriving[-1]
     for block in reversed(run.blocks()):
         gates, candidate, keep = _gru_derivatives(run, block)
         for k, t in reversed([*enumerate(block)]):
@@ -154,8 +168,8 @@ def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
 
 def _elman(derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Elman's network, whose nonlinearity has a derivative that is a function of its value."""
-    found, arriving = g.new_empty(*g.shape[1:3], len(g), g.shape[3]), g.unbind()
-    slopes, h = derivative(run.after), g[-1] + final[0]
+    found, arriving = g.new_empty(*g.shape[1:3], len(g), g.shape[3]), run.arriving(g, final[0])
+    slopes, h = derivative(run.after), arriving[-1]
     for t in reversed(range(len(g))):
         row = slopes[t] * h
         found[:, :, t] = row

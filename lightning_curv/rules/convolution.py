@@ -1,7 +1,8 @@
-"""Convolutions: products of the weight with patches of the padded input, or of the output where transposed."""
+"""Convolutions: products of the weight with patches of the padded input, spread out first where transposed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning_curv.rules.registry import Call, rule
 from lightning_curv.terms import Adjoint, Term
 
 Sizes = int | tuple[int, ...]
+Settings = tuple[tuple[int, ...], list[int], tuple[int, ...]]
 VECTOR, LARGEST = 8, 2**16  # of `_by_groups`: channels of a group, entries of the weight
 
 
@@ -50,18 +52,7 @@ def convolution(
     even = all(before == after for before, after in pads)  # the op itself can pad: faster
     settings = stride, [before if even else 0 for before, _ in pads], dilation
 
-    def gradient(g: Tensor, input: Tensor) -> Tensor:
-        return weight_gradient(g.flatten(1, 2) if q else g, input, weight, *settings, groups)
-
-    def gradients(g: Tensor, input: Tensor) -> Tensor:
-        """Every sample is a group of its own."""
-        n, shape = len(g), weight.shape
-        g, input = g.flatten(0, 2 if q else 1)[None], input.flatten(0, 1)[None]
-        some = weight.new_empty(n * shape[0], *shape[1:])
-        return weight_gradient(g, input, some, *settings, n * groups).unflatten(0, (n, -1))
-
-    separate = gradients if _by_groups(input, weight, groups) else None
-    own = Adjoint(x, input if even else padded, gradient, separate)
+    own = _adjoint(x, input if even else padded, weight, settings, groups)
     weight_term = Term(q + "o" + s, q + "i" + k + s, q + "oi" + k, by_group, x, adjoint=own)
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
 
@@ -86,18 +77,23 @@ def transposed_convolution(
     groups: int = 1,
     dilation: Sizes = 1,
 ) -> dict[str, Term]:
-    """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``: each pixel writes one patch."""
+    """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``: convolutions of a spread input.
+
+    Positions are the pixels of the output. They run backwards, so that the patches that they see are views.
+    """
     dims = weight.ndim - 2
-    s, k = "stu"[:dims], "xyz"[:dims]
+    s, k, kernel = "stu"[:dims], "xyz"[:dims], weight.shape[2:]
     stride, dilation = _per_axis(stride, dims), _per_axis(dilation, dims)
-    padded = _padded(g.flatten(0, 1), _pads(weight, padding, dilation))
-    written = patches(padded, weight, stride, dilation, groups).unflatten(0, g.shape[:2])
-    for axis, size in enumerate(input.shape[2:]):  # output_padding may add room for one more
-        written = written.narrow(axis - dims, 0, size)
-    if groups == 1:
-        weight_term = Term("o" + k + s, "i" + s, "io" + k, written[:, :, 0], input)
-    else:
-        weight_term = Term("qo" + k + s, "qi" + s, "qio" + k, written, input.unflatten(1, (groups, -1)))
+    backwards = [axis for axis in range(dims) if kernel[axis] > 1]
+    spread = _spread(input, stride).flip([2 + axis for axis in backwards])
+    padded = _padded(spread, _transposed_pads(kernel, padding, output_padding, dilation))
+    x = patches(padded, weight, (1,) * dims, dilation, groups)
+    shown = _flipped(g, [3 + axis for axis in backwards])
+    q, x, shown = ("", x[:, 0], shown) if groups == 1 else ("q", x, shown.unflatten(2, (groups, -1)))
+    outputs_first = weight.new_empty(()).expand(g.shape[2], len(weight) // groups, *kernel)
+    settings = (1,) * dims, [0] * dims, dilation
+    own = _adjoint(x, padded, outputs_first, settings, groups, transposed=True)
+    weight_term = Term(q + "o" + s, q + "i" + k + s, q + "io" + k, shown, x, adjoint=own)
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
 
 
@@ -128,8 +124,70 @@ def _pads(weight: Tensor, padding: Sizes | str, dilation: tuple[int, ...]) -> li
     return [(p, p) for p in _per_axis(0 if isinstance(padding, str) else padding, len(dilation))]
 
 
+def _transposed_pads(
+    kernel: Sequence[int], padding: Sizes, output_padding: Sizes, dilation: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """Zeros before and after the spread input of a transposed convolution, per axis; negative: what is cut off."""
+    dims = len(kernel)
+    settings = zip(kernel, _per_axis(padding, dims), _per_axis(output_padding, dims), dilation, strict=True)
+    pads = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, p, more, d in settings]
+    return [pair[::-1] if k > 1 else pair for pair, k in zip(pads, kernel, strict=True)]
+
+
+def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The input with ``stride - 1`` zeros between its pixels."""
+    if max(stride) == 1:
+        return input
+    sizes = [(size - 1) * step + 1 for size, step in zip(input.shape[2:], stride, strict=True)]
+    spread = input.new_zeros(*input.shape[:2], *sizes)
+    places = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+    spread[places] = input
+    return spread
+
+
+def _flipped(g: Tensor, axes: list[int]) -> Tensor:
+    """Cotangents with reversed axes; those that are equal in all samples stay one in memory."""
+    same = g.shape[1] > 1 and not g.stride(1)
+    return g[:, :1].flip(axes).expand(g.shape) if same else g.flip(axes) if axes else g
+
+
 def _padded(input: Tensor, pads: list[tuple[int, int]]) -> Tensor:
     return F.pad(input, [p for pair in reversed(pads) for p in pair]) if any(map(any, pads)) else input
+
+
+def _adjoint(
+    x: Tensor, input: Tensor, weight: Tensor, settings: Settings, groups: int, transposed: bool = False
+) -> Adjoint:
+    """The weight's gradients by a convolution's own backward function.
+
+    Args:
+        x: The inputs of the term.
+        input: What the convolution is applied to.
+        weight: Has the shape of the convolution's weight; nothing else of it is looked at.
+        settings: Stride, padding and dilation.
+        groups: Of the convolution.
+        transposed: Whether the parameter has its inputs before its outputs.
+    """
+
+    def flat(g: Tensor) -> Tensor:
+        return g if groups == 1 else g.flatten(1, 2)
+
+    def ordered(found: Tensor) -> Tensor:
+        """``[*, out, in/groups, *kernel]``, or with the two axes swapped in every group."""
+        axis = found.ndim - weight.ndim
+        return found.unflatten(axis, (groups, -1)).transpose(axis + 1, axis + 2) if transposed else found
+
+    def gradient(g: Tensor, input: Tensor) -> Tensor:
+        return ordered(weight_gradient(flat(g), input, weight, *settings, groups))
+
+    def gradients(g: Tensor, input: Tensor) -> Tensor:
+        """Every sample is a group of its own."""
+        n, shape = len(g), weight.shape
+        g, input = flat(g).flatten(0, 1)[None], input.flatten(0, 1)[None]
+        some = weight.new_empty(n * shape[0], *shape[1:])
+        return ordered(weight_gradient(g, input, some, *settings, n * groups).unflatten(0, (n, -1)))
+
+    return Adjoint(x, input, gradient, gradients if _by_groups(input, weight, groups) else None)
 
 
 def weight_gradient(

@@ -69,6 +69,20 @@ def embedding_bag(
     return {"weight": Term("so", "si", "io", g, index, len(weight))}
 
 
+def rows_of(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Term:
+    """The term of a parameter whose entries along the leading axis are picked by indices: rows, or matrices of experts.
+
+    Args:
+        call: The recorded call.
+        g: Cotangents, ``[V, N, *]``.
+        table: The parameter.
+        index: Integers, of the shape of the output without the axes behind the first of ``table``.
+    """
+    index = (call.rows(index) % len(table)).reshape(g.shape[1], -1)
+    feature = "o" if table.ndim == 2 else "d"  # a factor for the entries of a matrix would be its size squared
+    return Term("s" + feature, "si", "i" + feature, g.reshape(*g.shape[:2], index.shape[1], -1), index, len(table))
+
+
 def _bags(starts: Tensor, length: int) -> Tensor:
     """The place of every token of every bag, ``[N, longest]``; -1 behind the end of a bag."""
     ends = torch.cat([starts[1:], starts.new_tensor([length])])

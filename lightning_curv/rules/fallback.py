@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_curv.rules import embedding
 from lightning_curv.rules.registry import Call, Rule
 from lightning_curv.terms import Term
 
@@ -21,6 +22,9 @@ class FallbackWarning(UserWarning):
 
 def rule_for(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
     """A rule for one call of any op, and the call's arguments by the names that this rule gives them."""
+    if _picks(func, args, kwargs):
+        axes = range(args[1].ndim)
+        return Rule(_picked, axes=lambda call, arguments: axes), {"table": args[0], "index": args[1]}
     leaves, structure = tree_flatten((args, kwargs))
 
     def op(**arguments: Any) -> Any:
@@ -29,6 +33,17 @@ def rule_for(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
     op.__name__ = str(getattr(func, "__name__", func))
     return Rule(partial(_apply, op), affine=False), {str(i): leaf for i, leaf in enumerate(leaves)}
+
+
+def _picks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is ``table[index]`` with a tensor of integers."""
+    if func is not Tensor.__getitem__ or kwargs or not isinstance(args[1], Tensor) or not args[1].ndim:
+        return False
+    return args[1].dtype in (torch.int64, torch.int32) and not args[1].requires_grad
+
+
+def _picked(call: Call, g: Tensor, table: Tensor, index: Tensor) -> dict[str, Term]:
+    return {"table": embedding.rows_of(call, g, table, index)}
 
 
 def _apply(op: Callable[..., Any], call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:

@@ -72,7 +72,12 @@ class Rule:
             of this call (name, tensor, output) or data.
         binds: ``binds(args, kwargs)`` gives the arguments of a call by name; by default those of ``function``.
         outputs: For ops that return a tuple: ``outputs(arguments)`` gives the axis of every output that carries the
-            samples. The rule gets the cotangents of all outputs as the rows of one tensor, ``[V, N, K]``.
+            samples. The rule gets the cotangents of all outputs as the rows of one tensor, ``[V, N, K]``. ``None``:
+            ragged rows, see `lightning_curv.rules.joined.rows`.
+        groups: For ops whose output has several rows of every sample, not the same number of all: ``groups(arguments)``
+            gives the index of the term's sample n that every row belongs to, ``[R]``; ``None``: not so in this call.
+            The rule then gets the cotangents of the rows, ``[V, R, K]``, in the order of the output, and returns terms
+            of N samples.
         affine: Whether the op is affine in each of its parameters.
         bulky: Whether the terms take more memory than the arguments: in the user's backward pass they are then made
             when that of the op is through and has freed what it saved.
@@ -86,7 +91,8 @@ class Rule:
     couples: Callable[[dict[str, Any]], bool] = lambda arguments: False
     accepts: Callable[[str, Tensor, Tensor], bool] = lambda name, tensor, out: False
     binds: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]] | None = None
-    outputs: Callable[[dict[str, Any]], Sequence[int | None]] | None = None
+    outputs: Callable[[dict[str, Any]], Sequence[int | None] | None] | None = None
+    groups: Callable[[dict[str, Any]], Tensor | None] | None = None
     affine: bool = True
     bulky: bool = False
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_curv.rules.steps import Steps
+
 States = tuple[Tensor, ...]  # h, or h and c
 Step = Callable[[Tensor, Tensor, States], States]  # from W_i x + b_i, W_h h + b_h and the states
 
@@ -48,8 +50,10 @@ class Replay:
     Shifts, inputs and the numbers of the biases go by the number of the weight.
     """
 
-    def __init__(self, step: Step, weights: list[Tensor], biases: dict[int, int], shifts: dict[int, Tensor]) -> None:
-        self.step, self.weights, self.biases, self.shifts = step, weights, biases, shifts
+    def __init__(
+        self, step: Step, weights: list[Tensor], biases: dict[int, int], shifts: dict[int, Tensor], sequences: Steps
+    ) -> None:
+        self.step, self.weights, self.biases, self.shifts, self.sequences = step, weights, biases, shifts, sequences
         # one node for all steps: the backward function of an index fills a tensor of all steps with zeros
         self.steps = {weight: shift.unbind(0) for weight, shift in shifts.items()}
         self.inputs: dict[int, list[Tensor]] = defaultdict(list)
@@ -64,13 +68,14 @@ class Replay:
     def direction(self, x: Tensor, states: States, first: int, last: int) -> tuple[Tensor, States]:
         """One direction of one layer with the weights ``first`` to ``last``: all h, and the final states."""
         projected = (last - first) % 2
-        outputs = []
+        found = []
         for t, x_t in enumerate(self.product(x, first)):
             states = self.step(x_t, self.product(states[0], first + 1, t), states)
             if projected:
                 states = (self.product(states[0], last - 1, t), *states[1:])
-            outputs.append(states[0])
-        return torch.stack(outputs), states
+            found.append(states)
+        every = [*zip(*found, strict=True)]
+        return torch.stack(every[0]), tuple(self.sequences.last(state) for state in every)
 
     def network(self, x: Tensor, initial: Sequence[Tensor], directions: int) -> tuple[Tensor, list[Tensor]]:
         """All layers: outputs ``[T, N, *]`` and final states ``[layers·directions, N, *]``."""
@@ -80,8 +85,9 @@ class Replay:
             outputs = []
             for k in range(layer, layer + directions):
                 states = tuple(state[k] for state in initial)
-                h, states = self.direction(x.flip(0) if k > layer else x, states, k * count, (k + 1) * count)
-                outputs.append(h.flip(0) if k > layer else h)
+                turned = self.sequences.backwards if k > layer else lambda tensor: tensor
+                h, states = self.direction(turned(x), states, k * count, (k + 1) * count)
+                outputs.append(turned(h))
                 final.append(states)
             x = torch.cat(outputs, dim=-1)
         return x, [torch.stack(state) for state in zip(*final, strict=True)]
