@@ -85,6 +85,7 @@ class Join:
 
     def _sample_by_sample(self, g: Tensor, owners: Owners, shape: torch.Size) -> Tensor:
         owner = owners.owner(g.shape).to(g.device)
+        owner = owner.reshape([1] * (g.ndim - owner.ndim) + list(owner.shape))
         size = max(1, CHUNK_BYTES // max(1, g.numel() * g.element_size()))
         parts = []
         for start in range(0, owners.count, size):
@@ -118,7 +119,7 @@ class Join:
                 )
             return found
         node: Any = self.node
-        outputs = len(node._input_metadata)
+        outputs, g = len(node._input_metadata), g.contiguous()  # some ops look at the strides
         gradients = [g if i == self.output_nr else None for i in range(outputs)]
         if not callable(node):  # of a custom function, which expects tensors
             gradients = [self._zeros(i, g) if part is None else part for i, part in enumerate(gradients)]

@@ -116,10 +116,15 @@ def test_batched_products_of_experts():
 
 
 @GROUPED
-def test_what_no_rule_has_is_named():
-    W, x = nn.Parameter(torch.randn(8, 4)), torch.randn(4, 8)
-    with pytest.raises(NotImplementedError, match=r"_?grouped_mm"), curvature(BatchGrad(), batch_size=4):
-        grouped_mm(x, W, torch.tensor([4, 8], dtype=torch.int32)).sum().backward()
+def test_what_no_rule_has_is_named_and_right():
+    """Groups along the contracted axis."""
+    W, x, ends = nn.Parameter(torch.randn(8, 4)), torch.randn(4, 8), torch.tensor([4, 8], dtype=torch.int32)
+    with pytest.warns(UserWarning, match=r"_?grouped_mm"), curvature(BatchGrad(), batch_size=4):
+        grouped_mm(x, W, ends).square().sum((0, 2)).sum().backward()
+    rows = [
+        torch.autograd.grad((x[n, s] @ W[s]).square().sum(), W)[0] for n in range(4) for s in (slice(4), slice(4, 8))
+    ]
+    torch.testing.assert_close(W.grad_batch, torch.stack(rows).unflatten(0, (4, 2)).sum(1), rtol=1e-4, atol=1e-4)
 
 
 class Picked(nn.Module):
