@@ -184,7 +184,7 @@ class Backprop:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
                 try:
-                    passes.samples = find_samples(passes, self._batch, bool(independent), self._check)
+                    passes.samples = find_samples(passes, self._batch, bool(independent), self._verifies)
                 except UnsupportedError:
                     if not all(extension.batchwise for extension in wanting):
                         raise
@@ -197,6 +197,11 @@ class Backprop:
         for node, call in passes.tape.losses.items():
             if call is self._output:
                 call.arguments["owners"] = passes.samples.losses[node]
+
+    @property
+    def _verifies(self) -> bool:
+        """Whether nothing that was verified before is believed: where asked for, and in private steps."""
+        return self._check or any(isinstance(e, GradientReceiver) for e in self._extensions)
 
     def _needs_samples(self, extension: AnyExtension) -> bool:
         """Whether a quantity, or the curvature of a loss that is no known function, needs the samples."""

@@ -44,6 +44,7 @@ class Tape:
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
         refusals: Why calls of known loss functions were not recorded.
         structure: Names of all nodes in the order of the walk, with the axes and sizes that they work on.
+        nodes: These nodes.
         casts: Nodes that may change the precision.
         routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
             the next.
@@ -59,6 +60,7 @@ class Tape:
     refusals: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
     casts: list[Node] = field(default_factory=list)
     routes: bool = False
     seen: set[tuple[Node, bool]] = field(default_factory=set)
@@ -126,6 +128,7 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         seen.add((node, outside))
         name = node.name()
         placing = _placing(type(node))
+        tape.nodes.append(node)
         tape.structure.append((name, *(getattr(node, attribute) for attribute in placing)) if placing else name)
         if name == CAST:
             tape.casts.append(node)

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -102,13 +102,25 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
     counts = _candidates(tape, batch)
     _demote(passes, batch, counts[0])
     key = (batch.size, batch.expected, independent, *_structure(tape), tuple(counts))
-    if not check and (known := MEMORY.recall(key, tape)) is not None:
-        return known
-    finder = _Finder(passes, batch, independent)
-    found = finder.found(counts)
-    if not tape.routes and finder.conclusive:
-        MEMORY.keep(key, tape, found)
-    return found
+    found = None if check else MEMORY.recall(key, tape)
+    if found is None:
+        finder = _Finder(passes, batch, independent)
+        found = finder.found(counts)
+        if not tape.routes and finder.conclusive:
+            MEMORY.keep(key, tape, found)
+    _put_joins(passes, found)
+    return found.samples
+
+
+def _put_joins(passes: Passes, found: _Found) -> None:
+    """Put the joins among the uses of the tape, in the place of what is no use of its own."""
+    tape, loss = passes.tape, passes.loss
+    for node in found.dropped:
+        del tape.uses[node]
+    for join, owners in found.joins.items():
+        tape.uses[join] = join.use(owners, loss.dtype, loss.device)
+    tape.stray.clear()
+    tape.__dict__.pop("parameters", None)
 
 
 def _structure(tape: Tape) -> tuple[Hashable, ...]:
@@ -130,8 +142,8 @@ class _Memory:
     size: int = 256
     entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
 
-    def recall(self, key: Hashable, tape: Tape) -> Samples | None:
-        """The samples of a graph of this structure; ``None``: unknown, or due to be verified."""
+    def recall(self, key: Hashable, tape: Tape) -> _Found | None:
+        """What was found for a graph of this structure; ``None``: unknown, or due to be verified."""
         entry = self.entries.get(key)
         if entry is None:
             return None
@@ -139,25 +151,72 @@ class _Memory:
         if entry.seen >= entry.due:
             entry.due *= 10
             return None
-        uses = dict(zip([node for node, use in tape.uses.items() if use.operands], entry.uses, strict=True))
-        return Samples(entry.count, uses, dict(zip(tape.losses, entry.losses, strict=True)))
+        keys = [node for node, use in tape.uses.items() if use.operands]
+        uses: dict[Node | Join, Owners] = {keys[i]: owners for i, owners in entry.uses.items()}
+        joins = {spot.join(tape): owners for spot, owners in entry.joins}
+        losses = dict(zip(tape.losses, entry.losses, strict=True))
+        return _Found(Samples(entry.count, uses | joins, losses), joins, [keys[i] for i in entry.dropped])
 
-    def keep(self, key: Hashable, tape: Tape, samples: Samples) -> None:
-        """Remember what was found, unless there are joins, which are found anew."""
-        if any(isinstance(node, Join) for node in tape.uses):
-            return
-        before = self.entries.pop(key, None)
-        entry = before or _Entry(samples.count, list(samples.uses.values()), list(samples.losses.values()))
-        self.entries[key] = entry
+    def keep(self, key: Hashable, tape: Tape, found: _Found) -> None:
+        """Remember what was found."""
+        samples, before = found.samples, self.entries.pop(key, None)
+        position = {node: i for i, node in enumerate(node for node, use in tape.uses.items() if use.operands)}
+        entry = self.entries[key] = _Entry(
+            samples.count,
+            {position[node]: owners for node, owners in samples.uses.items() if node in position},
+            list(samples.losses.values()),
+            [(_Spot.of(join, tape), owners) for join, owners in found.joins.items()],
+            [position[node] for node in found.dropped],
+        )
+        if before is not None:
+            entry.seen, entry.due = before.seen, before.due
         while len(self.entries) > self.size:
             self.entries.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """Where a join is in every graph of one structure.
+
+    Attributes:
+        node: The position of its node in the walk.
+        output_nr: The output.
+        argument: The number of the input of the node, or the name of the argument of the recorded op.
+    """
+
+    node: int
+    output_nr: int
+    argument: int | str
+
+    @classmethod
+    def of(cls, join: Join, tape: Tape) -> _Spot:
+        """The spot of a join."""
+        position = next(i for i, node in enumerate(tape.nodes) if node is join.node)
+        inputs = [after[:2] for after in join.node.next_functions]
+        if not join.recorded:
+            return cls(position, join.output_nr, inputs.index(join.edge[:2]))
+        use = tape.uses[join.node]
+        edges = {name: operand.edge for name, operand in use.operands.items()} | use.inputs
+        return cls(position, join.output_nr, next(name for name, e in edges.items() if e[:2] == join.edge[:2]))
+
+    def join(self, tape: Tape) -> Join:
+        """The join at this spot of another graph."""
+        node = tape.nodes[self.node]
+        if isinstance(self.argument, int):
+            after, number = node.next_functions[self.argument]
+            return Join(node, self.output_nr, GradientEdge(cast("Node", after), number))
+        use = tape.uses[node]
+        edge = use.operands[self.argument].edge if self.argument in use.operands else use.inputs[self.argument]
+        return Join(node, self.output_nr, edge, recorded=True)
 
 
 @dataclass
 class _Entry:
     count: int
-    uses: list[Owners]
+    uses: dict[int, Owners]
     losses: list[Owners]
+    joins: list[tuple[_Spot, Owners]]
+    dropped: list[int]
     seen: int = 1
     due: int = 10
 
@@ -307,7 +366,7 @@ class _Finder:
         self.reason = ""
         self.conclusive = True
 
-    def found(self, counts: Sequence[int]) -> Samples:
+    def found(self, counts: Sequence[int]) -> _Found:
         """The samples for the first number that the graph agrees with.
 
         Raises:
@@ -316,13 +375,13 @@ class _Finder:
         default, *others = counts
         self._refuse_penalties()
         if (found := self._attempt(default)) is not None:
-            return self._settled(found)
+            return found
         reason = self.reason
         agreeing = [found for count in others if count > 1 and (found := self._attempt(count)) is not None]
         if not agreeing and 1 in others:
             agreeing = [found for found in [self._attempt(1)] if found is not None]
         if len(agreeing) == 1:
-            return self._settled(agreeing[0])
+            return agreeing[0]
         if agreeing:
             sizes = " and ".join(str(found.samples.count) for found in agreeing)
             raise UnsupportedError(
@@ -330,7 +389,7 @@ class _Finder:
                 f"{default} rows first, which it does not agree with). Pass `batch_size=`."
             )
         if not self.independent and (samples := self._assumed(default)) is not None:
-            return samples
+            return _Found(samples, {}, [])
         raise UnsupportedError(self._message(default, reason))
 
     def _refuse_penalties(self) -> None:
@@ -353,17 +412,6 @@ class _Finder:
                         f"no sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
                         "(`weight_decay`)."
                     )
-
-    def _settled(self, found: _Found) -> Samples:
-        """The samples, with the joins among the uses of the tape."""
-        device, dtype = self.passes.loss.device, self.passes.loss.dtype
-        for node in found.dropped:
-            del self.tape.uses[node]
-        for join, owners in found.joins.items():
-            self.tape.uses[join] = join.use(owners, dtype, device)
-        self.tape.stray.clear()
-        self.tape.__dict__.pop("parameters", None)
-        return found.samples
 
     def _attempt(self, count: int) -> _Found | None:
         """The samples if there are N of them; ``None``: the graph does not agree."""
