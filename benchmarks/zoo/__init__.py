@@ -1,6 +1,6 @@
 """Networks by suite."""
 
-from zoo import language
+from zoo import adapters, images, language
 from zoo.network import Network
 
-NETWORKS: list[Network] = [*language.NETWORKS]
+NETWORKS: list[Network] = [*language.NETWORKS, *images.NETWORKS, *adapters.NETWORKS]

@@ -42,24 +42,25 @@ ENCODERS = [
     hf("modernbert", "ModernBertForMaskedLM", masked, local_attention=4, global_attn_every_n_layers=2),
     hf("nomic-bert", "NomicBertForMaskedLM", masked),
     hf("layoutlm", "LayoutLMForTokenClassification", tagged),
-    hf("fnet", "FNetForSequenceClassification", lambda c, n: {k: v for k, v in classified(c, n).items() if k != "attention_mask"}),
-    hf("nystromformer", "NystromformerForMaskedLM", lambda c, n: masked(c, n, 6), num_landmarks=3, segment_means_seq_len=6),
+    hf("fnet", "FNetForSequenceClassification", lambda c, n: without_mask(classified(c, n))),
+    hf("nystromformer", "NystromformerForMaskedLM", lambda c, n: without_mask(masked(c, n, 6)), num_landmarks=3, segment_means_seq_len=6),
     hf("big_bird", "BigBirdForMaskedLM", masked, attention_type="original_full"),
     hf("big_bird-sparse", "BigBirdForSequenceClassification", lambda c, n: classified(c, n, 24), block_size=2, num_random_blocks=1),
-    hf("longformer", "LongformerForMaskedLM", masked, attention_window=4),
+    hf("longformer", "LongformerForMaskedLM", lambda c, n: looked_up(masked(c, n)), attention_window=4),
     hf("longformer-cls", "LongformerForSequenceClassification", classified, attention_window=4),
     hf("funnel", "FunnelForSequenceClassification", classified, block_sizes=[1, 1], num_decoder_layers=1),
-    hf("canine", "CanineForSequenceClassification", lambda c, n: classified(c, n, 8), downsampling_rate=4, local_transformer_stride=8,
+    hf("canine", "CanineForSequenceClassification", lambda c, n: without_mask(classified(c, n, 8)), downsampling_rate=4, local_transformer_stride=8,
        num_hash_functions=2, num_hash_buckets=16, upsampling_kernel_size=2),
     hf("perceiver", "PerceiverForMaskedLM", lambda c, n: renamed(masked(c, n)), d_latents=16, num_latents=3, num_self_attends_per_block=1,
-       num_blocks=1, num_self_attention_heads=2, num_cross_attention_heads=2),
-    hf("mra", "MraForMaskedLM", lambda c, n: masked(c, n, 32), block_per_row=1),
+       num_blocks=1, num_self_attention_heads=2, num_cross_attention_heads=2, max_position_embeddings=5),
+    hf("mra", "MraForMaskedLM", lambda c, n: masked(c, n, 32), block_per_row=1, dtype=torch.float32),
     hf("yoso", "YosoForMaskedLM", masked, use_expectation=True),
     hf("luke", "LukeForSequenceClassification", classified),
-    hf("splinter", "SplinterForQuestionAnswering", answered),
+    hf("splinter", "SplinterForQuestionAnswering", lambda c, n: without_mask(answered(c, n))),
     hf("tapas", "TapasForSequenceClassification", classified),
     hf("reformer", "ReformerForMaskedLM", lambda c, n: masked(c, n, 4), attention_head_size=8, attn_layers=["local", "local"],
-       axial_pos_embds=False, local_attn_chunk_length=2, is_decoder=False, feed_forward_size=24),
+       axial_pos_embds=False, local_attn_chunk_length=2, is_decoder=False, feed_forward_size=24, hidden_dropout_prob=0.0,
+       local_attention_probs_dropout_prob=0.0, training=True),
 ]  # fmt: skip
 
 DECODERS = [
@@ -95,7 +96,7 @@ DECODERS = [
     hf("smollm3", "SmolLM3ForCausalLM", causal),
     hf("mpt", "MptForCausalLM", causal, max_seq_len=40),
     hf("biogpt", "BioGptForCausalLM", causal),
-    hf("xglm", "XGLMForCausalLM", causal),
+    hf("xglm", "XGLMForCausalLM", causal, dtype=torch.float32),
     hf("openai-gpt", "OpenAIGPTLMHeadModel", causal),
     hf("ctrl", "CTRLLMHeadModel", causal),
     hf("mamba", "MambaForCausalLM", causal, state_size=4, time_step_rank=2, expand=2, samples=BOTH),
@@ -116,7 +117,7 @@ DECODERS = [
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "n_group": 2, "topk_group": 1,
             "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-            "v_head_dim": 8, "num_key_value_heads": 2}  # fmt: skip
+            "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 2}  # fmt: skip
 # By default experts are computed by a kernel that has no float64; "eager" ones select rows, one expert after another.
 MIXTURES = [
     hf("mixtral", "MixtralForCausalLM", causal, num_local_experts=4, dtype=torch.float32),
@@ -131,9 +132,8 @@ MIXTURES = [
     hf("gpt_oss", "GptOssForCausalLM", causal, num_local_experts=4, num_experts_per_tok=2, dtype=torch.float32),
     hf("gpt_oss-eager", "GptOssForCausalLM", causal, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"),
     hf("phimoe-eager", "PhimoeForCausalLM", causal, num_local_experts=4, experts_implementation="eager"),
-    hf("granitemoe", "GraniteMoeForCausalLM", causal, num_local_experts=4, num_experts_per_tok=2),
+    hf("granitemoe", "GraniteMoeForCausalLM", causal, num_local_experts=4, num_experts_per_tok=2, dtype=torch.float32),
     hf("jetmoe", "JetMoeForCausalLM", causal, num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
-    hf("dbrx", "DbrxForCausalLM", causal, ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}, attn_config={"kv_n_heads": 1}),
     hf("switch_transformers", "SwitchTransformersForConditionalGeneration", translated, num_experts=2, num_sparse_encoder_layers=1,
        num_sparse_decoder_layers=1, router_z_loss_coef=0.0, expert_capacity=64),
     hf("nllb-moe", "NllbMoeForConditionalGeneration", translated, num_experts=2, encoder_sparse_step=2, decoder_sparse_step=2, expert_capacity=64),
@@ -153,14 +153,29 @@ TRANSLATORS = [
     hf("blenderbot", "BlenderbotForConditionalGeneration", translated),
     hf("m2m_100", "M2M100ForConditionalGeneration", translated),
     hf("plbart", "PLBartForConditionalGeneration", translated),
-    hf("led", "LEDForConditionalGeneration", translated, attention_window=4, max_encoder_position_embeddings=40, max_decoder_position_embeddings=40),
+    hf("led", "LEDForConditionalGeneration", lambda c, n: looked_up(translated(c, n)), attention_window=4, max_encoder_position_embeddings=40, max_decoder_position_embeddings=40),
     hf("bigbird_pegasus", "BigBirdPegasusForConditionalGeneration", translated, attention_type="original_full"),
     hf("prophetnet", "ProphetNetForConditionalGeneration", translated, num_encoder_attention_heads=2, num_decoder_attention_heads=2,
-       num_encoder_layers=2, num_decoder_layers=2, ngram=2),
-    hf("fsmt", "FSMTForConditionalGeneration", translated, langs=["en", "de"], src_vocab_size=11, tgt_vocab_size=11),
+       num_encoder_layers=2, num_decoder_layers=2, ngram=2, dtype=torch.float32),
+    hf("fsmt", "FSMTForConditionalGeneration", lambda c, n: forced(translated(c, n)), langs=["en", "de"], src_vocab_size=11, tgt_vocab_size=11, dtype=torch.float32),
     hf("mvp", "MvpForConditionalGeneration", translated),
     hf("t5gemma", "T5GemmaForConditionalGeneration", translated),
 ]  # fmt: skip
+
+
+def without_mask(batch: dict) -> dict:
+    """For models that take no mask."""
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+
+def looked_up(batch: dict) -> dict:
+    """With a first step that all others see."""
+    return {**batch, "global_attention_mask": (torch.arange(batch["input_ids"].shape[1]) == 0).long().expand_as(batch["input_ids"]).contiguous()}
+
+
+def forced(batch: dict) -> dict:
+    """With the ids that the decoder reads."""
+    return {**batch, "decoder_input_ids": batch["labels"].clamp(min=0).roll(1, 1)}
 
 
 def renamed(batch: dict) -> dict:

@@ -69,6 +69,7 @@ class Network:
         make: makes the problem for a number of samples.
         package: what must be installed.
         coupled: whether the samples influence each other by design, so that per-sample quantities are to be refused.
+        penalty: whether the loss has a term that belongs to no sample, so that per-sample quantities are to be refused.
         samples: numbers of samples to run with; the first is the usual one.
     """
 
@@ -77,6 +78,7 @@ class Network:
     make: Callable[[int], Problem]
     package: str = "torch"
     coupled: bool = False
+    penalty: bool = False
     samples: tuple[int, ...] = (3,)
 
 
@@ -87,6 +89,7 @@ def settled(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
+                parameter.clamp_(-10, 10).nan_to_num_()  # some models leave memory as they find it
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
 

@@ -16,7 +16,7 @@ from measure import bounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo.network import Network, Problem
-from zoo.references import NoReferenceError, Reference
+from zoo.references import NoReferenceError, Reference, largest
 
 import lightning_curv
 import lightning_curv.errors
@@ -69,8 +69,7 @@ def _entries(wanted: Callable[[Reference], dict[str, Tensor]]) -> Check:
             found = found(reference.vector(name))
         if found.shape != values[name].shape:
             return math.inf, 0, 0
-        distance, *sizes = (t.abs().max() if t.numel() else 0.0 for t in (found - values[name], values[name]))
-        return float(distance), float(sizes[0]), max(float(v.abs().max()) for v in values.values() if v.numel())
+        return largest(found - values[name]), largest(values[name]), max(map(largest, values.values()))
 
     return check
 
@@ -206,12 +205,12 @@ class _Run:
                     if value is None:
                         cell.outcome, cell.message = "wrong", f"nothing on {name}"
                         return
-                    distance, size, largest = CHECKS[quantity](self.reference, name, value)
-                    error = distance / (self.reference.tolerance * (size + 1e-3 * largest) or 1)
+                    distance, size, scale = CHECKS[quantity](self.reference, name, value)
+                    error = distance / (self.reference.tolerance * (size + 1e-2 * scale) or 1)
                     if not error <= max(1, worst):
                         worst = error if error == error else math.inf
                         cell.outcome = "wrong"
-                        cell.message = f"{name}: off by {distance:.3g} of {size:.3g} (largest {largest:.3g})"
+                        cell.message = f"{name}: off by {distance:.3g} of {size:.3g} (largest {scale:.3g})"
         except NoReferenceError as error:
             cell.outcome, cell.message = "unverified", str(error)
         except Exception as error:
@@ -224,14 +223,15 @@ class _Run:
             cell.outcome = "slow"
         elif isinstance(error, lightning_curv.errors.UnsupportedError):
             cell.outcome, cell.cause = "refused", cause_of(str(error))
-            cell.justified = self._justified(cell.cause)
+            cell.justified = self._justified(cell.quantity, cell.cause)
         else:
             cell.outcome = "crash"
 
-    def _justified(self, cause: str) -> bool:
-        if cause == COUPLED:
-            return self.network.coupled
-        return cause == NO_SECOND or (cause == NO_CURVATURE and not self.reference.curvature_defined)
+    def _justified(self, quantity: str, cause: str) -> bool:
+        if cause in (COUPLED, OTHER):
+            needs_samples = not quantity.startswith(PRODUCTS)
+            return needs_samples and (self.network.penalty or (self.network.coupled and cause == COUPLED))
+        return cause == NO_SECOND or not self.reference.curvature_defined
 
     def _clear(self, extensions: Sequence[Any]) -> None:
         for parameter in self.problem.model.parameters():

@@ -32,6 +32,11 @@ LOSSES = (
 MOST_COLUMNS = 1500  # more entries of the loss' input than this are not taken apart
 
 
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value; 0 if there is none."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
 class NoReferenceError(Exception):
     """Plain autograd does not tell what is right."""
 
@@ -72,7 +77,11 @@ class Reference:
         self._loss = loss
         whole = torch.autograd.grad(loss, list(problem.parameters.values()), retain_graph=True, allow_unused=True)
         self.gradient = {name: g for name, g in zip(problem.parameters, whole) if g is not None}
+        for name, g in self.gradient.items():
+            if not g.isfinite().all():
+                raise NoReferenceError(f"the gradient of {name} is not finite")
         self.parameters = {name: problem.parameters[name] for name in self.gradient}
+        self._largest = max(map(largest, self.gradient.values()))
         names = list(self.parameters)
         self.chosen = [names[i * len(names) // products] for i in range(products)] if len(names) > products else names
 
@@ -113,9 +122,8 @@ class Reference:
         found = {
             name: torch.stack([share * g for share, g in zip(shares, row)]) for name, row in zip(self.parameters, zip(*rows))
         }
-        largest = max(float(g.abs().max()) for g in self.gradient.values())
         for name, g in found.items():
-            if (g.sum(0) - self.gradient[name]).abs().max() > self.tolerance * largest:
+            if largest(g.sum(0) - self.gradient[name]) > self.tolerance * self._largest:
                 raise NoReferenceError(f"gradients of samples on their own do not add up to the gradient of {name}")
         return found
 
@@ -163,8 +171,8 @@ class Reference:
         if not self._inputs:
             return False
         through = self._derivative(self._inputs, self._by_inputs(self._loss))
-        largest = max(float(g.abs().max()) for g in self.gradient.values())
-        return all((g - self.gradient[n]).abs().max() < self.tolerance * largest for n, g in zip(self.parameters, through))
+        distances = [largest(g - self.gradient[name]) for name, g in zip(self.parameters, through)]
+        return max(distances) < self.tolerance * self._largest
 
     @cached_property
     def diag_ggn(self) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ STEPS, VOCABULARY, CLASSES = 5, 11, 3
 LENGTHS = (5, 3, 4, 2, 5)  # of the first samples
 SIZES = {  # of whatever a configuration has of these
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), 16),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "projection_size", "dim", "emb_dim", "embed_dim", "embedding_size"), 16),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2),
@@ -41,13 +41,20 @@ def tiny(architecture: str, **settings: Any) -> nn.Module:
     import transformers
 
     model = getattr(transformers, architecture)
-    known = model.config_class().to_dict()
-    sizes = {key: value for key, value in SIZES.items() if key in known}
-    dtype = settings.pop("dtype", torch.float64)
-    config = model.config_class(**{**sizes, "num_labels": CLASSES, **settings})
+    dtype, training = settings.pop("dtype", torch.float64), settings.pop("training", False)
+    config = model.config_class(**{**shrunk(model.config_class().to_dict()), "num_labels": CLASSES, **settings})
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 1
-    return settled(model(config), dtype)
+    return settled(model(config), dtype).train(training)
+
+
+def shrunk(known: dict[str, Any]) -> dict[str, Any]:
+    """Those of the tiny sizes that a configuration knows; the same for configurations in it."""
+    found = {key: value for key, value in SIZES.items() if key in known}
+    for key, part in known.items():
+        if isinstance(part, dict) and "model_type" in part:
+            found[key] = {**{k: v for k, v in part.items() if k != "layer_types"}, **shrunk(part)}
+    return found
 
 
 def problem(architecture: str, batch: Make, settings: dict[str, Any], samples: int) -> Problem:
@@ -65,7 +72,7 @@ def typed(batch: Batch, dtype: torch.dtype) -> Batch:
 def hf(name: str, architecture: str, batch: Make, *, coupled: bool = False, samples: tuple[int, ...] = (3,), **settings: Any) -> Network:  # fmt: skip
     """A row: name, class in transformers, how to make a batch, and what differs from the usual sizes."""
     make = partial(problem, architecture, batch, settings)
-    return Network(name, "transformers", make, "transformers", coupled, samples)
+    return Network(name, "transformers", make, "transformers", coupled, samples=samples)
 
 
 def counts(batch: Batch) -> list[list[int]]:
