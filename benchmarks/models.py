@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
-import importlib.util
 import json
 import logging
 import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def main() -> None:
     done = {cell.model for cell in found}
     start, missing = time.perf_counter(), Counter()
     for network, samples in _chosen(arguments):
-        if not _installed(network.package):
-            missing[network.package] += 1
+        if reason := _missing(network.package):
+            missing[f"`{network.package}` cannot be imported ({reason})"] += 1
             continue
         if _name(network, samples) in done:
             continue
@@ -51,8 +52,8 @@ def main() -> None:
         if arguments.out:
             arguments.out.write_text(json.dumps([cell.report() for cell in found], indent=1))
     _summarize(found)
-    for package, count in missing.items():
-        print(f"{count} networks skipped: no package `{package}`")
+    for reason, count in missing.items():
+        print(f"{count} networks skipped: {reason}")
     print(f"{time.perf_counter() - start:.0f} s")
 
 
@@ -83,15 +84,14 @@ def _name(network: Network, samples: int) -> str:
     return network.name if samples == network.samples[0] else f"{network.name} N={samples}"
 
 
-def _installed(package: str) -> bool:
-    """Whether a package and what it needs can be imported."""
-    if importlib.util.find_spec(package) is None:
-        return False
+@cache
+def _missing(package: str) -> str:
+    """Why a package cannot be imported; empty if it can."""
     try:
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
+        import_module(package)
+    except Exception as error:  # what it needs itself may be missing, or not fit
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _known(path: Path | None) -> list[Cell]:

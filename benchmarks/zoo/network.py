@@ -22,6 +22,11 @@ def rows(batch: Batch, n: int) -> Batch:
     return {key: value[n : n + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def copied(batch: Batch) -> Batch:
+    """Another batch like this one, for models that change theirs."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 @dataclass
 class Problem:
     """A network, a batch and a loss, from which plain autograd finds everything.
@@ -46,12 +51,12 @@ class Problem:
     def __call__(self) -> Tensor:
         """The loss of the whole batch; what is random is the same every time."""
         torch.manual_seed(0)
-        return self.loss(self.model, self.batch)
+        return self.loss(self.model, copied(self.batch))
 
     def sample(self, n: int) -> Tensor:
         """The loss of a batch of sample ``n`` only."""
         torch.manual_seed(0)
-        return self.loss(self.model, self.alone(self.batch, n))
+        return self.loss(self.model, copied(self.alone(self.batch, n)))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
