@@ -85,7 +85,7 @@ IMAGES = [
        hidden_sizes=[8, 16], patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
     hf("pvt_v2", "PvtV2ForImageClassification", LARGE, image_size=32, num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1],
        hidden_sizes=[8, 16], patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
-    hf("cvt", "CvtForImageClassification", LARGE, embed_dim=[8, 8, 16], num_heads=[1, 1, 2], depth=[1, 1, 1]),
+    hf("cvt", "CvtForImageClassification", LARGE, embed_dim=[8, 8, 16], num_heads=[1, 1, 2], depth=[1, 2, 3], drop_path_rate=[0.0, 0.0, 0.0]),
     hf("levit", "LevitForImageClassification", LARGE, image_size=32, hidden_sizes=[16, 16, 16], num_attention_heads=[1, 2, 2], depths=[1, 1, 1],
        key_dim=[8, 8, 8], patch_size=16),
     hf("focalnet", "FocalNetForImageClassification", LARGE, image_size=32, embed_dim=8, **STAGES, focal_levels=[1, 1], focal_windows=[3, 3]),
@@ -173,11 +173,12 @@ def channels(config: Any, samples: int, future: bool = True) -> Batch:
 
 FORECAST = {"prediction_length": 3, "context_length": 6, "lags_sequence": [1, 2], "num_time_features": 2, "scaling": "mean"}
 PATCHES = {"num_input_channels": 2, "context_length": 12, "patch_length": 4, "patch_stride": 4, "prediction_length": 3}
+# Autoformer's delays are repeated for all heads in another order than that of the heads: samples influence each other.
 SERIES = [
     hf("time_series_transformer", "TimeSeriesTransformerForPrediction", series, **FORECAST),
     hf("informer", "InformerForPrediction", series, **FORECAST),
     hf("informer-full", "InformerForPrediction", series, **FORECAST, attention_type="full"),
-    hf("autoformer", "AutoformerForPrediction", series, **FORECAST, moving_average=3, label_length=2, dtype=torch.float32),
+    hf("autoformer", "AutoformerForPrediction", series, coupled=True, **FORECAST, moving_average=3, label_length=2, dtype=torch.float32),
     hf("patchtst", "PatchTSTForPrediction", channels, **PATCHES, loss="mse", norm_type="layernorm"),
     hf("patchtst-batchnorm", "PatchTSTForPrediction", channels, **PATCHES, loss="mse"),
     hf("patchtst-nll", "PatchTSTForPrediction", channels, **PATCHES),

@@ -95,7 +95,9 @@ def settled(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.clamp_(-10, 10).nan_to_num_()  # some models leave memory as they find it
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                inputs = max(1, parameter[:1].numel()) if parameter.ndim > 1 else 1
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+                parameter += min(0.2, inputs**-0.5) * noise
     return model
 
 
