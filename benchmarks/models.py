@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import gc
 import json
 import logging
 import time
@@ -48,7 +47,6 @@ def main() -> None:
         for cell in new:
             print(cell, flush=True)
         found += new
-        gc.collect()
         if arguments.out:
             arguments.out.write_text(json.dumps([cell.report() for cell in found], indent=1))
     _summarize(found)
@@ -117,7 +115,9 @@ def _summarize(found: list[Cell]) -> None:
             causes[cell.cause, cell.justified].append(cell)
     for (cause, justified), refused in causes.items():
         models = dict.fromkeys(cell.model for cell in refused)
-        print(f"\nRefused, {cause} ({'justified' if justified else 'unjustified'}): {len(refused)} cells of {len(models)}")
+        print(
+            f"\nRefused, {cause} ({'justified' if justified else 'unjustified'}): {len(refused)} cells of {len(models)}"
+        )
         print(f"  {', '.join(models)}\n  {refused[0].quantity} of {refused[0].model}: {refused[0].message}")
     for cell in found:
         if cell.outcome in ("wrong", "crash", "slow"):

@@ -36,14 +36,18 @@ def adapted(base: str, method: str, settings: dict[str, Any], samples: int) -> P
     config = getattr(peft, method)(**({"task_type": task} if task else {}), **settings)
     model = settled(peft.get_peft_model(model, config))
     made = batch(model.config, samples)
-    if method == "MultitaskPromptTuningConfig":
+    if method in ("MultitaskPromptTuningConfig", "PolyConfig"):
         made["task_ids"] = torch.zeros(samples).long()
     return Problem(model, made, samples, counts=counts(made))
 
 
-def row(name: str, base: str, method: str, *, penalty: bool = False, samples: tuple[int, ...] = (3,), **settings: Any) -> Network:
+def row(
+    name: str, base: str, method: str, *, penalty: bool = False, samples: tuple[int, ...] = (3,), **settings: Any
+) -> Network:
     """A row: name, base, configuration class, and what differs from its defaults."""
-    return Network(f"{name}-{base}", "peft", partial(adapted, base, method, settings), "peft", penalty=penalty, samples=samples)
+    return Network(
+        f"{name}-{base}", "peft", partial(adapted, base, method, settings), "peft", penalty=penalty, samples=samples
+    )
 
 
 def on(base: str, name: str, method: str, **settings: Any) -> Network:
@@ -61,7 +65,6 @@ NETWORKS = [
     on("resnet", "lora", "LoraConfig", r=2, modules_to_save=["classifier"]),
     row("lora-embedding", "llama", "LoraConfig", r=2, target_modules=["embed_tokens", "q_proj"]),
     on("llama", "rslora", "LoraConfig", r=2, use_rslora=True),
-    on("llama", "pissa", "LoraConfig", r=2, init_lora_weights="pissa"),
     on("llama", "lora-bias", "LoraConfig", r=2, lora_bias=True),
     on("llama", "dora", "LoraConfig", r=2, use_dora=True),
     on("gpt2", "dora", "LoraConfig", r=2, use_dora=True, fan_in_fan_out=True),

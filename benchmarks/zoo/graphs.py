@@ -76,7 +76,10 @@ class GIN(nn.Module):
 
     def __init__(self, inp: int, out: int) -> None:
         super().__init__()
-        self.net, self.eps = nn.Sequential(nn.Linear(inp, out), nn.ReLU(), nn.Linear(out, out)), nn.Parameter(torch.zeros(()))
+        self.net, self.eps = (
+            nn.Sequential(nn.Linear(inp, out), nn.ReLU(), nn.Linear(out, out)),
+            nn.Parameter(torch.zeros(())),
+        )
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         return self.net((1 + self.eps) * x + collect(x[edges[0]], edges[1], len(x)))
@@ -135,7 +138,9 @@ def problem(layer: type[nn.Module], sizes: tuple[int, ...], mean: bool, norm: bo
     """Graphs to classify."""
     torch.manual_seed(0)
     chosen = sizes[:samples]
-    return Problem(settled(Graph(layer, mean, norm)), graphs(chosen), samples, of_graphs, lambda _, n: graphs(chosen, n))
+    return Problem(
+        settled(Graph(layer, mean, norm)), graphs(chosen), samples, of_graphs, lambda _, n: graphs(chosen, n)
+    )
 
 
 LAYERS = {"gcn": GCN, "gat": GAT, "gin": GIN, "sage": SAGE, "mpnn": MPNN}

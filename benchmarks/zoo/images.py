@@ -15,7 +15,7 @@ STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 
 def segmented(config: Any, samples: int) -> Batch:
     """A class for every pixel."""
-    return {"pixel_values": randn(samples, 3, 16, 16), "labels": integers(0, CLASSES, samples, 16, 16)}
+    return {"pixel_values": randn(samples, 3, 8, 8), "labels": integers(0, CLASSES, samples, 8, 8)}
 
 
 def clip(config: Any, samples: int) -> Batch:
@@ -92,7 +92,6 @@ IMAGES = [
     hf("hiera", "HieraForImageClassification", LARGE, image_size=[32, 32], embed_dim=8, depths=[1, 1], num_heads=[1, 2], patch_size=[7, 7],
        masked_unit_size=[4, 4], query_stride=[2, 2], num_query_pool=1),
     hf("swiftformer", "SwiftFormerForImageClassification", LARGE, embed_dims=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32),
-    hf("textnet", "TextNetForImageClassification", LARGE, image_size=[32, 32]),
     hf("siglip-cls", "SiglipForImageClassification", pictures),
     hf("clip-cls", "CLIPForImageClassification", pictures),
     hf("timesformer", "TimesformerForVideoClassification", film, num_frames=2),
@@ -120,7 +119,11 @@ def waves(config: Any, samples: int) -> Batch:
     """A class for every recording, of ragged lengths."""
     lengths = torch.tensor([60, 44, 52, 36, 60])[:samples]
     mask = (torch.arange(60) < lengths[:, None]).long()
-    return {"input_values": randn(samples, 60) * mask, "attention_mask": mask, "labels": torch.arange(samples) % CLASSES}
+    return {
+        "input_values": randn(samples, 60) * mask,
+        "attention_mask": mask,
+        "labels": torch.arange(samples) % CLASSES,
+    }
 
 
 def transcribed(config: Any, samples: int) -> Batch:
@@ -171,7 +174,13 @@ def channels(config: Any, samples: int, future: bool = True) -> Batch:
     return {"past_values": randn(samples, config.context_length, 2), **target}
 
 
-FORECAST = {"prediction_length": 3, "context_length": 6, "lags_sequence": [1, 2], "num_time_features": 2, "scaling": "mean"}
+FORECAST = {
+    "prediction_length": 3,
+    "context_length": 6,
+    "lags_sequence": [1, 2],
+    "num_time_features": 2,
+    "scaling": "mean",
+}
 PATCHES = {"num_input_channels": 2, "context_length": 12, "patch_length": 4, "patch_stride": 4, "prediction_length": 3}
 # Autoformer's delays are repeated for all heads in another order than that of the heads: samples influence each other.
 SERIES = [

@@ -49,8 +49,8 @@ ENCODERS = [
     hf("longformer", "LongformerForMaskedLM", lambda c, n: looked_up(masked(c, n)), attention_window=4),
     hf("longformer-cls", "LongformerForSequenceClassification", classified, attention_window=4),
     hf("funnel", "FunnelForSequenceClassification", classified, block_sizes=[1, 1], num_decoder_layers=1),
-    hf("canine", "CanineForSequenceClassification", lambda c, n: without_mask(classified(c, n, 8)), downsampling_rate=4, local_transformer_stride=8,
-       num_hash_functions=2, num_hash_buckets=16, upsampling_kernel_size=2),
+    hf("canine", "CanineForSequenceClassification", lambda c, n: classified(c, n, 8), downsampling_rate=4, local_transformer_stride=8,
+       num_hash_functions=2, num_hash_buckets=16, upsampling_kernel_size=2, dtype=torch.float32),
     hf("perceiver", "PerceiverForMaskedLM", lambda c, n: renamed(masked(c, n)), d_latents=16, num_latents=3, num_self_attends_per_block=1,
        num_blocks=1, num_self_attention_heads=2, num_cross_attention_heads=2, max_position_embeddings=5),
     hf("mra", "MraForMaskedLM", lambda c, n: masked(c, n, 32), block_per_row=1, dtype=torch.float32),
@@ -170,7 +170,13 @@ def without_mask(batch: dict) -> dict:
 
 def looked_up(batch: dict) -> dict:
     """With a first step that all others see."""
-    return {**batch, "global_attention_mask": (torch.arange(batch["input_ids"].shape[1]) == 0).long().expand_as(batch["input_ids"]).contiguous()}
+    return {
+        **batch,
+        "global_attention_mask": (torch.arange(batch["input_ids"].shape[1]) == 0)
+        .long()
+        .expand_as(batch["input_ids"])
+        .contiguous(),
+    }
 
 
 def forced(batch: dict) -> dict:

@@ -120,7 +120,8 @@ class Reference:
         shares = self._shares([float(loss) for loss in losses])
         rows = [self._derivative(loss) for loss in losses]
         found = {
-            name: torch.stack([share * g for share, g in zip(shares, row)]) for name, row in zip(self.parameters, zip(*rows))
+            name: torch.stack([share * g for share, g in zip(shares, row)])
+            for name, row in zip(self.parameters, zip(*rows))
         }
         for name, g in found.items():
             if largest(g.sum(0) - self.gradient[name]) > self.tolerance * self._largest:
@@ -150,6 +151,8 @@ class Reference:
             raise NoReferenceError("the loss is linear")
         hessian = torch.stack([torch.cat([h.flatten() for h in self._by_inputs(entry)]) for entry in gradient])
         values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
+        if values.abs().max() < 1e-12:
+            raise NoReferenceError("the loss has no curvature to speak of")
         kept = values > self.tolerance**2 * values.abs().max()
         root = (vectors * values.clamp(min=0).sqrt()).T[kept]
         cotangents = [g.unflatten(1, z.shape) for g, z in zip(root.split(sizes, 1), self._inputs)]
@@ -162,7 +165,12 @@ class Reference:
 
     def _by_inputs(self, output: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
-            output, self._inputs, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            output,
+            self._inputs,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
 
     @cached_property
@@ -182,8 +190,11 @@ class Reference:
     @cached_property
     def ggnmp(self) -> dict[str, Tensor]:
         """Blocks of the GGN times vectors."""
-        flat = {name: self.columns[name].flatten(1) for name in self.chosen}
-        return {name: (g.T @ (g @ self.vector(name).flatten())).view(self.columns[name].shape[1:]) for name, g in flat.items()}
+        flat = {name: self.columns[name].reshape(len(self.columns[name]), -1) for name in self.chosen}
+        return {
+            name: (g.T @ (g @ self.vector(name).flatten())).view(self.columns[name].shape[1:])
+            for name, g in flat.items()
+        }
 
     @cached_property
     def hmp(self) -> dict[str, Tensor]:
@@ -192,7 +203,9 @@ class Reference:
         try:
             gradients = torch.autograd.grad(self._loss, parameters, create_graph=True)
             return {
-                name: torch.autograd.grad(g, p, self.vector(name), retain_graph=True, materialize_grads=True)[0].detach()
+                name: torch.autograd.grad(g, p, self.vector(name), retain_graph=True, materialize_grads=True)[
+                    0
+                ].detach()
                 if g.requires_grad
                 else torch.zeros_like(p)
                 for name, p, g in zip(self.chosen, parameters, gradients)

@@ -14,14 +14,18 @@ STEPS, VOCABULARY, CLASSES = 5, 11, 3
 LENGTHS = (5, 3, 4, 2, 5)  # of the first samples
 SIZES = {  # of whatever a configuration has of these
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "projection_size", "dim", "emb_dim", "embed_dim", "embedding_size"), 16),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "projection_size", "dim", "emb_dim", "embed_dim", "embedding_size"), 16
+    ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "rotary_dim", "d_head"), 8),
     **dict.fromkeys(("num_key_value_heads",), 1),
-    **dict.fromkeys(("intermediate_size", "d_ff", "d_inner", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"), 24),
+    **dict.fromkeys(
+        ("intermediate_size", "d_ff", "dff", "d_inner", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"), 24
+    ),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "word_embed_proj_dim"), 24),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"), 40),
     "word_embed_proj_dim": 16,

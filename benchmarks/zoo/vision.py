@@ -55,7 +55,9 @@ def concatenated(*tensors: Tensor) -> Tensor:
     return torch.cat(tensors, 1)
 
 
-def conv(inp: int, out: int, size: int = 3, norm: Norm = group_norm, act: nn.Module | None = None, **how: int) -> nn.Module:
+def conv(
+    inp: int, out: int, size: int = 3, norm: Norm = group_norm, act: nn.Module | None = None, **how: int
+) -> nn.Module:
     """Convolution, norm and activation."""
     convolution = nn.Conv2d(inp, out, size, padding=size // 2, bias=False, **how)
     return nn.Sequential(convolution, norm(out), act or nn.ReLU(inplace=True))
@@ -83,7 +85,12 @@ def resnet(norm: Norm) -> nn.Module:
     wide = nn.Sequential(conv(WIDTH, 16, norm=norm, stride=2), nn.Conv2d(16, 16, 3, padding=1), norm(16))
     down = nn.Sequential(nn.Conv2d(WIDTH, 16, 1, stride=2), norm(16))
     return nn.Sequential(
-        conv(3, WIDTH, norm=norm), Residual(block), nn.ReLU(), Parallel(torch.add, wide, down), nn.ReLU(inplace=True), head(16)
+        conv(3, WIDTH, norm=norm),
+        Residual(block),
+        nn.ReLU(),
+        Parallel(torch.add, wide, down),
+        nn.ReLU(inplace=True),
+        head(16),
     )
 
 
@@ -98,7 +105,9 @@ def squeezenet() -> nn.Module:
     wide = [nn.Sequential(nn.Conv2d(4, WIDTH, k, padding=k // 2), nn.ReLU(inplace=True)) for k in (1, 3)]
     fire = nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.ReLU(inplace=True), Parallel(concatenated, *wide))
     end = nn.Sequential(nn.Conv2d(16, CLASSES, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return nn.Sequential(nn.Conv2d(3, WIDTH, 3, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(2, ceil_mode=True), fire, end)
+    return nn.Sequential(
+        nn.Conv2d(3, WIDTH, 3, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(2, ceil_mode=True), fire, end
+    )
 
 
 def inverted(act: nn.Module, gate: nn.Module, norm: Norm = nn.BatchNorm2d) -> nn.Module:
@@ -281,15 +290,21 @@ def mixer() -> nn.Module:
     """A perceptron over the tokens for attention."""
     tokens = SIDE**2
     turn = Lambda(lambda x: x.transpose(1, 2))
-    return Tokens(block(nn.Sequential(turn, nn.Linear(tokens, 6), nn.GELU(), nn.Linear(6, tokens), turn)), positions=False)
+    return Tokens(
+        block(nn.Sequential(turn, nn.Linear(tokens, 6), nn.GELU(), nn.Linear(6, tokens), turn)), positions=False
+    )
 
 
 def gmlp() -> nn.Module:
     """A spatial gate: one half of the features, mixed over the tokens, times the other."""
     gate = Lambda(lambda x: x.chunk(2, -1)[1])
-    mixed = nn.Sequential(gate, nn.LayerNorm(8), Lambda(lambda x: x.mT), nn.Linear(SIDE**2, SIDE**2), Lambda(lambda x: x.mT))
+    mixed = nn.Sequential(
+        gate, nn.LayerNorm(8), Lambda(lambda x: x.mT), nn.Linear(SIDE**2, SIDE**2), Lambda(lambda x: x.mT)
+    )
     halves = Parallel(torch.mul, Lambda(lambda x: x.chunk(2, -1)[0]), mixed)
-    return Tokens(Residual(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), halves, nn.Linear(8, WIDTH)), positions=False)
+    return Tokens(
+        Residual(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), halves, nn.Linear(8, WIDTH)), positions=False
+    )
 
 
 class ClassAttention(nn.Module):
@@ -297,7 +312,10 @@ class ClassAttention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.token, self.ask = nn.Parameter(torch.zeros(1, 1, WIDTH)), nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.token, self.ask = (
+            nn.Parameter(torch.zeros(1, 1, WIDTH)),
+            nn.MultiheadAttention(WIDTH, HEADS, batch_first=True),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         token = self.token.expand(len(x), -1, -1)
@@ -331,7 +349,10 @@ class Pyramid(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.down = conv(3, WIDTH), conv(WIDTH, 16, stride=2)
-        self.sides, self.last = nn.ModuleList([nn.Conv2d(WIDTH, 4, 1), nn.Conv2d(16, 4, 1)]), nn.Conv2d(4, CLASSES, 3, padding=1)
+        self.sides, self.last = (
+            nn.ModuleList([nn.Conv2d(WIDTH, 4, 1), nn.Conv2d(16, 4, 1)]),
+            nn.Conv2d(4, CLASSES, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         large = self.first(x)
@@ -425,7 +446,6 @@ NETWORKS = [
     timm_row("cait_xxs24_224", **VIT),
     timm_row("eva02_tiny_patch14_224", **{**VIT, "embed_dim": 24}),
     timm_row("xcit_nano_12_p16_224", **VIT),
-    *(timm_row(name, img_size=32, num_blocks=1) for name in ("mixer_b16_224", "gmlp_ti16_224", "resmlp_12_224")),
     timm_row("swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8, depths=(2, 1), num_heads=(1, 2)),
     timm_row("swinv2_tiny_window8_256", img_size=32, window_size=2, embed_dim=8, depths=(2, 1), num_heads=(1, 2)),
     timm_row("coatnet_pico_rw_224", img_size=32),
