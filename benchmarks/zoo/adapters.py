@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from zoo.network import Network, Problem, settled
 from zoo.tiny import Make, causal, classified, counts, pictures, tiny
 
@@ -77,7 +78,8 @@ NETWORKS = [
     row("prompt", "bert", "PromptTuningConfig", **PROMPT),
     row("ptuning", "llama", "PromptEncoderConfig", **PROMPT, encoder_hidden_size=8),
     row("ptuning", "gpt2", "PromptEncoderConfig", **PROMPT, encoder_hidden_size=8),
-    row("ptuning-lstm", "llama", "PromptEncoderConfig", **PROMPT, encoder_hidden_size=8, encoder_reparameterization_type="LSTM", encoder_dropout=0.0),
+    row("ptuning-lstm", "llama", "PromptEncoderConfig", **PROMPT, encoder_hidden_size=8,
+       encoder_reparameterization_type="LSTM", encoder_dropout=0.0),
     row("prefix", "llama", "PrefixTuningConfig", **PROMPT),
     row("prefix", "gpt2", "PrefixTuningConfig", **PROMPT),
     row("prefix-projection", "gpt2", "PrefixTuningConfig", **PROMPT, prefix_projection=True, encoder_hidden_size=8),
@@ -98,7 +100,8 @@ NETWORKS = [
     on("llama", "hra", "HRAConfig", r=2),
     row("lntuning", "llama", "LNTuningConfig"),
     on("llama", "fourierft", "FourierFTConfig", n_frequency=10),
-    row("vblora", "llama", "VBLoRAConfig", r=2, num_vectors=6, vector_length=4, topk=2, target_modules=["q_proj", "v_proj"]),
+    row("vblora", "llama", "VBLoRAConfig", r=2, num_vectors=6, vector_length=4, topk=2,
+       target_modules=["q_proj", "v_proj"]),
     on("llama", "miss", "MissConfig", r=2),
     on("llama", "c3a", "C3AConfig", block_size=4),
     on("llama", "road", "RoadConfig", group_size=4),

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from zoo.network import Batch, Network, Problem, randn, settled
 
 FEATURES, WIDTH, CLASSES = 4, 6, 3
@@ -145,7 +146,10 @@ def problem(layer: type[nn.Module], sizes: tuple[int, ...], mean: bool, norm: bo
 
 LAYERS = {"gcn": GCN, "gat": GAT, "gin": GIN, "sage": SAGE, "mpnn": MPNN}
 NETWORKS = [
-    *(Network(name, "graphs", partial(problem, layer, RAGGED, True, False), samples=(3, 1, 5)) for name, layer in LAYERS.items()),
-    *(Network(f"{name}-equal", "graphs", partial(problem, layer, EQUAL, True, False), samples=(3, 4)) for name, layer in LAYERS.items()),
-    *(Network(f"{name}-sum-norm", "graphs", partial(problem, layer, RAGGED, False, True)) for name, layer in LAYERS.items()),
+    *(Network(name, "graphs", partial(problem, layer, RAGGED, True, False), samples=(3, 1, 5)) for name,
+       layer in LAYERS.items()),
+    *(Network(f"{name}-equal", "graphs", partial(problem, layer, EQUAL, True, False), samples=(3, 4)) for name,
+       layer in LAYERS.items()),
+    *(Network(f"{name}-sum-norm", "graphs", partial(problem, layer, RAGGED, False, True)) for name,
+       layer in LAYERS.items()),
 ]  # fmt: skip

@@ -11,16 +11,15 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from measure import bounded
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from zoo.network import Network, Problem
-from zoo.references import NoReferenceError, Reference, largest
 
 import lightning_curv
 import lightning_curv.errors
 from lightning_curv import curvature
+from zoo.network import Network, Problem
+from zoo.references import NoReferenceError, Reference, largest
 
 Check = Callable[[Reference, str, Any], tuple[float, float, float]]
 
@@ -53,7 +52,8 @@ class Cell:
 
     def __str__(self) -> str:
         blame = f" ({self.cause}{'' if self.justified else ', unjustified'})" if self.cause else ""
-        return f"{self.suite} {self.model} {self.quantity}: {self.outcome}{blame} {self.seconds:.2f} s {self.message[:150]}"
+        what = f"{self.suite} {self.model} {self.quantity}: {self.outcome}{blame}"
+        return f"{what} {self.seconds:.2f} s {self.message[:150]}"
 
     def report(self) -> dict[str, Any]:
         """For JSON."""
@@ -178,11 +178,11 @@ class _Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                with bounded(self.limit):
-                    with sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext():
-                        with curvature(*extensions):
-                            self.problem().backward()
-                        fields = [self._values(extension) for extension in extensions]
+                attention = sdpa_kernel(SDPBackend.MATH) if plain_attention else nullcontext()
+                with bounded(self.limit), attention:
+                    with curvature(*extensions):
+                        self.problem().backward()
+                    fields = [self._values(extension) for extension in extensions]
             except Exception as error:
                 for cell in found:
                     self._failed(cell, error)

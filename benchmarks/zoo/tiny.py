@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
 from zoo.network import Batch, Network, Problem, integers, randn, settled
 
 STEPS, VOCABULARY, CLASSES = 5, 11, 3
@@ -73,7 +74,8 @@ def typed(batch: Batch, dtype: torch.dtype) -> Batch:
     return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
-def hf(name: str, architecture: str, batch: Make, *, coupled: bool = False, samples: tuple[int, ...] = (3,), **settings: Any) -> Network:  # fmt: skip
+def hf(name: str, architecture: str, batch: Make, *, coupled: bool = False, samples: tuple[int, ...] = (3,),
+   **settings: Any) -> Network:  # fmt: skip
     """A row: name, class in transformers, how to make a batch, and what differs from the usual sizes."""
     make = partial(problem, architecture, batch, settings)
     return Network(name, "transformers", make, "transformers", coupled, samples=samples)
