@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from zoo.network import Batch, integers, randn
+from zoo.network import Batch, integers, randn, twice
 from zoo.tiny import CLASSES, STEPS, classified, hf, pictures, tokens
 
 LARGE = partial(pictures, size=32)
@@ -98,7 +98,7 @@ IMAGES = [
        sr_ratios=[2, 1],
        hidden_sizes=[8, 16], patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2]),
     hf("cvt", "CvtForImageClassification", LARGE, embed_dim=[8, 8, 16], num_heads=[1, 1, 2], depth=[1, 2, 3],
-       drop_path_rate=[0.0, 0.0, 0.0]),
+       drop_path_rate=[0.0, 0.0, 0.0], alone=twice),
     hf("levit", "LevitForImageClassification", LARGE, image_size=32, hidden_sizes=[16, 16, 16],
        num_attention_heads=[1, 2, 2], depths=[1, 1, 1],
        key_dim=[8, 8, 8], patch_size=16),

@@ -22,6 +22,11 @@ def rows(batch: Batch, n: int) -> Batch:
     return {key: value[n : n + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def twice(batch: Batch, n: int) -> Batch:
+    """Sample ``n`` two times: the same mean loss, for networks whose gradients torch gets wrong on a single sample."""
+    return {key: value[[n, n]] if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 def copied(batch: Batch) -> Batch:
     """Another batch like this one, for models that change theirs."""
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -210,6 +210,9 @@ class _Run:
         if self.network.coupled and quantity in PER_SAMPLE:
             cell.outcome, cell.message = "wrong", "a value where samples influence each other"
             return
+        if self.reference.hidden:
+            cell.outcome, cell.message = "wrong", f"nothing on {self.reference.hidden[0]}, which has a gradient"
+            return
         worst = 0.0
         try:
             with bounded(self.limit):
@@ -240,6 +243,8 @@ class _Run:
             cell.outcome = "crash"
 
     def _justified(self, quantity: str, cause: str) -> bool:
+        if self.reference.hidden:
+            return True
         if cause in (COUPLED, OTHER):
             needs_samples = not quantity.startswith(PRODUCTS)
             return needs_samples and (self.network.penalty or (self.network.coupled and cause == COUPLED))

@@ -67,6 +67,7 @@ class Reference:
         problem: the network, its batch and its loss.
         parameters: those that the loss depends on, by name.
         tolerance: how much may be off, of the largest entry.
+        hidden: names of those whose gradients appear only when a backward pass is run, inside of some op.
         chosen: names of some of them, for products.
     """
 
@@ -82,6 +83,7 @@ class Reference:
             if not g.isfinite().all():
                 raise NoReferenceError(f"the gradient of {name} is not finite")
         self.parameters = {name: problem.parameters[name] for name in self.gradient}
+        self.hidden = self._hidden()
         self._largest = max(map(largest, self.gradient.values()))
         names = list(self.parameters)
         self.chosen = [names[i * len(names) // products] for i in range(products)] if len(names) > products else names
@@ -89,6 +91,15 @@ class Reference:
     def _forward(self) -> tuple[Tensor, list[Tensor]]:
         with sdpa_kernel(SDPBackend.MATH), _LossInputs() as inputs:
             return self.problem(), inputs.found
+
+    def _hidden(self) -> list[str]:
+        """Names of parameters that some op runs a backward pass of its own for."""
+        self._loss.backward(retain_graph=True)
+        found = [
+            name for name, p in self.problem.parameters.items() if p.grad is not None and name not in self.gradient
+        ]
+        self.problem.model.zero_grad(set_to_none=True)
+        return found
 
     def _derivative(self, output: Tensor | Sequence[Tensor], cotangent: Any = None, batched: bool = False) -> Any:
         """Gradients by all parameters, in their order."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.network import Batch, Network, Problem, integers, randn, settled
+from zoo.network import Batch, Network, Problem, integers, randn, rows, settled
 
 STEPS, VOCABULARY, CLASSES = 5, 11, 3
 LENGTHS = (5, 3, 4, 2, 5)  # of the first samples
@@ -64,9 +64,11 @@ def shrunk(known: dict[str, Any]) -> dict[str, Any]:
 
 def problem(architecture: str, batch: Make, settings: dict[str, Any], samples: int) -> Problem:
     """The model, a batch and its own loss."""
+    settings = dict(settings)
+    alone = settings.pop("alone", rows)
     model = tiny(architecture, **settings)
     made = typed(batch(model.config, samples), next(model.parameters()).dtype)
-    return Problem(model, made, samples, counts=counts(made))
+    return Problem(model, made, samples, alone=alone, counts=counts(made))
 
 
 def typed(batch: Batch, dtype: torch.dtype) -> Batch:
