@@ -119,9 +119,12 @@ def _summarize(found: list[Cell]) -> None:
             f"\nRefused, {cause} ({'justified' if justified else 'unjustified'}): {len(refused)} cells of {len(models)}"
         )
         print(f"  {', '.join(models)}\n  {refused[0].quantity} of {refused[0].model}: {refused[0].message}")
+    bad: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
     for cell in found:
-        if cell.outcome in ("wrong", "crash", "slow"):
-            print(f"\n{cell}")
+        if cell.outcome in ("wrong", "crash", "slow", "unverified", "skipped"):
+            bad[cell.model, cell.outcome, cell.message[:60]].append(cell)
+    for (model, outcome, _), alike in bad.items():
+        print(f"\n{model}: {outcome}: {', '.join(cell.quantity for cell in alike)}\n  {alike[0].message[:300]}")
 
 
 def _outcome(cell: Cell) -> str:

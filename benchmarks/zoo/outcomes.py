@@ -221,7 +221,7 @@ class _Run:
                         cell.outcome, cell.message = "wrong", f"nothing on {name}"
                         return
                     distance, size, scale = CHECKS[quantity](self.reference, name, value)
-                    error = distance / (self.reference.tolerance * (size + 1e-2 * scale) or 1)
+                    error = distance / (self.reference.tolerance * (size + 0.1 * scale) or 1)
                     if not error <= max(1, worst):
                         worst = error if error == error else math.inf
                         cell.outcome = "wrong"
