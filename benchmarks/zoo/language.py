@@ -46,7 +46,7 @@ ENCODERS = [
     hf("layoutlm", "LayoutLMForTokenClassification", tagged),
     hf("fnet", "FNetForSequenceClassification", lambda c, n: without_mask(classified(c, n))),
     hf("nystromformer", "NystromformerForMaskedLM", lambda c, n: without_mask(masked(c, n, 6)), num_landmarks=3,
-       segment_means_seq_len=6),
+       segment_means_seq_len=6, coupled=True),  # an initial value is a maximum over the whole batch
     hf("big_bird", "BigBirdForMaskedLM", masked, attention_type="original_full"),
     hf("big_bird-sparse", "BigBirdForSequenceClassification", lambda c, n: classified(c, n, 24), block_size=2,
        num_random_blocks=1),

@@ -52,11 +52,13 @@ class _LossInputs(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func in LOSSES:
-            input = args[0] if args else kwargs["input"]
-            if input.requires_grad and all(input is not other for other in self.found):
+            input = args[0] if args else kwargs.pop("input")
+            if input.requires_grad:
+                input = input.view_as(input)  # nothing but this call depends on it
                 self.found.append(input)
+            args = (input, *args[1:])
         return func(*args, **kwargs)
 
 
