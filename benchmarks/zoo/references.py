@@ -1,0 +1,242 @@
+"""What the quantities are by definition, in plain autograd: the library is not used here.
+
+Per-sample gradients are N backward passes, of each sample as a batch of its own. The columns of the GGN are those of
+the square root of the loss' Hessian at its input, one backward pass each. Products with the Hessian are double
+backward passes, or central differences of gradients where torch has no second derivative. Attention is the plain one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from zoo.network import Problem
+
+LOSSES = (
+    F.cross_entropy,
+    F.mse_loss,
+    F.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.soft_margin_loss,
+    F.poisson_nll_loss,
+)
+MOST_COLUMNS = 1500  # more entries of the loss' input than this are not taken apart
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value; 0 if there is none."""
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+class NoReferenceError(Exception):
+    """Plain autograd does not tell what is right."""
+
+
+class _LossInputs(TorchFunctionMode):
+    """The inputs of all loss functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in LOSSES:
+            input = args[0] if args else kwargs.pop("input")
+            if input.requires_grad:
+                input = input.view_as(input)  # nothing but this call depends on it
+                self.found.append(input)
+            args = (input, *args[1:])
+        return func(*args, **kwargs)
+
+
+class Reference:
+    """The quantities of a problem; each is computed when it is asked for.
+
+    Attributes:
+        problem: the network, its batch and its loss.
+        parameters: those that the loss depends on, by name.
+        tolerance: how much may be off, of the largest entry.
+        hidden: names of those whose gradients appear only when a backward pass is run, inside of some op.
+        chosen: names of some of them, for products.
+    """
+
+    def __init__(self, problem: Problem, products: int = 6) -> None:
+        self.problem = problem
+        single = any(p.dtype == torch.float32 for p in problem.parameters.values())
+        self.tolerance = 3e-3 if single else 1e-5  # networks in float64 compute in float32 here and there
+        loss, self._inputs = self._forward()
+        self._loss = loss
+        whole = torch.autograd.grad(loss, list(problem.parameters.values()), retain_graph=True, allow_unused=True)
+        self.gradient = {name: g for name, g in zip(problem.parameters, whole) if g is not None}
+        for name, g in self.gradient.items():
+            if not g.isfinite().all():
+                raise NoReferenceError(f"the gradient of {name} is not finite")
+        self.parameters = {name: problem.parameters[name] for name in self.gradient}
+        self.hidden = self._hidden()
+        self._largest = max(map(largest, self.gradient.values()))
+        names = list(self.parameters)
+        self.chosen = [names[i * len(names) // products] for i in range(products)] if len(names) > products else names
+
+    def _forward(self) -> tuple[Tensor, list[Tensor]]:
+        with sdpa_kernel(SDPBackend.MATH), _LossInputs() as inputs:
+            return self.problem(), inputs.found
+
+    def _hidden(self) -> list[str]:
+        """Names of parameters that some op runs a backward pass of its own for."""
+        self._loss.backward(retain_graph=True)
+        found = [
+            name for name, p in self.problem.parameters.items() if p.grad is not None and name not in self.gradient
+        ]
+        self.problem.model.zero_grad(set_to_none=True)
+        return found
+
+    def _derivative(self, output: Tensor | Sequence[Tensor], cotangent: Any = None, batched: bool = False) -> Any:
+        """Gradients by all parameters, in their order."""
+        gradients = torch.autograd.grad(
+            output,
+            list(self.parameters.values()),
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+            materialize_grads=not batched,
+        )
+        rows = [len(cotangent[0])] if batched else []
+        return [
+            p.new_zeros(*rows, *p.shape) if g is None else g.detach()
+            for p, g in zip(self.parameters.values(), gradients)
+        ]
+
+    def vector(self, name: str) -> Tensor:
+        """A random vector to multiply with."""
+        shape = self.parameters[name].shape
+        vector = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return vector.to(self.parameters[name].dtype)
+
+    @cached_property
+    def grad_batch(self) -> dict[str, Tensor]:
+        """Gradients of the samples' shares of the loss, ``[N, *p]``."""
+        with sdpa_kernel(SDPBackend.MATH):
+            losses = [self.problem.sample(n) for n in range(self.problem.samples)]
+        shares = self._shares([float(loss) for loss in losses])
+        rows = [self._derivative(loss) for loss in losses]
+        found = {
+            name: torch.stack([share * g for share, g in zip(shares, row)])
+            for name, row in zip(self.parameters, zip(*rows))
+        }
+        for name, g in found.items():
+            if largest(g.sum(0) - self.gradient[name]) > self.tolerance * self._largest:
+                raise NoReferenceError(f"gradients of samples on their own do not add up to the gradient of {name}")
+        return found
+
+    def _shares(self, losses: list[float]) -> list[float]:
+        """What every sample's loss weighs in the loss of the batch."""
+        count = len(losses)
+        candidates = [[c / max(sum(counts), 1) for c in counts] for counts in [[1] * count, *self.problem.counts]]
+        for shares in [*candidates, [1.0] * count]:
+            total = sum(share * loss for share, loss in zip(shares, losses) if share)
+            if abs(total - float(self._loss)) < 0.1 * self.tolerance * max(1, abs(total)):
+                return shares
+        raise NoReferenceError(f"losses of samples on their own do not make up the loss: {losses}, {float(self._loss)}")
+
+    @cached_property
+    def columns(self) -> dict[str, Tensor]:
+        """Columns of the square root of the GGN, ``[V, *p]``."""
+        if not self._inputs or not self.curvature_defined:
+            raise NoReferenceError("the loss is not a function of the inputs of known loss functions")
+        sizes = [z.numel() for z in self._inputs]
+        if sum(sizes) > MOST_COLUMNS:
+            raise NoReferenceError(f"{sum(sizes)} entries at the loss")
+        gradient = torch.cat([g.flatten() for g in self._by_inputs(self._loss, create_graph=True)])
+        if not gradient.requires_grad:
+            raise NoReferenceError("the loss is linear")
+        hessian = torch.stack([torch.cat([h.flatten() for h in self._by_inputs(entry)]) for entry in gradient])
+        values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
+        if values.abs().max() < 1e-12:
+            raise NoReferenceError("the loss has no curvature to speak of")
+        kept = values > self.tolerance**2 * values.abs().max()
+        root = (vectors * values.clamp(min=0).sqrt()).T[kept]
+        cotangents = [g.unflatten(1, z.shape) for g, z in zip(root.split(sizes, 1), self._inputs)]
+        try:
+            found = self._derivative(self._inputs, cotangents, batched=True)
+        except RuntimeError:
+            rows = [self._derivative(self._inputs, [g[v] for g in cotangents]) for v in range(len(root))]
+            found = [torch.stack(row) for row in zip(*rows)]
+        return dict(zip(self.parameters, found))
+
+    def _by_inputs(self, output: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            output,
+            self._inputs,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    @cached_property
+    def curvature_defined(self) -> bool:
+        """Whether all of the loss' dependence on the parameters goes through inputs of known loss functions."""
+        if not self._inputs:
+            return False
+        through = self._derivative(self._inputs, self._by_inputs(self._loss))
+        distances = [largest(g - self.gradient[name]) for name, g in zip(self.parameters, through)]
+        return max(distances) < self.tolerance * self._largest
+
+    @cached_property
+    def diag_ggn(self) -> dict[str, Tensor]:
+        """Diagonal of the GGN."""
+        return {name: columns.square().sum(0) for name, columns in self.columns.items()}
+
+    @cached_property
+    def ggnmp(self) -> dict[str, Tensor]:
+        """Blocks of the GGN times vectors."""
+        flat = {name: self.columns[name].reshape(len(self.columns[name]), -1) for name in self.chosen}
+        return {
+            name: (g.T @ (g @ self.vector(name).flatten())).view(self.columns[name].shape[1:])
+            for name, g in flat.items()
+        }
+
+    @cached_property
+    def hmp(self) -> dict[str, Tensor]:
+        """Blocks of the Hessian times vectors."""
+        parameters = [self.parameters[name] for name in self.chosen]
+        try:
+            gradients = torch.autograd.grad(self._loss, parameters, create_graph=True)
+            return {
+                name: torch.autograd.grad(g, p, self.vector(name), retain_graph=True, materialize_grads=True)[
+                    0
+                ].detach()
+                if g.requires_grad
+                else torch.zeros_like(p)
+                for name, p, g in zip(self.chosen, parameters, gradients)
+            }
+        except RuntimeError as error:
+            if "not implemented" not in str(error):
+                raise
+            return {name: self._difference(name) for name in self.chosen}
+
+    def _difference(self, name: str, step: float = 1e-4) -> Tensor:
+        """Central difference of two gradients along a vector."""
+        parameter, vector = self.parameters[name], self.vector(name)
+        kept, sides = parameter.detach().clone(), []
+        try:
+            for sign in (1, -1):
+                parameter.data.copy_(kept + sign * step * vector)
+                sides.append(torch.autograd.grad(self._forward()[0], parameter)[0])
+        finally:
+            parameter.data.copy_(kept)
+        return (sides[0] - sides[1]) / (2 * step)
