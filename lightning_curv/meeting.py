@@ -50,7 +50,7 @@ def find_joins(
         Mixed: They never do, or what they meet mixes the samples.
     """
     mixed = dict.fromkeys(mixed)
-    links = _links(tape, heads)
+    links, shared = _links(tape, heads), _shared(tape, heads)
     data = _data_nodes(tape, heads, mixed)
     for node in mixed:
         if node in data and any(below in data for below in _inputs(tape, node)):
@@ -73,9 +73,10 @@ def find_joins(
             raise Mixed(f"in a summand of the loss that depends on no sample: a penalty of parameter {name}")
         for link in links[child]:
             findings = [found[link.node, i] for i in range(len(link.node._input_metadata))]
-            if any(finding.mixed for finding in findings):
-                if link.node in data:
-                    raise Mixed(f"in `{name_of(link.node)}`")
+            mixes = any(finding.mixed for finding in findings)
+            if mixes and link.node in data:
+                raise Mixed(f"in `{name_of(link.node)}`")
+            if (mixes or link.node in shared) and link.node not in data:
                 pending.append(link.node)
                 continue
             for i, finding in enumerate(findings):
@@ -108,6 +109,24 @@ def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
             links[after].append(_Link(node, GradientEdge(after, number), (after, number) not in direct))
             stack.append(after)
     return links
+
+
+def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
+    """Nodes inside of recorded ops: what arrives there is accounted for by the rules of these ops, in part at least."""
+    followed = {id(node) for node in tape.nodes}
+    found, seen = set[Node](), set[Node]()
+    stack = [node for node, use in tape.uses.items() if isinstance(node, Node) and use.operands]
+    for key in stack:
+        use = tape.uses[key]
+        data = {edge.node for edge in use.inputs.values()}
+        inside = [after for after, _ in key.next_functions if after is not None and after not in data]
+        while inside:
+            node = inside.pop()
+            if node not in seen and node not in data:
+                seen.add(node)
+                found.add(node)
+                inside += [after for after, _ in node.next_functions if after is not None]
+    return {node for node in found if id(node) in followed}
 
 
 def _data_nodes(tape: Tape, heads: Sequence[Head], mixed: Mapping[Node, None]) -> set[Node]:

@@ -166,7 +166,7 @@ class Code:
         number = torch.arange(count)
         spelled = [number // self.base**k % self.base for k in range(self.digits)]
         check = (self.base - 1 - spelled[0] + sum(spelled[1:])) % self.base
-        return [1 + digit / (self.base - 1) for digit in [*spelled, check]]
+        return [1 + digit.double() / (self.base - 1) for digit in [*spelled, check]]
 
     def read(
         self, plain: Tensor, columns: Sequence[Tensor], axes: tuple[int, ...], count: int, scale: float

@@ -455,8 +455,8 @@ class _Finder:
 
     def _from_outputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
         """The network's outputs instead of the heads, for losses that are no sum of anything with N rows."""
-        kept = [head for head in self.heads if head.call is not None]
-        unknown = [head for head in self.heads if head.call is None]
+        kept = [head for head in self.heads if head.call and batch_axes(head.like.shape, head.axes, count)]
+        unknown = [head for head in self.heads if head not in kept]
         if not unknown:
             return
         below = [head for head in frontier(self.tape, unknown, self.passes.loss) if head.like.ndim]

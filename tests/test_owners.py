@@ -1,0 +1,68 @@
+"""Every way of moving rows × every loss × several N: per-sample gradients and GGN diagonals are those of each sample."""
+
+import pytest
+import torch
+from routings import C, KNOWN, LOSSES, ROUTINGS
+
+from lightning_curv import curvature
+from lightning_curv.extensions import BatchDiagGGNExact, BatchGrad, BatchL2Grad, Variance
+
+IGNORED = "ignore::lightning_curv.rules.fallback.FallbackWarning"
+
+
+def make(name, count):
+    routing = ROUTINGS[name]
+    torch.manual_seed(len(name))
+    model, batch = routing.modules(), routing.draw(count)
+    return routing, model, batch, torch.arange(count) % C
+
+
+def alone(routing, model, batch, y, loss, n):
+    """The n-th sample's share of the loss, by a forward pass of that sample alone; every loss is a mean."""
+    return LOSSES[loss](routing.forward(model, routing.sample(batch, n)), y[n : n + 1]) / len(y)
+
+
+def gradients(scalar, model):
+    params = dict(model.named_parameters())
+    found = torch.autograd.grad(
+        scalar, list(params.values()), allow_unused=True, materialize_grads=True, retain_graph=True
+    )
+    return dict(zip(params, found))
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_gradients_are_those_of_each_sample_alone(name, loss, count):
+    routing, model, batch, y = make(name, count)
+    with curvature(BatchGrad(), BatchL2Grad(), Variance(), batch_size=count):
+        LOSSES[loss](routing.forward(model, batch), y).backward()
+    expected = [gradients(alone(routing, model, batch, y, loss, n), model) for n in range(count)]
+    for key, p in model.named_parameters():
+        rows = torch.stack([row[key] for row in expected])
+        torch.testing.assert_close(p.grad_batch, rows, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(p.batch_l2, rows.reshape(count, -1).square().sum(1))
+        torch.testing.assert_close(p.variance, rows.var(0, correction=0))
+
+
+def hessian_of(loss, output, y):
+    return torch.autograd.functional.hessian(lambda o: LOSSES[loss](o, y), output.detach()).reshape(C, C)
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("loss", KNOWN)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_ggn_diagonals_are_those_of_each_sample_alone(name, loss):
+    count = 4
+    routing, model, batch, y = make(name, count)
+    with curvature(BatchDiagGGNExact(), batch_size=count):
+        LOSSES[loss](routing.forward(model, batch), y).backward()
+    for n in range(count):
+        output = routing.forward(model, routing.sample(batch, n))
+        H = hessian_of(loss, output, y[n : n + 1]) / count
+        rows = [gradients(entry, model) for entry in output[0]]
+        for key, p in model.named_parameters():
+            J = torch.stack([row[key].flatten() for row in rows])
+            expected = torch.einsum("cp,cd,dp->p", J, H, J).reshape(p.shape)
+            torch.testing.assert_close(p.diag_ggn_exact_batch[n], expected, msg=lambda text, key=key: f"{key}: {text}")
