@@ -520,8 +520,24 @@ class _Finder:
                 assert finding.owners is not None
                 owners[node] = _by_group(self.uses[node], finding.owners)
         found = {node: by_edge.get(call.input[:2]) or losses[node].owners for node, call in self.tape.losses.items()}
+        found |= self._above(heads, [node for node, finding in losses.items() if not finding.reached], count)
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         return _Found(Samples(count, owners | joins, placed), joins, dropped)
+
+    def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
+        """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.
+
+        Raises:
+            Mixed: A row of theirs has several owners.
+        """
+        if not calls or count <= 1:
+            return {}
+        records = [self.tape.losses[node] for node in calls]
+        inputs = [Head(call.input, call.arguments["input"], call) for call in records]
+        found = forward_owners(self.passes, inputs, [(head.edge, owners) for head, owners in heads], count)
+        if found is None:
+            raise Mixed(f"in the input of `{records[0].name}`")
+        return dict(zip(calls, found, strict=True))
 
     def _place(self, node: Node | Join, use: Use, count: int, strict: bool) -> Place:
         edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
