@@ -27,7 +27,8 @@ class curvature(record):
         extensions: What to compute, for example ``Variance(), KFAC()``.
         generator: Draws the targets of Monte-Carlo quantities; default: one of our own that follows
             ``torch.manual_seed`` and never touches the global random state.
-        batch_size: Number of samples, where the shapes of a network do not tell.
+        batch_size: Number of samples N; by default the leading axis of what the network reads first. The graph verifies
+            it: the rows of different samples must not meet.
         check: Compare the sum of the per-sample gradients with the gradient of every parameter, and verify that samples
             do not influence each other; costs one more backward pass.
         output: Where the network ends and the loss begins, for losses that torch has no function for: a module that is
