@@ -18,7 +18,7 @@ from lightning_curv.losses import by_autograd
 from lightning_curv.provenance import Roots
 from lightning_curv.records import LossCall, Operand, Output, Use, marks
 
-HIDING = {"CheckpointFunctionBackward"}
+INSIDE = ("backward", "backward_pass")  # what the backward pass of a function calls that makes a graph of its own
 _ROUTING = """
     Embedding EmbeddingBag Gather GroupedMm Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce
     IndexSelect Kthvalue MaskedScatter MaskedSelect Put RepeatInterleave Scatter ScatterAdd ScatterReduce
@@ -132,7 +132,7 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         tape.structure.append((name, *(getattr(node, attribute) for attribute in placing)) if placing else name)
         if name == CAST:
             tape.casts.append(node)
-        if name in HIDING:
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
             tape.hidden.append(name)
         mark = marks(node)
         if mark is not None and mark.refusal is not None:
@@ -156,6 +156,14 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
             tape.stray.append((leaf, parent))
         else:
             tape.leaves.append(leaf)
+
+
+@cache
+def _hides(kind: type) -> bool:
+    """Whether a custom function runs its ops during the backward pass, with parameters that cannot be seen."""
+    backward = getattr(getattr(kind, "_forward_cls", None), "backward", None)
+    code = getattr(backward, "__code__", None)
+    return code is not None and any(name in INSIDE for name in code.co_names)
 
 
 def _routes(node: Node, name: str) -> bool:

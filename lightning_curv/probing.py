@@ -171,7 +171,10 @@ class Code:
     def read(
         self, plain: Tensor, columns: Sequence[Tensor], axes: tuple[int, ...], count: int, scale: float
     ) -> RowOwners | None:
-        """The owners of the rows; ``None``: a row has several."""
+        """The owners of the rows; ``None``: a row has several.
+
+        Rows of rounding errors have none or any: what arrives there is nothing, whatever is backpropagated.
+        """
         rest = RowOwners(count, torch.zeros(0, dtype=torch.long), axes)
         a = rest.rows(plain).flatten(1) if plain.ndim > len(axes) else rest.rows(plain)[:, None]
         if not bool(a.isfinite().all()):
@@ -179,7 +182,8 @@ class Code:
         wide = a.double() if a.device.type != "mps" else a.float()
         norms = wide.square().sum(1)
         rounding = 8 * max(self.eps, torch.finfo(plain.dtype).eps) * scale
-        owned = wide.abs().amax(1) > rounding if wide.shape[1] else norms > 0
+        largest = wide.abs().amax(1) if wide.shape[1] else norms
+        owned = largest > rounding
         digits = []
         for column in columns:
             b = rest.rows(column).flatten(1) if column.ndim > len(axes) else rest.rows(column)[:, None]
@@ -188,7 +192,6 @@ class Code:
             digit = level.round().clamp(0, self.base - 1)
             exact = 1 + digit / (self.base - 1)
             error = (b.to(wide.dtype) - exact[:, None] * wide).abs().amax(1) if wide.shape[1] else norms
-            largest = wide.abs().amax(1) if wide.shape[1] else norms
             allowed = largest * min(self.eps * (1e3 if self.eps < 1e-6 else 32), 0.2 / (self.base - 1)) + rounding
             if bool(((error > allowed) & owned).any()):
                 return None
@@ -198,7 +201,7 @@ class Code:
         check = (self.base - 1 - digits[0] + sum(digits[1:-1])) % self.base
         if bool((((number >= count) | (check != digits[-1])) & owned).any()):
             return None
-        return RowOwners(count, number.masked_fill(~owned, -1), axes)
+        return RowOwners(count, number.clamp(max=count - 1).masked_fill(largest == 0, -1), axes)
 
 
 def golden_values(count: int) -> Tensor:

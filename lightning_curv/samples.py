@@ -227,7 +227,8 @@ MEMORY = _Memory()
 def _candidates(tape: Tape, batch: Batch) -> list[int]:
     """Possible numbers of samples: first the default, the leading axis of what the network reads first.
 
-    One sample agrees with every graph, so it comes last unless the caller says so.
+    One sample agrees with every graph, so it comes into question only where nothing that is read has more, or where the
+    caller says so.
     """
     if batch.size is not None:
         return [batch.size]
@@ -239,7 +240,7 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
         return [read[0]]
     sizes = [*read, *targets, *heads, *outputs]
     ordered = list(dict.fromkeys(size for size in sizes if size > 1))[: 1 + MOST_CANDIDATES]
-    if not ordered or 1 in sizes:
+    if not ordered or (read and max(read) <= 1):
         ordered += [next((size for size in sizes if size <= 1), 1)]
     if batch.expected is not None:
         return list(dict.fromkeys([batch.expected, *ordered]))
@@ -601,7 +602,8 @@ class _Finder:
             return False
         if use.rule.slots:
             return True
-        column = torch.zeros(1, *use.shape, dtype=use.dtype, device=self.passes.loss.device) + 1
+        owned = owner_of_rows(use, finding.owners) >= 0
+        column = owned.to(self.passes.loss.device, use.dtype).expand(1, *use.shape)
         from lightning_curv.passes import apply_rule
 
         try:
