@@ -28,7 +28,7 @@ _LINEAR = """
 LINEAR = frozenset(_LINEAR.split())
 # nodes that are linear in one of their inputs if the others carry no gradient; for a quotient: in the first
 PRODUCTS = frozenset(("Div", "Dot", "Mul", "Mv"))
-CLASSES = frozenset(("cross_entropy", "nll_loss"))  # loss functions whose rows lie on the first axis alone
+CLASSES = frozenset(("cross_entropy", "nll_loss"))  # loss functions with classes on the second axis
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Head:
     call: LossCall | None = None
 
     @property
-    def axes(self) -> range:
-        """The axes that may carry the samples."""
-        first_only = self.call is not None and self.call.name in CLASSES
-        return range(min(1, self.like.ndim) if first_only else self.like.ndim)
+    def axes(self) -> list[int]:
+        """The axes that may carry the samples: not that of classes."""
+        classes = 1 if self.call is not None and self.call.name in CLASSES and self.like.ndim > 1 else None
+        return [axis for axis in range(self.like.ndim) if axis != classes]
 
 
 def find_heads(tape: Tape, loss: Tensor) -> list[Head]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,10 @@ class Owners(ABC):
     @abstractmethod
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
         """The tensor of this shape whose `split` are ``entries [N, E]``."""
+
+    @abstractmethod
+    def without(self, axis: int) -> Owners:
+        """The same for a tensor whose axis ``axis``, which does not carry samples, was moved to the end."""
 
     def weights(self, like: Tensor, values: Tensor | None = None) -> Tensor:
         """A number per entry, the same for all entries of a sample.
@@ -78,6 +82,9 @@ class BatchAxis(Owners):
         positions = max(1, shape[self.axis] // max(1, self.count))
         index = rows % max(1, self.count) if self.minor else rows // positions
         return index.reshape(-1, *[1] * (len(shape) - self.axis - 1))
+
+    def without(self, axis: int) -> Owners:
+        return replace(self, axis=self.axis - 1) if self.axis > axis else self
 
     def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
         if not tensor.ndim:
@@ -150,6 +157,10 @@ class RowOwners(Owners):
         index = self.index.reshape(*sizes, *[1] * len(rest))
         places = [*self.axes, *rest]
         return index.permute([places.index(axis) for axis in range(len(shape))])
+
+    def without(self, axis: int) -> Owners:
+        axes = tuple(own - 1 if own > axis else own for own in self.axes)
+        return RowOwners(self.count, self.index, axes)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor in front, ``[R, *]``."""

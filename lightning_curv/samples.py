@@ -11,11 +11,13 @@ What was verified is remembered only where it cannot depend on values: see `_Mem
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ from lightning_curv.meeting import Mixed, find_joins
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Root, Roots, pointer_of
-from lightning_curv.records import Operand, Use, edge_of
+from lightning_curv.records import PURE, Operand, Use, edge_of, marks
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import FallbackWarning
 
@@ -63,19 +65,17 @@ class Batch:
     expected: int | None = None
     tensors: Sequence[Tensor] | None = None
 
-    def holds(self, roots: Roots, count: int, read: int) -> bool:
+    def holds(self, roots: Roots) -> bool:
         """Whether something computed from these roots depends on the samples.
 
-        Where the tensors of the batch are not known, a tensor belongs to it if its leading axis has as many entries as
-        what the network reads first, or a multiple of N, and no module holds it.
+        Where the tensors of the batch are not known, a tensor from outside belongs to it unless a module holds it, or
+        it is a number or a single row, which all samples share.
         """
         if self.tensors is not None:
             known = {pointer_of(tensor) for tensor in self.tensors}
             found = any(root.pointer in known for root in roots.tensors)
         else:
-            leading = [root for root in roots.tensors if root.ndim and len(root) > 1]
-            alike = [root for root in leading if len(root) == read or len(root) % max(1, count) == 0]
-            found = any(not _held(root) for root in alike)
+            found = any(root.ndim and len(root) > 1 and not _held(root) for root in roots.tensors)
         return roots.data or found
 
 
@@ -100,7 +100,7 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
     """
     tape = passes.tape
     counts = _candidates(tape, batch)
-    _demote(passes, batch, counts[0])
+    _demote(passes, batch)
     key = (batch.size, batch.expected, independent, *_structure(tape), tuple(counts))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
@@ -225,57 +225,48 @@ MEMORY = _Memory()
 
 
 def _candidates(tape: Tape, batch: Batch) -> list[int]:
-    """Possible numbers of samples: first the default, the leading axis of what the network reads first.
+    """Possible numbers of samples, the default first.
 
-    One sample agrees with every graph, so it comes into question only where nothing that is read has more, or where the
-    caller says so.
+    The default is the leading axis of what the network reads first and a target of the loss has too. Tables of
+    constants are read as well: without such an agreement targets come first, and what modules hold is left out. One
+    sample agrees with every graph, so it comes into question only where nothing else does, or where it is the default.
     """
     if batch.size is not None:
         return [batch.size]
-    read = _read(tape)
+    roots = _read(tape)
     targets = [len(root) for call in tape.losses.values() for root in call.roots.tensors if root.ndim]
+    both = [len(root) for root in roots if len(root) in targets]
+    if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
+        roots = [root for root in roots if not _held(root)] or roots
+    read = [len(root) for root in roots]
     heads = [int(call.arguments["input"].shape[0]) for call in tape.losses.values() if call.arguments["input"].ndim]
     outputs = [use.shape[axes[0]] for use in tape.uses.values() if use.operands and (axes := _axes(use))]
-    if read and all(size <= 1 for size in [*read, *targets]) and batch.expected is None:
-        return [read[0]]
-    sizes = [*read, *targets, *heads, *outputs]
-    ordered = list(dict.fromkeys(size for size in sizes if size > 1))[: 1 + MOST_CANDIDATES]
-    if not ordered or (read and max(read) <= 1):
-        ordered += [next((size for size in sizes if size <= 1), 1)]
-    if batch.expected is not None:
-        return list(dict.fromkeys([batch.expected, *ordered]))
-    return ordered
+    known = [size for size in both if size > 1] or both or targets or read
+    sizes = [*known[:1], *targets, *read, *heads, *outputs]
+    ordered = list(dict.fromkeys(size for size in sizes if size > 1 or known[:1] == [size]))
+    ordered = ordered[: 1 + MOST_CANDIDATES] or sizes[:1] or [1]
+    return ordered if batch.expected is None else list(dict.fromkeys([batch.expected, *ordered]))
 
 
-def _read(tape: Tape) -> list[int]:
-    """The leading sizes of what the network reads from outside, in the order in which it is read.
-
-    Tables of constants are read as well. Where sizes differ, those that the targets of the loss have too come first,
-    and without such targets tensors that modules hold are left out.
-    """
+def _read(tape: Tape) -> list[Root]:
+    """What the network reads from outside, in the order in which it is read."""
     reading = [(node_of(node)._sequence_nr(), use) for node, use in tape.uses.items()]
     roots: list[Root] = []
     for _, use in sorted(reading, key=lambda pair: pair[0]):
         for name, found in use.roots.items():
             if name not in use.operands:
                 roots += [root for root in found.tensors if root.ndim]
-    targets = {len(root) for call in tape.losses.values() for root in call.roots.tensors if root.ndim}
-    if len({len(root) for root in roots if len(root) > 1} | targets) > 1:
-        if any(len(root) in targets for root in roots if len(root) > 1):
-            roots.sort(key=lambda root: len(root) not in targets or len(root) <= 1)
-        else:
-            roots = [root for root in roots if not _held(root)] or ([] if targets else roots)
-    return [len(root) for root in roots]
+    return roots
 
 
-def _demote(passes: Passes, batch: Batch, count: int) -> None:
+def _demote(passes: Passes, batch: Batch) -> None:
     """Operands that were computed from the batch are data."""
     tape = passes.tape
 
     def is_data(use: Use, roots: Roots, operand: Operand) -> bool:
         if not use.shape and use.inputs:
             return True  # a sum of losses
-        return not roots.constant and batch.holds(roots, count, count)
+        return not roots.constant and batch.holds(roots)
 
     while steps := tape.demote(is_data):
         tape.follow(steps, passes.output)
@@ -294,16 +285,32 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int) -> None:
     )
 
 
-def _held(root: Root) -> bool:
-    """Whether a module holds a tensor, as a buffer or any other attribute. Slow: asked for in doubt only."""
-    import gc
+_HELD: dict[Root, ReferenceType[Tensor]] = {}  # tensors that modules were found to hold
 
-    for module in gc.get_objects():
+
+def _held(root: Root) -> bool:
+    """Whether a module holds a tensor, as a frozen parameter, a buffer or an attribute."""
+    known = _HELD[root]() if root in _HELD else None
+    if known is not None and pointer_of(known) == root.pointer:
+        return True
+    for module in gc.get_objects():  # slow: once per tensor
         if issubclass(type(module), torch.nn.Module) and "_buffers" in module.__dict__:
-            for value in (*module._buffers.values(), *module.__dict__.values()):
+            for value in _values(module):
                 if isinstance(value, Tensor) and pointer_of(value) == root.pointer:
+                    _HELD[root] = ref(value)
                     return True
     return False
+
+
+def _values(module: torch.nn.Module) -> Iterator[Any]:
+    """What a module holds, also in a dictionary or a list."""
+    yield from (*module._parameters.values(), *module._buffers.values())
+    for value in module.__dict__.values():
+        yield value
+        if isinstance(value, (list, tuple)):
+            yield from value
+        elif isinstance(value, dict):
+            yield from value.values()
 
 
 def _axes(use: Use) -> list[int]:
@@ -323,6 +330,15 @@ class _Found:
     samples: Samples
     joins: Mapping[Join, Owners]
     dropped: Sequence[Node]
+
+
+def _agrees_with_target(head: Head, owners: RowOwners) -> bool:
+    """Whether the targets of a loss call, if they are the batch's as they are, belong to the samples of its input."""
+    target = None if head.call is None else head.call.arguments.get("target")
+    if head.call is None or not isinstance(target, Tensor) or not target.ndim:
+        return True
+    as_they_are = len(target) == owners.count and head.call.roots.tensors == (Root.of(target),)
+    return not as_they_are or torch.equal(owners.index.cpu(), torch.arange(owners.count))
 
 
 def _groups(use: Use) -> Tensor | None:
@@ -363,7 +379,6 @@ class _Finder:
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
         self.axes = {node: _axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)
-        self.read = next((size for size in _read(self.tape) if size > 1), 1)
         self.reason = ""
         self.conclusive = True
 
@@ -379,8 +394,6 @@ class _Finder:
             return found
         reason = self.reason
         agreeing = [found for count in others if count > 1 and (found := self._attempt(count)) is not None]
-        if not agreeing and 1 in others:
-            agreeing = [found for found in [self._attempt(1)] if found is not None]
         if len(agreeing) == 1:
             return agreeing[0]
         if agreeing:
@@ -400,19 +413,14 @@ class _Finder:
             UnsupportedError: There is one.
         """
         for head in self.heads:
-            keys = {node_of(key): key for key in self.tape.uses}
-            below = list(nodes_below(head.edge.node))
-            uses = [self.tape.uses[keys[node]] for node in below if node in keys]
-            found = [leaf for node in below if (leaf := leaf_of(node)) is not None]
-            data = any(not isinstance(leaf, torch.nn.Parameter) for leaf in found)
-            if not data and all(not use.inputs and {*use.roots} <= {*use.operands} for use in uses):
-                unseen = uses or not self.tape.stray
-                if found and (unseen or head.edge.node in {edge_of(p).node for p in found}):
-                    raise UnsupportedError(
-                        "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on "
-                        f"no sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
-                        "(`weight_decay`)."
-                    )
+            node, mark = head.edge.node, marks(head.edge.node)
+            if isinstance(leaf_of(node), torch.nn.Parameter) or (mark is not None and mark.origin == PURE):
+                found = [leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None]
+                raise UnsupportedError(
+                    "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on no "
+                    f"sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
+                    "(`weight_decay`)."
+                )
 
     def _attempt(self, count: int) -> _Found | None:
         """The samples if there are N of them; ``None``: the graph does not agree."""
@@ -451,7 +459,7 @@ class _Finder:
         if not sources or len(heads) < len(self.heads):
             return
         found = forward_owners(self.passes, heads, sources, count)
-        if found is not None:
+        if found is not None and all(map(_agrees_with_target, heads, found)):
             yield list(zip(heads, found, strict=True))
 
     def _from_outputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
@@ -507,7 +515,7 @@ class _Finder:
         for call in calls.values():
             head = Head(call.input, call.arguments["input"], call)
             axes = batch_axes(head.like.shape, head.axes, count)
-            places.append(Place(call.input, head.like.shape, axes, [(0,)] if head.like.ndim else []))
+            places.append(Place(call.input, head.like.shape, axes, [(axis,) for axis in head.axes]))
         findings = probe.findings(places)
         uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
         if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
@@ -543,8 +551,8 @@ class _Finder:
     def _place(self, node: Node | Join, use: Use, count: int, strict: bool) -> Place:
         edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
         axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
-        if strict and self._anchored(node, use, count):
-            axes = [BatchAxis(count)]
+        if self._anchored(node, use, count):
+            return Place(edge, use.shape, [BatchAxis(count)] if strict else axes, [])
         rows = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
         rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
@@ -574,8 +582,11 @@ class _Finder:
                     join = Join(node_of(node), use.output_nr, operand.edge, operand.edge[:2] not in direct)
                     here[join] = finding.owners
                 continue
-            if any(self.batch.holds(roots, count, self.read) for roots in use.roots.values()):
-                raise Mixed(f"in what is computed from the output of `{use.name}`")
+            if any(self.batch.holds(roots) for roots in use.roots.values()):
+                raise Mixed(
+                    f"in what is computed from the output of `{use.name}` (if its input is the same for all samples, "
+                    "let the module hold it as a buffer)"
+                )
             mixed.append(node_of(node))
         if mixed or strays:
             here |= find_joins(self.tape, [head for head, _ in heads], mixed, strays, probe)

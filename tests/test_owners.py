@@ -1,8 +1,8 @@
-"""Every way of moving rows × every loss × several N: per-sample gradients and GGN diagonals are those of each sample."""
+"""Every way of moving rows × every loss × several N: gradients and GGN diagonals are those of each sample alone."""
 
 import pytest
 import torch
-from routings import C, KNOWN, LOSSES, ROUTINGS
+from routings import KNOWN, LOSSES, ROUTINGS, C
 
 from lightning_curv import curvature
 from lightning_curv.extensions import BatchDiagGGNExact, BatchGrad, BatchL2Grad, Variance

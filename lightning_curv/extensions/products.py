@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_curv.errors import differentiating_twice
+from lightning_curv.errors import UnsupportedError, differentiating_twice
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.local_curvature import Residual
 from lightning_curv.losses import Likelihood
@@ -272,7 +272,12 @@ class _Curvatures(_Matrix):
 
     def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
         use, transposed = self._gradient(parameter)
-        if transposed is None:
+        if transposed is not None and not transposed.requires_grad and bool(transposed.any()):
+            raise UnsupportedError(
+                "Products with the GGN differentiate a backward pass by its seed, found an op whose backward pass "
+                "leaves no graph (a custom `Function`, or a sparse op). Use `DiagGGNExact` or `KFLR`, which need none."
+            )
+        if transposed is None or not transposed.requires_grad:
             return [torch.zeros_like(parameter) for _ in vectors]
         by, rows = edge_of(parameter) if use is None else use.edge, []
         for vector in vectors:

@@ -75,6 +75,7 @@ class Categorical(Likelihood):
     def _columns(self, roots: Roots, owners: Owners) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Columns of the input's shape and their signs, from those of every row of a sample."""
         p, w = self.probabilities.movedim(self.axis, -1), self.weight.movedim(self.axis, -1)
+        owners = owners.without(self.axis)
         weights, entries = owners.split(w), owners.split(p, trailing=1)
         in_order = owners == BatchAxis(owners.count)
         for row in range(entries.shape[1]):
