@@ -275,7 +275,11 @@ class _Call:
                 versions[name] = value._version
             else:
                 arguments[name] = None
-        roots = {k: all_roots(t) for k, t in self.tensors.items() if k in operands or not t.requires_grad}
+        roots = {
+            k: all_roots(t)
+            for k, t in self.tensors.items()
+            if not t.requires_grad or (k in operands and t.grad_fn is not None)
+        }
         mark.use = Use(
             function=self.func,
             rule=self.rule,

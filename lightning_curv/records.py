@@ -201,7 +201,7 @@ def all_roots(tensor: Tensor) -> Roots:
     if not tensor.requires_grad:
         return roots_of(tensor)
     if tensor.grad_fn is None:
-        return Roots() if isinstance(tensor, nn.Parameter) else Roots((Root.of(tensor),))
+        return CONSTANT_ROOTS if isinstance(tensor, nn.Parameter) else Roots((Root.of(tensor),))
     found = marks(tensor.grad_fn)
     return found.roots if found is not None and found.origin is not None else DATA
 

@@ -99,13 +99,12 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
         UnsupportedError: N does not agree with the graph, or samples influence each other.
     """
     tape = passes.tape
-    counts = _candidates(tape, batch)
     _demote(passes, batch)
-    key = (batch.size, batch.expected, independent, *_structure(tape), tuple(counts))
+    key = (batch.size, batch.expected, independent, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
         finder = _Finder(passes, batch, independent)
-        found = finder.found(counts)
+        found = finder.found(_candidates(tape, batch))
         if not tape.routes and finder.conclusive:
             MEMORY.keep(key, tape, found)
     _put_joins(passes, found)
@@ -115,6 +114,8 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
 def _put_joins(passes: Passes, found: _Found) -> None:
     """Put the joins among the uses of the tape, in the place of what is no use of its own."""
     tape, loss = passes.tape, passes.loss
+    if not found.joins and not found.dropped and not tape.stray:
+        return
     for node in found.dropped:
         del tape.uses[node]
     for join, owners in found.joins.items():
@@ -124,10 +125,13 @@ def _put_joins(passes: Passes, found: _Found) -> None:
 
 
 def _structure(tape: Tape) -> tuple[Hashable, ...]:
+    uses, losses = tape.uses.values(), tape.losses.values()
     return (
         tuple(tape.structure),
-        tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in tape.uses.values()),
-        tuple(call.arguments["input"].shape for call in tape.losses.values()),
+        tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
+        tuple(root.shape for use in uses for roots in use.roots.values() for root in roots.tensors),
+        tuple(call.arguments["input"].shape for call in losses),
+        tuple(root.shape for call in losses for root in call.roots.tensors),
     )
 
 
