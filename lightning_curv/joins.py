@@ -8,6 +8,9 @@ the node, whatever it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,10 +33,10 @@ class Join:
         node: The node.
         output_nr: The output.
         edge: The input, in the graph.
-        recorded: Whether the node is the last of a recorded op, which may be made of several nodes.
+        recorded: The recorded op whose last node it is, where the op is made of several nodes.
     """
 
-    def __init__(self, node: Node, output_nr: int, edge: GradientEdge, recorded: bool = False) -> None:
+    def __init__(self, node: Node, output_nr: int, edge: GradientEdge, recorded: Use | None = None) -> None:
         self.node, self.output_nr, self.edge, self.recorded = node, output_nr, edge, recorded
 
     def use(self, owners: Owners, dtype: torch.dtype, device: torch.device) -> Use:
@@ -43,7 +46,7 @@ class Join:
         rule = Rule(lambda *_, **__: {}, reads=lambda _: (), affine=False)
         output = GradientEdge(self.node, self.output_nr)
         use = Use(
-            function=self.node.name,
+            function=_Named(self.node.name()),
             rule=rule,
             arguments={"value": value},
             operands={"value": Operand(value, self.edge)},
@@ -113,7 +116,8 @@ class Join:
     def _call(self, g: Tensor) -> Tensor | None:
         """The node's own derivative; several inputs that lead to one place add up there."""
         if self.recorded:
-            with unheard():
+            data = {e.node for e in self.recorded.inputs.values()} - {self.edge.node}
+            with unheard(), nothing_below(data):
                 (found,) = torch.autograd.grad(
                     [GradientEdge(self.node, self.output_nr)], [self.edge], [g], retain_graph=True, allow_unused=True
                 )
@@ -131,6 +135,28 @@ class Join:
 
     def _zeros(self, number: int, g: Tensor) -> Tensor:
         return g.new_zeros(shape_at(GradientEdge(self.node, number)))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Stands for a function that is known by its node only."""
+
+    __name__: str
+
+
+@contextmanager
+def nothing_below(nodes: Iterable[Node]) -> Iterator[None]:
+    """Context in which passes bring nothing below some nodes: parameters may be used again there."""
+    handles = [node.register_prehook(_zeros) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
 
 
 def node_of(key: Node | Join) -> Node:

@@ -31,7 +31,7 @@ class _Link:
 
     node: Node
     edge: GradientEdge
-    recorded: bool
+    recorded: Use | None
 
 
 def find_joins(
@@ -106,7 +106,7 @@ def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
         direct = {(after, number) for after, number in node.next_functions if after is not None}
         edges = direct if use is None else {edge[:2] for edge in use.inputs.values()}
         for after, number in sorted(edges, key=lambda edge: (edge[0]._sequence_nr(), edge[1])):
-            links[after].append(_Link(node, GradientEdge(after, number), (after, number) not in direct))
+            links[after].append(_Link(node, GradientEdge(after, number), None if (after, number) in direct else use))
             stack.append(after)
     return links
 

@@ -57,22 +57,30 @@ class Roots:
     Attributes:
         tensors: Tensors without gradient that came from outside of the recorded code, each once.
         data: Whether it was also computed from values of the network that depend on data (``h.detach()``).
+        routed: Whether the rows of the leading axis of some root may be in another order, or some missing.
     """
 
     tensors: tuple[Root, ...] = ()
     data: bool = False
+    routed: bool = False
 
     @property
     def constant(self) -> bool:
         """Whether it depends on nothing from outside."""
         return not self.tensors and not self.data
 
+    @property
+    def moved(self) -> Roots:
+        """The same for a tensor that has the rows in another order."""
+        return self if self.routed or not self.tensors else Roots(self.tensors, self.data, True)
+
     def __or__(self, other: Roots) -> Roots:
         if other.constant or other is self:
             return self
         if self.constant:
             return other
-        return Roots(tuple(dict.fromkeys(self.tensors + other.tensors)), self.data or other.data)
+        tensors = tuple(dict.fromkeys(self.tensors + other.tensors))
+        return Roots(tensors, self.data or other.data, self.routed or other.routed)
 
 
 CONSTANT, DATA = Roots(), Roots(data=True)

@@ -9,7 +9,7 @@ registry, nothing to clear, and a graph that is never backpropagated costs nothi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
@@ -47,6 +47,14 @@ from lightning_curv.weight_norm import weight_norm
 RANDOM = frozenset(
     ["bernoulli", "exponential", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm", "uniform"]
 )
+# functions that may move rows of the leading axis, and functions that cut a contiguous tensor into other rows
+_MOVING = """
+    T argsort cat column_stack concat concatenate flip gather get hstack index_select masked_select mT moveaxis movedim
+    narrow nonzero permute repeat roll rot90 scatter select sort stack swapaxes swapdims t take take_along_dim tile topk
+    transpose unique vstack
+"""
+MOVING = frozenset(_MOVING.split())
+RESHAPING = frozenset(("flatten", "ravel", "reshape", "unflatten", "view"))
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 _local = threading.local()
@@ -99,6 +107,8 @@ class record(TorchFunctionMode):
         if rule is None:
             if func in LOSSES:
                 return _record_loss(func, args, kwargs) if _recording() else func(*args, **kwargs)
+            if func is torch.autograd.grad:
+                return func(*args, **kwargs)  # what it returns is connected to the ops that were recorded
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
@@ -154,7 +164,23 @@ def _recording() -> bool:
 def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Tensor) -> None:
     """Note what a tensor without gradient was computed from; random numbers come from outside."""
     if not out.requires_grad and not disabled() and getattr(func, "__name__", "").strip("_") not in RANDOM:
-        note(out, united(map(all_roots, _tensors([*args, *kwargs.values()]))))
+        tensors = _tensors([*args, *kwargs.values()])
+        roots = united(map(all_roots, tensors))
+        note(out, roots.moved if roots.tensors and not _keeps_rows(func, args, tensors, out) else roots)
+
+
+def _keeps_rows(func: Callable[..., Any], args: Any, tensors: Sequence[Tensor], out: Tensor) -> bool:
+    """Whether the leading axis of a result holds the rows of an argument in their order, several per sample perhaps."""
+    name = getattr(func, "__name__", "").strip("_")
+    if func is Tensor.__getitem__:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return bool(index) and (index[0] is Ellipsis or (isinstance(index[0], slice) and index[0] == slice(None)))
+    if name in MOVING:
+        return False
+    if name in RESHAPING:
+        return args[0].is_contiguous() or not out.ndim
+    leading = {len(tensor) for tensor in tensors if tensor.ndim}
+    return not out.ndim or not leading or len(out) in leading
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -39,8 +39,6 @@ from lightning_curv.rules.fallback import FallbackWarning
 if TYPE_CHECKING:
     from lightning_curv.passes import Passes
 
-MOST_CANDIDATES = 6  # numbers of samples that are tried where the default is none
-
 
 @dataclass(frozen=True)
 class Samples:
@@ -197,7 +195,7 @@ class _Spot:
         """The spot of a join."""
         position = next(i for i, node in enumerate(tape.nodes) if node is join.node)
         inputs = [after[:2] for after in join.node.next_functions]
-        if not join.recorded:
+        if join.recorded is None:
             return cls(position, join.output_nr, inputs.index(join.edge[:2]))
         use = tape.uses[join.node]
         edges = {name: operand.edge for name, operand in use.operands.items()} | use.inputs
@@ -211,7 +209,7 @@ class _Spot:
             return Join(node, self.output_nr, GradientEdge(cast("Node", after), number))
         use = tape.uses[node]
         edge = use.operands[self.argument].edge if self.argument in use.operands else use.inputs[self.argument]
-        return Join(node, self.output_nr, edge, recorded=True)
+        return Join(node, self.output_nr, edge, use)
 
 
 @dataclass
@@ -243,13 +241,12 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
     if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
         roots = [root for root in roots if not _held(root)] or roots
     read = [len(root) for root in roots]
-    heads = [int(call.arguments["input"].shape[0]) for call in tape.losses.values() if call.arguments["input"].ndim]
-    outputs = [use.shape[axes[0]] for use in tape.uses.values() if use.operands and (axes := _axes(use))]
     known = [size for size in both if size > 1] or both or targets or read
-    sizes = [*known[:1], *targets, *read, *heads, *outputs]
-    ordered = list(dict.fromkeys(size for size in sizes if size > 1 or known[:1] == [size]))
-    ordered = ordered[: 1 + MOST_CANDIDATES] or sizes[:1] or [1]
-    return ordered if batch.expected is None else list(dict.fromkeys([batch.expected, *ordered]))
+    if not known:  # nothing comes from outside: rows of the loss, or of the outputs
+        heads = [call.arguments["input"].shape for call in tape.losses.values()]
+        outputs = [use.shape for use in tape.uses.values() if use.operands and _axes(use)]
+        known = [int(shape[0]) for shape in [*heads, *outputs] if shape] or [1]
+    return known[:1] if batch.expected is None else list(dict.fromkeys([batch.expected, known[0]]))
 
 
 def _read(tape: Tape) -> list[Root]:
@@ -336,12 +333,18 @@ class _Found:
     dropped: Sequence[Node]
 
 
+def _in_order(roots: Roots, count: int) -> bool:
+    """Whether something has the rows of the batch in their order, several per sample perhaps, or depends on none."""
+    several = [root for root in roots.tensors if root.ndim and len(root) > 1]
+    return not roots.data and not roots.routed and all(len(root) == count for root in several)
+
+
 def _agrees_with_target(head: Head, owners: RowOwners) -> bool:
     """Whether the targets of a loss call, if they are the batch's as they are, belong to the samples of its input."""
     target = None if head.call is None else head.call.arguments.get("target")
     if head.call is None or not isinstance(target, Tensor) or not target.ndim:
         return True
-    as_they_are = len(target) == owners.count and head.call.roots.tensors == (Root.of(target),)
+    as_they_are = len(target) == owners.count and _in_order(head.call.roots, owners.count)
     return not as_they_are or torch.equal(owners.index.cpu(), torch.arange(owners.count))
 
 
@@ -429,17 +432,50 @@ class _Finder:
     def _attempt(self, count: int) -> _Found | None:
         """The samples if there are N of them; ``None``: the graph does not agree."""
         self.reason = ""
-        for strict in (True, False):
-            for heads in self._assignments(count, strict):
-                try:
-                    return self._verified(heads, count, strict)
-                except Mixed as mixed:
-                    self.reason = self.reason or str(mixed)
-            if count <= 1 or not any(self._anchored(node, use, count) for node, use in self.uses.items()):
-                break
-        return None
+        agreeing: list[_Found] = []
+        for heads in self._assignments(count):
+            try:
+                agreeing.append(self._verified(heads, count))
+            except Mixed as mixed:
+                self.reason = self.reason or str(mixed)
+                continue
+            if count <= 1 or self._evident(heads, count):
+                return agreeing[0]
+        if len(agreeing) > 1 or (agreeing and not self._evident(None, count)):
+            self.reason = (
+                "or not: the rows of the batch were moved before the first parameter, and several ways to assign them "
+                "to samples agree with the graph"
+            )
+            return None
+        return next(iter(agreeing), None)
 
-    def _assignments(self, count: int, strict: bool) -> Iterator[list[tuple[Head, Owners]]]:
+    def _evident(self, heads: Sequence[tuple[Head, Owners]] | None, count: int) -> bool:
+        """Whether it is plain which rows belong to which sample.
+
+        It is where all that the network reads keeps the order of the batch, where the targets of every loss call do, or
+        where a head has one row per sample and all others depend on the same rows. ``None``: wherever the heads are.
+        """
+        heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
+        read = [roots for use in self.uses.values() for name, roots in use.roots.items() if name not in use.operands]
+        outside = [roots for roots in read if roots.tensors]
+        if outside and all(_in_order(roots, count) for roots in outside):
+            return True
+        if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
+            return True
+        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
+        return any(single) and self._linked([head for head, _ in heads])
+
+    def _linked(self, heads: Sequence[Head]) -> bool:
+        """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other."""
+        keys = {node_of(node) for node in self.uses}
+        groups: list[set[Node]] = []
+        for head in heads:
+            below = {node for node in nodes_below(head.edge.node) if node in keys}
+            apart = [group for group in groups if not group & below]
+            groups = [*apart, below.union(*(group for group in groups if group & below))]
+        return len(groups) == 1
+
+    def _assignments(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
         """Who may own the rows of the heads, the likeliest first."""
         if count <= 1:
             yield [(head, BatchAxis(count)) for head in self.heads]
@@ -448,8 +484,7 @@ class _Finder:
         if all(found for _, found in options):
             for i in range(max((len(found) for _, found in options), default=0)):
                 yield [(head, found[min(i, len(found) - 1)]) for head, found in options]
-        if strict:
-            yield from self._from_inputs(count)
+        yield from self._from_inputs(count)
         yield from self._from_outputs(count)
 
     def _from_inputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
@@ -494,18 +529,16 @@ class _Finder:
 
     def _anchored(self, node: Node | Join, use: Use, count: int) -> bool:
         """Whether a use reads a tensor of N rows from outside as it is: its output then has them on its first axis."""
-        if not use.shape or use.shape[0] != count or 0 not in self.axes[node]:
+        if not use.shape or not count or use.shape[0] % count or 0 not in self.axes[node] or _groups(use) is not None:
             return False
         for name, roots in use.roots.items():
             value = use.arguments.get(name)
-            if name in use.operands or not isinstance(value, Tensor) or len(roots.tensors) != 1 or roots.data:
-                continue
-            (root,) = roots.tensors
-            if value.ndim and root == Root.of(value) and len(root) == count:
+            rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == use.shape[0]
+            if name not in use.operands and rows and roots.tensors and _in_order(roots, count):
                 return True
         return False
 
-    def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool) -> _Found:
+    def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int) -> _Found:
         """The owners everywhere.
 
         Raises:
@@ -513,7 +546,7 @@ class _Finder:
         """
         probe = Probe(self.passes, heads, count)
         nodes = list(self.uses)
-        places = [self._place(node, self.uses[node], count, strict) for node in nodes]
+        places = [self._place(node, self.uses[node], count) for node in nodes]
         own = {head.edge[:2] for head, _ in heads}
         calls = {node: call for node, call in self.tape.losses.items() if call.input[:2] not in own}
         for call in calls.values():
@@ -552,11 +585,11 @@ class _Finder:
             raise Mixed(f"in the input of `{records[0].name}`")
         return dict(zip(calls, found, strict=True))
 
-    def _place(self, node: Node | Join, use: Use, count: int, strict: bool) -> Place:
+    def _place(self, node: Node | Join, use: Use, count: int) -> Place:
         edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
         axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
         if self._anchored(node, use, count):
-            return Place(edge, use.shape, [BatchAxis(count)] if strict else axes, [])
+            return Place(edge, use.shape, [BatchAxis(count)], [])
         rows = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
         rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
@@ -583,7 +616,7 @@ class _Finder:
                 direct = {after[:2] for after in node_of(node).next_functions}
                 slow += [(parameter, use.name) for parameter in self.tape.parameters[node]]
                 for operand in use.operands.values():
-                    join = Join(node_of(node), use.output_nr, operand.edge, operand.edge[:2] not in direct)
+                    join = Join(node_of(node), use.output_nr, operand.edge, None if operand.edge[:2] in direct else use)
                     here[join] = finding.owners
                 continue
             if any(self.batch.holds(roots) for roots in use.roots.values()):
