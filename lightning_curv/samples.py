@@ -16,6 +16,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
 
@@ -72,11 +73,29 @@ class Batch:
         it is a number or a single row, which all samples share.
         """
         if self.tensors is not None:
-            known = {pointer_of(tensor) for tensor in self.tensors}
-            found = any(root.pointer in known for root in roots.tensors)
+            found = self._gave(roots)
         else:
             found = any(root.ndim and len(root) > 1 and not _held(root) for root in roots.tensors)
         return roots.data or found
+
+    @cached_property
+    def _pointers(self) -> set[int]:
+        return {pointer_of(tensor) for tensor in self.tensors or ()}
+
+    def _gave(self, roots: Roots) -> bool:
+        return any(root.pointer in self._pointers for root in roots.tensors)
+
+    def read_by(self, tape: Tape) -> Batch:
+        """This batch, or only the size that the graph must agree with if the graph reads none of its tensors."""
+        read = [roots for use in tape.uses.values() for roots in use.roots.values()]
+        read += [call.roots for call in tape.losses.values()]
+        return self if self.tensors is None or any(map(self._gave, read)) else Batch(self.size)
+
+    def given(self, tape: Tape) -> tuple[bool, ...]:
+        """Which of the tensors that ops read come from the batch, where its tensors are known."""
+        if self.tensors is None:
+            return ()
+        return tuple(self._gave(roots) for use in tape.uses.values() for roots in use.roots.values())
 
 
 def whole_batch(tape: Tape) -> Samples:
@@ -99,8 +118,9 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
         UnsupportedError: N does not agree with the graph, or samples influence each other.
     """
     tape = passes.tape
+    batch = batch.read_by(tape)
     _demote(passes, batch)
-    key = (batch.size, batch.expected, independent, *_structure(tape))
+    key = (batch.size, batch.expected, batch.given(tape), independent, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
         finder = _Finder(passes, batch, independent)
@@ -435,7 +455,7 @@ class _Finder:
                     return self._verified(heads, count, strict)
                 except Mixed as mixed:
                     self.reason = self.reason or str(mixed)
-            if count <= 1 or not any(self._anchored(node, use, count) for node, use in self.uses.items()):
+            if count <= 1 or not any(self._anchor(node, use, count) for node, use in self.uses.items()):
                 break
         return None
 
@@ -455,9 +475,9 @@ class _Finder:
     def _from_inputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
         """Rows of the heads in any order, as the network's inputs tell."""
         sources = [
-            (GradientEdge(node_of(node), use.output_nr), BatchAxis(count))
+            (GradientEdge(node_of(node), use.output_nr), anchor)
             for node, use in self.uses.items()
-            if self._anchored(node, use, count)
+            if (anchor := self._anchor(node, use, count))
         ]
         heads = [head for head in self.heads if head.like.ndim]
         if not sources or len(heads) < len(self.heads):
@@ -492,18 +512,20 @@ class _Finder:
     def _axes_of(self, output: Head) -> list[int]:
         return self.axes.get(output.edge.node) or list(range(output.like.ndim))
 
-    def _anchored(self, node: Node | Join, use: Use, count: int) -> bool:
-        """Whether a use reads a tensor of N rows from outside as it is: its output then has them on its first axis."""
-        if not use.shape or use.shape[0] != count or 0 not in self.axes[node]:
-            return False
+    def _anchor(self, node: Node | Join, use: Use, count: int) -> BatchAxis | None:
+        """Where a use that reads a tensor from outside as it is has its samples: on the tensor's first axis of N."""
         for name, roots in use.roots.items():
             value = use.arguments.get(name)
             if name in use.operands or not isinstance(value, Tensor) or len(roots.tensors) != 1 or roots.data:
                 continue
             (root,) = roots.tensors
-            if value.ndim and root == Root.of(value) and len(root) == count:
-                return True
-        return False
+            constant = self.batch.tensors is not None and not self.batch.holds(roots)
+            if constant or root != Root.of(value) or count not in root.shape:
+                continue
+            axis = root.shape.index(count)
+            if axis in self.axes[node] and axis < len(use.shape) and use.shape[axis] == count:
+                return BatchAxis(count, axis)
+        return None
 
     def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool) -> _Found:
         """The owners everywhere.
@@ -555,8 +577,9 @@ class _Finder:
     def _place(self, node: Node | Join, use: Use, count: int, strict: bool) -> Place:
         edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
         axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
-        if self._anchored(node, use, count):
-            return Place(edge, use.shape, [BatchAxis(count)] if strict else axes, [])
+        anchor = self._anchor(node, use, count)
+        if anchor and (strict or not anchor.axis):  # on another axis N may be something else
+            return Place(edge, use.shape, [anchor] if strict else axes, [])
         rows = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
         rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
