@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_curv import BatchL2Grad, CurvatureCallback
+from lightning_curv.callbacks import PrivacyCallback
 from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.errors import UnsupportedError
+from lightning_curv.optimizers import DPOptimizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning"),  # they are, for speed
@@ -399,3 +401,22 @@ def test_optimizers_get_the_quantities_of_these_samples():
     sizes = []
     fit(Supplied(), CurvatureCallback(batch_size=lambda batch: batch[0].shape[1]), sequences_first())
     assert sizes == [5] * 12
+
+
+def test_private_steps_know_the_batch():
+    class Private(Tables):
+        def configure_optimizers(self):
+            return DPOptimizer(torch.optim.SGD(self.parameters(), lr=0.1), clip_norm=0.5, noise_multiplier=0.0)
+
+    net = Private().double()
+    loader = DataLoader(list(zip(random(12, FEATURES), random(12, classes=6))), batch_size=6)
+    fit(net, PrivacyCallback(sampling="epoch"), loader)
+    (*_, (_, params, batch)) = net.seen
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    for sample in along(0)(batch):
+        gradient = torch.autograd.grad(torch.func.functional_call(net, leaves, (sample,)), leaves.values())
+        norm = torch.stack([g.norm() for g in gradient]).norm()
+        for p, g in zip(params.values(), gradient):
+            p -= 0.1 / 6 * g * (0.5 / norm).clamp(max=1)
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.detach(), params[name])
