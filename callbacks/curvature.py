@@ -27,6 +27,7 @@ from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
 from lightning_curv.callbacks.report import Report, warn_of_noise
 from lightning_curv.callbacks.settings import check, find_output, require_whole_parameters
 from lightning_curv.callbacks.trajectory import Trajectory
+from lightning_curv.callbacks.user_batch import BatchSize
 from lightning_curv.callbacks.window import BackwardPass, Window
 
 Extensions = Sequence[AnyExtension]
@@ -96,6 +97,11 @@ class CurvatureCallback(Callback):
         prog_bar: series to show on the progress bar.
         layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band. TensorBoard reads
             one such description per run: leave it out if you write your own.
+        batch_size: the number of samples in a batch, or a function from the batch to it, for instance
+            `lambda batch: batch[0].shape[1]` for sequences first; `None`: the number that Lightning itself extracts,
+            the leading size of the batch's tensors. Where these have several, or where the graph contradicts, it is
+            found from the graph. A number that is given is verified, and an error if the graph contradicts; so it has
+            to fit a smaller last batch too, which a function does. With several processes it is that of one.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -121,11 +127,12 @@ class CurvatureCallback(Callback):
         max_layers: int = 20,
         prog_bar: Sequence[str] = (),
         layout: bool = False,
+        batch_size: BatchSize = None,
     ) -> None:
         self._quantities = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
         self._names = {quantity.name for quantity in self._quantities}
         self._series = [series for quantity in self._quantities for series in quantity.series]
-        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series)
+        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size)
         self.quantities = quantities
         self.every_n_steps = every_n_steps
         self.layers = layers
@@ -139,6 +146,7 @@ class CurvatureCallback(Callback):
         self.max_layers = max_layers
         self.prog_bar = prog_bar
         self.layout = layout
+        self.batch_size = batch_size
         names = quantities if isinstance(quantities, str) else list(quantities)
         settings = {"every_n_steps": every_n_steps, "layers": layers, "ema": ema, "mc_samples": mc_samples}
         self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
@@ -214,8 +222,9 @@ class CurvatureCallback(Callback):
         if not logged and not supplied:
             return
         output = find_output(pl_module, self.output)
-        self._observation = Observation(supplied, logged, partial(seed_of_batch, trainer, self.seed), output)
-        recorded_step.record_training_step(pl_module, output)
+        seed = partial(seed_of_batch, trainer, self.seed)
+        self._observation = Observation(supplied, logged, seed, output, self.batch_size)
+        recorded_step.record_training_step(pl_module, output, self._observation.read)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._window = Window()

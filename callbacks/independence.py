@@ -14,6 +14,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_curv.backprop import Backprop
+from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.extensions import GraphExtension
 from lightning_curv.passes import Column, Passes
 from lightning_curv.recording import record
@@ -81,6 +82,7 @@ class _Unsplit(Exception):
 
 
 def _norms(pl_module: LightningModule, batch: Any, batch_idx: int, size: int, mean: bool) -> Tensor | None:
+    known = describe_batch(batch, size)
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), pl_module.trainer.precision_plugin.forward_context():
         torch.manual_seed(0)
         with record():
@@ -89,7 +91,7 @@ def _norms(pl_module: LightningModule, batch: Any, batch_idx: int, size: int, me
     if not isinstance(loss, Tensor) or loss.grad_fn is None:
         return None
     norms = _Norms()
-    Backprop(loss, [norms], batch_size=size).before()
+    Backprop(loss, [norms], batch_size=known).before()
     return None if norms.total is None else norms.total.sqrt() * (size if mean else 1)
 
 

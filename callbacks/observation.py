@@ -12,7 +12,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_curv.backprop import Backprop
+from lightning_curv.callbacks.user_batch import BatchSize, describe_batch
 from lightning_curv.extensions.base import Extension, Gradient, GraphExtension
+from lightning_curv.samples import Batch
 
 AnyExtension = Extension | GraphExtension
 Fields = dict[str, dict[Parameter, Any]]  # results by savefield and parameter
@@ -26,6 +28,7 @@ class Observation:
         logged: does not get there.
         seed: of random labels, asked for where some are drawn.
         output: the network's output, if the loss is no known function.
+        batch_size: the number of samples, or a function of the batch.
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class Observation:
         logged: Sequence[AnyExtension] = (),
         seed: Callable[[], int] = int,
         output: nn.Module | None = None,
+        batch_size: BatchSize = None,
     ) -> None:
         self.supplied, self.logged = list(supplied), list(logged)
         self._seed, self._output = seed, output
+        self._batch_size, self._batch = batch_size, Batch()
         self._generator: torch.Generator | None = None
         self._backprop: Backprop | None = None
         self._failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
@@ -44,6 +49,10 @@ class Observation:
 
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged)
+
+    def read(self, batch: Any) -> None:
+        """Before `training_step`: what its batch says of the samples."""
+        self._batch = describe_batch(batch, self._batch_size)
 
     def begin(self, loss: Tensor, seed: Tensor, check: bool) -> None:
         """Before a backward pass.
@@ -59,7 +68,7 @@ class Observation:
         if self._generator is None and any(map(_draws, extensions)):
             self._generator = torch.Generator(loss.device).manual_seed(self._seed())
         backprop = self._backprop = Backprop(
-            loss, extensions, self._generator, None, check, seed, defer=True, output=self._output
+            loss, extensions, self._generator, self._batch, check, seed, defer=True, output=self._output
         )
         backprop.before()
         self._failures, backprop.failures = backprop.failures, []
@@ -92,6 +101,7 @@ class Observation:
 
     def release(self) -> None:
         """Leave nothing of this batch behind."""
+        self._batch = Batch()
         if self._backprop is not None:
             self._backprop.abort()
             self._backprop = None

@@ -21,10 +21,12 @@ from lightning_curv.callbacks.private_loader import ConvertedSource
 from lightning_curv.callbacks.private_plan import Plan
 from lightning_curv.callbacks.private_refusals import private_optimizer, refuse_batch_statistics, refuse_trainer
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
+from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.context import curvature
 from lightning_curv.optimizers.dp import DPOptimizer
 from lightning_curv.optimizers.privacy_accounting import METHODS, PrivacyAccountant, calibrated_noise
 from lightning_curv.optimizers.settings import require_choice, require_positive
+from lightning_curv.samples import Batch
 
 SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
 
@@ -116,6 +118,7 @@ class PrivacyCallback(Callback):
         self._cost = True
         self._context: curvature | None = None
         self._size: int | None = None
+        self._batch = Batch()
         self._passes = self._expected_passes = 0
         self._checked = False
         self._spent = 0.0
@@ -220,10 +223,14 @@ class PrivacyCallback(Callback):
             self._cost = self.accountant.next_step_costs
         self._expected_passes += 1
         self._size = self._current.part_size(part)
+        self._batch = Batch(self._size)
         if self.check_independence and not self._checked and (self._size is None or self._size >= 2):
             self._check(trainer, pl_module, batch, batch_idx)
         if self._size != 0:
-            record_training_step(pl_module)
+            record_training_step(pl_module, read=self._read)
+
+    def _read(self, batch: Any) -> None:
+        self._batch = describe_batch(batch, self._size)
 
     def _check_budget(self, trainer: Trainer) -> None:
         if self._left > 0 or not self.accountant.next_step_costs:
@@ -246,7 +253,7 @@ class PrivacyCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._size != 0:
             extensions = private_optimizer(trainer).extensions
-            self._context = curvature(*extensions, batch_size=self._size)
+            self._context = curvature(*extensions, batch_size=self._batch)
             self._context.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -306,6 +313,7 @@ class PrivacyCallback(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         restore_training_step(pl_module)
+        self._batch = Batch()
         self._leave()
 
     def _leave(self) -> None:

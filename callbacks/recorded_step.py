@@ -15,32 +15,41 @@ from lightning_curv.recording import record
 _REPLACED = "_lightning_curv_replaced"
 _OUTPUTS = "_lightning_curv_outputs"
 _RETURNED = "_lightning_curv_returned"
+_READERS = "_lightning_curv_readers"
 
 
-def record_training_step(pl_module: LightningModule, output: nn.Module | None = None) -> None:
+def record_training_step(
+    pl_module: LightningModule, output: nn.Module | None = None, read: Callable[[Any], None] | None = None
+) -> None:
     """Make `pl_module.training_step` run under `record()`; several callers share one patch.
 
     Args:
         pl_module: is patched until `restore_training_step`.
         output: a module whose output is to be found again.
+        read: gets the batch as `training_step` does, before it runs.
     """
     step = pl_module.training_step
     if not hasattr(step, _REPLACED):
         outputs: list[nn.Module] = []
         returned: list[Any] = []
+        readers: list[Callable[[Any], None]] = []
 
         @functools.wraps(step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
+            for reader in readers:
+                reader(args[0] if args else next(iter(kwargs.values()), None))
             with _eager():
                 returned[:] = [_recorded(outputs, step, args, kwargs)]
             return returned[0]
 
         own = {_REPLACED: vars(pl_module).get("training_step"), _OUTPUTS: outputs, _RETURNED: returned}
-        vars(recorded).update(own)
+        vars(recorded).update(own | {_READERS: readers})
         vars(pl_module)["training_step"] = recorded
     shared: list[nn.Module] = getattr(pl_module.training_step, _OUTPUTS)
     if output is not None and output not in shared:
         shared.append(output)
+    if read is not None:
+        getattr(pl_module.training_step, _READERS).append(read)
 
 
 def _recorded(outputs: Sequence[nn.Module], step: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -10,6 +10,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from torch import nn
 
+from lightning_curv.callbacks.user_batch import BatchSize
+
 
 def check(
     every_n_steps: int | None,
@@ -19,6 +21,7 @@ def check(
     max_layers: int,
     prog_bar: Sequence[str],
     series: Collection[str],
+    batch_size: BatchSize = None,
 ) -> None:
     """Raise a `ValueError` for what is out of range."""
     if every_n_steps is not None and every_n_steps < 0:
@@ -27,6 +30,11 @@ def check(
         raise ValueError(f"`ema` must be in [0, 1), found {ema}.")
     if mc_samples < 0:
         raise ValueError(f"`mc_samples` must be 0 or positive, found {mc_samples}.")
+    number = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size > 0
+    if not (batch_size is None or number or callable(batch_size)):
+        raise ValueError(
+            f"`batch_size` must be None, a positive number or a function from a batch to one, found {batch_size!r}."
+        )
     if max_layers < 1:
         raise ValueError(f"`max_layers` must be positive, found {max_layers}.")
     if isinstance(layers, str):

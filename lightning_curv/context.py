@@ -14,6 +14,7 @@ from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.handover import ExtensionHook
 from lightning_curv.recording import record
 from lightning_curv.records import Output
+from lightning_curv.samples import Batch
 
 
 class curvature(record):
@@ -81,7 +82,7 @@ class curvature(record):
         self,
         *extensions: Extension | GraphExtension,
         generator: torch.Generator | None = None,
-        batch_size: int | None = None,
+        batch_size: int | Batch | None = None,
         check: bool = False,
         output: nn.Module | Tensor | None = None,
         extension_hook: ExtensionHook | None = None,

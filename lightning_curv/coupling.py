@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.heads import Head
+from lightning_curv.heads import Head, head_at, linear_inputs, name_of
 from lightning_curv.own_passes import unheard
 from lightning_curv.owners import Owners
+from lightning_curv.probing import forward_owners
 
 if TYPE_CHECKING:
     from lightning_curv.passes import Passes
+
+
+# piecewise linear ops that take several entries together, along ``_saved_dim`` or all of them
+_REDUCTIONS = """
+    Amax Amin Cummax Cummin Kthvalue LinalgVectorNorm Max Median Min Mode Nanmedian Norm Sort Topk
+"""
+REDUCTIONS = frozenset(_REDUCTIONS.split())
+PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Dot", "Mm", "Mv"))  # entries that meet are not at the same place
 
 
 class Undecided(Exception):
@@ -44,7 +54,7 @@ def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head
             )
             curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
             if not curved:
-                return True
+                return not nonlinear_in_several(passes, tops, outputs)
             trial = [_trial(head.like) for head, _ in outputs]
             weights = [owners.weights(t) for t, (_, owners) in zip(trial, outputs, strict=True)]
 
@@ -57,11 +67,73 @@ def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head
             plain, weighted = image(trial), image([t * w for t, w in zip(trial, weights, strict=True)])
         except RuntimeError as error:
             raise Undecided(str(error)) from error
+    if nonlinear_in_several(passes, tops, outputs):
+        return False
     scale = max((float(p.abs().max()) for p in plain if p.numel()), default=0.0)
     eps = max(passes.tape.eps, *(torch.finfo(p.dtype).eps for p in plain))
     return all(
         bool(((w * p - x).abs() <= 1e3 * eps * scale).all()) for p, x, w in zip(plain, weighted, weights, strict=True)
     )
+
+
+def nonlinear_in_several(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head, Owners]]) -> bool:
+    """Whether some op above the outputs is nonlinear in entries of several samples.
+
+    Second derivatives do not show it where an op is piecewise linear: an absolute value, a hinge, a maximum.
+    """
+    below = {head.edge[:2] for head, _ in outputs}
+    nodes = [node for node in _above(tops, {head.edge.node for head, _ in outputs}) if not linear_inputs(node)]
+    edges = {
+        node: [GradientEdge(after, number) for after, number in node.next_functions if after is not None]
+        for node in nodes
+    }
+    inputs = list(dict.fromkeys(edge[:2] for found in edges.values() for edge in found))
+    known = {head.edge[:2]: owners.owner(head.like.shape).expand(head.like.shape) for head, owners in outputs}
+    heads = [head_at(GradientEdge(*edge), passes.loss) for edge in inputs if edge not in below]
+    sources = [(head.edge, owners) for head, owners in outputs]
+    found = forward_owners(passes, heads, sources, outputs[0][1].count, by_entry=True) if heads else []
+    if found is None:
+        return True
+    known |= {head.edge[:2]: rows.index.reshape(head.like.shape) for head, rows in zip(heads, found, strict=True)}
+    for node in nodes:
+        owners = [known[edge[:2]] for edge in edges[node]]
+        if name_of(node) not in PRODUCTS and any(_differ(one, owners[0]) for one in owners[1:]):
+            return True
+        if name_of(node) in REDUCTIONS and any(_several(one, node) for one in owners):
+            return True
+    return False
+
+
+def _above(tops: Sequence[Head], outputs: set[Node]) -> Iterator[Node]:
+    """The nodes of a part of a loss, those of the outputs left out."""
+    stack, seen = [head.edge.node for head in tops], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in seen and node not in outputs:
+            seen.add(node)
+            yield node
+            stack += [after for after, _ in node.next_functions if after is not None]
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether entries of two inputs that meet have different owners; what cannot be broadcast is no pointwise op."""
+    try:
+        one, other = torch.broadcast_tensors(one, other)
+    except RuntimeError:
+        return False
+    return bool(((one != other) & (one >= 0) & (other >= 0)).any())
+
+
+def _several(owners: Tensor, node: Node) -> bool:
+    """Whether a reduction takes entries of several samples together."""
+    dim = getattr(node, "_saved_dim", None)
+    axes = list(range(owners.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    axes = [(axis - 2**64 if axis >= 2**63 else axis) % max(1, owners.ndim) for axis in axes]
+    if not axes or not owners.numel():
+        return False
+    largest = owners.amax(axes)
+    smallest = owners.masked_fill(owners < 0, owners.amax() + 1).amin(axes)
+    return bool((largest > smallest).any())
 
 
 def _trial(like: Tensor) -> Tensor:

@@ -24,7 +24,12 @@ _ROUTING = """
     IndexSelect Kthvalue MaskedScatter MaskedSelect Put RepeatInterleave Scatter ScatterAdd ScatterReduce
     SegmentReduce Sort Take Topk _PackPaddedSequence
 """
-PLACING = ("_saved_dim", "_saved_self_sym_sizes", "_saved_shifts")  # attributes of nodes
+# attributes of nodes that hold axes, sizes, places and factors: numbers, never tensors
+PLACING = (
+    "_saved_dim", "_saved_self_sym_sizes", "_saved_shifts", "_saved_start", "_saved_end", "_saved_step", "_saved_alpha",
+    "_saved_beta", "_saved_split_size", "_saved_storage_offset", "_saved_offset", "_saved_size", "_saved_stride",
+    "_saved_padding",
+)  # fmt: skip
 ROUTING = frozenset(_ROUTING.split())
 PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Mm", "SparseAddmm"))  # a matrix without gradient may permute rows
 CAST = "ToCopyBackward0"
@@ -86,11 +91,17 @@ class Tape:
                     steps.append((*operand.edge[:2], node in self.outside, use.name))
         return steps
 
+    def note_routing(self) -> None:
+        """Ops that looked like uses and are none: a product of data with a matrix from outside may permute rows."""
+        data = [use for use in self.uses.values() if not use.operands and use.inputs and use.roots]
+        self.routes = self.routes or bool(data)
+
     def follow(self, steps: list[Step], output: LossCall | None) -> None:
         """Walk on from some nodes."""
         while steps:
             _follow(self, steps, self.seen, output)
             steps = _data_after_all(self)
+        self.note_routing()
         self.__dict__.pop("parameters", None)
 
     @property
@@ -124,12 +135,15 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         node, index, outside, parent = stack.pop()
         outside = outside and not (output is not None and (node, index) == output.input[:2])
         if (node, outside) in seen:
+            tape.structure.append(
+                index
+            )  # which nodes meet again, in the order of the walk, tells how they are connected
             continue
         seen.add((node, outside))
         name = node.name()
         placing = _placing(type(node))
         tape.nodes.append(node)
-        tape.structure.append((name, *(getattr(node, attribute) for attribute in placing)) if placing else name)
+        tape.structure.append((name, index, *(getattr(node, attribute) for attribute in placing)))
         if name == CAST:
             tape.casts.append(node)
         if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
@@ -182,7 +196,8 @@ def _kind(name: str) -> str:
 @cache
 def _placing(kind: type[Node]) -> tuple[str, ...]:
     """Attributes of a kind of node that hold axes and sizes: one that works along the samples mixes them."""
-    return tuple(name for name in dir(kind) if name.startswith(PLACING))
+    found = [name for name in dir(kind) if name.startswith(PLACING)]
+    return (*found, "_saved_index") if kind.__name__.startswith("Select") else tuple(found)
 
 
 def _above(use: Use, output: LossCall) -> bool:

@@ -67,7 +67,7 @@ def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
             found.setdefault(call.input[:2], Head(call.input, like(call.arguments["input"]), call))
             if call.beside:
                 stack += [after for after in node.next_functions if after[0] is not None]
-        elif not (node in tape.uses and tape.uses[node].operands) and (inputs := _linear_inputs(node)):
+        elif not (node in tape.uses and tape.uses[node].operands) and (inputs := linear_inputs(node)):
             stack += inputs
         else:
             found.setdefault((node, number), head_at(GradientEdge(node, number), loss))
@@ -98,7 +98,7 @@ def frontier(tape: Tape, heads: Sequence[Head], loss: Tensor) -> list[Head]:
     return list(found.values())
 
 
-def _linear_inputs(node: Node) -> list[tuple[Node, int]]:
+def linear_inputs(node: Node) -> list[tuple[Node, int]]:
     """The inputs of a node that is linear in them; empty: it is not."""
     name = name_of(node)
     inputs = [after for after in node.next_functions if after[0] is not None]

@@ -229,13 +229,18 @@ def consistent(
     own = torch.finfo(first.dtype).eps
     eps = max(eps, own)
     unknown = ~(first.isfinite() & second.isfinite())
-    largest = largest_entry([first])
-    tolerance = eps * ((1e3 if eps < 1e-6 else 32) * largest + 8 * scale)
+    magnitudes = first.abs().masked_fill(unknown, 0)
 
     def deviation(axis: BatchAxis) -> Tensor:
         return (second - first * axis.weights(first)).masked_fill(unknown, 0)
 
-    norms = {c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= tolerance).all())}
+    def tolerance(axis: BatchAxis) -> Tensor:
+        """Of every row: one of large numbers must not hide what happens in the others."""
+        rest = [other for other in range(first.ndim) if other != axis.axis]
+        largest = magnitudes.amax(rest, keepdim=True) if rest and first.numel() else magnitudes
+        return eps * ((1e3 if eps < 1e-6 else 32) * largest + 8 * scale)
+
+    norms = {c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= tolerance(c)).all())}
     # Where the rounding is coarse, more than one may agree, but the right one by far the best.
     most = 8 * min(norms.values(), default=0.0) + 4 * own * float(first.masked_fill(unknown, 0).norm())
     return [choice for choice, norm in norms.items() if norm <= most]
@@ -267,7 +272,11 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
 
 
 def forward_owners(
-    passes: Passes, heads: Sequence[Head], sources: Sequence[tuple[GradientEdge, Owners]], count: int
+    passes: Passes,
+    heads: Sequence[Head],
+    sources: Sequence[tuple[GradientEdge, Owners]],
+    count: int,
+    by_entry: bool = False,
 ) -> list[RowOwners] | None:
     """Owners of the rows of heads, from those of tensors that the network computes from its inputs.
 
@@ -279,6 +288,7 @@ def forward_owners(
         heads: Whose rows are asked for.
         sources: Tensors with known owners.
         count: N.
+        by_entry: Whether every entry is a row of its own, and some may depend on no sample.
 
     Returns:
         The owners; ``None``: a row depends on several samples, or the graph cannot be differentiated twice.
@@ -312,10 +322,15 @@ def forward_owners(
             return None
     scale, found = largest_entry(plain), []
     for i, head in enumerate(heads):
-        if plain[i] is None or not head.like.ndim:
+        shape = head.like.shape if head.like.ndim or not by_entry else (1,)
+        if not shape or (plain[i] is None and not by_entry):
             return None
-        rows = code.read(plain[i], [column[i] for column in columns], (0,), count, scale)  # type: ignore[misc]
-        if rows is None or bool((rows.index < 0).any()):
+        first, *others = (
+            torch.zeros(shape, dtype=head.like.dtype, device=head.like.device) if g is None else g.reshape(shape)
+            for g in (plain[i], *(column[i] for column in columns))
+        )
+        rows = code.read(first, others, tuple(range(len(shape))) if by_entry else (0,), count, scale)
+        if rows is None or (not by_entry and bool((rows.index < 0).any())):
             return None
         found.append(rows)
     return found

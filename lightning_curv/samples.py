@@ -16,6 +16,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
 
@@ -70,11 +71,29 @@ class Batch:
         it is a number or a single row, which all samples share.
         """
         if self.tensors is not None:
-            known = {pointer_of(tensor) for tensor in self.tensors}
-            found = any(root.pointer in known for root in roots.tensors)
+            found = self._gave(roots)
         else:
             found = any(root.ndim and len(root) > 1 and not _held(root) for root in roots.tensors)
         return roots.data or found
+
+    @cached_property
+    def _pointers(self) -> set[int]:
+        return {pointer_of(tensor) for tensor in self.tensors or ()}
+
+    def _gave(self, roots: Roots) -> bool:
+        return any(root.pointer in self._pointers for root in roots.tensors)
+
+    def read_by(self, tape: Tape) -> Batch:
+        """This batch, or only the size that the graph must agree with if the graph reads none of its tensors."""
+        read = [roots for use in tape.uses.values() for roots in use.roots.values()]
+        read += [call.roots for call in tape.losses.values()]
+        return self if self.tensors is None or any(map(self._gave, read)) else Batch(self.size)
+
+    def given(self, tape: Tape) -> tuple[bool, ...]:
+        """Which of the tensors that ops read come from the batch, where its tensors are known."""
+        if self.tensors is None:
+            return ()
+        return tuple(self._gave(roots) for use in tape.uses.values() for roots in use.roots.values())
 
 
 def whole_batch(tape: Tape) -> Samples:
@@ -97,8 +116,9 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
         UnsupportedError: N does not agree with the graph, or samples influence each other.
     """
     tape = passes.tape
+    batch = batch.read_by(tape)
     _demote(passes, batch)
-    key = (batch.size, batch.expected, independent, *_structure(tape))
+    key = (batch.size, batch.expected, batch.given(tape), independent, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
         finder = _Finder(passes, batch, independent)
@@ -246,7 +266,10 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
         heads = [call.arguments["input"].shape for call in tape.losses.values()]
         outputs = [use.shape for use in tape.uses.values() if use.operands and _axes(use)]
         known = [int(shape[0]) for shape in [*heads, *outputs] if shape] or [1]
-    return known[:1] if batch.expected is None else list(dict.fromkeys([batch.expected, known[0]]))
+    shapes = {size for root in roots for size in root.shape[1:]}  # the batch may be second in what is read
+    second = [int(shape[0]) for call in tape.losses.values() if (shape := call.arguments["input"].shape)]
+    sizes = [*known[:1], *(size for size in second if size in shapes and size > 1)][:2]
+    return list(dict.fromkeys(sizes if batch.expected is None else [batch.expected, *sizes]))
 
 
 def _read(tape: Tape) -> list[Root]:
@@ -456,9 +479,14 @@ class _Finder:
         where a head has one row per sample and all others depend on the same rows. ``None``: wherever the heads are.
         """
         heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
-        read = [roots for use in self.uses.values() for name, roots in use.roots.items() if name not in use.operands]
-        outside = [roots for roots in read if roots.tensors]
-        if outside and all(_in_order(roots, count) for roots in outside):
+        outside = [
+            (node, use)
+            for node, use in self.uses.items()
+            if any(
+                k not in use.operands and roots.tensors and self.batch.holds(roots) for k, roots in use.roots.items()
+            )
+        ]
+        if outside and all(self._anchor(node, use, count) is not None for node, use in outside):
             return True
         if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
             return True
@@ -490,9 +518,9 @@ class _Finder:
     def _from_inputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
         """Rows of the heads in any order, as the network's inputs tell."""
         sources = [
-            (GradientEdge(node_of(node), use.output_nr), BatchAxis(count))
+            (GradientEdge(node_of(node), use.output_nr), anchor)
             for node, use in self.uses.items()
-            if self._anchored(node, use, count)
+            if (anchor := self._anchor(node, use, count))
         ]
         heads = [head for head in self.heads if head.like.ndim]
         if not sources or len(heads) < len(self.heads):
@@ -513,7 +541,8 @@ class _Finder:
         if not below or not all(options) or not all(calls):
             return
         for i in range(max(map(len, options))):
-            outputs = [(head, found[min(i, len(found) - 1)]) for head, found in zip(below, options, strict=True)]
+            picked = [found[min(i, len(found) - 1)] for found in options]
+            outputs: list[tuple[Head, Owners]] = list(zip(below, picked, strict=True))
             try:
                 apart = separable(self.passes, unknown, outputs)
             except Undecided as error:
@@ -527,16 +556,27 @@ class _Finder:
     def _axes_of(self, output: Head) -> list[int]:
         return self.axes.get(output.edge.node) or list(range(output.like.ndim))
 
-    def _anchored(self, node: Node | Join, use: Use, count: int) -> bool:
-        """Whether a use reads a tensor of N rows from outside as it is: its output then has them on its first axis."""
-        if not use.shape or not count or use.shape[0] % count or 0 not in self.axes[node] or _groups(use) is not None:
-            return False
+    def _anchor(self, node: Node | Join, use: Use, count: int) -> BatchAxis | None:
+        """Where a use that reads the rows of the batch in their order has its samples.
+
+        It is the first axis, if the rows of the batch are on it; else the first axis of N of a tensor that is read as
+        it is.
+        """
+        if _groups(use) is not None:
+            return None
         for name, roots in use.roots.items():
             value = use.arguments.get(name)
-            rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == use.shape[0]
-            if name not in use.operands and rows and roots.tensors and _in_order(roots, count):
-                return True
-        return False
+            constant = self.batch.tensors is not None and not self.batch.holds(roots)
+            if name in use.operands or not isinstance(value, Tensor) or not value.ndim or not roots.tensors or constant:
+                continue
+            rows = len(use.shape) > 0 and len(value) == use.shape[0]
+            if rows and count and use.shape[0] % count == 0 and 0 in self.axes[node] and _in_order(roots, count):
+                return BatchAxis(count)
+            root = Root.of(value)
+            axis = root.shape.index(count) if roots.tensors == (root,) and count in root.shape else 0
+            if axis and not roots.data and axis in self.axes[node] and use.shape[axis : axis + 1] == (count,):
+                return BatchAxis(count, axis)
+        return None
 
     def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int) -> _Found:
         """The owners everywhere.
@@ -588,8 +628,8 @@ class _Finder:
     def _place(self, node: Node | Join, use: Use, count: int) -> Place:
         edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
         axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
-        if self._anchored(node, use, count):
-            return Place(edge, use.shape, [BatchAxis(count)], [])
+        if (anchor := self._anchor(node, use, count)) is not None:
+            return Place(edge, use.shape, [anchor], [])
         rows = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
         rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]

@@ -1,6 +1,7 @@
 """The samples: found from the graph, refused where they mix, verified once per structure."""
 
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F
 from trap_problems import assert_right, both, problem
@@ -8,6 +9,7 @@ from trap_problems import assert_right, both, problem
 from lightning_curv import curvature
 from lightning_curv.extensions import KFAC, KFLR, BatchGrad
 from lightning_curv.passes import Passes
+from lightning_curv.samples import Batch
 
 
 class Mixing(nn.Module):
@@ -68,6 +70,36 @@ def test_every_structure_is_verified_once(monkeypatch):
     with curvature(BatchGrad(), check=True):
         case.compute_loss().backward()
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_a_size_that_is_given_is_looked_for_in_what_the_network_reads(tensors):
+    """Tokens of sequences first, [T, N], flattened for the loss: rows of one sample are not next to each other."""
+    model = Mixing(nn.Sequential()).double()
+    x, y = torch.randn(3, 5, 5, dtype=torch.float64), torch.randint(3, (3, 5))
+
+    def loss(x, y):
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    with curvature(BatchGrad(), batch_size=Batch(5, tensors=[x, y] if tensors else None)):
+        loss(x, y).backward()
+    for n, found in enumerate(model.a.weight.grad_batch):
+        (expected,) = torch.autograd.grad(loss(x[:, n : n + 1], y[:, n : n + 1]) / 5, model.a.weight)
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_constant_belongs_to_what_is_remembered():
+    """A table of constants and one of the batch make graphs of the same structure."""
+    model = Mixing(nn.Sequential()).double()
+    table, x = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    y = torch.randint(4, (4,))
+    with curvature(BatchGrad(), batch_size=Batch(4, tensors=[x, y])):
+        F.cross_entropy(model(x) @ model(table).T, y).backward()
+    with (
+        pytest.raises(NotImplementedError, match="samples mix"),
+        curvature(BatchGrad(), batch_size=Batch(4, tensors=[x, y, table])),
+    ):
+        F.cross_entropy(model(x) @ model(table).T, y).backward()
 
 
 ALONG = {
