@@ -9,7 +9,7 @@ from trap_problems import assert_right, both, problem
 from lightning_curv import curvature
 from lightning_curv.extensions import KFAC, KFLR, BatchGrad
 from lightning_curv.passes import Passes
-from lightning_curv.samples import Batch
+from lightning_curv.samples import MEMORY, Batch
 
 
 class Mixing(nn.Module):
@@ -130,3 +130,110 @@ def test_other_batch_sizes_are_other_structures():
         with curvature(*both()):
             case.compute_loss().backward()
         assert_right(case)
+
+
+# --- coupled in the loss ---------------------------------------------------------------------------------------------
+
+
+def dice(h, t):
+    p = h.sigmoid()
+    return 1 - 2 * (p * t).sum() / (p.sum() + t.sum())
+
+
+def vicreg(h, t):
+    h = h - h.mean(0)
+    return (1 - h.std(0)).relu().mean() + (h.T @ h / 5).square().mean()
+
+
+def ranknet(h, t):
+    return F.softplus(h[:, 0] - h[:, :1])[t[:, :1] > t[:, 0]].mean()
+
+
+COUPLED = {
+    "dice": dice,
+    "vicreg": vicreg,
+    "ranknet": ranknet,
+    "rmse": lambda h, t: F.mse_loss(h, t).sqrt(),
+    "batch_penalty": lambda h, t: F.mse_loss(h, t) + h.mean(0).square().sum(),
+    "contrastive": lambda h, t: F.cross_entropy(h @ h.T, torch.arange(len(h))),
+    "sigmoid_pairs": lambda h, t: -F.logsigmoid(h @ (2 * h).T).sum(-1).mean(),
+    "absolute_mean": lambda h, t: (h.mean() - 5).abs(),
+    "maximum": lambda h, t: h.max(),
+    "hinge_of_mean": lambda h, t: F.mse_loss(h, t) + F.relu(1 - h.mean(0)).sum(),
+    "pairs_l1": lambda h, t: F.l1_loss(h[:2], h[2:]),
+    "total_variation": lambda h, t: (h[1:] - h[:-1]).abs().sum(),
+    "margin": lambda h, t: F.margin_ranking_loss(h[:2, 0], h[2:, 0], torch.ones(2, dtype=h.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_losses_that_couple_samples_are_refused(name):
+    case = problem()
+    target = torch.rand(4, 3, dtype=torch.float64)
+    for check in (False, True):
+        with pytest.raises(NotImplementedError, match="sample"), curvature(BatchGrad(), check=check):
+            COUPLED[name](case.model(case.X), target).backward()
+
+
+SECOND = {
+    "slices": (
+        lambda h: torch.cat([h[0:3] * h[0:3].tanh(), h[3:]]),
+        lambda h: torch.cat([h[0:3] * h[1:4].tanh(), h[3:]]),
+    ),
+    "matrices": (lambda h: h + torch.eye(4).double() @ h, lambda h: h + torch.ones(4, 4).double() @ h),
+    "factors": (lambda h: torch.add(h, h.tanh(), alpha=2), lambda h: torch.add(h, h.flip(0).tanh(), alpha=2)),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_graph_that_looks_alike_is_verified_too(name):
+    """Apart first, coupled then: slices and matrices without gradient are the same ops."""
+    case = problem()
+    case.model = Mixing(SECOND[name][0]).double()
+    with curvature(*both()):
+        case.compute_loss().backward()
+    assert_right(case)
+    case.model.mix = SECOND[name][1]
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
+def test_a_gate_that_opens_is_found_at_the_tenth_graph():
+    """What was verified is believed for a while, and verified again then; `check=True` believes nothing."""
+    case = problem()
+    case.model = Mixing(lambda h: h + (h - case.threshold).relu().mean(0)).double()
+    case.threshold = 100.0
+
+    def run(check=False):
+        with curvature(BatchGrad(), check=check):
+            case.compute_loss().backward()
+
+    MEMORY.entries.clear()
+    run()
+    case.threshold = -1.0
+    with pytest.raises(NotImplementedError, match="samples mix"):
+        run(check=True)
+    for _ in range(8):
+        run()
+    pytest.raises(NotImplementedError, run).match("samples mix")
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.transpose(0, 1).flatten(0, 1),
+        lambda x: x[torch.arange(20).reshape(4, 5) < torch.tensor([[1], [7], [14], [20]])],
+        lambda x: x.flatten(0, 1)[torch.randperm(20)],
+        lambda x: torch.cat([x[:, 0], x[:, 1]]),
+    ],
+    ids=["transposed", "masked", "permuted", "views"],
+)
+def test_rows_that_are_moved_before_the_first_parameter_are_not_guessed(move):
+    torch.manual_seed(0)
+    layer, x, y = nn.Linear(3, 2), torch.randn(4, 5, 3), torch.randn(4, 5, 2)
+    assert len(move(x)) % 4 == 0
+    state = torch.get_rng_state()
+    with pytest.raises(NotImplementedError, match="sample"), curvature(BatchGrad()):
+        rows = layer(move(x))
+        torch.set_rng_state(state)
+        F.mse_loss(rows, move(y)).backward()
