@@ -93,8 +93,8 @@ class Tape:
 
     def note_routing(self) -> None:
         """Ops that looked like uses and are none: a product of data with a matrix from outside may permute rows."""
-        data = [use for use in self.uses.values() if not use.operands and use.inputs and use.roots]
-        self.routes = self.routes or bool(data)
+        products = [use for use in self.uses.values() if not use.operands and {*use.roots} - {*use.inputs}]
+        self.routes = self.routes or any(use.inputs for use in products)
 
     def follow(self, steps: list[Step], output: LossCall | None) -> None:
         """Walk on from some nodes."""

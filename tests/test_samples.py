@@ -215,7 +215,8 @@ def test_a_gate_that_opens_is_found_at_the_tenth_graph():
         run(check=True)
     for _ in range(8):
         run()
-    pytest.raises(NotImplementedError, run).match("samples mix")
+    with pytest.raises(NotImplementedError, match="samples mix"):
+        run()
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,9 @@ def test_rows_that_are_moved_before_the_first_parameter_are_not_guessed(move):
     layer, x, y = nn.Linear(3, 2), torch.randn(4, 5, 3), torch.randn(4, 5, 2)
     assert len(move(x)) % 4 == 0
     state = torch.get_rng_state()
-    with pytest.raises(NotImplementedError, match="sample"), curvature(BatchGrad()):
+    with curvature(BatchGrad()):
         rows = layer(move(x))
         torch.set_rng_state(state)
-        F.mse_loss(rows, move(y)).backward()
+        loss = F.mse_loss(rows, move(y))
+        with pytest.raises(NotImplementedError, match="sample"):
+            loss.backward()
