@@ -40,12 +40,13 @@ class Dependence:
 
 def uses_below(tape: Tape, edges: Iterable[GradientEdge]) -> list[Use]:
     """The uses that the values at ``edges`` depend on."""
+    uses = {node_of(key): use for key, use in tape.uses.items()}
     stack, seen, found = [edge.node for edge in edges], set[Node](), []
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            if node in tape.uses:
-                found.append(tape.uses[node])
+            if node in uses:
+                found.append(uses[node])
             stack += [after for after, _ in node.next_functions if after is not None]
     return found

@@ -66,7 +66,7 @@ def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
         if call is not None:
             found.setdefault(call.input[:2], Head(call.input, like(call.arguments["input"]), call))
             if call.beside:
-                stack += [after for after in node.next_functions if after[0] is not None]
+                stack += [(after, index) for after, index in node.next_functions if after is not None]
         elif not (node in tape.uses and tape.uses[node].operands) and (inputs := linear_inputs(node)):
             stack += inputs
         else:
@@ -118,4 +118,4 @@ def name_of(node: Node) -> str:
 
 @cache
 def _without_suffix(name: str) -> str:
-    return re.sub(r"Backward\d*$", "", name)
+    return re.sub(r"^torch::autograd::|Backward\d*$", "", name)

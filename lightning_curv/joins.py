@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Join:
         rule = Rule(lambda *_, **__: {}, reads=lambda _: (), affine=False)
         output = GradientEdge(self.node, self.output_nr)
         use = Use(
-            function=_Named(self.node.name()),
+            function=cast("Any", _Named(self.node.name())),
             rule=rule,
             arguments={"value": value},
             operands={"value": Operand(value, self.edge)},
@@ -127,9 +127,9 @@ class Join:
         gradients = [g if i == self.output_nr else None for i in range(outputs)]
         if not callable(node):  # of a custom function, which expects tensors
             gradients = [self._zeros(i, g) if part is None else part for i, part in enumerate(gradients)]
-        found = node(*gradients) if callable(node) else node.apply(*gradients)
-        found = found if isinstance(found, tuple) else (found,)
-        here = [part for part, after in zip(found, node.next_functions, strict=False) if after == self.edge[:2]]
+        result = node(*gradients) if callable(node) else node.apply(*gradients)
+        parts = result if isinstance(result, tuple) else (result,)
+        here = [part for part, after in zip(parts, node.next_functions, strict=False) if after == self.edge[:2]]
         here = [part for part in here if part is not None]
         return sum(here[1:], start=here[0]) if here else None
 

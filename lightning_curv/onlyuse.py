@@ -19,10 +19,10 @@ from lightning_curv.dependence import uses_below
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph import leaves
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.joins import Join
 from lightning_curv.owners import Owners
 from lightning_curv.passes import Passes, apply_rule
-from lightning_curv.probing import shape_at
-from lightning_curv.records import Use
+from lightning_curv.records import Use, shape_at
 from lightning_curv.terms import Term
 
 
@@ -107,7 +107,7 @@ def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
     for node, use in passes.tape.uses.items():
         for name, operand in use.operands.items():
             counts.update(leaves(operand.edge) if operand.derived else [operand.tensor])
-            if not operand.derived and use.rule.outputs is None:
+            if not operand.derived and use.rule.outputs is None and not isinstance(node, Join):
                 found[operand.tensor] = node, use, name
     lowest = {node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()}
     return {

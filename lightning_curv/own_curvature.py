@@ -17,21 +17,30 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.dependence import uses_below
 from lightning_curv.derived import pulled_back
+from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import leaves, parameters
+from lightning_curv.heads import name_of
 from lightning_curv.jacobian import Jacobian
+from lightning_curv.joins import Join
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Column, Passes, apply_rule
 from lightning_curv.probing import owners_at
 from lightning_curv.records import Operand, Use
+from lightning_curv.residuals import BILINEAR, LINEAR
 from lightning_curv.rules.fallback import dense
 from lightning_curv.symmetric import eigh
 from lightning_curv.twice import differentiable, fused
+
+AFFINE = frozenset(("CopySlices", "IndexPut", "IndexPutImpl", "MaskedScatter"))  # in what they write, too
 
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
     """These second derivatives, or their diagonals, as Jacobians of dense signed columns."""
     times = Counter(p for found in passes.tape.parameters.values() for p in found)
     for node, use in passes.tape.uses.items():
+        if isinstance(node, Join):
+            _refuse_curved(passes, node, use)
+            continue
         again = any(times[p] > 1 for p in passes.tape.parameters[node])
         names = [k for k, operand in use.operands.items() if again or operand.derived or not use.rule.affine]
         if names and (g := passes.gradients([GradientEdge(node, use.output_nr)])[0]) is not None:
@@ -39,6 +48,25 @@ def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
                 yield from op.bent()
                 yield from op.fed_back()
                 yield from op.transformed()
+
+
+def _refuse_curved(passes: Passes, join: Join, use: Use) -> None:
+    """Raise if what meets the samples at a join may have second derivatives of its own.
+
+    Raises:
+        UnsupportedError: The node or what is below it is nonlinear, or the parameters are used again by the data.
+    """
+    (operand,) = use.operands.values()
+    found = leaves(operand.edge)
+    inputs = [(after, number) for after, number in join.node.next_functions if after is not None]
+    data = [GradientEdge(after, number) for after, number in inputs if after is not join.edge.node]
+    below = {p for other in uses_below(passes.tape, data) for p in parameters(other)}
+    affine = name_of(join.node) in LINEAR | BILINEAR | AFFINE and join.recorded is None
+    if not affine or below.intersection(found) or not _is_linear(operand, found):
+        raise UnsupportedError(
+            f"The Hessian's diagonal needs a rule for `{name_of(join.node)}` using parameter {describe(found[0])}, "
+            "found none. Use `HMP`, or `HessianTraceMC` for the trace."
+        )
 
 
 @dataclass

@@ -177,7 +177,9 @@ class _Memory:
         uses: dict[Node | Join, Owners] = {keys[i]: owners for i, owners in entry.uses.items()}
         joins = {spot.join(tape): owners for spot, owners in entry.joins}
         losses = dict(zip(tape.losses, entry.losses, strict=True))
-        return _Found(Samples(entry.count, uses | joins, losses), joins, [keys[i] for i in entry.dropped])
+        dropped = [node_of(keys[i]) for i in entry.dropped]
+        uses.update(joins.items())
+        return _Found(Samples(entry.count, uses, losses), joins, dropped)
 
     def keep(self, key: Hashable, tape: Tape, found: _Found) -> None:
         """Remember what was found."""
@@ -601,14 +603,15 @@ class _Finder:
         self.conclusive = self.conclusive and probe.conclusive
         by_edge = {head.edge[:2]: owners for head, owners in heads}
         owners: dict[Node | Join, Owners] = {}
-        for node, finding in uses.items():
-            if node not in dropped:
+        for key, finding in uses.items():
+            if key not in dropped:
                 assert finding.owners is not None
-                owners[node] = _by_group(self.uses[node], finding.owners)
+                owners[key] = _by_group(self.uses[key], finding.owners)
         found = {node: by_edge.get(call.input[:2]) or losses[node].owners for node, call in self.tape.losses.items()}
         found |= self._above(heads, [node for node, finding in losses.items() if not finding.reached], count)
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
-        return _Found(Samples(count, owners | joins, placed), joins, dropped)
+        owners.update(joins.items())
+        return _Found(Samples(count, owners, placed), joins, dropped)
 
     def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
         """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.
@@ -630,7 +633,7 @@ class _Finder:
         axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
         if (anchor := self._anchor(node, use, count)) is not None:
             return Place(edge, use.shape, [anchor], [])
-        rows = [(axis,) for axis in allowed]
+        rows: list[tuple[int, ...]] = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
         rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
         if _groups(use) is not None:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from routings import KNOWN, LOSSES, ROUTINGS, C
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_curv import curvature
-from lightning_curv.extensions import BatchDiagGGNExact, BatchGrad, BatchL2Grad, Variance
+from lightning_curv.extensions import HMP, BatchDiagGGNExact, BatchGrad, BatchL2Grad, DiagHessian, Variance
 
 IGNORED = "ignore::lightning_curv.rules.fallback.FallbackWarning"
 
@@ -66,3 +67,47 @@ def test_ggn_diagonals_are_those_of_each_sample_alone(name, loss):
             J = torch.stack([row[key].flatten() for row in rows])
             expected = torch.einsum("cp,cd,dp->p", J, H, J).reshape(p.shape)
             torch.testing.assert_close(p.diag_ggn_exact_batch[n], expected, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def hessian_times(loss, p, vector):
+    (gradient,) = torch.autograd.grad(loss, p, create_graph=True)
+    if not gradient.requires_grad:
+        return torch.zeros_like(p)
+    (product,) = torch.autograd.grad(gradient, p, vector, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(p) if product is None else product
+
+
+def reference_loss(name):
+    routing, model, batch, y = make(name, 3)
+    with sdpa_kernel(SDPBackend.MATH):
+        return model, LOSSES["cross_entropy"](routing.forward(model, batch), y)
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_hessian_diagonals_are_right_or_refused(name):
+    routing, model, batch, y = make(name, 3)
+    try:
+        with curvature(DiagHessian(), batch_size=3):
+            LOSSES["cross_entropy"](routing.forward(model, batch), y).backward()
+    except NotImplementedError as error:
+        assert "HMP" in str(error)
+        return
+    other, loss = reference_loss(name)
+    for (key, p), q in zip(model.named_parameters(), other.parameters()):
+        columns = [hessian_times(loss, q, unit.reshape(q.shape)) for unit in torch.eye(q.numel()).to(q)]
+        expected = torch.stack(columns).reshape(q.numel(), q.numel()).diagonal().reshape(q.shape)
+        torch.testing.assert_close(p.diag_h, expected, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("name", [name for name in ROUTINGS if not name.startswith("packed")])
+def test_hessian_products_need_no_samples(name):
+    routing, model, batch, y = make(name, 3)
+    with curvature(HMP()):
+        LOSSES["cross_entropy"](routing.forward(model, batch), y).backward()
+    other, loss = reference_loss(name)
+    for (key, p), q in zip(model.named_parameters(), other.parameters()):
+        vector = torch.linspace(-1, 2, q.numel()).to(q).reshape(q.shape)
+        expected = hessian_times(loss, q, vector)
+        torch.testing.assert_close(p.hmp(vector), expected, msg=lambda text, key=key: f"{key}: {text}")

@@ -18,7 +18,8 @@ from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_a
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.owners import BatchAxis, Owners, RowOwners
 from lightning_curv.passes import Passes
-from lightning_curv.probing import owners_at, shape_at
+from lightning_curv.probing import owners_at
+from lightning_curv.records import shape_at
 from lightning_curv.symmetric import eigh, gram
 from lightning_curv.terms import Term
 
