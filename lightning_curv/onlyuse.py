@@ -102,7 +102,7 @@ class OnlyUse:
 
 def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
     """The parameters that are used once, not through a transform, and these uses; ops with one output only."""
-    counts: Counter[Tensor] = Counter()
+    counts: Counter[Tensor] = Counter(parameter for parameter, _ in passes.tape.stray)
     found: dict[Tensor, tuple[Node, Use, str]] = {}
     for node, use in passes.tape.uses.items():
         for name, operand in use.operands.items():
