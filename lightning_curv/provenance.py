@@ -22,16 +22,20 @@ class Root:
         shape: Its shape.
         stride: Its strides.
         pointer: Where its memory is; 0: unknown.
+        offset: Where it begins there.
+        whole: The tensor that its rows were drawn from, a data set perhaps.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     pointer: int
+    offset: int = 0
+    whole: Root | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Root:
+    def of(cls, tensor: Tensor, whole: Root | None = None) -> Root:
         """The root that a tensor is."""
-        return cls(tuple(tensor.shape), tensor.stride(), pointer_of(tensor))
+        return cls(tuple(tensor.shape), tensor.stride(), pointer_of(tensor), tensor.storage_offset(), whole)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
-from lightning_curv.provenance import note, united
+from lightning_curv.provenance import Root, Roots, note, united
 from lightning_curv.records import (
     CONSTANT,
     PURE,
@@ -166,7 +166,19 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out
     if not out.requires_grad and not disabled() and getattr(func, "__name__", "").strip("_") not in RANDOM:
         tensors = _tensors([*args, *kwargs.values()])
         roots = united(map(all_roots, tensors))
+        if _draws(func, args) and len(roots.tensors) == 1 and not roots.routed and not roots.data:
+            note(out, Roots((Root.of(out, roots.tensors[0]),)))  # a batch out of a data set
+            return
         note(out, roots.moved if roots.tensors and not _keeps_rows(func, args, tensors, out) else roots)
+
+
+def _draws(func: Callable[..., Any], args: Any) -> bool:
+    """Whether a call draws some rows of a tensor by a slice or by a list of numbers."""
+    if func is not Tensor.__getitem__ or isinstance(args[1], tuple):
+        return False
+    index = args[1]
+    listed = isinstance(index, Tensor) and index.ndim == 1 and not index.requires_grad
+    return listed or (isinstance(index, slice) and index != slice(None))
 
 
 def _keeps_rows(func: Callable[..., Any], args: Any, tensors: Sequence[Tensor], out: Tensor) -> bool:

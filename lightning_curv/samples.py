@@ -257,8 +257,9 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
     """
     if batch.size is not None:
         return [batch.size]
-    roots = _read(tape)
-    targets = [len(root) for call in tape.losses.values() for root in call.roots.tensors if root.ndim]
+    roots = _whole(_read(tape))
+    found = _whole([root for call in tape.losses.values() for root in call.roots.tensors if root.ndim])
+    targets = [len(root) for root in found]
     both = [len(root) for root in roots if len(root) in targets]
     if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
         roots = [root for root in roots if not _held(root)] or roots
@@ -272,6 +273,12 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
     second = [int(shape[0]) for call in tape.losses.values() if (shape := call.arguments["input"].shape)]
     sizes = [*known[:1], *(size for size in second if size in shapes and size > 1)][:2]
     return list(dict.fromkeys(sizes if batch.expected is None else [batch.expected, *sizes]))
+
+
+def _whole(roots: Sequence[Root]) -> list[Root]:
+    """The same, where several pieces of one tensor are that tensor: the batch was cut, not drawn."""
+    pieces = Counter(root.whole for root in dict.fromkeys(roots))
+    return [root.whole if root.whole is not None and pieces[root.whole] > 1 else root for root in roots]
 
 
 def _read(tape: Tape) -> list[Root]:
