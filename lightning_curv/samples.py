@@ -631,6 +631,8 @@ class _Finder:
         records = [self.tape.losses[node] for node in calls]
         inputs = [Head(call.input, call.arguments["input"], call) for call in records]
         found = forward_owners(self.passes, inputs, [(head.edge, owners) for head, owners in heads], count)
+        if found is None and self.passes.output is not None and all(len(head.like) == count for head in inputs):
+            return {node: BatchAxis(count) for node in calls}  # beside `output=`, whose leading axis holds the samples
         if found is None:
             raise Mixed(f"in the input of `{records[0].name}`")
         return dict(zip(calls, found, strict=True))
