@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError, differentiating_twice
+from lightning_curv.joins import nothing_below
 from lightning_curv.own_passes import unheard
 from lightning_curv.owners import Owners
 from lightning_curv.passes import Column
@@ -158,20 +159,9 @@ class EigenResidual(Residual):
             yield Column(self.edges, seeds, self.values.flatten(1)[:, self._position(index)].sign())
 
 
-@contextmanager
-def _blocked(edges: Sequence[GradientEdge]) -> Iterator[None]:
+def _blocked(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
     """Gradients are captured at ``edges`` and go no further: an input may depend on another input of the same node."""
-    nodes = dict.fromkeys(edge.node for edge in edges) if len(edges) > 1 else {}
-    handles = [node.register_prehook(_zeros) for node in nodes]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
+    return nothing_below(dict.fromkeys(edge.node for edge in edges) if len(edges) > 1 else ())
 
 
 class LocalCurvature:

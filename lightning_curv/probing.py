@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.heads import Head
 from lightning_curv.own_passes import unheard
-from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, largest_entry
+from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, golden, largest_entry
 from lightning_curv.records import shape_at
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Probe:
         if self.count <= 1:
             return [Finding(_trivial(place, self.count)) for place in places]
         edges = [place.edge for place in places]
-        first, second = self._pass(edges, None), self._pass(edges, golden_values(self.count))
+        first, second = self._pass(edges, None), self._pass(edges, golden(self.count))
         scale, eps = largest_entry(first), self.passes.tape.eps
         found = [self._cheap(p, a, b, scale, eps) for p, a, b in zip(places, first, second, strict=True)]
         unknown = [i for i, finding in enumerate(found) if finding.mixed and places[i].rows]
@@ -202,13 +202,6 @@ class Code:
         if bool((((number >= count) | (check != digits[-1])) & owned).any()):
             return None
         return RowOwners(count, number.clamp(max=count - 1).masked_fill(largest == 0, -1), axes)
-
-
-def golden_values(count: int) -> Tensor:
-    """Different weights for all samples, neighbours far apart."""
-    from lightning_curv.owners import golden
-
-    return golden(count)
 
 
 def consistent(
