@@ -35,7 +35,8 @@ class Root:
     @classmethod
     def of(cls, tensor: Tensor, whole: Root | None = None) -> Root:
         """The root that a tensor is."""
-        return cls(tuple(tensor.shape), tensor.stride(), pointer_of(tensor), tensor.storage_offset(), whole)
+        offset = int(tensor.storage_offset())
+        return cls(tuple(tensor.shape), tensor.stride(), pointer_of(tensor), offset, whole)
 
     def __len__(self) -> int:
         return self.shape[0]
