@@ -90,14 +90,13 @@ def nonlinear_in_several(passes: Passes, tops: Sequence[Head], outputs: Sequence
     inputs = list(dict.fromkeys(edge[:2] for found in edges.values() for edge in found))
     known = {head.edge[:2]: owners.owner(head.like.shape).expand(head.like.shape) for head, owners in outputs}
     heads = [head_at(GradientEdge(*edge), passes.loss) for edge in inputs if edge not in below]
-    sources = [(head.edge, owners) for head, owners in outputs]
-    found = forward_owners(passes, heads, sources, outputs[0][1].count, by_entry=True) if heads else []
+    found = forward_owners(passes, heads, outputs, outputs[0][1].count, by_entry=True) if heads else []
     if found is None:
         return True
     known |= {head.edge[:2]: rows.index.reshape(head.like.shape) for head, rows in zip(heads, found, strict=True)}
     for node in nodes:
         owners = [known[edge[:2]] for edge in edges[node]]
-        if name_of(node) not in PRODUCTS and any(_differ(one, owners[0]) for one in owners[1:]):
+        if name_of(node) not in PRODUCTS and any(differ(one, owners[0]) for one in owners[1:]):
             return True
         if name_of(node) in REDUCTIONS and any(_several(one, node) for one in owners):
             return True
@@ -115,7 +114,7 @@ def _above(tops: Sequence[Head], outputs: set[Node]) -> Iterator[Node]:
             stack += [after for after, _ in node.next_functions if after is not None]
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
+def differ(one: Tensor, other: Tensor) -> bool:
     """Whether entries of two inputs that meet have different owners; what cannot be broadcast is no pointwise op."""
     try:
         one, other = torch.broadcast_tensors(one, other)

@@ -90,12 +90,11 @@ class Join:
         owner = owners.owner(g.shape).to(g.device)
         owner = owner.reshape([1] * (g.ndim - owner.ndim) + list(owner.shape))
         size = max(1, CHUNK_BYTES // max(1, g.numel() * g.element_size()))
-        parts = []
-        for start in range(0, owners.count, size):
-            samples = torch.arange(start, min(start + size, owners.count), device=g.device)
+        columns = g.new_zeros(owners.count, *shape)
+        for samples in owner[owner >= 0].unique().split(size):  # others have no row here
             masks = owner == samples.reshape(-1, *[1] * owner.ndim)
-            parts.append(self._calls(g * masks, shape))
-        return torch.cat(parts) if parts else g.new_zeros(0, *shape)
+            columns[samples] = self._calls(g * masks, shape).to(g.dtype)
+        return columns
 
     def _calls(self, gs: Tensor, shape: torch.Size) -> Tensor:
         """The node applied to every entry of the leading axis."""

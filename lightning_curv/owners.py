@@ -205,6 +205,24 @@ def batch_axes(shape: Sequence[int], axes: Iterable[int], count: int, rows: bool
     return exact + flat
 
 
+def owners_of(numbers: Tensor, shape: Sequence[int], count: int) -> Owners:
+    """The owners of the rows of a tensor, the cheap form where there is one.
+
+    Args:
+        numbers: The sample of every entry; broadcasts against the tensor.
+        shape: The tensor's shape.
+        count: N.
+    """
+    aligned = numbers.long().cpu().reshape([1] * (len(shape) - numbers.ndim) + list(numbers.shape))
+    axes = tuple(axis for axis, size in enumerate(aligned.shape) if size > 1) or ((0,) if shape else ())
+    index = aligned.expand([shape[axis] if axis in axes else 1 for axis in range(len(shape))]).flatten()
+    if len(axes) == 1:
+        for choice in batch_axes(shape, axes, count):
+            if torch.equal(choice.owner(shape).flatten(), index):
+                return choice
+    return RowOwners(count, index, axes)
+
+
 def largest_entry(tensors: Iterable[Tensor | None]) -> float:
     """The largest finite absolute value in all tensors."""
     found = (t.abs().nan_to_num(0.0, 0.0, 0.0) for t in tensors if t is not None and t.numel())

@@ -267,7 +267,7 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
 def forward_owners(
     passes: Passes,
     heads: Sequence[Head],
-    sources: Sequence[tuple[GradientEdge, Owners]],
+    sources: Sequence[tuple[Head, Owners]],
     count: int,
     by_entry: bool = False,
 ) -> list[RowOwners] | None:
@@ -288,23 +288,26 @@ def forward_owners(
     """
     with torch.enable_grad(), unheard():
         seeds = [torch.zeros_like(head.like).contiguous().requires_grad_() for head in heads]
-        edges = [edge for edge, _ in sources]
+        edges = [source.edge for source, _ in sources]
         try:
             pulled = torch.autograd.grad(
                 [head.edge for head in heads], edges, seeds, create_graph=True, allow_unused=True
             )
-            reached = [(g, owners) for g, (_, owners) in zip(pulled, sources, strict=True) if g is not None]
-            reached = [(g, owners) for g, owners in reached if g.requires_grad]
+            reached = [(g, *source) for g, source in zip(pulled, sources, strict=True) if g is not None]
+            reached = [(g, source, owners) for g, source, owners in reached if g.requires_grad]
             if not reached:
                 return None
-            directions = [_generic(g.detach()) for g, _ in reached]
+            directions = [_generic(g.detach()) for g, *_ in reached]
 
             def derivative(values: Tensor | None) -> Cotangents:
                 vectors = directions
                 if values is not None:
-                    vectors = [v * o.weights(v, values) for v, (_, o) in zip(directions, reached, strict=True)]
+                    vectors = [
+                        (v.reshape(source.like.shape) * owners.weights(source.like, values)).reshape(v.shape)
+                        for v, (_, source, owners) in zip(directions, reached, strict=True)
+                    ]
                 return torch.autograd.grad(
-                    [g for g, _ in reached], seeds, vectors, retain_graph=True, allow_unused=True
+                    [g for g, *_ in reached], seeds, vectors, retain_graph=True, allow_unused=True
                 )
 
             eps = max(passes.tape.eps, torch.finfo(seeds[0].dtype).eps)

@@ -7,11 +7,13 @@ gradient which tensors from outside of the recorded code it was computed from: i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+Numbers = Mapping[int, Tensor]  # see `row_numbers`: for every size that rows were counted in, their numbers
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ class Roots:
         tensors: Tensors without gradient that came from outside of the recorded code, each once.
         data: Whether it was also computed from values of the network that depend on data (``h.detach()``).
         routed: Whether the rows of the leading axis of some root may be in another order, or some missing.
+        numbers: Which rows they are, where they were moved; ``None``: they were not, or it is not known.
     """
 
     tensors: tuple[Root, ...] = ()
     data: bool = False
     routed: bool = False
+    numbers: Numbers | None = field(default=None, compare=False)
 
     @property
     def constant(self) -> bool:
@@ -78,6 +82,10 @@ class Roots:
     def moved(self) -> Roots:
         """The same for a tensor that has the rows in another order."""
         return self if self.routed or not self.tensors else Roots(self.tensors, self.data, True)
+
+    def numbered(self, numbers: Numbers) -> Roots:
+        """The same with known numbers of rows."""
+        return replace(self, numbers=numbers)
 
     def __or__(self, other: Roots) -> Roots:
         if other.constant or other is self:

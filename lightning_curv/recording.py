@@ -39,6 +39,7 @@ from lightning_curv.records import (
     marks,
     origin_of,
 )
+from lightning_curv.row_numbers import MOVING, counted, follow, name_of
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
@@ -47,14 +48,9 @@ from lightning_curv.weight_norm import weight_norm
 RANDOM = frozenset(
     ["bernoulli", "exponential", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm", "uniform"]
 )
-# functions that may move rows of the leading axis, and functions that cut a contiguous tensor into other rows
-_MOVING = """
-    T argsort cat column_stack concat concatenate flip gather get hstack index_select masked_select mT moveaxis movedim
-    narrow nonzero permute repeat roll rot90 scatter select sort stack swapaxes swapdims t take take_along_dim tile topk
-    transpose unique vstack
-"""
-MOVING = frozenset(_MOVING.split())
+# functions that cut a contiguous tensor into other rows
 RESHAPING = frozenset(("flatten", "ravel", "reshape", "unflatten", "view"))
+PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split"))
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 _local = threading.local()
@@ -112,17 +108,17 @@ class record(TorchFunctionMode):
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
-            if isinstance(out, Tensor) and out.grad_fn is None:
-                _note_roots(func, args, kwargs, out)
+            if isinstance(out, (Tensor, tuple, list)) and (free := _without_gradient(out)):
+                _note_roots(func, args, kwargs, free)
             elif isinstance(out, (Tensor, tuple, list, dict)) and _recording():
                 _record_unknown(func, args, kwargs, out)
             elif func is Tensor.__setitem__ and not args[0].requires_grad:
-                _note_roots(func, args, kwargs, args[0])
+                _note_roots(func, args, kwargs, [args[0]])
             return out
         if not _recording() or not (rule.slots or _has_origin([*args, *kwargs.values()])):
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and out.grad_fn is None:
-                _note_roots(func, args, kwargs, out)
+                _note_roots(func, args, kwargs, [out])
             return out
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
@@ -161,19 +157,52 @@ def _recording() -> bool:
     return torch.is_grad_enabled() and not disabled()
 
 
-def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], out: Tensor) -> None:
-    """Note what a tensor without gradient was computed from; random numbers come from outside."""
-    if not out.requires_grad and not disabled() and getattr(func, "__name__", "").strip("_") not in RANDOM:
-        tensors = _tensors([*args, *kwargs.values()])
-        roots = united(map(all_roots, tensors))
-        if _draws(func, args) and len(roots.tensors) == 1 and not roots.routed and not roots.data:
-            note(out, Roots((Root.of(out, roots.tensors[0]),)))  # a batch out of a data set
-            return
-        note(out, roots.moved if roots.tensors and not _keeps_rows(func, args, tensors, out) else roots)
+def _without_gradient(out: Tensor | Sequence[Any]) -> list[Tensor]:
+    """The results of a call, if they are tensors without a graph; else nothing."""
+    results = [out] if isinstance(out, Tensor) else list(out)
+    free = all(isinstance(result, Tensor) and result.grad_fn is None for result in results)
+    return results if free else []
 
 
-def _draws(func: Callable[..., Any], args: Any) -> bool:
-    """Whether a call draws some rows of a tensor by a slice or by a list of numbers."""
+def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], results: list[Tensor]) -> None:
+    """Note what tensors without gradient were computed from; random numbers come from outside."""
+    if disabled() or results[0].requires_grad or getattr(func, "__name__", "").strip("_") in RANDOM:
+        return
+    tensors = _tensors([*args, *kwargs.values()])
+    known = list(map(all_roots, tensors))
+    roots = united(known)
+    kept = [not roots.tensors or _keeps_rows(func, args, tensors, out) for out in results]
+    drawn = _drawn_from(func, args, kwargs, roots)
+    found = [roots if keeps else roots.moved for keeps in kept]
+    moved = not all(kept) or drawn is not None or any(_recut(roots, out) for out in results)
+    if roots.tensors and (moved or any(one.numbers is not None for one in known)):
+        for i, numbers in enumerate(follow(func, args, kwargs, results)):
+            out = results[i]
+            if drawn is None:
+                found[i] = found[i].numbered(numbers)
+            else:
+                own = {len(out): counted(len(out), out)} if out.ndim else {}
+                found[i] = Roots((Root.of(out, drawn),)).numbered({**numbers, **own})
+    for out, one in zip(results, found, strict=True):
+        note(out, one)
+
+
+def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], roots: Roots) -> Root | None:
+    """The tensor that a call takes some rows of: a batch out of a data set, or a piece of a batch."""
+    single = len(roots.tensors) == 1 and not roots.data and not roots.routed
+    return roots.tensors[0] if single and roots.tensors[0].ndim and _draws(func, args, kwargs) else None
+
+
+def _recut(roots: Roots, out: Tensor) -> bool:
+    """Whether a result has another number of rows than what it was computed from."""
+    return out.ndim > 0 and any(root.ndim and len(root) not in (1, len(out)) for root in roots.tensors)
+
+
+def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call takes some rows of a tensor, by a slice, by a list of numbers or as one of several pieces."""
+    if name_of(func) in PIECES:
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        return bool(dim == 0)
     if func is not Tensor.__getitem__ or isinstance(args[1], tuple):
         return False
     index = args[1]

@@ -16,7 +16,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, cast
 from weakref import ReferenceType, ref
 
@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.coupling import Undecided, separable
+from lightning_curv.coupling import Undecided, differ, separable
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import Tape, leaf_of, nodes_below
 from lightning_curv.heads import Head, find_heads, frontier
 from lightning_curv.joins import Join, node_of
 from lightning_curv.meeting import Mixed, find_joins
-from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes
+from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Root, Roots, pointer_of
 from lightning_curv.records import PURE, Operand, Use, edge_of, marks
+from lightning_curv.row_numbers import fingerprint
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import FallbackWarning
 
@@ -81,7 +82,8 @@ class Batch:
         return {pointer_of(tensor) for tensor in self.tensors or ()}
 
     def _gave(self, roots: Roots) -> bool:
-        return any(root.pointer in self._pointers for root in roots.tensors)
+        wholes = [root.whole for root in roots.tensors if root.whole is not None]
+        return any(root.pointer in self._pointers for root in (*roots.tensors, *wholes))
 
     def read_by(self, tape: Tape) -> Batch:
         """This batch, or only the size that the graph must agree with if the graph reads none of its tensors."""
@@ -144,7 +146,9 @@ def _put_joins(passes: Passes, found: _Found) -> None:
 
 def _structure(tape: Tape) -> tuple[Hashable, ...]:
     uses, losses = tape.uses.values(), tape.losses.values()
+    read = [roots for use in uses for roots in use.roots.values()] + [call.roots for call in losses]
     return (
+        tuple(fingerprint(roots.numbers) for roots in read if roots.numbers is not None),
         tuple(tape.structure),
         tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
         tuple(root.shape for use in uses for roots in use.roots.values() for root in roots.tensors),
@@ -254,11 +258,14 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
     The default is the leading axis of what the network reads first and a target of the loss has too. Tables of
     constants are read as well: without such an agreement targets come first, and what modules hold is left out. One
     sample agrees with every graph, so it comes into question only where nothing else does, or where it is the default.
+    If the graph does not agree with the default, other leading axes come into question, one of which must then agree.
     """
     if batch.size is not None:
         return [batch.size]
     roots = _whole(_read(tape))
     found = _whole([root for call in tape.losses.values() for root in call.roots.tensors if root.ndim])
+    if len({len(root) for root in found}) > 1:
+        found = [root for root in found if not _held(root)] or found
     targets = [len(root) for root in found]
     both = [len(root) for root in roots if len(root) in targets]
     if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
@@ -271,7 +278,8 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
         known = [int(shape[0]) for shape in [*heads, *outputs] if shape] or [1]
     shapes = {size for root in roots for size in root.shape[1:]}  # the batch may be second in what is read
     second = [int(shape[0]) for call in tape.losses.values() if (shape := call.arguments["input"].shape)]
-    sizes = [*known[:1], *(size for size in second if size in shapes and size > 1)][:2]
+    others = [size for size in [*known, *targets] if size > 1]
+    sizes = list(dict.fromkeys([*known[:1], *(size for size in second if size in shapes and size > 1), *others]))[:4]
     return list(dict.fromkeys(sizes if batch.expected is None else [batch.expected, *sizes]))
 
 
@@ -318,27 +326,34 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int) -> None:
     )
 
 
+_CACHE = type(cache(repr))
 _HELD: dict[Root, ReferenceType[Tensor]] = {}  # tensors that modules were found to hold
 
 
 def _held(root: Root) -> bool:
-    """Whether a module holds a tensor, as a frozen parameter, a buffer or an attribute."""
+    """Whether a module holds a tensor, as a frozen parameter, a buffer or an attribute, or the cache of a function."""
     known = _HELD[root]() if root in _HELD else None
     if known is not None and pointer_of(known) == root.pointer:
         return True
-    for module in gc.get_objects():  # slow: once per tensor
-        if issubclass(type(module), torch.nn.Module) and "_buffers" in module.__dict__:
-            for value in _values(module):
-                if isinstance(value, Tensor) and pointer_of(value) == root.pointer:
-                    _HELD[root] = ref(value)
-                    return True
+    for holder in gc.get_objects():  # slow: once per tensor
+        for value in _values(holder):
+            if isinstance(value, Tensor) and pointer_of(value) == root.pointer:
+                _HELD[root] = ref(value)
+                return True
     return False
 
 
-def _values(module: torch.nn.Module) -> Iterator[Any]:
-    """What a module holds, also in a dictionary or a list."""
-    yield from (*module._parameters.values(), *module._buffers.values())
-    for value in module.__dict__.values():
+def _values(holder: Any) -> Iterator[Any]:
+    """What a module or the cache of a function holds, also in a dictionary or a list; nothing, if it is neither."""
+    if issubclass(type(holder), torch.nn.Module) and "_buffers" in holder.__dict__:
+        yield from (*holder._parameters.values(), *holder._buffers.values())
+        held = list(holder.__dict__.values())
+    elif type(holder) is _CACHE:
+        held = gc.get_referents(holder)
+        held += [value for link in held if isinstance(link, dict) for value in gc.get_referents(*link.values())]
+    else:
+        return
+    for value in held:
         yield value
         if isinstance(value, (list, tuple)):
             yield from value
@@ -368,7 +383,17 @@ class _Found:
 def _in_order(roots: Roots, count: int) -> bool:
     """Whether something has the rows of the batch in their order, several per sample perhaps, or depends on none."""
     several = [root for root in roots.tensors if root.ndim and len(root) > 1]
+    if roots.numbers is not None and count in roots.numbers:
+        numbers = roots.numbers[count]
+        return numbers.ndim > 0 and numbers.numel() == len(numbers) and _counts(numbers.flatten(), count)
     return not roots.data and not roots.routed and all(len(root) == count for root in several)
+
+
+def _counts(numbers: Tensor, count: int) -> bool:
+    """Whether the rows are those of the batch in their order, one or several per sample."""
+    rows = len(numbers)
+    expected = torch.arange(rows, device=numbers.device) // max(1, rows // max(1, count))
+    return rows % max(1, count) == 0 and torch.equal(numbers.long(), expected)
 
 
 def _agrees_with_target(head: Head, owners: RowOwners) -> bool:
@@ -527,7 +552,7 @@ class _Finder:
     def _from_inputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
         """Rows of the heads in any order, as the network's inputs tell."""
         sources = [
-            (GradientEdge(node_of(node), use.output_nr), anchor)
+            (Head(GradientEdge(node_of(node), use.output_nr), self._like(use)), anchor)
             for node, use in self.uses.items()
             if (anchor := self._anchor(node, use, count))
         ]
@@ -537,6 +562,9 @@ class _Finder:
         found = forward_owners(self.passes, heads, sources, count)
         if found is not None and all(map(_agrees_with_target, heads, found)):
             yield list(zip(heads, found, strict=True))
+
+    def _like(self, use: Use) -> Tensor:
+        return torch.zeros((), dtype=use.dtype, device=self.passes.loss.device).expand(use.shape)
 
     def _from_outputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
         """The network's outputs instead of the heads, for losses that are no sum of anything with N rows."""
@@ -565,12 +593,8 @@ class _Finder:
     def _axes_of(self, output: Head) -> list[int]:
         return self.axes.get(output.edge.node) or list(range(output.like.ndim))
 
-    def _anchor(self, node: Node | Join, use: Use, count: int) -> BatchAxis | None:
-        """Where a use that reads the rows of the batch in their order has its samples.
-
-        It is the first axis, if the rows of the batch are on it; else the first axis of N of a tensor that is read as
-        it is.
-        """
+    def _anchor(self, node: Node | Join, use: Use, count: int) -> Owners | None:
+        """Where a use has its samples, as the rows of the batch that it reads tell; ``None``: they do not."""
         if _groups(use) is not None:
             return None
         for name, roots in use.roots.items():
@@ -578,14 +602,33 @@ class _Finder:
             constant = self.batch.tensors is not None and not self.batch.holds(roots)
             if name in use.operands or not isinstance(value, Tensor) or not value.ndim or not roots.tensors or constant:
                 continue
-            rows = len(use.shape) > 0 and len(value) == use.shape[0]
-            if rows and count and use.shape[0] % count == 0 and 0 in self.axes[node] and _in_order(roots, count):
-                return BatchAxis(count)
-            root = Root.of(value)
-            axis = root.shape.index(count) if roots.tensors == (root,) and count in root.shape else 0
-            if axis and not roots.data and axis in self.axes[node] and use.shape[axis : axis + 1] == (count,):
-                return BatchAxis(count, axis)
+            numbers = (roots.numbers or {}).get(count)
+            if numbers is None:
+                found = self._in_order(node, use, value, roots, count)
+            else:
+                found = self._numbered(node, use, value, numbers, count)
+            if found is not None:
+                return found
         return None
+
+    def _in_order(self, node: Node | Join, use: Use, value: Tensor, roots: Roots, count: int) -> BatchAxis | None:
+        """The first axis, if the rows of the batch are on it; else the first axis of N of a tensor read as it is."""
+        rows = len(use.shape) > 0 and len(value) == use.shape[0]
+        if rows and count and use.shape[0] % count == 0 and 0 in self.axes[node] and _in_order(roots, count):
+            return BatchAxis(count)
+        root = Root.of(value)
+        axis = root.shape.index(count) if roots.tensors == (root,) and count in root.shape else 0
+        if axis and not roots.data and axis in self.axes[node] and use.shape[axis : axis + 1] == (count,):
+            return BatchAxis(count, axis)
+        return None
+
+    def _numbered(self, node: Node | Join, use: Use, value: Tensor, numbers: Tensor, count: int) -> Owners | None:
+        """The same axes as in what it reads, if all are among its own; or all of it, if it reads one sample only."""
+        owners = owners_of(numbers, value.shape, count)
+        axes = (owners.axis,) if isinstance(owners, BatchAxis) else owners.axes
+        if all(axis in self.axes[node] and use.shape[axis] == value.shape[axis] for axis in axes):
+            return owners
+        return owners_of(numbers.flatten(), use.shape, count) if numbers.numel() == 1 else None
 
     def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int) -> _Found:
         """The owners everywhere.
@@ -611,6 +654,7 @@ class _Finder:
         by_edge = {head.edge[:2]: owners for head, owners in heads}
         owners: dict[Node | Join, Owners] = {}
         for key, finding in uses.items():
+            self._refuse_other_order(key, finding, count)
             if key not in dropped:
                 assert finding.owners is not None
                 owners[key] = _by_group(self.uses[key], finding.owners)
@@ -619,6 +663,20 @@ class _Finder:
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         owners.update(joins.items())
         return _Found(Samples(count, owners, placed), joins, dropped)
+
+    def _refuse_other_order(self, node: Node | Join, finding: Finding, count: int) -> None:
+        """Raise if rows of a use belong to other samples than the rows of the batch that it reads.
+
+        Raises:
+            Mixed: They do.
+        """
+        use = self.uses[node]
+        anchor = self._anchor(node, use, count)
+        if not isinstance(anchor, RowOwners) or finding.owners is None:
+            return
+        told, found = anchor.owner(use.shape), finding.owners.owner(use.shape)
+        if differ(told, found):
+            raise Mixed(f"in `{use.name}`, whose rows arrive at summands of the loss that belong to other samples")
 
     def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
         """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.
@@ -630,7 +688,7 @@ class _Finder:
             return {}
         records = [self.tape.losses[node] for node in calls]
         inputs = [Head(call.input, call.arguments["input"], call) for call in records]
-        found = forward_owners(self.passes, inputs, [(head.edge, owners) for head, owners in heads], count)
+        found = forward_owners(self.passes, inputs, heads, count)
         if found is None and self.passes.output is not None and all(len(head.like) == count for head in inputs):
             return {node: BatchAxis(count) for node in calls}  # beside `output=`, whose leading axis holds the samples
         if found is None:
@@ -640,7 +698,7 @@ class _Finder:
     def _place(self, node: Node | Join, use: Use, count: int) -> Place:
         edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
         axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
-        if (anchor := self._anchor(node, use, count)) is not None:
+        if isinstance(anchor := self._anchor(node, use, count), BatchAxis):
             return Place(edge, use.shape, [anchor], [])
         rows: list[tuple[int, ...]] = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))

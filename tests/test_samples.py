@@ -217,26 +217,3 @@ def test_a_gate_that_opens_is_found_at_the_tenth_graph():
         run()
     with pytest.raises(NotImplementedError, match="samples mix"):
         run()
-
-
-@pytest.mark.parametrize(
-    "move",
-    [
-        lambda x: x.transpose(0, 1).flatten(0, 1),
-        lambda x: x[torch.arange(20).reshape(4, 5) < torch.tensor([[1], [7], [14], [20]])],
-        lambda x: x.flatten(0, 1)[torch.randperm(20)],
-        lambda x: torch.cat([x[:, 0], x[:, 1]]),
-    ],
-    ids=["transposed", "masked", "permuted", "views"],
-)
-def test_rows_that_are_moved_before_the_first_parameter_are_not_guessed(move):
-    torch.manual_seed(0)
-    layer, x, y = nn.Linear(3, 2), torch.randn(4, 5, 3), torch.randn(4, 5, 2)
-    assert len(move(x)) % 4 == 0
-    state = torch.get_rng_state()
-    with curvature(BatchGrad()):
-        rows = layer(move(x))
-        torch.set_rng_state(state)
-        loss = F.mse_loss(rows, move(y))
-        with pytest.raises(NotImplementedError, match="sample"):
-            loss.backward()

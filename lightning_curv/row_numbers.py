@@ -1,0 +1,141 @@
+"""Numbers of rows: which row of the batch every entry of a tensor without gradient came from.
+
+A batch is often masked, permuted, cut or stacked before it meets the first parameter, and the graph begins only there.
+So whenever recorded code moves the rows of such a tensor, the same call is applied to their numbers. Numbers belong to
+a size: that of the tensor which the rows were counted in. A piece ``x[4:8]`` of a batch of 16 rows has two meanings,
+rows 0 to 3 of a batch of 4 and rows 4 to 7 of one of 16, and the number of samples says which one is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curv.provenance import Numbers, Roots, roots_of
+
+# functions that may move rows of the leading axis
+_MOVING = """
+    T argsort cat column_stack concat concatenate flip gather get hstack index_select masked_select mT moveaxis movedim
+    narrow nonzero permute repeat roll rot90 scatter select sort stack swapaxes swapdims t take take_along_dim tile topk
+    transpose unique vstack
+"""
+MOVING = frozenset(_MOVING.split())
+# functions that only move, repeat or leave out entries of their first argument, or of the tensors in it
+_ROUTING = """
+    T broadcast_to cat chunk column_stack concat concatenate contiguous detach diagonal dsplit expand expand_as flatten
+    flip fliplr flipud gather get getitem hsplit hstack index_select mT masked_select moveaxis movedim narrow permute
+    ravel repeat repeat_interleave reshape reshape_as roll rot90 select split split_with_sizes squeeze stack swapaxes
+    swapdims t take take_along_dim tensor_split tile transpose unbind unflatten unsqueeze view view_as vsplit vstack
+"""
+ROUTING = frozenset(_ROUTING.split())
+VIEWS = frozenset(("unflatten", "view", "view_as"))  # that look at strides, which numbers do not have
+
+
+def follow(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> list[Numbers]:
+    """The numbers of the rows of the results of a call, one per tensor; empty ones where they are not known."""
+    inplace = any(result is value for result in results for value in args)
+    if name_of(func) in ROUTING and args and not inplace and "out" not in kwargs:
+        try:
+            return _routed(func, args, kwargs, results)
+        except (RuntimeError, TypeError, ValueError):  # of numbers only: the call itself went well
+            return [{} for _ in results]
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if name_of(func) in MOVING:
+        return [{} for _ in results]
+    return [_kept(tensors, result) for result in results]
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """The name of a torch function, without underscores around it; of a property its own."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name.strip("_")
+
+
+def _routed(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> list[Numbers]:
+    """The same call, applied to numbers."""
+    first, *rest = args
+    several = isinstance(first, (list, tuple))
+    sources = [value for value in first if isinstance(value, Tensor)] if several else [first]
+    if not sources or (several and len(sources) < len(first)):
+        return [{} for _ in results]
+    known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
+    told = [numbers for numbers in known if numbers is not None]
+    found: list[dict[int, Tensor]] = [{} for _ in results]
+    for size in set(told[0]).intersection(*told[1:]) if told else ():
+        beside = told[0][size]  # what is joined to rows of the batch, and is the same for all, belongs to them
+        numbers = [(beside if n is None else n[size]).expand(v.shape) for n, v in zip(known, sources, strict=True)]
+        if name_of(func) in VIEWS:
+            numbers = [one.contiguous() for one in numbers]
+        with torch._C.DisableTorchFunction():
+            out = func(numbers if several else numbers[0], *rest, **kwargs)
+        for one, tensor in zip(found, [out] if isinstance(out, Tensor) else out, strict=True):
+            one[size] = _narrowed(tensor)
+    return list(found)
+
+
+def _kept(tensors: Sequence[Tensor], result: Tensor) -> Numbers:
+    """The numbers of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
+    known = [(tensor, numbers_of(tensor)) for tensor in tensors if not roots_of(tensor).constant]
+    if not known or any(tensor.requires_grad for tensor, _ in known):
+        return {}
+    sizes = set(known[0][1]).intersection(*(numbers for _, numbers in known[1:]))
+    found = {}
+    for size in sizes:
+        aligned = [_aligned(numbers[size], tensor, result) for tensor, numbers in known]
+        if aligned[0] is not None and all(a is not None and torch.equal(a, aligned[0]) for a in aligned):
+            found[size] = aligned[0]
+    return found
+
+
+def _aligned(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
+    """Numbers of a tensor as those of a result."""
+    if tensor.shape == result.shape:
+        return numbers
+    leading = numbers.numel() == len(numbers) if numbers.ndim else False
+    if leading and result.ndim and len(tensor) == len(result):
+        return numbers.reshape(-1, *[1] * (result.ndim - 1))
+    return None
+
+
+def numbers_of(tensor: Tensor) -> Numbers:
+    """The numbers of the rows of a tensor without gradient; empty ones where they are not known."""
+    roots = roots_of(tensor)
+    return roots.numbers if roots.numbers is not None else in_order(tensor, roots)
+
+
+def in_order(tensor: Tensor, roots: Roots) -> Numbers:
+    """The numbers where nothing moved rows."""
+    sizes = {len(root) for root in roots.tensors if root.ndim and len(root) > 1}
+    sizes |= {len(root) for root in roots.tensors if root.ndim and not sizes}
+    if not tensor.ndim or sizes != {len(tensor)} or roots.data or roots.routed:
+        return {}
+    return {len(tensor): counted(len(tensor), tensor)}
+
+
+def counted(size: int, tensor: Tensor) -> Tensor:
+    """0, 1, ... along the leading axis of a tensor; broadcasts against it."""
+    dtype = torch.uint8 if size <= 255 else torch.int32
+    return torch.arange(size, dtype=dtype, device=tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def _narrowed(numbers: Tensor) -> Tensor:
+    """The same without the axes along which they do not change; broadcasts against it."""
+    for axis in range(numbers.ndim):
+        if numbers.shape[axis] > 1:
+            first = numbers.narrow(axis, 0, 1)
+            if not numbers.stride(axis) or bool((numbers == first).all()):
+                numbers = first
+    return numbers.contiguous()
+
+
+def fingerprint(numbers: Numbers) -> tuple[tuple[int, bytes], ...]:
+    """Something that is the same for the same numbers only."""
+    return tuple((size, blake2b(found.cpu().numpy().tobytes()).digest()) for size, found in sorted(numbers.items()))

@@ -1,0 +1,253 @@
+"""Rows of the raw batch that are moved before the first parameter: whose they are is known all the same."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_curv import curvature
+from lightning_curv.extensions import BatchDiagGGNExact, BatchGrad
+from lightning_curv.rules.fallback import FallbackWarning
+
+N, T, D, C = 4, 3, 5, 3
+LENGTHS = torch.tensor([2, 3, 1, 3])
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Linear(D, D), nn.Linear(D, C)
+
+    def forward(self, x):
+        return self.head(self.a(x).tanh())
+
+
+def masked(x, y, lengths):
+    mask = torch.arange(T) < lengths[:, None]
+    yield x[mask], y[mask]
+
+
+def masked_select_of_scaled(x, y, lengths):
+    mask = torch.arange(T) < lengths[:, None]
+    yield (2 * x)[mask] - 1, y[mask]
+
+
+def numbered(x, y, lengths):
+    mask = torch.arange(T) < lengths[:, None]
+    index = mask.flatten().nonzero().squeeze(1)
+    yield x.flatten(0, 1)[index], y.flatten().index_select(0, index)
+
+
+def time_major(x, y, lengths):
+    yield x.transpose(0, 1).reshape(-1, D), y.T.reshape(-1)
+
+
+def time_major_first_steps(x, y, lengths):
+    yield x.permute(1, 0, 2)[:2].flatten(0, 1), y.T[:2].flatten()
+
+
+def views(x, y, lengths):
+    yield torch.cat([x[:, 0], 0.9 * x[:, 1]]), torch.cat([y[:, 0], y[:, 1]])
+
+
+def noisy_views(x, y, lengths):
+    yield torch.cat([x[:, 0], x[:, 0] * 0.5]), y[:, 0].repeat(2)
+
+
+def stacked_views(x, y, lengths):
+    yield torch.stack([x[:, 0], x[:, 2]]).flatten(0, 1), torch.stack([y[:, 0], y[:, 2]]).flatten()
+
+
+def stacked_inside(x, y, lengths):
+    yield torch.stack([x[:, 0], x[:, 2]], 1).flatten(0, 1), torch.stack([y[:, 0], y[:, 2]], 1).flatten()
+
+
+def repeated(x, y, lengths):
+    yield x[:, 0].repeat(2, 1), y[:, 0].repeat(2)
+
+
+def repeated_in_place(x, y, lengths):
+    yield x[:, 0].repeat_interleave(2, 0), y[:, 0].repeat_interleave(2)
+
+
+def flipped(x, y, lengths):
+    yield x[:, 0].flip(0), y[:, 0].flip(0)
+
+
+def rolled(x, y, lengths):
+    yield x.roll(1, 0).flatten(0, 1), y.roll(1, 0).flatten()
+
+
+def unequal(x, y, lengths):
+    index = torch.tensor([3, 0, 0, 2, 1, 3, 3])[: 2 * len(x)] if len(x) == N else torch.zeros(0, dtype=torch.long)
+    index = index if len(x) == N else torch.zeros(COUNTS[int(y[0, 0])], dtype=torch.long)
+    yield x[:, 0].index_select(0, index), y[:, 0].index_select(0, index)
+
+
+COUNTS = {0: 2, 1: 1, 2: 1, 3: 3}
+
+
+def ragged_cat(x, y, lengths):
+    yield (
+        torch.cat([x[i, :length] for i, length in enumerate(lengths.tolist())]),
+        torch.cat([y[i, :length] for i, length in enumerate(lengths.tolist())]),
+    )
+
+
+def one_by_one(x, y, lengths):
+    for i in range(len(x)):
+        yield x[i : i + 1, 0], y[i : i + 1, 0]
+
+
+def one_by_one_sequences(x, y, lengths):
+    for i in range(len(x)):
+        yield x[i], y[i]
+
+
+def unbatched(x, y, lengths):
+    yield from zip(x[:, 0], y[:, 0])
+
+
+def unbound(x, y, lengths):
+    for row, target in zip(x.unbind(), y.unbind()):
+        yield row[:2], target[:2]
+
+
+def chunks(x, y, lengths):
+    yield from zip(x[:, 0].chunk(2), y[:, 0].chunk(2))
+
+
+def splits(x, y, lengths):
+    sizes = [1, 3] if len(x) == N else [len(x)]
+    yield from zip(x.split(sizes), y.split(sizes))
+
+
+def reversed_chunks(x, y, lengths):
+    yield from reversed(list(zip(x[:, 1].tensor_split(2), y[:, 1].tensor_split(2))))
+
+
+CASES: dict[str, Callable] = {
+    function.__name__: function
+    for function in (
+        masked,
+        masked_select_of_scaled,
+        numbered,
+        time_major,
+        time_major_first_steps,
+        views,
+        noisy_views,
+        stacked_views,
+        stacked_inside,
+        repeated,
+        repeated_in_place,
+        flipped,
+        rolled,
+        unequal,
+        ragged_cat,
+        one_by_one,
+        one_by_one_sequences,
+        unbatched,
+        unbound,
+        chunks,
+        splits,
+        reversed_chunks,
+    )
+}
+
+
+def cross_entropy(z, y):
+    return F.cross_entropy(z.reshape(-1, C), y.reshape(-1), reduction="sum")
+
+
+def by_hand(z, y):
+    return -z.log_softmax(-1).gather(-1, y[..., None]).sum()
+
+
+def squares(z, y):
+    return (z - F.one_hot(y, C)).square().sum()
+
+
+LOSSES = {"cross_entropy": cross_entropy, "by_hand": by_hand, "squares": squares}
+
+
+def draw() -> tuple[Model, Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    y = torch.arange(N)[:, None].repeat(1, T)  # tells `unequal` whose row it is; C classes below
+    return Model().double(), torch.randn(N, T, D, dtype=torch.float64), y, LENGTHS
+
+
+def total(name, loss, model, x, y, lengths):
+    """The sum over the pieces that the case runs."""
+    return sum(LOSSES[loss](model(rows), targets % C) for rows, targets in CASES[name](x, y, lengths))
+
+
+def gradients(scalar, model):
+    found = torch.autograd.grad(scalar, list(model.parameters()), retain_graph=True)
+    return dict(zip(dict(model.named_parameters()), found))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
+@pytest.mark.parametrize("size", [N, None])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_each_row_of_the_batch(name, loss, size):
+    model, x, y, lengths = draw()
+    with curvature(BatchGrad(), batch_size=size):
+        (total(name, loss, model, x, y, lengths) / N).backward()
+    alone = [total(name, loss, model, x[n : n + 1], y[n : n + 1], lengths[n : n + 1]) / N for n in range(N)]
+    rows = [gradients(scalar, model) for scalar in alone]
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(
+            p.grad_batch, torch.stack([row[key] for row in rows]), msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ["masked", "time_major", "views", "unequal", "one_by_one", "splits"])
+def test_ggn_diagonals_are_those_of_each_row_of_the_batch(name):
+    model, x, y, lengths = draw()
+    with curvature(BatchDiagGGNExact(), batch_size=N):
+        (total(name, "cross_entropy", model, x, y, lengths) / N).backward()
+    for n in range(N):
+        expected = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
+        for rows, _ in CASES[name](x[n : n + 1], y[n : n + 1], lengths[n : n + 1]):
+            z = model(rows)
+            for row in z.flatten(0, -2):
+                p = row.detach().softmax(-1)
+                H = (p.diag() - p.outer(p)) / N
+                columns = [gradients(entry, model) for entry in row]
+                for key in expected:
+                    J = torch.stack([column[key].flatten() for column in columns])
+                    expected[key] += torch.einsum("cp,cd,dp->p", J, H, J).reshape(expected[key].shape)
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(p.diag_ggn_exact_batch[n], expected[key])
+
+
+def test_rows_that_another_batch_moves_otherwise_are_assigned_anew():
+    """Nothing in the graph tells two orders of the raw rows apart."""
+    model, x, y, _ = draw()
+    for _ in range(3):
+        index = torch.randperm(2 * N) % N
+        with curvature(BatchGrad(), batch_size=N):
+            by_hand(model(x[:, 0].index_select(0, index)), y[:, 0].index_select(0, index) % C).backward()
+        for n in range(N):
+            alone = gradients(2 * by_hand(model(x[n, 0]), y[n, 0] % C), model)
+            for key, p in model.named_parameters():
+                torch.testing.assert_close(p.grad_batch[n], alone[key])
+
+
+def test_loops_over_pieces_warn_of_nothing(recwarn):
+    model, x, y, lengths = draw()
+    with curvature(BatchGrad(), batch_size=N):
+        total("one_by_one", "cross_entropy", model, x, y, lengths).backward()
+    assert not [w for w in recwarn if issubclass(w.category, FallbackWarning)]
+
+
+def test_rows_that_an_op_moves_by_values_are_not_guessed():
+    model, x, y, _ = draw()
+    with curvature(BatchGrad(), batch_size=N):
+        rows = model(x[:, :2].flatten(0, 1).sort(0).values)
+        loss = cross_entropy(rows, y[:, :2].flatten().sort(0).values % C)
+        with pytest.raises(NotImplementedError, match="sample"):
+            loss.backward()
