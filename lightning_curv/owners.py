@@ -205,7 +205,7 @@ def batch_axes(shape: Sequence[int], axes: Iterable[int], count: int, rows: bool
     return exact + flat
 
 
-def owners_of(numbers: Tensor, shape: Sequence[int], count: int) -> Owners:
+def owners_of(numbers: Tensor, shape: Sequence[int], count: int) -> BatchAxis | RowOwners:
     """The owners of the rows of a tensor, the cheap form where there is one.
 
     Args:

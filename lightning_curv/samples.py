@@ -603,10 +603,11 @@ class _Finder:
             if name in use.operands or not isinstance(value, Tensor) or not value.ndim or not roots.tensors or constant:
                 continue
             numbers = (roots.numbers or {}).get(count)
-            if numbers is None:
-                found = self._in_order(node, use, value, roots, count)
-            else:
-                found = self._numbered(node, use, value, numbers, count)
+            found = (
+                self._in_order(node, use, value, roots, count)
+                if numbers is None
+                else self._numbered(node, use, value, numbers, count)
+            )
             if found is not None:
                 return found
         return None
