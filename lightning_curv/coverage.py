@@ -33,7 +33,7 @@ def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension
 
 def _refuse_coupled(tape: Tape, extension: Extension | GraphExtension) -> None:
     for use in tape.uses.values():
-        if use.couples and use.inputs:
+        if use.couples:
             raise UnsupportedError(
                 f"{extension} needs samples that do not influence each other, found `{use.name}` with statistics of "
                 "the batch. Put the layer into evaluation mode (`.eval()`), or use GroupNorm or LayerNorm."

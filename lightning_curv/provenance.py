@@ -66,12 +66,14 @@ class Roots:
         data: Whether it was also computed from values of the network that depend on data (``h.detach()``).
         routed: Whether the rows of the leading axis of some root may be in another order, or some missing.
         numbers: Which rows they are, where they were moved; ``None``: they were not, or it is not known.
+        pooled: The numbers of rows that were taken together, as by a mean over the batch.
     """
 
     tensors: tuple[Root, ...] = ()
     data: bool = False
     routed: bool = False
     numbers: Numbers | None = field(default=None, compare=False)
+    pooled: frozenset[int] = frozenset()
 
     @property
     def constant(self) -> bool:
@@ -81,11 +83,11 @@ class Roots:
     @property
     def moved(self) -> Roots:
         """The same for a tensor that has the rows in another order."""
-        return self if self.routed or not self.tensors else Roots(self.tensors, self.data, True)
+        return self if self.routed or not self.tensors else replace(self, routed=True)
 
-    def numbered(self, numbers: Numbers) -> Roots:
+    def numbered(self, numbers: Numbers, pooled: frozenset[int] = frozenset()) -> Roots:
         """The same with known numbers of rows."""
-        return replace(self, numbers=numbers)
+        return replace(self, numbers=numbers, pooled=self.pooled | pooled)
 
     def __or__(self, other: Roots) -> Roots:
         if other.constant or other is self:
@@ -93,7 +95,8 @@ class Roots:
         if self.constant:
             return other
         tensors = tuple(dict.fromkeys(self.tensors + other.tensors))
-        return Roots(tensors, self.data or other.data, self.routed or other.routed)
+        pooled = self.pooled | other.pooled
+        return Roots(tensors, self.data or other.data, self.routed or other.routed, pooled=pooled)
 
 
 CONSTANT, DATA = Roots(), Roots(data=True)

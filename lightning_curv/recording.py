@@ -39,7 +39,7 @@ from lightning_curv.records import (
     marks,
     origin_of,
 )
-from lightning_curv.row_numbers import MOVING, counted, follow, name_of
+from lightning_curv.row_numbers import MOVING, counted, follow, may_pool, name_of
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
@@ -130,6 +130,8 @@ class record(TorchFunctionMode):
             call.store(whole)
         elif isinstance(out, Tensor) and out.grad_fn is not None:
             call.store(out)
+        elif isinstance(out, Tensor):
+            _note_roots(func, args, kwargs, [out])
         return out
 
     def _record_inside(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,15 +176,14 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
     kept = [not roots.tensors or _keeps_rows(func, args, tensors, out) for out in results]
     drawn = _drawn_from(func, args, kwargs, roots)
     found = [roots if keeps else roots.moved for keeps in kept]
-    moved = not all(kept) or drawn is not None or any(_recut(roots, out) for out in results)
+    moved = not all(kept) or drawn is not None or may_pool(func) or any(_recut(roots, out) for out in results)
     if roots.tensors and (moved or any(one.numbers is not None for one in known)):
-        for i, numbers in enumerate(follow(func, args, kwargs, results)):
-            out = results[i]
+        for i, (out, rows) in enumerate(zip(results, follow(func, args, kwargs, results), strict=True)):
             if drawn is None:
-                found[i] = found[i].numbered(numbers)
+                found[i] = found[i].numbered(rows.numbers, rows.pooled)
             else:
                 own = {len(out): counted(len(out), out)} if out.ndim else {}
-                found[i] = Roots((Root.of(out, drawn),)).numbered({**numbers, **own})
+                found[i] = Roots((Root.of(out, drawn),), pooled=roots.pooled).numbered({**rows.numbers, **own})
     for out, one in zip(results, found, strict=True):
         note(out, one)
 

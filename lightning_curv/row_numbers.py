@@ -8,7 +8,8 @@ rows 0 to 3 of a batch of 4 and rows 4 to 7 of one of 16, and the number of samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -32,23 +33,95 @@ _ROUTING = """
     swapdims t take take_along_dim tensor_split tile transpose unbind unflatten unsqueeze view view_as vsplit vstack
 """
 ROUTING = frozenset(_ROUTING.split())
+# functions that take the entries along some axes together, and functions that do so and keep the axes
+_REDUCING = """
+    all amax amin aminmax any argmax argmin count_nonzero logsumexp max mean median min mode nanmean nanmedian nansum
+    norm prod quantile std std_mean sum var var_mean
+"""
+REDUCING = frozenset(_REDUCING.split())
+_SCANNING = """
+    argsort cummax cummin cumprod cumsum log_softmax logcumsumexp softmax softmin sort
+"""
+SCANNING = frozenset(_SCANNING.split())
+PAIRING = frozenset(("cdist", "corrcoef", "cov", "ger", "outer", "pdist"))
+PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv"))
+POOLING = REDUCING | SCANNING | PAIRING | PRODUCTS | {"batch_norm"}
 VIEWS = frozenset(("unflatten", "view", "view_as"))  # that look at strides, which numbers do not have
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the rows of a result.
+
+    Attributes:
+        numbers: Which rows they are.
+        pooled: The sizes whose rows were taken together, as by a mean over the batch.
+    """
+
+    numbers: Numbers = field(default_factory=dict)
+    pooled: frozenset[int] = frozenset()
 
 
 def follow(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
-) -> list[Numbers]:
-    """The numbers of the rows of the results of a call, one per tensor; empty ones where they are not known."""
-    inplace = any(result is value for result in results for value in args)
-    if name_of(func) in ROUTING and args and not inplace and "out" not in kwargs:
+) -> list[Rows]:
+    """What is known of the rows of the results of a call, one per tensor."""
+    name, inplace = name_of(func), any(result is value for result in results for value in args)
+    if name in ROUTING and args and not inplace and "out" not in kwargs:
         try:
-            return _routed(func, args, kwargs, results)
+            return list(map(Rows, _routed(func, args, kwargs, results)))
         except (RuntimeError, TypeError, ValueError):  # of numbers only: the call itself went well
-            return [{} for _ in results]
+            return [Rows() for _ in results]
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if name_of(func) in MOVING:
-        return [{} for _ in results]
-    return [_kept(tensors, result) for result in results]
+    known = [(tensor, numbers_of(tensor)) for tensor in tensors if not roots_of(tensor).constant]
+    if not tensors or any(tensor.requires_grad for tensor, _ in known):
+        return [Rows() for _ in results]
+    if name in REDUCING | SCANNING and not any(tensor is not args[0] for tensor in tensors):
+        return [_along(name, args, kwargs, result) for result in results]
+    pooled = frozenset(_met(name, args, kwargs, known))
+    return [Rows({} if name in MOVING else _kept(known, result, pooled), pooled) for result in results]
+
+
+def may_pool(func: Callable[..., Any]) -> bool:
+    """Whether a function may take several rows together and return as many."""
+    return name_of(func) in POOLING
+
+
+def _along(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Rows:
+    """The rows of what is reduced or accumulated along some axes."""
+    like, numbers = args[0], numbers_of(args[0])
+    place = 2 if name in ("norm", "quantile") else 1
+    dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
+    every = range(like.ndim)
+    dims = every if dim is None else [d % max(1, like.ndim) for d in ([dim] if isinstance(dim, int) else dim)]
+    apart = {size: n for size, n in numbers.items() if all(n.shape[axis] == 1 for axis in dims)}
+    if name in REDUCING and result.ndim < like.ndim:
+        rest = [axis for axis in every if axis not in dims]
+        kept = {size: n.reshape([n.shape[axis] for axis in rest]) for size, n in apart.items()}
+    else:
+        kept = apart
+    together = frozenset(size for size in numbers if size not in apart and size > 1)
+    return Rows(kept if all(n.ndim == result.ndim for n in kept.values()) else {}, together)
+
+
+def _met(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[tuple[Tensor, Numbers]]
+) -> Iterator[int]:
+    """The sizes whose rows meet in a product of matrices, in pairs, or in the statistics of a normalization."""
+    sizes = {size for _, numbers in known for size, n in numbers.items() if n.numel() > 1}
+    if name in PAIRING or (name == "batch_norm" and True in (kwargs.get("training"), *args[5:6])):
+        yield from sizes
+    elif name in PRODUCTS and len(args) > 1:
+        numbers_by_tensor = {id(tensor): numbers for tensor, numbers in known}
+        for size in sizes:
+            left, right = (numbers_by_tensor.get(id(value), {}).get(size) for value in args[:2])
+            summed = _vary(left, -1) or _vary(right, -2 if right is not None and right.ndim > 1 else -1)
+            if summed or (_vary(left, -2) and _vary(right, -1)):
+                yield size
+
+
+def _vary(numbers: Tensor | None, axis: int) -> bool:
+    return numbers is not None and numbers.ndim >= -axis and numbers.shape[axis] > 1
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -81,15 +154,11 @@ def _routed(
     return list(found)
 
 
-def _kept(tensors: Sequence[Tensor], result: Tensor) -> Numbers:
+def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: frozenset[int]) -> Numbers:
     """The numbers of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
-    known = [(tensor, numbers_of(tensor)) for tensor in tensors if not roots_of(tensor).constant]
-    if not known or any(tensor.requires_grad for tensor, _ in known):
-        return {}
-    sizes = set(known[0][1]).intersection(*(numbers for _, numbers in known[1:]))
     found = {}
-    for size in sizes:
-        aligned = [_aligned(numbers[size], tensor, result) for tensor, numbers in known]
+    for size in {size for _, numbers in known for size in numbers} - pooled:
+        aligned = [_aligned(numbers[size], tensor, result) for tensor, numbers in known if size in numbers]
         if aligned[0] is not None and all(a is not None and torch.equal(a, aligned[0]) for a in aligned):
             found[size] = aligned[0]
     return found
@@ -115,7 +184,7 @@ def in_order(tensor: Tensor, roots: Roots) -> Numbers:
     """The numbers where nothing moved rows."""
     sizes = {len(root) for root in roots.tensors if root.ndim and len(root) > 1}
     sizes |= {len(root) for root in roots.tensors if root.ndim and not sizes}
-    if not tensor.ndim or sizes != {len(tensor)} or roots.data or roots.routed:
+    if not tensor.ndim or len(tensor) not in sizes or roots.data or roots.routed:
         return {}
     return {len(tensor): counted(len(tensor), tensor)}
 

@@ -127,8 +127,26 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
         found = finder.found(_candidates(tape, batch))
         if not tape.routes and finder.conclusive:
             MEMORY.keep(key, tape, found)
+    if independent:
+        _refuse_pooled(tape, batch, found.samples.count)
     _put_joins(passes, found)
     return found.samples
+
+
+def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
+    """Raise if a parameter meets a statistic of the raw batch, or rows that were computed with one.
+
+    Raises:
+        UnsupportedError: One does.
+    """
+    for use in tape.uses.values():
+        for name, roots in use.roots.items():
+            if count in roots.pooled and name not in use.operands and batch.holds(roots):
+                raise UnsupportedError(
+                    "Per-sample quantities need samples that do not influence each other, found a statistic over the "
+                    f"{count} samples of the batch in what `{use.name}` reads (a mean, a maximum, a product of the "
+                    "batch with itself). Take it over the data set, beforehand."
+                )
 
 
 def _put_joins(passes: Passes, found: _Found) -> None:

@@ -251,3 +251,49 @@ def test_rows_that_an_op_moves_by_values_are_not_guessed():
         loss = cross_entropy(rows, y[:, :2].flatten().sort(0).values % C)
         with pytest.raises(NotImplementedError, match="sample"):
             loss.backward()
+
+
+WHITENED = torch.randn(D, D, dtype=torch.float64)
+POOLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred": lambda x: x - x.mean(0),
+    "scaled": lambda x: x / x.abs().max(),
+    "standardized": lambda x: (x - x.mean()) / x.std(),
+    "ranked": lambda x: x.softmax(0),
+    "accumulated": lambda x: x.cumsum(0),
+    "related": lambda x: (x[:, 0] @ x[:, 0].T) @ x[:, 0],
+    "whitened": lambda x: x[:, 0] @ (x[:, 0].T @ x[:, 0]),
+    "distances": lambda x: torch.cdist(x[:, 0], x[:, 0]) @ x[:, 0],
+    "normalized": lambda x: F.batch_norm(x[:, 0], None, None, training=True),
+    "most": lambda x: x[:, 0] - x[:, 0].amax(0, keepdim=True),
+}
+APART: dict[str, Callable[[Tensor], Tensor]] = {
+    "centred": lambda x: x - x.mean(1, keepdim=True),
+    "scaled": lambda x: x / x.flatten(1).abs().amax(1)[:, None, None],
+    "mean of time-major": lambda x: x.transpose(0, 1).mean(0),
+    "ranked": lambda x: x.softmax(-1),
+    "accumulated": lambda x: x.cumsum(1),
+    "related": lambda x: (x @ x.mT) @ x,
+    "whitened": lambda x: x @ WHITENED,
+    "normalized": lambda x: F.layer_norm(x, (D,)),
+    "evaluated": lambda x: F.batch_norm(x[:, 0], torch.zeros(D).to(x), torch.ones(D).to(x), training=False),
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_statistics_of_the_raw_batch_are_refused(name):
+    model, x, y, _ = draw()
+    with curvature(BatchGrad(), batch_size=N):
+        loss = squares(z := model(POOLED[name](x)), y[:, 0].reshape(-1, *[1] * (z.ndim - 2)).expand(z.shape[:-1]) % C)
+        with pytest.raises(NotImplementedError, match="the batch"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("name", APART)
+def test_statistics_of_single_rows_are_not_refused(name):
+    model, x, _, _ = draw()
+    with curvature(BatchGrad(), batch_size=N):
+        model(APART[name](x)).square().sum().backward()
+    for n in range(N):
+        alone = gradients(model(APART[name](x[n : n + 1])).square().sum(), model)
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(p.grad_batch[n], alone[key])
