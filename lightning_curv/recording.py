@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
-from lightning_curv.provenance import Root, Roots, note, united
+from lightning_curv.provenance import DATA, Root, Roots, note, united
 from lightning_curv.records import (
     CONSTANT,
     PURE,
@@ -285,6 +285,7 @@ def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if func in JOINS and {*origins} != {PURE}:
         origins = [None if is_copy(tensor) else origin_of(tensor) for tensor in differentiable]
     if not any(origins):
+        _note_data(out)
         return
     outputs = [tensor for tensor in _tensors([out]) if tensor.grad_fn is not None]
     if any(o is t for o in outputs for t in tensors):
@@ -298,6 +299,14 @@ def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
         mark.copies = copies
     if PURE in origins and len(outputs) == 1 and not copies:
         _Call(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
+
+
+def _note_data(out: Any) -> None:
+    """Note that tensors without gradient beside others, such as the numbers of the largest entries, are data."""
+    if isinstance(out, tuple):
+        for tensor in out:
+            if isinstance(tensor, Tensor) and not tensor.requires_grad:
+                note(tensor, DATA)
 
 
 class _Call:

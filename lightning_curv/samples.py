@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, cast
-from weakref import ReferenceType, ref
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -74,8 +74,18 @@ class Batch:
         if self.tensors is not None:
             found = self._gave(roots)
         else:
-            found = any(root.ndim and len(root) > 1 and not _held(root) for root in roots.tensors)
+            found = any(root.ndim and len(root) > 1 and not self.held(root) for root in roots.tensors)
         return roots.data or found
+
+    def held(self, root: Root) -> bool:
+        """Whether a module or the cache of a function holds a tensor."""
+        return _is_held(root) or (self._looked and _is_held(root))
+
+    @cached_property
+    def _looked(self) -> bool:
+        """Whether all holders of the process were looked at: once per graph at most, for it takes a while."""
+        _HELD.update((pointer_of(tensor), tensor) for tensor in _held_tensors())
+        return True
 
     @cached_property
     def _pointers(self) -> set[int]:
@@ -283,11 +293,11 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
     roots = _whole(_read(tape))
     found = _whole([root for call in tape.losses.values() for root in call.roots.tensors if root.ndim])
     if len({len(root) for root in found}) > 1:
-        found = [root for root in found if not _held(root)] or found
+        found = [root for root in found if not batch.held(root)] or found
     targets = [len(root) for root in found]
     both = [len(root) for root in roots if len(root) in targets]
     if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
-        roots = [root for root in roots if not _held(root)] or roots
+        roots = [root for root in roots if not batch.held(root)] or roots
     read = [len(root) for root in roots]
     known = [size for size in both if size > 1] or both or targets or read
     if not known:  # nothing comes from outside: rows of the loss, or of the outputs
@@ -345,32 +355,35 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int) -> None:
 
 
 _CACHE = type(cache(repr))
-_HELD: dict[Root, ReferenceType[Tensor]] = {}  # tensors that modules were found to hold
 
 
-def _held(root: Root) -> bool:
-    """Whether a module holds a tensor, as a frozen parameter, a buffer or an attribute, or the cache of a function."""
-    known = _HELD[root]() if root in _HELD else None
-    if known is not None and pointer_of(known) == root.pointer:
-        return True
-    for holder in gc.get_objects():  # slow: once per tensor
-        for value in _values(holder):
-            if isinstance(value, Tensor) and pointer_of(value) == root.pointer:
-                _HELD[root] = ref(value)
-                return True
-    return False
+_HELD: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # what holders were found to hold, by its memory
+
+
+def _is_held(root: Root) -> bool:
+    tensor = _HELD.get(root.pointer)
+    return tensor is not None and pointer_of(tensor) == root.pointer
+
+
+def _held_tensors() -> Iterator[Tensor]:
+    """All tensors that modules hold, as frozen parameters, buffers or attributes, or that caches of functions do."""
+    holders = [holder for holder in gc.get_objects() if _holds(holder)]
+    return (value for holder in holders for value in _values(holder) if isinstance(value, Tensor))
+
+
+def _holds(holder: Any) -> bool:
+    kind = type(holder)
+    return kind is _CACHE or (issubclass(kind, torch.nn.Module) and "_buffers" in holder.__dict__)
 
 
 def _values(holder: Any) -> Iterator[Any]:
-    """What a module or the cache of a function holds, also in a dictionary or a list; nothing, if it is neither."""
-    if issubclass(type(holder), torch.nn.Module) and "_buffers" in holder.__dict__:
+    """What a module or the cache of a function holds, also in a dictionary or a list."""
+    if isinstance(holder, torch.nn.Module):
         yield from (*holder._parameters.values(), *holder._buffers.values())
         held = list(holder.__dict__.values())
-    elif type(holder) is _CACHE:
+    else:
         held = gc.get_referents(holder)
         held += [value for link in held if isinstance(link, dict) for value in gc.get_referents(*link.values())]
-    else:
-        return
     for value in held:
         yield value
         if isinstance(value, (list, tuple)):
@@ -421,6 +434,12 @@ def _agrees_with_target(head: Head, owners: RowOwners) -> bool:
         return True
     as_they_are = len(target) == owners.count and _in_order(head.call.roots, owners.count)
     return not as_they_are or torch.equal(owners.index.cpu(), torch.arange(owners.count))
+
+
+def _single(use: Use, name: str) -> bool:
+    """Whether an argument is a single number, which all samples share."""
+    value = use.arguments.get(name)
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def _groups(use: Use) -> Tensor | None:
@@ -748,7 +767,7 @@ class _Finder:
                     join = Join(node_of(node), use.output_nr, operand.edge, None if operand.edge[:2] in direct else use)
                     here[join] = finding.owners
                 continue
-            if any(self.batch.holds(roots) for roots in use.roots.values()):
+            if any(self.batch.holds(roots) and not _single(use, name) for name, roots in use.roots.items()):
                 raise Mixed(
                     f"in what is computed from the output of `{use.name}` (if its input is the same for all samples, "
                     "let the module hold it as a buffer)"
