@@ -128,11 +128,13 @@ class CurvatureCallback(Callback):
         prog_bar: Sequence[str] = (),
         layout: bool = False,
         batch_size: BatchSize = None,
+        max_samples: int | None = None,
     ) -> None:
-        self._quantities = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
+        chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
+        self._quantities = chosen if max_samples is None else [quantity.of_some for quantity in chosen]
         self._names = {quantity.name for quantity in self._quantities}
         self._series = [series for quantity in self._quantities for series in quantity.series]
-        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size)
+        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size, max_samples)
         self.quantities = quantities
         self.every_n_steps = every_n_steps
         self.layers = layers
@@ -147,6 +149,7 @@ class CurvatureCallback(Callback):
         self.prog_bar = prog_bar
         self.layout = layout
         self.batch_size = batch_size
+        self.max_samples = max_samples
         names = quantities if isinstance(quantities, str) else list(quantities)
         settings = {"every_n_steps": every_n_steps, "layers": layers, "ema": ema, "mc_samples": mc_samples}
         self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
@@ -223,7 +226,7 @@ class CurvatureCallback(Callback):
             return
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
-        self._observation = Observation(supplied, logged, seed, output, self.batch_size)
+        self._observation = Observation(supplied, logged, seed, output, self.batch_size, self.max_samples)
         recorded_step.record_training_step(pl_module, output, self._observation.read)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -262,7 +265,9 @@ class CurvatureCallback(Callback):
                     optimizer.accumulate()  # type: ignore[attr-defined]
         if self._report:
             self._checked = True
-            self._window.add(BackwardPass(found, self._factor, self._loss).without(self._partial))
+            samples, counts = self._observation.count, self._observation.counts
+            backward = BackwardPass(found, self._factor, self._loss, samples, counts)
+            self._window.add(backward.without(self._partial))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._report and "alpha" not in self._names:

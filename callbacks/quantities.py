@@ -22,7 +22,7 @@ from lightning_curv.callbacks.settings import near
 from lightning_curv.callbacks.sketch import quantiles
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
-from lightning_curv.extensions.noise import GradientJacobian
+from lightning_curv.extensions.noise import GradientJacobian, GradientSum
 from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
 
 EPS = 1e-7  # damping of the inverse curvature in the TIC, Cockpit's
@@ -32,6 +32,7 @@ FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
     "batch_l2": lambda _: BatchL2Grad(),
     "sum_grad_squared": lambda _: SumGradSquared(),
     "jacobian_grad": lambda _: GradientJacobian(),
+    "grad_sum": lambda _: GradientSum(),
     "ggn_trace_mc": GGNTraceMC,
     "diag_ggn_mc": DiagGGNMC,
     "ggn_trace_exact": lambda _: GGNTraceExact(),
@@ -61,6 +62,12 @@ class Quantity:
     series: tuple[str, ...]
     per_layer: bool
     spacing: int = 1
+
+    @property
+    def of_some(self) -> Quantity:
+        """The same from some of the samples: second moments then need the sum of the gradients of these."""
+        moments = "batch_l2" in self.fields and self.name != "sample_norms"
+        return replace(self, fields=(*self.fields, "grad_sum")) if moments else self
 
     def is_due(self, step: int, interval: int) -> bool:
         """Whether to measure it at a step that is logged.
