@@ -72,6 +72,16 @@ class CurvatureCallback(Callback):
     `training_step` returned it: the curvature of the accumulated mean. In manual optimization they get that of the last
     `manual_backward`; if it is one of K that share a mean, set `optimizer.curvature_scale = K`.
 
+    Where an op has no rule, a per-sample quantity costs a pass through this op for every sample, of which a warning
+    tells once. `max_samples=S` caps that price for the series of this callback: of a batch of N > S samples, and of
+    every micro-batch and process alone, S are drawn uniformly without replacement and only these are measured. Moments,
+    variances, diversity, the squares of the three tests, CABS and GGN traces are then unbiased estimates of their
+    values for the whole batch; norms, their quantiles and histogram are those of the S samples; what is a ratio of
+    estimates is not unbiased (`lightning_curv.callbacks.quantities`). The gradient itself, Hessian traces and
+    eigenvalues take no samples apart and are those of the whole batch. So is all that optimizers and `extensions` ask
+    for, and with it what shares a backward pass with these. The check of the first logged step, whether the gradients
+    of the samples add up to the gradient, needs all of them and is left out.
+
     The parameters that training ends with are bit-identical with and without the callback: random labels are drawn from
     a generator of its own, seeded anew for every batch, so that a resumed run draws the same.
 
@@ -92,7 +102,7 @@ class CurvatureCallback(Callback):
             otherwise warn once and go on without this quantity.
         extensions: computed on logged steps too and left on the parameters until the batch ends, for other callbacks.
         ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
-        seed: of the random labels.
+        seed: of the random labels, and of the random samples.
         max_layers: the most layers with series of their own.
         prog_bar: series to show on the progress bar.
         layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band. TensorBoard reads
@@ -102,6 +112,7 @@ class CurvatureCallback(Callback):
             the leading size of the batch's tensors. Where these have several, or where the graph contradicts, it is
             found from the graph. A number that is given is verified, and an error if the graph contradicts; so it has
             to fit a smaller last batch too, which a function does. With several processes it is that of one.
+        max_samples: measure at most that many samples of a backward pass, at random: see above. `None`: all.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.

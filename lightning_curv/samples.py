@@ -23,6 +23,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_curv.coupling import Undecided, separable
 from lightning_curv.errors import UnsupportedError, describe
@@ -315,7 +316,14 @@ def _demote(passes: Passes, batch: Batch) -> None:
         tape.follow(steps, passes.output)
 
 
+_PRICED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters whose price was named
+
+
 def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | None) -> None:
+    """Once for every parameter."""
+    if all(parameter in _PRICED for parameter, _ in slow):
+        return
+    _PRICED.update((parameter, None) for parameter, _ in slow)
     names = sorted({describe(parameter) for parameter, _ in slow})
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     ops = ", ".join(sorted({op for _, op in slow})[:3])

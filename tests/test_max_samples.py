@@ -153,6 +153,22 @@ def test_second_moments_of_the_entries_are_unbiased(monkeypatch):
     torch.testing.assert_close(torch.stack(seen).mean(0), expected, rtol=1e-9, atol=1e-15)
 
 
+def test_the_curvature_of_a_hand_written_loss_is_unbiased(monkeypatch):
+    """Its columns come from second derivatives at `output=`, those of several losses from each."""
+
+    def loss(output, y):
+        return -output.log_softmax(1)[torch.arange(len(y)), y].mean() + 0.1 * F.mse_loss(output, output.detach() + 1)
+
+    options = {"quantities": ["ggn_trace_exact", "ggn_trace"], "output": "net"}
+    expected = logged(CurvatureCallback(**options), batches(5), Net(loss=loss))[0]
+    found = []
+    for subset in itertools.combinations(range(5), 2):
+        with_subsets(monkeypatch, [subset])
+        found.append(logged(CurvatureCallback(**options, max_samples=2), batches(5), Net(loss=loss))[0])
+    for name, value in expected.items():
+        assert sum(values[name] for values in found) / 10 == pytest.approx(value, rel=1e-9)
+
+
 def test_norms_are_those_of_the_chosen_samples(monkeypatch):
     net = Net()
     with_subsets(monkeypatch, [[1, 2, 5]])

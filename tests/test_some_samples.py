@@ -223,6 +223,15 @@ def test_the_price_that_is_warned_of_is_that_of_the_chosen_samples():
     assert "for each of the 7 samples" in message([1, 5], capped=[])
 
 
+def test_the_price_is_named_once():
+    _, forward = of_routing("custom_function", 7)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for count in (7, 7):
+            results(forward, [BatchL2Grad()], count=count, check=True)
+    assert len([w for w in caught if "Parameters" in str(w.message)]) == 1
+
+
 # --- who is chosen ----------------------------------------------------------------------------------------------------
 
 
