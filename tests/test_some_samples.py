@@ -90,9 +90,10 @@ def of_routing(name, count, loss="cross_entropy"):
     return model, lambda: LOSSES[loss](routing.forward(model, batch), y)
 
 
+@pytest.mark.parametrize("name", ["prompt", "packed_lstm"])
 @pytest.mark.parametrize("kind", [SumGradSquared, GradientSum, DiagGGNExact])
-def test_sums_are_those_of_the_chosen_samples(kind):
-    model, forward = of_routing("prompt", 5)
+def test_sums_are_those_of_the_chosen_samples(kind, name):
+    model, forward = of_routing(name, 5)
     by_sample = BatchDiagGGNExact() if kind is DiagGGNExact else BatchGrad()
     _, every = results(forward, [by_sample])
     _, found = results(forward, [extension := kind()], [1, 4])
