@@ -72,6 +72,16 @@ class CurvatureCallback(Callback):
     `training_step` returned it: the curvature of the accumulated mean. In manual optimization they get that of the last
     `manual_backward`; if it is one of K that share a mean, set `optimizer.curvature_scale = K`.
 
+    Where an op has no rule, a per-sample quantity costs a pass through this op for every sample, of which a warning
+    tells once. `max_samples=S` caps that price for the series of this callback: of a batch of N > S samples, and of
+    every micro-batch and process alone, S are drawn uniformly without replacement and only these are measured. Moments,
+    variances, diversity, the squares of the three tests, CABS and GGN traces are then unbiased estimates of their
+    values for the whole batch; norms, their quantiles and histogram are those of the S samples; what is a ratio of
+    estimates is not unbiased (`lightning_curv.callbacks.quantities`). The gradient itself, Hessian traces and
+    eigenvalues take no samples apart and are those of the whole batch. So is all that optimizers and `extensions` ask
+    for, and with it what shares a backward pass with these. The check of the first logged step, whether the gradients
+    of the samples add up to the gradient, needs all of them and is left out.
+
     The parameters that training ends with are bit-identical with and without the callback: random labels are drawn from
     a generator of its own, seeded anew for every batch, so that a resumed run draws the same.
 
@@ -92,7 +102,7 @@ class CurvatureCallback(Callback):
             otherwise warn once and go on without this quantity.
         extensions: computed on logged steps too and left on the parameters until the batch ends, for other callbacks.
         ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
-        seed: of the random labels.
+        seed: of the random labels, and of the random samples.
         max_layers: the most layers with series of their own.
         prog_bar: series to show on the progress bar.
         layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band. TensorBoard reads
@@ -102,6 +112,7 @@ class CurvatureCallback(Callback):
             the leading size of the batch's tensors. Where these have several, or where the graph contradicts, it is
             found from the graph. A number that is given is verified, and an error if the graph contradicts; so it has
             to fit a smaller last batch too, which a function does. With several processes it is that of one.
+        max_samples: measure at most that many samples of a backward pass, at random: see above. `None`: all.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -128,11 +139,13 @@ class CurvatureCallback(Callback):
         prog_bar: Sequence[str] = (),
         layout: bool = False,
         batch_size: BatchSize = None,
+        max_samples: int | None = None,
     ) -> None:
-        self._quantities = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
+        chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
+        self._quantities = chosen if max_samples is None else [quantity.of_some for quantity in chosen]
         self._names = {quantity.name for quantity in self._quantities}
         self._series = [series for quantity in self._quantities for series in quantity.series]
-        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size)
+        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size, max_samples)
         self.quantities = quantities
         self.every_n_steps = every_n_steps
         self.layers = layers
@@ -147,6 +160,7 @@ class CurvatureCallback(Callback):
         self.prog_bar = prog_bar
         self.layout = layout
         self.batch_size = batch_size
+        self.max_samples = max_samples
         names = quantities if isinstance(quantities, str) else list(quantities)
         settings = {"every_n_steps": every_n_steps, "layers": layers, "ema": ema, "mc_samples": mc_samples}
         self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
@@ -223,7 +237,7 @@ class CurvatureCallback(Callback):
             return
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
-        self._observation = Observation(supplied, logged, seed, output, self.batch_size)
+        self._observation = Observation(supplied, logged, seed, output, self.batch_size, self.max_samples)
         recorded_step.record_training_step(pl_module, output, self._observation.read)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -262,7 +276,9 @@ class CurvatureCallback(Callback):
                     optimizer.accumulate()  # type: ignore[attr-defined]
         if self._report:
             self._checked = True
-            self._window.add(BackwardPass(found, self._factor, self._loss).without(self._partial))
+            samples, counts = self._observation.count, self._observation.counts
+            backward = BackwardPass(found, self._factor, self._loss, samples, counts)
+            self._window.add(backward.without(self._partial))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not self._report and "alpha" not in self._names:

@@ -15,6 +15,7 @@ from lightning_curv.backprop import Backprop
 from lightning_curv.callbacks.user_batch import BatchSize, describe_batch
 from lightning_curv.extensions.base import Extension, Gradient, GraphExtension
 from lightning_curv.samples import Batch
+from lightning_curv.sampling import Cap
 
 AnyExtension = Extension | GraphExtension
 Fields = dict[str, dict[Parameter, Any]]  # results by savefield and parameter
@@ -29,6 +30,11 @@ class Observation:
         seed: of random labels, asked for where some are drawn.
         output: the network's output, if the loss is no known function.
         batch_size: the number of samples, or a function of the batch.
+        max_samples: how many of them are enough for what is logged and not supplied.
+
+    Attributes:
+        count: the number of samples of the last backward pass.
+        counts: by savefield, of how many samples its results are, where these are a subset.
     """
 
     def __init__(
@@ -38,14 +44,18 @@ class Observation:
         seed: Callable[[], int] = int,
         output: nn.Module | None = None,
         batch_size: BatchSize = None,
+        max_samples: int | None = None,
     ) -> None:
         self.supplied, self.logged = list(supplied), list(logged)
         self._seed, self._output = seed, output
         self._batch_size, self._batch = batch_size, Batch()
+        self._max_samples, self._subsets = max_samples, None if max_samples is None else _subsets(seed())
         self._generator: torch.Generator | None = None
         self._backprop: Backprop | None = None
         self._failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
         self._left: list[tuple[Tensor, str]] = []  # fields of parameters
+        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged)
@@ -64,11 +74,15 @@ class Observation:
             check: do the per-sample gradients add up to the gradient?
         """
         fields = {extension.savefield for extension in self.supplied}
-        extensions = [*self.supplied, *(e for e in self.logged if e.savefield not in fields)]
+        logged = [e for e in self.logged if e.savefield not in fields]
+        extensions = [*self.supplied, *logged]
+        cap = None
+        if self._max_samples is not None and self._subsets is not None:
+            cap = Cap(self._max_samples, logged, self._subsets)
         if self._generator is None and any(map(_draws, extensions)):
             self._generator = torch.Generator(loss.device).manual_seed(self._seed())
         backprop = self._backprop = Backprop(
-            loss, extensions, self._generator, self._batch, check, seed, defer=True, output=self._output
+            loss, extensions, self._generator, self._batch, check, seed, defer=True, output=self._output, cap=cap
         )
         backprop.before()
         self._failures, backprop.failures = backprop.failures, []
@@ -80,6 +94,8 @@ class Observation:
             return {}
         results = backprop.finish()
         self._failures = backprop.failures
+        self.count = backprop.count
+        self.counts = {extension.savefield: count for extension, count in backprop.counts.items()}
         found: dict[str, dict[Any, Any]] = {extension.savefield: {} for extension in self.logged}
         for extension, by_parameter in results.items():
             if extension in self.supplied:
@@ -112,6 +128,11 @@ class Observation:
 
 def _draws(extension: AnyExtension) -> bool:
     return not (isinstance(extension, Extension) and extension.source == Gradient())
+
+
+def _subsets(seed: int) -> torch.Generator:
+    """Draws who is measured. The random labels have the seed itself: they must not depend on that."""
+    return torch.Generator().manual_seed(hash((seed, 1)))
 
 
 def seed_of_batch(trainer: Trainer, seed: int) -> int:

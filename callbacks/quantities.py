@@ -5,6 +5,19 @@ gradient. With accumulated micro-batches of different sizes the samples have wei
 $c = \sum_n w_n^2$ stands for $1/B$. The unbiased trace of the covariance of the $g_n$ is
 
 $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 - c} .$$
+
+With `max_samples=S` a random subset $\mathcal S$ of the samples is measured, while the gradient $\bar g$, and c, are
+those of all of them. Every sum $\sum_n w_n v_n$ is then estimated with weights $w_n N / S$, and around what is known of
+it:
+
+$$\sum_n w_n \|g_n\|^2 \approx \|\bar g\|^2 + \frac NS \sum_{n \in \mathcal S} w_n \|g_n - \bar g\|^2 ,$$
+
+$\sum_n w_n (g_n \cdot \bar g)^2$ and the variances of entries likewise. The expectation over the subsets is the value
+of the batch for every $S \ge 1$, so that $\widehat{\mathrm{tr}\,\Sigma}$ and what is linear in it stay unbiased for the
+gradient's distribution too; no variance is negative. GGN traces are N / S times those of the subset. Ratios of
+estimates are not unbiased: `mean_gsnr` and `early_stopping` divide by variances of single entries, which makes the
+first too large (for normal entries by S / (S - 2), where N is much larger) and needs S well above 2; `tic_trace` and
+`tic_diag` divide by a curvature of the same samples.
 """
 
 from __future__ import annotations
@@ -22,7 +35,7 @@ from lightning_curv.callbacks.settings import near
 from lightning_curv.callbacks.sketch import quantiles
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
-from lightning_curv.extensions.noise import GradientJacobian
+from lightning_curv.extensions.noise import GradientJacobian, GradientSum
 from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
 
 EPS = 1e-7  # damping of the inverse curvature in the TIC, Cockpit's
@@ -32,6 +45,7 @@ FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
     "batch_l2": lambda _: BatchL2Grad(),
     "sum_grad_squared": lambda _: SumGradSquared(),
     "jacobian_grad": lambda _: GradientJacobian(),
+    "grad_sum": lambda _: GradientSum(),
     "ggn_trace_mc": GGNTraceMC,
     "diag_ggn_mc": DiagGGNMC,
     "ggn_trace_exact": lambda _: GGNTraceExact(),
@@ -61,6 +75,12 @@ class Quantity:
     series: tuple[str, ...]
     per_layer: bool
     spacing: int = 1
+
+    @property
+    def of_some(self) -> Quantity:
+        """The same from some of the samples: second moments then need the sum of the gradients of these."""
+        moments = "batch_l2" in self.fields and self.name != "sample_norms"
+        return replace(self, fields=(*self.fields, "grad_sum")) if moments else self
 
     def is_due(self, step: int, interval: int) -> bool:
         """Whether to measure it at a step that is logged.
@@ -135,6 +155,7 @@ def grad_norm(m: Measurement) -> float:
 def sample_norms(m: Measurement) -> list[float]:
     r"""Quantiles 5 %, 50 %, 95 % and the maximum of the $\|g_n\|$, and their histogram.
 
+    With `max_samples` those of the samples that were drawn, whose maximum is at most that of the batch.
     Over several processes exact up to 256 samples in each, interpolated between as many order statistics above.
     """
     return quantiles(m.norms, m.norm_weights, [*LEVELS.values()])

@@ -111,7 +111,7 @@ class Report:
         if measurement.unseen:
             return
         if self._names & NOISE_SCALE and jobs[""].noise.unresolved:
-            self.too_noisy = len(measurement.statistics.sq_norms)
+            self.too_noisy = measurement.statistics.samples
         if "sample_norms" in self._names:
             self._histograms[f"sample_norms{suffix}"] = measurement.norms
         if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:

@@ -22,6 +22,7 @@ def check(
     prog_bar: Sequence[str],
     series: Collection[str],
     batch_size: BatchSize = None,
+    max_samples: int | None = None,
 ) -> None:
     """Raise a `ValueError` for what is out of range."""
     if every_n_steps is not None and every_n_steps < 0:
@@ -30,11 +31,12 @@ def check(
         raise ValueError(f"`ema` must be in [0, 1), found {ema}.")
     if mc_samples < 0:
         raise ValueError(f"`mc_samples` must be 0 or positive, found {mc_samples}.")
-    number = isinstance(batch_size, int) and not isinstance(batch_size, bool) and batch_size > 0
-    if not (batch_size is None or number or callable(batch_size)):
+    if not (batch_size is None or _positive(batch_size) or callable(batch_size)):
         raise ValueError(
             f"`batch_size` must be None, a positive number or a function from a batch to one, found {batch_size!r}."
         )
+    if not (max_samples is None or _positive(max_samples)):
+        raise ValueError(f"`max_samples` must be None or a positive number, found {max_samples!r}.")
     if max_layers < 1:
         raise ValueError(f"`max_layers` must be positive, found {max_layers}.")
     if isinstance(layers, str):
@@ -47,6 +49,10 @@ def check(
     for name in prog_bar:
         if name not in series:
             raise ValueError(f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?")
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def require_whole_parameters(trainer: Trainer) -> None:

@@ -25,7 +25,8 @@ from lightning_curv.listening import Listener
 from lightning_curv.passes import Passes
 from lightning_curv.records import Output
 from lightning_curv.samples import Batch, Samples, find_samples, whole_batch
-from lightning_curv.sources import Exact, Gradient, Source
+from lightning_curv.sampling import Cap
+from lightning_curv.sources import Exact, Gradient, Sampled, Source
 
 AnyExtension = Extension | GraphExtension
 _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
@@ -49,6 +50,14 @@ class Backprop:
         output: Where the curvature of the loss enters instead of at known loss functions.
         hook: Gets every parameter, or its module, when its results are set: those of the backward pass during it.
         create_graph: Whether first-order quantities are to be differentiable.
+        cap: How many samples are enough for some extensions, those of the sources `Gradient`, `Exact` and `Sampled`.
+            Where all that share a source are content, their results are those of a random subset, sums not scaled up;
+            where one is not, all get the whole batch, whose passes are made anyway.
+
+    Attributes:
+        failures: What was gone on without, and why.
+        count: N, once it is known.
+        counts: The number of samples behind the results of every extension that got some of the N.
 
     Raises:
         UnsupportedError: A parameter, a loss or a quantity is not covered.
@@ -67,6 +76,7 @@ class Backprop:
         output: nn.Module | Output | None = None,
         hook: ExtensionHook | None = None,
         create_graph: bool = False,
+        cap: Cap | None = None,
     ) -> None:
         self._loss, self._where, self._generator = loss, output, generator
         self._seed = torch.ones_like(loss) if gradient is None else gradient
@@ -75,10 +85,12 @@ class Backprop:
         self._batch = batch_size if isinstance(batch_size, Batch) else Batch(batch_size)
         self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
         self._listener: Listener | None = None
-        self._hook, self._create_graph = hook, create_graph
+        self._hook, self._create_graph, self._cap = hook, create_graph, cap
         self._handover: Handover | None = None
         self._heard: list[Extension] = []  # evaluated during the backward pass
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
+        self.count = 0
+        self.counts: dict[AnyExtension, int] = {}
 
     @torch.no_grad()
     def before(self) -> None:
@@ -87,6 +99,7 @@ class Backprop:
             self._passes = passes = self._walked()
             self._refuse_uncovered(passes.tape)
             self._find_samples(passes)
+            self._choose(passes)
         units = _units(self._extensions)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
@@ -94,21 +107,28 @@ class Backprop:
                 if isinstance(unit, GraphExtension):
                     self._results[unit] = unit.compute(passes)
                 else:
-                    for jacobians in unit.jacobians(passes):
+                    for jacobians in unit.jacobians(self._passes_of(extensions)):
                         for jacobian in jacobians.values() if extensions else ():
                             self._evaluate(jacobian, extensions)
         if gradient and self._create_graph:
             self._differentiate(passes, gradient)
             gradient = [extension for extension in gradient if not isinstance(extension, Differentiable)]
         if gradient and (self._create_graph or any(type(extension) is not SumCheck for extension in gradient)):
-            failed = partial(self.fail, gradient) if self.defers else None
-            totals = any(extension.totals for extension in gradient)
-            self._heard = gradient
-            self._listener = Listener(passes, partial(self._evaluate, extensions=gradient), totals, failed)
+            self._listen(gradient)
         if self._hook is not None:
             parameters = (p for found in passes.tape.parameters.values() for p in found)
             self._handover = Handover(self._hook, parameters, self._leave)
         _PENDING.add(self)
+
+    def _listen(self, extensions: list[Extension]) -> None:
+        """Hear the gradients of the user's pass."""
+        passes = self._passes_of(extensions)
+        if passes.samples.partial:  # whose gradients do not add up to that of the batch
+            extensions = [extension for extension in extensions if type(extension) is not SumCheck]
+        totals = not passes.samples.partial and any(extension.totals for extension in extensions)
+        failed = partial(self.fail, extensions) if self.defers else None
+        self._heard = extensions
+        self._listener = Listener(passes, partial(self._evaluate, extensions=extensions), totals, failed)
 
     def run(self, **options: Any) -> None:
         """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.
@@ -184,7 +204,8 @@ class Backprop:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
                 try:
-                    passes.samples = find_samples(passes, self._batch, bool(independent), self._verifies)
+                    most = self._cap.size if self._cap is not None and self._content(wanting) else None
+                    passes.samples = find_samples(passes, self._batch, bool(independent), self._verifies, most)
                 except UnsupportedError:
                     if not all(extension.batchwise for extension in wanting):
                         raise
@@ -197,6 +218,29 @@ class Backprop:
         for node, call in passes.tape.losses.items():
             if call is self._output:
                 call.arguments["owners"] = passes.samples.losses[node]
+
+    def _choose(self, passes: Passes) -> None:
+        """The passes of the samples that are enough for some extensions."""
+        self.count = passes.samples.count
+        chosen = None if self._cap is None else self._cap.choose(self.count)
+        self._some = passes if chosen is None else passes.only(chosen)
+
+    def _passes_of(self, extensions: Sequence[AnyExtension]) -> Passes:
+        """Those of what shares a source: of all samples, or of some if that is enough for every one."""
+        if not self._some.samples.partial or not self._content(extensions):
+            return self._passes
+        self.counts.update(dict.fromkeys(extensions, self._some.samples.count))
+        return self._some
+
+    def _content(self, extensions: Sequence[AnyExtension]) -> bool:
+        """Whether a subset of the samples is enough for all of them."""
+        asking = [extension for extension in extensions if type(extension) is not SumCheck]
+        return self._cap is not None and all(
+            extension in self._cap.extensions
+            and isinstance(extension, Extension)
+            and isinstance(extension.source, (Gradient, Exact, Sampled))
+            for extension in asking
+        )
 
     @property
     def _verifies(self) -> bool:

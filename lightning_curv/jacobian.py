@@ -256,7 +256,7 @@ class Jacobian:
             return (j - j.mean(0)).square_().mean(0).reshape(self.shape)
         if term is not None and term.g.dtype == torch.float32:
             return self._variance_of_moments()
-        return _sum_squares(self._deviations(self._sum() / self.samples), None).div_(self.samples)
+        return _sum_squares(self._deviations(self.sum_of_gradients() / self.samples), None).div_(self.samples)
 
     def _deviations(self, mean: Tensor) -> Iterator[Tensor]:
         """The chunks minus the mean, in their order of memory."""
@@ -266,7 +266,7 @@ class Jacobian:
                 mean, first = torch.empty_like(j[0, 0]).copy_(mean), False
             yield j - mean
 
-    def _sum(self) -> Tensor:
+    def sum_of_gradients(self) -> Tensor:
         """Sum over the samples of the only column: the gradient, where it is known in full."""
         if self.gradient is not None and self.gradient.dtype == self.terms[0].g.dtype and not self.gradient.is_sparse:
             return self.gradient
@@ -276,7 +276,7 @@ class Jacobian:
         """The difference of the moments; if it cancels anywhere, in float64, where products of float32 are exact."""
         squares = self.sum_squares()
         result = squares.clone(memory_format=torch.contiguous_format) if self.shared else squares.contiguous()
-        if _subtract_mean(result.view(-1), self._sum().reshape(-1), self.samples):
+        if _subtract_mean(result.view(-1), self.sum_of_gradients().reshape(-1), self.samples):
             exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
             second = exact.sum_squares() / self.samples
             result = (second - (exact.total()[0] / self.samples).square()).clamp_(min=0).float()

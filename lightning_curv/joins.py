@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.own_passes import unheard
-from lightning_curv.owners import BatchAxis, Owners
+from lightning_curv.owners import BatchAxis, ChosenOwners, Owners
 from lightning_curv.records import Operand, Use, shape_at
 from lightning_curv.rules.registry import Rule
 
@@ -39,7 +39,7 @@ class Join:
     def __init__(self, node: Node, output_nr: int, edge: GradientEdge, recorded: Use | None = None) -> None:
         self.node, self.output_nr, self.edge, self.recorded = node, output_nr, edge, recorded
 
-    def use(self, owners: Owners, dtype: torch.dtype, device: torch.device) -> Use:
+    def use(self, dtype: torch.dtype, device: torch.device) -> Use:
         """The join as a use of the parameters behind its input."""
         shape = shape_at(self.edge)
         value = torch.zeros((), dtype=_dtype_at(self.edge, dtype), device=device).expand(shape)
@@ -54,7 +54,7 @@ class Join:
             shape=shape_at(output),
             dtype=_dtype_at(output, dtype),
             output_nr=self.output_nr,
-            pull=partial(self.pull, owners=owners),
+            pull=self.pull,
         )
         return use
 
@@ -72,6 +72,9 @@ class Join:
 
         ``None``: it is no such node.
         """
+        if isinstance(owners, ChosenOwners):
+            whole = self._broadcast(g, owners.whole, shape)
+            return None if whole is None else whole[owners.chosen.to(whole.device)]
         if not isinstance(owners, BatchAxis) or owners.minor or not g.ndim or g.shape[owners.axis] != owners.count:
             return None
         if g.shape == shape or self.recorded:

@@ -95,8 +95,9 @@ class Listener:
         for node in [*self._bulky]:
             if any(found is parameter for found in self._passes.tape.parameters[node]):
                 self._add(node, *self._bulky.pop(node))
-        # the user's tensor hooks may have changed the gradient on its way
-        gradient = None if parameter._backward_hooks else gradients[0]
+        # the user's tensor hooks may have changed the gradient on its way, and that of some samples is another
+        whole = not (parameter._backward_hooks or self._passes.samples.partial)
+        gradient = gradients[0] if whole else None
         if terms := self._terms.pop(parameter, None):
             self._evaluate(Jacobian(parameter, terms, gradient=gradient))
 

@@ -1,7 +1,8 @@
 """Owners: the sample that every row of a tensor belongs to, and how to split and join tensors by it.
 
 `BatchAxis` is the cheap form: one axis, whose size is N or a multiple of it. `RowOwners` is the general one: rows in
-any order and of any number per sample, each with the number of its sample.
+any order and of any number per sample, each with the number of its sample. `ChosenOwners` are either for some of the
+samples.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Owners(ABC):
     @abstractmethod
     def without(self, axis: int) -> Owners:
         """The same for a tensor whose axis ``axis``, which does not carry samples, was moved to the end."""
+
+    def only(self, chosen: Tensor) -> ChosenOwners:
+        """The same for some of the samples, ``chosen [S]`` in ascending order."""
+        return ChosenOwners(len(chosen), self, chosen)
 
     def weights(self, like: Tensor, values: Tensor | None = None) -> Tensor:
         """A number per entry, the same for all entries of a sample.
@@ -186,6 +191,66 @@ class RowOwners(Owners):
         rows = rows.masked_fill((here.index < 0).reshape(-1, *[1] * len(rest)), 0)
         moved = rows.reshape(*(shape[axis] for axis in self.axes), *rest)
         return moved.movedim(tuple(range(len(self.axes))), self.axes)
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenOwners(Owners):
+    """Some of the samples; rows of the others belong to none.
+
+    Attributes:
+        count: Their number S.
+        whole: Which of all samples owns each row.
+        chosen: The samples, ``[S]``, ascending.
+    """
+
+    count: int
+    whole: Owners
+    chosen: Tensor
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The place of every sample among those that were chosen, ``[N]``; -1: it was not."""
+        places = torch.full((self.whole.count,), -1)
+        places[self.chosen] = torch.arange(self.count)
+        return places
+
+    def _places_of(self, owner: Tensor) -> Tensor:
+        places = self._places.to(owner.device)
+        return places[owner.clamp(min=0)].masked_fill(owner < 0, -1)
+
+    def owner(self, shape: Sequence[int]) -> Tensor:
+        return self._places_of(self.whole.owner(shape))
+
+    def without(self, axis: int) -> Owners:
+        return self.whole.without(axis).only(self.chosen)
+
+    def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
+        return self.whole.split(tensor, trailing)[self.chosen.to(tensor.device)]
+
+    def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
+        every = entries.new_zeros(self.whole.count, *entries.shape[1:])
+        every[self.chosen.to(entries.device)] = entries
+        return self.whole.join(every, shape)
+
+    def rows(self, count: int) -> Tensor:
+        """Which of ``count`` rows belong to the chosen samples, ascending but for those of a minor `BatchAxis`."""
+        whole = self.whole
+        if isinstance(whole, RowOwners):
+            return (self._places_of(whole.index) >= 0).nonzero().squeeze(1)
+        assert isinstance(whole, BatchAxis)
+        position = torch.arange(count // whole.count)
+        if whole.minor:
+            return (position[:, None] * whole.count + self.chosen).flatten()
+        return (self.chosen[:, None] * len(position) + position).flatten()
+
+    @cached_property
+    def within(self) -> Owners:
+        """Which of the chosen samples owns each of the rows that `rows` has left."""
+        whole = self.whole
+        if isinstance(whole, RowOwners):
+            return RowOwners(self.count, self._places_of(whole.index[self.rows(len(whole.index))]), whole.axes)
+        assert isinstance(whole, BatchAxis)
+        return replace(whole, count=self.count)
 
 
 def batch_axes(shape: Sequence[int], axes: Iterable[int], count: int, rows: bool = True) -> list[BatchAxis]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 
@@ -21,7 +21,7 @@ from lightning_curv.joins import Join, node_of
 from lightning_curv.losses import LOSSES, Likelihood
 from lightning_curv.matmul import fast_products, is_large
 from lightning_curv.own_passes import unheard
-from lightning_curv.owners import BatchAxis, Owners, RowOwners
+from lightning_curv.owners import BatchAxis, ChosenOwners, Owners, RowOwners
 from lightning_curv.records import LossCall, Use
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import dense
@@ -67,6 +67,10 @@ class Passes:
     samples: Samples
     output: LossCall | None = None
     own_generator: torch.Generator | None = None
+
+    def only(self, chosen: Tensor) -> Passes:
+        """The same for some of the samples: Jacobians are those of ``chosen [S]``, in ascending order."""
+        return replace(self, samples=self.samples.only(chosen))
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -163,7 +167,7 @@ class Passes:
         if g is None or not use.operands:
             return
         if use.pull is not None:
-            found = {"value": dense(use.pull(g.reshape(g.shape[0], *use.shape)))}
+            found = {"value": dense(use.pull(g.reshape(g.shape[0], *use.shape), self.samples.uses[node]))}
         else:
             found = apply_rule(use, self.samples.uses[node], g)
         for name, operand in use.operands.items():
@@ -193,11 +197,13 @@ def use_edges(tape: Tape) -> list[GradientEdge]:
 def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
     """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
     g = g.reshape(g.shape[0], *use.shape)
-    call = Call(use.shape, tuple(use.operands), *_rows(owners))
-    if call.lead > 1:
-        g = g.flatten(1, call.lead)
-    elif call.axis:
-        g = g.movedim(call.axis + 1, 1)
+    axis, lead = _rows(owners)
+    if lead > 1:
+        g = g.flatten(1, lead)
+    elif axis:
+        g = g.movedim(axis + 1, 1)
+    chosen = owners.rows(g.shape[1]) if isinstance(owners, ChosenOwners) else None
+    call = Call(use.shape, tuple(use.operands), axis, lead, chosen)
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
     other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
     if True in [tensor.is_complex() for tensor in (g, *operands.values())]:
@@ -212,11 +218,15 @@ def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | 
         raise UnsupportedError(
             f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
         ) from error
+    if isinstance(owners, ChosenOwners):
+        return {name: found[name].of_chosen(owners, chosen) for name in use.operands}
     return {name: found[name].grouped(owners) for name in use.operands}
 
 
 def _rows(owners: Owners) -> tuple[int, int]:
     """The axis of a use's output that carries the rows, and how many leading axes do so together."""
+    if isinstance(owners, ChosenOwners):
+        owners = owners.whole
     if isinstance(owners, RowOwners):
         return owners.axes[0], len(owners.axes)
     assert isinstance(owners, BatchAxis)

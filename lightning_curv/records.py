@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.own_passes import own_pass
+from lightning_curv.owners import Owners
 from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
 from lightning_curv.provenance import DATA, Root, Roots, roots_of, united
 from lightning_curv.rules import Rule
@@ -53,7 +54,7 @@ class Use:
     versions: dict[str, int] = field(default_factory=dict)
     couples: bool = False  # a sample's output depends on other samples
     roots: dict[str, Roots] = field(default_factory=dict)  # of the arguments without gradient, and of operands
-    pull: Callable[[Tensor], Tensor] | None = None  # instead of a rule: cotangents to J of the only operand
+    pull: Callable[[Tensor, Owners], Tensor] | None = None  # instead of a rule: cotangents to J of the only operand
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_curv.coupling import Undecided, differ, separable
 from lightning_curv.errors import UnsupportedError, describe
@@ -49,6 +50,13 @@ class Samples:
     count: int
     uses: Mapping[Node | Join, Owners]
     losses: Mapping[Node, Owners]
+    partial: bool = False  # some samples of a larger batch
+
+    def only(self, chosen: Tensor) -> Samples:
+        """Some of the samples, ``chosen [S]`` in ascending order."""
+        uses = {node: owners.only(chosen) for node, owners in self.uses.items()}
+        losses = {node: owners.only(chosen) for node, owners in self.losses.items()}
+        return Samples(len(chosen), uses, losses, partial=True)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,9 @@ def whole_batch(tape: Tape) -> Samples:
     return Samples(1, uses, {node: BatchAxis(1) for node in tape.losses})
 
 
-def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: bool = False) -> Samples:
+def find_samples(
+    passes: Passes, batch: Batch, independent: bool = True, check: bool = False, most: int | None = None
+) -> Samples:
     """Find N and the owners, and put the joins among the uses of the tape.
 
     Args:
@@ -123,6 +133,7 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
         batch: What is known of the batch.
         independent: Whether samples must not influence each other.
         check: Verify this very graph, even if one of its structure was verified before.
+        most: Quantities are those of at most so many of the samples, for the price that is warned of.
 
     Raises:
         UnsupportedError: N does not agree with the graph, or samples influence each other.
@@ -133,7 +144,7 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
     key = (batch.size, batch.expected, batch.given(tape), independent, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
-        finder = _Finder(passes, batch, independent)
+        finder = _Finder(passes, batch, independent, most)
         found = finder.found(_candidates(tape, batch))
         if not tape.routes and finder.conclusive:
             MEMORY.keep(key, tape, found)
@@ -166,8 +177,8 @@ def _put_joins(passes: Passes, found: _Found) -> None:
         return
     for node in found.dropped:
         del tape.uses[node]
-    for join, owners in found.joins.items():
-        tape.uses[join] = join.use(owners, loss.dtype, loss.device)
+    for join in found.joins:
+        tape.uses[join] = join.use(loss.dtype, loss.device)
     tape.stray.clear()
     tape.__dict__.pop("parameters", None)
 
@@ -341,14 +352,23 @@ def _demote(passes: Passes, batch: Batch) -> None:
         tape.follow(steps, passes.output)
 
 
-def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int) -> None:
+_PRICED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters whose price was named
+
+
+def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | None) -> None:
+    """Once for every parameter."""
+    if all(parameter in _PRICED for parameter, _ in slow):
+        return
+    _PRICED.update((parameter, None) for parameter, _ in slow)
     names = sorted({describe(parameter) for parameter, _ in slow})
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     ops = ", ".join(sorted({op for _, op in slow})[:3])
+    price = f"the {count} samples" if most is None or most >= count else f"{most} of the {count} samples"
     warnings.warn(
         f"Parameters {some} are used by ops without a rule for this use of them ({ops}): their quantities are exact "
-        f"but slow, every column takes a pass through such an op for each of the {count} samples. A rule for the op "
-        "(`@lightning_curv.rule`) is the fast path.",
+        f"but slow, every column takes a pass through such an op for each of {price}. A rule for the op "
+        "(`@lightning_curv.rule`) is the fast path; `CurvatureCallback(max_samples=)` logs estimates from fewer "
+        "samples.",
         FallbackWarning,
         stacklevel=2,
     )
@@ -475,8 +495,9 @@ def owner_of_rows(use: Use, owners: Owners) -> Tensor:
 class _Finder:
     """One search for the samples of a graph."""
 
-    def __init__(self, passes: Passes, batch: Batch, independent: bool) -> None:
+    def __init__(self, passes: Passes, batch: Batch, independent: bool, most: int | None = None) -> None:
         self.passes, self.tape, self.batch, self.independent = passes, passes.tape, batch, independent
+        self.most = most
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
         self.axes = {node: _axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)
@@ -776,7 +797,7 @@ class _Finder:
         if mixed or strays:
             here |= find_joins(self.tape, [head for head, _ in heads], mixed, strays, probe)
         if slow:
-            _warn_of_price(slow, count)
+            _warn_of_price(slow, count, self.most)
         return here, [node_of(node) for node in unplaced]
 
     def _refuse_inner_mixing(self, use: Use, by_rule: Finding, probe: Probe, count: int) -> None:

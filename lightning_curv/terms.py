@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_curv import memory
 from lightning_curv.latest import Latest
 from lightning_curv.matmul import einsum, is_large
-from lightning_curv.owners import BatchAxis, Owners, RowOwners
+from lightning_curv.owners import BatchAxis, ChosenOwners, Owners, RowOwners
 
 DIAGONAL = "defghjklm"
 SHARED = "rstu"
@@ -99,7 +99,7 @@ class Term:
             sizes.update(zip(self.inp.replace("i", "") if self.classes else self.inp, self.x.shape[1:], strict=True))
         return {**sizes, "i": self.classes} if self.classes else sizes
 
-    def __getitem__(self, samples: slice | list[int]) -> Term:
+    def __getitem__(self, samples: slice | list[int] | Tensor) -> Term:
         x, own = None if self.x is None else self.x[samples], self.own
         adjoint = None if own is None or x is None else replace(own, x=x, input=own.input[samples])
         lengths = None if self.lengths is None else self.lengths[samples]
@@ -157,8 +157,20 @@ class Term:
         x = None if self.x is None else split(self.x, 0)
         return replace(self, out="r" + self.out, inp="r" + self.inp if x is not None else "", g=split(self.g, 1), x=x)
 
-    def _gathered(self, owners: RowOwners) -> Term:
-        """The rows of every sample next to each other, filled up; where that costs more memory than J, J itself."""
+    def of_chosen(self, owners: ChosenOwners, left: Tensor | None) -> Term:
+        """Rows of some samples regrouped to these.
+
+        Args:
+            owners: The samples, and which rows belong to them.
+            left: The rows that the rule was asked for; it may have left out all others.
+        """
+        if left is not None and self.g.shape[1] == len(left):
+            return self.grouped(owners.within)
+        if isinstance(owners.whole, RowOwners):
+            self._refuse_unowned(owners.whole.to(self.g.device))
+        return self[owners.rows(self.g.shape[1]).to(self.g.device)].grouped(owners.within)
+
+    def _refuse_unowned(self, owners: RowOwners) -> None:
         unowned = self.g[:, owners.index < 0]
         rounding = 1e4 * torch.finfo(self.g.dtype).eps * self.g.abs().amax() if unowned.numel() else 0
         if bool((unowned.abs() > rounding).any()):
@@ -166,6 +178,10 @@ class Term:
                 "Expected no gradient at rows that no sample depended on when the samples were found, found one. Pass "
                 "`check=True` to `curvature`: the samples are then found anew."
             )
+
+    def _gathered(self, owners: RowOwners) -> Term:
+        """The rows of every sample next to each other, filled up; where that costs more memory than J, J itself."""
+        self._refuse_unowned(owners)
         sizes, (samples, longest) = self.sizes(), owners.table.shape
         padded = longest * (self.g[:, :1].numel() + (0 if self.x is None else self.x[:1].numel()))
         formed = len(self.g) * math.prod(sizes[letter] for letter in self.par)

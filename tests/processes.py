@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
+from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer, sampling
 from lightning_curv.extensions import SumGradSquared
 from lightning_curv.optimizers.kronecker import KroneckerCurvature
 
@@ -83,12 +83,14 @@ class Watch(pl.Callback):
 
     def __init__(self):
         self.values, self.parameters, self.collectives, self.curvature = [], [], [], []
+        self.subsets = []
         self.count, self.inverted, self.memory = 0, [], []
 
     def on_train_batch_start(self, *args):
         self.original = dist.all_reduce
         dist.all_reduce = self.counting
-        self.inverse = KroneckerCurvature.inverted
+        self.inverse, self.subset = KroneckerCurvature.inverted, sampling.random_subset
+        sampling.random_subset = self.choosing
         KroneckerCurvature.inverted = lambda curvature, due: (self.inverted.extend(due), self.inverse(curvature, due))[
             1
         ]
@@ -97,9 +99,13 @@ class Watch(pl.Callback):
         self.count += 1
         return self.original(*args, **kwargs)
 
+    def choosing(self, *args):
+        self.subsets.append(self.subset(*args))
+        return self.subsets[-1]
+
     def on_train_batch_end(self, trainer, module, *args):
         dist.all_reduce = self.original
-        KroneckerCurvature.inverted = self.inverse
+        KroneckerCurvature.inverted, sampling.random_subset = self.inverse, self.subset
         if trainer.fit_loop._should_accumulate():
             return
         self.collectives.append(self.count)
@@ -141,6 +147,7 @@ def trained(net, loader, callback, **settings):
     return {"values": watch.values, "parameters": watch.parameters, "collectives": watch.collectives} | {
         "curvature": watch.curvature,
         "inverted": len(watch.inverted),
+        "subsets": watch.subsets,
     }
 
 
@@ -159,15 +166,18 @@ RUNS = {
     "eigen": ({"optimizer": eigen}, {}, 1),
     "diag_ggn": ({"optimizer": diag_ggn}, {}, 1),
     "kfac_static_graph": ({"optimizer": kfac}, {"static_graph": True}, 1),
+    "some_samples": ({}, {}, 2),
     "monte_carlo": ({}, {}, 1),
 }
-IN_TWO = ("plain", "static_graph", "branch", "failing", "kfac", "sharded", "monte_carlo")
+IN_TWO = ("plain", "static_graph", "branch", "failing", "kfac", "sharded", "some_samples", "monte_carlo")
 CASES = [(3, name) for name in RUNS if name != "monte_carlo"] + [(2, name) for name in IN_TWO]
 
 
 def monitor(name):
     if name == "monte_carlo":
         return CurvatureCallback(SAMPLED, mc_samples=200)
+    if name == "some_samples":
+        return CurvatureCallback(EXACT, layers=True, mc_samples=0, max_samples=2)
     return CurvatureCallback(EXACT, layers=True, mc_samples=0, strict=name != "failing")
 
 

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from processes import CASES, SAMPLED, STEPS, run_alone, spawn
+from processes import CASES, SAMPLED, SIZE, STEPS, Net, batches, run_alone, spawn
+from torch.nn import functional as F
 
 WORLDS = (3, 2)
 
@@ -34,7 +35,7 @@ def runs(*without):
     return [(world, name) for world, name in CASES if name not in without]
 
 
-@pytest.mark.parametrize(("world", "name"), runs("branch", "failing", "monte_carlo"))
+@pytest.mark.parametrize(("world", "name"), runs("branch", "failing", "some_samples", "monte_carlo"))
 def test_values_are_those_of_one_process_on_the_union_batch(results, alone, world, name):
     expected = alone[world, name]["values"]
     for rank in range(world):
@@ -110,3 +111,44 @@ def test_monte_carlo_quantities_converge_to_those_of_one_process(results, alone)
     for values, others in zip(found, expected, strict=True):
         assert {name.split("/")[1] for name in values} == {*SAMPLED}
         assert values == pytest.approx(others, rel=0.2)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_process_measures_samples_of_its_own(results, world):
+    """Estimates are those of the formulas with the chosen samples of all processes, about the gradient of all."""
+    runs = [results[world, rank, "some_samples", True] for rank in range(world)]
+    (x, y), net = batches(world, 2), Net()
+    assert len({tuple(torch.cat(run["subsets"]).tolist()) for run in runs}) == world
+    for step in range(STEPS):
+        rows = torch.stack([_gradients(net, x[i, r], y[i, r]) for i in (2 * step, 2 * step + 1) for r in range(world)])
+        subsets = torch.stack([run["subsets"][i] for i in (2 * step, 2 * step + 1) for run in runs])
+        chosen = torch.stack([part[subset] for part, subset in zip(rows, subsets)]).flatten(0, 1)
+        mean, samples = rows.mean((0, 1)), 2 * world * SIZE
+        deviation = chosen - mean
+        trace = deviation.square().sum(1).mean() / (1 - 1 / samples)
+        along = (deviation @ mean).square().mean() / (1 - 1 / samples)
+        across = (trace - along / (mean @ mean)).clamp(min=0)
+        variance = deviation.square().mean(0) / (1 - 1 / samples)
+        expected = {
+            "grad_norm": mean.norm(),
+            "grad_variance": trace,
+            "grad_signal": mean @ mean - trace / samples,
+            "norm_test": (trace / samples).sqrt() / mean.norm(),
+            "inner_product_test": (along / samples).sqrt() / (mean @ mean),
+            "orthogonality_test": (across / samples).sqrt() / mean.norm(),
+            "mean_gsnr": (mean.square() / variance).mean(),
+            "sample_norm_max": chosen.norm(dim=1).max(),
+        }
+        for name, value in expected.items():
+            assert runs[0]["values"][step][f"curvature/{name}"] == pytest.approx(value.item(), rel=1e-5), (name, step)
+        for p, after in zip(net.parameters(), runs[0]["parameters"][step], strict=True):
+            p.data.copy_(after)
+
+
+def _gradients(net, x, y):
+    """Of every sample, [N, P]."""
+    rows = []
+    for n in range(len(x)):
+        loss = F.cross_entropy(net.net(x[n : n + 1]), y[n : n + 1])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])]))
+    return torch.stack(rows)

@@ -1,6 +1,8 @@
-"""The per-sample gradients themselves, unevaluated: for what needs the mean gradient after the backward pass."""
+"""The per-sample gradients, unevaluated or summed: for what needs the mean gradient after the backward pass."""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from lightning_curv.extensions.base import Extension
 from lightning_curv.jacobian import Jacobian
@@ -33,3 +35,16 @@ class GradientJacobian(Extension):
     def merge(self, previous: Jacobian, new: Jacobian, jacobian: Jacobian) -> Jacobian:
         """There is a single column."""
         raise AssertionError("the gradient is one column")
+
+
+class GradientSum(Extension):
+    r"""The sum of the per-sample gradients :math:`\sum_n s\,g_n`, in ``grad_sum`` of the parameter's shape.
+
+    Of all samples that is the gradient; of some of them, one more product per layer with their rows.
+    """
+
+    savefield = "grad_sum"
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """A copy, which the user's changes of the gradient do not reach."""
+        return jacobian.sum_of_gradients().clone()

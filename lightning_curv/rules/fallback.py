@@ -76,6 +76,9 @@ def per_sample(op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[st
         if k not in operands and isinstance(v, Tensor) and v.ndim and len(v) == g.shape[1]
     }
     others = {k: v for k, v in arguments.items() if k not in operands and k not in data}
+    if call.chosen is not None:
+        rows = call.chosen.to(g.device)
+        g, data = g[:, rows], {k: v[rows] for k, v in data.items()}
 
     def pull(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
         return torch.func.vjp(lambda operands: op(**operands, **data, **others), operands)[1](cotangent)[0]

@@ -27,12 +27,14 @@ class Call:
         axis: The axis of the output that carries the samples.
         lead: How many leading axes of the output make up its rows together; more than one where every position of a
             sequence has a sample of its own.
+        chosen: The rows that are asked for, ``[R]``; ``None``: all. A rule may return terms of these alone.
     """
 
     shape: torch.Size
     operands: tuple[str, ...]
     axis: int = 0
     lead: int = 1
+    chosen: Tensor | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
         """``tensor`` (leading axes as in the output) with the sample axis in front."""
