@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -44,13 +44,19 @@ def once_differentiable(op: str, error: Exception) -> UnsupportedError:
 
 def describe(parameter: Tensor) -> str:
     """The parameter's name in the largest module that is alive and holds it, or its shape. Slow: for messages only."""
-    names = [
-        name
-        for module in gc.get_objects()
-        if issubclass(type(module), nn.Module) and "_parameters" in module.__dict__
-        for name, found in module.named_parameters(remove_duplicate=False)
-        if found is parameter
-    ]
-    if names:
-        return f"`{max(names, key=lambda name: name.count('.'))}`"
-    return f"of shape {tuple(parameter.shape)}"
+    return names_of([parameter])[0]
+
+
+def names_of(parameters: Sequence[Tensor]) -> list[str]:
+    """What `describe` says of several parameters, by one look at all modules."""
+    names: dict[int, list[str]] = {id(parameter): [] for parameter in parameters}
+    for module in gc.get_objects():
+        if issubclass(type(module), nn.Module) and "_parameters" in module.__dict__:
+            for name, found in module.named_parameters(remove_duplicate=False):
+                if id(found) in names:
+                    names[id(found)].append(name)
+    return [_longest(names[id(parameter)]) or f"of shape {tuple(parameter.shape)}" for parameter in parameters]
+
+
+def _longest(names: Sequence[str]) -> str:
+    return f"`{max(names, key=lambda name: name.count('.'))}`" if names else ""

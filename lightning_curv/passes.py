@@ -196,6 +196,19 @@ def use_edges(tape: Tape) -> list[GradientEdge]:
 
 def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
     """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
+    try:
+        return terms_of_rule(use, owners, g, inputs)
+    except UnsupportedError:
+        raise
+    except NotImplementedError as error:
+        name = describe(parameters(use)[0])
+        raise UnsupportedError(
+            f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
+        ) from error
+
+
+def terms_of_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
+    """The same, where a rule that does not cover these arguments raises `NotImplementedError`."""
     g = g.reshape(g.shape[0], *use.shape)
     axis, lead = _rows(owners)
     if lead > 1:
@@ -211,13 +224,7 @@ def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | 
             f"Expected real numbers in every op with parameters, found complex ones in `{use.name}` using parameter "
             f"{describe(parameters(use)[0])}. Multiply real and imaginary parts (`torch.view_as_real`), or use `HMP`."
         )
-    try:
-        found = use.rule.function(call, g, **{**use.arguments, **operands, **other})
-    except NotImplementedError as error:
-        name = describe(parameters(use)[0])
-        raise UnsupportedError(
-            f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
-        ) from error
+    found = use.rule.function(call, g, **{**use.arguments, **operands, **other})
     if isinstance(owners, ChosenOwners):
         return {name: found[name].of_chosen(owners, chosen) for name in use.operands}
     return {name: found[name].grouped(owners) for name in use.operands}

@@ -26,7 +26,7 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_curv.coupling import Undecided, differ, separable
-from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.errors import UnsupportedError, describe, names_of
 from lightning_curv.graph import Tape, leaf_of, nodes_below
 from lightning_curv.heads import Head, find_heads, frontier
 from lightning_curv.joins import Join, node_of
@@ -360,7 +360,7 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | N
     if all(parameter in _PRICED for parameter, _ in slow):
         return
     _PRICED.update((parameter, None) for parameter, _ in slow)
-    names = sorted({describe(parameter) for parameter, _ in slow})
+    names = sorted(set(names_of([parameter for parameter, _ in slow])))
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     ops = ", ".join(sorted({op for _, op in slow})[:3])
     price = f"the {count} samples" if most is None or most >= count else f"{most} of the {count} samples"
@@ -821,11 +821,11 @@ class _Finder:
             return True
         owned = owner_of_rows(use, finding.owners) >= 0
         column = owned.to(self.passes.loss.device, use.dtype).expand(1, *use.shape)
-        from lightning_curv.passes import apply_rule
+        from lightning_curv.passes import terms_of_rule
 
         try:
-            apply_rule(use, finding.owners, column)
-        except UnsupportedError:
+            terms_of_rule(use, finding.owners, column)
+        except NotImplementedError:
             return False
         return True
 

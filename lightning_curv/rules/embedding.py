@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.rules.registry import Call, leading_axes, rule
 from lightning_curv.terms import Term
 
@@ -92,7 +93,7 @@ def _bags(starts: Tensor, length: int) -> Tensor:
 
 def _refuse_frequencies(scale_grad_by_freq: bool) -> None:
     if scale_grad_by_freq:
-        raise NotImplementedError(
-            "`scale_grad_by_freq=True` divides by counts over the whole batch, so there are no per-sample gradients; "
-            "use `scale_grad_by_freq=False`."
+        raise UnsupportedError(
+            "Per-sample quantities need an embedding whose rows do not depend on the batch, found "
+            "`scale_grad_by_freq=True`, which divides by counts over the whole batch. Use `scale_grad_by_freq=False`."
         )
