@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Parameter
 
@@ -16,6 +17,7 @@ from lightning_curv.heads import Head, name_of
 from lightning_curv.joins import Join
 from lightning_curv.owners import Owners
 from lightning_curv.probing import Place, Probe
+from lightning_curv.provenance import Roots, roots_of
 
 if TYPE_CHECKING:
     from lightning_curv.records import Use
@@ -35,7 +37,12 @@ class _Link:
 
 
 def find_joins(
-    tape: Tape, heads: Sequence[Head], mixed: Iterable[Node], strays: Iterable[Node], probe: Probe
+    tape: Tape,
+    heads: Sequence[Head],
+    mixed: Iterable[Node],
+    strays: Iterable[Node],
+    probe: Probe,
+    holds: Callable[[Roots], bool],
 ) -> dict[Join, Owners]:
     """Where the values of some nodes meet the samples.
 
@@ -45,13 +52,14 @@ def find_joins(
         mixed: Recorded ops whose rows belong to all samples.
         strays: Nodes of parameters that reach the loss through ops that were not recorded.
         probe: Tells who owns the rows of a tensor.
+        holds: Whether what was computed from some tensors depends on the samples.
 
     Raises:
         Mixed: They never do, or what they meet mixes the samples.
     """
     mixed = dict.fromkeys(mixed)
     links, shared = _links(tape, heads), _shared(tape, heads)
-    data = _data_nodes(tape, heads, mixed)
+    data = _data_nodes(tape, heads, mixed, holds)
     for node in mixed:
         if node in data and any(below in data for below in _inputs(tape, node)):
             raise Mixed(f"in the input of `{tape.uses[node].name}`")
@@ -129,8 +137,18 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
     return {node for node in found if id(node) in followed}
 
 
-def _data_nodes(tape: Tape, heads: Sequence[Head], mixed: Mapping[Node, None]) -> set[Node]:
-    """The nodes that depend on the samples: on ops with rows of their own, or on leaves that are no parameters."""
+def reads_unknown(node: Node, holds: Callable[[Roots], bool]) -> bool:
+    """Whether a node is a custom function that may read the batch: something without gradient that it has not saved."""
+    if not isinstance(node, BackwardCFunction) or all(after is not None for after, _ in node.next_functions):
+        return False
+    saved = [tensor for tensor in cast("Any", node).saved_tensors if tensor is not None and not tensor.requires_grad]
+    return not saved or any(holds(roots_of(tensor)) for tensor in saved)
+
+
+def _data_nodes(
+    tape: Tape, heads: Sequence[Head], mixed: Mapping[Node, None], holds: Callable[[Roots], bool]
+) -> set[Node]:
+    """The nodes that depend on the samples: ops with rows of their own, or that may read them, and what is above."""
     depends: dict[Node, bool] = {}
     stack, seen = [(head.edge.node, False) for head in heads], set[Node]()
     while stack:
@@ -141,6 +159,7 @@ def _data_nodes(tape: Tape, heads: Sequence[Head], mixed: Mapping[Node, None]) -
             own = (use is not None and bool(use.operands) and node not in mixed) or (
                 leaf is not None and not isinstance(leaf, Parameter)
             )
+            own = own or reads_unknown(node, holds)
             depends[node] = own or any(depends.get(after, False) for after in inputs)
         elif node not in seen:
             seen.add(node)

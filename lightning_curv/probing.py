@@ -60,11 +60,13 @@ class Finding:
         owners: Who owns its rows; ``None``: samples mix, or the losses do not depend on it.
         reached: Whether the losses depend on it, in these numbers.
         ambiguous: Whether other owners agree with the weights as well.
+        silent: Whether nothing arrives there, so that the weights say nothing.
     """
 
     owners: Owners | None
     reached: bool = True
     ambiguous: bool = False
+    silent: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -112,11 +114,11 @@ class Probe:
 
     def _cheap(self, place: Place, first: Tensor | None, second: Tensor | None, scale: float, eps: float) -> Finding:
         if first is None or second is None:
-            return Finding(_trivial(place, self.count), reached=False)
+            return Finding(_trivial(place, self.count), reached=False, silent=True)
         first, second = first.reshape(place.shape), second.reshape(place.shape)
         if not bool(first.any()) and not bool(second.any()):
             self.conclusive = False
-            return Finding(_trivial(place, self.count))
+            return Finding(_trivial(place, self.count), silent=True)
         if not bool(first.isfinite().all()):
             self.conclusive = False
         agreeing = consistent(first, second, scale, eps, place.axes)

@@ -26,6 +26,7 @@ class Root:
         pointer: Where its memory is; 0: unknown.
         offset: Where it begins there.
         whole: The tensor that its rows were drawn from, a data set perhaps.
+        made: Whether recorded code made it of numbers of Python's or numpy's.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +34,7 @@ class Root:
     pointer: int
     offset: int = 0
     whole: Root | None = None
+    made: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor, whole: Root | None = None) -> Root:
@@ -84,10 +86,6 @@ class Roots:
     def moved(self) -> Roots:
         """The same for a tensor that has the rows in another order."""
         return self if self.routed or not self.tensors else replace(self, routed=True)
-
-    def numbered(self, numbers: Numbers, pooled: frozenset[int] = frozenset()) -> Roots:
-        """The same with known numbers of rows."""
-        return replace(self, numbers=numbers, pooled=self.pooled | pooled)
 
     def __or__(self, other: Roots) -> Roots:
         if other.constant or other is self:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
+from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
 from lightning_curv.provenance import DATA, Root, Roots, note, united
 from lightning_curv.records import (
     CONSTANT,
@@ -39,7 +41,7 @@ from lightning_curv.records import (
     marks,
     origin_of,
 )
-from lightning_curv.row_numbers import MOVING, counted, follow, may_pool, name_of
+from lightning_curv.row_numbers import FILLING, LIKE, counted, follow, name_of, ordered, plainly_in_order
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
@@ -48,8 +50,7 @@ from lightning_curv.weight_norm import weight_norm
 RANDOM = frozenset(
     ["bernoulli", "exponential", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm", "uniform"]
 )
-# functions that cut a contiguous tensor into other rows
-RESHAPING = frozenset(("flatten", "ravel", "reshape", "unflatten", "view"))
+MAKING = frozenset(("as_tensor", "asarray", "from_numpy", "frombuffer", "tensor"))
 PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split"))
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
@@ -170,33 +171,36 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
     """Note what tensors without gradient were computed from; random numbers come from outside."""
     if disabled() or results[0].requires_grad or getattr(func, "__name__", "").strip("_") in RANDOM:
         return
+    args = args[:1] if name_of(func) in LIKE else args
     tensors = _tensors([*args, *kwargs.values()])
     known = list(map(all_roots, tensors))
     roots = united(known)
-    kept = [not roots.tensors or _keeps_rows(func, args, tensors, out) for out in results]
+    if name_of(func) in FILLING:
+        roots = CONSTANT_ROOTS
+    if name_of(func) in MAKING and not tensors:
+        roots = Roots((replace(Root.of(results[0]), made=True),))
+    explicit = any(one.numbers is not None for one in known)
+    if not roots.tensors or (not explicit and plainly_in_order(func, tensors, results)):
+        for out in results:
+            note(out, roots)
+        return
     drawn = _drawn_from(func, args, kwargs, roots)
-    found = [roots if keeps else roots.moved for keeps in kept]
-    moved = not all(kept) or drawn is not None or may_pool(func) or any(_recut(roots, out) for out in results)
-    if roots.tensors and (moved or any(one.numbers is not None for one in known)):
-        for i, (out, rows) in enumerate(zip(results, follow(func, args, kwargs, results), strict=True)):
-            if drawn is None:
-                found[i] = found[i].numbered(rows.numbers, rows.pooled)
-            else:
-                own = {len(out): counted(len(out), out)} if out.ndim else {}
-                found[i] = Roots((Root.of(out, drawn),), pooled=roots.pooled).numbered({**rows.numbers, **own})
-    for out, one in zip(results, found, strict=True):
-        note(out, one)
+    for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
+        # numbers of rows, lengths and places are no statistics of what is in the rows
+        pooled = roots.pooled | rows.pooled if out.is_floating_point() else frozenset()
+        numbers = rows.numbers
+        if drawn is None:
+            found = roots if ordered(numbers, out) else roots.moved
+        else:
+            found = Roots((Root.of(out, drawn),))
+            numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
+        note(out, replace(found, numbers=numbers, pooled=pooled))
 
 
 def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], roots: Roots) -> Root | None:
     """The tensor that a call takes some rows of: a batch out of a data set, or a piece of a batch."""
     single = len(roots.tensors) == 1 and not roots.data and not roots.routed
     return roots.tensors[0] if single and roots.tensors[0].ndim and _draws(func, args, kwargs) else None
-
-
-def _recut(roots: Roots, out: Tensor) -> bool:
-    """Whether a result has another number of rows than what it was computed from."""
-    return out.ndim > 0 and any(root.ndim and len(root) not in (1, len(out)) for root in roots.tensors)
 
 
 def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -209,20 +213,6 @@ def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bo
     index = args[1]
     listed = isinstance(index, Tensor) and index.ndim == 1 and not index.requires_grad
     return listed or (isinstance(index, slice) and index != slice(None))
-
-
-def _keeps_rows(func: Callable[..., Any], args: Any, tensors: Sequence[Tensor], out: Tensor) -> bool:
-    """Whether the leading axis of a result holds the rows of an argument in their order, several per sample perhaps."""
-    name = getattr(func, "__name__", "").strip("_")
-    if func is Tensor.__getitem__:
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return bool(index) and (index[0] is Ellipsis or (isinstance(index[0], slice) and index[0] == slice(None)))
-    if name in MOVING:
-        return False
-    if name in RESHAPING:
-        return args[0].is_contiguous() or not out.ndim
-    leading = {len(tensor) for tensor in tensors if tensor.ndim}
-    return not out.ndim or not leading or len(out) in leading
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -265,7 +255,10 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         mark_at(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
         return out
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    roots = united(all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad)
+    read = [all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad]
+    numbered, roots = [one for one in read if one.numbers is not None], united(read)
+    if len(numbered) == 1:
+        roots = replace(roots, numbers=numbered[0].numbers)  # of the targets, beside weights of classes
     for i, name in enumerate(differentiable):
         out = out.view_as(out) if i else out
         mark, part = mark_at(out.grad_fn), PARTS[func, name]
@@ -369,6 +362,7 @@ class _Call:
             versions=versions,
             couples=couples,
             roots=roots,
+            shapes={k: self.tensors[k].shape for k in roots},
         )
         node.register_hook(mark.use.release)
 

@@ -54,6 +54,7 @@ class Use:
     versions: dict[str, int] = field(default_factory=dict)
     couples: bool = False  # a sample's output depends on other samples
     roots: dict[str, Roots] = field(default_factory=dict)  # of the arguments without gradient, and of operands
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the same
     pull: Callable[[Tensor, Owners], Tensor] | None = None  # instead of a rule: cotangents to J of the only operand
 
     @property

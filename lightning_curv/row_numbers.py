@@ -14,23 +14,45 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_curv.provenance import Numbers, Roots, roots_of
 
-# functions that may move rows of the leading axis
-_MOVING = """
-    T argsort cat column_stack concat concatenate flip gather get hstack index_select masked_select mT moveaxis movedim
-    narrow nonzero permute repeat roll rot90 scatter select sort stack swapaxes swapdims t take take_along_dim tile topk
-    transpose unique vstack
+# functions whose result has at every place what they make of the entries there
+_ELEMENTWISE = """
+    abs absolute acos acosh add addcdiv addcmul alpha_dropout and angle asin asinh atan atan2 atanh bernoulli bfloat16
+    bitwise_and bitwise_not bitwise_or bitwise_xor bool bucketize byte ceil celu char clamp clamp_max clamp_min clip
+    clone complex conj copysign cos cosh cpu cuda deg2rad digamma div divide double dropout elu eq erf erfc erfinv exp
+    exp2 expm1 feature_dropout float floor floor_divide floordiv fmax fmin fmod frac ge gelu greater greater_equal gt
+    half hardsigmoid hardswish hardtanh heaviside hypot iadd imag imul int invert isfinite isinf isnan isub ixor le
+    leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor
+    logit logsigmoid long lshift lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative
+    nextafter or positive pow quantize_per_tensor rad2deg radd rdiv real reciprocal relu relu6 remainder ror round rpow
+    rrelu rshift rsqrt rsub rtruediv rxor selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink
+    softsign sqrt square sub subtract tan tanh tanhshrink threshold to true_divide truediv trunc type type_as where
+    xlogy xor
 """
-MOVING = frozenset(_MOVING.split())
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+# functions whose result has in every row of the leading axis what they make of that row
+_BY_ROW = """
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d avg_pool1d
+    avg_pool2d avg_pool3d batch_norm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d embedding embedding_bag group_norm instance_norm interpolate layer_norm linear local_response_norm
+    matmul max_pool1d max_pool2d max_pool3d mm one_hot pad pixel_shuffle pixel_unshuffle rms_norm
+    scaled_dot_product_attention tril triu upsample
+"""
+BY_ROW = frozenset(_BY_ROW.split())
+LIKE = frozenset(("to", "type", "type_as"))  # functions that look at the type of other arguments
+FILLING = frozenset(
+    ("empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like")
+)
 # functions that only move, repeat or leave out entries of their first argument, or of the tensors in it
 _ROUTING = """
-    T broadcast_to cat chunk column_stack concat concatenate contiguous detach diagonal dsplit expand expand_as flatten
-    flip fliplr flipud gather get getitem hsplit hstack index_select mT masked_select moveaxis movedim narrow permute
-    ravel repeat repeat_interleave reshape reshape_as roll rot90 select split split_with_sizes squeeze stack swapaxes
-    swapdims t take take_along_dim tensor_split tile transpose unbind unflatten unsqueeze view view_as vsplit vstack
+    broadcast_to cat chunk column_stack concat concatenate contiguous detach diagonal dsplit expand expand_as
+    flatten flip fliplr flipud gather get getitem hsplit hstack index_select masked_select moveaxis movedim mT
+    narrow pack_padded_sequence permute ravel repeat repeat_interleave reshape reshape_as roll rot90 select split
+    split_with_sizes squeeze stack swapaxes swapdims T t take take_along_dim tensor_split tile transpose unbind
+    unflatten unsqueeze view view_as vsplit vstack
 """
 ROUTING = frozenset(_ROUTING.split())
 # functions that take the entries along some axes together, and functions that do so and keep the axes
@@ -79,12 +101,21 @@ def follow(
     if name in REDUCING | SCANNING and not any(tensor is not args[0] for tensor in tensors):
         return [_along(name, args, kwargs, result) for result in results]
     pooled = frozenset(_met(name, args, kwargs, known))
-    return [Rows({} if name in MOVING else _kept(known, result, pooled), pooled) for result in results]
+    if name not in ELEMENTWISE and name not in BY_ROW:
+        return [Rows({}, pooled) for _ in results]
+    return [_kept(known, result, pooled, name in ELEMENTWISE) for result in results]
 
 
-def may_pool(func: Callable[..., Any]) -> bool:
-    """Whether a function may take several rows together and return as many."""
-    return name_of(func) in POOLING
+def plainly_in_order(func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+    """Whether the rows of results are those of the tensors they were computed from, without a closer look."""
+    name = name_of(func)
+    if name not in ELEMENTWISE and (name not in BY_ROW or name in POOLING):
+        return False
+    ranks = {tensor.ndim for tensor in tensors if tensor.ndim}
+    same = name in BY_ROW or ranks <= {results[0].ndim}
+    read = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, nn.Parameter)]
+    lengths = {len(tensor) for tensor in read if len(tensor) > 1}
+    return same and all(result.ndim > 0 and lengths <= {len(result)} for result in results)
 
 
 def _along(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Rows:
@@ -149,27 +180,38 @@ def _routed(
             numbers = [one.contiguous() for one in numbers]
         with torch._C.DisableTorchFunction():
             out = func(numbers if several else numbers[0], *rest, **kwargs)
-        for one, tensor in zip(found, [out] if isinstance(out, Tensor) else out, strict=True):
+        moved = [out] if isinstance(out, Tensor) else out
+        for one, tensor in zip(found, moved[:1] if name_of(func) == "pack_padded_sequence" else moved, strict=False):
             one[size] = _narrowed(tensor)
     return list(found)
 
 
-def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: frozenset[int]) -> Numbers:
-    """The numbers of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
-    found = {}
+def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: frozenset[int], elementwise: bool) -> Rows:
+    """The rows of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
+    align = _broadcast if elementwise else _leading
+    found, together = {}, set(pooled)
     for size in {size for _, numbers in known for size in numbers} - pooled:
-        aligned = [_aligned(numbers[size], tensor, result) for tensor, numbers in known if size in numbers]
-        if aligned[0] is not None and all(a is not None and torch.equal(a, aligned[0]) for a in aligned):
-            found[size] = aligned[0]
-    return found
+        aligned = [align(numbers[size], tensor, result) for tensor, numbers in known if size in numbers]
+        varying = [one for one in aligned if one is None or one.numel() > 1] or aligned
+        first = varying[0]
+        if first is not None and all(one is not None and torch.equal(one, first) for one in varying):
+            found[size] = first
+        elif elementwise:
+            together.add(size)  # rows of several samples meet
+    return Rows(found, frozenset(together))
 
 
-def _aligned(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
-    """Numbers of a tensor as those of a result."""
-    if tensor.shape == result.shape:
-        return numbers
-    leading = numbers.numel() == len(numbers) if numbers.ndim else False
-    if leading and result.ndim and len(tensor) == len(result):
+def _broadcast(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
+    """Numbers of a tensor as those of a result that it was broadcast to; ``None``: it was not."""
+    if result.ndim < tensor.ndim:
+        return None
+    return numbers.reshape([1] * (result.ndim - tensor.ndim) + list(numbers.shape))
+
+
+def _leading(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
+    """Numbers of the leading axis of a tensor as those of a result; ``None``: other axes have them too."""
+    along = numbers.ndim > 0 and numbers.numel() == len(numbers)
+    if along and result.ndim and len(tensor) == len(result):
         return numbers.reshape(-1, *[1] * (result.ndim - 1))
     return None
 
@@ -203,6 +245,15 @@ def _narrowed(numbers: Tensor) -> Tensor:
             if not numbers.stride(axis) or bool((numbers == first).all()):
                 numbers = first
     return numbers.contiguous()
+
+
+def ordered(numbers: Numbers, result: Tensor) -> bool:
+    """Whether a result has the rows of something in their order, each once."""
+    if not result.ndim or len(result) not in numbers:
+        return False
+    found = numbers[len(result)]
+    along = found.ndim == result.ndim and found.numel() == len(found) == len(result)
+    return along and torch.equal(found.flatten(), counted(len(result), result).flatten())
 
 
 def fingerprint(numbers: Numbers) -> tuple[tuple[int, bytes], ...]:

@@ -11,14 +11,12 @@ What was verified is remembered only where it cannot depend on values: see `_Mem
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakValueDictionary
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +27,9 @@ from lightning_curv.coupling import Undecided, differ, separable
 from lightning_curv.errors import UnsupportedError, describe, names_of
 from lightning_curv.graph import Tape, leaf_of, nodes_below
 from lightning_curv.heads import Head, find_heads, frontier
+from lightning_curv.holders import HOLDERS
 from lightning_curv.joins import Join, node_of
-from lightning_curv.meeting import Mixed, find_joins
+from lightning_curv.meeting import Mixed, find_joins, reads_unknown
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Root, Roots, pointer_of
@@ -67,33 +66,44 @@ class Batch:
         size: N, which the graph must agree with.
         expected: N, unless the graph disagrees.
         tensors: The tensors of the batch; ``None``: unknown.
+        guess: Says what N may be, where it is not known.
+        parameters: Says which parameters the graph has.
     """
 
     size: int | None = None
     expected: int | None = None
     tensors: Sequence[Tensor] | None = None
+    guess: Callable[[], int] | None = field(default=None, compare=False)
+    parameters: Callable[[], Iterable[Tensor]] = field(default=tuple, compare=False)
 
     def holds(self, roots: Roots) -> bool:
         """Whether something computed from these roots depends on the samples.
 
-        Where the tensors of the batch are not known, a tensor from outside belongs to it unless a module holds it, or
-        it is a number or a single row, which all samples share.
+        A tensor from outside does if it is one of the batch, or of N rows and made of Python's numbers. Where the
+        tensors of the batch are not known, any other does too, unless a module holds it; but a number, or a row that is
+        no piece of a batch, is shared.
         """
-        if self.tensors is not None:
-            found = self._gave(roots)
-        else:
-            found = any(root.ndim and len(root) > 1 and not self.held(root) for root in roots.tensors)
-        return roots.data or found
+        rows = Counter(root.shape for root in roots.tensors if root.ndim and len(root) == 1)
+        listed = self.tensors is None and max(rows.values(), default=0) > 1  # the batch came as a list of rows
+        return roots.data or listed or self._gave(roots) or any(self._is_data(root) for root in roots.tensors)
 
-    def held(self, root: Root) -> bool:
-        """Whether a module or the cache of a function holds a tensor."""
-        return _is_held(root) or (self._looked and _is_held(root))
+    def _is_data(self, root: Root) -> bool:
+        whole = root.whole or root
+        sizes = {len(whole), len(root)} if root.ndim else set()
+        if root.ndim > 1 and len(root) == 1:
+            sizes.add(root.shape[1])  # the batch may be second
+        if max(sizes, default=0) <= 1:
+            return False
+        rows = self.likely in sizes and self.likely > 1
+        if not rows and (root.made or len(whole) == 1):
+            return False
+        return root.made if self.tensors is not None else not HOLDERS.hold(whole, self.likely, self.parameters())
 
     @cached_property
-    def _looked(self) -> bool:
-        """Whether all holders of the process were looked at: once per graph at most, for it takes a while."""
-        _HELD.update((pointer_of(tensor), tensor) for tensor in _held_tensors())
-        return True
+    def likely(self) -> int:
+        """N, as it is known or guessed before the graph is looked at."""
+        known = self.size if self.size is not None else self.expected
+        return known if known is not None else self.guess() if self.guess is not None else 0
 
     @cached_property
     def _pointers(self) -> set[int]:
@@ -140,12 +150,17 @@ def find_samples(
     """
     tape = passes.tape
     batch = batch.read_by(tape)
+    batch = replace(batch, guess=lambda: _candidates(tape, batch)[0], parameters=lambda: tape.all_parameters)
     _demote(passes, batch)
     key = (batch.size, batch.expected, batch.given(tape), independent, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
         finder = _Finder(passes, batch, independent, most)
-        found = finder.found(_candidates(tape, batch))
+        try:
+            found = finder.found(_candidates(tape, batch))
+        except UnsupportedError:
+            MEMORY.entries.pop(key, None)
+            raise
         if not tape.routes and finder.conclusive:
             MEMORY.keep(key, tape, found)
     if independent:
@@ -160,14 +175,15 @@ def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     Raises:
         UnsupportedError: One does.
     """
-    for use in tape.uses.values():
-        for name, roots in use.roots.items():
-            if count in roots.pooled and name not in use.operands and batch.holds(roots):
-                raise UnsupportedError(
-                    "Per-sample quantities need samples that do not influence each other, found a statistic over the "
-                    f"{count} samples of the batch in what `{use.name}` reads (a mean, a maximum, a product of the "
-                    "batch with itself). Take it over the data set, beforehand."
-                )
+    read = [(use.name, roots) for use in tape.uses.values() for k, roots in use.roots.items() if k not in use.operands]
+    read += [(call.name, call.roots) for call in tape.losses.values()]
+    for name, roots in read:
+        if count in roots.pooled and batch.holds(roots):
+            raise UnsupportedError(
+                "Per-sample quantities need samples that do not influence each other, found a statistic over the "
+                f"{count} samples of the batch in what `{name}` reads (a mean, a maximum, a sum of rows of several "
+                "samples). Take it over the data set, beforehand."
+            )
 
 
 def _put_joins(passes: Passes, found: _Found) -> None:
@@ -201,7 +217,8 @@ class _Memory:
     """Structures of graphs that were verified, and for how long that is believed.
 
     A structure is remembered only if none of its ops moves rows by values (`Tape.routes`) and every op was reached by
-    the weights. Weights can still open a gate that was closed, so it is verified again at its 10th, 100th, ... use.
+    the weights, and only as long as tables that are the same for all samples are the very same tensors. Weights can
+    still open a gate that was closed, so it is verified again at its 10th, 100th, ... use.
     """
 
     size: int = 256
@@ -220,7 +237,9 @@ class _Memory:
         uses: dict[Node | Join, Owners] = {keys[i]: owners for i, owners in entry.uses.items()}
         joins = {spot.join(tape): owners for spot, owners in entry.joins}
         losses = dict(zip(tape.losses, entry.losses, strict=True))
-        dropped = [node_of(keys[i]) for i in entry.dropped]
+        dropped = [node_of(keys[i]) for i, _ in entry.dropped]
+        if any(_constants(tape.uses[keys[i]]) != constants for i, constants in entry.dropped):
+            return None
         uses.update(joins.items())
         return _Found(Samples(entry.count, uses, losses), joins, dropped)
 
@@ -233,12 +252,17 @@ class _Memory:
             {position[node]: owners for node, owners in samples.uses.items() if node in position},
             list(samples.losses.values()),
             [(_Spot.of(join, tape), owners) for join, owners in found.joins.items()],
-            [position[node] for node in found.dropped],
+            [(position[node], _constants(tape.uses[node])) for node in found.dropped],
         )
         if before is not None:
             entry.seen, entry.due = before.seen, before.due
         while len(self.entries) > self.size:
             self.entries.popitem(last=False)
+
+
+def _constants(use: Use) -> tuple[Root, ...]:
+    """The tensors from outside that a use reads; all samples share those of one that is no use of its own."""
+    return tuple(root for roots in use.roots.values() for root in roots.tensors)
 
 
 @dataclass(frozen=True)
@@ -283,7 +307,7 @@ class _Entry:
     uses: dict[int, Owners]
     losses: list[Owners]
     joins: list[tuple[_Spot, Owners]]
-    dropped: list[int]
+    dropped: list[tuple[int, tuple[Root, ...]]]
     seen: int = 1
     due: int = 10
 
@@ -304,11 +328,11 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
     roots = _whole(_read(tape))
     found = _whole([root for call in tape.losses.values() for root in call.roots.tensors if root.ndim])
     if len({len(root) for root in found}) > 1:
-        found = [root for root in found if not batch.held(root)] or found
+        found = [root for root in found if not HOLDERS.hold(root, 0, batch.parameters())] or found
     targets = [len(root) for root in found]
     both = [len(root) for root in roots if len(root) in targets]
     if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
-        roots = [root for root in roots if not batch.held(root)] or roots
+        roots = [root for root in roots if not HOLDERS.hold(root, 0, batch.parameters())] or roots
     read = [len(root) for root in roots]
     known = [size for size in both if size > 1] or both or targets or read
     if not known:  # nothing comes from outside: rows of the loss, or of the outputs
@@ -374,44 +398,6 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | N
     )
 
 
-_CACHE = type(cache(repr))
-
-
-_HELD: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # what holders were found to hold, by its memory
-
-
-def _is_held(root: Root) -> bool:
-    tensor = _HELD.get(root.pointer)
-    return tensor is not None and pointer_of(tensor) == root.pointer
-
-
-def _held_tensors() -> Iterator[Tensor]:
-    """All tensors that modules hold, as frozen parameters, buffers or attributes, or that caches of functions do."""
-    holders = [holder for holder in gc.get_objects() if _holds(holder)]
-    return (value for holder in holders for value in _values(holder) if isinstance(value, Tensor))
-
-
-def _holds(holder: Any) -> bool:
-    kind = type(holder)
-    return kind is _CACHE or (issubclass(kind, torch.nn.Module) and "_buffers" in holder.__dict__)
-
-
-def _values(holder: Any) -> Iterator[Any]:
-    """What a module or the cache of a function holds, also in a dictionary or a list."""
-    if isinstance(holder, torch.nn.Module):
-        yield from (*holder._parameters.values(), *holder._buffers.values())
-        held = list(holder.__dict__.values())
-    else:
-        held = gc.get_referents(holder)
-        held += [value for link in held if isinstance(link, dict) for value in gc.get_referents(*link.values())]
-    for value in held:
-        yield value
-        if isinstance(value, (list, tuple)):
-            yield from value
-        elif isinstance(value, dict):
-            yield from value.values()
-
-
 def _axes(use: Use) -> list[int]:
     """The axes of the output of a use that may carry the samples, as its rule says."""
     if use.pull is not None or not use.shape:
@@ -434,10 +420,12 @@ class _Found:
 def _in_order(roots: Roots, count: int) -> bool:
     """Whether something has the rows of the batch in their order, several per sample perhaps, or depends on none."""
     several = [root for root in roots.tensors if root.ndim and len(root) > 1]
-    if roots.numbers is not None and count in roots.numbers:
-        numbers = roots.numbers[count]
-        return numbers.ndim > 0 and numbers.numel() == len(numbers) and _counts(numbers.flatten(), count)
-    return not roots.data and not roots.routed and all(len(root) == count for root in several)
+    if roots.numbers is None or not several:
+        return not roots.data and not roots.routed and all(len(root) == count for root in several)
+    numbers = roots.numbers.get(count)
+    if numbers is None or roots.data:
+        return False
+    return numbers.ndim > 0 and numbers.numel() == len(numbers) and _counts(numbers.flatten(), count)
 
 
 def _counts(numbers: Tensor, count: int) -> bool:
@@ -503,6 +491,8 @@ class _Finder:
         self.heads = find_heads(self.tape, passes.loss)
         self.reason = ""
         self.conclusive = True
+        self.silent: set[Node | Join] = set()  # where nothing arrives
+        self.blind = any(reads_unknown(node, batch.holds) for node in self.tape.nodes)
 
     def found(self, counts: Sequence[int]) -> _Found:
         """The samples for the first number that the graph agrees with.
@@ -574,16 +564,24 @@ class _Finder:
         outside = [
             (node, use)
             for node, use in self.uses.items()
-            if any(
+            if node not in self.silent
+            and any(
                 k not in use.operands and roots.tensors and self.batch.holds(roots) for k, roots in use.roots.items()
             )
         ]
-        if outside and all(self._anchor(node, use, count) is not None for node, use in outside):
+        if outside and not self.blind and all(self._anchor(node, use, count) is not None for node, use in outside):
             return True
         if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
             return True
+        if any(self._unknown_order(use, count) for _, use in outside):
+            return False
         single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
         return any(single) and self._linked([head for head, _ in heads])
+
+    def _unknown_order(self, use: Use, count: int) -> bool:
+        """Whether all rows of the batch that an op reads were moved by something unknown."""
+        read = [roots for name, roots in use.roots.items() if name not in use.operands and self.batch.holds(roots)]
+        return bool(read) and all(roots.numbers is not None and count not in roots.numbers for roots in read)
 
     def _linked(self, heads: Sequence[Head]) -> bool:
         """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other."""
@@ -656,36 +654,36 @@ class _Finder:
         if _groups(use) is not None:
             return None
         for name, roots in use.roots.items():
-            value = use.arguments.get(name)
+            shape = use.shapes.get(name)
             constant = self.batch.tensors is not None and not self.batch.holds(roots)
-            if name in use.operands or not isinstance(value, Tensor) or not value.ndim or not roots.tensors or constant:
+            if name in use.operands or not shape or not roots.tensors or constant:
                 continue
             numbers = (roots.numbers or {}).get(count)
             found = (
-                self._in_order(node, use, value, roots, count)
+                self._in_order(node, use, shape, roots, count)
                 if numbers is None
-                else self._numbered(node, use, value, numbers, count)
+                else self._numbered(node, use, shape, numbers, count)
             )
             if found is not None:
                 return found
         return None
 
-    def _in_order(self, node: Node | Join, use: Use, value: Tensor, roots: Roots, count: int) -> BatchAxis | None:
+    def _in_order(self, node: Node | Join, use: Use, shape: torch.Size, roots: Roots, count: int) -> BatchAxis | None:
         """The first axis, if the rows of the batch are on it; else the first axis of N of a tensor read as it is."""
-        rows = len(use.shape) > 0 and len(value) == use.shape[0]
+        rows = len(use.shape) > 0 and shape[0] == use.shape[0]
         if rows and count and use.shape[0] % count == 0 and 0 in self.axes[node] and _in_order(roots, count):
             return BatchAxis(count)
-        root = Root.of(value)
-        axis = root.shape.index(count) if roots.tensors == (root,) and count in root.shape else 0
-        if axis and not roots.data and axis in self.axes[node] and use.shape[axis : axis + 1] == (count,):
+        as_it_is = [root.shape for root in roots.tensors] == [tuple(shape)] and not roots.data and not roots.routed
+        axis = shape.index(count) if as_it_is and count in shape else 0
+        if axis and axis in self.axes[node] and use.shape[axis : axis + 1] == (count,):
             return BatchAxis(count, axis)
         return None
 
-    def _numbered(self, node: Node | Join, use: Use, value: Tensor, numbers: Tensor, count: int) -> Owners | None:
+    def _numbered(self, node: Node | Join, use: Use, shape: torch.Size, numbers: Tensor, count: int) -> Owners | None:
         """The same axes as in what it reads, if all are among its own; or all of it, if it reads one sample only."""
-        owners = owners_of(numbers, value.shape, count)
+        owners = owners_of(numbers, shape, count)
         axes = (owners.axis,) if isinstance(owners, BatchAxis) else owners.axes
-        if all(axis in self.axes[node] and use.shape[axis] == value.shape[axis] for axis in axes):
+        if all(axis in self.axes[node] and use.shape[axis] == shape[axis] for axis in axes):
             return owners
         return owners_of(numbers.flatten(), use.shape, count) if numbers.numel() == 1 else None
 
@@ -705,6 +703,7 @@ class _Finder:
             axes = batch_axes(head.like.shape, head.axes, count)
             places.append(Place(call.input, head.like.shape, axes, [(axis,) for axis in head.axes]))
         findings = probe.findings(places)
+        self.silent = {node for node, finding in zip(nodes, findings, strict=False) if finding.silent}
         uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
         if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
             raise Mixed(f"in the input of `{calls[node].name}`")
@@ -795,7 +794,7 @@ class _Finder:
                 )
             mixed.append(node_of(node))
         if mixed or strays:
-            here |= find_joins(self.tape, [head for head, _ in heads], mixed, strays, probe)
+            here |= find_joins(self.tape, [head for head, _ in heads], mixed, strays, probe, self.batch.holds)
         if slow:
             _warn_of_price(slow, count, self.most)
         return here, [node_of(node) for node in unplaced]
