@@ -488,19 +488,19 @@ class _Finder:
         where a head has one row per sample and all others depend on the same rows. ``None``: wherever the heads are.
         """
         heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
-        outside = [
+        if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
+            return True
+        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
+        if any(single) and self._linked([head for head, _ in heads]):
+            return True
+        outside = [  # last: to see whether a module holds a tensor takes long
             (node, use)
             for node, use in self.uses.items()
             if any(
                 k not in use.operands and roots.tensors and self.batch.holds(roots) for k, roots in use.roots.items()
             )
         ]
-        if outside and all(self._anchor(node, use, count) is not None for node, use in outside):
-            return True
-        if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
-            return True
-        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
-        return any(single) and self._linked([head for head, _ in heads])
+        return bool(outside) and all(self._anchor(node, use, count) is not None for node, use in outside)
 
     def _linked(self, heads: Sequence[Head]) -> bool:
         """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other."""
