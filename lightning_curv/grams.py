@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_curv import matmul
 from lightning_curv.latest import Latest
-from lightning_curv.norms import row_norms
+from lightning_curv.norms import product_norms, row_norms
 from lightning_curv.pieces import CHUNK_BYTES, Matrices
 from lightning_curv.terms import ROUNDING, Term
 
@@ -50,7 +50,7 @@ def norms(term: Term) -> Tensor:
         if len(odd):
             g, x = Matrices(term[(odd + start).tolist()]).of(0, len(odd))  # [n, q, V·o, s], [n, q, i, s]
             g = g.unflatten(2, (len(term.g), -1))
-            bounds = row_norms(g.transpose(3, 4), 4) * row_norms(x.mT, 3).unsqueeze(2)
+            bounds = product_norms(row_norms(g.transpose(3, 4), 4), row_norms(x.mT, 3).unsqueeze(2), g.dtype)
             norms[:, odd] = bounds.sum((1, 3)).mT
         start += norms.shape[1]
         found.append(norms)

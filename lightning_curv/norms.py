@@ -18,7 +18,7 @@ def limit(dtype: torch.dtype) -> float:
 
 
 def row_norms(tensor: Tensor, start: int) -> Tensor:
-    """Norms over all axes from ``start`` on, in float64; infinite beyond `limit`.
+    """Norms over all axes from ``start`` on, in float64.
 
     Squares of float32 are normal numbers of float64. Rows of float64 are divided by their largest entry where theirs
     may be none.
@@ -32,4 +32,11 @@ def row_norms(tensor: Tensor, start: int) -> Tensor:
             largest = some.abs().amax(-1, keepdim=True) if some.shape[-1] else some.new_ones(len(some), 1)
             largest = largest.where(largest.isfinite() & (largest > 0), torch.ones_like(largest))
             norms[odd] = torch.linalg.vector_norm(some / largest, dim=-1) * largest[:, 0]
-    return norms.masked_fill_(norms > limit(tensor.dtype), torch.inf)
+    return norms
+
+
+def product_norms(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms of products of two factors; infinite where one is beyond `limit` and the other is not zero."""
+    products = g * x
+    large = torch.maximum(g, x.expand_as(g)) > limit(dtype)
+    return products.masked_fill_(large & (products != 0), torch.inf)

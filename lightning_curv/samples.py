@@ -103,7 +103,9 @@ def whole_batch(tape: Tape) -> Samples:
     return Samples(1, uses, {node: BatchAxis(1) for node in tape.losses})
 
 
-def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: bool = False) -> Samples:
+def find_samples(
+    passes: Passes, batch: Batch, independent: bool = True, check: bool = False, strict: bool = False
+) -> Samples:
     """Find N and the owners, and put the joins among the uses of the tape.
 
     Args:
@@ -111,6 +113,7 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
         batch: What is known of the batch.
         independent: Whether samples must not influence each other.
         check: Verify this very graph, even if one of its structure was verified before.
+        strict: Whether samples must be apart to the last digits, not only up to rounding errors of larger numbers.
 
     Raises:
         UnsupportedError: N does not agree with the graph, or samples influence each other.
@@ -118,10 +121,10 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
     tape = passes.tape
     batch = batch.read_by(tape)
     _demote(passes, batch)
-    key = (batch.size, batch.expected, batch.given(tape), independent, *_structure(tape))
+    key = (batch.size, batch.expected, batch.given(tape), independent, strict, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
-        finder = _Finder(passes, batch, independent)
+        finder = _Finder(passes, batch, independent, strict)
         found = finder.found(_candidates(tape, batch))
         if not tape.routes and finder.conclusive:
             MEMORY.keep(key, tape, found)
@@ -413,8 +416,9 @@ def owner_of_rows(use: Use, owners: Owners) -> Tensor:
 class _Finder:
     """One search for the samples of a graph."""
 
-    def __init__(self, passes: Passes, batch: Batch, independent: bool) -> None:
+    def __init__(self, passes: Passes, batch: Batch, independent: bool, strict: bool) -> None:
         self.passes, self.tape, self.batch, self.independent = passes, passes.tape, batch, independent
+        self.strict = strict
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
         self.axes = {node: _axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)
@@ -593,7 +597,7 @@ class _Finder:
         Raises:
             Mixed: The graph does not agree.
         """
-        probe = Probe(self.passes, heads, count)
+        probe = Probe(self.passes, heads, count, self.strict)
         nodes = list(self.uses)
         places = [self._place(node, self.uses[node], count) for node in nodes]
         own = {head.edge[:2] for head, _ in heads}

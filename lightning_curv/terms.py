@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_curv import memory
 from lightning_curv.latest import Latest
 from lightning_curv.matmul import einsum, is_large
-from lightning_curv.norms import row_norms
+from lightning_curv.norms import product_norms, row_norms
 from lightning_curv.owners import BatchAxis, Owners, RowOwners
 
 DIAGONAL = "defghjklm"
@@ -290,11 +290,11 @@ class Term:
         both = [letter for letter in self.out if letter in self.inp]
         if not both:
             norms, _ = _ROW_NORMS.of(self.g, (), partial(row_norms, self.g, 2))
-            return norms if self.x is None else norms * row_norms(self.x, 1)
+            return norms if self.x is None else product_norms(norms, row_norms(self.x, 1), self.g.dtype)
         assert self.x is not None
         g = _placed(self.g, "vn" + self.out, "vn" + "".join(both + [y for y in self.out if y not in both]))
         x = _placed(self.x, "n" + self.inp, "n" + "".join(both + [y for y in self.inp if y not in both]))
-        return row_norms(row_norms(g, 2 + len(both)) * row_norms(x, 1 + len(both)), 2)
+        return row_norms(product_norms(row_norms(g, 2 + len(both)), row_norms(x, 1 + len(both)), self.g.dtype), 2)
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
