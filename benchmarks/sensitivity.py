@@ -201,6 +201,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+HARD = {"gate": "pair", "centred": "level"}  # the changes of a batch that these are made for
+
+
 # --- losses: of outputs [N, CLASSES] and targets [N] ------------------------------------------------------------------
 
 
@@ -344,7 +347,7 @@ def search(case: Case, climbs: int = 8) -> Case:
         warnings.simplefilter("ignore")
         try:
             for _ in range(climbs):
-                trial = _moved(batch, place, source)
+                trial = _moved(batch, place, source, HARD.get(case.model, ""))
                 change = evaluate.change(trial, place)
                 if not change <= case.change or not case.evaluations:
                     case.change, batch = change, trial
@@ -356,13 +359,14 @@ def search(case: Case, climbs: int = 8) -> Case:
     return case
 
 
-def _moved(batch: Batch, place: int, source: random.Random) -> Batch:
-    """A neighbour of a batch: x or all others changed in size or direction, or made equal."""
+def _moved(batch: Batch, place: int, source: random.Random, hard: str = "") -> Batch:
+    """A neighbour of a batch: x or all others changed in size or direction, or made equal; `hard` often."""
     moved = [t.clone() for t in batch]
     x, count = moved[0], len(batch[0])
     others = [i for i in range(count) if i != place]
     rows = source.choice([[place], [place], others])
-    kind = source.choice(["scale", "scale", "direction", "entry", "equal", "target", "same", "level"])
+    kind = source.choice(["scale", "scale", "direction", "entry", "pair", "equal", "target", "same", "level"])
+    kind = source.choice([kind, hard]) if hard else kind
     if kind == "target" or not x.is_floating_point():
         moved[-1][rows] = source.randrange(CLASSES)
         if not x.is_floating_point():
@@ -373,7 +377,11 @@ def _moved(batch: Batch, place: int, source: random.Random) -> Batch:
         x[rows] += source.choice((1e-3, 1.0, 1e3)) * torch.randn_like(x[rows])
     elif kind == "entry":
         spot = source.randrange(x[0].numel())
-        x.view(count, -1)[rows, spot] = source.choice((-1, 1)) * source.choice((*SCALES, 43.0, 1.8e19))
+        x.view(count, -1)[rows, spot] = source.choice((-1, 1)) * source.choice(SCALES)
+    elif kind == "pair":  # a huge input beside one that saturates
+        huge = source.randrange(2, x[0].numel())
+        x.view(count, -1)[rows, huge] = 10 ** source.choice((source.uniform(0, 36), source.uniform(17, 19)))
+        x.view(count, -1)[rows, 1] = source.choice((source.uniform(0, 50), -source.uniform(45, 90)))
     elif kind == "level":
         x[rows] = source.choice(SCALES) + 0.1 * torch.randn_like(x[rows])
     elif kind == "equal":
