@@ -610,6 +610,7 @@ class _Finder:
         uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
         if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
             raise Mixed(f"in the input of `{calls[node].name}`")
+        self._refuse_undefined(uses)
         joins, dropped = self._joins(heads, uses, probe, count)
         self.conclusive = self.conclusive and probe.conclusive
         by_edge = {head.edge[:2]: owners for head, owners in heads}
@@ -623,6 +624,17 @@ class _Finder:
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         owners.update(joins.items())
         return _Found(Samples(count, owners, placed), joins, dropped)
+
+    def _refuse_undefined(self, found: Mapping[Node | Join, Finding]) -> None:
+        """Raise if it cannot be told whose numbers are not finite: nothing arrives that would tell the samples apart.
+
+        Raises:
+            Mixed: There are such.
+        """
+        for node, finding in found.items():
+            read = self.uses[node].arguments.values() if self.strict and finding.options else ()
+            if any(isinstance(v, Tensor) and v.is_floating_point() and not bool(v.isfinite().all()) for v in read):
+                raise Mixed(f"or not: what `{self.uses[node].name}` reads is not finite, and whose it is cannot be told")
 
     def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
         """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.
