@@ -78,12 +78,15 @@ def _normal(count: int, entropy: Callable[[int], bytes]) -> Tensor:
     """Box and Muller's method: a pair of normal numbers from 104 random bits and more in the tails."""
     pairs = (count + 1) // 2
     radius, angle = _uniform(2 * pairs, entropy).view(2, pairs).unbind()
-    rare = (radius < _RARE).nonzero().squeeze(1)
-    if len(rare):  # without them no number would be larger than 8.5
+    if pairs and float(radius.min()) < _RARE:  # without them no number would be larger than 8.5
+        rare = (radius < _RARE).nonzero().squeeze(1)
         radius[rare] += 2.0**-52 * (_uniform(len(rare), entropy) - 1)
     radius.log_().mul_(-2).sqrt_()
     angle.mul_(2 * math.pi)
-    return torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)])[:count]
+    found = torch.empty(2, pairs, dtype=torch.float64)
+    torch.cos(angle, out=found[0])
+    torch.sin(angle, out=found[1])
+    return found.mul_(radius).view(-1)[:count]
 
 
 def _uniform(count: int, entropy: Callable[[int], bytes]) -> Tensor:
@@ -91,4 +94,4 @@ def _uniform(count: int, entropy: Callable[[int], bytes]) -> Tensor:
     if not count:
         return torch.zeros(0, dtype=torch.float64)
     bits = torch.frombuffer(bytearray(entropy(8 * count)), dtype=torch.int64)
-    return 2 - bits.bitwise_and_(_MANTISSA).bitwise_or_(_ONE).view(torch.float64)
+    return bits.bitwise_and_(_MANTISSA).bitwise_or_(_ONE).view(torch.float64).neg_().add_(2)

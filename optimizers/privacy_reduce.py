@@ -1,10 +1,9 @@
 r"""The one moment where processes meet: clipped sums are added up, and noise is added once.
 
 Floating-point numbers are no real numbers: which of them :math:`S + \sigma C z` can be, and which not, tells of S
-(Mironov, *On Significance of the Least Significant Bits For Differential Privacy*, CCS 2012; for Gaussian noise Jin,
-McMurtry, Rubinstein & Ohrimenko, *Are We There Yet? Timing and Floating-Point Attacks on Differential Privacy Systems*,
-S&P 2022; Holohan & Braghin, ESORICS 2021). So sums and noise are rounded to the multiples of one power of two, and added
-as integers, without any further rounding. For S on that grid, :math:`S + \mathrm{round}(z) = \mathrm{round}(S + z)`: a
+(Mironov, *On Significance of the Least Significant Bits For Differential Privacy*, CCS 2012; for Gaussian noise Jin et
+al., *Are We There Yet? Timing and Floating-Point Attacks on Differential Privacy Systems*, S&P 2022, and Holohan &
+Braghin, ESORICS 2021). So sums and noise are rounded to the multiples of one power of two, and added as integers, without any further rounding. For S on that grid, :math:`S + \mathrm{round}(z) = \mathrm{round}(S + z)`: a
 function of what the Gaussian mechanism would release, which costs no privacy. The grid is 2⁻³⁴ σC or finer, far coarser
 than the numbers z come from (52 bits and more), and rounding d entries of S adds no more than √d 2⁻³⁴ σC to a sample's
 share.
@@ -22,7 +21,7 @@ from torch import distributed as dist
 from lightning_curv.optimizers.privacy_noise import NoiseSource
 
 GRID = 34  # bits of the noise's standard deviation
-BLOCK = 2**16  # entries that are worked on at once, in cache
+BLOCK = 2**17  # entries that are worked on at once, in cache
 
 
 def summed_over_ranks(totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource) -> list[Tensor]:

@@ -191,9 +191,12 @@ def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name,
         (expected,) = torch.autograd.grad(LOSSES[name](own[i : i + 1], y[i : i + 1]), own)
         scale = 3 if name == "accumulated" else 1
         torch.testing.assert_close(
-            arrived[0][i].double(), scale * expected[i], rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+            arrived[0][i].double(),
+            scale * expected[i],
+            rtol=4 * torch.finfo(dtype).eps,
+            atol=4 * torch.finfo(dtype).eps,
         )
-    # torch's exp of single floats is not that of a vector of them: the last entries of a batch differ in their last digit
+    # torch's exp of single floats is not that of a vector of them: the last entries of a batch have another last digit
     rtol = torch.finfo(dtype).eps if name in ("binary", "probability") and dtype == torch.float32 else 0
     torch.testing.assert_close(arrived[0], arrived[1][:49], rtol=rtol, atol=rtol)
     torch.testing.assert_close(arrived[0][:7], arrived[2], rtol=rtol, atol=rtol)
@@ -202,7 +205,7 @@ def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name,
 def test_half_precision_is_refused_where_the_division_cannot_be_seen():
     model, X = nn.Linear(5, 4).bfloat16(), torch.randn(6, 5).bfloat16()
     with pytest.raises(UnsupportedError, match="half precision need a loss that is a mean"):
-        clipped_sum(model, lambda m, x: ((m(x) ** 2).sum() * torch.full((), 0.17)), [X], 1.0)
+        clipped_sum(model, lambda m, x: (m(x) ** 2).sum() * torch.full((), 0.17), [X], 1.0)
     clipped_sum(model, lambda m, x: (m(x) ** 2).sum(), [X], 1.0, loss_reduction="sum")
 
 
@@ -226,7 +229,8 @@ def test_identical_samples_in_bfloat16_change_nothing():
 
 @pytest.mark.parametrize("C", [1.0, 0.1, 0.01, 1e-6])
 @pytest.mark.parametrize(
-    ("dtype", "large", "shift"), [(torch.float32, 1.8e19, -43.0), (torch.float32, 1e30, -80.0), (torch.float64, 1e200, -450.0)]
+    ("dtype", "large", "shift"),
+    [(torch.float32, 1.8e19, -43.0), (torch.float32, 1e30, -80.0), (torch.float64, 1e200, -450.0)],
 )
 @pytest.mark.parametrize("positions", [(), (3,)], ids=["rows", "positions"])
 def test_tiny_cotangents_times_huge_inputs(positions, dtype, large, shift, C):
@@ -336,6 +340,7 @@ def test_rounding_to_the_grid_commutes_with_the_noise():
     step = grid(0.5)
     with pytest.warns(RuntimeWarning, match="not secure"):
         found = released(total.clone(), 0.5, seed=1)
+    with pytest.warns(RuntimeWarning, match="not secure"):
         z = 0.5 * NoiseSource(seed=1).normal(10_000)
     assert torch.equal(found, ((total / step).round() + z / step).round() * step)
     assert (found - total - z).abs().max() <= step
