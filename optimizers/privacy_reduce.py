@@ -3,10 +3,10 @@ r"""The one moment where processes meet: clipped sums are added up, and noise is
 Floating-point numbers are no real numbers: which of them :math:`S + \sigma C z` can be, and which not, tells of S
 (Mironov, *On Significance of the Least Significant Bits For Differential Privacy*, CCS 2012; for Gaussian noise Jin et
 al., *Are We There Yet? Timing and Floating-Point Attacks on Differential Privacy Systems*, S&P 2022, and Holohan &
-Braghin, ESORICS 2021). So sums and noise are rounded to the multiples of one power of two, and added as integers, without any further rounding. For S on that grid, :math:`S + \mathrm{round}(z) = \mathrm{round}(S + z)`: a
-function of what the Gaussian mechanism would release, which costs no privacy. The grid is 2⁻³⁴ σC or finer, far coarser
-than the numbers z come from (52 bits and more), and rounding d entries of S adds no more than √d 2⁻³⁴ σC to a sample's
-share.
+Braghin, ESORICS 2021). So sums and noise are rounded to multiples of one power of two, and added as integers, without
+any further rounding. For S on that grid, :math:`S + \mathrm{round}(z) = \mathrm{round}(S + z)`: a function of what the
+Gaussian mechanism would release, which costs no privacy. The grid is 2⁻³⁴ σC or finer, far coarser than the numbers z
+come from (52 bits and more), and rounding d entries of S adds no more than √d 2⁻³⁴ σC to a sample's share.
 """
 
 from __future__ import annotations

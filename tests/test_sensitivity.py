@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from lightning_curv import backprop, curvature, grams, norms, receiving, terms
+from lightning_curv import backprop, curvature, grams, norms, receiving, record, samples, terms
 from lightning_curv.errors import UnsupportedError
+from lightning_curv.graph import walk
+from lightning_curv.heads import find_heads
 from lightning_curv.optimizers import DPSGD, privacy_noise
 from lightning_curv.optimizers.privacy_noise import NoiseSource
 from lightning_curv.optimizers.privacy_reduce import grid, summed_over_ranks
 from lightning_curv.optimizers.privacy_sum import ClippedSum
 from lightning_curv.owners import BatchAxis
 from lightning_curv.passes import Column
+from lightning_curv.rowwise import samples_cannot_meet
 
 
 @pytest.fixture
@@ -290,6 +293,104 @@ def test_rows_of_a_sample_are_clipped_together_or_refused(view, head, network):
         except UnsupportedError:
             continue
         assert found <= 1 + 1e-9
+
+
+# --- what is verified, and how often ----------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """A layer, something between, and another."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+def block(h, sizes):
+    """Attention among the rows of a block; blocks are told by a mask."""
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    scores = (h @ h.T).masked_fill(owner[:, None] != owner, -math.inf)
+    return scores.softmax(1) @ h
+
+
+GATES = {
+    "threshold": (lambda h: h + (h - 100).relu().mean(0), lambda h: h + (h + 100).relu().mean(0)),
+    "factor": (lambda h: h + 0.0 * h.mean(0), lambda h: h + 1.0 * h.mean(0)),
+    "mask": (lambda h: block(h, [1, 1, 1, 1]), lambda h: block(h, [1, 2, 1])),
+    "matrix": (lambda h: torch.eye(4).double() @ h, lambda h: torch.ones(4, 4).double() @ h),
+    "routes": (lambda h: h[torch.arange(4)], lambda h: h[torch.tensor([0, 0, 1, 1])] + h),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_private_step_finds_a_gate_that_opens_at_once(name):
+    torch.manual_seed(0)
+    samples.MEMORY.entries.clear()
+    closed, opened = GATES[name]
+    X, y = torch.randn(4, 3).double(), torch.randint(2, (4,))
+    for _ in range(2):
+        model = Between(closed).double()
+        clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 1.0)
+    model.between = opened
+    with pytest.raises(UnsupportedError, match="samples mix"):
+        clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 1.0)
+
+
+def verifications(monkeypatch, model, compute_loss, batch):
+    """How often samples were searched for in three private steps."""
+    searched, search = [], samples._Finder.found
+    monkeypatch.setattr(samples._Finder, "found", lambda *arguments: searched.append(1) or search(*arguments))
+    samples.MEMORY.entries.clear()
+    for _ in range(3):
+        clipped_sum(model, compute_loss, batch, 1.0)
+    return len(searched)
+
+
+ONCE = "mlp norm cnn positions wide centred attention transformer".split()  # noqa: SIM905
+ALWAYS = ["ragged", "no rule", "views major"]
+
+
+@pytest.mark.parametrize("name", [*ONCE, "time first", *ALWAYS])
+def test_what_cannot_mix_samples_is_verified_once(sensitivity, monkeypatch, name):
+    evaluate = sensitivity.Sum(sensitivity.Case(name, "cross-entropy", "float64", "flat", 1.0, 6, seed=0))
+    found = verifications(monkeypatch, evaluate.model, lambda m, x, y: F.cross_entropy(m(x), y), evaluate.draw(6))
+    assert found == (3 if name in ALWAYS else 1)
+
+
+ALONG = {
+    "flip": lambda h: h.flip(0),
+    "roll": lambda h: h.roll(1, 0),
+    "cumsum": lambda h: h.cumsum(0),
+    "softmax": lambda h: h.softmax(0),
+    "mean": lambda h: h - h.mean(0),
+    "sum": lambda h: h + h.sum(0, keepdim=True),
+    "transposed": lambda h: h.t() + h,
+    "view": lambda h: h.t().reshape(4, 4),
+    "padded": lambda h: F.pad(h, (0, 0, 1, -1)),
+    "slice": lambda h: h + h[:1],
+    "select": lambda h: h + h[0],
+    "permuted": lambda h: h.unflatten(1, (2, 2)).permute(1, 0, 2).reshape(4, 4),
+    "pairs": lambda h: (h @ h.T) @ h,
+    "attention": lambda h: F.scaled_dot_product_attention(h[None, None], h[None, None], h[None, None])[0, 0],
+    "strided": lambda h: h.as_strided((4, 4), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_what_works_along_the_samples_is_not_taken_for_apart(name):
+    """Of the structure alone, without the weights: with the owners that the outputs have."""
+    torch.manual_seed(0)
+    model = Between(ALONG[name]).double()
+    X, y = torch.randn(4, 3).double(), torch.randint(2, (4,))
+    with record():
+        loss = F.cross_entropy(model(X), y)
+    tape = walk(loss.grad_fn)
+    heads = [(head, BatchAxis(4)) for head in find_heads(tape, loss)]
+    assert not samples_cannot_meet(tape, heads, dict.fromkeys(tape.uses, BatchAxis(4)))
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
