@@ -322,7 +322,8 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
 
 def _rows(j: Tensor) -> Tensor:
     """``[V, n, *p]`` as ``[V, n, P]`` in its order of memory."""
-    axes = sorted(range(2, j.ndim), key=lambda axis: -j.stride(axis))
+    strides = j.stride()
+    axes = sorted(range(2, j.ndim), key=lambda axis: -strides[axis])
     return j.permute(0, 1, *axes)[..., None].flatten(2)
 
 

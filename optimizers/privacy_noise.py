@@ -15,7 +15,7 @@ from lightning_curv.optimizers.warn import warn
 try:
     from ssl import RAND_bytes as _library_bytes
 except ImportError:  # a Python without OpenSSL
-    _library_bytes = os.urandom  # type: ignore[assignment]
+    _library_bytes = os.urandom
 
 _MANTISSA, _ONE = 2**52 - 1, 1023 << 52  # of float64: the bits behind the point, and those of 1.0
 _RARE = 2.0**-12  # uniform numbers below it get further digits
