@@ -66,7 +66,8 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
         return Column([root], [seed])
     divisions = _divisions(passes.tape, root, count, loss_scale)
     if divisions is None:
-        _refuse_half(passes, loss.dtype)
+        if count > 1:  # else there is nothing to divide by
+            _refuse_half(passes, loss.dtype)
         return Column([root], [seed * count])
     outputs = [division.output for division in divisions]
     if outputs == [root]:
@@ -98,7 +99,7 @@ def _divisions(tape: Tape, root: GradientEdge, count: int, loss_scale: float) ->
         if (node, number) in seen:
             continue
         seen.add((node, number))
-        accumulates = (node, number) == root[:2] and _quotient(node) == 1 / loss_scale
+        accumulates = loss_scale != 1 and (node, number) == root[:2] and _quotient(node) == 1 / loss_scale
         division = None if accumulates else _division(tape, node, number, count)
         if division is not None:
             found.append(division)

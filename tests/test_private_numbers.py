@@ -94,6 +94,13 @@ def test_half_precision_is_refused_where_the_division_cannot_be_seen():
     clipped_sum(model, lambda m, x: (m(x) ** 2).sum(), [X], 1.0, loss_reduction="sum")
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_usual_mean_is_refused_in_half_precision(name, n):
+    model, X, y = nn.Linear(5, 4).bfloat16(), torch.randn(n, 5).bfloat16(), torch.randint(4, (n,))
+    assert clipped_sum(model, lambda m, x, y: LOSSES[name](m(x), y), [X, y], 1.0).isfinite().all()
+
+
 def test_identical_samples_in_bfloat16_change_nothing():
     """What 1/N does in the rounding of one sample, it does in that of all: 4.4 C before."""
     torch.manual_seed(0)
