@@ -205,7 +205,9 @@ class Backprop:
             with _Failing(self, independent or wanting):
                 try:
                     most = self._cap.size if self._cap is not None and self._content(wanting) else None
-                    passes.samples = find_samples(passes, self._batch, bool(independent), self._verifies, most)
+                    passes.samples = find_samples(
+                        passes, self._batch, bool(independent), self._check, most, self._private
+                    )
                 except UnsupportedError:
                     if not all(extension.batchwise for extension in wanting):
                         raise
@@ -243,9 +245,9 @@ class Backprop:
         )
 
     @property
-    def _verifies(self) -> bool:
-        """Whether nothing that was verified before is believed: where asked for, and in private steps."""
-        return self._check or any(isinstance(e, GradientReceiver) for e in self._extensions)
+    def _private(self) -> bool:
+        """Whether the step is private: nothing that was verified before is believed."""
+        return any(isinstance(e, GradientReceiver) for e in self._extensions)
 
     def _needs_samples(self, extension: AnyExtension) -> bool:
         """Whether a quantity, or the curvature of a loss that is no known function, needs the samples."""

@@ -35,6 +35,7 @@ from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Root, Roots, pointer_of
 from lightning_curv.records import PURE, Operand, Use, edge_of, marks
 from lightning_curv.row_numbers import fingerprint
+from lightning_curv.rowwise import samples_cannot_meet
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import FallbackWarning
 
@@ -102,8 +103,9 @@ class Batch:
     @cached_property
     def likely(self) -> int:
         """N, as it is known or guessed before the graph is looked at."""
-        known = self.size if self.size is not None else self.expected
-        return known if known is not None else self.guess() if self.guess is not None else 0
+        if self.size is not None:
+            return self.size
+        return self.guess() if self.guess is not None else self.expected or 0
 
     @cached_property
     def _pointers(self) -> set[int]:
@@ -134,7 +136,12 @@ def whole_batch(tape: Tape) -> Samples:
 
 
 def find_samples(
-    passes: Passes, batch: Batch, independent: bool = True, check: bool = False, most: int | None = None
+    passes: Passes,
+    batch: Batch,
+    independent: bool = True,
+    check: bool = False,
+    most: int | None = None,
+    strict: bool = False,
 ) -> Samples:
     """Find N and the owners, and put the joins among the uses of the tape.
 
@@ -144,6 +151,7 @@ def find_samples(
         independent: Whether samples must not influence each other.
         check: Verify this very graph, even if one of its structure was verified before.
         most: Quantities are those of at most so many of the samples, for the price that is warned of.
+        strict: Whether samples must be apart to the last digits, not only up to rounding errors of larger numbers.
 
     Raises:
         UnsupportedError: N does not agree with the graph, or samples influence each other.
@@ -152,16 +160,16 @@ def find_samples(
     batch = batch.read_by(tape)
     batch = replace(batch, guess=lambda: _candidates(tape, batch)[0], parameters=lambda: tape.all_parameters)
     _demote(passes, batch)
-    key = (batch.size, batch.expected, batch.given(tape), independent, *_structure(tape))
+    key = (batch.size, batch.expected, batch.given(tape), independent, strict, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
-        finder = _Finder(passes, batch, independent, most)
+        finder = _Finder(passes, batch, independent, most, strict)
         try:
             found = finder.found(_candidates(tape, batch))
         except UnsupportedError:
             MEMORY.entries.pop(key, None)
             raise
-        if not tape.routes and finder.conclusive:
+        if not tape.routes and finder.conclusive and (found.apart or not strict):
             MEMORY.keep(key, tape, found)
     if independent:
         _refuse_pooled(tape, batch, found.samples.count)
@@ -206,6 +214,8 @@ def _structure(tape: Tape) -> tuple[Hashable, ...]:
         tuple(fingerprint(roots.numbers) for roots in read if roots.numbers is not None),
         tuple(tape.structure),
         tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
+        tuple((roots.data, roots.routed) for use in uses for roots in use.roots.values()),
+        tuple((call.roots.data, call.roots.routed) for call in losses),
         tuple(root.shape for use in uses for roots in use.roots.values() for root in roots.tensors),
         tuple(call.arguments["input"].shape for call in losses),
         tuple(root.shape for call in losses for root in call.roots.tensors),
@@ -343,7 +353,10 @@ def _candidates(tape: Tape, batch: Batch) -> list[int]:
     second = [int(shape[0]) for call in tape.losses.values() if (shape := call.arguments["input"].shape)]
     others = [size for size in [*known, *targets] if size > 1]
     sizes = list(dict.fromkeys([*known[:1], *(size for size in second if size in shapes and size > 1), *others]))[:4]
-    return list(dict.fromkeys(sizes if batch.expected is None else [batch.expected, *sizes]))
+    if batch.expected is None:
+        return sizes
+    piece = any(root.whole is not None and len(root.whole) == batch.expected != len(root) for root in roots)
+    return list(dict.fromkeys([*sizes, batch.expected] if piece else [batch.expected, *sizes]))
 
 
 def _whole(roots: Sequence[Root]) -> list[Root]:
@@ -415,6 +428,7 @@ class _Found:
     samples: Samples
     joins: Mapping[Join, Owners]
     dropped: Sequence[Node]
+    apart: bool = False  # in every graph of this structure, whatever the numbers are
 
 
 def _in_order(roots: Roots, count: int) -> bool:
@@ -483,9 +497,11 @@ def owner_of_rows(use: Use, owners: Owners) -> Tensor:
 class _Finder:
     """One search for the samples of a graph."""
 
-    def __init__(self, passes: Passes, batch: Batch, independent: bool, most: int | None = None) -> None:
+    def __init__(
+        self, passes: Passes, batch: Batch, independent: bool, most: int | None = None, strict: bool = False
+    ) -> None:
         self.passes, self.tape, self.batch, self.independent = passes, passes.tape, batch, independent
-        self.most = most
+        self.most, self.strict = most, strict
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
         self.axes = {node: _axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)
@@ -561,7 +577,13 @@ class _Finder:
         where a head has one row per sample and all others depend on the same rows. ``None``: wherever the heads are.
         """
         heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
-        outside = [
+        if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
+            return True
+        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
+        known = not any(self._unknown_order(use, count) for use in self.uses.values())
+        if known and any(single) and self._linked([head for head, _ in heads]):
+            return True
+        outside = [  # last: to see whether a module holds a tensor takes long
             (node, use)
             for node, use in self.uses.items()
             if node not in self.silent
@@ -569,19 +591,14 @@ class _Finder:
                 k not in use.operands and roots.tensors and self.batch.holds(roots) for k, roots in use.roots.items()
             )
         ]
-        if outside and not self.blind and all(self._anchor(node, use, count) is not None for node, use in outside):
-            return True
-        if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
-            return True
-        if any(self._unknown_order(use, count) for _, use in outside):
-            return False
-        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
-        return any(single) and self._linked([head for head, _ in heads])
+        return bool(outside) and not self.blind and all(self._anchor(n, use, count) is not None for n, use in outside)
 
     def _unknown_order(self, use: Use, count: int) -> bool:
         """Whether all rows of the batch that an op reads were moved by something unknown."""
-        read = [roots for name, roots in use.roots.items() if name not in use.operands and self.batch.holds(roots)]
-        return bool(read) and all(roots.numbers is not None and count not in roots.numbers for roots in read)
+        read = [roots for name, roots in use.roots.items() if name not in use.operands]
+        unknown = [roots for roots in read if roots.numbers is not None and count not in roots.numbers]
+        told = [roots for roots in read if roots not in unknown and self.batch.holds(roots)] if unknown else []
+        return not told and any(map(self.batch.holds, unknown))
 
     def _linked(self, heads: Sequence[Head]) -> bool:
         """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other."""
@@ -693,7 +710,7 @@ class _Finder:
         Raises:
             Mixed: The graph does not agree.
         """
-        probe = Probe(self.passes, heads, count)
+        probe = Probe(self.passes, heads, count, self.strict)
         nodes = list(self.uses)
         places = [self._place(node, self.uses[node], count) for node in nodes]
         own = {head.edge[:2] for head, _ in heads}
@@ -707,6 +724,7 @@ class _Finder:
         uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
         if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
             raise Mixed(f"in the input of `{calls[node].name}`")
+        self._refuse_undefined(uses)
         joins, dropped = self._joins(heads, uses, probe, count)
         self.conclusive = self.conclusive and probe.conclusive
         by_edge = {head.edge[:2]: owners for head, owners in heads}
@@ -720,7 +738,21 @@ class _Finder:
         found |= self._above(heads, [node for node, finding in losses.items() if not finding.reached], count)
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         owners.update(joins.items())
-        return _Found(Samples(count, owners, placed), joins, dropped)
+        apart = self.strict and not joins and not dropped and samples_cannot_meet(self.tape, heads, owners)
+        return _Found(Samples(count, owners, placed), joins, dropped, apart)
+
+    def _refuse_undefined(self, found: Mapping[Node | Join, Finding]) -> None:
+        """Raise if it cannot be told whose numbers are not finite: nothing arrives that would tell the samples apart.
+
+        Raises:
+            Mixed: There are such.
+        """
+        for node, finding in found.items():
+            read = self.uses[node].arguments.values() if self.strict and finding.options else ()
+            if any(isinstance(v, Tensor) and v.is_floating_point() and not bool(v.isfinite().all()) for v in read):
+                raise Mixed(
+                    f"or not: what `{self.uses[node].name}` reads is not finite, and whose it is cannot be told"
+                )
 
     def _refuse_other_order(self, node: Node | Join, finding: Finding, count: int) -> None:
         """Raise if rows of a use belong to other samples than the rows of the batch that it reads.

@@ -1,0 +1,267 @@
+"""Numbers of private steps: N is in no rounding, nothing under- or overflows, and noise gives no bits away."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from private_sums import change, clipped_sum
+from torch import nn
+
+from lightning_curv import curvature
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.optimizers import DPSGD, privacy_noise
+from lightning_curv.optimizers.privacy_noise import NoiseSource
+from lightning_curv.optimizers.privacy_reduce import grid, summed_over_ranks
+from lightning_curv.optimizers.privacy_sum import ClippedSum
+
+# --- N is in nobody's rounding ----------------------------------------------------------------------------------------
+
+
+def one_hot(h, y):
+    return F.one_hot(y, h.shape[1]).to(h.dtype)
+
+
+LOSSES = {
+    "cross_entropy": F.cross_entropy,
+    "smoothed": lambda h, y: F.cross_entropy(h, y, label_smoothing=0.1),
+    "probabilities": lambda h, y: F.cross_entropy(h, one_hot(h, y)),
+    "nll": lambda h, y: F.nll_loss(h.log_softmax(1), y),
+    "mse": lambda h, y: F.mse_loss(h, one_hot(h, y)),
+    "l1": lambda h, y: F.l1_loss(h, one_hot(h, y)),
+    "smooth_l1": lambda h, y: F.smooth_l1_loss(h, one_hot(h, y)),
+    "huber": lambda h, y: F.huber_loss(h, one_hot(h, y)),
+    "binary": lambda h, y: F.binary_cross_entropy_with_logits(h, one_hot(h, y)),
+    "probability": lambda h, y: F.binary_cross_entropy(h.sigmoid(), one_hot(h, y)),
+    "poisson": lambda h, y: F.poisson_nll_loss(h, y[:, None].to(h.dtype).expand_as(h)),
+    "kl_div": lambda h, y: F.kl_div(h.log_softmax(1), one_hot(h, y), reduction="batchmean"),
+    "gaussian": lambda h, y: F.gaussian_nll_loss(h, one_hot(h, y), torch.ones_like(h).detach()),
+    "mean": lambda h, y: (h**2).sum(1).mean(),
+    "mean of means": lambda h, y: (h**2).mean(1).mean(),
+    "all entries": lambda h, y: (h**2).mean(),
+    "two axes": lambda h, y: (h**2).mean((0, 1)),
+    "quotient": lambda h, y: (h**2).sum() / len(h),
+    "inverse": lambda h, y: (h**2).sum() * (1 / len(h)),
+    "factor": lambda h, y: 0.1 * F.cross_entropy(h, y) + 0.3 * F.mse_loss(h, one_hot(h, y)),
+    "weights": lambda h, y: ((y + 0.7) * F.cross_entropy(h, y, reduction="none")).mean(),
+    "accumulated": lambda h, y: F.cross_entropy(h, y) / 3,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name, dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4).to(dtype)
+    X, y = torch.randn(50, 5).to(dtype), torch.randint(4, (50,))
+    arrived = []
+
+    class Receiver(ClippedSum):
+        def receive(self, jacobian):
+            if jacobian.parameter is model.bias:
+                arrived.append(jacobian.terms[0].g[0])
+
+    with torch.no_grad():
+        H = model(X)
+    for n in (49, 50, 7):
+        optimizer = DPSGD(model.parameters(), expected_batch_size=1.0)
+        receiver = Receiver(optimizer.statistics.parameters, optimizer.clipping, True)
+        receiver.loss_scale = 1 / 3 if name == "accumulated" else 1.0
+        with curvature(receiver, batch_size=n):
+            h = model(X[:n])
+            loss = LOSSES[name](h + (H[:n] - h).detach(), y[:n])  # the same outputs, whatever the kernel does
+            loss.backward()
+    own = H.double().requires_grad_()
+    for i in range(7):  # the gradient of a sample's own loss
+        (expected,) = torch.autograd.grad(LOSSES[name](own[i : i + 1], y[i : i + 1]), own)
+        scale = 3 if name == "accumulated" else 1
+        torch.testing.assert_close(
+            arrived[0][i].double(),
+            scale * expected[i],
+            rtol=4 * torch.finfo(dtype).eps,
+            atol=4 * torch.finfo(dtype).eps,
+        )
+    # torch's exp of single floats is not that of a vector of them: the last entries of a batch have another last digit
+    rtol = torch.finfo(dtype).eps if name in ("binary", "probability") and dtype == torch.float32 else 0
+    torch.testing.assert_close(arrived[0], arrived[1][:49], rtol=rtol, atol=rtol)
+    torch.testing.assert_close(arrived[0][:7], arrived[2], rtol=rtol, atol=rtol)
+
+
+def test_half_precision_is_refused_where_the_division_cannot_be_seen():
+    model, X = nn.Linear(5, 4).bfloat16(), torch.randn(6, 5).bfloat16()
+    with pytest.raises(UnsupportedError, match="half precision need a loss that is a mean"):
+        clipped_sum(model, lambda m, x: (m(x) ** 2).sum() * torch.full((), 0.17), [X], 1.0)
+    clipped_sum(model, lambda m, x: (m(x) ** 2).sum(), [X], 1.0, loss_reduction="sum")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_usual_mean_is_refused_in_half_precision(name, n):
+    model, X, y = nn.Linear(5, 4).bfloat16(), torch.randn(n, 5).bfloat16(), torch.randint(4, (n,))
+    assert clipped_sum(model, lambda m, x, y: LOSSES[name](m(x), y), [X, y], 1.0).isfinite().all()
+
+
+def test_identical_samples_in_bfloat16_change_nothing():
+    """What 1/N does in the rounding of one sample, it does in that of all: 4.4 C before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    X, y = torch.randn(1, 8).repeat(2000, 1), torch.zeros(2000, dtype=torch.long)
+    X[-1] = 0
+
+    def compute_loss(model, x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(model(x), y)
+
+    C = 1.02 * float(clipped_sum(model, compute_loss, [X[:1], y[:1]], 1e9).norm())
+    assert change(model, compute_loss, [X, y], C) <= 1 + 1e-5
+
+
+# --- numbers at the ends of their range -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1.0, 0.1, 0.01, 1e-6])
+@pytest.mark.parametrize(
+    ("dtype", "large", "shift"),
+    [(torch.float32, 1.8e19, -43.0), (torch.float32, 1e30, -80.0), (torch.float64, 1e200, -450.0)],
+)
+@pytest.mark.parametrize("positions", [(), (3,)], ids=["rows", "positions"])
+def test_tiny_cotangents_times_huge_inputs(positions, dtype, large, shift, C):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 7), nn.Sigmoid(), nn.Linear(7, 3)).to(dtype)
+    model[2].requires_grad_(False)
+    with torch.no_grad():
+        model[0].weight.zero_()[:, 1] = 1.0
+        model[0].bias.zero_()
+    X, y = torch.randn(64, *positions, 9, dtype=dtype), torch.zeros(64, dtype=torch.long)
+    X[-1] = 0
+    X[-1, ..., 0], X[-1, ..., 1] = large, shift
+
+    def compute_loss(model, x, y):
+        h = model(x)
+        return F.cross_entropy(h.sum(1) if positions else h, y)
+
+    assert change(model, compute_loss, [X, y], C) <= 1 + 64 * 2.0**-20
+
+
+# --- several rows of a sample -----------------------------------------------------------------------------------------
+
+VIEWS = {
+    "view after view": lambda x, y: (torch.cat([x, 0.9 * x]), y.repeat(2)),
+    "sample after sample": lambda x, y: (torch.stack([x, 0.9 * x], 1).flatten(0, 1), y.repeat_interleave(2)),
+    "copies": lambda x, y: (x.repeat_interleave(3, 0), y.repeat_interleave(3)),
+    "copy after copy": lambda x, y: (x.repeat(3, 1), y.repeat(3)),
+    "expanded": lambda x, y: (x.expand(3, *x.shape).flatten(0, 1), y.expand(3, len(y)).flatten()),
+    "indexed": lambda x, y: (x[torch.arange(2 * len(x)) % len(x)], y[torch.arange(2 * len(y)) % len(y)]),
+}
+HEADS = {
+    "torch": F.cross_entropy,
+    "sum": lambda h, y: F.cross_entropy(h, y, reduction="sum") / len(h),
+    "own": lambda h, y: -h.log_softmax(1).gather(1, y[:, None]).mean(),
+    "cubes": lambda h, y: (h**3).sum(1).mean(),
+}
+
+
+@pytest.mark.parametrize("network", ["linear", "deep"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_rows_of_a_sample_are_clipped_together_or_refused(view, head, network):
+    """As two samples, a sample would count 2 C."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 3, bias=False)] if network == "linear" else [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)]
+    model = nn.Sequential(*layers).double()
+    X, y = torch.randn(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    X[-1] = 100.0
+
+    def compute_loss(model, x, y):
+        rows, targets = VIEWS[view](x, y)
+        return HEADS[head](model(rows), targets)
+
+    for C in (1.0, 1e-3):
+        try:
+            found = change(model, compute_loss, [X, y], C)
+        except UnsupportedError:
+            continue
+        assert found <= 1 + 1e-9
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def released(total, std, **settings):
+    return summed_over_ranks([total], [std], NoiseSource(**settings))[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"secure": True}], ids=["library", "system"])
+def test_noise_is_standard_normal(settings):
+    z = NoiseSource(**settings).normal(200_001)
+    for moment, expected in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
+        assert abs(z.pow(moment).mean() - expected) < 0.06
+    below = 0.5 * (1 + torch.erf(z.sort().values / math.sqrt(2)))
+    assert (below - torch.linspace(0, 1, len(z))).abs().max() < 0.005  # Kolmogorov and Smirnov; 0.005 √N = 2.2
+    halves = z[: len(z) // 2], z[len(z) // 2 : -1]  # the pairs of Box and Muller's method are independent
+    assert abs(torch.corrcoef(torch.stack(halves))[0, 1]) < 0.015
+    assert abs(torch.corrcoef(torch.stack(halves).square())[0, 1]) < 0.015
+
+
+def test_tails_reach_as_far_as_those_of_a_normal_number():
+    """52 bits of a uniform number end at 8.5 standard deviations; smaller ones get further bits."""
+    bits = iter([[2**52 - 1, 0], [2**52 - 1]])  # the smallest radius and an angle; the further bits
+
+    def entropy(size):
+        return b"".join(number.to_bytes(8, "little") for number in next(bits))
+
+    assert privacy_noise._normal(2, entropy).abs().max() > 11.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("std", [1e-9, 0.7, 3e5])
+def test_released_numbers_lie_on_a_grid_that_does_not_depend_on_the_sum(dtype, std):
+    step = grid(std)
+    assert 2**34 <= std / step < 2**35
+    for total in (torch.zeros(1000), 1e3 * std * torch.rand(1000), torch.full((1000,), std / 3)):
+        found = released(total.to(dtype), std)
+        if dtype == torch.float64:
+            units = found / step
+            assert torch.equal(units, units.round())
+        assert found.dtype == dtype
+
+
+def test_rounding_to_the_grid_commutes_with_the_noise():
+    """round(S) + round(z) = round(round(S) + z): what is released is a function of the Gaussian mechanism's result."""
+    total = torch.randn(10_000, dtype=torch.float64)
+    step = grid(0.5)
+    with pytest.warns(RuntimeWarning, match="not secure"):
+        found = released(total.clone(), 0.5, seed=1)
+    with pytest.warns(RuntimeWarning, match="not secure"):
+        z = 0.5 * NoiseSource(seed=1).normal(10_000)
+    assert torch.equal(found, ((total / step).round() + z / step).round() * step)
+    assert (found - total - z).abs().max() <= step
+
+
+def test_without_noise_nothing_is_rounded():
+    total = torch.randn(10, dtype=torch.float64)
+    assert torch.equal(released(total.clone(), 0.0), total)
+
+
+def test_only_seeded_noise_is_repeated():
+    with pytest.warns(RuntimeWarning, match="`noise_seed=7`: not secure"):
+        a, b = NoiseSource(seed=7), NoiseSource(seed=7)
+    assert torch.equal(a.normal(5), b.normal(5))
+    state = a.state_dict()
+    first = a.normal(5)
+    a.load_state_dict(state)
+    assert torch.equal(a.normal(5), first)
+    for fresh in (NoiseSource(), NoiseSource(secure=True)):
+        assert fresh.state_dict() == {}
+        fresh.load_state_dict(state)  # of a run with a seed: nothing is drawn again
+        assert not torch.equal(fresh.normal(5), first)
+        assert not torch.equal(fresh.normal(5), fresh.normal(5))
+
+
+def test_the_seed_of_a_torch_generator_plays_no_part(monkeypatch):
+    monkeypatch.setattr(torch, "randn", None)
+    monkeypatch.setattr(torch, "Generator", None)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    NoiseSource().normal(5)
+    assert torch.equal(torch.get_rng_state(), state)
