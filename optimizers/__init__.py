@@ -13,6 +13,8 @@ Inside Lightning `CurvatureCallback()` computes what `required_extensions` asks 
 `with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`.
 """
 
+from .audit_canaries import GradientCanaries
+from .audit_report import PrivacyAudit
 from .diag_ggn import DiagGGNOptimizer
 from .dp import DPSGD, DPAdam, DPOptimizer
 from .kfac import KFACOptimizer
@@ -36,10 +38,12 @@ __all__ = [
     "DiagGGNOptimizer",
     "EpochSampling",
     "FlatClipping",
+    "GradientCanaries",
     "KFACOptimizer",
     "PerLayerClipping",
     "PoissonSampling",
     "PrivacyAccountant",
+    "PrivacyAudit",
     "SecondOrderOptimizer",
     "TruncatedPoissonSampling",
     "calibrated_noise",
