@@ -27,6 +27,10 @@ class PoissonBatchSampler(Sampler[list[int]]):
         max_batch_size: Of larger batches this many samples are kept, drawn uniformly.
         position: The number of the next step, asked when an epoch begins.
 
+    Attributes:
+        guests: Samples beyond the data set that are drawn as all others are, numbered from ``dataset_size`` on (the
+            canaries of an audit): whether each is loaded, ``[guests]``.
+
     Example:
         >>> sampler = PoissonBatchSampler(100, sampling_rate=0.05, steps=3, parts=2, seed=1)
         >>> len(sampler), [sampler.part_size(step, part) for step in range(3) for part in range(2)]
@@ -49,6 +53,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.seed = secrets.randbits(128) if seed is None else seed
         self.rank, self.world_size, self.max_batch_size = rank, world_size, max_batch_size
         self.position = position
+        self.guests: np.ndarray = np.zeros(0, bool)
         self.first = 0  # the first step of the running epoch
         self._drawn: dict[int, np.ndarray] = {}
 
@@ -66,16 +71,30 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return len(self._part(step, part))
 
     def batch(self, step: int) -> np.ndarray:
-        """The global batch of a step."""
+        """The global batch of a step, guests included."""
         if step not in self._drawn:
             if len(self._drawn) > 64:  # loaders read ahead
                 self._drawn.pop(next(iter(self._drawn)))
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, step])))
-            chosen = np.flatnonzero(generator.random(self.dataset_size) < self.sampling_rate)
+            chosen = np.flatnonzero(generator.random(self.population) < self.sampling_rate)
             if self.max_batch_size is not None and len(chosen) > self.max_batch_size:
                 chosen = generator.choice(chosen, self.max_batch_size, replace=False)
             self._drawn[step] = generator.permutation(chosen)
         return self._drawn[step]
 
+    @property
+    def population(self) -> int:
+        """Number of samples and guests."""
+        return self.dataset_size + len(self.guests)
+
+    def drawn_guests(self, step: int) -> np.ndarray:
+        """Numbers of the guests in the global batch of a step."""
+        numbers = self.batch(step) - self.dataset_size
+        return numbers[numbers >= 0]
+
     def _part(self, step: int, part: int) -> np.ndarray:
-        return self.batch(step)[self.rank :: self.world_size][part :: self.parts]
+        batch = self.batch(step)
+        if len(self.guests):
+            loaded = np.concatenate([np.ones(self.dataset_size, bool), self.guests])
+            batch = batch[loaded[batch]]
+        return batch[self.rank :: self.world_size][part :: self.parts]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_curv.callbacks.poisson import PoissonBatchSampler
@@ -61,10 +61,10 @@ def dataset_size(loader: DataLoader) -> int:
     return len(cast("Sized", loader.dataset))
 
 
-def with_batches(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoader:
-    """The same loader with other batches."""
+def with_batches(loader: DataLoader, sampler: PoissonBatchSampler, dataset: Dataset | None = None) -> DataLoader:
+    """The same loader with other batches, and with another data set if one is given."""
     return DataLoader(
-        loader.dataset,
+        loader.dataset if dataset is None else dataset,
         batch_sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

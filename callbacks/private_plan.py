@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
+from torch.utils.data import DataLoader
 
 from lightning_curv.callbacks.poisson import PoissonBatchSampler
 from lightning_curv.callbacks.private_loader import dataset_size, require_plain_loader, with_batches
@@ -35,6 +37,7 @@ class Plan:
         self.trainer, self.poisson, self.max_batch_size, self._seed = trainer, poisson, max_batch_size, seed
         self.sampler: PoissonBatchSampler | None = None
         self._batch_size: int | None = None
+        self.adapt: Callable[[DataLoader], DataLoader] = lambda loader: loader  # what an audit adds to Poisson batches
 
     def convert(self, loader: Any) -> Any:
         """From the user's training loader to the one that is used."""
@@ -64,7 +67,7 @@ class Plan:
             max_batch_size=self.max_batch_size,
             position=lambda: trainer.global_step,
         )
-        return with_batches(loader, self.sampler)
+        return self.adapt(with_batches(loader, self.sampler))
 
     @property
     def expected_batch_size(self) -> float:
@@ -90,6 +93,11 @@ class Plan:
         """Samples that this process really has in a part of the next step's batch; ``None``: see the batch."""
         return None if self.sampler is None else self.sampler.part_size(self.trainer.global_step, part)
 
+    def drawn_guests(self) -> np.ndarray:
+        """Guests in the next step's batch: canaries of an audit."""
+        assert self.sampler is not None
+        return self.sampler.drawn_guests(self.trainer.global_step)
+
     @property
     def sampling(self) -> Sampling:
         """What the accountant is told."""
@@ -97,7 +105,7 @@ class Plan:
             return EpochSampling(self._steps_per_epoch)
         if self.max_batch_size is None:
             return PoissonSampling(self.sampler.sampling_rate)
-        return TruncatedPoissonSampling(self.sampler.sampling_rate, self.sampler.dataset_size, self.max_batch_size)
+        return TruncatedPoissonSampling(self.sampler.sampling_rate, self.sampler.population, self.max_batch_size)
 
     @property
     def releases(self) -> float:

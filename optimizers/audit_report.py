@@ -159,7 +159,7 @@ class PrivacyAudit:
         axis.legend(frameon=False)
 
     def _draw_guesses(self, axis: Any) -> None:
-        counts = np.unique(np.geomspace(min(16, self.canaries), self.canaries, 60).astype(int))
+        counts = np.unique(np.geomspace(self.trials[0].guesses, self.canaries, 60).astype(int))
         found = _right(self.scores, self.members).cumsum()[counts - 1] / counts
         axis.plot(counts, 100 * found, color="C0", label="right guesses")
         error = (1 - self.confidence) / len(self.trials)
@@ -169,7 +169,11 @@ class PrivacyAudit:
                 axis.plot(counts, 100 * np.array(limits), style, label=f"limit for ε = {epsilon:.2f}")
         for trial in self.trials:
             axis.plot(trial.guesses, 100 * trial.correct / trial.guesses, "C0o")
-        axis.set(xscale="log", xlabel="guesses, the surest first", ylabel="right [%]", ylim=(45, 102))
+        axis.set_xscale("log")
+        guesses = [trial.guesses for trial in self.trials]
+        axis.set_xticks(guesses, [str(count) for count in guesses])
+        axis.minorticks_off()
+        axis.set(xlabel="guesses, the surest first", ylabel="right [%]", ylim=(45, 102))
         axis.set_title(f"ε shown {self.epsilon_lower:.2f}, ε claimed {self.epsilon:.2f}")
         axis.legend(frameon=False, loc="lower left")
 

@@ -1,16 +1,19 @@
 """The audit: its statistics against enumeration, and runs that are as private as claimed, or less."""
 
 import math
+import warnings
 from fractions import Fraction
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_curv import curvature
+from lightning_curv import PrivacyCallback, curvature, privacy_audit
 from lightning_curv.callbacks.poisson import PoissonBatchSampler
 from lightning_curv.optimizers import DPSGD, GradientCanaries, PoissonSampling, PrivacyAccountant, PrivacyAudit
 from lightning_curv.optimizers.audit_bound import epsilon_lower_bound, tail_bound
@@ -351,3 +354,130 @@ def test_canaries_out_of_range(options, message):
 def test_an_audit_needs_an_account():
     with pytest.raises(ValueError, match="found an optimizer without one"):
         GradientCanaries(make(1.0, accountant=None)[1])
+
+
+# --- in Lightning ----------------------------------------------------------------------------------------------------
+
+
+class Net(pl.LightningModule):
+    """Learns its data by heart, if it may."""
+
+    def __init__(self, spoil=None, **settings):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(12, 100), nn.Tanh(), nn.Linear(100, 3))
+        self.spoil, self.settings = spoil, {"noise_multiplier": 2.0, "noise_seed": 0, **settings}
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].detach())
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = DPSGD(self.parameters(), **{"lr": 0.5, **self.settings})
+        if self.spoil is not None:
+            self.spoil(optimizer)
+        return optimizer
+
+
+def samples(n, offset=0.0, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, 12, generator=generator) + offset, torch.randint(3, (n,), generator=generator))
+
+
+def audited(module=None, callback=None, trainer=None, **options):
+    callback = PrivacyCallback(seed=0) if callback is None else callback
+    settings = {"max_epochs": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(**{**settings, **quiet, "callbacks": [callback], **(trainer or {})})
+    loader = DataLoader(samples(80), batch_size=20, shuffle=True)
+    module = Net() if module is None else module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return privacy_audit(trainer, module, loader, **{"seed": 0, **options}), trainer, module
+
+
+def test_a_private_run_stays_below_its_claim():
+    audit, trainer, module = audited()
+    accountant = PrivacyAccountant(PoissonSampling(0.25))
+    accountant.release(2.0, times=16)
+    assert trainer.global_step == 16
+    assert audit.epsilon == accountant.epsilon(1e-5)
+    assert 0 < audit.epsilon_lower < audit.epsilon < audit.largest
+    assert not audit.refuted
+    assert all(len(x) < 50 for x in module.seen)  # gradient canaries are never loaded
+    assert [type(callback).__name__ for callback in trainer.callbacks] == ["PrivacyCallback"]
+
+
+class EveryStep(PrivacyCallback):
+    """Draws every sample in every step, and accounts for one in four."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self._current.sampler.sampling_rate = 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "callback"),
+    [
+        ({"spoil": dropped_noise}, PrivacyCallback),
+        ({"spoil": skipped_clipping}, PrivacyCallback),
+        ({"noise_multiplier": 5.0}, EveryStep),
+    ],
+    ids=["noise", "clipping", "sampling"],
+)
+def test_broken_lightning_runs_are_refuted(options, callback):
+    audit, _, _ = audited(Net(**options), callback(seed=0))
+    assert audit.epsilon_lower > audit.epsilon
+
+
+@pytest.mark.parametrize("options", [{"sampling": "truncated_poisson", "max_batch_size": 300, "delta": 1e-4}, {}])
+def test_parts_and_truncated_batches_are_audited_too(options):
+    callback = PrivacyCallback(seed=0, **options)
+    audit, trainer, _ = audited(callback=callback, trainer={"accumulate_grad_batches": 2, "max_epochs": 2})
+    assert trainer.global_step == 4
+    assert audit.epsilon_lower < audit.epsilon
+    sampling = callback.accountant.history[0][0]
+    if options:
+        assert (sampling.dataset_size, sampling.sampling_rate) == (1080, 0.5)
+
+
+def test_input_canaries_are_loaded_if_their_coin_says_so():
+    canaries = samples(60, offset=100.0)
+    audit, _, module = audited(canaries=canaries, trainer={"max_epochs": 8})
+    seen = torch.cat(module.seen[60:-60])  # before and after, the loss of every canary
+    loaded = {float(x[0]) for x in seen if float(x.mean()) > 50}
+    chosen = {float(canaries[i][0][0]) for i in range(60) if audit.members[i]}
+    assert loaded == chosen
+    assert 10 < len(chosen) < 50
+    assert audit.epsilon_lower < audit.epsilon
+
+
+def test_input_canaries_show_what_is_learnt_by_heart():
+    settings = {"noise_multiplier": 0.0, "clip_norm": 20.0, "lr": 0.5}
+    audit, _, _ = audited(Net(**settings), canaries=samples(60, seed=4), trainer={"max_epochs": 30})
+    assert math.isinf(audit.epsilon)
+    assert audit.epsilon_lower > 0.5
+
+
+def test_auditing_changes_no_batch_of_the_data():
+    batches = []
+    for count in (1, 500):
+        _, _, module = audited(canaries=count, trainer={"max_epochs": 1})
+        batches.append([set(map(float, x[:, 0])) for x in module.seen[-4:]])  # of four steps
+    assert batches[0] == batches[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainer": {"callbacks": []}}, "expects a Trainer with a `PrivacyCallback`"),
+        ({"callback": PrivacyCallback(sampling="epoch")}, "found sampling='epoch' and 1 processes"),
+        ({"canaries": 10**5}, "100000 canaries need a trainable parameter"),
+    ],
+)
+def test_audits_that_cannot_be_made(options, message):
+    with pytest.raises(Exception, match=message):
+        audited(**options)
