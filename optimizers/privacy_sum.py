@@ -42,7 +42,7 @@ class ClippedSum(GradientReceiver):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The trainable parameters; to be changed between steps only."""
+        """The trainable parameters; to be changed between passes only."""
         return self._parameters
 
     @parameters.setter

@@ -680,7 +680,12 @@ def test_resumed_run_equals_the_uninterrupted_one():
     def make():
         model, X, y = linear_problem()
         optimizer = DPAdam(
-            model.parameters(), noise_multiplier=1.0, expected_batch_size=6.0, clipping="adaptive", noise_seed=5
+            model.parameters(),
+            noise_multiplier=1.0,
+            expected_batch_size=6.0,
+            clipping="adaptive",
+            noise_seed=5,
+            exact_resume=True,
         )
         return model, optimizer, lambda: F.cross_entropy(model(X), y)
 
