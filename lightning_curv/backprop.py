@@ -184,7 +184,8 @@ class Backprop:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
                 try:
-                    passes.samples = find_samples(passes, self._batch, bool(independent), self._verifies)
+                    check = self._check or self._private
+                    passes.samples = find_samples(passes, self._batch, bool(independent), check, self._private)
                 except UnsupportedError:
                     if not all(extension.batchwise for extension in wanting):
                         raise
@@ -199,9 +200,9 @@ class Backprop:
                 call.arguments["owners"] = passes.samples.losses[node]
 
     @property
-    def _verifies(self) -> bool:
-        """Whether nothing that was verified before is believed: where asked for, and in private steps."""
-        return self._check or any(isinstance(e, GradientReceiver) for e in self._extensions)
+    def _private(self) -> bool:
+        """Whether the step is private: nothing that was verified before is believed."""
+        return any(isinstance(e, GradientReceiver) for e in self._extensions)
 
     def _needs_samples(self, extension: AnyExtension) -> bool:
         """Whether a quantity, or the curvature of a loss that is no known function, needs the samples."""

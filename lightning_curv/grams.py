@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from lightning_curv import matmul
 from lightning_curv.latest import Latest
+from lightning_curv.norms import product_norms, row_norms
 from lightning_curv.pieces import CHUNK_BYTES, Matrices
 from lightning_curv.terms import ROUNDING, Term
 
 _GRAMS = Latest(), Latest()  # of cotangents, of inputs
+RANGE = {torch.float32: (2.0**-50, 2.0**50), torch.float64: (2.0**-400, 2.0**400)}  # of the squares of usual factors
 
 
 def pay(term: Term) -> bool:
@@ -22,19 +25,44 @@ def pay(term: Term) -> bool:
     return m.regular and m.size(m.shared) * (out + inp) <= 1.25 * out * inp
 
 
-def norms(term: Term, above: bool = False) -> Tensor:
-    """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample; both Gram matrices in chunks.
+def squared_norms(term: Term) -> Tensor:
+    """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample; both Gram matrices in chunks."""
+    found = [products.sum(2) for products, *_ in _products(term)]
+    return torch.cat(found, dim=1).clamp_(min=0)
 
-    Args:
-        term: The term.
-        above: Whether to add what rounding may take away, `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)²: where large positions
-            cancel, that is more than the rest.
+
+def norms(term: Term) -> Tensor:
+    """The roots of the same, rounded up, ``[V, N]`` of float64.
+
+    What rounding may take away is added: `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)², which is more than the rest where large
+    positions cancel. Samples whose Gram matrices may underflow or overflow get Σ_s ‖g_s‖ ‖x_s‖ itself.
     """
+    found, start = [], 0
+    low, high = RANGE[term.g.dtype]
+    for products, g_squares, x_squares in _products(term):  # [V, n, q], [n, q, V, s], [n, q, s]
+        sizes = g_squares.sqrt() * x_squares.sqrt().unsqueeze(2)
+        slack = ROUNDING * torch.finfo(term.g.dtype).eps * sizes.sum(3).double().square()
+        squares = products.clamp(min=0).double() + slack.permute(2, 0, 1)
+        norms = squares.sum(2).sqrt()
+        g_total, x_total = g_squares.sum(3).permute(2, 0, 1), x_squares.sum(2)[None]
+        usual = (g_total > low) & (g_total < high) & (x_total > low) & (x_total < high)
+        odd = (~usual.all(2).all(0)).nonzero().flatten()
+        if len(odd):
+            g, x = Matrices(term[(odd + start).tolist()]).of(0, len(odd))  # [n, q, V·o, s], [n, q, i, s]
+            g = g.unflatten(2, (len(term.g), -1))
+            bounds = product_norms(row_norms(g.transpose(3, 4), 4), row_norms(x.mT, 3).unsqueeze(2), g.dtype)
+            norms[:, odd] = bounds.sum((1, 3)).mT
+        start += norms.shape[1]
+        found.append(norms)
+    return torch.cat(found, dim=1)
+
+
+def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of some samples: ``[V, n, q]``, and ‖g_s‖² ``[n, q, V, s]`` and ‖x_s‖² ``[n, q, s]``."""
     m = Matrices(term)
     assert term.x is not None
-    columns = len(term.g)
-    size = max(1, CHUNK_BYTES // max(1, m.size(m.shared) ** 2 * columns * m.size(m.both) * term.g.element_size()))
-    found = []
+    columns, both = len(term.g), m.size(m.both)
+    size = max(1, CHUNK_BYTES // max(1, m.size(m.shared) ** 2 * columns * both * term.g.element_size()))
     for start in range(0, term.g.shape[1], size):
         g, x = m.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
         x = x.flatten(0, 1)
@@ -43,12 +71,9 @@ def norms(term: Term, above: bool = False) -> Tensor:
         g_gram, _ = _GRAMS[0].of(term.g, (term.out, *rest), partial(_gram, g.flatten(0, 1)))
         x_gram, _ = _GRAMS[1].of(term.x, (term.inp, *rest), partial(_gram, x))
         g_gram = g_gram.unflatten(0, (-1, columns))
-        products = torch.einsum("bvst,bst->vb", g_gram, x_gram)
-        if above:
-            positions = g_gram.diagonal(dim1=2, dim2=3) * x_gram.diagonal(dim1=1, dim2=2)[:, None]
-            products += ROUNDING * torch.finfo(x.dtype).eps * positions.sqrt().sum(2).square().mT
-        found.append(products.unflatten(1, (-1, m.size(m.both))).sum(2))
-    return torch.cat(found, dim=1).clamp_(min=0)
+        products = torch.einsum("bvst,bst->vb", g_gram, x_gram).unflatten(1, (-1, both))
+        g_squares = g_gram.diagonal(dim1=2, dim2=3).unflatten(0, (-1, both))
+        yield products, g_squares, x_gram.diagonal(dim1=1, dim2=2).unflatten(0, (-1, both))
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class Jacobian:
     def weighted_total(self, weights: Tensor) -> Tensor:
         r"""Weighted sum over the samples of the only column, :math:`\sum_n c_n J[0, n]`, of the parameter's shape.
 
-        One contraction per term; no per-sample gradient is formed. With norms from `squared_norms` this is the second
+        One contraction per term; no per-sample gradient is formed. With norms from `norms` this is the second
         half of book-keeping (Bu, Wang, Zha & Karypis, *Differentially Private Optimization on Large Model at Small
         Cost*, ICML 2023).
 
@@ -166,7 +166,7 @@ class Jacobian:
 
     @cached_property
     def forms_norms(self) -> bool:
-        """Whether `squared_norms` has to form the per-sample gradients: no product of norms or Gram matrices do."""
+        """Whether `norms` have to form the per-sample gradients: no product of norms or Gram matrices do."""
         if self._onehot is not None or self._factorised is not None:
             return False
         return len(self.terms) > 1 or not grams.pay(self.terms[0])
@@ -195,20 +195,30 @@ class Jacobian:
         """
         return torch.stack([_dot(t, vector.to(t.g.dtype)) for t in self.terms]).sum(0)
 
-    def squared_norms(self, above: bool = False) -> Tensor:
-        """Squared norms of J[v, n], ``[V, N]``.
-
-        Args:
-            above: Whether they are to be no less, in spite of rounding, than those of what `weighted_total` adds up.
-        """
+    def squared_norms(self) -> Tensor:
+        """Squared norms of J[v, n], ``[V, N]``."""
         if self._onehot is not None:
-            return onehot.squared_norms(self._onehot, above)
+            return onehot.squared_norms(self._onehot)
         if self._factorised is not None:
             return self._factorised.squared_norms()
         if not self.forms_norms:
-            return grams.norms(self.terms[0], above)
+            return grams.squared_norms(self.terms[0])
         norms = [torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)]) for j in self.chunks()]
         return torch.cat(norms, dim=1).square_()
+
+    def norms(self) -> Tensor:
+        """Norms of J[v, n] that bound what a sample adds to `weighted_total`, ``[V, N]`` of float64.
+
+        They are no less than those, in spite of rounding, and neither underflow nor overflow where only one factor of
+        J is very small or large. Where a factor is larger than the root of the largest number they are infinite.
+        """
+        if self._onehot is not None:
+            return onehot.norms(self._onehot)
+        if self._factorised is not None:
+            return self._factorised.norms()
+        if not self.forms_norms:
+            return grams.norms(self.terms[0])
+        return torch.cat([torch.linalg.vector_norm(_rows(j), dim=2, dtype=torch.float64) for j in self.chunks()], dim=1)
 
     def sum_squares(self) -> Tensor:
         """Sum over columns and samples of the squared entries, of the parameter's shape."""
@@ -308,6 +318,12 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
         start += j.shape[1]
     assert result is not None
     return result.contiguous()
+
+
+def _rows(j: Tensor) -> Tensor:
+    """``[V, n, *p]`` as ``[V, n, P]`` in its order of memory."""
+    axes = sorted(range(2, j.ndim), key=lambda axis: -j.stride(axis))
+    return j.permute(0, 1, *axes)[..., None].flatten(2)
 
 
 def _dot(term: Term, vector: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv import memory
+from lightning_curv.norms import row_norms
 from lightning_curv.terms import ROUNDING, Term, signed
 
 
@@ -110,26 +111,33 @@ def variance(term: Term) -> Tensor:
     return (_scatter(touched._replace(g=deviations), term.classes)[0] + untouched * mean.square()) / samples
 
 
-def squared_norms(term: Term, above: bool = False) -> Tensor:
-    """Squared norms of the per-sample gradients, ``[V, N]``; ``above`` as in `grams.norms`.
+def squared_norms(term: Term) -> Tensor:
+    """Squared norms of the per-sample gradients, ``[V, N]``."""
+    touched = rows(term)
+    squares = torch.linalg.vector_norm(touched.g.flatten(2), dim=2).square_()
+    return _added(squares, touched.sample, term.g.shape[1])
+
+
+def norms(term: Term) -> Tensor:
+    """The same, rounded up as in `grams.norms`, ``[V, N]`` of float64.
 
     Only the rows of tokens that a sample repeats are added up before they are squared.
     """
+    samples, eps = term.g.shape[1], torch.finfo(term.g.dtype).eps
     term = term.canonical()
     sample, index, position = _touched(term)
     key, pair, counts = (index + term.classes * sample).unique(return_inverse=True, return_counts=True)
     g = _at(term.g.flatten(1, 2), position, 1)
-    norms = torch.linalg.vector_norm(g.flatten(2), dim=2)
+    norms = row_norms(g, 2)
     repeats = (counts > 1)[pair]
-    found = _added(norms.square().masked_fill_(repeats, 0), sample, term.g.shape[1])
+    squares = _added(norms.square().masked_fill_(repeats, 0), sample, samples)
     repeated = repeats.nonzero().squeeze(1)
     if len(repeated):
         some, place = pair[repeated].unique(return_inverse=True)
-        sums = torch.linalg.vector_norm(_added(_at(g, repeated, 1), place, len(some)).flatten(2), dim=2).square_()
-        if above:
-            sums += ROUNDING * torch.finfo(g.dtype).eps * _added(norms[:, repeated], place, len(some)).square_()
-        found += _added(sums, key[some] // term.classes, term.g.shape[1])
-    return found
+        sums = row_norms(_added(_at(g, repeated, 1), place, len(some)), 2).square_()
+        sums += ROUNDING * eps * _added(norms[:, repeated], place, len(some)).square_()
+        squares += _added(sums, key[some] // term.classes, samples)
+    return squares.sqrt_()
 
 
 def _scatter(touched: Rows, classes: int) -> Tensor:

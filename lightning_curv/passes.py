@@ -103,10 +103,6 @@ class Passes:
             return (column.seeds[0],) * len(self.use_edges)  # the last layer alone
         return self.backward(column.edges, self.use_edges, column.seeds)
 
-    def pull_loss(self, keep_graph: bool) -> tuple[Tensor | None, ...]:
-        """The gradient of the loss at the outputs of all uses, as the last pass through the graph if it is not kept."""
-        return self.backward([self.loss], self.use_edges, [self.seed], keep_graph)
-
     @cached_property
     def use_edges(self) -> list[GradientEdge]:
         """The outputs of all uses, in the order of the tape."""

@@ -2,6 +2,9 @@
 
 Backpropagation is linear. Two passes whose cotangents differ by one weight per sample give, at every row of every
 tensor, cotangents that differ by the weight of the row's owner; where they differ by anything else, samples mix.
+
+The weights are powers of two, factors that do not round: what a sample's rows get is multiplied by them to the last
+digit, in every precision, rounding errors included. Rows that are tiny beside others are told apart like all.
 """
 
 from __future__ import annotations
@@ -79,10 +82,13 @@ class Probe:
         passes: The graph.
         heads: Where they start, and who owns the rows there.
         count: N.
+        strict: Whether rows must be multiplied by the weights to the last digits.
     """
 
-    def __init__(self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int) -> None:
-        self.passes, self.heads, self.count = passes, heads, count
+    def __init__(
+        self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool = False
+    ) -> None:
+        self.passes, self.heads, self.count, self.strict = passes, heads, count, strict
         self.conclusive = True
         self._ones = [_generic(head.like) for head, _ in heads]
 
@@ -91,15 +97,27 @@ class Probe:
         if self.count <= 1:
             return [Finding(_trivial(place, self.count)) for place in places]
         edges = [place.edge for place in places]
-        first, second = self._pass(edges, None), self._pass(edges, golden(self.count))
-        scale, eps = largest_entry(first), self.passes.tape.eps
-        found = [self._cheap(p, a, b, scale, eps) for p, a, b in zip(places, first, second, strict=True)]
-        unknown = [i for i, finding in enumerate(found) if finding.mixed and places[i].rows]
-        if unknown:
-            rows = self._rows([places[i] for i in unknown], [first[i] for i in unknown], scale, eps)
-            for i, finding in zip(unknown, rows, strict=True):
-                found[i] = finding
+        values = spread(self.count, self.passes.tape.eps)
+        first, second = self._pass(edges, None), self._pass(edges, values)
+        allowed = [Tolerance.exact(self.passes.tape.eps)]
+        if not self.strict:  # what cancels between samples leaves rounding errors, which are not multiplied by weights
+            allowed.append(Tolerance.rounded(self.passes.tape.eps, largest_entry(first)))
+        found = [Finding(None)] * len(places)
+        columns: list[Cotangents] | None = None
+        for tolerance in allowed:
+            for i, place in enumerate(places):
+                if found[i].mixed:
+                    found[i] = self._cheap(place, first[i], second[i], values, tolerance)
+            unknown = [i for i, finding in enumerate(found) if finding.mixed and places[i].rows]
+            if unknown and columns is None:
+                columns = [self._pass(edges, weights) for weights in self._code.values(self.count)]
+            for i in unknown:
+                found[i] = self._rows(places[i], first[i], [column[i] for column in columns or ()], tolerance)
         return found
+
+    @property
+    def _code(self) -> Code:
+        return Code.of(self.count, self.passes.tape.eps)
 
     def _pass(self, edges: Sequence[GradientEdge], values: Tensor | None) -> Cotangents:
         """The cotangents at some edges for seeds that are weighted by the samples."""
@@ -110,7 +128,9 @@ class Probe:
             seeds = [one * owners.weights(one, values) for one, (_, owners) in zip(seeds, self.heads, strict=True)]
         return self.passes.backward([head.edge for head, _ in self.heads], edges, seeds)
 
-    def _cheap(self, place: Place, first: Tensor | None, second: Tensor | None, scale: float, eps: float) -> Finding:
+    def _cheap(
+        self, place: Place, first: Tensor | None, second: Tensor | None, values: Tensor, tolerance: Tolerance
+    ) -> Finding:
         if first is None or second is None:
             return Finding(_trivial(place, self.count), reached=False)
         first, second = first.reshape(place.shape), second.reshape(place.shape)
@@ -119,57 +139,84 @@ class Probe:
             return Finding(_trivial(place, self.count))
         if not bool(first.isfinite().all()):
             self.conclusive = False
-        agreeing = consistent(first, second, scale, eps, place.axes)
+        agreeing = consistent(first, second, tolerance, place.axes, values)
         if not agreeing:
             return Finding(None)
         return Finding(agreeing[0], ambiguous=len(agreeing) > 1)
 
-    def _rows(self, places: Sequence[Place], first: Cotangents, scale: float, eps: float) -> list[Finding]:
+    def _rows(self, place: Place, first: Tensor | None, spelled: Cotangents, tolerance: Tolerance) -> Finding:
         """Owners of rows in any order, by weights that spell the number of the sample."""
-        own = max((torch.finfo(g.dtype).eps for g in first if g is not None), default=0.0)
-        code = Code.of(self.count, max(eps, own))
-        edges = [place.edge for place in places]
-        passes = [self._pass(edges, values) for values in code.values(self.count)]
-        found = []
-        for i, (place, plain) in enumerate(zip(places, first, strict=True)):
-            assert plain is not None
-            spelled = [cotangents[i] for cotangents in passes]
-            plain = plain.reshape(place.shape)
-            columns = [torch.zeros_like(plain) if g is None else g.reshape(place.shape) for g in spelled]
-            options = (code.read(plain, columns, axes, self.count, scale) for axes in place.rows)
-            found.append(Finding(next((rows for rows in options if rows is not None), None)))
-        return found
+        assert first is not None
+        plain = first.reshape(place.shape)
+        columns = [torch.zeros_like(plain) if g is None else g.reshape(place.shape) for g in spelled]
+        options = (self._code.read(plain, columns, axes, self.count, tolerance) for axes in place.rows)
+        return Finding(next((rows for rows in options if rows is not None), None))
+
+
+FINE = 1e-4  # between the roundings of float32 and of float16
+
+
+def base_of(eps: float) -> int:
+    """How many powers of two are weights; float16, whose numbers end at 65504, holds fewer."""
+    return 4 if FINE < eps < 2e-3 else 16
+
+
+def spread(count: int, eps: float) -> Tensor:
+    """Powers of two, ``[N]``; neighbours have different ones, and samples with the same are far apart."""
+    return 2.0 ** ((golden(count) - 1) * base_of(eps)).floor()
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How much a cotangent of weighted samples may differ from the weight times that of unweighted ones.
+
+    Attributes:
+        relative: To the largest entry of a row.
+        absolute: Besides.
+    """
+
+    relative: float
+    absolute: float
+
+    @classmethod
+    def exact(cls, eps: float) -> Tolerance:
+        """The order of additions may differ, and the last digits of the smallest numbers that there are."""
+        tiny = 2.0**-24 if FINE < eps < 2e-3 else 2.0**-149
+        return cls(16 * 2.0**-23 if eps < FINE else 2 * eps, 64 * tiny)
+
+    @classmethod
+    def rounded(cls, eps: float, scale: float) -> Tolerance:
+        """Whatever rounding may do to numbers that were as large as ``scale``."""
+        return cls(eps * (1e3 if eps < 1e-6 else 32), 8 * eps * scale)
 
 
 @dataclass(frozen=True)
 class Code:
-    """Numbers of samples, spelled by one weight per pass.
+    """Numbers of samples, spelled by one weight per pass: the digits are the exponents of powers of two.
 
     Attributes:
-        base: How many weights the rounding of the passes can tell apart.
+        base: The number of digits.
         digits: The number of passes; the last one repeats the first digit in other weights, to be sure.
-        eps: The rounding.
     """
 
     base: int
     digits: int
-    eps: float
 
     @classmethod
     def of(cls, count: int, eps: float) -> Code:
-        """The code with the fewest passes for N samples."""
-        base = max(2, min(count, int(1 / (400 * eps)), 1024))
-        return cls(base, max(1, math.ceil(math.log(max(2, count), base) - 1e-9)), eps)
+        """The code for N samples in types of number that round by ``eps``."""
+        base = max(2, min(count, base_of(eps)))
+        return cls(base, max(1, math.ceil(math.log(max(2, count), base) - 1e-9)))
 
     def values(self, count: int) -> list[Tensor]:
         """The weights of the samples in every pass."""
         number = torch.arange(count)
         spelled = [number // self.base**k % self.base for k in range(self.digits)]
         check = (self.base - 1 - spelled[0] + sum(spelled[1:])) % self.base
-        return [1 + digit.double() / (self.base - 1) for digit in [*spelled, check]]
+        return [2.0 ** digit.double() for digit in [*spelled, check]]
 
     def read(
-        self, plain: Tensor, columns: Sequence[Tensor], axes: tuple[int, ...], count: int, scale: float
+        self, plain: Tensor, columns: Sequence[Tensor], axes: tuple[int, ...], count: int, tolerance: Tolerance
     ) -> RowOwners | None:
         """The owners of the rows; ``None``: a row has several.
 
@@ -180,20 +227,20 @@ class Code:
         if not bool(a.isfinite().all()):
             return None
         wide = a.double() if a.device.type != "mps" else a.float()
-        norms = wide.square().sum(1)
-        rounding = 8 * max(self.eps, torch.finfo(plain.dtype).eps) * scale
-        largest = wide.abs().amax(1) if wide.shape[1] else norms
-        owned = largest > rounding
+        largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
+        normal = wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]  # the largest entry is 1
+        norms = normal.square().sum(1)
+        owned = largest > tolerance.absolute
         digits = []
         for column in columns:
             b = rest.rows(column).flatten(1) if column.ndim > len(axes) else rest.rows(column)[:, None]
-            ratio = (wide * b.to(wide.dtype)).sum(1) / norms.clamp(min=torch.finfo(wide.dtype).tiny)
-            level = (ratio - 1) * (self.base - 1)
-            digit = level.round().clamp(0, self.base - 1)
-            exact = 1 + digit / (self.base - 1)
-            error = (b.to(wide.dtype) - exact[:, None] * wide).abs().amax(1) if wide.shape[1] else norms
-            allowed = largest * min(self.eps * (1e3 if self.eps < 1e-6 else 32), 0.2 / (self.base - 1)) + rounding
-            if bool(((error > allowed) & owned).any()):
+            b = b.to(wide.dtype) / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
+            ratio = (normal * b).sum(1) / norms.clamp(min=torch.finfo(wide.dtype).tiny)
+            digit = ratio.clamp(min=1).log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
+            weights = 2.0**digit
+            error = (b / weights[:, None] - normal).abs().amax(1) if wide.shape[1] else norms
+            allowed = tolerance.relative + tolerance.absolute / largest.clamp(min=torch.finfo(wide.dtype).tiny)
+            if bool((~(error <= allowed) & owned).any()):
                 return None
             digits.append(digit.long())
         number = sum(digit * self.base**k for k, digit in enumerate(digits[:-1]))
@@ -205,7 +252,7 @@ class Code:
 
 
 def consistent(
-    first: Tensor, second: Tensor, scale: float, eps: float, choices: Iterable[BatchAxis]
+    first: Tensor, second: Tensor, tolerance: Tolerance, choices: Iterable[BatchAxis], values: Tensor
 ) -> list[BatchAxis]:
     """The axes that two cotangents agree with, where the second started as the first times `Owners.weights`.
 
@@ -215,27 +262,26 @@ def consistent(
     Args:
         first: Cotangent of any shape.
         second: The other one.
-        scale: The largest entry of all cotangents of the pass, whose rounding errors may remain where they cancel.
-        eps: The rounding of the coarsest type of number that the pass may have gone through.
+        tolerance: Of their difference.
         choices: What comes into question.
+        values: The weights of the samples.
     """
-    own = torch.finfo(first.dtype).eps
-    eps = max(eps, own)
     unknown = ~(first.isfinite() & second.isfinite())
-    magnitudes = first.abs().masked_fill(unknown, 0)
+    first = first.masked_fill(unknown, 0)
+    magnitudes = first.abs()
 
     def deviation(axis: BatchAxis) -> Tensor:
-        return (second - first * axis.weights(first)).masked_fill(unknown, 0)
+        return (second / axis.weights(first, values)).masked_fill_(unknown, 0).sub_(first)
 
-    def tolerance(axis: BatchAxis) -> Tensor:
+    def allowed(axis: BatchAxis) -> Tensor:
         """Of every row: one of large numbers must not hide what happens in the others."""
         rest = [other for other in range(first.ndim) if other != axis.axis]
         largest = magnitudes.amax(rest, keepdim=True) if rest and first.numel() else magnitudes
-        return eps * ((1e3 if eps < 1e-6 else 32) * largest + 8 * scale)
+        return tolerance.relative * largest + tolerance.absolute
 
-    norms = {c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= tolerance(c)).all())}
+    norms = {c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= allowed(c)).all())}
     # Where the rounding is coarse, more than one may agree, but the right one by far the best.
-    most = 8 * min(norms.values(), default=0.0) + 4 * own * float(first.masked_fill(unknown, 0).norm())
+    most = 8 * min(norms.values(), default=0.0) + 4 * torch.finfo(first.dtype).eps * float(first.norm())
     return [choice for choice, norm in norms.items() if norm <= most]
 
 
@@ -313,7 +359,8 @@ def forward_owners(
             columns = [derivative(values) for values in code.values(count)]
         except RuntimeError:
             return None
-    scale, found = largest_entry(plain), []
+    tolerances = [Tolerance.exact(eps), Tolerance.rounded(eps, largest_entry(plain))]
+    found = []
     for i, head in enumerate(heads):
         shape = head.like.shape if head.like.ndim or not by_entry else (1,)
         if not shape or (plain[i] is None and not by_entry):
@@ -322,7 +369,9 @@ def forward_owners(
             torch.zeros(shape, dtype=head.like.dtype, device=head.like.device) if g is None else g.reshape(shape)
             for g in (plain[i], *(column[i] for column in columns))
         )
-        rows = code.read(first, others, tuple(range(len(shape))) if by_entry else (0,), count, scale)
+        axes = tuple(range(len(shape))) if by_entry else (0,)
+        options = (code.read(first, others, axes, count, tolerance) for tolerance in tolerances)
+        rows = next((rows for rows in options if rows is not None), None)
         if rows is None or (not by_entry and bool((rows.index < 0).any())):
             return None
         found.append(rows)

@@ -14,6 +14,7 @@ from lightning_curv.extensions.clipping import GradientReceiver
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.passes import Passes
 from lightning_curv.terms import Term
+from lightning_curv.unscaled import unscaled
 
 
 def run(passes: Passes, receivers: Sequence[GradientReceiver], shared: bool, **options: Any) -> None:
@@ -36,10 +37,20 @@ def run(passes: Passes, receivers: Sequence[GradientReceiver], shared: bool, **o
     found = passes.tape.parameters
     leaves = dict.fromkeys([*passes.tape.leaves, *(p for group in found.values() for p in group)])
     others = [leaf for leaf in leaves if not any(r.receives(leaf) for r in receivers)]
-    keep = shared or bool(others) or bool(options.get("retain_graph"))
-    _receive(passes, receivers, found, keep)
+    kept = shared or bool(others) or bool(options.get("retain_graph"))
+    groups = _by_scale(receivers)
+    for i, group in enumerate(groups):
+        _receive(passes, group, found, kept or i + 1 < len(groups))
     if shared or others:
         Tensor.backward(passes.loss, **{**options, "inputs": None if shared else others})
+
+
+def _by_scale(receivers: Sequence[GradientReceiver]) -> list[list[GradientReceiver]]:
+    """Receivers that one pass can serve."""
+    groups: dict[tuple[bool, float], list[GradientReceiver]] = {}
+    for receiver in receivers:
+        groups.setdefault((receiver.mean, receiver.loss_scale), []).append(receiver)
+    return list(groups.values())
 
 
 @torch.no_grad()
@@ -48,9 +59,10 @@ def _receive(
 ) -> None:
     for receiver in receivers:
         receiver.begin(passes.samples.count)
+    column = unscaled(passes, receivers[0].mean, receivers[0].loss_scale)
     left = Counter(p for group in found.values() for p in group)
     terms: dict[Tensor, list[Term]] = defaultdict(list)
-    cotangents = list(passes.pull_loss(keep_graph))
+    cotangents = list(passes.backward(column.edges, passes.use_edges, column.seeds, keep_graph))
     for i, (node, use) in enumerate(passes.tape.uses.items()):
         g, cotangents[i] = cotangents[i], None
         if g is not None:

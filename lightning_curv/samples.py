@@ -103,7 +103,9 @@ def whole_batch(tape: Tape) -> Samples:
     return Samples(1, uses, {node: BatchAxis(1) for node in tape.losses})
 
 
-def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: bool = False) -> Samples:
+def find_samples(
+    passes: Passes, batch: Batch, independent: bool = True, check: bool = False, strict: bool = False
+) -> Samples:
     """Find N and the owners, and put the joins among the uses of the tape.
 
     Args:
@@ -111,6 +113,7 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
         batch: What is known of the batch.
         independent: Whether samples must not influence each other.
         check: Verify this very graph, even if one of its structure was verified before.
+        strict: Whether samples must be apart to the last digits, not only up to rounding errors of larger numbers.
 
     Raises:
         UnsupportedError: N does not agree with the graph, or samples influence each other.
@@ -118,10 +121,10 @@ def find_samples(passes: Passes, batch: Batch, independent: bool = True, check: 
     tape = passes.tape
     batch = batch.read_by(tape)
     _demote(passes, batch)
-    key = (batch.size, batch.expected, batch.given(tape), independent, *_structure(tape))
+    key = (batch.size, batch.expected, batch.given(tape), independent, strict, *_structure(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
-        finder = _Finder(passes, batch, independent)
+        finder = _Finder(passes, batch, independent, strict)
         found = finder.found(_candidates(tape, batch))
         if not tape.routes and finder.conclusive:
             MEMORY.keep(key, tape, found)
@@ -413,8 +416,9 @@ def owner_of_rows(use: Use, owners: Owners) -> Tensor:
 class _Finder:
     """One search for the samples of a graph."""
 
-    def __init__(self, passes: Passes, batch: Batch, independent: bool) -> None:
+    def __init__(self, passes: Passes, batch: Batch, independent: bool, strict: bool) -> None:
         self.passes, self.tape, self.batch, self.independent = passes, passes.tape, batch, independent
+        self.strict = strict
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
         self.axes = {node: _axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)
@@ -488,19 +492,19 @@ class _Finder:
         where a head has one row per sample and all others depend on the same rows. ``None``: wherever the heads are.
         """
         heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
-        outside = [
+        if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
+            return True
+        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
+        if any(single) and self._linked([head for head, _ in heads]):
+            return True
+        outside = [  # last: to see whether a module holds a tensor takes long
             (node, use)
             for node, use in self.uses.items()
             if any(
                 k not in use.operands and roots.tensors and self.batch.holds(roots) for k, roots in use.roots.items()
             )
         ]
-        if outside and all(self._anchor(node, use, count) is not None for node, use in outside):
-            return True
-        if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
-            return True
-        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
-        return any(single) and self._linked([head for head, _ in heads])
+        return bool(outside) and all(self._anchor(node, use, count) is not None for node, use in outside)
 
     def _linked(self, heads: Sequence[Head]) -> bool:
         """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other."""
@@ -593,7 +597,7 @@ class _Finder:
         Raises:
             Mixed: The graph does not agree.
         """
-        probe = Probe(self.passes, heads, count)
+        probe = Probe(self.passes, heads, count, self.strict)
         nodes = list(self.uses)
         places = [self._place(node, self.uses[node], count) for node in nodes]
         own = {head.edge[:2] for head, _ in heads}

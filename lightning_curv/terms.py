@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_curv import memory
 from lightning_curv.latest import Latest
 from lightning_curv.matmul import einsum, is_large
+from lightning_curv.norms import product_norms, row_norms
 from lightning_curv.owners import BatchAxis, Owners, RowOwners
 
 DIAGONAL = "defghjklm"
@@ -31,7 +32,7 @@ SHARED = "rstu"
 CHUNK_BYTES = 2**25  # of products that are added up at once
 WASTE = 4  # how many times as much memory as their rows samples of different lengths may take
 SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
-_SQUARES, _NORMS = Latest(), Latest()  # of the cotangents that a weight and its bias share
+_SQUARES, _NORMS, _ROW_NORMS = Latest(), Latest(), Latest()  # of the cotangents that a weight and its bias share
 # Rounding of a squared norm and of a weighted sum together, in machine epsilons of the squared sum of what is added up.
 ROUNDING = 2.0  # measured: at most 1.5 + 0.4 (two positions), less for more of them
 
@@ -283,6 +284,17 @@ class Term:
             return self.of(self.g.square(), None if self.x is None else self.x.square()).contract("vn")
         norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
         return norms.square() if self.x is None else (norms * _norms(self.x, 1)).square_()
+
+    def norms(self) -> Tensor:
+        """Norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``: see `Jacobian.norms`."""
+        both = [letter for letter in self.out if letter in self.inp]
+        if not both:
+            norms, _ = _ROW_NORMS.of(self.g, (), partial(row_norms, self.g, 2))
+            return norms if self.x is None else product_norms(norms, row_norms(self.x, 1), self.g.dtype)
+        assert self.x is not None
+        g = _placed(self.g, "vn" + self.out, "vn" + "".join(both + [y for y in self.out if y not in both]))
+        x = _placed(self.x, "n" + self.inp, "n" + "".join(both + [y for y in self.inp if y not in both]))
+        return row_norms(product_norms(row_norms(g, 2 + len(both)), row_norms(x, 1 + len(both)), self.g.dtype), 2)
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""

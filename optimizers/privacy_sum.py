@@ -65,7 +65,7 @@ class ClippedSum(GradientReceiver):
     def begin(self, samples: int) -> None:
         """A backward pass begins."""
         self._jacobians: list[Jacobian] = []
-        self._squares: list[Tensor] = []  # of the norms of these
+        self._norms: list[Tensor] = []  # of these
         self._formed: list[Jacobian] = []  # those whose norms need per-sample gradients
         self._samples = samples
 
@@ -77,24 +77,24 @@ class ClippedSum(GradientReceiver):
             self._formed.append(jacobian)
         else:
             self._jacobians.append(jacobian)
-            self._squares.append(jacobian.squared_norms(above=True)[0])
+            self._norms.append(jacobian.norms()[0])
 
     @torch.no_grad()
     def end(self) -> None:
         """Clip and add up the pass."""
-        jacobians, squares, formed, samples = self._jacobians, self._squares, self._formed, self._samples
+        jacobians, norms, formed, samples = self._jacobians, self._norms, self._formed, self._samples
         self.begin(0)
         self.passes += 1
         if not (jacobians or formed) or not samples:
             return
-        scale = self.loss_scale / (samples if self.mean else 1)
         bytes_ = sum(4 * jacobian.parameter.numel() for jacobian in formed)
         size = max(1, CHUNK_BYTES // bytes_) if formed else samples
+        smallest = max(torch.finfo(jacobian.terms[0].g.dtype).tiny for jacobian in [*jacobians, *formed])
         parts = []
         for start in range(0, samples, size):
             some = slice(start, start + size)
             rows = [jacobian[some].formed() for jacobian in formed]
-            weights = self._weights([*(s[some] for s in squares), *(row.squared_norms()[0] for row in rows)], scale)
+            weights = self._weights([*(n[some] for n in norms), *(row.norms()[0] for row in rows)], smallest)
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
                 self._add(row, weight)
             parts.append(weights[: len(jacobians)])
@@ -103,19 +103,20 @@ class ClippedSum(GradientReceiver):
         while jacobians:  # one after the other, so that memory falls
             self._add(jacobians.pop(), weights[len(jacobians)])
 
-    def _weights(self, squares: list[Tensor], scale: float) -> Tensor:
-        """Factors of the scaled gradients of some samples, one row per parameter; NaN where they are not finite."""
-        dtype, device = squares[0].dtype, squares[0].device
-        for square in squares[1:]:
-            dtype = torch.promote_types(dtype, square.dtype)
-        norms = torch.stack([square.to(device, dtype) for square in squares]).sqrt() / abs(scale)
-        factors = self.clipping.factors(norms, len(self._parameters))
-        joint = norms.norm(dim=0)
+    def _weights(self, norms: list[Tensor], smallest: float) -> Tensor:
+        """Factors of the gradients of some samples, one row per parameter; NaN where a sample does not count.
+
+        That is where its gradient is not finite, or so large that the factor is no normal number.
+        """
+        device = norms[0].device
+        stacked = torch.stack([norm.to(device) for norm in norms])
+        factors = self.clipping.factors(stacked, len(self._parameters))
+        joint = stacked.norm(dim=0)
         if self.keep_norms:
             self.norms.append(joint)
-        finite = joint.isfinite()
-        self.discarded += len(finite) - int(finite.sum())
-        return (factors / scale).where(finite, math.nan).expand(len(squares), -1)
+        counted = joint.isfinite() & (factors >= smallest).all(0)
+        self.discarded += len(counted) - int(counted.sum())
+        return factors.where(counted, math.nan).expand(len(norms), -1)
 
     def _add(self, jacobian: Jacobian, weights: Tensor) -> None:
         """Add samples whose weight is not NaN; the others may have gradients that are not, and 0 · NaN is NaN."""

@@ -18,10 +18,16 @@ class GradientReceiver(GraphExtension):
     The pass then ends at the recorded ops: the gradient of a parameter that is received is not computed, and nothing
     is left on the parameter, so that nothing can be stale. The norm of a sample's whole gradient is known only after
     the last parameter: until then the cotangents of all layers are held, about as much memory as the activations.
+
+    Attributes:
+        mean: Whether the loss is the mean over the samples of a pass, instead of their sum.
+        loss_scale: Factor on the loss besides. Neither is in what is received: the gradients of the samples' own losses.
     """
 
     savefield = "per_sample_jacobians"
     needs_likelihood = False
+    mean = False
+    loss_scale = 1.0
 
     @abstractmethod
     def receives(self, parameter: Tensor) -> bool:
@@ -33,7 +39,7 @@ class GradientReceiver(GraphExtension):
 
     @abstractmethod
     def receive(self, jacobian: Jacobian) -> None:
-        """The Jacobian of one parameter; its only column is the gradient of the pass."""
+        """The Jacobian of one parameter; its only column is the gradient of the samples' own losses."""
 
     @abstractmethod
     def end(self) -> None:

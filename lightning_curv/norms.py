@@ -1,0 +1,42 @@
+"""Norms that neither underflow nor overflow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Norms of float64 outside of these: their squares may be no normal numbers.
+_SMALL, _LARGE = 2.0**-480, 2.0**480
+
+
+def limit(dtype: torch.dtype) -> float:
+    """The largest norm of a factor of a gradient: times weights that undo a larger one, the other factor may underflow.
+
+    It is the root of the largest number.
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.5
+
+
+def row_norms(tensor: Tensor, start: int) -> Tensor:
+    """Norms over all axes from ``start`` on, in float64.
+
+    Squares of float32 are normal numbers of float64. Rows of float64 are divided by their largest entry where theirs
+    may be none.
+    """
+    rows = tensor[..., None].flatten(start)
+    norms = torch.linalg.vector_norm(rows, dim=start, dtype=torch.float64)
+    if tensor.dtype == torch.float64:
+        odd = ~((norms > _SMALL) & (norms < _LARGE))
+        if bool(odd.any()):
+            some = rows[odd]
+            largest = some.abs().amax(-1, keepdim=True) if some.shape[-1] else some.new_ones(len(some), 1)
+            largest = largest.where(largest.isfinite() & (largest > 0), torch.ones_like(largest))
+            norms[odd] = torch.linalg.vector_norm(some / largest, dim=-1) * largest[:, 0]
+    return norms
+
+
+def product_norms(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms of products of two factors; infinite where one is beyond `limit` and the other is not zero."""
+    products = g * x
+    large = torch.maximum(g, x.expand_as(g)) > limit(dtype)
+    return products.masked_fill_(large & (products != 0), torch.inf)
