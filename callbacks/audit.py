@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_curv.callbacks.import_names import Callback
-from lightning_curv.callbacks.independence import _undisturbed
 from lightning_curv.callbacks.poisson import PoissonBatchSampler
 from lightning_curv.callbacks.privacy import PrivacyCallback
 from lightning_curv.callbacks.private_loader import with_batches
 from lightning_curv.callbacks.private_refusals import private_optimizer
+from lightning_curv.callbacks.undisturbed import undisturbed
 from lightning_curv.optimizers.audit_canaries import GradientCanaries
 from lightning_curv.optimizers.audit_report import PrivacyAudit
 
@@ -157,7 +157,7 @@ class _Gradients(_Audited):
         self.canaries = GradientCanaries(private_optimizer(trainer), self.count, self.norm, self.seed)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._canaries.backward(self.privacy._current.drawn_guests())
+        self._canaries.backward(self.privacy._current.drawn_guests(self.privacy._step))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.canaries is not None:
@@ -193,7 +193,7 @@ class _Inputs(_Audited):
         """The loss of every canary."""
         losses = []
         strategy = pl_module.trainer.strategy
-        with torch.no_grad(), _undisturbed(pl_module), pl_module.trainer.precision_plugin.forward_context():
+        with torch.no_grad(), undisturbed(pl_module), pl_module.trainer.precision_plugin.forward_context():
             for i in range(len(self.members)):
                 batch = strategy.batch_to_device(self._collate([cast("Any", self.dataset)[i]]))
                 output = pl_module.training_step(batch, 0)

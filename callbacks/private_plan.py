@@ -135,10 +135,10 @@ class Plan:
         """Samples that this process really has in a part of a step's batch; ``None``: see the batch."""
         return None if self.sampler is None else self.sampler.part_size(step, part)
 
-    def drawn_guests(self) -> np.ndarray:
-        """Guests in the next step's batch: canaries of an audit."""
+    def drawn_guests(self, step: int) -> np.ndarray:
+        """Guests in a step's batch: canaries of an audit."""
         assert self.sampler is not None
-        return self.sampler.drawn_guests(self.trainer.global_step)
+        return self.sampler.drawn_guests(step)
 
     @property
     def sampling(self) -> Sampling:

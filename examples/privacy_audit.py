@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curv import DPSGD, DPOptimizer, PrivacyCallback, privacy_audit
+from lightning_curv.callbacks.poisson import PoissonBatchSampler
 from lightning_curv.optimizers import PrivacyAudit
 
 
@@ -51,8 +52,10 @@ class TenTimesTooOften(PrivacyCallback):
     """Draws every sample ten times as often as it accounts for."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sampler = self._current.sampler
+        rate = 10 * sampler.sampling_rate
+        sampler.batch = PoissonBatchSampler(sampler.population, rate, 1000).batch
         super().on_train_start(trainer, pl_module)
-        self._current.sampler.sampling_rate *= 10
 
 
 FAULTS = {

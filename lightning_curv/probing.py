@@ -85,9 +85,7 @@ class Probe:
         strict: Whether rows must be multiplied by the weights to the last digits.
     """
 
-    def __init__(
-        self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool = False
-    ) -> None:
+    def __init__(self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool = False) -> None:
         self.passes, self.heads, self.count, self.strict = passes, heads, count, strict
         self.conclusive = True
         self._ones = [_generic(head.like) for head, _ in heads]
