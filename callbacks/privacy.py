@@ -310,7 +310,8 @@ class PrivacyCallback(Callback):
 
     def _check_budget(self, trainer: Trainer) -> None:
         sigma = float(private_optimizer(trainer).noise_multiplier or 0.0)
-        if self._warned or not self.accountant.next_step_costs or self._budget.allows(sigma, self._current.left):
+        planned = private_optimizer(trainer).same_noise(self._current.left)
+        if self._warned or not self.accountant.next_step_costs or self._budget.allows(sigma, planned):
             return
         message = (
             f"PrivacyCallback: the budget is spent after {trainer.global_step} steps, {self._guarantee} of at most "

@@ -26,6 +26,8 @@ from .privacy_accounting import (
     calibrated_noise,
 )
 from .privacy_clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+from .privacy_groups import PerGroupClipping
+from .privacy_schedule import ExponentialSchedule
 from .second_order import SecondOrderOptimizer
 
 __all__ = [
@@ -37,9 +39,11 @@ __all__ = [
     "DPOptimizer",
     "DiagGGNOptimizer",
     "EpochSampling",
+    "ExponentialSchedule",
     "FlatClipping",
     "GradientCanaries",
     "KFACOptimizer",
+    "PerGroupClipping",
     "PerLayerClipping",
     "PoissonSampling",
     "PrivacyAccountant",

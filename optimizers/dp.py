@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 
 from lightning_curv.optimizers.privacy_accounting import PrivacyAccountant
 from lightning_curv.optimizers.privacy_clipping import Clipping, clipping_rule
+from lightning_curv.optimizers.privacy_groups import PerGroupClipping
 from lightning_curv.optimizers.privacy_noise import NoiseSource
 from lightning_curv.optimizers.privacy_reduce import summed_over_ranks
+from lightning_curv.optimizers.privacy_schedule import Schedule, held_for, value_of
 from lightning_curv.optimizers.privacy_sum import ClippedSum
-from lightning_curv.optimizers.settings import require_choice, require_non_negative, require_positive
+from lightning_curv.optimizers.settings import require_choice, require_positive
 
 
 class DPOptimizer(Optimizer):
@@ -33,12 +35,14 @@ class DPOptimizer(Optimizer):
 
     Args:
         optimizer: Any torch optimizer whose step needs no closure. Its parameter groups are shared.
-        clip_norm: C.
-        noise_multiplier: σ; the standard deviation of the noise in the sum is σC. ``None``: the callback sets it.
+        clip_norm: C, or a function of the step's number such as `ExponentialSchedule`.
+        noise_multiplier: σ; the standard deviation of the noise in the sum is σC. Or a function of the step's number,
+            accounted value by value. ``None``: the callback sets it.
         expected_batch_size: B̄, samples per step over all processes: sampling rate × data set size, not the size of
             the batch that was drawn. ``None``: the callback sets it.
         clipping: ``"flat"``, ``"per_layer"``, ``"automatic"`` (normalisation), ``"adaptive"`` (C follows the median of
-            the norms), or a `Clipping` with settings of your own.
+            the norms), ``"per_group"`` (every parameter group by its own ``clip_norm``), or a `Clipping` with settings
+            of your own.
         loss_reduction: Whether the loss of a backward pass is the ``"mean"`` or the ``"sum"`` of the losses of its
             samples. Any other factor on the loss goes to ``optimizer.loss_scale``.
         accountant: Is told of every step.
@@ -50,7 +54,9 @@ class DPOptimizer(Optimizer):
             one run goes on, and the checkpoint is kept secret.
 
     Attributes:
-        steps: Steps so far, each of them a release.
+        steps: Steps so far, each of them a release; in the checkpoint too. Schedules go by it.
+        noise_schedule, clip_schedule: The functions, if there are any; ``noise_multiplier`` and ``clip_norm`` are the
+            values of the next step.
 
     Cost: a backward pass plus the norms, and about the memory of the activations once more.
 
@@ -75,8 +81,8 @@ class DPOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        clip_norm: float = 1.0,
-        noise_multiplier: float | None = None,
+        clip_norm: float | Schedule = 1.0,
+        noise_multiplier: float | Schedule | None = None,
         expected_batch_size: float | None = None,
         clipping: str | Clipping = "flat",
         loss_reduction: str = "mean",
@@ -87,20 +93,24 @@ class DPOptimizer(Optimizer):
     ) -> None:
         _refuse_curvature(optimizer)
         require_choice("loss_reduction", loss_reduction, ("mean", "sum"))
-        if noise_multiplier is not None:
-            require_non_negative("noise_multiplier", noise_multiplier)
         if expected_batch_size is not None:
             require_positive("expected_batch_size", expected_batch_size)
         self.optimizer = optimizer
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
-        self.noise_multiplier = noise_multiplier
+        self.noise_schedule = noise_multiplier if callable(noise_multiplier) else None
+        self.clip_schedule = clip_norm if callable(clip_norm) else None
+        self.noise_multiplier = None if noise_multiplier is None else value_of("noise_multiplier", noise_multiplier, 0)
         self.expected_batch_size = expected_batch_size
-        self.clipping = clipping_rule(clipping, clip_norm)
+        first = value_of("clip_norm", clip_norm, 0)
+        self.clipping = (
+            PerGroupClipping(optimizer, first) if clipping == "per_group" else clipping_rule(clipping, first)
+        )
         self.loss_reduction = loss_reduction
         self.accountant = accountant
         self.exact_resume = exact_resume
         self.steps = 0
+        self._schedule()
         self._noise = NoiseSource(noise_seed, secure)
         self._sum = ClippedSum(self._trainable(), self.clipping, loss_reduction == "mean")
         self._own: dict[Tensor, tuple[Tensor, int]] = {}  # gradients that the last step left
@@ -108,6 +118,17 @@ class DPOptimizer(Optimizer):
     def _share(self) -> None:
         """One list of groups and one state, whichever of the two optimizers a scheduler or checkpoint looks at."""
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def _schedule(self) -> None:
+        """Set σ and C of the next step."""
+        if self.noise_schedule is not None:
+            self.noise_multiplier = value_of("noise_multiplier", self.noise_schedule, self.steps)
+        if self.clip_schedule is not None:
+            self.clipping.set_clip_norm(value_of("clip_norm", self.clip_schedule, self.steps))
+
+    def same_noise(self, at_most: float) -> float:
+        """For how many steps from the next one on σ is what it is now."""
+        return at_most if self.noise_schedule is None else held_for(self.noise_schedule, self.steps, at_most)
 
     def _all(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -179,6 +200,7 @@ class DPOptimizer(Optimizer):
         if self.accountant is not None:
             self.accountant.step(sigma)
         self.steps += 1
+        self._schedule()
         self.optimizer.step()
         return loss
 
@@ -230,8 +252,8 @@ class DPOptimizer(Optimizer):
         self._share()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state, and under ``"privacy"`` the account, C, and with ``exact_resume`` the noise."""
-        privacy: dict[str, Any] = {"clipping": self.clipping.state_dict()}
+        """The inner optimizer's state, and under ``"privacy"`` the account, C, the steps, and with ``exact_resume`` noise."""
+        privacy: dict[str, Any] = {"clipping": self.clipping.state_dict(), "steps": self.steps}
         if self.exact_resume:
             privacy["noise"] = self._noise.state_dict()
         if self.accountant is not None:
@@ -260,6 +282,8 @@ class DPOptimizer(Optimizer):
         else:
             self.renew_noise()
         self.clipping.load_state_dict(privacy["clipping"])
+        self.steps = privacy.get("steps", 0)  # older versions kept none
+        self._schedule()
         if self.accountant is not None and "accountant" in privacy:
             self.accountant.load_state_dict(privacy["accountant"])
 

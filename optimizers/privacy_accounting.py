@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_curv.optimizers.privacy_schedule import Schedule, runs_of
 from lightning_curv.optimizers.settings import require_choice, require_positive
 
 METHODS = ("pld", "rdp")
@@ -289,7 +290,14 @@ def epsilon_of(history: list[Entry], delta: float, method: str = "pld", interval
     return float(accountant.get_epsilon(delta))
 
 
-def calibrated_noise(epsilon: float, delta: float, sampling: Sampling, releases: int, method: str = "pld") -> float:
+def calibrated_noise(
+    epsilon: float,
+    delta: float,
+    sampling: Sampling,
+    releases: int,
+    method: str = "pld",
+    schedule: Schedule | None = None,
+) -> float:
     """The smallest noise multiplier with which ``releases`` releases cost no more than ``epsilon``.
 
     Args:
@@ -298,6 +306,7 @@ def calibrated_noise(epsilon: float, delta: float, sampling: Sampling, releases:
         sampling: How the samples are drawn.
         releases: Optimizer steps, or epochs with `EpochSampling`.
         method: ``"pld"`` or ``"rdp"``.
+        schedule: The noise multiplier of a release is the result times this function of the release's number.
 
     Example:
         >>> sigma = calibrated_noise(3.0, 1e-5, PoissonSampling(256 / 60000), 3525)
@@ -308,10 +317,17 @@ def calibrated_noise(epsilon: float, delta: float, sampling: Sampling, releases:
     _require_delta(delta)
     require_choice("method", method, METHODS)
     da = _library()
+    runs = [(1.0, releases)] if schedule is None else runs_of(schedule, releases)
+
+    def event(sigma: float) -> Any:
+        return da.ComposedDpEvent(
+            [da.SelfComposedDpEvent(sampling.event(sigma * share), count) for share, count in runs]
+        )
+
     return float(
         da.calibrate_dp_mechanism(
             lambda: _accountant({sampling.relation}, method, _COARSE),
-            lambda sigma: da.SelfComposedDpEvent(sampling.event(sigma), releases),
+            event,
             epsilon,
             delta,
             bracket_interval=da.LowerEndpointAndGuess(0, 1.0),
