@@ -82,16 +82,23 @@ def refuse_mixed_batches(
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
-    for first, second in pairs:
-        with undisturbed(pl_module):
-            a, b = (_moved(trainer, pl_module, batch) for batch in (first, second))
-            if same_samples(a, b, count, 2 * count):
-                continue
+    with seeded(secrets.randbits(31), pl_module.device):  # of the data set, where it augments in this process
+        for first, second in pairs:
+            _refuse_mixed(trainer, pl_module, first, second, count, mean)
+
+
+def _refuse_mixed(
+    trainer: Trainer, pl_module: LightningModule, first: Any, second: Any, count: int, mean: bool
+) -> None:
+    with undisturbed(pl_module):
+        a, b = (_moved(trainer, pl_module, batch) for batch in (first, second))
+        same = same_samples(a, b, count, 2 * count)
+    if not same:
         _compare_gradients(pl_module, a, b, count, mean)
 
 
 def _moved(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """A batch as the training step gets it."""
+    """A batch as the training step gets it, with the same random numbers every time."""
     with seeded(0, pl_module.device):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
