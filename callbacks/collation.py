@@ -30,10 +30,12 @@ class _Pairs(Dataset[Pair]):
     def __init__(self, loader: DataLoader) -> None:
         self._dataset, self._collate = loader.dataset, loader.collate_fn
 
-    def __getitem__(self, indices: tuple[list[int], list[int], list[int], int]) -> Pair:
-        kept, *others, seed = indices
-        first = self._samples(kept)
-        rest = [self._samples(other) for other in others]
+    def __getitem__(self, indices: tuple[list[int], int]) -> Pair:
+        chosen, seed = indices
+        # the smallest are shared, and the largest are in one batch only: padding differs where sizes do
+        samples = sorted(self._samples(chosen), key=_entries)
+        count = len(samples) // 3
+        first, rest = samples[:count], (samples[count : 2 * count], samples[2 * count :])
         randomness = EqualRandomness(len(first) + len(rest[0]))  # augmentation draws the same for the same samples
         batches = []
         for other in rest:
@@ -45,6 +47,17 @@ class _Pairs(Dataset[Pair]):
     def _samples(self, indices: list[int]) -> list[Any]:
         many = getattr(self._dataset, "__getitems__", None)
         return list(many(indices)) if many is not None else [self._dataset[i] for i in indices]
+
+
+def _entries(sample: Any) -> int:
+    """How large a sample is."""
+    if isinstance(sample, (Tensor, np.ndarray)):
+        return int(np.prod(sample.shape))
+    if isinstance(sample, dict):
+        return sum(map(_entries, sample.values()))
+    if isinstance(sample, (list, tuple)):
+        return sum(map(_entries, sample))
+    return len(sample) if isinstance(sample, (str, bytes)) else 1
 
 
 def refuse_mixed_batches(
@@ -73,7 +86,7 @@ def refuse_mixed_batches(
     jobs = []
     for _ in range(rounds):
         drawn = random.SystemRandom().sample(range(size), 3 * count)
-        jobs.append((drawn[:count], drawn[count : 2 * count], drawn[2 * count :], secrets.randbits(31)))
+        jobs.append((drawn, secrets.randbits(31)))
     pairs = DataLoader(
         _Pairs(loader),
         batch_size=None,
