@@ -30,10 +30,12 @@ class _Pairs(Dataset[Pair]):
     def __init__(self, loader: DataLoader) -> None:
         self._dataset, self._collate = loader.dataset, loader.collate_fn
 
-    def __getitem__(self, indices: tuple[list[int], list[int], list[int], int]) -> Pair:
-        kept, *others, seed = indices
-        first = self._samples(kept)
-        rest = [self._samples(other) for other in others]
+    def __getitem__(self, indices: tuple[list[int], int]) -> Pair:
+        chosen, seed = indices
+        # the smallest are shared, and the largest are in one batch only: padding differs where sizes do
+        samples = sorted(self._samples(chosen), key=_entries)
+        count = len(samples) // 3
+        first, rest = samples[:count], (samples[count : 2 * count], samples[2 * count :])
         randomness = EqualRandomness(len(first) + len(rest[0]))  # augmentation draws the same for the same samples
         batches = []
         for other in rest:
@@ -45,6 +47,17 @@ class _Pairs(Dataset[Pair]):
     def _samples(self, indices: list[int]) -> list[Any]:
         many = getattr(self._dataset, "__getitems__", None)
         return list(many(indices)) if many is not None else [self._dataset[i] for i in indices]
+
+
+def _entries(sample: Any) -> int:
+    """How large a sample is."""
+    if isinstance(sample, (Tensor, np.ndarray)):
+        return int(np.prod(sample.shape))
+    if isinstance(sample, dict):
+        return sum(map(_entries, sample.values()))
+    if isinstance(sample, (list, tuple)):
+        return sum(map(_entries, sample))
+    return len(sample) if isinstance(sample, (str, bytes)) else 1
 
 
 def refuse_mixed_batches(
@@ -73,7 +86,7 @@ def refuse_mixed_batches(
     jobs = []
     for _ in range(rounds):
         drawn = random.SystemRandom().sample(range(size), 3 * count)
-        jobs.append((drawn[:count], drawn[count : 2 * count], drawn[2 * count :], secrets.randbits(31)))
+        jobs.append((drawn, secrets.randbits(31)))
     pairs = DataLoader(
         _Pairs(loader),
         batch_size=None,
@@ -82,16 +95,23 @@ def refuse_mixed_batches(
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
-    for first, second in pairs:
-        with undisturbed(pl_module):
-            a, b = (_moved(trainer, pl_module, batch) for batch in (first, second))
-            if same_samples(a, b, count, 2 * count):
-                continue
+    with seeded(secrets.randbits(31), pl_module.device):  # of the data set, where it augments in this process
+        for first, second in pairs:
+            _refuse_mixed(trainer, pl_module, first, second, count, mean)
+
+
+def _refuse_mixed(
+    trainer: Trainer, pl_module: LightningModule, first: Any, second: Any, count: int, mean: bool
+) -> None:
+    with undisturbed(pl_module):
+        a, b = (_moved(trainer, pl_module, batch) for batch in (first, second))
+        same = same_samples(a, b, count, 2 * count)
+    if not same:
         _compare_gradients(pl_module, a, b, count, mean)
 
 
 def _moved(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
-    """A batch as the training step gets it."""
+    """A batch as the training step gets it, with the same random numbers every time."""
     with seeded(0, pl_module.device):
         batch = trainer.precision_plugin.convert_input(batch)
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)

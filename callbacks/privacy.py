@@ -277,8 +277,8 @@ class PrivacyCallback(Callback):
         part = batch_idx % trainer.accumulate_grad_batches
         if part != self._expected_passes % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
-                f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} accumulated batches, found a "
-                f"run that goes on at batch {batch_idx}, in the middle of one: its other batches are lost. Save "
+                f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} accumulated batches, found "
+                f"a run that goes on at batch {batch_idx}, in the middle of one: its other batches are lost. Save "
                 "checkpoints after whole steps."
             )
         if part == 0:
@@ -313,10 +313,8 @@ class PrivacyCallback(Callback):
         planned = private_optimizer(trainer).same_noise(self._current.left)
         if self._warned or not self.accountant.next_step_costs or self._budget.allows(sigma, planned):
             return
-        message = (
-            f"PrivacyCallback: the budget is spent after {trainer.global_step} steps, {self._guarantee} of at most "
-            f"ε = {self.epsilon:g}"
-        )
+        message = f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after {trainer.global_step} steps"
+        message += f" ({self._guarantee})"
         if self.on_budget == "stop":
             rank_zero_warn(f"{message}: training stops.")
             trainer.should_stop = True

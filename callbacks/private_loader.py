@@ -50,8 +50,8 @@ def require_plain_loader(loader: Any) -> DataLoader:
     found = _not_uniform(loader.sampler, dataset_size(loader))
     if found:
         raise MisconfigurationException(
-            f"PrivacyCallback expects every sample with the same probability, found {found}, which may repeat or prefer "
-            "samples; use `shuffle=True`."
+            f"PrivacyCallback expects every sample with the same probability, found {found}, which may repeat or "
+            "prefer samples; use `shuffle=True`."
         )
     return loader
 

@@ -186,7 +186,7 @@ class PrivacyAccountant:
         history = self.history
         key = (*history, delta)
         if self._known is None or self._known[0] != key:
-            self._known = key, epsilon_of(history, delta, self.method)
+            self._known = key, epsilon_of(history, delta, self.method, _INTERVAL)
         return float(self._known[1])
 
     def releases_left(self, epsilon: float, delta: float, noise_multiplier: float, at_most: float = 10**6) -> int:
@@ -341,8 +341,8 @@ def _accountant(relations: set[str], method: str, interval: float) -> Any:
     if len(relations) > 1:
         found = " and ".join(f"{name} ({NEIGHBOURS[name]})" for name in sorted(relations))
         raise ValueError(
-            f"Expected one notion of neighbouring data sets in a history, found {found}: Poisson sampling and samplings "
-            "with a fixed or largest batch size cannot be added up. Keep `sampling=` as it was when the run began."
+            f"Expected one notion of neighbouring data sets in a history, found {found}: Poisson sampling and samplings"
+            " of fixed or largest sizes cannot be added up. Keep `sampling=` as it was when the run began."
         )
     relation = da.NeighboringRelation[relations.pop()]
     if method == "pld":
