@@ -62,12 +62,12 @@ class Finding:
     Attributes:
         owners: Who owns its rows; ``None``: samples mix, or the losses do not depend on it.
         reached: Whether the losses depend on it, in these numbers.
-        ambiguous: Whether other owners agree with the weights as well.
+        options: All axes that agree with the weights, where there are several.
     """
 
     owners: Owners | None
     reached: bool = True
-    ambiguous: bool = False
+    options: Sequence[BatchAxis] = ()
 
     @property
     def mixed(self) -> bool:
@@ -111,6 +111,26 @@ class Probe:
                 columns = [self._pass(edges, weights) for weights in self._code.values(self.count)]
             for i in unknown:
                 found[i] = self._rows(places[i], first[i], [column[i] for column in columns or ()], tolerance)
+        return self._settled(places, first, found)
+
+    def _settled(self, places: Sequence[Place], first: Cotangents, found: list[Finding]) -> list[Finding]:
+        """Where rows of zeros leave a choice, the owners of as many rows elsewhere.
+
+        What is not finite must not be taken for another sample's: without a choice that is plain, it belongs to none.
+        """
+        sure: dict[int, set[BatchAxis]] = {}
+        for place, finding in zip(places, found, strict=True):
+            if isinstance(finding.owners, BatchAxis) and not finding.options and place.shape and finding.reached:
+                sure.setdefault(place.shape[finding.owners.axis], set()).add(finding.owners)
+        for i, (place, finding) in enumerate(zip(places, found, strict=True)):
+            if not finding.options:
+                continue
+            same = [o for o in finding.options if o in sure.get(place.shape[o.axis], ())]
+            g = first[i]
+            if len(same) == 1:
+                found[i] = Finding(same[0])
+            elif self.strict and g is not None and not bool(g.isfinite().all()):
+                found[i] = Finding(None)
         return found
 
     @property
@@ -140,7 +160,7 @@ class Probe:
         agreeing = consistent(first, second, tolerance, place.axes, values)
         if not agreeing:
             return Finding(None)
-        return Finding(agreeing[0], ambiguous=len(agreeing) > 1)
+        return Finding(agreeing[0], options=agreeing if len(agreeing) > 1 else ())
 
     def _rows(self, place: Place, first: Tensor | None, spelled: Cotangents, tolerance: Tolerance) -> Finding:
         """Owners of rows in any order, by weights that spell the number of the sample."""

@@ -123,6 +123,23 @@ class Term:
             return None
         return partial(own.gradients, self.g[0], own.input)
 
+    def defined(self) -> Term:
+        """The same where a cotangent of zero meets an input that is not finite: see `Jacobian.defined`."""
+        x = self.x
+        if x is None or self.classes:
+            return self
+        base = x if x._base is None or x._base.numel() > x.numel() else x._base
+        if bool(base.sum().isfinite()):
+            return self
+        apart = [axis + 2 for axis, letter in enumerate(self.out) if letter not in self.inp]
+        zero = ~self.g.any(0, keepdim=True)
+        for axis in apart:
+            zero = zero.all(axis, keepdim=True)
+        kept = "".join(letter for letter in self.out if letter in self.inp)
+        zero = zero[0].squeeze([axis - 1 for axis in apart]) if apart else zero[0]
+        undefined = ~x.isfinite() & _placed(zero, "n" + kept, "n" + self.inp)
+        return self.of(self.g, x.masked_fill(undefined, 0))
+
     def promoted(self) -> Term:
         """The term in float32 or better, with one dtype for ``g`` and ``x``."""
         if self.g.dtype == torch.float32 and (self.x is None or self.classes or self.x.dtype == torch.float32):

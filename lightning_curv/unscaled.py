@@ -102,7 +102,7 @@ def _divisions(tape: Tape, root: GradientEdge, count: int, loss_scale: float) ->
         division = None if accumulates else _division(tape, node, number, count)
         if division is not None:
             found.append(division)
-        elif node in tape.losses or (node in tape.uses and tape.uses[node].operands):
+        elif node in tape.uses and tape.uses[node].operands:
             return None
         elif inputs := linear_inputs(node):
             stack += inputs
@@ -117,8 +117,8 @@ def _division(tape: Tape, node: Node, number: int, count: int) -> _Division | No
     if name in ("MeanBackward0", "MeanBackward1"):
         return _mean(node, output, count)
     call = tape.losses.get(node)
-    if call is not None:
-        return _loss(call, output, count)
+    if call is not None and (found := _loss(call, output, count)) is not None:
+        return found
     divisor = _quotient(node)
     if divisor and divisor % count == 0:
         return _Division(output, _below(node), lambda g: g * (count / divisor))

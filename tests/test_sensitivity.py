@@ -1,0 +1,298 @@
+"""No sample changes the clipped sum by more than C and the stated rounding: a search for one that does."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import GradientEdge
+
+from lightning_curv import backprop, curvature, grams, norms, receiving, terms
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.optimizers import DPSGD
+from lightning_curv.optimizers.privacy_sum import ClippedSum
+from lightning_curv.owners import BatchAxis
+from lightning_curv.passes import Column
+
+
+@pytest.fixture
+def sensitivity(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import sensitivity
+
+    return sensitivity
+
+
+def clipped_sum(model, compute_loss, batch, C, **settings):
+    """Σ(S), flat, in float64."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = DPSGD(parameters, lr=0.0, clip_norm=C, noise_multiplier=0.0, expected_batch_size=1.0, **settings)
+    with curvature(*optimizer.extensions, batch_size=len(batch[0])):
+        compute_loss(model, *batch).backward()
+    return torch.cat([total.flatten().double() for total in optimizer.statistics.totals()])
+
+
+def change(model, compute_loss, batch, C):
+    """‖Σ(S ∪ {x}) - Σ(S)‖ / C for the last sample x."""
+    rest = [t[:-1] for t in batch]
+    sums = [clipped_sum(model, compute_loss, b, C) for b in (batch, rest)]
+    return float((sums[0] - sums[1]).norm()) / C
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_no_sample_changes_the_sum_by_more_than_the_norm(sensitivity):
+    found = [sensitivity.search(case, climbs=4) for case in sensitivity.cases(200, seed=3)]
+    violations = [sensitivity.describe(case) for case in found if case.violated]
+    assert not violations
+    assert sum(bool(case.refused) for case in found) < 30  # of what is not finite
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16-mixed", "bf16-true"])
+def test_no_ordinary_batch_is_refused(sensitivity, precision):
+    for i, model in enumerate(sensitivity.MODELS):
+        loss = [*sensitivity.LOSSES][i % len(sensitivity.LOSSES)]
+        case = sensitivity.Case(model, loss, precision, "flat", 1.0, 6, seed=0)
+        evaluate = sensitivity.Sum(case)
+        assert evaluate(evaluate.draw(6)).isfinite().all()
+
+
+def scaled(monkeypatch):
+    """The pass carries 1/N, which is undone afterwards."""
+    end = ClippedSum.end
+
+    def with_division(passes, mean, loss_scale):
+        return Column([GradientEdge(passes.loss.grad_fn, 0)], [passes.seed])
+
+    def undone(self):
+        for jacobian in [*self._jacobians, *self._formed]:
+            jacobian.terms = [term.of(term.g * self._samples, term.x) for term in jacobian.terms]
+        self._norms = [norm * self._samples for norm in self._norms]
+        end(self)
+
+    monkeypatch.setattr(receiving, "unscaled", with_division)
+    monkeypatch.setattr(ClippedSum, "end", undone)
+
+
+def float32_norms(monkeypatch):
+    """Squares in the type of the gradient."""
+
+    def row_norms(tensor, start):
+        return tensor[..., None].flatten(start).square().sum(start).sqrt().double()
+
+    for module in (terms, grams):
+        monkeypatch.setattr(module, "row_norms", row_norms)
+    monkeypatch.setattr(norms, "limit", lambda dtype: math.inf)
+    monkeypatch.setattr(grams, "RANGE", dict.fromkeys(grams.RANGE, (-1.0, math.inf)))
+
+
+def regrouped(monkeypatch):
+    """Rows of several positions are taken for rows of several samples, the other way round."""
+    find = backprop.find_samples
+
+    def other_way_round(passes, *arguments):
+        samples = find(passes, *arguments)
+        uses = {
+            node: dataclasses.replace(owners, minor=not owners.minor)
+            if isinstance(owners, BatchAxis) and passes.tape.uses[node].shape[owners.axis] != owners.count
+            else owners
+            for node, owners in samples.uses.items()
+        }
+        return dataclasses.replace(samples, uses=uses)
+
+    monkeypatch.setattr(backprop, "find_samples", other_way_round)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "model", "precision", "C"),
+    [
+        (scaled, "centred", "float32", 1e-5),
+        (float32_norms, "gate", "float32", 1e-8),
+        (regrouped, "views major", "float64", 1.0),
+        (regrouped, "views minor", "bf16-mixed", 1.0),
+    ],
+)
+def test_the_search_finds_what_is_broken(sensitivity, monkeypatch, mutant, model, precision, C):
+    def violated(number):
+        chosen = sensitivity.cases(number, seed=5, only=model)
+        found = (dataclasses.replace(case, precision=precision, clip_norm=C) for case in chosen)
+        return any(sensitivity.search(case, climbs=12).violated for case in found)
+
+    assert not violated(8)
+    mutant(monkeypatch)
+    assert violated(60)
+
+
+# --- N is in nobody's rounding ----------------------------------------------------------------------------------------
+
+
+def one_hot(h, y):
+    return F.one_hot(y, h.shape[1]).to(h.dtype)
+
+
+LOSSES = {
+    "cross_entropy": F.cross_entropy,
+    "smoothed": lambda h, y: F.cross_entropy(h, y, label_smoothing=0.1),
+    "probabilities": lambda h, y: F.cross_entropy(h, one_hot(h, y)),
+    "nll": lambda h, y: F.nll_loss(h.log_softmax(1), y),
+    "mse": lambda h, y: F.mse_loss(h, one_hot(h, y)),
+    "l1": lambda h, y: F.l1_loss(h, one_hot(h, y)),
+    "smooth_l1": lambda h, y: F.smooth_l1_loss(h, one_hot(h, y)),
+    "huber": lambda h, y: F.huber_loss(h, one_hot(h, y)),
+    "binary": lambda h, y: F.binary_cross_entropy_with_logits(h, one_hot(h, y)),
+    "probability": lambda h, y: F.binary_cross_entropy(h.sigmoid(), one_hot(h, y)),
+    "poisson": lambda h, y: F.poisson_nll_loss(h, y[:, None].to(h.dtype).expand_as(h)),
+    "kl_div": lambda h, y: F.kl_div(h.log_softmax(1), one_hot(h, y), reduction="batchmean"),
+    "gaussian": lambda h, y: F.gaussian_nll_loss(h, one_hot(h, y), torch.ones_like(h).detach()),
+    "mean": lambda h, y: (h**2).sum(1).mean(),
+    "mean of means": lambda h, y: (h**2).mean(1).mean(),
+    "all entries": lambda h, y: (h**2).mean(),
+    "two axes": lambda h, y: (h**2).mean((0, 1)),
+    "quotient": lambda h, y: (h**2).sum() / len(h),
+    "inverse": lambda h, y: (h**2).sum() * (1 / len(h)),
+    "factor": lambda h, y: 0.1 * F.cross_entropy(h, y) + 0.3 * F.mse_loss(h, one_hot(h, y)),
+    "weights": lambda h, y: ((y + 0.7) * F.cross_entropy(h, y, reduction="none")).mean(),
+    "accumulated": lambda h, y: F.cross_entropy(h, y) / 3,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name, dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4).to(dtype)
+    X, y = torch.randn(50, 5).to(dtype), torch.randint(4, (50,))
+    arrived = []
+
+    class Receiver(ClippedSum):
+        def receive(self, jacobian):
+            if jacobian.parameter is model.bias:
+                arrived.append(jacobian.terms[0].g[0])
+
+    with torch.no_grad():
+        H = model(X)
+    for n in (49, 50, 7):
+        optimizer = DPSGD(model.parameters(), expected_batch_size=1.0)
+        receiver = Receiver(optimizer.statistics.parameters, optimizer.clipping, True)
+        receiver.loss_scale = 1 / 3 if name == "accumulated" else 1.0
+        with curvature(receiver, batch_size=n):
+            h = model(X[:n])
+            loss = LOSSES[name](h + (H[:n] - h).detach(), y[:n])  # the same outputs, whatever the kernel does
+            loss.backward()
+    own = H.double().requires_grad_()
+    for i in range(7):  # the gradient of a sample's own loss
+        (expected,) = torch.autograd.grad(LOSSES[name](own[i : i + 1], y[i : i + 1]), own)
+        scale = 3 if name == "accumulated" else 1
+        torch.testing.assert_close(
+            arrived[0][i].double(), scale * expected[i], rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+        )
+    # torch's exp of single floats is not that of a vector of them: the last entries of a batch differ in their last digit
+    rtol = torch.finfo(dtype).eps if name in ("binary", "probability") and dtype == torch.float32 else 0
+    torch.testing.assert_close(arrived[0], arrived[1][:49], rtol=rtol, atol=rtol)
+    torch.testing.assert_close(arrived[0][:7], arrived[2], rtol=rtol, atol=rtol)
+
+
+def test_half_precision_is_refused_where_the_division_cannot_be_seen():
+    model, X = nn.Linear(5, 4).bfloat16(), torch.randn(6, 5).bfloat16()
+    with pytest.raises(UnsupportedError, match="half precision need a loss that is a mean"):
+        clipped_sum(model, lambda m, x: ((m(x) ** 2).sum() * torch.full((), 0.17)), [X], 1.0)
+    clipped_sum(model, lambda m, x: (m(x) ** 2).sum(), [X], 1.0, loss_reduction="sum")
+
+
+def test_identical_samples_in_bfloat16_change_nothing():
+    """What 1/N does in the rounding of one sample, it does in that of all: 4.4 C before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    X, y = torch.randn(1, 8).repeat(2000, 1), torch.zeros(2000, dtype=torch.long)
+    X[-1] = 0
+
+    def compute_loss(model, x, y):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(model(x), y)
+
+    C = 1.02 * float(clipped_sum(model, compute_loss, [X[:1], y[:1]], 1e9).norm())
+    assert change(model, compute_loss, [X, y], C) <= 1 + 1e-5
+
+
+# --- numbers at the ends of their range -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1.0, 0.1, 0.01, 1e-6])
+@pytest.mark.parametrize(
+    ("dtype", "large", "shift"), [(torch.float32, 1.8e19, -43.0), (torch.float32, 1e30, -80.0), (torch.float64, 1e200, -450.0)]
+)
+@pytest.mark.parametrize("positions", [(), (3,)], ids=["rows", "positions"])
+def test_tiny_cotangents_times_huge_inputs(positions, dtype, large, shift, C):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 7), nn.Sigmoid(), nn.Linear(7, 3)).to(dtype)
+    model[2].requires_grad_(False)
+    with torch.no_grad():
+        model[0].weight.zero_()[:, 1] = 1.0
+        model[0].bias.zero_()
+    X, y = torch.randn(64, *positions, 9, dtype=dtype), torch.zeros(64, dtype=torch.long)
+    X[-1] = 0
+    X[-1, ..., 0], X[-1, ..., 1] = large, shift
+
+    def compute_loss(model, x, y):
+        h = model(x)
+        return F.cross_entropy(h.sum(1) if positions else h, y)
+
+    assert change(model, compute_loss, [X, y], C) <= 1 + 64 * 2.0**-20
+
+
+def test_an_input_that_is_not_finite_counts_nothing_where_nothing_arrives():
+    """tanh'(±∞) = 0: the sample's other gradients count, whichever way its rows are found."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    X, y = torch.randn(4, 3), torch.randint(2, (4,))
+    X[1] = torch.tensor([math.inf, 0.0, 0.0])
+    found = clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 0.1)
+    X[1, 0] = 1e6  # saturated just as well
+    expected = clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 0.1)
+    torch.testing.assert_close(found, expected)
+
+
+# --- several rows of a sample -----------------------------------------------------------------------------------------
+
+VIEWS = {
+    "view after view": lambda x, y: (torch.cat([x, 0.9 * x]), y.repeat(2)),
+    "sample after sample": lambda x, y: (torch.stack([x, 0.9 * x], 1).flatten(0, 1), y.repeat_interleave(2)),
+    "copies": lambda x, y: (x.repeat_interleave(3, 0), y.repeat_interleave(3)),
+    "copy after copy": lambda x, y: (x.repeat(3, 1), y.repeat(3)),
+    "expanded": lambda x, y: (x.expand(3, *x.shape).flatten(0, 1), y.expand(3, len(y)).flatten()),
+    "indexed": lambda x, y: (x[torch.arange(2 * len(x)) % len(x)], y[torch.arange(2 * len(y)) % len(y)]),
+}
+HEADS = {
+    "torch": F.cross_entropy,
+    "sum": lambda h, y: F.cross_entropy(h, y, reduction="sum") / len(h),
+    "own": lambda h, y: -h.log_softmax(1).gather(1, y[:, None]).mean(),
+    "cubes": lambda h, y: (h**3).sum(1).mean(),
+}
+
+
+@pytest.mark.parametrize("network", ["linear", "deep"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_rows_of_a_sample_are_clipped_together_or_refused(view, head, network):
+    """As two samples, a sample would count 2 C."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 3, bias=False)] if network == "linear" else [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)]
+    model = nn.Sequential(*layers).double()
+    X, y = torch.randn(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    X[-1] = 100.0
+
+    def compute_loss(model, x, y):
+        rows, targets = VIEWS[view](x, y)
+        return HEADS[head](model(rows), targets)
+
+    for C in (1.0, 1e-3):
+        try:
+            found = change(model, compute_loss, [X, y], C)
+        except UnsupportedError:
+            continue
+        assert found <= 1 + 1e-9
