@@ -28,7 +28,7 @@ from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.context import curvature
 from lightning_curv.optimizers.dp import DPOptimizer
 from lightning_curv.optimizers.privacy_accounting import METHODS, PrivacyAccountant, calibrated_noise
-from lightning_curv.optimizers.settings import require_choice, require_positive
+from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
 from lightning_curv.samples import Batch
 
 SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
@@ -71,6 +71,11 @@ class PrivacyCallback(Callback):
             ``"epoch"``, the shuffled loader as it is, accounted as one Gaussian mechanism per epoch without
             amplification, for neighbours of which one has a sample zeroed out.
         max_batch_size: Samples of the largest truncated batch, all processes and parts together.
+        max_physical_batch_size: Samples that a process has in memory at once. The loader's batches may then be as large
+            as the logical batch should be; each is split by size, its parts filled one after the other, and the Trainer
+            accumulates them: its own `accumulate_grad_batches` becomes the number of parts that suffice for all but one
+            in 10⁹ batches, of whose last part is larger. Empty parts cost a sample each. Whatever the Trainer counts in
+            batches (`limit_train_batches`, `val_check_interval`) counts parts.
         accountant: ``"pld"`` or ``"rdp"``.
         on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and go on.
         every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes up to a second).
@@ -109,7 +114,15 @@ class PrivacyCallback(Callback):
         log_non_private: bool = False,
         public_state: Sequence[str] = (),
         exact_resume: bool = False,
+        max_physical_batch_size: int | None = None,
     ) -> None:
+        if max_physical_batch_size is not None:
+            require_count("max_physical_batch_size", max_physical_batch_size)
+            if sampling == "epoch":
+                raise ValueError(
+                    "`max_physical_batch_size` splits Poisson batches, found sampling='epoch', which leaves batches as "
+                    "they are; use a smaller `batch_size` and `accumulate_grad_batches`."
+                )
         if epsilon is not None:
             require_positive("epsilon", epsilon)
         if not 0 < delta < 1:
@@ -124,6 +137,7 @@ class PrivacyCallback(Callback):
             )
         self.epsilon, self.delta = epsilon, delta
         self.sampling, self.max_batch_size = sampling, max_batch_size
+        self.max_physical_batch_size = max_physical_batch_size
         self.accountant = PrivacyAccountant(method=accountant)
         self.on_budget, self.every_n_steps = on_budget, every_n_steps
         self.seed = seed
@@ -194,7 +208,12 @@ class PrivacyCallback(Callback):
             connector = trainer._accelerator_connector
             self._replaced, connector.use_distributed_sampler = connector.use_distributed_sampler, False
         self._plan = plan = Plan(
-            trainer, poisson, self.max_batch_size, lambda: self._secret_seed(trainer), lambda: self._next
+            trainer,
+            poisson,
+            self.max_batch_size,
+            lambda: self._secret_seed(trainer),
+            lambda: self._next,
+            self.max_physical_batch_size,
         )
         self._source = ConvertedSource(trainer.fit_loop._data_source, plan.convert)
         trainer.fit_loop._data_source = self._source
@@ -437,6 +456,8 @@ class PrivacyCallback(Callback):
         if self._checks is not None:
             self._checks.close()
             self._checks = None
+        if self._plan is not None:
+            self._plan.restore()
         if self._source is not None and trainer.fit_loop._data_source is self._source:
             trainer.fit_loop._data_source = self._source.source
             trainer.fit_loop._combined_loader = None

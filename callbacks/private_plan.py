@@ -11,7 +11,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_curv.callbacks.poisson import PoissonBatchSampler
+from lightning_curv.callbacks.poisson import PoissonBatchSampler, enough_parts
 from lightning_curv.callbacks.private_loader import (
     dataset_size,
     require_each_sample_once,
@@ -69,6 +69,8 @@ class Plan:
         max_batch_size: Of larger Poisson batches this many samples are kept.
         seed: Gives the seed of the batches, once it is needed: a checkpoint may bring it.
         position: The number of the next step to be drawn, which no other step under this seed has.
+        max_physical_batch_size: The samples that a process has in memory at once: batches come in as many parts as
+            that takes, and the Trainer accumulates them. Default: as many as the Trainer accumulates.
     """
 
     def __init__(
@@ -78,7 +80,10 @@ class Plan:
         max_batch_size: int | None,
         seed: Callable[[], int],
         position: Callable[[], int],
+        max_physical_batch_size: int | None = None,
     ) -> None:
+        self.max_physical_batch_size = max_physical_batch_size
+        self._accumulate: int | None = None  # what the Trainer accumulated before it was given our parts
         self.trainer, self.poisson, self.max_batch_size = trainer, poisson, max_batch_size
         self._seed, self._position = seed, position
         self.sampler: PlannedBatches | None = None
@@ -93,6 +98,9 @@ class Plan:
         if not self.poisson:
             require_each_sample_once(loader, trainer)
             return loader
+        if self.max_physical_batch_size is not None:
+            self._accumulate = self._accumulate or trainer.accumulate_grad_batches
+            trainer.accumulate_grad_batches = self._parts(self.max_physical_batch_size)
         self.sampler = PlannedBatches(
             loader,
             self.expected_batch_size,
@@ -101,6 +109,7 @@ class Plan:
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             max_batch_size=self.max_batch_size,
+            part_size=self.max_physical_batch_size,
             position=self._position,
         )
         return self.adapt(with_batches(loader, self.sampler))
@@ -109,7 +118,19 @@ class Plan:
     def expected_batch_size(self) -> float:
         """B̄, over all processes."""
         assert self._batch_size is not None
-        return float(self._batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        accumulated = self._accumulate or self.trainer.accumulate_grad_batches
+        return float(self._batch_size * accumulated * self.trainer.world_size)
+
+    def _parts(self, size: int) -> int:
+        parts = enough_parts(self.expected_batch_size, size * self.trainer.world_size)
+        if self.max_batch_size is None:
+            return parts
+        return min(parts, math.ceil(self.max_batch_size / (size * self.trainer.world_size)))
+
+    def restore(self) -> None:
+        """Give the Trainer back what the user set."""
+        if self._accumulate is not None:
+            self.trainer.accumulate_grad_batches, self._accumulate = self._accumulate, None
 
     def align(self) -> None:
         """Training begins: the loader must stand where the run does."""
