@@ -252,7 +252,7 @@ class DPOptimizer(Optimizer):
         self._share()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state; ``"privacy"``: the account, C, the steps, and with ``exact_resume`` the noise."""
+        """The inner optimizer's state; ``"privacy"``: the account, C, the steps, and with ``exact_resume`` noise."""
         privacy: dict[str, Any] = {"clipping": self.clipping.state_dict(), "steps": self.steps}
         if self.exact_resume:
             privacy["noise"] = self._noise.state_dict()
