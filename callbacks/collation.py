@@ -90,7 +90,7 @@ def refuse_mixed_batches(
     pairs = DataLoader(
         _Pairs(loader),
         batch_size=None,
-        sampler=jobs,  # type: ignore[arg-type]
+        sampler=jobs,
         num_workers=min(1, loader.num_workers),  # where the user's data set is read, too
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

@@ -61,7 +61,7 @@ def _not_uniform(sampler: Any, size: int) -> str:
     name = f"`{type(sampler).__name__}`"
     if type(sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
         return name
-    source = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+    source: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
     if len(source) != size:
         return f"{name} over {len(source)} of {size} samples"
     if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != size):

@@ -36,9 +36,10 @@ def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
         "a `training_step` that gets its batch, found `dataloader_iter`: a step must take one batch": (
             "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
         ),
-        f"processes that live as long as the account, found {strategy}: "
-        "started anew for every `fit`, they would forget what was spent; "
-        "use 'ddp'": ("MultiProcessing" in type(trainer.strategy.launcher).__name__),
+        f"processes that live as long as the account, found spawned or forked ones ({strategy}): made anew for every "
+        "`fit`, they would forget what was spent; use 'ddp'": (
+            "MultiProcessing" in type(trainer.strategy.launcher).__name__
+        ),
         "`overfit_batches=0`, found another value; limit the data set itself": bool(trainer.overfit_batches),  # type: ignore[attr-defined]
     }
     for message, refused in refusals.items():

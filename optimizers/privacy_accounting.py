@@ -219,13 +219,15 @@ class PrivacyAccountant:
 
     def _compose(self, history: list[Entry], sampling: Sampling) -> Any:
         """A coarse accountant of the library with all of the history, made from the one of last time."""
-        relation, earlier, spent = self._composed or ("", [], None)
-        new = _entries_after(history, earlier) if relation == sampling.relation else None
+        spent: Any = None
+        new: list[Entry] | None = None
+        if self._composed is not None and self._composed[0] == sampling.relation:
+            _, earlier, spent = self._composed
+            new = _entries_after(history, earlier)
+        self._composed = None  # until all is composed
         if new is None:
-            spent = _accountant(
-                {how.relation for how in (sampling, *(how for how, _, _ in history))}, self.method, _COARSE
-            )
-            new = history
+            relations = {how.relation for how in (sampling, *(how for how, _, _ in history))}
+            spent, new = _accountant(relations, self.method, _COARSE), history
         for how, sigma, count in new:
             spent.compose(how.event(sigma), count)
         self._composed = sampling.relation, history, spent

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_curv.callbacks import PrivacyCallback
+from lightning_curv.callbacks.equal_randomness import EqualRandomness
 from lightning_curv.optimizers import DPOptimizer
 
 pytest.importorskip("dp_accounting")
@@ -168,10 +169,6 @@ def dropped(self, x, y):
     return F.cross_entropy(self.net(F.dropout(x, 0.5)), y)
 
 
-def gumbel(self, x, y):
-    return F.cross_entropy(F.gumbel_softmax(self.net(x)), y)
-
-
 def in_place(self, x, y):
     return F.cross_entropy(self.net(x + torch.empty_like(x).uniform_(-1, 1)), y)
 
@@ -181,9 +178,52 @@ def drawn_steps(self, x, y):
     return (F.cross_entropy(self.net(x), y, reduction="none") * steps).mean()
 
 
-@pytest.mark.parametrize("loss", [diffusion, variational, masked, dropped, gumbel, in_place, drawn_steps])
+@pytest.mark.parametrize("loss", [diffusion, variational, masked, dropped, in_place, drawn_steps])
 def test_losses_that_draw_random_numbers_are_let_through(loss):
     fit(with_loss(loss))
+
+
+DRAWS = {
+    "rand": lambda x: torch.rand(len(x), 3),
+    "time steps": lambda x: torch.randint(10, (len(x),)),
+    "per row of a sample": lambda x: torch.randn(3 * len(x), 2),
+    "second axis": lambda x: torch.randn(2, len(x)),
+    "the same for all": lambda x: torch.randn(5),
+    "inside of a function": lambda x: F.gumbel_softmax(x) + F.dropout(x),
+    "from values of the sample": lambda x: torch.bernoulli(x.sigmoid()),
+    "by a distribution": lambda x: torch.distributions.Normal(x, 1.0).sample(),
+    "padded": lambda x: torch.rand(len(x), 4 if len(x) == 8 else 6)[:, :4],
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_of_a_sample_are_equal_in_parts_of_its_batch(name):
+    draw, x, rows = DRAWS[name], torch.randn(8, 3), torch.tensor([1, 4, 7])
+    randomness = EqualRandomness(8)
+    with randomness:
+        whole = draw(x)
+    with randomness.again(rows):
+        part = draw(x[rows])
+    if name == "the same for all":
+        expected = whole
+    elif name == "second axis":
+        expected = whole[:, rows]
+    else:
+        expected = whole.unflatten(0, (8, -1))[rows].flatten(0, 1)
+    torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda x: torch.randperm(len(x)).double(), lambda x: torch.bernoulli((x - x.mean(0)).sigmoid())]
+)
+def test_random_numbers_that_depend_on_the_batch_are_not_made_equal(draw):
+    x, rows = torch.randn(40, 3), torch.arange(20)
+    randomness = EqualRandomness(40)
+    with randomness:
+        whole = draw(x)
+    with randomness.again(rows):
+        part = draw(x[rows])
+    assert not torch.equal(part, whole[rows])
 
 
 def test_other_random_numbers_have_a_switch():
