@@ -36,6 +36,31 @@ class Tokens(nn.Module):
         return self.head(self.net(self.embedding(x)).mean(1))
 
 
+class Transformer(nn.Module):
+    """Two encoder layers on T = 128 tokens of width 128, mean over the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1000, 128)
+        layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embedding(x)).mean(1))
+
+
+class Recurrent(nn.Module):
+    """An LSTM of width 128 on T = 50 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(64, 128, batch_first=True), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][:, -1])
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 10))
 
@@ -57,6 +82,8 @@ WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], float]
     "MLP 784-512-10, batch 256": (mlp, lambda: torch.randn(256, 1, 28, 28), 2.0),
     "tokens T=32 d=256, batch 64": (Tokens, lambda: torch.randint(1000, (64, 32)), 1.4),
     "CNN 16-32-fc, batch 256": (cnn, lambda: torch.randn(256, 1, 28, 28), 1.5),
+    "transformer T=128 d=128, batch 32": (Transformer, lambda: torch.randint(1000, (32, 128)), 1.5),
+    "LSTM T=50 d=128, batch 64": (Recurrent, lambda: torch.randn(64, 50, 64), 3.0),
 }
 
 

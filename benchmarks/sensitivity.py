@@ -10,7 +10,6 @@ it. Prints how far it is, every violation, and the largest changes; ends with an
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import random
 import sys
@@ -19,7 +18,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -184,7 +184,7 @@ class Backprop:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
                 try:
-                    check = self._check or self._private
+                    check = self._check
                     passes.samples = find_samples(passes, self._batch, bool(independent), check, self._private)
                 except UnsupportedError:
                     if not all(extension.batchwise for extension in wanting):

@@ -86,12 +86,6 @@ class Jacobian:
         signs = None if self.signs is None else self.signs[:, samples]
         return Jacobian(self.parameter, [term[samples] for term in self.terms], signs)
 
-    def defined(self) -> Jacobian:
-        """The same where a cotangent of zero meets an input that is not finite: their product is then zero, not NaN."""
-        terms = [term.defined() for term in self.terms]
-        same = all(a is b for a, b in zip(terms, self.terms, strict=True))
-        return self if same else Jacobian(self.parameter, terms, self.signs)
-
     def stacked(self, other: Jacobian) -> Jacobian:
         """The Jacobian of the columns of both; the uses must be the same."""
         terms = [a.of(torch.cat([a.g, b.g]), a.x) for a, b in zip(self.terms, other.terms, strict=True)]

@@ -111,26 +111,17 @@ class Probe:
                 columns = [self._pass(edges, weights) for weights in self._code.values(self.count)]
             for i in unknown:
                 found[i] = self._rows(places[i], first[i], [column[i] for column in columns or ()], tolerance)
-        return self._settled(places, first, found)
+        return self._settled(places, found)
 
-    def _settled(self, places: Sequence[Place], first: Cotangents, found: list[Finding]) -> list[Finding]:
-        """Where rows of zeros leave a choice, the owners of as many rows elsewhere.
-
-        What is not finite must not be taken for another sample's: without a choice that is plain, it belongs to none.
-        """
+    def _settled(self, places: Sequence[Place], found: list[Finding]) -> list[Finding]:
+        """Where rows of zeros leave a choice, the owners of as many rows elsewhere."""
         sure: dict[int, set[BatchAxis]] = {}
         for place, finding in zip(places, found, strict=True):
             if isinstance(finding.owners, BatchAxis) and not finding.options and place.shape and finding.reached:
                 sure.setdefault(place.shape[finding.owners.axis], set()).add(finding.owners)
         for i, (place, finding) in enumerate(zip(places, found, strict=True)):
-            if not finding.options:
-                continue
             same = [o for o in finding.options if o in sure.get(place.shape[o.axis], ())]
-            g = first[i]
-            if len(same) == 1:
-                found[i] = Finding(same[0])
-            elif self.strict and g is not None and not bool(g.isfinite().all()):
-                found[i] = Finding(None)
+            found[i] = Finding(same[0]) if len(same) == 1 else finding
         return found
 
     @property
@@ -154,7 +145,7 @@ class Probe:
         first, second = first.reshape(place.shape), second.reshape(place.shape)
         if not bool(first.any()) and not bool(second.any()):
             self.conclusive = False
-            return Finding(_trivial(place, self.count))
+            return Finding(_trivial(place, self.count), options=place.axes if len(place.axes) > 1 else ())
         if not bool(first.isfinite().all()):
             self.conclusive = False
         agreeing = consistent(first, second, tolerance, place.axes, values)

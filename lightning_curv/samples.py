@@ -34,6 +34,7 @@ from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Root, Roots, pointer_of
 from lightning_curv.records import PURE, Operand, Use, edge_of, marks
+from lightning_curv.rowwise import samples_cannot_meet
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import FallbackWarning
 
@@ -126,7 +127,7 @@ def find_samples(
     if found is None:
         finder = _Finder(passes, batch, independent, strict)
         found = finder.found(_candidates(tape, batch))
-        if not tape.routes and finder.conclusive:
+        if not tape.routes and finder.conclusive and (found.apart or not strict):
             MEMORY.keep(key, tape, found)
     _put_joins(passes, found)
     return found.samples
@@ -150,6 +151,8 @@ def _structure(tape: Tape) -> tuple[Hashable, ...]:
     return (
         tuple(tape.structure),
         tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
+        tuple((roots.data, roots.routed) for use in uses for roots in use.roots.values()),
+        tuple((call.roots.data, call.roots.routed) for call in losses),
         tuple(root.shape for use in uses for roots in use.roots.values() for root in roots.tensors),
         tuple(call.arguments["input"].shape for call in losses),
         tuple(root.shape for call in losses for root in call.roots.tensors),
@@ -366,6 +369,7 @@ class _Found:
     samples: Samples
     joins: Mapping[Join, Owners]
     dropped: Sequence[Node]
+    apart: bool = False  # in every graph of this structure, whatever the numbers are
 
 
 def _in_order(roots: Roots, count: int) -> bool:
@@ -610,6 +614,7 @@ class _Finder:
         uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
         if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
             raise Mixed(f"in the input of `{calls[node].name}`")
+        self._refuse_undefined(uses)
         joins, dropped = self._joins(heads, uses, probe, count)
         self.conclusive = self.conclusive and probe.conclusive
         by_edge = {head.edge[:2]: owners for head, owners in heads}
@@ -622,7 +627,21 @@ class _Finder:
         found |= self._above(heads, [node for node, finding in losses.items() if not finding.reached], count)
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         owners.update(joins.items())
-        return _Found(Samples(count, owners, placed), joins, dropped)
+        apart = self.strict and not joins and not dropped and samples_cannot_meet(self.tape, heads, owners)
+        return _Found(Samples(count, owners, placed), joins, dropped, apart)
+
+    def _refuse_undefined(self, found: Mapping[Node | Join, Finding]) -> None:
+        """Raise if it cannot be told whose numbers are not finite: nothing arrives that would tell the samples apart.
+
+        Raises:
+            Mixed: There are such.
+        """
+        for node, finding in found.items():
+            read = self.uses[node].arguments.values() if self.strict and finding.options else ()
+            if any(isinstance(v, Tensor) and v.is_floating_point() and not bool(v.isfinite().all()) for v in read):
+                raise Mixed(
+                    f"or not: what `{self.uses[node].name}` reads is not finite, and whose it is cannot be told"
+                )
 
     def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
         """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv import memory
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.latest import Latest
 from lightning_curv.matmul import einsum, is_large
 from lightning_curv.norms import product_norms, row_norms
@@ -123,23 +124,6 @@ class Term:
             return None
         return partial(own.gradients, self.g[0], own.input)
 
-    def defined(self) -> Term:
-        """The same where a cotangent of zero meets an input that is not finite: see `Jacobian.defined`."""
-        x = self.x
-        if x is None or self.classes:
-            return self
-        base = x if x._base is None or x._base.numel() > x.numel() else x._base
-        if bool(base.sum().isfinite()):
-            return self
-        apart = [axis + 2 for axis, letter in enumerate(self.out) if letter not in self.inp]
-        zero = ~self.g.any(0, keepdim=True)
-        for axis in apart:
-            zero = zero.all(axis, keepdim=True)
-        kept = "".join(letter for letter in self.out if letter in self.inp)
-        zero = zero[0].squeeze([axis - 1 for axis in apart]) if apart else zero[0]
-        undefined = ~x.isfinite() & _placed(zero, "n" + kept, "n" + self.inp)
-        return self.of(self.g, x.masked_fill(undefined, 0))
-
     def promoted(self) -> Term:
         """The term in float32 or better, with one dtype for ``g`` and ``x``."""
         if self.g.dtype == torch.float32 and (self.x is None or self.classes or self.x.dtype == torch.float32):
@@ -183,6 +167,11 @@ class Term:
             raise RuntimeError(
                 "Expected no gradient at rows that no sample depended on when the samples were found, found one. Pass "
                 "`check=True` to `curvature`: the samples are then found anew."
+            )
+        if self.x is not None and not self.classes and not bool(self.x[owners.index < 0].isfinite().all()):
+            raise UnsupportedError(
+                "Expected finite inputs in rows that no gradient arrives at, found others: which sample they make "
+                "undefined cannot be told. Leave samples that are not finite out of the batch."
             )
         sizes, (samples, longest) = self.sizes(), owners.table.shape
         padded = longest * (self.g[:, :1].numel() + (0 if self.x is None else self.x[:1].numel()))

@@ -71,7 +71,6 @@ class ClippedSum(GradientReceiver):
 
     def receive(self, jacobian: Jacobian) -> None:
         """Take a parameter's norms now, while its inputs are in the cache, and hold its terms."""
-        jacobian = jacobian.defined()
         if jacobian.forms_norms and _is_small(jacobian):
             jacobian = jacobian.formed()
         if jacobian.forms_norms:

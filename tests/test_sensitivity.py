@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import GradientEdge
 
-from lightning_curv import backprop, curvature, grams, norms, receiving, terms
+from lightning_curv import backprop, curvature, grams, norms, receiving, record, samples, terms
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.optimizers import DPSGD
+from lightning_curv.graph import walk
+from lightning_curv.heads import find_heads
+from lightning_curv.optimizers import DPSGD, privacy_noise
+from lightning_curv.optimizers.privacy_noise import NoiseSource
+from lightning_curv.optimizers.privacy_reduce import grid, summed_over_ranks
 from lightning_curv.optimizers.privacy_sum import ClippedSum
 from lightning_curv.owners import BatchAxis
 from lightning_curv.passes import Column
+from lightning_curv.rowwise import samples_cannot_meet
 
 
 @pytest.fixture
@@ -189,9 +194,12 @@ def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name,
         (expected,) = torch.autograd.grad(LOSSES[name](own[i : i + 1], y[i : i + 1]), own)
         scale = 3 if name == "accumulated" else 1
         torch.testing.assert_close(
-            arrived[0][i].double(), scale * expected[i], rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+            arrived[0][i].double(),
+            scale * expected[i],
+            rtol=4 * torch.finfo(dtype).eps,
+            atol=4 * torch.finfo(dtype).eps,
         )
-    # torch's exp of single floats is not that of a vector of them: the last entries of a batch differ in their last digit
+    # torch's exp of single floats is not that of a vector of them: the last entries of a batch have another last digit
     rtol = torch.finfo(dtype).eps if name in ("binary", "probability") and dtype == torch.float32 else 0
     torch.testing.assert_close(arrived[0], arrived[1][:49], rtol=rtol, atol=rtol)
     torch.testing.assert_close(arrived[0][:7], arrived[2], rtol=rtol, atol=rtol)
@@ -200,7 +208,7 @@ def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name,
 def test_half_precision_is_refused_where_the_division_cannot_be_seen():
     model, X = nn.Linear(5, 4).bfloat16(), torch.randn(6, 5).bfloat16()
     with pytest.raises(UnsupportedError, match="half precision need a loss that is a mean"):
-        clipped_sum(model, lambda m, x: ((m(x) ** 2).sum() * torch.full((), 0.17)), [X], 1.0)
+        clipped_sum(model, lambda m, x: (m(x) ** 2).sum() * torch.full((), 0.17), [X], 1.0)
     clipped_sum(model, lambda m, x: (m(x) ** 2).sum(), [X], 1.0, loss_reduction="sum")
 
 
@@ -224,7 +232,8 @@ def test_identical_samples_in_bfloat16_change_nothing():
 
 @pytest.mark.parametrize("C", [1.0, 0.1, 0.01, 1e-6])
 @pytest.mark.parametrize(
-    ("dtype", "large", "shift"), [(torch.float32, 1.8e19, -43.0), (torch.float32, 1e30, -80.0), (torch.float64, 1e200, -450.0)]
+    ("dtype", "large", "shift"),
+    [(torch.float32, 1.8e19, -43.0), (torch.float32, 1e30, -80.0), (torch.float64, 1e200, -450.0)],
 )
 @pytest.mark.parametrize("positions", [(), (3,)], ids=["rows", "positions"])
 def test_tiny_cotangents_times_huge_inputs(positions, dtype, large, shift, C):
@@ -243,18 +252,6 @@ def test_tiny_cotangents_times_huge_inputs(positions, dtype, large, shift, C):
         return F.cross_entropy(h.sum(1) if positions else h, y)
 
     assert change(model, compute_loss, [X, y], C) <= 1 + 64 * 2.0**-20
-
-
-def test_an_input_that_is_not_finite_counts_nothing_where_nothing_arrives():
-    """tanh'(±∞) = 0: the sample's other gradients count, whichever way its rows are found."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    X, y = torch.randn(4, 3), torch.randint(2, (4,))
-    X[1] = torch.tensor([math.inf, 0.0, 0.0])
-    found = clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 0.1)
-    X[1, 0] = 1e6  # saturated just as well
-    expected = clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 0.1)
-    torch.testing.assert_close(found, expected)
 
 
 # --- several rows of a sample -----------------------------------------------------------------------------------------
@@ -296,3 +293,184 @@ def test_rows_of_a_sample_are_clipped_together_or_refused(view, head, network):
         except UnsupportedError:
             continue
         assert found <= 1 + 1e-9
+
+
+# --- what is verified, and how often ----------------------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """A layer, something between, and another."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+def block(h, sizes):
+    """Attention among the rows of a block; blocks are told by a mask."""
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    scores = (h @ h.T).masked_fill(owner[:, None] != owner, -math.inf)
+    return scores.softmax(1) @ h
+
+
+GATES = {
+    "threshold": (lambda h: h + (h - 100).relu().mean(0), lambda h: h + (h + 100).relu().mean(0)),
+    "factor": (lambda h: h + 0.0 * h.mean(0), lambda h: h + 1.0 * h.mean(0)),
+    "mask": (lambda h: block(h, [1, 1, 1, 1]), lambda h: block(h, [1, 2, 1])),
+    "matrix": (lambda h: torch.eye(4).double() @ h, lambda h: torch.ones(4, 4).double() @ h),
+    "routes": (lambda h: h[torch.arange(4)], lambda h: h[torch.tensor([0, 0, 1, 1])] + h),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_private_step_finds_a_gate_that_opens_at_once(name):
+    torch.manual_seed(0)
+    samples.MEMORY.entries.clear()
+    closed, opened = GATES[name]
+    X, y = torch.randn(4, 3).double(), torch.randint(2, (4,))
+    for _ in range(2):
+        model = Between(closed).double()
+        clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 1.0)
+    model.between = opened
+    with pytest.raises(UnsupportedError, match="samples mix"):
+        clipped_sum(model, lambda m, x, y: F.cross_entropy(m(x), y), [X, y], 1.0)
+
+
+def verifications(monkeypatch, model, compute_loss, batch):
+    """How often samples were searched for in three private steps."""
+    searched, search = [], samples._Finder.found
+    monkeypatch.setattr(samples._Finder, "found", lambda *arguments: searched.append(1) or search(*arguments))
+    samples.MEMORY.entries.clear()
+    for _ in range(3):
+        clipped_sum(model, compute_loss, batch, 1.0)
+    return len(searched)
+
+
+ONCE = "mlp norm cnn positions wide centred attention transformer".split()  # noqa: SIM905
+ALWAYS = ["ragged", "no rule", "views major"]
+
+
+@pytest.mark.parametrize("name", [*ONCE, "time first", *ALWAYS])
+def test_what_cannot_mix_samples_is_verified_once(sensitivity, monkeypatch, name):
+    evaluate = sensitivity.Sum(sensitivity.Case(name, "cross-entropy", "float64", "flat", 1.0, 6, seed=0))
+    found = verifications(monkeypatch, evaluate.model, lambda m, x, y: F.cross_entropy(m(x), y), evaluate.draw(6))
+    assert found == (3 if name in ALWAYS else 1)
+
+
+ALONG = {
+    "flip": lambda h: h.flip(0),
+    "roll": lambda h: h.roll(1, 0),
+    "cumsum": lambda h: h.cumsum(0),
+    "softmax": lambda h: h.softmax(0),
+    "mean": lambda h: h - h.mean(0),
+    "sum": lambda h: h + h.sum(0, keepdim=True),
+    "transposed": lambda h: h.t() + h,
+    "view": lambda h: h.t().reshape(4, 4),
+    "padded": lambda h: F.pad(h, (0, 0, 1, -1)),
+    "slice": lambda h: h + h[:1],
+    "select": lambda h: h + h[0],
+    "permuted": lambda h: h.unflatten(1, (2, 2)).permute(1, 0, 2).reshape(4, 4),
+    "pairs": lambda h: (h @ h.T) @ h,
+    "attention": lambda h: F.scaled_dot_product_attention(h[None, None], h[None, None], h[None, None])[0, 0],
+    "strided": lambda h: h.as_strided((4, 4), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_what_works_along_the_samples_is_not_taken_for_apart(name):
+    """Of the structure alone, without the weights: with the owners that the outputs have."""
+    torch.manual_seed(0)
+    model = Between(ALONG[name]).double()
+    X, y = torch.randn(4, 3).double(), torch.randint(2, (4,))
+    with record():
+        loss = F.cross_entropy(model(X), y)
+    tape = walk(loss.grad_fn)
+    heads = [(head, BatchAxis(4)) for head in find_heads(tape, loss)]
+    assert not samples_cannot_meet(tape, heads, dict.fromkeys(tape.uses, BatchAxis(4)))
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def released(total, std, **settings):
+    return summed_over_ranks([total], [std], NoiseSource(**settings))[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"secure": True}], ids=["library", "system"])
+def test_noise_is_standard_normal(settings):
+    z = NoiseSource(**settings).normal(200_001)
+    for moment, expected in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
+        assert abs(z.pow(moment).mean() - expected) < 0.06
+    below = 0.5 * (1 + torch.erf(z.sort().values / math.sqrt(2)))
+    assert (below - torch.linspace(0, 1, len(z))).abs().max() < 0.005  # Kolmogorov and Smirnov; 0.005 √N = 2.2
+    halves = z[: len(z) // 2], z[len(z) // 2 : -1]  # the pairs of Box and Muller's method are independent
+    assert abs(torch.corrcoef(torch.stack(halves))[0, 1]) < 0.015
+    assert abs(torch.corrcoef(torch.stack(halves).square())[0, 1]) < 0.015
+
+
+def test_tails_reach_as_far_as_those_of_a_normal_number():
+    """52 bits of a uniform number end at 8.5 standard deviations; smaller ones get further bits."""
+    bits = iter([[2**52 - 1, 0], [2**52 - 1]])  # the smallest radius and an angle; the further bits
+
+    def entropy(size):
+        return b"".join(number.to_bytes(8, "little") for number in next(bits))
+
+    assert privacy_noise._normal(2, entropy).abs().max() > 11.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("std", [1e-9, 0.7, 3e5])
+def test_released_numbers_lie_on_a_grid_that_does_not_depend_on_the_sum(dtype, std):
+    step = grid(std)
+    assert 2**34 <= std / step < 2**35
+    for total in (torch.zeros(1000), 1e3 * std * torch.rand(1000), torch.full((1000,), std / 3)):
+        found = released(total.to(dtype), std)
+        if dtype == torch.float64:
+            units = found / step
+            assert torch.equal(units, units.round())
+        assert found.dtype == dtype
+
+
+def test_rounding_to_the_grid_commutes_with_the_noise():
+    """round(S) + round(z) = round(round(S) + z): what is released is a function of the Gaussian mechanism's result."""
+    total = torch.randn(10_000, dtype=torch.float64)
+    step = grid(0.5)
+    with pytest.warns(RuntimeWarning, match="not secure"):
+        found = released(total.clone(), 0.5, seed=1)
+    with pytest.warns(RuntimeWarning, match="not secure"):
+        z = 0.5 * NoiseSource(seed=1).normal(10_000)
+    assert torch.equal(found, ((total / step).round() + z / step).round() * step)
+    assert (found - total - z).abs().max() <= step
+
+
+def test_without_noise_nothing_is_rounded():
+    total = torch.randn(10, dtype=torch.float64)
+    assert torch.equal(released(total.clone(), 0.0), total)
+
+
+def test_only_seeded_noise_is_repeated():
+    with pytest.warns(RuntimeWarning, match="`noise_seed=7`: not secure"):
+        a, b = NoiseSource(seed=7), NoiseSource(seed=7)
+    assert torch.equal(a.normal(5), b.normal(5))
+    state = a.state_dict()
+    first = a.normal(5)
+    a.load_state_dict(state)
+    assert torch.equal(a.normal(5), first)
+    for fresh in (NoiseSource(), NoiseSource(secure=True)):
+        assert fresh.state_dict() == {}
+        fresh.load_state_dict(state)  # of a run with a seed: nothing is drawn again
+        assert not torch.equal(fresh.normal(5), first)
+        assert not torch.equal(fresh.normal(5), fresh.normal(5))
+
+
+def test_the_seed_of_a_torch_generator_plays_no_part(monkeypatch):
+    monkeypatch.setattr(torch, "randn", None)
+    monkeypatch.setattr(torch, "Generator", None)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    NoiseSource().normal(5)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -21,7 +21,7 @@ class GradientReceiver(GraphExtension):
 
     Attributes:
         mean: Whether the loss is the mean over the samples of a pass, instead of their sum.
-        loss_scale: Factor on the loss besides. Neither is in what is received: the gradients of the samples' own losses.
+        loss_scale: Factor on the loss besides. What is received are gradients of the samples' own losses, without both.
     """
 
     savefield = "per_sample_jacobians"
