@@ -39,8 +39,8 @@ class Digits(pl.LightningModule):
 
 
 def less_noise(optimizer: DPOptimizer) -> None:
-    draw = optimizer._noise.like
-    optimizer._noise.like = lambda tensor: draw(tensor) / 10
+    draw = optimizer._noise.normal
+    optimizer._noise.normal = lambda count: draw(count) / 10
 
 
 def no_clipping(optimizer: DPOptimizer) -> None:

@@ -275,8 +275,8 @@ def test_scores_are_log_odds_whatever_the_other_samples_contribute():
 
 
 def dropped_noise(optimizer):
-    draw = optimizer._noise.like
-    optimizer._noise.like = lambda tensor: draw(tensor) / 10
+    draw = optimizer._noise.normal
+    optimizer._noise.normal = lambda count: draw(count) / 10
 
 
 def skipped_clipping(optimizer):
