@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_curv.backprop import Backprop
@@ -93,10 +94,12 @@ def observe(
         mean: Whether the loss is a mean over the samples.
     """
     known: Batch = describe_batch(batch, size)
+    step = pl_module.training_step
+    arguments = (batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
     device = pl_module.device
     forward = pl_module.trainer.precision_plugin.forward_context()
     with seeded(0, device), torch.enable_grad(), forward, eager(), record(), randomness:
-        output = pl_module.training_step(batch, batch_idx)
+        output = step(*arguments)
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.grad_fn is None:
         return None

@@ -79,7 +79,8 @@ class PrivacyCallback(Callback):
         accountant: ``"pld"`` or ``"rdp"``.
         on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and go on.
         every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes up to a second).
-        seed: Of the batches. It must be secret; default: from the operating system's entropy.
+        seed: Of the batches. It must be secret; default: from the operating system's entropy. Once a checkpoint was
+            loaded, batches come from fresh entropy all the same.
         check_independence: Compare gradients of samples in a batch with those in random parts of it, on the 1st, 2nd,
             5th, 10th, ... step; and what `collate_fn` and transfer hooks make of samples in different batches, for each
             loader. Random numbers of a sample are equal in all of them. ``False`` is for losses of which you know that

@@ -173,7 +173,7 @@ class DPOptimizer(Optimizer):
         for parameter in self._all():
             parameter.grad = None
 
-    def raw_gradients(self) -> list[Tensor]:
+    def _raw_gradients(self) -> list[Tensor]:
         """Parameters with a gradient that no step of this optimizer left: another backward pass did."""
         return [p for p in self._all() if p.grad is not None and not self._is_own(p, p.grad) and bool(p.grad.any())]
 
@@ -215,7 +215,7 @@ class DPOptimizer(Optimizer):
 
     def _refuse_unprivatised(self) -> None:
         """A gradient that no recorded pass explains is from outside; the sum replaces all others."""
-        if self._sum.passes or not self.raw_gradients():
+        if self._sum.passes or not self._raw_gradients():
             return
         raise RuntimeError(
             "Expected gradients from backward passes inside `curvature(*optimizer.extensions)`, found one from "

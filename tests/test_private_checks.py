@@ -235,6 +235,14 @@ def test_other_random_numbers_have_a_switch():
     fit(with_loss(drawn_elsewhere), check_independence=False)
 
 
+def test_a_step_may_leave_out_the_number_of_its_batch():
+    class Short(Net):
+        def training_step(self, batch):
+            return self.loss(*batch)
+
+    fit(Short())
+
+
 # --- batches that mix samples before the step ------------------------------------------------------------------------
 
 
