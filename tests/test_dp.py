@@ -814,7 +814,7 @@ def test_no_raw_gradient_reaches_the_inner_optimizer(events, sigma):
             for p in layer:
                 p.requires_grad_(event == "unfreeze")
     if sigma:
-        optimizer._noise.like = lambda tensor: torch.ones_like(tensor)
+        optimizer._noise.normal = lambda count: torch.ones(count, dtype=torch.float64)
     optimizer.step()
     moved = {p: before[p] - p.detach() for p in model.parameters()}
     for p in model.parameters():
