@@ -50,18 +50,17 @@ class StateWatch:
         Args:
             values: Whether the values of parameters are compared too, once.
         """
-        before = self._seen
-        self._seen = {}
+        before, self._seen = self._seen, {}
         for name, tensor in self._tensors():
+            now = id(tensor), tensor._version
             known = before.get(name)
-            fresh = known is not None and known[:2] == (id(tensor), tensor._version)
-            compared = values or not isinstance(tensor, torch.nn.Parameter)
-            print_ = (known[2] if fresh and known is not None else None) if compared and not values else None
-            self._seen[name] = (
-                id(tensor),
-                tensor._version,
-                fingerprint(tensor) if compared and print_ is None else print_,
-            )
+            if values:
+                print_of = fingerprint(tensor)
+            elif isinstance(tensor, torch.nn.Parameter):
+                print_of = None
+            else:  # read again only if its version says so
+                print_of = known[2] if known is not None and known[:2] == now else fingerprint(tensor)
+            self._seen[name] = *now, print_of
 
     def changed(self) -> set[str]:
         """Names of what is not as it was, and must not change."""
@@ -102,7 +101,7 @@ class StateWatch:
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A sum of the bits of all entries, each times its place: another one if anything changes, but for rare chance."""
+    """A sum of the bits of all entries: another one where values change, but not where they only change places."""
     tensor = tensor.detach()
     if tensor.is_sparse or tensor.is_quantized:
         return torch.zeros((), dtype=torch.int64)
