@@ -5,7 +5,8 @@
 >>> trainer = pl.Trainer(callbacks=[CurvatureCallback(every_n_steps=10)], logger=False, enable_checkpointing=False)
 """
 
+from lightning_curv.callbacks.audit import privacy_audit
 from lightning_curv.callbacks.curvature import CurvatureCallback
 from lightning_curv.callbacks.privacy import PrivacyCallback
 
-__all__ = ["CurvatureCallback", "PrivacyCallback"]
+__all__ = ["CurvatureCallback", "PrivacyCallback", "privacy_audit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterator
 
@@ -25,7 +26,13 @@ class PoissonBatchSampler(Sampler[list[int]]):
         rank: This process.
         world_size: Number of processes.
         max_batch_size: Of larger batches this many samples are kept, drawn uniformly.
+        part_size: Samples of a part: each is filled before the next one begins, and the last one takes what is left.
+            Default: parts of equal size.
         position: The number of the next step, asked when an epoch begins.
+
+    Attributes:
+        guests: Samples beyond the data set that are drawn as all others are, numbered from ``dataset_size`` on (the
+            canaries of an audit): whether each is loaded, ``[guests]``.
 
     Example:
         >>> sampler = PoissonBatchSampler(100, sampling_rate=0.05, steps=3, parts=2, seed=1)
@@ -43,12 +50,15 @@ class PoissonBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         max_batch_size: int | None = None,
+        part_size: int | None = None,
         position: Callable[[], int] = int,
     ) -> None:
         self.dataset_size, self.sampling_rate, self.steps, self.parts = dataset_size, sampling_rate, steps, parts
         self.seed = secrets.randbits(128) if seed is None else seed
         self.rank, self.world_size, self.max_batch_size = rank, world_size, max_batch_size
+        self.full_part = part_size
         self.position = position
+        self.guests: np.ndarray = np.zeros(0, bool)
         self.first = 0  # the first step of the running epoch
         self._drawn: dict[int, np.ndarray] = {}
 
@@ -66,16 +76,55 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return len(self._part(step, part))
 
     def batch(self, step: int) -> np.ndarray:
-        """The global batch of a step."""
+        """The global batch of a step, guests included."""
         if step not in self._drawn:
             if len(self._drawn) > 64:  # loaders read ahead
                 self._drawn.pop(next(iter(self._drawn)))
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, step])))
-            chosen = np.flatnonzero(generator.random(self.dataset_size) < self.sampling_rate)
+            chosen = np.flatnonzero(generator.random(self.population) < self.sampling_rate)
             if self.max_batch_size is not None and len(chosen) > self.max_batch_size:
                 chosen = generator.choice(chosen, self.max_batch_size, replace=False)
             self._drawn[step] = generator.permutation(chosen)
         return self._drawn[step]
 
+    @property
+    def population(self) -> int:
+        """Number of samples and guests."""
+        return self.dataset_size + len(self.guests)
+
+    def drawn_guests(self, step: int) -> np.ndarray:
+        """Numbers of the guests in the global batch of a step."""
+        numbers = self.batch(step) - self.dataset_size
+        return numbers[numbers >= 0]
+
     def _part(self, step: int, part: int) -> np.ndarray:
-        return self.batch(step)[self.rank :: self.world_size][part :: self.parts]
+        batch = self.batch(step)
+        if len(self.guests):
+            loaded = np.concatenate([np.ones(self.dataset_size, bool), self.guests])
+            batch = batch[loaded[batch]]
+        own = batch[self.rank :: self.world_size]
+        if self.full_part is None:
+            return own[part :: self.parts]
+        end = None if part == self.parts - 1 else (part + 1) * self.full_part
+        return own[part * self.full_part : end]
+
+
+def enough_parts(expected: float, part_size: int) -> int:
+    """So many parts that a Poisson batch does not fit into them with a probability of less than 10⁻⁹.
+
+    Chernoff's bound, P[B ≥ t] ≤ exp(t - B̄ - t log(t / B̄)).
+
+    Args:
+        expected: B̄.
+        part_size: Samples of a part, over all processes.
+
+    Example:
+        >>> enough_parts(expected=1000.0, part_size=256)
+        5
+    """
+    parts = math.ceil(expected / part_size)
+    while True:
+        largest = parts * part_size + 1
+        if largest > expected and largest - expected - largest * math.log(largest / expected) < math.log(1e-9):
+            return parts
+        parts += 1

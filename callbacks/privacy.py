@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,16 +17,18 @@ from torch.optim import Optimizer
 
 from lightning_curv.callbacks import private_logs
 from lightning_curv.callbacks.import_names import Callback
-from lightning_curv.callbacks.independence import refuse_coupled_samples
+from lightning_curv.callbacks.private_budget import Budget
+from lightning_curv.callbacks.private_checks import Checks
 from lightning_curv.callbacks.private_loader import ConvertedSource
 from lightning_curv.callbacks.private_plan import Plan
 from lightning_curv.callbacks.private_refusals import private_optimizer, refuse_batch_statistics, refuse_trainer
+from lightning_curv.callbacks.private_summary import guarantee, summary_table
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
 from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.context import curvature
 from lightning_curv.optimizers.dp import DPOptimizer
 from lightning_curv.optimizers.privacy_accounting import METHODS, PrivacyAccountant, calibrated_noise
-from lightning_curv.optimizers.settings import require_choice, require_positive
+from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
 from lightning_curv.samples import Batch
 
 SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
@@ -41,11 +44,17 @@ class PrivacyCallback(Callback):
       batch is split into exactly ``accumulate_grad_batches`` parts, so that `global_step`, schedulers and the length
       of an epoch are what they were;
     - listens to the user's own backward passes, so that the optimizer clips and adds noise;
-    - accounts for every step with ``dp-accounting``, in the checkpoint too, and stops when the budget is spent.
+    - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate, sizes and length of
+      the run are read at every step. Training stops before a step that would exceed the budget;
+    - verifies on batches at growing distances, and in parts at every batch, that samples do not influence each other
+    and
+      that nothing else learns from them.
 
     The guarantee is (ε, δ)-differential privacy of all weights that training ends with and passes through, for
-    neighbouring data sets that differ by one sample. It does not cover statistics of the training data that you log
-    or select by (a checkpoint by training loss). See `docs/privacy.md`.
+    neighbouring data sets that differ by one sample; `summary` says in which way. It does not cover statistics of the
+    training data that you log or select by (a checkpoint by training loss). See `docs/privacy.md`.
+
+    The account goes on over further fits, Trainers and checkpoints; each draws fresh batches and fresh noise.
 
     - ``privacy/epsilon``: ε spent, on the progress bar too
     - ``privacy/noise_multiplier``: σ
@@ -59,14 +68,30 @@ class PrivacyCallback(Callback):
         epsilon: The budget ε; gives σ when the optimizer has none. ``None``: no budget.
         delta: δ, well below 1 / N.
         sampling: ``"poisson"``; ``"truncated_poisson"``, of whose batches at most ``max_batch_size`` samples are kept;
-            ``"epoch"``, the loader as it is, accounted as one Gaussian mechanism per epoch without amplification.
+            ``"epoch"``, the shuffled loader as it is, accounted as one Gaussian mechanism per epoch without
+            amplification, for neighbours of which one has a sample zeroed out.
         max_batch_size: Samples of the largest truncated batch, all processes and parts together.
+        max_physical_batch_size: Samples that a process has in memory at once. The loader's batches may then be as large
+            as the logical batch should be; each is split by size, its parts filled one after the other, and the Trainer
+            accumulates them: its own `accumulate_grad_batches` becomes the number of parts that suffice for all but one
+            in 10⁹ batches, of whose last part is larger. Empty parts cost a sample each. Whatever the Trainer counts in
+            batches (`limit_train_batches`, `val_check_interval`) counts parts.
         accountant: ``"pld"`` or ``"rdp"``.
         on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and go on.
         every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes up to a second).
-        seed: Of the batches. It must be secret; default: from the operating system's entropy.
-        check_independence: Compare, on the first batch, gradients in half of it with those in all of it.
+        seed: Of the batches. It must be secret; default: from the operating system's entropy. Once a checkpoint was
+            loaded, batches come from fresh entropy all the same.
+        check_independence: Compare gradients of samples in a batch with those in random parts of it, on the 1st, 2nd,
+            5th, 10th, ... step; and what `collate_fn` and transfer hooks make of samples in different batches, for each
+            loader. Random numbers of a sample are equal in all of them. ``False`` is for losses of which you know that
+            samples do not influence each other, although random numbers that do not come from torch make it seem so.
         log_non_private: Log statistics of the samples.
+        public_state: Patterns of names (``"target.*"``) of parameters and buffers that other code changes without
+            looking at the data: moving averages of weights, clamped weights.
+        exact_resume: Save the state of batches and noise in checkpoints and go on with it, so that a run resumes bit
+            for bit. Two runs that go on from one checkpoint then use the same noise, and the difference of their
+            weights has none: no ε holds for both together. Only where exactly one run goes on, and checkpoints are
+            kept secret.
 
     Raises:
         MisconfigurationException: In `fit`: something in the set-up is not private; the message says what to do.
@@ -88,7 +113,17 @@ class PrivacyCallback(Callback):
         seed: int | None = None,
         check_independence: bool = True,
         log_non_private: bool = False,
+        public_state: Sequence[str] = (),
+        exact_resume: bool = False,
+        max_physical_batch_size: int | None = None,
     ) -> None:
+        if max_physical_batch_size is not None:
+            require_count("max_physical_batch_size", max_physical_batch_size)
+            if sampling == "epoch":
+                raise ValueError(
+                    "`max_physical_batch_size` splits Poisson batches, found sampling='epoch', which leaves batches as "
+                    "they are; use a smaller `batch_size` and `accumulate_grad_batches`."
+                )
         if epsilon is not None:
             require_positive("epsilon", epsilon)
         if not 0 < delta < 1:
@@ -103,34 +138,62 @@ class PrivacyCallback(Callback):
             )
         self.epsilon, self.delta = epsilon, delta
         self.sampling, self.max_batch_size = sampling, max_batch_size
+        self.max_physical_batch_size = max_physical_batch_size
         self.accountant = PrivacyAccountant(method=accountant)
         self.on_budget, self.every_n_steps = on_budget, every_n_steps
         self.seed = seed
         self.check_independence, self.log_non_private = check_independence, log_non_private
+        self.public_state, self.exact_resume = tuple(public_state), exact_resume
         self.noise_multiplier: float | None = None
+        self._clip_norm: float | None = None
+        self._entropy = seed  # what batches are drawn from
+        self._next = 0  # the number of the next step to be drawn, over all fits
+        self._resumes = False  # whether batches and noise go on where a checkpoint was
         self._forget_fit()
 
     def _forget_fit(self) -> None:
         """Forget everything that belongs to one `fit`."""
         self._source: ConvertedSource | None = None
         self._plan: Plan | None = None
-        self._left = math.inf  # releases that the budget allows
+        self._budget = Budget(self.epsilon, self.delta, self.accountant)
+        self._warned = False
+        self._given_size: float | None = None
+        self._checks: Checks | None = None
         self._cost = True
         self._context: curvature | None = None
+        self._step, self._steps_before = 0, 0
         self._size: int | None = None
         self._batch = Batch()
         self._passes = self._expected_passes = 0
-        self._checked = False
+        self._in_batch = False
         self._spent = 0.0
         self._replaced: Any = None
         self._logged: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "noise_multiplier": self.noise_multiplier, **self.accountant.state_dict()}
+        drawn = {"entropy": self._entropy, "next": self._next} if self.exact_resume else {}
+        return {"noise_multiplier": self.noise_multiplier, **drawn, **self.accountant.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seed, self.noise_multiplier = state_dict["seed"], state_dict["noise_multiplier"]
+        if self.exact_resume and "entropy" not in state_dict:
+            raise KeyError(
+                "Expected the state of the batches for `exact_resume=True`, found none: the checkpoint was saved "
+                "without that option. Leave it out to go on with fresh batches and fresh noise."
+            )
+        self.noise_multiplier = state_dict["noise_multiplier"]
         self.accountant.load_state_dict(state_dict)
+        self._resumes = self.exact_resume
+        # without entropy of its own, every continuation of this checkpoint would draw the same batches
+        self._entropy = state_dict["entropy"] if self._resumes else None
+        self._next = state_dict["next"] if self._resumes else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy draws other batches, unless nothing was drawn yet
+        return {**self.__dict__, "_entropy": None if self._next else self._entropy}
+
+    def summary(self) -> str:
+        """A table of what is guaranteed: ε, δ, the neighbouring relation, and the releases that it is made of."""
+        return summary_table(self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling)
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -145,43 +208,59 @@ class PrivacyCallback(Callback):
         if poisson:
             connector = trainer._accelerator_connector
             self._replaced, connector.use_distributed_sampler = connector.use_distributed_sampler, False
-        self._plan = plan = Plan(trainer, poisson, self.max_batch_size, lambda: self._secret_seed(trainer))
+        self._plan = plan = Plan(
+            trainer,
+            poisson,
+            self.max_batch_size,
+            lambda: self._secret_seed(trainer),
+            lambda: self._next,
+            self.max_physical_batch_size,
+        )
         self._source = ConvertedSource(trainer.fit_loop._data_source, plan.convert)
         trainer.fit_loop._data_source = self._source
 
     def _secret_seed(self, trainer: Trainer) -> int:
-        if self.seed is None:
-            self.seed = trainer.strategy.broadcast(secrets.randbits(128))
-        return self.seed
+        if self._entropy is None:
+            self._entropy = trainer.strategy.broadcast(secrets.randbits(128))
+        return self._entropy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        private_optimizer(trainer).accountant = self.accountant  # before its state is restored
+        optimizer = private_optimizer(trainer)  # before its state is restored
+        optimizer.accountant, optimizer.exact_resume = self.accountant, self.exact_resume
         refuse_batch_statistics(pl_module)  # of layers that were made since `setup`
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, plan = private_optimizer(trainer), self._current
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = False  # clipped sums are added up instead
-        plan.start()
-        self.accountant.sampling = plan.sampling
-        expected = plan.expected_batch_size
-        if optimizer.expected_batch_size not in (None, expected):
-            raise MisconfigurationException(
-                f"`expected_batch_size` of the optimizer must be batch size × accumulated batches × processes, "
-                f"{expected:g}, found {optimizer.expected_batch_size}; leave it out."
-            )
-        optimizer.expected_batch_size = expected
-        optimizer.loss_scale = 1 / trainer.accumulate_grad_batches
+        if self.accountant.history and not self._resumes:
+            optimizer.renew_noise()
+        self._resumes = False
+        self.accountant.start_run(trainer.strategy.broadcast(secrets.token_hex(8)))
+        plan.align()
+        self._given_size = optimizer.expected_batch_size
+        self._follow(trainer)
         optimizer.noise_multiplier = self._noise(plan, optimizer)
-        self._left = math.inf
-        fresh = not self.accountant.history and optimizer.noise_multiplier == self.noise_multiplier
-        if self.epsilon is not None and not fresh:  # noise that was calibrated just now fits the plan
-            planned = max(plan.releases - plan.done, 1)
-            fitting = self.accountant.releases_left(self.epsilon, self.delta, optimizer.noise_multiplier, planned)
-            self._left = math.inf if fitting >= planned else fitting
+        mean = optimizer.loss_reduction == "mean"
+        self._checks = Checks(trainer, pl_module, optimizer, mean, self.public_state, self.check_independence)
         self._spent = self.accountant.epsilon(self.delta)
         if self.log_non_private:
             rank_zero_warn("PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee.")
+
+    def _follow(self, trainer: Trainer) -> None:
+        """Account for the next step as it will be drawn: loader, data set and length of the run may have changed."""
+        optimizer, plan = private_optimizer(trainer), self._current
+        plan.refuse_parts_of_steps()
+        self.accountant.sampling = plan.sampling
+        expected = plan.expected_batch_size
+        if self._given_size not in (None, expected):
+            raise MisconfigurationException(
+                f"`expected_batch_size` of the optimizer must be batch size × accumulated batches × processes, "
+                f"{expected:g}, found {self._given_size}; leave it out."
+            )
+        optimizer.expected_batch_size = expected
+        optimizer.loss_scale = 1 / trainer.accumulate_grad_batches
+        self._clip_norm = optimizer.clip_norm
 
     @property
     def _current(self) -> Plan:
@@ -204,9 +283,8 @@ class PrivacyCallback(Callback):
             self.noise_multiplier = calibrated_noise(
                 self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
             )
-            rank_zero_info(
-                f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for ε={self.epsilon}, δ={self.delta}."
-            )
+            line = guarantee(self.epsilon, self.delta, plan.sampling)
+            rank_zero_info(f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for {line}.")
         return self.noise_multiplier
 
     # --- one batch ---------------------------------------------------------------------------------------------------
@@ -217,38 +295,56 @@ class PrivacyCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         part = batch_idx % trainer.accumulate_grad_batches
+        if part != self._expected_passes % trainer.accumulate_grad_batches:
+            raise MisconfigurationException(
+                f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} accumulated batches, found "
+                f"a run that goes on at batch {batch_idx}, in the middle of one: its other batches are lost. Save "
+                "checkpoints after whole steps."
+            )
         if part == 0:
-            self._passes = self._expected_passes = 0
-            self._check_budget(trainer)
-            self._cost = self.accountant.next_step_costs
+            self._begin_step(trainer)
         self._expected_passes += 1
-        self._size = self._current.part_size(part)
+        self._in_batch = True
+        self._size = self._current.part_size(self._step, part)
         self._batch = Batch(self._size)
-        if self.check_independence and not self._checked and (self._size is None or self._size >= 2):
-            self._check(trainer, pl_module, batch, batch_idx)
+        self._check.before(batch, batch_idx, self._size, self._current.loader)
         if self._size != 0:
             record_training_step(pl_module, read=self._read)
+
+    def _begin_step(self, trainer: Trainer) -> None:
+        """The first batch of a step: what it will release is accounted and allowed before it is read."""
+        self._passes = self._expected_passes = 0
+        self._follow(trainer)
+        self._check_budget(trainer)
+        self._cost = self.accountant.next_step_costs
+        self._steps_before = private_optimizer(trainer).steps
+        self._step, self._next = self._next, self._next + 1
+
+    @property
+    def _check(self) -> Checks:
+        assert self._checks is not None
+        return self._checks
 
     def _read(self, batch: Any) -> None:
         self._batch = describe_batch(batch, self._size)
 
     def _check_budget(self, trainer: Trainer) -> None:
-        if self._left > 0 or not self.accountant.next_step_costs:
+        sigma = float(private_optimizer(trainer).noise_multiplier or 0.0)
+        planned = private_optimizer(trainer).same_noise(self._current.left)
+        if self._warned or not self.accountant.next_step_costs or self._budget.allows(sigma, planned):
             return
-        message = f"The privacy budget ε = {self.epsilon} (δ = {self.delta}) is spent after {trainer.global_step} steps"
+        message = f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after {trainer.global_step} steps"
+        message += f" ({self._guarantee})"
         if self.on_budget == "stop":
             rank_zero_warn(f"{message}: training stops.")
             trainer.should_stop = True
             raise StopIteration  # ends the epoch before the step
         rank_zero_warn(f"{message}; training goes on (`on_budget='warn'`).")
-        self._left = math.inf
+        self._warned = True
 
-    def _check(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._checked = True
-        size = self._size if self._size is not None else _size(batch)
-        if size is not None and size >= 2:
-            mean = private_optimizer(trainer).loss_reduction == "mean"
-            refuse_coupled_samples(pl_module, batch, batch_idx, size, mean)
+    @property
+    def _guarantee(self) -> str:
+        return guarantee(self.accountant.epsilon(self.delta), self.delta, self.accountant.sampling)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._size != 0:
@@ -269,6 +365,13 @@ class PrivacyCallback(Callback):
                 "leaving out a batch depends on the data and is not private. Return a loss, for example of zero weight."
             )
         private = private_optimizer(trainer)
+        costs = self.accountant.next_step_costs and not self._warned
+        if costs and self.on_budget == "stop" and not self._budget.checked(float(private.noise_multiplier or 0.0)):
+            raise MisconfigurationException(
+                "PrivacyCallback expects the noise of a step before its batch is read, found `noise_multiplier` "
+                f"changed to {private.noise_multiplier} since; change it between steps."
+            )
+        self._check.before_step()
         if self.log_non_private:
             self._logged = private_logs.non_private_values(private) or self._logged
         private.statistics.keep_norms = self.log_non_private
@@ -276,12 +379,15 @@ class PrivacyCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._in_batch = False
         self._release(pl_module)
+        self._check.after(batch, batch_idx, self._size)
         accumulated = self._expected_passes == trainer.accumulate_grad_batches
         if not accumulated and not trainer.is_last_batch:
             return
+        self._refuse_other_than_one_step(trainer)
         if self._cost:
-            self._left -= 1
+            self._budget.spend()
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         if self.every_n_steps is not None and steps % self.every_n_steps == 0:
             self._spent = self.accountant.epsilon(self.delta)
@@ -293,13 +399,38 @@ class PrivacyCallback(Callback):
                     values["privacy/epsilon"] = self._spent
                 private_logs.write(trainer, values, steps - 1)
 
+    def _refuse_other_than_one_step(self, trainer: Trainer) -> None:
+        steps = private_optimizer(trainer).steps - self._steps_before
+        if steps != 1:
+            raise MisconfigurationException(
+                f"PrivacyCallback expects one optimizer step for every drawn batch, found {steps}: leaving out a step "
+                "may depend on the data and is not private, and a second one has no batch. Let `optimizer_step` step "
+                "always, for example with a learning rate of zero."
+            )
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._checks is not None:
+            self._checks.between()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._in_batch:
+            raise MisconfigurationException(
+                "PrivacyCallback expects every drawn batch to be trained on, found one that `on_train_batch_start` "
+                "left out by returning -1: that may depend on the data, which is not private. For shorter epochs use "
+                "`limit_train_batches`."
+            )
+        self._check.between()
+        self._expected_passes = 0
         self._spent = self.accountant.epsilon(self.delta)
         trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self._spent)
         if not trainer.barebones:
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
             private_logs.write(trainer, {"privacy/epsilon": self._spent}, step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check.finish()
+        rank_zero_info(f"PrivacyCallback: {self._guarantee}.")
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
@@ -323,6 +454,11 @@ class PrivacyCallback(Callback):
 
     def _restore(self, trainer: Trainer) -> None:
         """Give the Trainer back its own source of batches."""
+        if self._checks is not None:
+            self._checks.close()
+            self._checks = None
+        if self._plan is not None:
+            self._plan.restore()
         if self._source is not None and trainer.fit_loop._data_source is self._source:
             trainer.fit_loop._data_source = self._source.source
             trainer.fit_loop._combined_loader = None
@@ -330,11 +466,3 @@ class PrivacyCallback(Callback):
         if self._replaced is not None:
             trainer._accelerator_connector.use_distributed_sampler = self._replaced
             self._replaced = None
-
-
-def _size(batch: Any) -> int | None:
-    """The number of samples: the length of the first tensor."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else None
-    entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((size for size in map(_size, entries) if size is not None), None)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sized
 from typing import Any, cast
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Trainer
 from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_curv.callbacks.poisson import PoissonBatchSampler
@@ -46,14 +47,58 @@ def require_plain_loader(loader: Any) -> DataLoader:
             f"PrivacyCallback expects a DataLoader with `batch_size=`, found `{type(loader.batch_sampler).__name__}`, "
             "which may repeat samples; pass `batch_size=` and leave the drawing to the callback."
         )
-    sampler = loader.sampler
-    plain = isinstance(sampler, (SequentialSampler, DistributedSampler))
-    if not plain and not (isinstance(sampler, RandomSampler) and not sampler.replacement):
+    found = _not_uniform(loader.sampler, dataset_size(loader))
+    if found:
         raise MisconfigurationException(
-            f"PrivacyCallback expects every sample with the same probability, found `{type(sampler).__name__}`, which "
-            "may repeat or prefer samples; use `shuffle=True`."
+            f"PrivacyCallback expects every sample with the same probability, found {found}, which may repeat or "
+            "prefer samples; use `shuffle=True`."
         )
     return loader
+
+
+def _not_uniform(sampler: Any, size: int) -> str:
+    """What of a sampler may draw samples more often than others; empty: nothing. Subclasses may do anything."""
+    name = f"`{type(sampler).__name__}`"
+    if type(sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
+        return name
+    source: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+    if len(source) != size:
+        return f"{name} over {len(source)} of {size} samples"
+    if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != size):
+        return f"{name} with replacement={sampler.replacement}, num_samples={sampler.num_samples} of {size} samples"
+    return ""
+
+
+def require_each_sample_once(loader: DataLoader, trainer: Trainer) -> None:
+    """Refuse loaders whose epoch is anything but all samples once, shuffled, in batches."""
+    sampler, processes = loader.sampler, trainer.world_size
+    size = dataset_size(loader)
+    if size % processes:
+        raise MisconfigurationException(
+            f"`sampling='epoch'` needs a data set that {processes} processes can share evenly, found {size} samples: "
+            "Lightning would repeat some. Leave some out, or use Poisson sampling."
+        )
+    own = [name for name in ("__iter__", "_get_iterator", "_index_sampler") if _overrides(loader, name)]
+    if own:
+        raise MisconfigurationException(
+            "`sampling='epoch'` needs a DataLoader that takes its sampler's samples as they come, found "
+            f"`{type(loader).__name__}`, which overrides {', '.join(f'`{name}`' for name in own)}; use a plain "
+            "DataLoader, or Poisson sampling."
+        )
+    if isinstance(sampler, SequentialSampler) or (isinstance(sampler, DistributedSampler) and not sampler.shuffle):
+        raise MisconfigurationException(
+            "`sampling='epoch'` needs a loader that shuffles, found one that keeps the order of the data set; pass "
+            "`shuffle=True`, or use Poisson sampling."
+        )
+    if isinstance(sampler, DistributedSampler) and sampler.num_replicas != processes:
+        raise MisconfigurationException(
+            "`sampling='epoch'` needs every sample in one process, found a DistributedSampler for "
+            f"{sampler.num_replicas} of {processes} processes; leave it to Lightning."
+        )
+
+
+def _overrides(loader: DataLoader, name: str) -> bool:
+    return getattr(type(loader), name) is not getattr(DataLoader, name)
 
 
 def dataset_size(loader: DataLoader) -> int:
@@ -61,10 +106,10 @@ def dataset_size(loader: DataLoader) -> int:
     return len(cast("Sized", loader.dataset))
 
 
-def with_batches(loader: DataLoader, sampler: PoissonBatchSampler) -> DataLoader:
-    """The same loader with other batches."""
+def with_batches(loader: DataLoader, sampler: PoissonBatchSampler, dataset: Dataset | None = None) -> DataLoader:
+    """The same loader with other batches, and with another data set if one is given."""
     return DataLoader(
-        loader.dataset,
+        loader.dataset if dataset is None else dataset,
         batch_sampler=sampler,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -31,6 +32,13 @@ def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
         ),
         "a constant `accumulate_grad_batches`, found a GradientAccumulationScheduler; remove it": (
             "GradientAccumulationScheduler" in callbacks
+        ),
+        "a `training_step` that gets its batch, found `dataloader_iter`: a step must take one batch": (
+            "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
+        ),
+        f"processes that live as long as the account, found spawned or forked ones ({strategy}): made anew for every "
+        "`fit`, they would forget what was spent; use 'ddp'": (
+            "MultiProcessing" in type(trainer.strategy.launcher).__name__
         ),
         "`overfit_batches=0`, found another value; limit the data set itself": bool(trainer.overfit_batches),  # type: ignore[attr-defined]
     }

@@ -38,7 +38,7 @@ def record_training_step(
         def recorded(*args: Any, **kwargs: Any) -> Any:
             for reader in readers:
                 reader(args[0] if args else next(iter(kwargs.values()), None))
-            with _eager():
+            with eager():
                 returned[:] = [_recorded(outputs, step, args, kwargs)]
             return returned[0]
 
@@ -83,7 +83,8 @@ def restore_training_step(pl_module: LightningModule) -> None:
             vars(pl_module)["training_step"] = getattr(recorded, _REPLACED)
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
+    """Run compiled modules eagerly."""
     # Inside a compiled region no torch function is seen. The stance leaves compiled code valid for the next steps.
     if "torch._dynamo" in sys.modules:
         return torch.compiler.set_stance("force_eager")

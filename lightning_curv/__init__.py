@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_curv.callbacks import CurvatureCallback, PrivacyCallback
+    from lightning_curv.callbacks import CurvatureCallback, PrivacyCallback, privacy_audit
     from lightning_curv.context import curvature
     from lightning_curv.extending import extend
     from lightning_curv.extensions import (
@@ -78,6 +78,7 @@ __all__ = [
     "curvature",
     "disable",
     "extend",
+    "privacy_audit",
     "record",
     "rule",
 ]
@@ -94,6 +95,7 @@ _ROOM = {
     "curvature": "context",
     "disable": "recording",
     "extend": "extending",
+    "privacy_audit": "callbacks",
     "record": "recording",
     "rule": "rules",
 }

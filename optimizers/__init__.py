@@ -13,6 +13,8 @@ Inside Lightning `CurvatureCallback()` computes what `required_extensions` asks 
 `with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`.
 """
 
+from .audit_canaries import GradientCanaries
+from .audit_report import PrivacyAudit
 from .diag_ggn import DiagGGNOptimizer
 from .dp import DPSGD, DPAdam, DPOptimizer
 from .kfac import KFACOptimizer
@@ -24,6 +26,8 @@ from .privacy_accounting import (
     calibrated_noise,
 )
 from .privacy_clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
+from .privacy_groups import PerGroupClipping
+from .privacy_schedule import ExponentialSchedule
 from .second_order import SecondOrderOptimizer
 
 __all__ = [
@@ -35,11 +39,15 @@ __all__ = [
     "DPOptimizer",
     "DiagGGNOptimizer",
     "EpochSampling",
+    "ExponentialSchedule",
     "FlatClipping",
+    "GradientCanaries",
     "KFACOptimizer",
+    "PerGroupClipping",
     "PerLayerClipping",
     "PoissonSampling",
     "PrivacyAccountant",
+    "PrivacyAudit",
     "SecondOrderOptimizer",
     "TruncatedPoissonSampling",
     "calibrated_noise",

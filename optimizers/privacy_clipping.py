@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ class Clipping(ABC):
         require_positive("clip_norm", clip_norm)
         self.clip_norm = float(clip_norm)
 
+    def set_clip_norm(self, clip_norm: float) -> None:
+        """Change C between steps, by a schedule."""
+        self.clip_norm = clip_norm
+
     @abstractmethod
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
         """Factors of the per-sample gradients.
@@ -35,6 +40,16 @@ class Clipping(ABC):
         Returns:
             ``[P, N]`` or ``[1, N]``; zero where the norm is not finite.
         """
+
+    def factors_of(self, norms: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+        """`factors` for rules that need to know whose gradients these are.
+
+        Args:
+            norms: ``[P, N]``.
+            rows: The parameter of every row of ``norms``.
+            parameters: All parameters.
+        """
+        return self.factors(norms, len(parameters))
 
     def noise_multiplier(self, accounted: float, expected_batch_size: float) -> float:
         """The share of the accounted noise multiplier that goes to the gradient."""
@@ -156,6 +171,17 @@ class AdaptiveClipping(FlatClipping):
         self._count = below.sum() + (0.0 if self._count is None else self._count)
         return super().factors(norms, parameters)
 
+    def set_clip_norm(self, clip_norm: float) -> None:
+        """Refuse.
+
+        Raises:
+            ValueError: C follows the norms already.
+        """
+        raise ValueError(
+            "AdaptiveClipping moves C by itself, found a schedule for `clip_norm` too; pass a number, the first C, or "
+            "use another `clipping`."
+        )
+
     def noise_multiplier(self, accounted: float, expected_batch_size: float) -> float:
         """The larger noise multiplier of the gradient that leaves room for the noisy count."""
         self._accounted = accounted
@@ -211,5 +237,5 @@ def clipping_rule(name: str | Clipping, clip_norm: float) -> Clipping:
     """The rule of this name, or the rule itself."""
     if isinstance(name, Clipping):
         return name
-    require_choice("clipping", name, tuple(_RULES))
+    require_choice("clipping", name, (*_RULES, "per_group"))
     return _RULES[name](clip_norm)

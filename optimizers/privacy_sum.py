@@ -42,7 +42,7 @@ class ClippedSum(GradientReceiver):
 
     @property
     def parameters(self) -> list[Tensor]:
-        """The trainable parameters; to be changed between steps only."""
+        """The trainable parameters; to be changed between passes only."""
         return self._parameters
 
     @parameters.setter
@@ -94,7 +94,8 @@ class ClippedSum(GradientReceiver):
         for start in range(0, samples, size):
             some = slice(start, start + size)
             rows = [jacobian[some].formed() for jacobian in formed]
-            weights = self._weights([*(n[some] for n in norms), *(row.norms()[0] for row in rows)], smallest)
+            owners = [jacobian.parameter for jacobian in [*jacobians, *rows]]
+            weights = self._weights([*(n[some] for n in norms), *(row.norms()[0] for row in rows)], owners, smallest)
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
                 self._add(row, weight)
             parts.append(weights[: len(jacobians)])
@@ -103,14 +104,14 @@ class ClippedSum(GradientReceiver):
         while jacobians:  # one after the other, so that memory falls
             self._add(jacobians.pop(), weights[len(jacobians)])
 
-    def _weights(self, norms: list[Tensor], smallest: float) -> Tensor:
+    def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest: float) -> Tensor:
         """Factors of the gradients of some samples, one row per parameter; NaN where a sample does not count.
 
         That is where its gradient is not finite, or so large that the factor is no normal number.
         """
         device = norms[0].device
         stacked = torch.stack([norm.to(device) for norm in norms])
-        factors = self.clipping.factors(stacked, len(self._parameters))
+        factors = self.clipping.factors_of(stacked, owners, self._parameters)
         joint = stacked.norm(dim=0)
         if self.keep_norms:
             self.norms.append(joint)

@@ -409,7 +409,7 @@ def test_private_steps_know_the_batch():
             return DPOptimizer(torch.optim.SGD(self.parameters(), lr=0.1), clip_norm=0.5, noise_multiplier=0.0)
 
     net = Private().double()
-    loader = DataLoader(list(zip(random(12, FEATURES), random(12, classes=6))), batch_size=6)
+    loader = DataLoader(list(zip(random(12, FEATURES), random(12, classes=6))), batch_size=6, shuffle=True)
     fit(net, PrivacyCallback(sampling="epoch"), loader)
     (*_, (_, params, batch)) = net.seen
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}

@@ -680,7 +680,12 @@ def test_resumed_run_equals_the_uninterrupted_one():
     def make():
         model, X, y = linear_problem()
         optimizer = DPAdam(
-            model.parameters(), noise_multiplier=1.0, expected_batch_size=6.0, clipping="adaptive", noise_seed=5
+            model.parameters(),
+            noise_multiplier=1.0,
+            expected_batch_size=6.0,
+            clipping="adaptive",
+            noise_seed=5,
+            exact_resume=True,
         )
         return model, optimizer, lambda: F.cross_entropy(model(X), y)
 
@@ -730,3 +735,122 @@ def test_noise_and_batch_size_must_be_known():
         private([nn.Parameter(torch.zeros(2))], noise_multiplier=None).step()
     with pytest.raises(RuntimeError, match="PrivacyCallback"):
         private([nn.Parameter(torch.zeros(2))], expected_batch_size=None).step()
+
+
+# --- parameters that come and go -------------------------------------------------------------------------------------
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def naive_clipped_sum(model, trainable, X, y, clip_norm):
+    """By a loop over the samples, with the norm over the parameters that are trainable."""
+    total = {p: torch.zeros_like(p) for p in trainable}
+    for x, t in zip(X, y):
+        grads = torch.autograd.grad(F.cross_entropy(model(x[None]), t[None]), trainable)
+        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        for p, g in zip(trainable, grads):
+            total[p] += min(1.0, clip_norm / float(norm)) * g
+    return total
+
+
+def empty_pass(optimizer, model, X, y):
+    """As Lightning runs it: on a sample that stands in, outside of the context."""
+    F.cross_entropy(model(X[:1]), y[:1]).backward()
+    optimizer.add_empty_pass()
+
+
+STEPS = {
+    "unfrozen before an empty pass": ["unfreeze", "empty"],
+    "unfrozen between an empty pass and a full one": ["empty", "unfreeze", "pass"],
+    "unfrozen between full passes": ["pass", "unfreeze", "pass"],
+    "unfrozen after the last pass": ["pass", "unfreeze"],
+    "frozen between passes": ["unfreeze", "pass", "freeze", "pass"],
+    "frozen after the last pass": ["unfreeze", "pass", "freeze"],
+    "a raw gradient of a frozen parameter": ["pass", "raw"],
+    "a raw gradient before the parameter is unfrozen": ["pass", "raw", "unfreeze"],
+    "added before an empty pass": ["add", "empty"],
+    "added between passes": ["pass", "add", "pass"],
+    "added after the last pass, with a raw gradient": ["pass", "raw", "add"],
+}
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1.0])
+@pytest.mark.parametrize("events", STEPS.values(), ids=STEPS)
+def test_no_raw_gradient_reaches_the_inner_optimizer(events, sigma):
+    """Of parameters that are frozen, unfrozen or added between passes: what moves them is clipped, and noised."""
+    model = two_layers()
+    layer, rest = list(model[0].parameters()), list(model[2].parameters())
+    if "add" not in events:
+        for p in layer:
+            p.requires_grad_("unfreeze" not in events and "raw" not in events)
+    groups = rest if "add" in events else [*layer, *rest]
+    inner = torch.optim.SGD(groups, lr=1.0)
+    optimizer = DPOptimizer(inner, clip_norm=0.3, noise_multiplier=sigma, expected_batch_size=2.0, noise_seed=0)
+    generator = torch.Generator().manual_seed(1)
+    before = {p: p.detach().clone() for p in model.parameters()}
+    expected = {p: torch.zeros_like(p) for p in model.parameters()}
+    optimizer.zero_grad()
+    for event in events:
+        X = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        y = torch.randint(2, (5,), generator=generator)
+        if event == "pass":
+            known = {p for group in optimizer.param_groups for p in group["params"]}
+            trainable = [p for p in model.parameters() if p.requires_grad and p in known]
+            for p, total in naive_clipped_sum(model, trainable, X, y, 0.3).items():
+                expected[p] += total / 2
+            backward(optimizer, lambda X=X, y=y: F.cross_entropy(model(X), y))
+        elif event == "empty":
+            empty_pass(optimizer, model, X, y)
+            assert all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+        elif event == "raw":
+            for p in layer:
+                p.grad = torch.full_like(p, 100.0)
+        elif event == "add":
+            optimizer.add_param_group({"params": layer})
+        else:
+            for p in layer:
+                p.requires_grad_(event == "unfreeze")
+    if sigma:
+        optimizer._noise.normal = lambda count: torch.ones(count, dtype=torch.float64)
+    optimizer.step()
+    moved = {p: before[p] - p.detach() for p in model.parameters()}
+    for p in model.parameters():
+        noised = sigma * 0.3 / 2 if p.grad is not None else 0.0
+        torch.testing.assert_close(moved[p], expected[p] + noised, rtol=1e-9, atol=1e-12)
+    if "raw" not in events or "add" in events or "unfreeze" in events:
+        assert all(p.grad is not None for p in layer)
+
+
+# --- inner optimizers ------------------------------------------------------------------------------------------------
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Lookahead and the like: another optimizer inside."""
+
+    def __init__(self, base):
+        super().__init__(base.param_groups, {})
+        self.base = base
+
+
+class Measuring(torch.optim.SGD):
+    def required_extensions(self):
+        return ()
+
+
+def test_optimizers_that_read_the_data_by_another_way_are_refused():
+    from lightning_curv.optimizers import DiagGGNOptimizer, KFACOptimizer
+
+    layer = nn.Linear(3, 2)
+    kinds = [
+        KFACOptimizer(layer.parameters()),
+        DiagGGNOptimizer(layer.parameters()),
+        Measuring(layer.parameters(), lr=0.1),
+        DPOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1)),
+    ]
+    for inner in [*kinds, Wrapping(DiagGGNOptimizer(layer.parameters()))]:
+        with pytest.raises(TypeError, match="reads the data by the gradient alone"):
+            DPOptimizer(inner)
+    DPOptimizer(Wrapping(torch.optim.Adam(layer.parameters())))

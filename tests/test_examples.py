@@ -114,6 +114,13 @@ def test_plain_loop_learns(run):
     assert number(r"noise scale (\d+)", out) > 10
 
 
+def test_privacy_audit_refutes_the_broken_runs_only(run):
+    out = run("privacy_audit")
+    pairs = re.findall(r"^ε_lower = ([\d.]+) .* ε = ([\d.]+) at", out, re.MULTILINE)
+    assert [float(lower) > float(claimed) for lower, claimed in pairs] == [False, True, True, True]
+    assert out.count("REFUTED") == 3
+
+
 def test_all_extensions_prints_the_documented_shapes(run):
     out = run("all_extensions")
     N, C, M, V, p = 8, 10, 2, 3, "4, 1, 5, 5"

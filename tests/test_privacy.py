@@ -201,7 +201,8 @@ def test_samples_that_are_not_finite_do_not_take_part(sampling):
             sampling=sampling, seed=1, max_batch_size=9 if sampling == "truncated_poisson" else None, delta=1e-3
         )
         callback.accountant.epsilon = lambda delta: 0.0  # takes long, and is not what this is about
-        loader = DataLoader(Numbered(dataset), batch_size=6)
+        loader = DataLoader(Numbered(dataset), batch_size=6, shuffle=True)
+        torch.manual_seed(3)  # of the order
         if keep is not None:
             module.training_step = lambda batch, i, m=module: weighted_step(m, batch)
             callback.check_independence = False
@@ -352,11 +353,12 @@ def test_training_goes_on_with_a_warning():
 def test_resumed_run_keeps_the_account_and_equals_the_uninterrupted_one(tmp_path):
     # 64-true rounds Adam's state to float32 when it is loaded, without the callback too
     settings = {"noise_multiplier": 1.0, "noise_seed": 3}
-    whole = Net(**settings)
-    fit(whole, uninterrupted := PrivacyCallback(seed=2), batch_size=6, precision="32-true", max_epochs=4)
-    trainer = fit(Net(**settings), PrivacyCallback(seed=2), batch_size=6, precision="32-true", max_epochs=2)
+    whole, uninterrupted = Net(**settings), PrivacyCallback(seed=2, exact_resume=True)
+    fit(whole, uninterrupted, batch_size=6, precision="32-true", max_epochs=4)
+    first = PrivacyCallback(seed=2, exact_resume=True)
+    trainer = fit(Net(**settings), first, batch_size=6, precision="32-true", max_epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, callback = Net(**settings), PrivacyCallback()  # the secret seed comes from the checkpoint
+    resumed, callback = Net(**settings), PrivacyCallback(exact_resume=True)  # the secret comes from the checkpoint
     fit(resumed, callback, batch_size=6, precision="32-true", max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
     assert callback.accountant.history == uninterrupted.accountant.history == [(PoissonSampling(0.1), 1.0, 40)]
     assert callback.accountant.epsilon(1e-5) == uninterrupted.accountant.epsilon(1e-5)
@@ -420,24 +422,30 @@ def test_losses_that_couple_samples_are_refused(module):
 
 
 def test_check_disturbs_nothing():
+    seen = []
+
     class Dropping(Net):
         def __init__(self):
             super().__init__()
-            self.drop, self.seen = nn.Dropout(0.5), []
+            self.drop, self.losses = nn.Dropout(0.5), []
 
         def training_step(self, batch, batch_idx):
-            self.seen.append((self.drop.training, torch.get_rng_state()))
+            seen.append((self.drop.training, torch.get_rng_state()))
+            self.losses.append(batch_idx)
             return super().training_step([self.drop(batch[0]), batch[1]], batch_idx)
 
     runs = {}
     for check in (True, False):
         module = Dropping()
         torch.manual_seed(1)
+        seen.clear()
         fit(module, PrivacyCallback(seed=0, check_independence=check), batch_size=20)
-        runs[check] = module
-    assert [training for training, _ in runs[True].seen[:3]] == [False, False, True]
-    assert torch.equal(runs[True].seen[2][1], runs[False].seen[0][1])
-    for p, q in zip(runs[True].parameters(), runs[False].parameters()):
+        runs[check] = module, list(seen)
+    (checked, with_checks), (plain, without) = runs[True], runs[False]
+    assert [training for training, _ in with_checks[:4]] == [False, False, False, True]  # whole, two parts
+    assert torch.equal(with_checks[3][1], without[0][1])
+    assert checked.losses == plain.losses
+    for p, q in zip(checked.parameters(), plain.parameters()):
         assert torch.equal(p, q)
 
 
