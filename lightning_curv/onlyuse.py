@@ -55,7 +55,7 @@ class OnlyUse:
         rule, value = self.use.rule, self.use.operands[self.name].tensor
         if not (rule.affine and rule.slots):
             return None
-        g = value.detach().new_empty(1, *shape_at(self.edge))
+        g = value.detach().new_zeros(1, *shape_at(self.edge))
         try:
             term = self._term(g)
         except UnsupportedError:

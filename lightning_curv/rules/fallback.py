@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_curv.owners import golden
 from lightning_curv.rules import embedding
 from lightning_curv.rules.registry import Call, Rule
 from lightning_curv.terms import Term
@@ -86,18 +87,35 @@ def per_sample(op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[st
     def one(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
         return pull(cotangent[None], {k: v[None] for k, v in data.items()})
 
+    def columns_at_once() -> dict[str, Tensor]:
+        return torch.func.vmap(torch.func.vmap(one), in_dims=(0, None))(g, data)
+
+    def column_by_column() -> dict[str, Tensor]:
+        found = [torch.func.vmap(one)(column, data) for column in g]
+        return {name: torch.stack([column[name] for column in found]) for name in operands}
+
+    weights = golden(len(g)).to(g.device, g.dtype)  # of the columns; pulling back is linear
     try:
-        result = torch.func.vmap(torch.func.vmap(one), in_dims=(0, None))(g, data)
-        total = pull(g[0], data)
+        total = pull(torch.tensordot(weights, g, 1), data)
+        result = columns_at_once()
+        if len(g) > 1 and not _agree(result, total, weights):  # torch batches a few ops wrongly twice (`cdist`)
+            result = column_by_column()
     except Exception as error:
         raise NotImplementedError(f"no rule, and the per-sample fallback failed with: {error}") from error
+    if not _agree(result, total, weights):
+        raise NotImplementedError("no rule, and it does not treat the entries of its leading axis independently")
+    return {k: dense(v) for k, v in result.items()}
+
+
+def _agree(result: dict[str, Tensor], total: dict[str, Tensor], weights: Tensor) -> bool:
+    """Whether per-sample gradients add up to those of the whole batch; samples that are not finite tell nothing."""
     for name, whole in total.items():
-        found = result[name][0].sum(0)
-        known = whole.isfinite() & found.isfinite()  # samples that are not finite tell nothing
+        found = torch.tensordot(weights, result[name].sum(1), 1)
+        known = whole.isfinite() & found.isfinite()
         found, whole = found[known], whole[known]
         if not torch.allclose(found, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().amax() if len(whole) else 0)):
-            raise NotImplementedError("no rule, and it does not treat the entries of its leading axis independently")
-    return {k: dense(v) for k, v in result.items()}
+            return False
+    return True
 
 
 def dense(jacobian: Tensor) -> Term:
