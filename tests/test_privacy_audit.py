@@ -1,9 +1,11 @@
 """The audit: its statistics against enumeration, and runs that are as private as claimed, or less."""
 
 import math
+import re
 import warnings
 from fractions import Fraction
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -482,3 +484,10 @@ def test_auditing_changes_no_batch_of_the_data():
 def test_audits_that_cannot_be_made(options, message):
     with pytest.raises(Exception, match=message):
         audited(**options)
+
+
+def test_the_tests_that_the_page_names_exist():
+    page = (Path(__file__).parents[1] / "docs" / "privacy_audit.md").read_text()
+    named = re.findall(r"`test_privacy_audit\.py::(test_\w+)`", page)
+    assert len(named) >= 9
+    assert all(callable(globals().get(name)) for name in named)
