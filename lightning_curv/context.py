@@ -98,8 +98,8 @@ class curvature(record):
                 f"`output` must be a module or a tensor, found {output!r}; a name is turned into a module by "
                 "`model.get_submodule(name)`."
             )
-        if isinstance(batch_size, int) and batch_size < 1:
-            raise ValueError(f"Expected `batch_size` >= 1, found {batch_size}; leave it out to have it found.")
+        if isinstance(batch_size, int) and batch_size < 0:
+            raise ValueError(f"Expected `batch_size` >= 0, found {batch_size}; leave it out to have it found.")
         if not (extension_hook is None or callable(extension_hook)):
             raise TypeError(
                 "`extension_hook` must be a function of a module or parameter that has its quantities, found "

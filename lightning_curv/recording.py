@@ -178,13 +178,14 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
     if name_of(func) in FILLING:
         roots = CONSTANT_ROOTS
     if name_of(func) in MAKING and not tensors:
-        roots = Roots((replace(Root.of(results[0]), made=True),))
+        note(results[0], Roots((replace(Root.of(results[0]), made=True),)))
+        return
     explicit = any(one.numbers is not None for one in known)
     if not roots.tensors or (not explicit and plainly_in_order(func, tensors, results)):
         for out in results:
             note(out, roots)
         return
-    drawn = _drawn_from(func, args, kwargs, roots)
+    drawn = _drawn_from(func, args, kwargs)
     for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
         # numbers of rows, lengths and places are no statistics of what is in the rows
         pooled = roots.pooled | rows.pooled if out.is_floating_point() else frozenset()
@@ -192,15 +193,18 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
         if drawn is None:
             found = roots if ordered(numbers, out) else roots.moved
         else:
-            found = Roots((Root.of(out, drawn),))
+            found = Roots((Root.of(out, drawn), *(root for root in roots.tensors if root != drawn)))
             numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
         note(out, replace(found, numbers=numbers, pooled=pooled))
 
 
-def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], roots: Roots) -> Root | None:
+def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Root | None:
     """The tensor that a call takes some rows of: a batch out of a data set, or a piece of a batch."""
+    if not _draws(func, args, kwargs):
+        return None
+    roots = all_roots(args[0])
     single = len(roots.tensors) == 1 and not roots.data and not roots.routed
-    return roots.tensors[0] if single and roots.tensors[0].ndim and _draws(func, args, kwargs) else None
+    return roots.tensors[0] if single and roots.tensors[0].ndim else None
 
 
 def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -212,7 +216,7 @@ def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bo
         return False
     index = args[1]
     listed = isinstance(index, Tensor) and index.ndim == 1 and not index.requires_grad
-    return listed or (isinstance(index, slice) and index != slice(None))
+    return listed or isinstance(index, list) or (isinstance(index, slice) and index != slice(None))
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -188,9 +188,9 @@ def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     for name, roots in read:
         if count in roots.pooled and batch.holds(roots):
             raise UnsupportedError(
-                "Per-sample quantities need samples that do not influence each other, found a statistic over the "
-                f"{count} samples of the batch in what `{name}` reads (a mean, a maximum, a sum of rows of several "
-                "samples). Take it over the data set, beforehand."
+                "Per-sample quantities need samples that do not influence each other, but samples mix in what "
+                f"`{name}` reads: a statistic over the {count} samples of the batch (a mean, a maximum, a sum of rows "
+                "of several samples). Take it over the data set, beforehand."
             )
 
 
@@ -597,7 +597,8 @@ class _Finder:
         """Whether all rows of the batch that an op reads were moved by something unknown."""
         read = [roots for name, roots in use.roots.items() if name not in use.operands]
         unknown = [roots for roots in read if roots.numbers is not None and count not in roots.numbers]
-        told = [roots for roots in read if roots not in unknown and self.batch.holds(roots)] if unknown else []
+        known = [roots for roots in read if roots.numbers is None or count in roots.numbers]
+        told = unknown and any(map(self.batch.holds, known))
         return not told and any(map(self.batch.holds, unknown))
 
     def _linked(self, heads: Sequence[Head]) -> bool:

@@ -272,7 +272,7 @@ class DPOptimizer(Optimizer):
         if self.exact_resume and not privacy.get("noise"):
             raise KeyError(
                 "Expected the state of the noise for `exact_resume=True`, found none: it was saved without that "
-                "option, before the first step, or with noise that cannot be repeated. Leave `exact_resume` out to go "
+                "option, before the first step, or with noise without a `noise_seed`. Leave `exact_resume` out to go "
                 "on with fresh noise."
             )
         self.optimizer.load_state_dict(state)

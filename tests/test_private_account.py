@@ -337,17 +337,25 @@ def test_continuations_of_a_checkpoint_share_nothing(settings, noise, tmp_path):
         assert float((a - b).norm()) > expected / 4
 
 
+@pytest.mark.filterwarnings("ignore:.*repeatable noise")
 def test_an_exact_resume_is_asked_for_and_needs_what_was_saved(tmp_path):
-    trainer(private(), SaveAt(3, tmp_path / "plain.ckpt"), max_steps=3).fit(Net())
+    trainer(private(), SaveAt(3, tmp_path / "plain.ckpt"), max_steps=3).fit(Net(noise_seed=5))
     with pytest.raises(KeyError, match="saved without that option"):
-        trainer(private(exact_resume=True)).fit(Net(), ckpt_path=tmp_path / "plain.ckpt")
-    trainer(private(exact_resume=True), SaveAt(3, tmp_path / "exact.ckpt"), max_steps=3).fit(Net())
+        trainer(private(exact_resume=True)).fit(Net(noise_seed=5), ckpt_path=tmp_path / "plain.ckpt")
+    trainer(private(exact_resume=True), SaveAt(3, tmp_path / "exact.ckpt"), max_steps=3).fit(Net(noise_seed=5))
     runs = [Recorder(), Recorder()]
     for recorder in runs:
-        trainer(private(exact_resume=True), recorder, max_steps=9).fit(Net(), ckpt_path=tmp_path / "exact.ckpt")
+        exact = trainer(private(exact_resume=True), recorder, max_steps=9)
+        exact.fit(Net(noise_seed=5), ckpt_path=tmp_path / "exact.ckpt")
     assert runs[0].drawn == runs[1].drawn
     for a, b in zip(runs[0].grads, runs[1].grads, strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_exact_resume_of_noise_without_a_seed_is_refused(tmp_path):
+    trainer(private(exact_resume=True), SaveAt(3, tmp_path / "exact.ckpt"), max_steps=3).fit(Net())
+    with pytest.raises(KeyError, match="noise_seed"):
+        trainer(private(exact_resume=True)).fit(Net(), ckpt_path=tmp_path / "exact.ckpt")
 
 
 def in_a_loop(**settings):

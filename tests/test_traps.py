@@ -365,11 +365,14 @@ def test_frozen_batchnorm_in_training_mode_still_couples_samples():
         compute(case, BatchGrad())
 
 
-def test_batchnorm_above_all_parameters_couples_nothing():
-    """A normalisation of the data itself, below every trainable parameter, does no harm."""
+def test_batchnorm_of_the_data_themselves_is_refused():
+    """What a sample is turned into depends on the others, though nothing is differentiated there."""
     case = problem()
     norm = nn.BatchNorm1d(5, affine=False).double()
     case.model = nn.Sequential(norm, *case.model)
+    with pytest.raises(NotImplementedError, match="statistic"):
+        compute(case, BatchGrad())
+    norm.eval()
     compute(case, BatchGrad())
     for p in case.model.parameters():
         assert_close(p.grad_batch.sum(0), p.grad)
