@@ -15,6 +15,7 @@ from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_curv.backprop import Backprop
+from lightning_curv.batch import Batch
 from lightning_curv.callbacks.equal_randomness import EqualRandomness, seeded
 from lightning_curv.callbacks.recorded_step import eager
 from lightning_curv.callbacks.undisturbed import Kept, equal, undisturbed
@@ -24,7 +25,6 @@ from lightning_curv.jacobian import Jacobian
 from lightning_curv.passes import Column, Passes
 from lightning_curv.recording import record
 from lightning_curv.records import edge_of
-from lightning_curv.samples import Batch
 
 
 class _Gradients(GraphExtension):

@@ -12,9 +12,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_curv.backprop import Backprop
+from lightning_curv.batch import Batch
 from lightning_curv.callbacks.user_batch import BatchSize, describe_batch
 from lightning_curv.extensions.base import Extension, Gradient, GraphExtension
-from lightning_curv.samples import Batch
 from lightning_curv.sampling import Cap
 
 AnyExtension = Extension | GraphExtension

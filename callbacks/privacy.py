@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_curv.batch import Batch
 from lightning_curv.callbacks import private_logs
 from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.private_budget import Budget
@@ -29,7 +30,6 @@ from lightning_curv.context import curvature
 from lightning_curv.optimizers.dp import DPOptimizer
 from lightning_curv.optimizers.privacy_accounting import METHODS, PrivacyAccountant, calibrated_noise
 from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
-from lightning_curv.samples import Batch
 
 SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curv import receiving
+from lightning_curv.batch import Batch
 from lightning_curv.check import SumCheck
 from lightning_curv.coverage import refuse_uncovered
 from lightning_curv.differentiable import gradients_per_sample
@@ -24,9 +25,10 @@ from lightning_curv.jacobian import Jacobian
 from lightning_curv.listening import Listener
 from lightning_curv.passes import Passes
 from lightning_curv.records import Output
-from lightning_curv.samples import Batch, Samples, find_samples, whole_batch
+from lightning_curv.samples import find_samples, whole_batch
 from lightning_curv.sampling import Cap
 from lightning_curv.sources import Exact, Gradient, Sampled, Source
+from lightning_curv.verified import Samples
 
 AnyExtension = Extension | GraphExtension
 _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curv.backprop import Backprop
+from lightning_curv.batch import Batch
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.handover import ExtensionHook
 from lightning_curv.recording import record
 from lightning_curv.records import Output
-from lightning_curv.samples import Batch
 
 
 class curvature(record):

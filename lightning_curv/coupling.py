@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.heads import Head, head_at, linear_inputs, name_of
+from lightning_curv.heads import Head, head_at, linear_inputs, name_of, saved_axis
 from lightning_curv.own_passes import unheard
 from lightning_curv.owners import Owners
 from lightning_curv.probing import forward_owners
@@ -127,7 +127,7 @@ def _several(owners: Tensor, node: Node) -> bool:
     """Whether a reduction takes entries of several samples together."""
     dim = getattr(node, "_saved_dim", None)
     axes = list(range(owners.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    axes = [(axis - 2**64 if axis >= 2**63 else axis) % max(1, owners.ndim) for axis in axes]
+    axes = [saved_axis(axis, owners.ndim) for axis in axes]
     if not axes or not owners.numel():
         return False
     largest = owners.amax(axes)

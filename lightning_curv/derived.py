@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_curv.graph import leaves
+from lightning_curv.heads import saved_axis, saved_integer
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.rules.fallback import dense
 from lightning_curv.terms import Term
@@ -77,9 +78,10 @@ def _transposed(node: Any, number: int, term: Term) -> Term | None:
         return None
     source = list(range(len(letters)))
     if node.name() == "PermuteBackward0":
-        source = [_signed(dim) % len(letters) for dim in node._saved_dims]
+        source = [saved_axis(dim, len(letters)) for dim in node._saved_dims]
     elif len(letters) > 1:
-        a, b = (0, 1) if node.name() == "TBackward0" else (_signed(node._saved_dim0), _signed(node._saved_dim1))
+        plain = node.name() == "TBackward0"
+        a, b = (0, 1) if plain else (saved_axis(dim, len(letters)) for dim in (node._saved_dim0, node._saved_dim1))
         source[a], source[b] = source[b], source[a]
     by_source = dict(zip(source, letters, strict=True))
     return replace(term, par="".join(by_source[axis] for axis in range(len(letters))), adjoint=None)
@@ -89,12 +91,12 @@ def _sliced(node: Any, number: int, term: Term) -> Term | None:
     """Zeros in the term's factors stand for what was cut off."""
     letters = _letters(term, node._input_metadata[number].shape)
     sizes = node._saved_self_sym_sizes
-    axis = _signed(node._saved_dim) % len(sizes)
+    axis = saved_axis(node._saved_dim, len(sizes))
     if letters is None or len(letters[axis]) != 1 or term.classes:
         return None
     index = torch.arange(sizes[axis], device=term.g.device)
     if node.name() == "SliceBackward0":
-        index = index[_signed(node._saved_start) : _signed(node._saved_end) : node._saved_step]
+        index = index[saved_integer(node._saved_start) : saved_integer(node._saved_end) : node._saved_step]
     elif node.name() == "SplitBackward0":
         index = index.split(node._saved_split_size)[number]
     else:
@@ -109,11 +111,6 @@ def _sliced(node: Any, number: int, term: Term) -> Term | None:
 
     x = None if term.x is None else padded(term.x, term.inp, 1)
     return replace(term, g=padded(term.g, term.out, 2), x=x, adjoint=None)
-
-
-def _signed(value: int) -> int:
-    """A saved integer, which autograd shows without its sign."""
-    return value - 2**64 if value >= 2**63 else value
 
 
 def _letters(term: Term, shape: Sequence[int]) -> list[str] | None:

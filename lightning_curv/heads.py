@@ -116,6 +116,16 @@ def name_of(node: Node) -> str:
     return _without_suffix(node.name())
 
 
+def saved_integer(value: int) -> int:
+    """An integer that a node saved, which autograd shows without its sign."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def saved_axis(dim: int, rank: int) -> int:
+    """An axis that a node saved, of a tensor of that rank."""
+    return saved_integer(dim) % max(1, rank)
+
+
 @cache
 def _without_suffix(name: str) -> str:
     return re.sub(r"^torch::autograd::|Backward\d*$", "", name)

@@ -47,12 +47,12 @@ class Holders:
         unknown = [parameter for parameter in parameters if parameter not in self._looked_for]
         if unknown:
             self._looked_for.update((parameter, None) for parameter in unknown)
-            self.look_everywhere()
+            self._look_everywhere()
         else:
             self._look(self._holders)
         return self._known(root, others)
 
-    def look_everywhere(self) -> None:
+    def _look_everywhere(self) -> None:
         """Look at every object of the process."""
         holders = [holder for holder in gc.get_objects() if _holds(holder)]
         self._holders = WeakSet(holders)

@@ -25,9 +25,9 @@ from lightning_curv.owners import BatchAxis, ChosenOwners, Owners, RowOwners
 from lightning_curv.records import LossCall, Use
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import dense
-from lightning_curv.samples import Samples
 from lightning_curv.sampling import default_generator
 from lightning_curv.terms import Term
+from lightning_curv.verified import Samples
 
 COLUMN_BYTES = 2**26  # of cotangents that are held at once
 WATCHED = 2**21  # multiplications that oneDNN has to make per node of the graph to be worth watching its ops, measured

@@ -67,7 +67,7 @@ class Roots:
         tensors: Tensors without gradient that came from outside of the recorded code, each once.
         data: Whether it was also computed from values of the network that depend on data (``h.detach()``).
         routed: Whether the rows of the leading axis of some root may be in another order, or some missing.
-        numbers: Which rows they are, where they were moved; ``None``: they were not, or it is not known.
+        numbers: Which rows they are, where something looked at them, empty ones if it is not known; ``None``: in order.
         pooled: The numbers of rows that were taken together, as by a mean over the batch.
     """
 

@@ -169,15 +169,16 @@ def _without_gradient(out: Tensor | Sequence[Any]) -> list[Tensor]:
 
 def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], results: list[Tensor]) -> None:
     """Note what tensors without gradient were computed from; random numbers come from outside."""
-    if disabled() or results[0].requires_grad or getattr(func, "__name__", "").strip("_") in RANDOM:
+    name = name_of(func)
+    if disabled() or results[0].requires_grad or name in RANDOM:
         return
-    args = args[:1] if name_of(func) in LIKE else args
+    args = args[:1] if name in LIKE else args
     tensors = _tensors([*args, *kwargs.values()])
     known = list(map(all_roots, tensors))
     roots = united(known)
-    if name_of(func) in FILLING:
+    if name in FILLING:
         roots = CONSTANT_ROOTS
-    if name_of(func) in MAKING and not tensors:
+    if name in MAKING and not tensors:
         note(results[0], Roots((replace(Root.of(results[0]), made=True),)))
         return
     explicit = any(one.numbers is not None for one in known)

@@ -67,7 +67,7 @@ _SCANNING = """
 SCANNING = frozenset(_SCANNING.split())
 PAIRING = frozenset(("cdist", "corrcoef", "cov", "ger", "outer", "pdist"))
 PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv"))
-POOLING = REDUCING | SCANNING | PAIRING | PRODUCTS | {"batch_norm"}
+MEETING = PRODUCTS | {"batch_norm"}  # by row only where no rows meet
 VIEWS = frozenset(("unflatten", "view", "view_as"))  # that look at strides, which numbers do not have
 
 
@@ -109,7 +109,7 @@ def follow(
 def plainly_in_order(func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
     """Whether the rows of results are those of the tensors they were computed from, without a closer look."""
     name = name_of(func)
-    if name not in ELEMENTWISE and (name not in BY_ROW or name in POOLING):
+    if name not in ELEMENTWISE and (name not in BY_ROW or name in MEETING):
         return False
     ranks = {tensor.ndim for tensor in tensors if tensor.ndim}
     same = name in BY_ROW or ranks <= {results[0].ndim}

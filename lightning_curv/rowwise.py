@@ -15,7 +15,7 @@ import torch
 from torch.autograd.graph import Node
 
 from lightning_curv.graph import Tape
-from lightning_curv.heads import Head, name_of
+from lightning_curv.heads import Head, name_of, saved_axis
 from lightning_curv.joins import Join
 from lightning_curv.owners import BatchAxis, Owners
 
@@ -98,7 +98,7 @@ def _rule(node: Node) -> Rule | None:
     if name in LEADING:
         return _leading
     if name in _ALONG:
-        return lambda node, out, inp, axis: axis if _dim(node._saved_dim, out) != axis.axis else None
+        return lambda node, out, inp, axis: axis if saved_axis(node._saved_dim, len(out)) != axis.axis else None
     if name in _REDUCING and node.name().endswith("1"):
         return _reducing
     return {"Transpose": _transpose, "Permute": _permute, "Select": _select, "Slice": _slice, "Bmm": _leading}.get(name)
@@ -136,31 +136,26 @@ def _view(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> Batch
 
 
 def _reducing(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
-    summed = {_dim(dim, inp) for dim in node._saved_dim} or {*range(len(inp))}
+    summed = {saved_axis(dim, len(inp)) for dim in node._saved_dim} or {*range(len(inp))}
     kept = [place for place in range(len(inp)) if node._saved_keepdim or place not in summed]
     place = kept[axis.axis]
     return None if place in summed else BatchAxis(axis.count, place, axis.minor)
 
 
 def _transpose(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
-    first, second = _dim(node._saved_dim0, out), _dim(node._saved_dim1, out)
+    first, second = saved_axis(node._saved_dim0, len(out)), saved_axis(node._saved_dim1, len(out))
     place = {first: second, second: first}.get(axis.axis, axis.axis)
     return BatchAxis(axis.count, place, axis.minor)
 
 
 def _permute(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
-    return BatchAxis(axis.count, _dim(node._saved_dims[axis.axis], inp), axis.minor)
+    return BatchAxis(axis.count, saved_axis(node._saved_dims[axis.axis], len(inp)), axis.minor)
 
 
 def _select(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
-    gone = _dim(node._saved_dim, inp)
+    gone = saved_axis(node._saved_dim, len(inp))
     return BatchAxis(axis.count, axis.axis + (gone <= axis.axis), axis.minor)
 
 
 def _slice(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
     return axis if out[axis.axis] == inp[axis.axis] else None
-
-
-def _dim(dim: int, shape: torch.Size) -> int:
-    """An axis; negative ones are saved as unsigned numbers."""
-    return (dim - 2**64 if dim >= 2**63 else dim) % max(1, len(shape))

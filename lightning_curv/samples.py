@@ -6,131 +6,44 @@ loss, and the weight that arrives at a row is that of its owner. A row where wei
 either they influence each other, which is refused, or the row depends on no sample (a table of positions), and its
 parameters get their gradients where the row meets the samples (`joins`).
 
-What was verified is remembered only where it cannot depend on values: see `_Memory`.
+What was verified is remembered only where it cannot depend on values: see `verified`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_curv.batch import Batch, sample_axes
 from lightning_curv.coupling import Undecided, differ, separable
 from lightning_curv.errors import UnsupportedError, describe, names_of
 from lightning_curv.graph import Tape, leaf_of, nodes_below
 from lightning_curv.heads import Head, find_heads, frontier
-from lightning_curv.holders import HOLDERS
 from lightning_curv.joins import Join, node_of
 from lightning_curv.meeting import Mixed, find_joins, reads_unknown
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
-from lightning_curv.provenance import Root, Roots, pointer_of
+from lightning_curv.provenance import Roots
 from lightning_curv.records import PURE, Operand, Use, edge_of, marks
-from lightning_curv.row_numbers import fingerprint
 from lightning_curv.rowwise import samples_cannot_meet
-from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import FallbackWarning
+from lightning_curv.verified import MEMORY, Found, Samples, structure_of
 
 if TYPE_CHECKING:
     from lightning_curv.passes import Passes
 
 
-@dataclass(frozen=True)
-class Samples:
-    """N and the owners of the rows of the output of every use and of the input of every loss call."""
-
-    count: int
-    uses: Mapping[Node | Join, Owners]
-    losses: Mapping[Node, Owners]
-    partial: bool = False  # some samples of a larger batch
-
-    def only(self, chosen: Tensor) -> Samples:
-        """Some of the samples, ``chosen [S]`` in ascending order."""
-        uses = {node: owners.only(chosen) for node, owners in self.uses.items()}
-        losses = {node: owners.only(chosen) for node, owners in self.losses.items()}
-        return Samples(len(chosen), uses, losses, partial=True)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the caller knows of the batch.
-
-    Attributes:
-        size: N, which the graph must agree with.
-        expected: N, unless the graph disagrees.
-        tensors: The tensors of the batch; ``None``: unknown.
-        guess: Says what N may be, where it is not known.
-        parameters: Says which parameters the graph has.
-    """
-
-    size: int | None = None
-    expected: int | None = None
-    tensors: Sequence[Tensor] | None = None
-    guess: Callable[[], int] | None = field(default=None, compare=False)
-    parameters: Callable[[], Iterable[Tensor]] = field(default=tuple, compare=False)
-
-    def holds(self, roots: Roots) -> bool:
-        """Whether something computed from these roots depends on the samples.
-
-        A tensor from outside does if it is one of the batch, or of N rows and made of Python's numbers. Where the
-        tensors of the batch are not known, any other does too, unless a module holds it; but a number, or a row that is
-        no piece of a batch, is shared.
-        """
-        rows = Counter(root.shape for root in roots.tensors if root.ndim and len(root) == 1)
-        listed = self.tensors is None and max(rows.values(), default=0) > 1  # the batch came as a list of rows
-        return roots.data or listed or self._gave(roots) or any(self._is_data(root) for root in roots.tensors)
-
-    def _is_data(self, root: Root) -> bool:
-        whole = root.whole or root
-        sizes = {len(whole), len(root)} if root.ndim else set()
-        if root.ndim > 1 and len(root) == 1:
-            sizes.add(root.shape[1])  # the batch may be second
-        if max(sizes, default=0) <= 1:
-            return False
-        rows = self.likely in sizes and self.likely > 1
-        if not rows and (root.made or len(whole) == 1):
-            return False
-        return root.made if self.tensors is not None else not HOLDERS.hold(whole, self.likely, self.parameters())
-
-    @cached_property
-    def likely(self) -> int:
-        """N, as it is known or guessed before the graph is looked at."""
-        if self.size is not None:
-            return self.size
-        return self.guess() if self.guess is not None else self.expected or 0
-
-    @cached_property
-    def _pointers(self) -> set[int]:
-        return {pointer_of(tensor) for tensor in self.tensors or ()}
-
-    def _gave(self, roots: Roots) -> bool:
-        wholes = [root.whole for root in roots.tensors if root.whole is not None]
-        return any(root.pointer in self._pointers for root in (*roots.tensors, *wholes))
-
-    def read_by(self, tape: Tape) -> Batch:
-        """This batch, or only the size that the graph must agree with if the graph reads none of its tensors."""
-        read = [roots for use in tape.uses.values() for roots in use.roots.values()]
-        read += [call.roots for call in tape.losses.values()]
-        return self if self.tensors is None or any(map(self._gave, read)) else Batch(self.size)
-
-    def given(self, tape: Tape) -> tuple[bool, ...]:
-        """Which of the tensors that ops read come from the batch, where its tensors are known."""
-        if self.tensors is None:
-            return ()
-        return tuple(self._gave(roots) for use in tape.uses.values() for roots in use.roots.values())
-
-
 def whole_batch(tape: Tape) -> Samples:
     """The whole batch as one sample: for quantities that need none."""
-    axes = {node: _axes(use) for node, use in tape.uses.items()}
+    axes = {node: sample_axes(use) for node, use in tape.uses.items()}
     uses = {node: BatchAxis(1, axes[node][0] if axes[node] else 0) for node in tape.uses}
     return Samples(1, uses, {node: BatchAxis(1) for node in tape.losses})
 
@@ -158,14 +71,14 @@ def find_samples(
     """
     tape = passes.tape
     batch = batch.read_by(tape)
-    batch = replace(batch, guess=lambda: _candidates(tape, batch)[0], parameters=lambda: tape.all_parameters)
+    batch = replace(batch, tape=tape)
     _demote(passes, batch)
-    key = (batch.size, batch.expected, batch.given(tape), independent, strict, *_structure(tape))
+    key = (batch.size, batch.expected, batch.given(tape), independent, strict, *structure_of(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
         finder = _Finder(passes, batch, independent, most, strict)
         try:
-            found = finder.found(_candidates(tape, batch))
+            found = finder.found(batch.candidates(tape))
         except UnsupportedError:
             MEMORY.entries.pop(key, None)
             raise
@@ -194,7 +107,7 @@ def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
             )
 
 
-def _put_joins(passes: Passes, found: _Found) -> None:
+def _put_joins(passes: Passes, found: Found) -> None:
     """Put the joins among the uses of the tape, in the place of what is no use of its own."""
     tape, loss = passes.tape, passes.loss
     if not found.joins and not found.dropped and not tape.stray:
@@ -205,175 +118,6 @@ def _put_joins(passes: Passes, found: _Found) -> None:
         tape.uses[join] = join.use(loss.dtype, loss.device)
     tape.stray.clear()
     tape.__dict__.pop("parameters", None)
-
-
-def _structure(tape: Tape) -> tuple[Hashable, ...]:
-    uses, losses = tape.uses.values(), tape.losses.values()
-    read = [roots for use in uses for roots in use.roots.values()] + [call.roots for call in losses]
-    return (
-        tuple(fingerprint(roots.numbers) for roots in read if roots.numbers is not None),
-        tuple(tape.structure),
-        tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
-        tuple((roots.data, roots.routed) for use in uses for roots in use.roots.values()),
-        tuple((call.roots.data, call.roots.routed) for call in losses),
-        tuple(root.shape for use in uses for roots in use.roots.values() for root in roots.tensors),
-        tuple(call.arguments["input"].shape for call in losses),
-        tuple(root.shape for call in losses for root in call.roots.tensors),
-    )
-
-
-@dataclass
-class _Memory:
-    """Structures of graphs that were verified, and for how long that is believed.
-
-    A structure is remembered only if none of its ops moves rows by values (`Tape.routes`) and every op was reached by
-    the weights, and only as long as tables that are the same for all samples are the very same tensors. Weights can
-    still open a gate that was closed, so it is verified again at its 10th, 100th, ... use.
-    """
-
-    size: int = 256
-    entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
-
-    def recall(self, key: Hashable, tape: Tape) -> _Found | None:
-        """What was found for a graph of this structure; ``None``: unknown, or due to be verified."""
-        entry = self.entries.get(key)
-        if entry is None:
-            return None
-        entry.seen += 1
-        if entry.seen >= entry.due:
-            entry.due *= 10
-            return None
-        keys = [node for node, use in tape.uses.items() if use.operands]
-        uses: dict[Node | Join, Owners] = {keys[i]: owners for i, owners in entry.uses.items()}
-        joins = {spot.join(tape): owners for spot, owners in entry.joins}
-        losses = dict(zip(tape.losses, entry.losses, strict=True))
-        dropped = [node_of(keys[i]) for i, _ in entry.dropped]
-        if any(_constants(tape.uses[keys[i]]) != constants for i, constants in entry.dropped):
-            return None
-        uses.update(joins.items())
-        return _Found(Samples(entry.count, uses, losses), joins, dropped)
-
-    def keep(self, key: Hashable, tape: Tape, found: _Found) -> None:
-        """Remember what was found."""
-        samples, before = found.samples, self.entries.pop(key, None)
-        position = {node: i for i, node in enumerate(node for node, use in tape.uses.items() if use.operands)}
-        entry = self.entries[key] = _Entry(
-            samples.count,
-            {position[node]: owners for node, owners in samples.uses.items() if node in position},
-            list(samples.losses.values()),
-            [(_Spot.of(join, tape), owners) for join, owners in found.joins.items()],
-            [(position[node], _constants(tape.uses[node])) for node in found.dropped],
-        )
-        if before is not None:
-            entry.seen, entry.due = before.seen, before.due
-        while len(self.entries) > self.size:
-            self.entries.popitem(last=False)
-
-
-def _constants(use: Use) -> tuple[Root, ...]:
-    """The tensors from outside that a use reads; all samples share those of one that is no use of its own."""
-    return tuple(root for roots in use.roots.values() for root in roots.tensors)
-
-
-@dataclass(frozen=True)
-class _Spot:
-    """Where a join is in every graph of one structure.
-
-    Attributes:
-        node: The position of its node in the walk.
-        output_nr: The output.
-        argument: The number of the input of the node, or the name of the argument of the recorded op.
-    """
-
-    node: int
-    output_nr: int
-    argument: int | str
-
-    @classmethod
-    def of(cls, join: Join, tape: Tape) -> _Spot:
-        """The spot of a join."""
-        position = next(i for i, node in enumerate(tape.nodes) if node is join.node)
-        inputs = [after[:2] for after in join.node.next_functions]
-        if join.recorded is None:
-            return cls(position, join.output_nr, inputs.index(join.edge[:2]))
-        use = tape.uses[join.node]
-        edges = {name: operand.edge for name, operand in use.operands.items()} | use.inputs
-        return cls(position, join.output_nr, next(name for name, e in edges.items() if e[:2] == join.edge[:2]))
-
-    def join(self, tape: Tape) -> Join:
-        """The join at this spot of another graph."""
-        node = tape.nodes[self.node]
-        if isinstance(self.argument, int):
-            after, number = node.next_functions[self.argument]
-            return Join(node, self.output_nr, GradientEdge(cast("Node", after), number))
-        use = tape.uses[node]
-        edge = use.operands[self.argument].edge if self.argument in use.operands else use.inputs[self.argument]
-        return Join(node, self.output_nr, edge, use)
-
-
-@dataclass
-class _Entry:
-    count: int
-    uses: dict[int, Owners]
-    losses: list[Owners]
-    joins: list[tuple[_Spot, Owners]]
-    dropped: list[tuple[int, tuple[Root, ...]]]
-    seen: int = 1
-    due: int = 10
-
-
-MEMORY = _Memory()
-
-
-def _candidates(tape: Tape, batch: Batch) -> list[int]:
-    """Possible numbers of samples, the default first.
-
-    The default is the leading axis of what the network reads first and a target of the loss has too. Tables of
-    constants are read as well: without such an agreement targets come first, and what modules hold is left out. One
-    sample agrees with every graph, so it comes into question only where nothing else does, or where it is the default.
-    If the graph does not agree with the default, other leading axes come into question, one of which must then agree.
-    """
-    if batch.size is not None:
-        return [batch.size]
-    roots = _whole(_read(tape))
-    found = _whole([root for call in tape.losses.values() for root in call.roots.tensors if root.ndim])
-    if len({len(root) for root in found}) > 1:
-        found = [root for root in found if not HOLDERS.hold(root, 0, batch.parameters())] or found
-    targets = [len(root) for root in found]
-    both = [len(root) for root in roots if len(root) in targets]
-    if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
-        roots = [root for root in roots if not HOLDERS.hold(root, 0, batch.parameters())] or roots
-    read = [len(root) for root in roots]
-    known = [size for size in both if size > 1] or both or targets or read
-    if not known:  # nothing comes from outside: rows of the loss, or of the outputs
-        heads = [call.arguments["input"].shape for call in tape.losses.values()]
-        outputs = [use.shape for use in tape.uses.values() if use.operands and _axes(use)]
-        known = [int(shape[0]) for shape in [*heads, *outputs] if shape] or [1]
-    shapes = {size for root in roots for size in root.shape[1:]}  # the batch may be second in what is read
-    second = [int(shape[0]) for call in tape.losses.values() if (shape := call.arguments["input"].shape)]
-    others = [size for size in [*known, *targets] if size > 1]
-    sizes = list(dict.fromkeys([*known[:1], *(size for size in second if size in shapes and size > 1), *others]))[:4]
-    if batch.expected is None:
-        return sizes
-    piece = any(root.whole is not None and len(root.whole) == batch.expected != len(root) for root in roots)
-    return list(dict.fromkeys([*sizes, batch.expected] if piece else [batch.expected, *sizes]))
-
-
-def _whole(roots: Sequence[Root]) -> list[Root]:
-    """The same, where several pieces of one tensor are that tensor: the batch was cut, not drawn."""
-    pieces = Counter(root.whole for root in dict.fromkeys(roots))
-    return [root.whole if root.whole is not None and pieces[root.whole] > 1 else root for root in roots]
-
-
-def _read(tape: Tape) -> list[Root]:
-    """What the network reads from outside, in the order in which it is read."""
-    reading = [(node_of(node)._sequence_nr(), use) for node, use in tape.uses.items()]
-    roots: list[Root] = []
-    for _, use in sorted(reading, key=lambda pair: pair[0]):
-        for name, found in use.roots.items():
-            if name not in use.operands:
-                roots += [root for root in found.tensors if root.ndim]
-    return roots
 
 
 def _demote(passes: Passes, batch: Batch) -> None:
@@ -409,26 +153,6 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | N
         FallbackWarning,
         stacklevel=2,
     )
-
-
-def _axes(use: Use) -> list[int]:
-    """The axes of the output of a use that may carry the samples, as its rule says."""
-    if use.pull is not None or not use.shape:
-        return []
-    try:
-        return list(use.rule.axes(Call(use.shape, tuple(use.operands)), use.arguments))
-    except UnsupportedError:  # no rule for these arguments
-        return []
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Samples, and the joins that they need."""
-
-    samples: Samples
-    joins: Mapping[Join, Owners]
-    dropped: Sequence[Node]
-    apart: bool = False  # in every graph of this structure, whatever the numbers are
 
 
 def _in_order(roots: Roots, count: int) -> bool:
@@ -503,14 +227,15 @@ class _Finder:
         self.passes, self.tape, self.batch, self.independent = passes, passes.tape, batch, independent
         self.most, self.strict = most, strict
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
-        self.axes = {node: _axes(use) for node, use in self.uses.items()}
+        self.axes = {node: sample_axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)
         self.reason = ""
         self.conclusive = True
         self.silent: set[Node | Join] = set()  # where nothing arrives
+        self._anchors: dict[tuple[Node | Join, int], Owners | None] = {}
         self.blind = any(reads_unknown(node, batch.holds) for node in self.tape.nodes)
 
-    def found(self, counts: Sequence[int]) -> _Found:
+    def found(self, counts: Sequence[int]) -> Found:
         """The samples for the first number that the graph agrees with.
 
         Raises:
@@ -531,7 +256,7 @@ class _Finder:
                 f"{default} rows first, which it does not agree with). Pass `batch_size=`."
             )
         if not self.independent and (samples := self._assumed(default)) is not None:
-            return _Found(samples, {}, [])
+            return Found(samples, {}, [])
         raise UnsupportedError(self._message(default, reason))
 
     def _refuse_penalties(self) -> None:
@@ -550,10 +275,10 @@ class _Finder:
                     "(`weight_decay`)."
                 )
 
-    def _attempt(self, count: int) -> _Found | None:
+    def _attempt(self, count: int) -> Found | None:
         """The samples if there are N of them; ``None``: the graph does not agree."""
         self.reason = ""
-        agreeing: list[_Found] = []
+        agreeing: list[Found] = []
         for heads in self._assignments(count):
             try:
                 agreeing.append(self._verified(heads, count))
@@ -669,6 +394,11 @@ class _Finder:
 
     def _anchor(self, node: Node | Join, use: Use, count: int) -> Owners | None:
         """Where a use has its samples, as the rows of the batch that it reads tell; ``None``: they do not."""
+        if (node, count) not in self._anchors:
+            self._anchors[node, count] = self._told_by_rows(node, use, count)
+        return self._anchors[node, count]
+
+    def _told_by_rows(self, node: Node | Join, use: Use, count: int) -> Owners | None:
         if _groups(use) is not None:
             return None
         for name, roots in use.roots.items():
@@ -705,7 +435,7 @@ class _Finder:
             return owners
         return owners_of(numbers.flatten(), use.shape, count) if numbers.numel() == 1 else None
 
-    def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int) -> _Found:
+    def _verified(self, heads: Sequence[tuple[Head, Owners]], count: int) -> Found:
         """The owners everywhere.
 
         Raises:
@@ -740,7 +470,7 @@ class _Finder:
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         owners.update(joins.items())
         apart = self.strict and not joins and not dropped and samples_cannot_meet(self.tape, heads, owners)
-        return _Found(Samples(count, owners, placed), joins, dropped, apart)
+        return Found(Samples(count, owners, placed), joins, dropped, apart)
 
     def _refuse_undefined(self, found: Mapping[Node | Join, Finding]) -> None:
         """Raise if it cannot be told whose numbers are not finite: nothing arrives that would tell the samples apart.
@@ -838,7 +568,7 @@ class _Finder:
         Raises:
             Mixed: Its inputs mix samples, or tell nothing.
         """
-        excluded = by_rule.mixed and bool(_axes(use))
+        excluded = by_rule.mixed and bool(sample_axes(use))
         places = [Place.anywhere(edge, count) for edge in use.inputs.values()]
         findings = probe.findings(places) if excluded or not use.rule.slots else []
         if any(finding.mixed for finding in findings) or (excluded and not findings):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph import Tape
-from lightning_curv.heads import linear_inputs
+from lightning_curv.heads import linear_inputs, saved_axis
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Column, Passes
 from lightning_curv.records import LossCall
@@ -28,7 +28,6 @@ CLASSES = (F.cross_entropy, F.nll_loss)
 ENTRYWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 HALF = 1e-4  # the rounding of the types that are coarser than float32 is larger
-_UNSIGNED = 2**63  # negative axes are saved as unsigned numbers
 
 Seeds = Callable[[Tensor], Tensor]
 
@@ -146,8 +145,8 @@ def _quotient(node: Node) -> float | None:
 
 def _mean(node: Any, output: GradientEdge, count: int) -> _Division | None:
     shape = torch.Size(node._saved_self_sym_sizes)
-    axes = [d - 2 * _UNSIGNED if d >= _UNSIGNED else d for d in getattr(node, "_saved_dim", None) or ()]
-    axes = sorted(axis % len(shape) for axis in axes) or list(range(len(shape)))
+    axes = sorted(saved_axis(dim, len(shape)) for dim in getattr(node, "_saved_dim", None) or ())
+    axes = axes or list(range(len(shape)))
     keeps = getattr(node, "_saved_keepdim", False)
     entries = math.prod(shape[axis] for axis in axes)
     if not entries or entries % count:

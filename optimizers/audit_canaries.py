@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_curv.batch import Batch
 from lightning_curv.context import curvature
 from lightning_curv.optimizers.audit_report import PrivacyAudit
 from lightning_curv.optimizers.dp import DPOptimizer
 from lightning_curv.optimizers.settings import require_count, require_positive
-from lightning_curv.samples import Batch
 
 _SMALLEST_NOISE = 1e-2  # of the claim that scores are made for; any score is valid
 

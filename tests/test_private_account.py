@@ -198,6 +198,11 @@ def back_to_an_earlier_checkpoint(callback, recorder, path):
         trainer(callback, recorder, max_epochs=1).fit(Net(), ckpt_path=path)
 
 
+def run_at(folder, run, callback, recorder):
+    """A run, with a place for its checkpoint if it saves one."""
+    run(callback, recorder, *([folder / "a.ckpt"] if "path" in run.__code__.co_varnames else []))
+
+
 RUNS = [
     one_fit,
     parts,
@@ -218,7 +223,7 @@ RUNS = [
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_epsilon_is_that_of_the_batches_drawn(run, tmp_path):
     callback, recorder = private(), Recorder()
-    run(callback, recorder, *([tmp_path / "a.ckpt"] if "path" in run.__code__.co_varnames else []))
+    run_at(tmp_path, run, callback, recorder)
     assert len(recorder.drawn) == sum(count for *_, count in callback.accountant.history)
     assert callback.accountant.epsilon(DELTA) == pytest.approx(recorder.epsilon(), rel=1e-6)
     large = [batch for batch in map(tuple, map(sorted, recorder.drawn)) if len(batch) > 2]
@@ -259,7 +264,7 @@ GROWING = [
 def test_the_budget_is_never_exceeded_and_used(run, tmp_path):
     epsilon = 2.3  # of 23 releases
     callback = private(epsilon=epsilon)
-    run(callback, Recorder(), *([tmp_path / "a.ckpt"] if "path" in run.__code__.co_varnames else []))
+    run_at(tmp_path, run, callback, Recorder())
     assert 0 < callback.accountant.epsilon(DELTA) <= epsilon
     left = callback.accountant.releases_left(epsilon, DELTA, 1.0)
     assert left == (2 if run is back_to_an_earlier_checkpoint else 0)  # 9 + 6 + 6 of 23

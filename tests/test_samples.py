@@ -7,9 +7,10 @@ from torch.nn import functional as F
 from trap_problems import assert_right, both, problem
 
 from lightning_curv import curvature
+from lightning_curv.batch import Batch
 from lightning_curv.extensions import KFAC, KFLR, BatchGrad
 from lightning_curv.passes import Passes
-from lightning_curv.samples import MEMORY, Batch
+from lightning_curv.verified import MEMORY
 
 
 class Mixing(nn.Module):
