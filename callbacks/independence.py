@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import warnings
 from collections.abc import Sequence
@@ -133,7 +134,8 @@ def refuse_coupled_samples(
         MisconfigurationException: Gradients differ, or a parameter or buffer is changed by what the batch holds.
     """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(secrets.randbits(63)))
-    parts = [order[: size // 2].sort().values, order[size // 2 :].sort().values]
+    first = _share(size)
+    parts = [order[:first].sort().values, order[first:].sort().values]
     weights = torch.randn(size, generator=torch.Generator().manual_seed(secrets.randbits(63)), dtype=torch.float64)
     masked = [torch.zeros_like(weights).index_copy(0, rows, weights[rows]) for rows in parts]
     if not divides(batch, size):
@@ -155,6 +157,15 @@ def refuse_coupled_samples(
                 compare(whole, found, rows, number, own[0], mean, tolerance(pl_module))
             _refuse_changed_state(changed, kept)
         return set(changed)
+
+
+def _share(size: int) -> int:
+    """About half of the samples, in a number that has no divisor in common with theirs.
+
+    A loss that is divided by a count over the batch, such as that of a class, is the same in a part where the count
+    happens to shrink like the number of samples. So it cannot, unless the count is none or all of them.
+    """
+    return next(share for share in range(size // 2, 0, -1) if math.gcd(share, size) == 1)
 
 
 def _observe_part(pl_module: LightningModule, *arguments: Any) -> Gradients | None:
