@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lightning_curv.callbacks.sketch import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.window import Statistics, wide
-from lightning_curv.metrics import unbiased_moments
+from lightning_curv.metrics.functional import entry_moments, unbiased_moments
 
 EIGENVALUES = {"ggn_max_eigenvalue", "hessian_max_eigenvalue"}
 Key = str | tuple[str, Parameter]
@@ -201,13 +201,13 @@ class Measurement:
         return self.mean_of("sum_grad_squared")
 
     def entry_moments(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Mean and unbiased variance of the entries of the per-sample gradients, parameter by parameter."""
+        """Squared mean and unbiased variance of the entries of the per-sample gradients, parameter by parameter."""
         estimates = self.mean_of("grad_sum") if self._partial else {}
         for p, second in self.second_moments().items():
             mean = self._params[p].to_dense().to(second) / self._divisor
             if p in estimates:
                 second = second - 2 * mean * (estimates[p] - mean)
-            yield mean, ((second - mean.square()) / (1 - self.concentration)).clamp(min=0)
+            yield entry_moments(mean, second, float(self.concentration))
 
     @property
     def grad_norm(self) -> np.float64:
@@ -220,15 +220,20 @@ class Measurement:
         return np.float64(sum([s for p, s in zip(self._params, self._grad_squares, strict=True) if p in self.covered]))
 
     @cached_property
-    def _moments(self) -> tuple[float, float]:
-        return unbiased_moments(self.second_moment, self.grad_sq_norm, self.concentration)
+    def moments(self) -> tuple[np.float64, np.float64, np.float64]:
+        r"""$\sum_n w_n \|g_n\|^2$, $\|\bar g\|^2$ and the concentration of the weights."""
+        return self.second_moment, self.grad_sq_norm, self.concentration
+
+    @cached_property
+    def _unbiased(self) -> tuple[float, float]:
+        return unbiased_moments(*self.moments)
 
     @property
     def variance(self) -> float:
         """Trace of the covariance, unbiased."""
-        return self._moments[0]
+        return self._unbiased[0]
 
     @property
     def signal(self) -> float:
         """Squared norm of the gradient without its noise, unbiased."""
-        return self._moments[1]
+        return self._unbiased[1]

@@ -37,6 +37,7 @@ from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTrac
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.noise import GradientJacobian, GradientSum
 from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
+from lightning_curv.metrics import functional
 
 EPS = 1e-7  # damping of the inverse curvature in the TIC, Cockpit's
 LEVELS = {"sample_norm_p5": 0.05, "sample_norm_median": 0.5, "sample_norm_p95": 0.95, "sample_norm_max": 1.0}
@@ -145,6 +146,11 @@ def _of_the_course(name: str) -> None:
     QUANTITIES[name] = Quantity(name, None, fields, (name,), name == "noise_scale")
 
 
+def _ratio(parts: tuple[float, float]) -> float:
+    numerator, denominator = parts
+    return numerator / denominator
+
+
 @_quantity()
 def grad_norm(m: Measurement) -> float:
     r"""$\|\bar g\|$, before clipping."""
@@ -222,8 +228,8 @@ def mean_gsnr(m: Measurement) -> Tensor:
     through GSNR of parameters*, ICLR 2020, eq. 3.
     """
     totals, counts = [], []
-    for mean, variance in m.entry_moments():
-        totals.append(torch.where(variance > 0, mean.square() / variance, 0).sum())
+    for square, variance in m.entry_moments():
+        totals.append(torch.where(variance > 0, square / variance, 0).sum())
         counts.append((variance > 0).sum())
     return torch.stack(totals).sum() / torch.stack(counts).sum()
 
@@ -244,7 +250,7 @@ def grad_diversity(m: Measurement) -> float:
 
     Batches up to $B$ times this speed training up. Yin et al., *Gradient diversity*, AISTATS 2018, definition 1.
     """
-    return m.second_moment * m.concentration / m.grad_sq_norm
+    return _ratio(functional.gradient_diversity(*m.moments))
 
 
 @_quantity("batch_l2")
@@ -254,7 +260,7 @@ def norm_test(m: Measurement) -> float:
     Above a θ of the user's choice the batch should grow. Byrd et al., *Sample size selection in optimization methods
     for machine learning*, Math. Programming 2012, eq. 3.5.
     """
-    return np.sqrt(m.variance * m.concentration / m.grad_sq_norm)
+    return np.sqrt(_ratio(functional.norm_test(*m.moments)))
 
 
 @_quantity("batch_l2", "jacobian_grad")
@@ -264,8 +270,7 @@ def inner_product_test(m: Measurement) -> float:
     Bollapragada, Byrd & Nocedal, *Adaptive sampling strategies for stochastic optimization*, SIAM J. Optim. 2018,
     eq. 2.6.
     """
-    variance = (m.dot_second - m.grad_sq_norm**2) / (1 - m.concentration)
-    return np.sqrt(np.maximum(variance, 0) * m.concentration) / m.grad_sq_norm
+    return np.sqrt(_ratio(functional.inner_product_test(m.dot_second, m.grad_sq_norm, m.concentration)))
 
 
 @_quantity("batch_l2", "jacobian_grad")
@@ -275,8 +280,8 @@ def orthogonality_test(m: Measurement) -> float:
     The other part: its square and that of the inner product test add up to the norm test's. Bollapragada et al., 2018,
     eq. 3.2.
     """
-    square = np.maximum(m.second_moment - m.dot_second / m.grad_sq_norm, 0) / (1 - m.concentration)
-    return np.sqrt(square * m.concentration / m.grad_sq_norm)
+    parts = functional.orthogonality_test(m.second_moment, m.dot_second, m.grad_sq_norm, m.concentration)
+    return np.sqrt(_ratio(parts))
 
 
 @_quantity("batch_l2", per_layer=False)
@@ -285,7 +290,7 @@ def cabs(m: Measurement) -> float:
 
     Balles, Romero & Hennig, *Coupling adaptive batch sizes with learning rates*, UAI 2017, eq. 22.
     """
-    return m.lr * m.variance / m.loss
+    return _ratio(functional.coupled_batch_size(m.variance, m.loss, m.lr))
 
 
 @_quantity("batch_l2", "ggn_trace_mc")

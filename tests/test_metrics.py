@@ -18,6 +18,7 @@ from lightning_curv.metrics import (
     NormTest,
     OrthogonalityTest,
     TICDiagonal,
+    functional,
     unbiased_moments,
 )
 
@@ -258,3 +259,27 @@ def test_entries_that_never_vary_are_left_out(metric):
     whole.update(*arguments(gradients))
     part.update(*arguments(gradients[:, :7]))
     torch.testing.assert_close(whole.compute(), part.compute())
+
+
+def test_a_batch_has_the_same_value_as_metric_and_as_formula():
+    [gradients] = batches_of_gradients([6])
+    mean = gradients.mean(0)
+    squares, dots = gradients.square().sum(1), gradients @ mean
+    norms, projections = (squares.mean(), mean @ mean, 1 / 6), (dots.square().mean(), mean @ mean, 1 / 6)
+    error, along = quotient(functional.norm_test(*norms)), quotient(functional.inner_product_test(*projections))
+    across = quotient(functional.orthogonality_test(squares.mean(), *projections))
+    torch.testing.assert_close(error, gradients.var(0).sum() / 6 / (mean @ mean))
+    torch.testing.assert_close(along + across, error)
+    torch.testing.assert_close(quotient(functional.gradient_diversity(*norms)), squares.sum() / (36 * mean @ mean))
+    for metric, arguments, value in [
+        (NormTest(), (squares, mean @ mean), error.sqrt()),
+        (InnerProductTest(), (dots,), along.sqrt()),
+        (OrthogonalityTest(), (squares, dots), across.sqrt()),
+    ]:
+        metric.update(*arguments)
+        torch.testing.assert_close(metric.compute(), value)
+
+
+def quotient(parts):
+    numerator, denominator = parts
+    return numerator / denominator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_curv.metrics.functional import entry_moments
 from lightning_curv.metrics.ratios import Ratio
 
 
@@ -47,7 +48,7 @@ class GradientSNR(_EntrywiseSums):
             samples: N.
         """
         if samples > 1:
-            square, variance = _entry_moments(grad, sum_grad_squared, samples)
+            square, variance = _moments(grad, sum_grad_squared, samples)
             self.add(square, variance)
 
     def compute(self) -> Tensor:
@@ -81,7 +82,7 @@ class EvidenceCriterion(_EntrywiseSums):
             samples: N.
         """
         if samples > 1:
-            square, variance = _entry_moments(grad, sum_grad_squared, samples)
+            square, variance = _moments(grad, sum_grad_squared, samples)
             self.add(square, variance / samples)
 
     def compute(self) -> Tensor:
@@ -121,7 +122,6 @@ class TICDiagonal(_EntrywiseSums):
         return self._ratios().sum()
 
 
-def _entry_moments(grad: Tensor, sum_grad_squared: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def _moments(grad: Tensor, sum_grad_squared: Tensor, samples: int) -> tuple[Tensor, Tensor]:
     """Squares of the mean gradient's entries and unbiased variances of the samples', [P] each."""
-    square = grad.double().square()
-    return square, ((sum_grad_squared.double() - samples * square) / (samples - 1)).clamp(min=0)
+    return entry_moments(grad.double(), sum_grad_squared.double() / samples, 1 / samples)

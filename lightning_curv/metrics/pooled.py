@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-
-Number = TypeVar("Number", Tensor, float)
-
-
-def unbiased_moments(second_moment: Number, grad_sq_norm: Number, concentration: Number) -> tuple[Number, Number]:
-    r"""Trace of the gradient covariance and squared norm of the true gradient, both unbiased.
-
-    For independent samples with weights $w_n$, $\sum_n w_n = 1$, and $\bar g = \sum_n w_n g_n$,
-
-    $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 - \sum_n w_n^2}, \qquad
-    \widehat{\|G\|^2} = \|\bar g\|^2 - \widehat{\mathrm{tr}\,\Sigma} \sum_n w_n^2 .$$
-
-    For equal weights these are the estimators of McCandlish et al., "An Empirical Model of Large-Batch Training",
-    arXiv:1812.06162, 2018, appendix A, with small batches of one sample. The second may be negative.
-
-    Args:
-        second_moment: $\sum_n w_n \|g_n\|^2$, [].
-        grad_sq_norm: $\|\bar g\|^2$, [].
-        concentration: $\sum_n w_n^2 < 1$, the inverse of the effective number of samples, [].
-
-    Returns:
-        The two estimates, [] and [].
-
-    Example:
-        >>> g = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
-        >>> unbiased_moments(g.square().sum(1).mean(), g.mean(0).square().sum(), torch.tensor(1 / 2))
-        (tensor(2.), tensor(3.))
-    """
-    trace = (second_moment - grad_sq_norm) / (1 - concentration)
-    return trace, grad_sq_norm - trace * concentration
 
 
 class _PooledMoments(Metric):

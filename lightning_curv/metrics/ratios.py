@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_curv.metrics import functional
+
 
 class Ratio(Metric):
     """A ratio of sums over batches."""
@@ -27,6 +29,14 @@ class Ratio(Metric):
     def add(self, numerator: Tensor, denominator: Tensor) -> None:
         self.numerator += numerator.to(self.numerator)
         self.denominator += denominator.to(self.denominator)
+
+    def moments(self, squares: Tensor, grad_sq_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of squares [N], the squared norm of the gradient and the concentration 1 / N, in the state's type.
+
+        They are near-equal numbers where there is little noise, and their difference is taken next.
+        """
+        second_moment = squares.to(self.numerator).mean()
+        return second_moment, grad_sq_norm.to(self.numerator), second_moment.new_tensor(1 / len(squares))
 
     def compute(self) -> Tensor:
         """The ratio of the sums, []."""
@@ -55,7 +65,10 @@ class GradientDiversity(Ratio):
             sample_sq_norms: $\|g_n\|^2$, [N].
             grad_sq_norm: $\|\bar g\|^2$, [].
         """
-        self.add(sample_sq_norms.sum(), len(sample_sq_norms) ** 2 * grad_sq_norm)
+        n = len(sample_sq_norms)
+        if n:
+            parts = functional.gradient_diversity(*self.moments(sample_sq_norms, grad_sq_norm))
+            self.add(*(n**2 * part for part in parts))
 
 
 class NormTest(Ratio):
@@ -81,9 +94,8 @@ class NormTest(Ratio):
             sample_sq_norms: $\|g_n\|^2$, [N].
             grad_sq_norm: $\|\bar g\|^2$, [].
         """
-        n = len(sample_sq_norms)
-        if n > 1:
-            self.add((sample_sq_norms.sum() / n - grad_sq_norm) / (n - 1), grad_sq_norm)
+        if len(sample_sq_norms) > 1:
+            self.add(*functional.norm_test(*self.moments(sample_sq_norms, grad_sq_norm)))
 
     def compute(self) -> Tensor:
         """The root of the ratio of the sums, []."""
@@ -113,7 +125,8 @@ class InnerProductTest(Ratio):
             dots: $g_n \cdot \bar g$, [N], with mean $\|\bar g\|^2$.
         """
         if len(dots) > 1:
-            self.add(dots.var() / len(dots), dots.mean().square())
+            dots = dots.to(self.numerator)
+            self.add(*functional.inner_product_test(*self.moments(dots.square(), dots.mean())))
 
     def compute(self) -> Tensor:
         """The root of the ratio of the sums, []."""
@@ -144,10 +157,11 @@ class OrthogonalityTest(Ratio):
             sample_sq_norms: $\|g_n\|^2$, [N].
             dots: $g_n \cdot \bar g$, [N], with mean $\|\bar g\|^2$.
         """
-        n = len(dots)
-        if n > 1:
-            orthogonal = sample_sq_norms.sum() - dots.square().sum() / dots.mean()
-            self.add(orthogonal.clamp(min=0) / (n * (n - 1)), dots.mean())
+        if len(dots) > 1:
+            second_moment = sample_sq_norms.to(self.numerator).mean()
+            dots = dots.to(self.numerator)
+            dot_moments = self.moments(dots.square(), dots.mean())
+            self.add(*functional.orthogonality_test(second_moment, *dot_moments))
 
     def compute(self) -> Tensor:
         """The root of the ratio of the sums, []."""
@@ -230,6 +244,6 @@ class CABS(Ratio):
             loss: $\ell$, mean over the samples, [].
             lr: learning rate.
         """
-        n = len(sample_sq_norms)
-        if n > 1:
-            self.add(lr * (sample_sq_norms.sum() - n * grad_sq_norm) / (n - 1), loss)
+        if len(sample_sq_norms) > 1:
+            variance, _ = functional.unbiased_moments(*self.moments(sample_sq_norms, grad_sq_norm))
+            self.add(*functional.coupled_batch_size(variance, loss, lr))
