@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,9 +99,11 @@ class Probe:
         edges = [place.edge for place in places]
         values = spread(self.count, self.passes.tape.eps)
         first, second = self._pass(edges, None), self._pass(edges, values)
-        allowed = [Tolerance.exact(self.passes.tape.eps)]
+        eps = self.passes.tape.eps
+        allowed = [Tolerance.exact(eps)]
         if not self.strict:  # what cancels between samples leaves rounding errors, which are not multiplied by weights
-            allowed.append(Tolerance.rounded(self.passes.tape.eps, largest_entry(first)))
+            rounded = Tolerance.rounded(eps, largest_entry(first))
+            allowed = [replace(allowed[0], noise=rounded.noise), rounded]
         found = [Finding(None)] * len(places)
         columns: list[Cotangents] | None = None
         for tolerance in allowed:
@@ -185,10 +187,12 @@ class Tolerance:
     Attributes:
         relative: To the largest entry of a row.
         absolute: Besides.
+        noise: Cotangents up to here may be rounding errors of larger ones.
     """
 
     relative: float
     absolute: float
+    noise: float = 0.0
 
     @classmethod
     def exact(cls, eps: float) -> Tolerance:
@@ -199,7 +203,8 @@ class Tolerance:
     @classmethod
     def rounded(cls, eps: float, scale: float) -> Tolerance:
         """Whatever rounding may do to numbers that were as large as ``scale``."""
-        return cls(eps * (1e3 if eps < 1e-6 else 32), 8 * eps * scale)
+        noise = 8 * eps * scale
+        return cls(eps * (1e3 if eps < 1e-6 else 32), noise, noise)
 
 
 @dataclass(frozen=True)
@@ -260,7 +265,9 @@ class Code:
         check = (self.base - 1 - digits[0] + sum(digits[1:-1])) % self.base
         if bool((((number >= count) | (check != digits[-1])) & owned).any()):
             return None
-        return RowOwners(count, number.clamp(max=count - 1).masked_fill(largest == 0, -1), axes)
+        # where all rows are rounding errors, which of them are zero is chance, and other passes will differ
+        unowned = (largest == 0) & (largest > tolerance.noise).any()
+        return RowOwners(count, number.clamp(max=count - 1).masked_fill(unowned, -1), axes)
 
 
 def consistent(

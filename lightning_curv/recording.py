@@ -172,7 +172,7 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
     name = name_of(func)
     if disabled() or results[0].requires_grad or name in RANDOM:
         return
-    args = args[:1] if name in LIKE else args
+    args = args[:1] if name in LIKE else _without_unused(args) if name == "where" else args
     tensors = _tensors([*args, *kwargs.values()])
     known = list(map(all_roots, tensors))
     roots = united(known)
@@ -197,6 +197,20 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
             found = Roots((Root.of(out, drawn), *(root for root in roots.tensors if root != drawn)))
             numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
         note(out, replace(found, numbers=numbers, pooled=pooled))
+
+
+def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of ``torch.where`` less the alternative that no entry is taken of, if rows were pooled in it.
+
+    So a statistic of the batch that stands in for missing values is none of the others' business where none is missing.
+    """
+    alternatives = [value for value in args[1:] if isinstance(value, Tensor)]
+    if len(args) != 3 or not any(all_roots(value).pooled for value in alternatives):
+        return args
+    taken = args[0].expand(torch.broadcast_shapes(*(value.shape for value in (args[0], *alternatives))))
+    if bool(taken.all()):
+        return args[:2]
+    return args if bool(taken.any()) else (args[0], args[2])
 
 
 def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Root | None:

@@ -520,7 +520,10 @@ class _Finder:
         edge, allowed = GradientEdge(node_of(node), use.output_nr), self.axes[node]
         axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
         if isinstance(anchor := self._anchor(node, use, count), BatchAxis):
-            return Place(edge, use.shape, [anchor], [])
+            # 16 rows of 4 features may be 4 graphs, or 16 steps of 4 sequences: the weights tell
+            ambiguous = anchor.axis > 0 and use.shape[0] % count == 0
+            others = [axis for axis in axes if ambiguous and axis != anchor]
+            return Place(edge, use.shape, [anchor, *others], [])
         rows: list[tuple[int, ...]] = [(axis,) for axis in allowed]
         lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
         rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]

@@ -265,6 +265,7 @@ POOLED: dict[str, Callable[[Tensor], Tensor]] = {
     "distances": lambda x: torch.cdist(x[:, 0], x[:, 0]) @ x[:, 0],
     "normalized": lambda x: F.batch_norm(x[:, 0], None, None, training=True),
     "most": lambda x: x[:, 0] - x[:, 0].amax(0, keepdim=True),
+    "stand-in": lambda x: torch.where(x[:, 0] > 0, x[:, 0], x[:, 0].mean(0)),
 }
 APART: dict[str, Callable[[Tensor], Tensor]] = {
     "centred": lambda x: x - x.mean(1, keepdim=True),
@@ -275,6 +276,8 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "related": lambda x: (x @ x.mT) @ x,
     "whitened": lambda x: x @ WHITENED,
     "normalized": lambda x: F.layer_norm(x, (D,)),
+    "stand-in for nothing": lambda x: torch.where(x.abs() >= 0, x, x.mean((0, 1))),
+    "stand-in for all": lambda x: torch.where(x.abs() < 0, x.mean(), x),
     "evaluated": lambda x: F.batch_norm(x[:, 0], torch.zeros(D).to(x), torch.ones(D).to(x), training=False),
 }
 

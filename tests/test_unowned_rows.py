@@ -57,3 +57,68 @@ def test_all_columns_of_an_op_without_a_rule_are_right():
         p = z.detach().softmax(0)
         expected = torch.einsum("cp,cd,dp->p", J, p.diag() - p.outer(p), J).reshape(3, 4)
         torch.testing.assert_close(model.prototypes.diag_ggn_exact_batch[n], expected)
+
+
+class Attention(nn.Module):
+    """Weights over the neighbours of every node in which a score of the node itself cancels."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.linear, self.score = nn.Linear(features, 6), nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x, edges):
+        source, target = edges
+        z = self.linear(x)
+        scores = (z * self.score).sum(1)
+        weight = (z.sum(1)[source] + scores[target]).exp()
+        total = z.new_zeros(len(x)).index_add(0, target, weight)
+        return z.new_zeros(len(x), 6).index_add(0, target, z[source] * (weight / total[target])[:, None])
+
+
+def rings(sizes):
+    """Edges of several rings, in both directions."""
+    edges, start = [], 0
+    for size in sizes:
+        node = torch.arange(size)
+        edges.append(torch.stack([node, (node + 1) % size]) + start)
+        start += size
+    return torch.cat([torch.cat([one, one.flip(0)], 1) for one in edges], 1)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (3, 5, 4, 2)])
+@pytest.mark.parametrize("features", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_that_are_rounding_errors_only_belong_to_anybody(seed, dtype, features, sizes):
+    """And 16 rows of 4 features are 4 graphs of 4 nodes, however many axes have the length 4."""
+    torch.manual_seed(seed)
+    count = len(sizes)
+    model = Attention(features).to(dtype)
+    x, y = torch.randn(sum(sizes), features, dtype=dtype), torch.randn(count, 6, dtype=dtype)
+    owner = torch.arange(count).repeat_interleave(torch.tensor(sizes))
+    with curvature(BatchGrad()):
+        nodes = model(x, rings(sizes)).tanh()
+        F.mse_loss(nodes.new_zeros(count, 6).index_add(0, owner, nodes), y, reduction="sum").backward()
+    scale = max(float(p.grad.abs().max()) for p in model.parameters())
+    for n, rows in enumerate(x.split(sizes)):
+        nodes = model(rows, rings(sizes[n : n + 1])).tanh()
+        alone = torch.autograd.grad(F.mse_loss(nodes.sum(0), y[n], reduction="sum"), [*model.parameters()])
+        for p, expected in zip(model.parameters(), alone, strict=True):
+            tolerance = 100 * torch.finfo(dtype).eps * scale
+            torch.testing.assert_close(p.grad_batch[n], expected, rtol=0, atol=tolerance)
+
+
+def test_rows_of_several_per_sample_with_as_many_features_as_samples():
+    """Here 16 rows of 4 features are 4 graphs of 4 nodes, not 16 steps of 4 sequences."""
+    torch.manual_seed(0)
+    count = 4
+    x, y = torch.randn(count * 4, count, dtype=torch.float64), torch.randn(count, count, dtype=torch.float64)
+    scale = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    with curvature(BatchGrad()):
+        nodes = ((1 + scale) * x).tanh()
+        pooled = nodes.new_zeros(count, count).index_add(0, torch.arange(count).repeat_interleave(4), nodes)
+        F.mse_loss(pooled, y, reduction="sum").backward()
+    for n in range(count):
+        pooled = ((1 + scale) * x[4 * n : 4 * n + 4]).tanh().sum(0)
+        [alone] = torch.autograd.grad(F.mse_loss(pooled, y[n], reduction="sum"), [scale])
+        torch.testing.assert_close(scale.grad_batch[n], alone)
