@@ -70,10 +70,13 @@ def test_source_distribution_holds_what_the_tests_need():
         assert name in words
 
 
-def test_version_is_stated_once_in_effect():
-    version = PYPROJECT["project"]["version"]
-    assert version == lightning_curv.__version__
+def test_version_is_stated_once():
+    version = lightning_curv.__version__
+    assert "version" in PYPROJECT["project"]["dynamic"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "lightning_curv.__version__"}
     assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    stated = [path.name for path in ROOT.iterdir() if path.is_file() and f'"{version}"' in path.read_text("utf-8")]
+    assert stated == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -130,6 +133,18 @@ def test_readme_for_package_indexes_has_no_relative_links():
     assert "![" not in bare
     assert "](https://example.org/x/raw/main/docs/images/dashboard.png)" in linked
     assert "](https://example.org/x/blob/main/docs/quickstart.md)" in linked
+
+
+def test_package_links_to_the_repository_that_builds_it():
+    project_urls = runpy.run_path(str(ROOT / "setup.py"))["project_urls"]
+    assert "urls" in PYPROJECT["project"]["dynamic"]
+    assert project_urls({}) == {}
+    urls = project_urls({"GITHUB_SERVER_URL": "https://example.org", "GITHUB_REPOSITORY": "me/fork"})
+    assert urls["Repository"] == "https://example.org/me/fork"
+    for name, url in urls.items():
+        assert url.startswith("https://example.org/me/fork"), name
+        _, blob, path = url.partition("/blob/main/")
+        assert not blob or (ROOT / path).exists(), name
 
 
 def test_readme_names_every_export():
