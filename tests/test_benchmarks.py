@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from torch import nn
 from zoo import assert_close
 
@@ -29,7 +30,7 @@ def contenders(monkeypatch):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_backpack_computes_what_we_do(contenders, name):
-    pytest.importorskip("backpack")
+    needs("backpack")
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 3))
     theirs, x, y = copy.deepcopy(ours), torch.randn(5, 2, 3), torch.randint(3, (5,))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_curv
@@ -122,6 +123,22 @@ def test_readme_and_ci_run_the_same_test_command():
     [command] = [line for line in readme if "pytest" in line]
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
     assert any("examples/mnist.py" in line for line in readme)
+
+
+def test_missing_packages_fail_in_ci_and_skip_elsewhere(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(ModuleNotFoundError):
+        needs("no_such_package")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="could not import 'no_such_package'"):
+        needs("no_such_package")
+    assert needs("torch") is torch
+
+
+def test_every_optional_package_is_needed_by_the_same_helper():
+    for path in (ROOT / "tests").rglob("*.py"):
+        direct = re.search(r"pytest\.importorskip", path.read_text())
+        assert path.name == "conftest.py" or not direct, f"{path}: `from conftest import needs` instead"
 
 
 def test_readme_for_package_indexes_has_no_relative_links():

@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +21,7 @@ from lightning_curv.optimizers import (
 )
 from lightning_curv.optimizers.privacy_schedule import held_for, runs_of
 
-da = pytest.importorskip("dp_accounting")
+da = needs("dp_accounting")
 
 
 def brute_force(values, rate, delta):

@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
@@ -21,7 +22,7 @@ from lightning_curv.optimizers import (
     TruncatedPoissonSampling,
 )
 
-da = pytest.importorskip("dp_accounting")
+da = needs("dp_accounting")
 DELTA, INTERVAL = 1e-3, 1e-3
 
 

@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +19,7 @@ from lightning_curv.callbacks import PrivacyCallback
 from lightning_curv.callbacks.equal_randomness import EqualRandomness
 from lightning_curv.optimizers import DPOptimizer
 
-pytest.importorskip("dp_accounting")
+needs("dp_accounting")
 
 
 class Data(Dataset):
