@@ -183,3 +183,12 @@ def test_density_of_every_room():
     _, *rooms, total = (line.split() for line in run.stdout.splitlines())
     assert [row[0] for row in rooms] == ["lightning_curv", "optimizers", "callbacks"]
     assert int(total[1]) == sum(int(row[1]) for row in rooms)
+
+
+@pytest.mark.parametrize(("outcome", "ends"), [("right", 0), ("refused", 0), ("wrong", 1), ("crash", 1)])
+def test_sweep_of_models_ends_with_an_error_where_something_is_wrong(outcome, ends):
+    code = "import sys, models; sys.argv[1:] = ['--only', 'gcn'];"
+    code += f"models.cells = lambda network, *_: [models.Cell(network.name, network.suite, 'BatchGrad', {outcome!r})];"
+    run = subprocess.run([sys.executable, "-c", code + "models.main()"], cwd=BENCHMARKS, capture_output=True, text=True)
+    assert run.returncode == ends, run.stderr
+    assert "1 networks" in run.stdout
