@@ -66,7 +66,8 @@ def test_packages_list_equals_the_tree():
 
 def test_source_distribution_holds_what_the_tests_need():
     words = (ROOT / "MANIFEST.in").read_text().split()
-    for name in (".ci", "benchmarks", "docs", "examples", "tests", "mkdocs.yml", "Makefile", "CHANGELOG.md"):
+    files = "mkdocs.yml Makefile CHANGELOG.md CITATION.cff CODE_OF_CONDUCT.md SECURITY.md .pre-commit-config.yaml"
+    for name in (".ci", ".github", "benchmarks", "docs", "examples", "tests", *files.split()):
         assert (ROOT / name).exists()
         assert name in words
 
