@@ -142,6 +142,45 @@ def test_every_optional_package_is_needed_by_the_same_helper():
         assert path.name == "conftest.py" or not direct, f"{path}: `from conftest import needs` instead"
 
 
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_workflows_test_every_python_and_the_lower_bounds_that_are_stated():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    prefix = "Programming Language :: Python :: 3."
+    stated = {entry.removeprefix(prefix) for entry in PYPROJECT["project"]["classifiers"] if entry.startswith(prefix)}
+    assert set(re.findall(r'name: "Python 3\.(\d+)"', text)) == stated
+    assert PYPROJECT["project"]["requires-python"] == f">=3.{min(map(int, stated))}"
+    bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(PYPROJECT["project"]["dependencies"]), re.MULTILINE))
+    pins = set(re.findall(r"([\w-]+)==([\d.]+)\.\*", text))
+    assert pins == {(name, bounds["pytorch-lightning" if name == "lightning" else name]) for name, _ in pins}
+    assert {"torch", "pytorch-lightning", "lightning"} == {name for name, _ in pins}
+    assert set(bounds) == {re.split(r"[^\w-]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_have_no_more_rights_than_they_need(path):
+    text = path.read_text()
+    rights, run_once = (
+        re.search(r"^permissions:(.*\n(?: .*\n)*)", text, re.M),
+        re.search(r"^concurrency:\n", text, re.M),
+    )
+    assert rights[1].split() in (["{}"], ["contents:", "read"])
+    assert run_once
+    for action in re.findall(r"uses: (\S+)", text):
+        assert re.fullmatch(r"[\w./-]+@(v\d+|release/v\d+)", action), f"{action}: pin the major version"
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+    assert ": write" not in text or path.stem == "release"
+
+
+def test_peers_of_ci_are_those_of_the_benchmarks():
+    peers = (ROOT / ".ci" / "peers.txt").read_text().splitlines()
+    bench = PYPROJECT["project"]["optional-dependencies"]["bench"]
+    assert {entry for entry in bench if "for-pytorch" in entry} <= set(peers)
+    assert not [entry for entry in peers if entry.startswith(("torch", "nvidia"))]
+    assert ".ci/peers.txt" in (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+
+
 def test_readme_for_package_indexes_has_no_relative_links():
     long_description = runpy.run_path(str(ROOT / "setup.py"))["long_description"]
     readme = (ROOT / "README.md").read_text()
