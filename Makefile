@@ -22,7 +22,7 @@ types: ## mypy, strict
 	rm -rf build/lib build/bdist.*
 	copy=$$(mktemp -d) && trap 'rm -rf "$$copy" build/lib build/bdist.*' EXIT \
 	&& pip install --quiet --no-deps --target "$$copy" . \
-	&& cd "$$copy" && mypy --config-file $(CURDIR)/pyproject.toml -p lightning_curv
+	&& (cd "$$copy" && mypy --config-file $(CURDIR)/pyproject.toml -p lightning_curv)
 
 docs: ## the documentation, into site/
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
