@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from lightning_curv.extensions import GraphExtension
 from lightning_curv.losses.categorical import Categorical
-from lightning_curv.losses.likelihoods import Bernoulli, Likelihood
+from lightning_curv.losses.likelihoods import Bernoulli
+from lightning_curv.losses.parts import KnownPart, LossPart
 from lightning_curv.passes import Passes
 
 from .distributed import processes
@@ -33,18 +34,19 @@ class LossLimits(GraphExtension):
 
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
         """The same numbers for all parameters."""
-        calls = [(passes.likelihood(node), passes.samples.count) for node in passes.tape.losses]
-        floor = torch.stack([_floor(*call).float() for call in calls]).sum()
-        bounded = all(
-            isinstance(likelihood, (Bernoulli, Categorical)) or call.function in NONNEGATIVE
-            for (likelihood, _), call in zip(calls, passes.tape.losses.values(), strict=True)
-        )
+        floor = torch.stack([_floor(part, passes.samples.count).float() for part in passes.parts]).sum()
+        bounded = all(isinstance(part, KnownPart) and _nonnegative(part) for part in passes.parts)
         loss = (passes.loss.detach() * passes.seed).sum().float() if bounded else torch.full_like(floor, math.inf)
         limits = torch.stack([floor, loss])
         return {parameter: limits for found in passes.tape.parameters.values() for parameter in found}
 
 
-def _floor(likelihood: Likelihood, samples: int) -> Tensor:
+def _nonnegative(part: KnownPart) -> bool:
+    return isinstance(part.likelihood, (Bernoulli, Categorical)) or part.function in NONNEGATIVE
+
+
+def _floor(part: LossPart, samples: int) -> Tensor:
+    likelihood = part.likelihood if isinstance(part, KnownPart) else None
     if isinstance(likelihood, Categorical):
         return likelihood.weight.sum() * min(1.0, ROWS / max(1, processes() * likelihood.weight.numel()))
     if isinstance(likelihood, Bernoulli):

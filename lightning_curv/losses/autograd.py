@@ -1,144 +1,274 @@
-"""Any other loss: its Hessian at an output of the network, by automatic differentiation."""
+"""Any other loss: its Hessian at outputs of the network, by automatic differentiation."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.losses.likelihoods import Likelihood, signs_of
-from lightning_curv.losses.registry import LOSSES
+from lightning_curv.joins import nothing_below
+from lightning_curv.losses.likelihoods import signs_of
+from lightning_curv.losses.parts import LossPart, Signed
 from lightning_curv.own_passes import unheard
-from lightning_curv.owners import BatchAxis, Owners
+from lightning_curv.owners import BatchAxis, Owners, RowOwners, golden
 from lightning_curv.symmetric import eigh
 from lightning_curv.twice import differentiable, fused
 
 
 @dataclass(frozen=True)
-class Quadratic(Likelihood):
-    r"""The quadratic expansion of a loss around the output f of a network: H = V Λ₊ Vᵀ per sample.
+class Rows:
+    """Tensors as the entries of every sample.
+
+    Attributes:
+        likes: Tensors of their shapes, types and devices.
+        owners: Which sample owns each row of them; ``None``: the whole batch is one sample.
+    """
+
+    likes: Sequence[Tensor]
+    owners: Sequence[Owners] | None
+
+    def split(self, tensors: Sequence[Tensor]) -> Tensor:
+        """``[N, E]``, the entries of all tensors."""
+        if self.owners is None:
+            return torch.cat([tensor.reshape(1, -1) for tensor in tensors], 1)
+        return torch.cat([owners.split(tensor) for owners, tensor in zip(self.owners, tensors, strict=True)], 1)
+
+    def join(self, entries: Tensor) -> list[Tensor]:
+        """The tensors whose `split` are ``entries [N, E]``."""
+        if self.owners is None:
+            parts = entries.split([like.numel() for like in self.likes], 1)
+            return [part.reshape(like.shape).to(like.dtype) for part, like in zip(parts, self.likes, strict=True)]
+        parts = entries.split([o.split(like).shape[1] for o, like in zip(self.owners, self.likes, strict=True)], 1)
+        return [
+            owners.join(part.to(like.dtype), like.shape)
+            for owners, part, like in zip(self.owners, parts, self.likes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the entries of a sample fall into blocks that have no second derivatives in common.
+
+    Entries ``[N, E]`` are ``[N, outer, size, inner]``; a block is one place on the outer and the inner axis.
+    """
+
+    outer: int
+    size: int
+    inner: int = 1
+
+    def split(self, entries: Tensor) -> Tensor:
+        """``[N, E]`` to ``[N, blocks, size]``."""
+        parts = entries.reshape(len(entries), self.outer, self.size, self.inner)
+        return parts.transpose(2, 3).reshape(len(entries), -1, self.size)
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """Back to ``[N, E]``."""
+        parts = blocks.reshape(len(blocks), self.outer, self.inner, self.size)
+        return parts.transpose(2, 3).reshape(len(blocks), -1)
+
+
+@dataclass
+class Quadratic(LossPart):
+    r"""The quadratic expansion of a loss around outputs f of a network: H = V Λ₊ Vᵀ per sample.
 
     With the eigenvalues :math:`\nabla_f^2 \ell_n = V \Lambda V^\top` the GGN takes the positive part Λ₊, the closest
     positive semi-definite matrix; for a loss that is convex in f that is the Hessian itself. There is no model to draw
     targets from: samples are V √Λ₊ ε with standard normal ε, whose expected outer product is H.
 
-    Cost: one differentiation of the loss (not of the network) per output entry E of a sample, N·E² numbers of memory.
+    Several outputs are one vector f, and what lies below one of them is held fixed when another is moved. Where entries
+    of a sample have no second derivatives in common (the pixels of a sum over pixels, the tokens of a sum over tokens)
+    H falls into blocks, which is found out by products with weighted vectors.
+
+    Cost: one differentiation of the loss (not of the network) per entry of a block, and at most six more; N·E·B numbers
+    of memory for E output entries of a sample in blocks of B.
 
     Attributes:
+        edges: Where the outputs are in the graph.
+        likes: Tensors of their shapes, types and devices.
+        owners: Which sample owns each row of them.
         root: The root of the backward pass.
         seed: The gradient it starts with.
-        edge: Where f is in the graph.
-        like: A tensor of f's shape, type and device.
-        owners: Which sample owns each row of f.
+        others: Nodes below which nothing belongs to this part: other parts of the loss, and the network.
+        separate: Whether samples must not meet; else a loss in which they do is one function of the whole batch.
     """
 
+    edges: Sequence[GradientEdge]
+    likes: Sequence[Tensor]
+    owners: Sequence[Owners]
     root: Tensor
     seed: Tensor
-    edge: GradientEdge
-    like: Tensor
-    owners: Owners
+    others: Sequence[Node] = ()
+    separate: bool = True
 
-    def columns(self, owners: Owners) -> Iterator[Tensor]:
+    @property
+    def flat(self) -> bool:
+        return not bool(self._eigen[0].any())
+
+    def columns(self, complete: bool) -> Iterator[list[Tensor]]:
         """√λ₊ times every eigenvector of a sample."""
-        values, vectors = self.eigen
-        if not bool(values.any()):
-            warnings.warn(
-                f"The GGN is zero: the loss is linear in `output` of shape {tuple(self.like.shape)}. Choose an output "
-                "further down, for example the logits below a log-softmax.",
-                stacklevel=2,
-            )
-        roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
-        yield from (self._joined(column) for column in roots.unbind(-1))
+        values, vectors = self._eigen
+        values = values.clamp(min=0)
+        return (self._column(values, vectors, block, k) for block, k in _used(values, complete))
 
-    def sample(self, generator: torch.Generator) -> Tensor:
+    def sample(self, generator: torch.Generator) -> list[Tensor]:
         """V √Λ₊ ε."""
-        values, vectors = self.eigen
+        values, vectors = self._eigen
         noise = torch.empty_like(values).normal_(generator=generator)
-        return self._joined(torch.einsum("nek,nk->ne", vectors, values.clamp(min=0).sqrt() * noise))
+        return self._joined(_product(vectors, values.clamp(min=0).sqrt() * noise))
 
-    def product(self, v: Tensor) -> Tensor:
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """V Λ₊ Vᵀ v."""
-        values, vectors = self.eigen
-        along = torch.einsum("nek,ne->nk", vectors, self._split(v))
-        return self._joined(torch.einsum("nek,nk->ne", vectors, values.clamp(min=0) * along))
+        values, basis = self._eigen
+        rows, blocks = self._layout
+        along = torch.einsum("nbek,nbe->nbk", basis, blocks.split(rows.split(vectors)).to(basis.dtype))
+        return self._joined(_product(basis, values.clamp(min=0) * along))
 
-    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def signed_columns(self, fewest: bool) -> Iterator[Signed]:
         """√|λ| times every eigenvector of a sample, with the signs of λ."""
-        values, vectors = self.eigen
-        roots = vectors * values.abs().sqrt().unsqueeze(1)
-        for column, value in zip(roots.unbind(-1), values.unbind(-1), strict=True):
-            yield self._joined(column), signs_of(value)
+        values, vectors = self._eigen
+        for block, k in _used(values, not fewest):
+            yield self._column(values.abs(), vectors, block, k), signs_of(values[:, block, k])
+
+    def _column(self, values: Tensor, vectors: Tensor, block: int, k: int) -> list[Tensor]:
+        column = torch.zeros_like(values)
+        column[:, block] = vectors[:, block, :, k] * values[:, block, k].sqrt().unsqueeze(1)
+        return self._joined(column)
+
+    def _joined(self, entries: Tensor) -> list[Tensor]:
+        rows, blocks = self._layout
+        return rows.join(blocks.join(entries))
 
     @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Λ ``[N, E]`` and V ``[N, E, E]`` of every sample's Hessian."""
-        return eigh(self._hessian().to(_precise(self.like.dtype)))
-
-    def _hessian(self) -> Tensor:
-        """``[N, E, E]``, one differentiation per entry, all samples at once."""
-        unit = self._split(torch.zeros_like(self.like))
-        trial = self._split(torch.linspace(1, 2, self.like.numel()).to(self.like).reshape(self.like.shape))
-        with torch.enable_grad():
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
+        with torch.enable_grad(), unheard(), nothing_below(self.others):
             try:
-                g = self._gradient()
-                rows = [self._derivative(g, unit.index_fill(1, e, 1)) for e in torch.arange(unit.shape[1])]
-                image = self._derivative(g, trial)
+                hessian = self._hessian().detach()
+            except UnsupportedError:
+                raise
             except RuntimeError as error:
                 raise UnsupportedError(
-                    f"`output=` needs a loss that can be differentiated twice, found one that cannot: {error}"
+                    "The curvature of a loss that torch has no function for is found by differentiating it twice, but "
+                    f"this one cannot be: {error} Write it in ops that can, or use first-order quantities."
                 ) from error
-        hessian = torch.stack(rows, 1) if rows else unit.new_zeros(self.owners.count, 0, 0)
-        self._refuse_coupled(torch.einsum("nef,nf->ne", hessian, trial), image)
+        self.__dict__.pop("_gradients", None)
+        hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))  # eigh takes no half precision
+        return (hessian[..., 0], torch.ones_like(hessian)) if hessian.shape[-1] == 1 else eigh(hessian)
+
+    def _hessian(self) -> Tensor:
+        """``[N, blocks, B, B]``, one differentiation per entry of a block, all blocks and samples at once."""
+        rows, blocks = self._layout
+        unit = blocks.split(torch.zeros_like(rows.split(self.likes)))
+        places = torch.arange(unit.shape[2], device=unit.device)
+        found = [blocks.split(self._times(rows, blocks.join(unit.index_fill(2, e, 1)))) for e in places]
+        hessian = torch.stack(found, 2) if found else unit[..., None]
         return (hessian + hessian.mT) / 2
 
-    def _gradient(self) -> Tensor:
-        """The gradient at f with a graph of its own."""
-        seed = self.seed.detach().clone().requires_grad_()
-        with unheard(), differentiable(fused([self.root])):
-            (g,) = torch.autograd.grad(self.root, [self.edge], seed, create_graph=True)
-        # torch drops the graph of `once_differentiable` functions silently; g is linear in the seed where it is whole
-        size = g.detach().square().sum()
-        (share,) = torch.autograd.grad(g, [seed], g.detach(), retain_graph=True, materialize_grads=True)
-        if not torch.allclose((share * self.seed).sum(), size, rtol=1e3 * torch.finfo(g.dtype).eps, atol=0):
-            raise RuntimeError("the backward function of one of its ops leaves no graph.")
-        return g
+    @cached_property
+    def _layout(self) -> tuple[Rows, Blocks]:
+        """The smallest blocks that have no second derivatives in common.
 
-    def _derivative(self, g: Tensor, direction: Tensor) -> Tensor:
-        """The Hessian of all samples jointly times a direction ``[N, E]``."""
-        (image,) = torch.autograd.grad(g, [self.edge], self._joined(direction), retain_graph=True, allow_unused=True)
-        return torch.zeros_like(direction) if image is None else self._split(image)
-
-    @staticmethod
-    def _refuse_coupled(separate: Tensor, joint: Tensor) -> None:
-        tolerance = 1e3 * torch.finfo(joint.dtype).eps * float(joint.abs().max() if joint.numel() else 0)
-        if not torch.allclose(separate, joint, rtol=0, atol=tolerance):
+        Raises:
+            UnsupportedError: Second derivatives mix the samples, and they must be separate.
+        """
+        rows = Rows(self.likes, self.owners)
+        zeros = rows.split(self.likes)
+        trial = (zeros + 1 + golden(zeros.shape[1]).to(zeros)).detach()
+        image = self._times(rows, trial)
+        whole = Blocks(1, zeros.shape[1])
+        eps = torch.finfo(image.dtype).eps
+        for blocks in self._candidates(zeros.shape[1]):
+            magnitudes = image.abs().amax(1, keepdim=True) if zeros.numel() else image
+            if self._apart(rows, blocks, trial, image, 100 * eps * magnitudes):
+                return rows, blocks
+        if self._apart(rows, whole, trial, image, 1e3 * eps * image.abs().amax() if image.numel() else image):
+            return rows, whole
+        if self.separate:
             raise UnsupportedError(
-                "`output=` needs a loss that treats the samples of a batch separately, found one whose second "
-                "derivatives mix them (statistics over the batch, a contrastive loss, a batch axis other than 0?)."
+                "Expected a loss that treats the samples of a batch separately, found one whose second derivatives mix "
+                "them (statistics over the batch, a contrastive loss, a batch axis other than 0?). Use `GGNMP` or "
+                "`HMP`, which need no samples."
             )
+        return Rows(self.likes, None), Blocks(1, sum(like.numel() for like in self.likes))
 
-    def _split(self, tensor: Tensor) -> Tensor:
-        return self.owners.split(tensor)
+    def _apart(self, rows: Rows, blocks: Blocks, trial: Tensor, image: Tensor, tolerance: Tensor) -> bool:
+        """Whether H maps a direction with a weight per block to the image with the same weights."""
+        shape = blocks.split(trial).shape
+        weights = golden(shape[0] * shape[1]).reshape(*shape[:2], 1).to(trial).expand(shape)
+        weights = blocks.join(weights)
+        return bool(((self._times(rows, weights * trial) - weights * image).abs() <= tolerance).all())
 
-    def _joined(self, entries: Tensor) -> Tensor:
-        return self.owners.join(entries.to(self.like.dtype), self.like.shape)
+    def _candidates(self, entries: int) -> list[Blocks]:
+        """Ways in which the entries of a sample may fall into blocks, the smallest first."""
+        found = [Blocks(entries, 1)]
+        if len(self.likes) == 1:
+            shape, owners = self.likes[0].shape, getattr(self.owners[0], "whole", self.owners[0])
+            taken = {owners.axis} if isinstance(owners, BatchAxis) else {0}
+            taken = set(owners.axes) if isinstance(owners, RowOwners) else taken
+            if len(shape) > 1 and len(shape) - 1 not in taken and shape[-1]:
+                found.append(Blocks(entries // shape[-1], shape[-1]))
+            if len(shape) > 2 and taken == {0} and shape[1:].numel():
+                inner = shape[2:].numel()
+                found.append(Blocks(entries // (shape[1] * inner), shape[1], inner))
+        return sorted((blocks for blocks in found if 0 < blocks.size < entries), key=lambda blocks: blocks.size)
+
+    def _times(self, rows: Rows, direction: Tensor) -> Tensor:
+        """The Hessian of all samples jointly times a direction, both as entries ``[N, E]``."""
+        vectors, gradients = rows.join(direction), self._gradients
+        if not gradients:
+            return torch.zeros_like(direction)
+        images = torch.autograd.grad(
+            [g for _, g in gradients], self.edges, [vectors[i] for i, _ in gradients], retain_graph=True,
+            allow_unused=True,
+        )  # fmt: skip
+        return rows.split([
+            torch.zeros_like(vector) if image is None else image for image, vector in zip(images, vectors, strict=True)
+        ])  # fmt: skip
+
+    @cached_property
+    def _gradients(self) -> list[tuple[int, Tensor]]:
+        """The gradient at every output that this part depends on, with a graph of its own."""
+        seed = self.seed.detach().clone().requires_grad_()
+        with differentiable(fused([self.root])):
+            found = torch.autograd.grad(self.root, self.edges, seed, create_graph=True, allow_unused=True)
+        gradients = [(i, g) for i, g in enumerate(found) if g is not None]
+        if gradients:
+            self._refuse_lost([g for _, g in gradients], seed)
+        return [(i, g) for i, g in gradients if g.requires_grad]
+
+    def _refuse_lost(self, gradients: Sequence[Tensor], seed: Tensor) -> None:
+        """Raise where torch has dropped the graph of a ``once_differentiable`` function, which it does silently.
+
+        Gradients are linear in the seed where their graph is whole.
+        """
+        size = torch.stack([g.detach().square().sum() for g in gradients]).sum()
+        whole = [g for g in gradients if g.requires_grad]
+        share = torch.zeros_like(seed)
+        if whole:
+            directions = [g.detach() for g in whole]
+            (share,) = torch.autograd.grad(whole, [seed], directions, retain_graph=True, materialize_grads=True)
+        if not torch.allclose((share * self.seed).sum(), size, rtol=1e3 * torch.finfo(size.dtype).eps, atol=0):
+            raise RuntimeError("the backward function of one of its ops leaves no graph.")
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)  # eigh takes no half precision
+def _product(basis: Tensor, along: Tensor) -> Tensor:
+    return torch.einsum("nbek,nbk->nbe", basis, along)
 
 
-def by_autograd(
-    scale: Tensor, input: Tensor, root: Tensor, edge: GradientEdge, owners: Owners | None = None
-) -> Quadratic:
-    """The loss ``root`` as a function of the output at ``edge``, where no closed form is known."""
-    return Quadratic(root, scale, edge, input, owners or BatchAxis(1))
+def _used(values: Tensor, complete: bool) -> list[tuple[int, int]]:
+    """Block and number of the eigenvalues ``[N, blocks, B]`` that are not zero up to rounding in all samples.
 
-
-LOSSES[by_autograd] = by_autograd
+    At least one, if there are any, so that parameters get zeros and not nothing.
+    """
+    if complete or not values.numel():
+        every = torch.ones(values.shape[1:], dtype=torch.bool)
+    else:
+        magnitudes = values.abs()
+        threshold = torch.finfo(values.dtype).eps * values.shape[2] * magnitudes.amax(2, keepdim=True)
+        every = (magnitudes > threshold).any(0)
+    return [(block, k) for block, k in every.nonzero().tolist()] or [(0, 0)][: every.numel()]
