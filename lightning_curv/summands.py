@@ -136,7 +136,8 @@ def loss_parts(passes: Passes) -> list[LossPart]:
         edges = [GradientEdge(*place) for place in places]
         likes = [head_at(edge, passes.loss).like for edge in edges]
         own = [owners[place] for place in places]
-        parts.append(Quadratic(edges, likes, own, passes.loss, passes.seed, others, passes.separate))
+        chosen = output is not None
+        parts.append(Quadratic(edges, likes, own, passes.loss, passes.seed, others, passes.separate, chosen))
     return parts
 
 

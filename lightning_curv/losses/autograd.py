@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.errors import UnsupportedError
+from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, differentiating_loss
 from lightning_curv.joins import nothing_below
 from lightning_curv.losses.likelihoods import signs_of
 from lightning_curv.losses.parts import LossPart, Signed
@@ -95,6 +96,7 @@ class Quadratic(LossPart):
         seed: The gradient it starts with.
         others: Nodes below which nothing belongs to this part: other parts of the loss, and the network.
         separate: Whether samples must not meet; else a loss in which they do is one function of the whole batch.
+        chosen: Whether the user says that this is the output.
     """
 
     edges: Sequence[GradientEdge]
@@ -104,6 +106,7 @@ class Quadratic(LossPart):
     seed: Tensor
     others: Sequence[Node] = ()
     separate: bool = True
+    chosen: bool = False
 
     @property
     def flat(self) -> bool:
@@ -112,6 +115,13 @@ class Quadratic(LossPart):
     def columns(self, complete: bool) -> Iterator[list[Tensor]]:
         """√λ₊ times every eigenvector of a sample."""
         values, vectors = self._eigen
+        if self.chosen and self.flat:
+            warnings.warn(
+                "The GGN is zero: the loss is linear in `output` of shape "
+                f"{tuple(self.likes[0].shape)}. Choose an output further down, for example the logits below a "
+                "log-softmax.",
+                stacklevel=2,
+            )
         values = values.clamp(min=0)
         return (self._column(values, vectors, block, k) for block, k in _used(values, complete))
 
@@ -147,15 +157,7 @@ class Quadratic(LossPart):
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
         with torch.enable_grad(), unheard(), nothing_below(self.others):
-            try:
-                hessian = self._hessian().detach()
-            except UnsupportedError:
-                raise
-            except RuntimeError as error:
-                raise UnsupportedError(
-                    "The curvature of a loss that torch has no function for is found by differentiating it twice, but "
-                    f"this one cannot be: {error} Write it in ops that can, or use first-order quantities."
-                ) from error
+            hessian = self._hessian().detach()
         self.__dict__.pop("_gradients", None)
         hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))  # eigh takes no half precision
         return (hessian[..., 0], torch.ones_like(hessian)) if hessian.shape[-1] == 1 else eigh(hessian)
@@ -222,19 +224,17 @@ class Quadratic(LossPart):
         vectors, gradients = rows.join(direction), self._gradients
         if not gradients:
             return torch.zeros_like(direction)
-        images = torch.autograd.grad(
-            [g for _, g in gradients], self.edges, [vectors[i] for i, _ in gradients], retain_graph=True,
-            allow_unused=True,
-        )  # fmt: skip
-        return rows.split([
-            torch.zeros_like(vector) if image is None else image for image, vector in zip(images, vectors, strict=True)
-        ])  # fmt: skip
+        outputs, seeds = [g for _, g in gradients], [vectors[i] for i, _ in gradients]
+        with differentiating_loss():
+            found = torch.autograd.grad(outputs, self.edges, seeds, retain_graph=True, allow_unused=True)
+        images = [torch.zeros_like(v) if image is None else image for image, v in zip(found, vectors, strict=True)]
+        return rows.split(images)
 
     @cached_property
     def _gradients(self) -> list[tuple[int, Tensor]]:
         """The gradient at every output that this part depends on, with a graph of its own."""
         seed = self.seed.detach().clone().requires_grad_()
-        with differentiable(fused([self.root])):
+        with differentiating_loss(), differentiable(fused([self.root])):
             found = torch.autograd.grad(self.root, self.edges, seed, create_graph=True, allow_unused=True)
         gradients = [(i, g) for i, g in enumerate(found) if g is not None]
         if gradients:
@@ -253,7 +253,10 @@ class Quadratic(LossPart):
             directions = [g.detach() for g in whole]
             (share,) = torch.autograd.grad(whole, [seed], directions, retain_graph=True, materialize_grads=True)
         if not torch.allclose((share * self.seed).sum(), size, rtol=1e3 * torch.finfo(size.dtype).eps, atol=0):
-            raise RuntimeError("the backward function of one of its ops leaves no graph.")
+            raise NoSecondDerivativeError(
+                "Expected a loss that can be differentiated twice at the outputs of the network, found one with an op "
+                "whose backward function leaves no graph. First-order quantities work with any loss."
+            )
 
 
 def _product(basis: Tensor, along: Tensor) -> Tensor:
