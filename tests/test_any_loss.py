@@ -201,7 +201,9 @@ def elbo(f: Outputs, y: Tensor) -> Tensor:
 def elbo_of_known(f: Outputs, y: Tensor) -> Tensor:
     posterior = Normal(f[1], (f[2] / 2).exp())
     prior = Normal(torch.zeros_like(f[1]), torch.ones_like(f[1]))
-    return F.binary_cross_entropy_with_logits(f[0], y.sigmoid(), reduction="sum") + kl_divergence(posterior, prior).sum()
+    return (
+        F.binary_cross_entropy_with_logits(f[0], y.sigmoid(), reduction="sum") + kl_divergence(posterior, prior).sum()
+    )
 
 
 def dice(f: Outputs, y: Tensor) -> Tensor:
@@ -331,13 +333,10 @@ def hessian_at_outputs(row: Row, outputs: Outputs, y: Tensor) -> Tensor:
 
 
 def finite_differences(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    gradients = torch.func.grad(lambda x: x.sum())  # only to say what is differentiated
-
     def gradient(x: Tensor) -> Tensor:
         x = x.clone().requires_grad_()
         return torch.autograd.grad(function(x), x)[0]
 
-    del gradients
     step = 1e-5 * torch.eye(len(at), dtype=at.dtype)
     return torch.stack([(gradient(at + e) - gradient(at - e)) / 2e-5 for e in step])
 
@@ -584,7 +583,7 @@ def test_a_recursion_needs_one_output():
 
 def test_all_is_zero_where_the_batch_is_empty():
     network, _, _ = CURVED[0].problem(1)
-    X, y = torch.empty(2, 0, 5, dtype=torch.float64)
+    X, y = torch.empty(2, 0, 5, dtype=torch.float64).unbind()
     computed(CURVED[0], network, X, y, DiagGGNExact())
     assert not network.body.weight.diag_ggn_exact.any()
     assert math.prod(network.body.weight.diag_ggn_exact.shape) == network.body.weight.numel()

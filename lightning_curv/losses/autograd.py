@@ -65,12 +65,12 @@ class Blocks:
     def split(self, entries: Tensor) -> Tensor:
         """``[N, E]`` to ``[N, blocks, size]``."""
         parts = entries.reshape(len(entries), self.outer, self.size, self.inner)
-        return parts.transpose(2, 3).reshape(len(entries), -1, self.size)
+        return parts.transpose(2, 3).reshape(len(entries), self.outer * self.inner, self.size)
 
     def join(self, blocks: Tensor) -> Tensor:
         """Back to ``[N, E]``."""
         parts = blocks.reshape(len(blocks), self.outer, self.inner, self.size)
-        return parts.transpose(2, 3).reshape(len(blocks), -1)
+        return parts.transpose(2, 3).reshape(len(blocks), self.outer * self.size * self.inner)
 
 
 @dataclass
@@ -251,7 +251,8 @@ class Quadratic(LossPart):
         share = torch.zeros_like(seed)
         if whole:
             directions = [g.detach() for g in whole]
-            (share,) = torch.autograd.grad(whole, [seed], directions, retain_graph=True, materialize_grads=True)
+            with differentiating_loss():
+                (share,) = torch.autograd.grad(whole, [seed], directions, retain_graph=True, materialize_grads=True)
         if not torch.allclose((share * self.seed).sum(), size, rtol=1e3 * torch.finfo(size.dtype).eps, atol=0):
             raise NoSecondDerivativeError(
                 "Expected a loss that can be differentiated twice at the outputs of the network, found one with an op "
