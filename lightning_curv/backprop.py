@@ -103,7 +103,7 @@ class Backprop:
             self._refuse_uncovered(passes.tape)
             self._find_samples(passes)
             self._choose(passes)
-        units = _units(self._extensions)
+        units = _units(self._extensions, passes)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
             with _Failing(self, extensions):
@@ -312,11 +312,12 @@ class _Failing:
         return False
 
 
-def _units(extensions: Sequence[AnyExtension]) -> dict[GraphExtension | Source, list[Any]]:
+def _units(extensions: Sequence[AnyExtension], passes: Passes) -> dict[GraphExtension | Source, list[Any]]:
     """What shares passes, in the order of the list: what comes first draws the same numbers whatever follows."""
     units: dict[GraphExtension | Source, list[Any]] = {}
     for extension in extensions:
         unit = extension if isinstance(extension, GraphExtension) else extension.source
+        unit = unit.on(passes) if hasattr(unit, "on") else unit
         units.setdefault(unit, []).append(extension)
     if len([unit for unit in units if isinstance(unit, Exact)]) > 1:  # the complete root serves all that need any
         units[Exact(complete=True)] += units.pop(Exact())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -72,6 +73,14 @@ class Signed:
             yield from passes.jacobians(Column(part.edges, column, signs) for column, signs in columns)
         yield from passes.jacobians(column for residual in residuals(passes) for column in residual.columns())
         yield from own_curvature(passes)
+
+
+class Chosen(Protocol):
+    """A source that is chosen when the loss is known."""
+
+    def on(self, passes: Passes) -> Source:
+        """The source for some passes."""
+        ...
 
 
 Source = Gradient | Exact | Sampled | Signed

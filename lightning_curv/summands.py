@@ -20,7 +20,7 @@ from lightning_curv.heads import PIECEWISE_LINEAR, head_at, linear_inputs
 from lightning_curv.joins import node_of
 from lightning_curv.losses.autograd import Quadratic
 from lightning_curv.losses.parts import KnownPart, LossPart
-from lightning_curv.owners import Owners
+from lightning_curv.owners import BatchAxis, Owners
 from lightning_curv.records import LossCall, edge_of
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def loss_parts(passes: Passes) -> list[LossPart]:
     for places in found.others:
         edges = [GradientEdge(*place) for place in places]
         likes = [head_at(edge, passes.loss).like for edge in edges]
-        own = [owners[place] for place in places]
+        own = [owners.get(place, BatchAxis(passes.samples.count)) for place in places]  # of no use: one sample
         chosen = output is not None
         parts.append(Quadratic(edges, likes, own, passes.loss, passes.seed, others, passes.separate, chosen))
     return parts

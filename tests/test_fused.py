@@ -281,7 +281,7 @@ def alignments(lengths=((4, 3), (2, 1)), concatenated=False, normal=True, tensor
 
     def op(x):
         padded = torch.tensor([[*found, 1, 1][:2] for found in words])
-        targets = torch.tensor(sum(words, [])) if concatenated else padded
+        targets = torch.tensor([letter for found in words for letter in found]) if concatenated else padded
         sizes = [torch.tensor(length) for length in lengths] if tensors else lengths
         return F.ctc_loss(probabilities(x), targets, *sizes, reduction="none")
 

@@ -77,7 +77,8 @@ class Extension(ABC):
         return previous + new
 
     def __repr__(self) -> str:
-        arguments = f"mc_samples={self.source.samples}" if isinstance(self.source, Sampled) else ""
+        drawn = getattr(self.source, "samples", None)
+        arguments = "" if drawn is None else f"mc_samples={drawn}"
         return f"{type(self).__name__}({arguments})"
 
 

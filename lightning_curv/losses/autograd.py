@@ -160,7 +160,11 @@ class Quadratic(LossPart):
             hessian = self._hessian().detach()
         self.__dict__.pop("_gradients", None)
         hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))  # eigh takes no half precision
-        return (hessian[..., 0], torch.ones_like(hessian)) if hessian.shape[-1] == 1 else eigh(hessian)
+        if hessian.shape[-1] == 1:
+            return hessian[..., 0], torch.ones_like(hessian)
+        broken = ~hessian.isfinite().all(-1).all(-1)  # of a diverging network, which no decomposition takes
+        values, vectors = eigh(hessian.masked_fill(broken[..., None, None], 0))
+        return values.masked_fill(broken[..., None], torch.nan), vectors
 
     def _hessian(self) -> Tensor:
         """``[N, blocks, B, B]``, one differentiation per entry of a block, all blocks and samples at once."""
@@ -182,13 +186,15 @@ class Quadratic(LossPart):
         zeros = rows.split(self.likes)
         trial = (zeros + 1 + golden(zeros.shape[1]).to(zeros)).detach()
         image = self._times(rows, trial)
+        # of rounding: relative to the image, and larger where much cancels, as in a confident softmax
+        noise = 10 * (self._times(rows, 1.1 * trial) / 1.1 - image).abs()
+        noise = noise + 100 * torch.finfo(image.dtype).eps * image.abs()
         whole = Blocks(1, zeros.shape[1])
-        eps = torch.finfo(image.dtype).eps
         for blocks in self._candidates(zeros.shape[1]):
-            magnitudes = image.abs().amax(1, keepdim=True) if zeros.numel() else image
-            if self._apart(rows, blocks, trial, image, 100 * eps * magnitudes):
+            if self._apart(rows, blocks, trial, image, noise.amax(1, keepdim=True)):
                 return rows, blocks
-        if self._apart(rows, whole, trial, image, 1e3 * eps * image.abs().amax() if image.numel() else image):
+        verified = self.separate and not self.chosen
+        if verified or not noise.numel() or self._apart(rows, whole, trial, image, 10 * noise.amax()):
             return rows, whole
         if self.separate:
             raise UnsupportedError(
@@ -199,11 +205,11 @@ class Quadratic(LossPart):
         return Rows(self.likes, None), Blocks(1, sum(like.numel() for like in self.likes))
 
     def _apart(self, rows: Rows, blocks: Blocks, trial: Tensor, image: Tensor, tolerance: Tensor) -> bool:
-        """Whether H maps a direction with a weight per block to the image with the same weights."""
+        """Whether H maps a direction with a weight per block to the image with the same weights, or to NaN."""
         shape = blocks.split(trial).shape
         weights = golden(shape[0] * shape[1]).reshape(*shape[:2], 1).to(trial).expand(shape)
         weights = blocks.join(weights)
-        return bool(((self._times(rows, weights * trial) - weights * image).abs() <= tolerance).all())
+        return not bool(((self._times(rows, weights * trial) - weights * image).abs() > tolerance).any())
 
     def _candidates(self, entries: int) -> list[Blocks]:
         """Ways in which the entries of a sample may fall into blocks, the smallest first."""
@@ -274,5 +280,5 @@ def _used(values: Tensor, complete: bool) -> list[tuple[int, int]]:
     else:
         magnitudes = values.abs()
         threshold = torch.finfo(values.dtype).eps * values.shape[2] * magnitudes.amax(2, keepdim=True)
-        every = (magnitudes > threshold).any(0)
+        every = ~(magnitudes <= threshold).all(0)  # NaN too
     return [(block, k) for block, k in every.nonzero().tolist()] or [(0, 0)][: every.numel()]
