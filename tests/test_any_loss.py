@@ -37,6 +37,8 @@ from lightning_curv.extensions import (
     JacobianExact,
     SqrtGGNExact,
 )
+from lightning_curv.losses import autograd
+from lightning_curv.symmetric import root_product
 
 Outputs = Sequence[Tensor]
 
@@ -269,6 +271,11 @@ def ctc(f: Outputs, y: Tensor) -> Tensor:
     return F.ctc_loss(log_p, target, *lengths, reduction="sum", zero_infinity=True)
 
 
+def correlated_rows(f: Outputs, y: Tensor) -> Tensor:
+    """Concave along some directions."""
+    return f[0].square().sum(1).sin().sum() + f[0].logsumexp(1).sum()
+
+
 def shared_scale(f: Outputs, y: Tensor) -> Tensor:
     scale = F.softplus(f[1])
     return (((f[0] - y[:, :2]) / scale).square() / 2 + scale.log()).sum()
@@ -446,6 +453,37 @@ def test_hessian_equals_brute_force(row, count):
 def test_samples_are_unbiased(row):
     network, X, y = row.problem(3)
     name, p = next(iter(network.named_parameters()))
+    generator, runs = torch.Generator().manual_seed(0), []
+    for _ in range(RUNS):
+        computed(row, network, X, y, DiagGGNMC(mc_samples=16), generator=generator)
+        runs.append(p.diag_ggn_mc)
+    expected = ggn_blocks(row, network, X, y)[name].sum(0).diagonal().reshape(p.shape)
+    assert_unbiased(torch.stack(runs), expected, name)
+
+
+@pytest.mark.parametrize("steps", [4, 32, 60])
+def test_roots_by_products_alone(steps):
+    """Exact in as many steps as there are entries; squared lengths of positive matrices are exact in any number."""
+    torch.manual_seed(0)
+    p = torch.randn(3, 2, 40, dtype=torch.float64).softmax(-1)
+    p[0, 1] = torch.eye(40)[0]  # a matrix of zeros
+    H, v = torch.diag_embed(p) - p[..., None] * p[..., None, :], torch.randn(3, 2, 40, dtype=torch.float64)
+    found = root_product(lambda x: (H @ x[..., None])[..., 0], v, steps)
+    assert_close(found.square().sum(-1), (v * (H @ v[..., None])[..., 0]).sum(-1), rounding=1e-14)
+    values, vectors = torch.linalg.eigh(H)
+    root = vectors @ torch.diag_embed(values.clamp(min=0).sqrt()) @ vectors.mT
+    expected = (root @ v[..., None])[..., 0]
+    error = (found - expected).norm() / expected.norm()
+    assert error < {4: 0.1, 32: 1e-3, 60: 1e-6}[steps]
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, correlated_rows])
+def test_samples_of_many_classes_take_no_matrix(loss, monkeypatch):
+    row = Row(loss, lambda: Heads(12))
+    network, X, y = row.problem(3)
+    name, p = next(iter(network.named_parameters()))
+    monkeypatch.setattr(autograd, "LARGE", 4)
+    monkeypatch.setattr(autograd.Quadratic, "_hessian", None)
     generator, runs = torch.Generator().manual_seed(0), []
     for _ in range(RUNS):
         computed(row, network, X, y, DiagGGNMC(mc_samples=16), generator=generator)

@@ -17,8 +17,11 @@ from lightning_curv.losses.likelihoods import signs_of
 from lightning_curv.losses.parts import LossPart, Signed
 from lightning_curv.own_passes import unheard
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, golden
-from lightning_curv.symmetric import eigh
+from lightning_curv.symmetric import eigh, root_product
 from lightning_curv.twice import differentiable, fused
+
+LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
+STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class Quadratic(LossPart):
     H falls into blocks, which is found out by products with weighted vectors.
 
     Cost: one differentiation of the loss (not of the network) per entry of a block, and at most six more; N·E·B numbers
-    of memory for E output entries of a sample in blocks of B.
+    of memory for E output entries of a sample in blocks of B. Samples of blocks of more than `LARGE` entries take
+    `STEPS` differentiations and as many vectors, see `root_product`.
 
     Attributes:
         edges: Where the outputs are in the graph.
@@ -110,7 +114,7 @@ class Quadratic(LossPart):
 
     @property
     def flat(self) -> bool:
-        return not bool(self._eigen[0].any())
+        return not bool(self._trial[1].any())
 
     def columns(self, complete: bool) -> Iterator[list[Tensor]]:
         """√λ₊ times every eigenvector of a sample."""
@@ -126,7 +130,11 @@ class Quadratic(LossPart):
         return (self._column(values, vectors, block, k) for block, k in _used(values, complete))
 
     def sample(self, generator: torch.Generator) -> list[Tensor]:
-        """V √Λ₊ ε."""
+        """V √Λ₊ ε; of blocks too large to be decomposed by products with the Hessian."""
+        rows, blocks = self._layout
+        if blocks.size > LARGE and "_eigen" not in self.__dict__:
+            noise = torch.empty_like(blocks.split(rows.split(self.likes))).normal_(generator=generator)
+            return self._joined(root_product(self._times_blocks, noise, STEPS))
         values, vectors = self._eigen
         noise = torch.empty_like(values).normal_(generator=generator)
         return self._joined(_product(vectors, values.clamp(min=0).sqrt() * noise))
@@ -156,8 +164,7 @@ class Quadratic(LossPart):
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
-        with torch.enable_grad(), unheard(), nothing_below(self.others):
-            hessian = self._hessian().detach()
+        hessian = self._hessian()
         self.__dict__.pop("_gradients", None)
         hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))  # eigh takes no half precision
         if hessian.shape[-1] == 1:
@@ -171,9 +178,22 @@ class Quadratic(LossPart):
         rows, blocks = self._layout
         unit = blocks.split(torch.zeros_like(rows.split(self.likes)))
         places = torch.arange(unit.shape[2], device=unit.device)
-        found = [blocks.split(self._times(rows, blocks.join(unit.index_fill(2, e, 1)))) for e in places]
+        found = [self._times_blocks(unit.index_fill(2, e, 1)) for e in places]
         hessian = torch.stack(found, 2) if found else unit[..., None]
         return (hessian + hessian.mT) / 2
+
+    def _times_blocks(self, direction: Tensor) -> Tensor:
+        """The Hessian times a direction, both ``[N, blocks, B]``."""
+        rows, blocks = self._layout
+        return blocks.split(self._times(rows, blocks.join(direction)))
+
+    @cached_property
+    def _trial(self) -> tuple[Tensor, Tensor]:
+        """A direction that no structure annihilates, and its image: zero only where the Hessian is."""
+        rows = Rows(self.likes, self.owners)
+        zeros = rows.split(self.likes)
+        trial = zeros + 1 + golden(zeros.shape[1]).to(zeros)
+        return trial, self._times(rows, trial)
 
     @cached_property
     def _layout(self) -> tuple[Rows, Blocks]:
@@ -182,15 +202,12 @@ class Quadratic(LossPart):
         Raises:
             UnsupportedError: Second derivatives mix the samples, and they must be separate.
         """
-        rows = Rows(self.likes, self.owners)
-        zeros = rows.split(self.likes)
-        trial = (zeros + 1 + golden(zeros.shape[1]).to(zeros)).detach()
-        image = self._times(rows, trial)
+        rows, (trial, image) = Rows(self.likes, self.owners), self._trial
         # of rounding: relative to the image, and larger where much cancels, as in a confident softmax
         noise = 10 * (self._times(rows, 1.1 * trial) / 1.1 - image).abs()
         noise = noise + 100 * torch.finfo(image.dtype).eps * image.abs()
-        whole = Blocks(1, zeros.shape[1])
-        for blocks in self._candidates(zeros.shape[1]):
+        whole = Blocks(1, trial.shape[1])
+        for blocks in self._candidates(trial.shape[1]):
             if self._apart(rows, blocks, trial, image, noise.amax(1, keepdim=True)):
                 return rows, blocks
         verified = self.separate and not self.chosen
@@ -231,7 +248,7 @@ class Quadratic(LossPart):
         if not gradients:
             return torch.zeros_like(direction)
         outputs, seeds = [g for _, g in gradients], [vectors[i] for i, _ in gradients]
-        with differentiating_loss():
+        with torch.enable_grad(), unheard(), nothing_below(self.others), differentiating_loss():
             found = torch.autograd.grad(outputs, self.edges, seeds, retain_graph=True, allow_unused=True)
         images = [torch.zeros_like(v) if image is None else image for image, v in zip(found, vectors, strict=True)]
         return rows.split(images)
@@ -240,7 +257,13 @@ class Quadratic(LossPart):
     def _gradients(self) -> list[tuple[int, Tensor]]:
         """The gradient at every output that this part depends on, with a graph of its own."""
         seed = self.seed.detach().clone().requires_grad_()
-        with differentiating_loss(), differentiable(fused([self.root])):
+        with (
+            torch.enable_grad(),
+            unheard(),
+            nothing_below(self.others),
+            differentiating_loss(),
+            differentiable(fused([self.root])),
+        ):
             found = torch.autograd.grad(self.root, self.edges, seed, create_graph=True, allow_unused=True)
         gradients = [(i, g) for i, g in enumerate(found) if g is not None]
         if gradients:
@@ -252,14 +275,15 @@ class Quadratic(LossPart):
 
         Gradients are linear in the seed where their graph is whole.
         """
-        size = torch.stack([g.detach().square().sum() for g in gradients]).sum()
+        size = torch.stack([g.detach().double().square().sum() for g in gradients]).sum()
         whole = [g for g in gradients if g.requires_grad]
         share = torch.zeros_like(seed)
         if whole:
             directions = [g.detach() for g in whole]
             with differentiating_loss():
                 (share,) = torch.autograd.grad(whole, [seed], directions, retain_graph=True, materialize_grads=True)
-        if not torch.allclose((share * self.seed).sum(), size, rtol=1e3 * torch.finfo(size.dtype).eps, atol=0):
+        eps = max(torch.finfo(tensor.dtype).eps for tensor in (share, *gradients))
+        if not torch.allclose((share * self.seed).double().sum(), size, rtol=1e3 * eps, atol=0, equal_nan=True):
             raise NoSecondDerivativeError(
                 "Expected a loss that can be differentiated twice at the outputs of the network, found one with an op "
                 "whose backward function leaves no graph. First-order quantities work with any loss."
