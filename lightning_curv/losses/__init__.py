@@ -1,5 +1,6 @@
 """Loss functions: the curvature that a loss call has at its input, as columns, samples and products."""
 
+from lightning_curv.losses.autograd import Quadratic
 from lightning_curv.losses.categorical import Categorical
 from lightning_curv.losses.likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
 from lightning_curv.losses.registry import LOSSES, PARTS, loss
@@ -12,6 +13,7 @@ __all__ = [
     "Gaussian",
     "Likelihood",
     "Poisson",
+    "Quadratic",
     "loss",
 ]
 
