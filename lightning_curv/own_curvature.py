@@ -19,14 +19,13 @@ from lightning_curv.dependence import uses_below
 from lightning_curv.derived import pulled_back
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import leaves, parameters
-from lightning_curv.heads import PIECEWISE_LINEAR, name_of
+from lightning_curv.heads import BILINEAR, PIECEWISE_LINEAR, name_of
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.joins import Join
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Column, Passes, apply_rule
 from lightning_curv.probing import owners_at
 from lightning_curv.records import Operand, Use
-from lightning_curv.residuals import BILINEAR
 from lightning_curv.rules.fallback import dense
 from lightning_curv.symmetric import eigh
 from lightning_curv.twice import differentiable, fused

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.dependence import Dependence
-from lightning_curv.heads import PIECEWISE_LINEAR
+from lightning_curv.heads import BILINEAR, PIECEWISE_LINEAR
 from lightning_curv.joins import nothing_below
 from lightning_curv.local_curvature import DiagonalResidual, LocalCurvature, Residual
 from lightning_curv.owners import Owners
@@ -35,8 +35,6 @@ _ELEMENTWISE = """
     Log2 LogSigmoid Mish Pow Reciprocal Rsqrt Sigmoid Silu Sin Sinh Softplus Sqrt Tan Tanh
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
-# nodes that are linear in each input: linear in the data if one input alone carries it
-BILINEAR = frozenset(("Addmm", "Baddbmm", "Bmm", "Convolution", "Dot", "Mm", "Mul", "Mv"))
 
 
 def residuals(passes: Passes) -> Iterator[Residual]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.graph import Tape
-from lightning_curv.heads import PIECEWISE_LINEAR, head_at, linear_inputs
+from lightning_curv.heads import head_at, linear_inputs
 from lightning_curv.joins import node_of
 from lightning_curv.losses.autograd import Quadratic
 from lightning_curv.losses.parts import KnownPart, LossPart
@@ -62,7 +62,7 @@ def find_summands(tape: Tape, loss: Tensor) -> Summands:
                 stack += [(after, number) for after, number in node.next_functions if after is not None]
         elif (output := outputs.at(place)) is not None:
             others.append({output})
-        elif inputs := linear_inputs(node, PIECEWISE_LINEAR):
+        elif inputs := linear_inputs(node, kinks=True):
             stack += inputs
         else:
             found, passed = outputs.below(place)

@@ -492,6 +492,41 @@ def test_samples_of_many_classes_take_no_matrix(loss, monkeypatch):
     assert_unbiased(torch.stack(runs), expected, name)
 
 
+def test_known_losses_that_are_added_up_in_any_order_stay_known(monkeypatch):
+    """By graph, by a product with a mask, by the hardest: no differentiation."""
+    monkeypatch.setattr(autograd.Quadratic, "_hessian", None)
+    torch.manual_seed(0)
+    layer, X, y = nn.Linear(3, 2).double(), torch.randn(6, 3).double(), torch.tensor([0, 1, 1, 0, 1, 0])
+
+    def ways(entropy):
+        yield torch.zeros(2, dtype=entropy.dtype).index_add(0, torch.arange(6) % 2, entropy).sum()
+        yield (entropy[None] @ torch.ones(6, 1, dtype=entropy.dtype)).sum()
+        yield entropy.topk(6).values.clamp(max=100).sum()
+
+    diagonals = []
+    for way in range(3):
+        with curvature(DiagGGNExact()):
+            [*ways(F.cross_entropy(layer(X), y, reduction="none"))][way].backward()
+        diagonals.append(layer.weight.diag_ggn_exact)
+    with curvature(DiagGGNExact()):
+        F.cross_entropy(layer(X), y, reduction="sum").backward()
+    for found in diagonals:
+        assert_close(found, layer.weight.diag_ggn_exact)
+
+
+def test_matrices_beyond_memory_are_refused(monkeypatch):
+    network, X, y = CURVED[0].problem(4)
+    monkeypatch.setattr(autograd, "MOST", 2)
+    with pytest.raises(UnsupportedError, match=r"3 x 3 numbers.*Use Monte-Carlo quantities"):
+        computed(CURVED[0], network, X, y, DiagGGNExact())
+
+
+def test_complex_outputs_are_refused():
+    layer = nn.Linear(5, 3).to(torch.complex128)
+    with pytest.raises(UnsupportedError, match="real numbers"), curvature(GGNMP()):
+        layer(torch.ones(4, 5, dtype=torch.complex128)).abs().pow(4).sum().backward()
+
+
 @each([row for row in CURVED if row.loss in (cross_entropy, focal, gaussian, two_heads)])
 def test_kronecker_factors_of_one_datum_are_the_block(row):
     network, X, y = row.problem(1)
@@ -613,10 +648,12 @@ def test_a_loss_without_second_derivative_is_refused(extension):
 
 
 def test_first_order_quantities_need_no_second_derivative():
-    row = Row(lambda f, y: (f[0] + Once.apply(f[0]) / f[0].numel()).sum(), lambda: Heads(3))
-    network, X, y = Row(quantile, lambda: Heads(3)).problem(1)
-    computed(row, network, X, y, BatchGrad())
-    assert network.heads[0].weight.grad_batch.shape == (1, 3, 4)
+    row = Row(once, lambda: Heads(3))
+    network, X, y = row.problem(4)
+    computed(row, network, X, y, BatchGrad(), batch_size=4)
+    p = network.heads[0].weight
+    rows = [torch.autograd.grad(row.value(network, X[n : n + 1], y[n : n + 1]), p)[0] for n in range(4)]
+    assert_close(p.grad_batch, torch.stack(rows))
 
 
 def test_a_recursion_needs_one_output():

@@ -252,7 +252,7 @@ class _Curvatures(_Matrix):
         super().__init__(passes, uses)
         self._loss = passes.loss  # keeps the graph
         self._parts = [
-            _Part(part.edges, [like.shape for like in part.likes], part.product) for part in passes.parts
+            _Part(part.edges, [like.shape for like in part.likes], part.multiplication()) for part in passes.parts
         ] + [_Part(r.edges, r.shapes, r.product) for r in found]
         self._edges = [edge for part in self._parts for edge in part.edges]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, differentiating_loss
 from lightning_curv.joins import nothing_below
 from lightning_curv.losses.likelihoods import signs_of
-from lightning_curv.losses.parts import LossPart, Signed
+from lightning_curv.losses.parts import LossPart, Multiplication, Signed
 from lightning_curv.own_passes import unheard
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, golden
 from lightning_curv.symmetric import eigh, root_product
@@ -22,6 +22,7 @@ from lightning_curv.twice import differentiable, fused
 
 LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
 STEPS = 32
+MOST = 2**14  # entries of a block whose matrix is formed at all, 2 GiB
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Rows:
     likes: Sequence[Tensor]
     owners: Sequence[Owners] | None
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of entries of a sample in every tensor."""
+        if self.owners is None:
+            return [like.numel() for like in self.likes]
+        return [owners.split(like).shape[1] for owners, like in zip(self.owners, self.likes, strict=True)]
+
     def split(self, tensors: Sequence[Tensor]) -> Tensor:
         """``[N, E]``, the entries of all tensors."""
         if self.owners is None:
@@ -45,9 +53,9 @@ class Rows:
     def join(self, entries: Tensor) -> list[Tensor]:
         """The tensors whose `split` are ``entries [N, E]``."""
         if self.owners is None:
-            parts = entries.split([like.numel() for like in self.likes], 1)
+            parts = entries.split(self.sizes, 1)
             return [part.reshape(like.shape).to(like.dtype) for part, like in zip(parts, self.likes, strict=True)]
-        parts = entries.split([o.split(like).shape[1] for o, like in zip(self.owners, self.likes, strict=True)], 1)
+        parts = entries.split(self.sizes, 1)
         return [
             owners.join(part.to(like.dtype), like.shape)
             for owners, part, like in zip(self.owners, parts, self.likes, strict=True)
@@ -139,12 +147,10 @@ class Quadratic(LossPart):
         noise = torch.empty_like(values).normal_(generator=generator)
         return self._joined(_product(vectors, values.clamp(min=0).sqrt() * noise))
 
-    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+    def multiplication(self) -> Multiplication:
         """V Λ₊ Vᵀ v."""
         values, basis = self._eigen
-        rows, blocks = self._layout
-        along = torch.einsum("nbek,nbe->nbk", basis, blocks.split(rows.split(vectors)).to(basis.dtype))
-        return self._joined(_product(basis, values.clamp(min=0) * along))
+        return partial(_positive_part, *self._layout, values.clamp(min=0), basis)
 
     def signed_columns(self, fewest: bool) -> Iterator[Signed]:
         """√|λ| times every eigenvector of a sample, with the signs of λ."""
@@ -176,6 +182,12 @@ class Quadratic(LossPart):
     def _hessian(self) -> Tensor:
         """``[N, blocks, B, B]``, one differentiation per entry of a block, all blocks and samples at once."""
         rows, blocks = self._layout
+        if blocks.size > MOST:
+            raise UnsupportedError(
+                f"The exact curvature of a loss that torch has no function for takes a matrix of {blocks.size} x "
+                f"{blocks.size} numbers for outputs that have second derivatives in common; at most {MOST} are taken. "
+                "Use Monte-Carlo quantities (`DiagGGNMC`, `KFAC`), which take none, or `HMP`."
+            )
         unit = blocks.split(torch.zeros_like(rows.split(self.likes)))
         places = torch.arange(unit.shape[2], device=unit.device)
         found = [self._times_blocks(unit.index_fill(2, e, 1)) for e in places]
@@ -188,12 +200,20 @@ class Quadratic(LossPart):
         return blocks.split(self._times(rows, blocks.join(direction)))
 
     @cached_property
+    def _rows(self) -> Rows:
+        return Rows(self.likes, self.owners)
+
+    @cached_property
     def _trial(self) -> tuple[Tensor, Tensor]:
         """A direction that no structure annihilates, and its image: zero only where the Hessian is."""
-        rows = Rows(self.likes, self.owners)
-        zeros = rows.split(self.likes)
+        if any(like.is_complex() for like in self.likes):
+            raise UnsupportedError(
+                "Expected real numbers at the outputs of the network, found complex ones. Let the last op with "
+                "parameters return real and imaginary parts (`torch.view_as_real`), or use `HMP`."
+            )
+        zeros = self._rows.split(self.likes)
         trial = zeros + 1 + golden(zeros.shape[1]).to(zeros)
-        return trial, self._times(rows, trial)
+        return trial, self._times(self._rows, trial)
 
     @cached_property
     def _layout(self) -> tuple[Rows, Blocks]:
@@ -202,7 +222,7 @@ class Quadratic(LossPart):
         Raises:
             UnsupportedError: Second derivatives mix the samples, and they must be separate.
         """
-        rows, (trial, image) = Rows(self.likes, self.owners), self._trial
+        rows, (trial, image) = self._rows, self._trial
         # of rounding: relative to the image, and larger where much cancels, as in a confident softmax
         noise = 10 * (self._times(rows, 1.1 * trial) / 1.1 - image).abs()
         noise = noise + 100 * torch.finfo(image.dtype).eps * image.abs()
@@ -288,6 +308,13 @@ class Quadratic(LossPart):
                 "Expected a loss that can be differentiated twice at the outputs of the network, found one with an op "
                 "whose backward function leaves no graph. First-order quantities work with any loss."
             )
+
+
+def _positive_part(
+    rows: Rows, blocks: Blocks, values: Tensor, basis: Tensor, vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    along = torch.einsum("nbek,nbe->nbk", basis, blocks.split(rows.split(vectors)).to(basis.dtype))
+    return rows.join(blocks.join(_product(basis, values * along)))
 
 
 def _product(basis: Tensor, along: Tensor) -> Tensor:

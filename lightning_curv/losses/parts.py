@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from lightning_curv.losses.likelihoods import Likelihood
 from lightning_curv.owners import Owners
 
 Signed = tuple[list[Tensor], Tensor | None]  # a column at every output, and its sign per sample
+
+
+Multiplication = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class LossPart(ABC):
@@ -48,8 +51,8 @@ class LossPart(ABC):
         """A random column whose expected square is that curvature."""
 
     @abstractmethod
-    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """That curvature times a vector."""
+    def multiplication(self) -> Multiplication:
+        """That curvature as a function of a vector, which does not need the graph."""
 
     @abstractmethod
     def signed_columns(self, fewest: bool) -> Iterator[Signed]:
@@ -93,8 +96,12 @@ class KnownPart(LossPart):
     def sample(self, generator: torch.Generator) -> list[Tensor]:
         return [self.likelihood.sample(generator)]
 
-    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        return [self.likelihood.product(vectors[0])]
+    def multiplication(self) -> Multiplication:
+        return partial(_times, self.likelihood)
 
     def signed_columns(self, fewest: bool) -> Iterator[Signed]:
         return (([column], signs) for column, signs in self.likelihood.hessian_columns(self.owner, fewest))
+
+
+def _times(likelihood: Likelihood, vectors: Sequence[Tensor]) -> list[Tensor]:
+    return [likelihood.product(vectors[0])]
