@@ -14,7 +14,6 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.joins import Join
-from lightning_curv.losses import by_autograd
 from lightning_curv.provenance import Roots
 from lightning_curv.records import LossCall, Operand, Output, Use, marks
 
@@ -47,7 +46,6 @@ class Tape:
         outside: Keys of ``uses`` that the root reaches without passing a recorded loss call.
         leaves: Other leaf tensors that require gradients.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
-        refusals: Why calls of known loss functions were not recorded.
         structure: Names of all nodes in the order of the walk, with the axes and sizes that they work on.
         nodes: These nodes.
         casts: Nodes that may change the precision.
@@ -62,7 +60,6 @@ class Tape:
     outside: set[Node] = field(default_factory=set)
     leaves: list[Tensor] = field(default_factory=list)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -149,8 +146,6 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
             tape.hidden.append(name)
         mark = marks(node)
-        if mark is not None and mark.refusal is not None:
-            tape.refusals.append(mark.refusal)
         call = mark.loss if mark is not None else None
         if call is not None and (output is None or not reaches(call.input.node, output.input.node)):
             tape.losses[node] = call
@@ -234,8 +229,7 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
             "module; pass the tensor instead of a module that is called several times; clone an output that is a view "
             "before overwriting it."
         )
-    arguments = {"input": found[0].like, "root": loss, "edge": found[0].edge}
-    return LossCall(by_autograd, arguments, found[0].edge, loss.shape, loss.output_nr)
+    return LossCall(find_output, {"input": found[0].like}, found[0].edge, loss.shape, loss.output_nr)
 
 
 def reaches(root: Node, node: Node) -> bool:

@@ -314,8 +314,9 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
         return {}
     samples = passes.samples
     heads = [
-        (Head(call.input, call.arguments["input"], call), samples.losses[node])
-        for node, call in passes.tape.losses.items()
+        (Head(edge, like), owners)
+        for part in passes.parts
+        for edge, like, owners in zip(part.edges, part.likes, part.owners, strict=True)
     ]
     places = [Place.anywhere(edge, samples.count) for edge in edges]
     found: dict[GradientEdge, Owners | None] = {}

@@ -270,8 +270,7 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     differentiable = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
     if out.grad_fn is None:
         return out
-    if unknown := [name for name in differentiable if (func, name) not in PARTS]:
-        mark_at(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
+    if any((func, name) not in PARTS for name in differentiable):
         return out
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     read = [all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad]

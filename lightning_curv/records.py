@@ -126,7 +126,6 @@ class Marks:
 
     use: Use | None = None
     loss: LossCall | None = None
-    refusal: str | None = None  # why a call of a known loss function is no `LossCall`
     outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
     origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
