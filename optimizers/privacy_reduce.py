@@ -5,8 +5,9 @@ Floating-point numbers are no real numbers: which of them :math:`S + \sigma C z`
 al., *Are We There Yet? Timing and Floating-Point Attacks on Differential Privacy Systems*, S&P 2022, and Holohan &
 Braghin, ESORICS 2021). So sums and noise are rounded to multiples of one power of two, and added as integers, without
 any further rounding. For S on that grid, :math:`S + \mathrm{round}(z) = \mathrm{round}(S + z)`: a function of what the
-Gaussian mechanism would release, which costs no privacy. The grid is 2⁻³⁴ σC or finer, far coarser than the numbers z
-come from (52 bits and more), and rounding d entries of S adds no more than √d 2⁻³⁴ σC to a sample's share.
+Gaussian mechanism would release, which costs no privacy. The grid is 2⁻³⁴ σC or finer; round(z) is drawn as such
+(`privacy_gaussian`), so that no multiple is preferred. Rounding d entries of S adds no more than √d 2⁻³⁴ σC to a
+sample's share.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import distributed as dist
 from lightning_curv.optimizers.privacy_noise import NoiseSource
 
 GRID = 34  # bits of the noise's standard deviation
-BLOCK = 2**17  # entries that are worked on at once, in cache
+BLOCK = 2**18  # entries that are worked on at once, in cache
 
 
 def summed_over_ranks(totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource) -> list[Tensor]:
@@ -74,7 +75,7 @@ def _wide(total: Tensor, std: float, noise: NoiseSource | None) -> Tensor:
 def _units(values: Tensor, std: float, noise: NoiseSource | None) -> Tensor:
     """Values, with noise if there is a source, in multiples of the grid: whole numbers of float64."""
     step = grid(std)
-    found = values.double().div_(step).round_() if values.dtype != torch.float64 else (values / step).round_()
+    found = values.to(torch.float64, copy=True).div_(step).round_()
     if noise is not None:
-        found += noise.normal(values.numel()).mul_(std / step).round_().to(found.device)
+        found += noise.rounded(values.numel(), std / step).to(found.device)
     return found
