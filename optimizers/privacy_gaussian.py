@@ -16,8 +16,9 @@ beyond which there is less than 2⁻¹¹⁰.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -51,14 +52,14 @@ class RoundedGaussian:
         lowest, highest = torch.minimum(masses[:-1], masses[1:]), torch.maximum(masses[:-1], masses[1:])
         counts = _at_most(lowest, ENTRIES)
         self.share = float((lowest / counts)[counts > 0].min() * ENTRIES)
-        self._middles = edges[:-1] + self.width / 2
-        self._table = self._middles.repeat_interleave(counts)
+        bars = torch.arange(1 - 2 * self.side, 2 * self.side, 2, dtype=torch.int16, device="cpu")  # small: in cache
+        self._table = bars.repeat_interleave(counts)
         self._taken = counts.double() * (self.share / ENTRIES)  # of the mass of each bar by the table
         self._end = self.side * self.width / deviation
         tails = 2 * math.exp(-(self._end**2) / 2) / math.sqrt(2 * math.pi) / self._end
         rest = torch.cat([highest - self._taken, highest.new_tensor([tails])])
         proposed, unit = _at_least(rest, ENTRIES)
-        self._proposals = torch.arange(len(rest), device="cpu").repeat_interleave(proposed)
+        self._proposals = torch.arange(len(rest), dtype=torch.int16, device="cpu").repeat_interleave(proposed)
         self._heights = proposed.double() * unit  # of the boxes that the rest of every bar, and of the tails, lies in
         self._acceptance = (1 - self.share) / (ENTRIES * unit)
         self._tail_acceptance = tails / float(self._heights[-1])
@@ -68,17 +69,21 @@ class RoundedGaussian:
         scale = self.width / self.deviation / math.sqrt(2 * math.pi)
         return (numbers / self.deviation).square_().mul_(-0.5).exp_().mul_(scale)
 
-    def draw(self, count: int, entropy: Entropy) -> Tensor:
-        """Independent numbers, ``[count]`` of float64."""
-        bits = _bits(6 * count, entropy)
-        found = self._table.index_select(0, _indices(bits[4 * count :]))
-        found += self._within(bits[: 4 * count])
-        rest = self._places_of_the_rest(count, entropy)
-        return found.index_copy_(0, rest, self._rest(len(rest), entropy))
+    def draw(self, sizes: Sequence[int], entropy: Entropy) -> Iterator[Tensor]:
+        """Independent numbers, a tensor of float64 for each of ``sizes``; what is rare is drawn for all at once."""
+        places = self._places_of_the_rest(sum(sizes), entropy)
+        starts = torch.tensor([*accumulate(sizes, initial=0)], device="cpu")
+        rest = self._rest(len(places), entropy)
+        here = torch.searchsorted(places, starts).tolist()
+        for size, start, first, last in zip(sizes, starts.tolist(), here, here[1:]):
+            bits = _bits(6 * size, entropy)
+            numbers = self._numbers(self._table.index_select(0, _indices(bits[4 * size :])), bits[: 4 * size])
+            yield numbers.index_copy_(0, places[first:last] - start, rest[first:last])
 
-    def _within(self, bits: Tensor) -> Tensor:
-        """Places in a bar beside its middle, from 4 bytes each."""
-        return bits.view(torch.int32).bitwise_right_shift_(32 - self.bits)
+    def _numbers(self, middles: Tensor, bits: Tensor) -> Tensor:
+        """Whole numbers in bars whose middles are given in halves of a width, by 4 random bytes each."""
+        beside = bits.view(torch.int32).bitwise_right_shift_(32 - self.bits)
+        return beside.double().add_(middles, alpha=self.width / 2)
 
     def _places_of_the_rest(self, count: int, entropy: Entropy) -> Tensor:
         """Which of ``count`` numbers are not from the table, each with probability 1 - λ: by geometric gaps."""
@@ -88,13 +93,13 @@ class RoundedGaussian:
             size = int(expected + 6 * math.sqrt(expected)) + 8
             gaps = _uniform(size, entropy).log_().div_(math.log(self.share)).floor_().add_(1)
             places = gaps.cumsum(0).long().add_(start - 1)
-            found.append(places[places < count])
+            found.append(places[: int(torch.searchsorted(places, count))])
             start = int(places[-1]) + 1
         return torch.cat(found)
 
     def _rest(self, count: int, entropy: Entropy) -> Tensor:
         """Numbers from what the table leaves out."""
-        found, missing = [self._middles[:0]], count
+        found, missing = [self._taken[:0]], count
         while missing:
             proposals = missing / self._acceptance
             some = self._accepted(int(proposals + 4 * math.sqrt(proposals)) + 8, entropy)[:missing]
@@ -105,11 +110,11 @@ class RoundedGaussian:
     def _accepted(self, count: int, entropy: Entropy) -> Tensor:
         """Those of ``count`` proposals that lie under the density and above the table."""
         bits = _bits(6 * count, entropy)
-        bars = self._proposals.index_select(0, _indices(bits[4 * count :]))
+        bars = self._proposals.index_select(0, _indices(bits[4 * count :])).int()
         level = _uniform(count, entropy).mul_(self._heights.index_select(0, bars))
-        tails = (bars == len(self._middles)).nonzero().squeeze(1)
-        bars.clamp_(max=len(self._middles) - 1)
-        numbers = self._middles.index_select(0, bars).add_(self._within(bits[: 4 * count]))
+        tails = (bars == 2 * self.side).nonzero().squeeze(1)
+        bars[tails] = 0
+        numbers = self._numbers(bars.mul(2).add_(1 - 2 * self.side), bits[: 4 * count])
         accepted = level <= self._masses(numbers).sub_(self._taken.index_select(0, bars))
         if len(tails):
             numbers[tails], accepted[tails] = self._tails(len(tails), entropy)

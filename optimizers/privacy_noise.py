@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +33,8 @@ class NoiseSource:
         secure: Draw from the operating system's entropy directly, for those who trust no library. Four times slower.
 
     Example:
-        >>> NoiseSource().rounded(6, deviation=2.0**34).dtype
-        torch.float64
+        >>> next(NoiseSource().rounded([6], deviation=2.0**34)).shape
+        torch.Size([6])
     """
 
     def __init__(self, seed: int | None = None, secure: bool = False) -> None:
@@ -44,12 +46,20 @@ class NoiseSource:
             self._generator = torch.Generator().manual_seed(seed)
             warn(f"draws repeatable noise, found `noise_seed={seed}`: not secure, for tests only. Leave it out.")
 
-    def rounded(self, count: int, deviation: float) -> Tensor:
-        """Independent Gaussian numbers of this standard deviation, rounded: ``[count]`` of float64 on the CPU."""
-        if self._generator is not None:
-            numbers = torch.randn(count, generator=self._generator, dtype=torch.float64, device="cpu")
-            return numbers.mul_(deviation).round_()
-        return rounded_gaussian(deviation).draw(count, os.urandom if self.secure else _library_bytes)
+    def rounded(self, sizes: Sequence[int], deviation: float) -> Iterator[Tensor]:
+        """Independent Gaussian numbers, rounded.
+
+        Args:
+            sizes: How many, for every tensor that is asked for.
+            deviation: Standard deviation, before they are rounded; between 2²⁰ and 2³⁶.
+
+        Returns:
+            Tensors of float64 on the CPU.
+        """
+        if self._generator is None:
+            return rounded_gaussian(deviation).draw(sizes, os.urandom if self.secure else _library_bytes)
+        draw = partial(torch.randn, generator=self._generator, dtype=torch.float64, device="cpu")
+        return (draw(size).mul_(deviation).round_() for size in sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of a seeded generator."""

@@ -13,7 +13,10 @@ sample's share.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -22,7 +25,8 @@ from torch import distributed as dist
 from lightning_curv.optimizers.privacy_noise import NoiseSource
 
 GRID = 34  # bits of the noise's standard deviation
-BLOCK = 2**18  # entries that are worked on at once, in cache
+PIECE = 2**17  # entries that are worked on at once, in cache
+PIECES = 16  # that share what is rare in the noise
 
 
 def summed_over_ranks(totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource) -> list[Tensor]:
@@ -38,21 +42,16 @@ def summed_over_ranks(totals: Sequence[Tensor], stds: Sequence[float], noise: No
     Returns:
         The noisy sums. Cost: one collective of a flat copy in float64; the noise is drawn on the CPU.
     """
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not distributed:
-        for total, std in zip(totals, stds, strict=True):
-            if std:
-                _add_noise(total, std, noise)
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        for piece, units in _units(totals, stds, noise):
+            piece.set(units.mul_(piece.step))
         return list(totals)
-    draws = dist.get_rank() == 0
-    wide = [_wide(total, std, noise if draws else None) for total, std in zip(totals, stds, strict=True)]
-    flat = torch.cat([part.flatten() for part in wide])
+    flat = torch.cat([units for _, units in _units(totals, stds, noise if dist.get_rank() == 0 else None)])
     dist.all_reduce(flat)
-    parts = flat.split([total.numel() for total in totals])
-    return [
-        (part * (grid(std) if std else 1)).to(total.dtype).view_as(total)
-        for part, total, std in zip(parts, totals, stds, strict=True)
-    ]
+    pieces = _pieces(totals, stds)
+    for piece, units in zip(pieces, flat.split([piece.size for piece in pieces]), strict=True):
+        piece.set(units.mul_(piece.step))
+    return list(totals)
 
 
 def grid(std: float) -> float:
@@ -60,22 +59,63 @@ def grid(std: float) -> float:
     return 2.0 ** (math.floor(math.log2(std)) - GRID)
 
 
-def _add_noise(total: Tensor, std: float, noise: NoiseSource) -> None:
-    """Round a sum and add noise, in place and in cache."""
-    flat, step = total.view(-1), grid(std)
-    size = BLOCK if total.device.type == "cpu" else max(1, flat.numel())
-    for part in flat.split(size):
-        part.copy_(_units(part, std, noise).mul_(step))
+@dataclass
+class _Piece:
+    """Parts of tensors that are worked on together.
+
+    Attributes:
+        parts: Their entries, flat views.
+        std: Standard deviation of the noise.
+        size: The number of entries.
+    """
+
+    parts: list[Tensor]
+    std: float
+    size: int
+
+    @property
+    def step(self) -> float:
+        """The unit of what is added up."""
+        return grid(self.std) if self.std else 1.0
+
+    def get(self) -> Tensor:
+        """The entries in units, whole numbers of float64 if there is noise."""
+        values = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        values = values.to(torch.float64, copy=True)
+        return values.div_(self.step).round_() if self.std else values
+
+    def set(self, values: Tensor) -> None:
+        """Overwrite the entries."""
+        torch._foreach_copy_(self.parts, values.split([part.numel() for part in self.parts]))
 
 
-def _wide(total: Tensor, std: float, noise: NoiseSource | None) -> Tensor:
-    return _units(total.flatten(), std, noise) if std else total.double()
-
-
-def _units(values: Tensor, std: float, noise: NoiseSource | None) -> Tensor:
-    """Values, with noise if there is a source, in multiples of the grid: whole numbers of float64."""
-    step = grid(std)
-    found = values.to(torch.float64, copy=True).div_(step).round_()
-    if noise is not None:
-        found += noise.rounded(values.numel(), std / step).to(found.device)
+def _pieces(tensors: Sequence[Tensor], stds: Sequence[float]) -> list[_Piece]:
+    """All entries, small tensors together and large ones apart."""
+    found: list[_Piece] = []
+    for tensor, std in zip(tensors, stds, strict=True):
+        for part in tensor.view(-1).split(PIECE):
+            last = found[-1] if found else None
+            if last is not None and last.std == std and last.size + len(part) <= PIECE and _alike(last.parts[0], part):
+                last.parts.append(part)
+                last.size += len(part)
+            else:
+                found.append(_Piece([part], std, len(part)))
     return found
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device
+
+
+def _units(
+    totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource | None
+) -> Iterator[tuple[_Piece, Tensor]]:
+    """The pieces with their entries in units, with noise if there is a source."""
+    for std, pieces in groupby(_pieces(totals, stds), key=attrgetter("std")):
+        while some := [*islice(pieces, PIECES)]:
+            if not std or noise is None:
+                yield from ((piece, piece.get()) for piece in some)
+                continue
+            drawn = noise.rounded([piece.size for piece in some], std / grid(std))
+            for piece, numbers in zip(some, drawn, strict=True):
+                yield piece, piece.get().add_(numbers.to(piece.parts[0].device))
