@@ -90,19 +90,19 @@ class ClippedSum(GradientReceiver):
         bytes_ = sum(4 * jacobian.parameter.numel() for jacobian in formed)
         size = max(1, CHUNK_BYTES // bytes_) if formed else samples
         smallest = max(torch.finfo(jacobian.terms[0].g.dtype).tiny for jacobian in [*jacobians, *formed])
-        parts = []
+        parts, before = [], self.discarded
         for start in range(0, samples, size):
             some = slice(start, start + size)
             rows = [jacobian[some].formed() for jacobian in formed]
             owners = [jacobian.parameter for jacobian in [*jacobians, *rows]]
             weights = self._weights([*(n[some] for n in norms), *(row.norms()[0] for row in rows)], owners, smallest)
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
-                self._add(row, weight)
+                self._add(row, weight, self.discarded > before)
             parts.append(weights[: len(jacobians)])
         formed.clear()
         weights = torch.cat(parts, dim=1)
         while jacobians:  # one after the other, so that memory falls
-            self._add(jacobians.pop(), weights[len(jacobians)])
+            self._add(jacobians.pop(), weights[len(jacobians)], self.discarded > before)
 
     def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest: float) -> Tensor:
         """Factors of the gradients of some samples, one row per parameter; NaN where a sample does not count.
@@ -115,14 +115,14 @@ class ClippedSum(GradientReceiver):
         joint = stacked.norm(dim=0)
         if self.keep_norms:
             self.norms.append(joint)
-        counted = joint.isfinite() & (factors >= smallest).all(0)
+        counted = joint.isfinite() & ((factors >= smallest) & (factors < math.inf)).all(0)
         self.discarded += len(counted) - int(counted.sum())
         return factors.where(counted, math.nan).expand(len(norms), -1)
 
-    def _add(self, jacobian: Jacobian, weights: Tensor) -> None:
-        """Add samples whose weight is not NaN; the others may have gradients that are not, and 0 · NaN is NaN."""
-        finite = weights.isfinite()
-        if not bool(finite.all()):
+    def _add(self, jacobian: Jacobian, weights: Tensor, discarded: bool) -> None:
+        """Add the samples; if some were discarded, those whose weight is a number: 0 · NaN would be NaN."""
+        if discarded:
+            finite = weights.isfinite()
             jacobian, weights = jacobian[finite.nonzero().flatten().tolist()], weights[finite]
         if not jacobian.samples:
             return

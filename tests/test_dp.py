@@ -804,7 +804,7 @@ def test_no_raw_gradient_reaches_the_inner_optimizer(events, sigma):
             for p in layer:
                 p.requires_grad_(event == "unfreeze")
     if sigma:
-        optimizer._noise.rounded = lambda sizes, deviation: [torch.full((n,), deviation).double() for n in sizes]
+        optimizer._noise.rounded = lambda sizes, deviation: [deviation * torch.ones(n).double() for n in sizes]
     optimizer.step()
     moved = {p: before[p] - p.detach() for p in model.parameters()}
     for p in model.parameters():
