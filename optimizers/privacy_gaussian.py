@@ -70,20 +70,27 @@ class RoundedGaussian:
         return (numbers / self.deviation).square_().mul_(-0.5).exp_().mul_(scale)
 
     def draw(self, sizes: Sequence[int], entropy: Entropy) -> Iterator[Tensor]:
-        """Independent numbers, a tensor of float64 for each of ``sizes``; what is rare is drawn for all at once."""
+        """Independent numbers, a tensor of float64 for each of ``sizes``; the next one takes the memory of the last.
+
+        What is rare is drawn for all at once.
+        """
         places = self._places_of_the_rest(sum(sizes), entropy)
         starts = torch.tensor([*accumulate(sizes, initial=0)], device="cpu")
         rest = self._rest(len(places), entropy)
         here = torch.searchsorted(places, starts).tolist()
+        memory = _Memory(max(sizes, default=0))
         for size, start, first, last in zip(sizes, starts.tolist(), here, here[1:]):
-            bits = _bits(6 * size, entropy)
-            numbers = self._numbers(self._table.index_select(0, _indices(bits[4 * size :])), bits[: 4 * size])
+            bits = memory.bits[: 6 * size]
+            memory.bytes[: 6 * size] = entropy(6 * size)
+            indices = memory.indices[:size].copy_(bits[4 * size :].view(torch.uint16))
+            middles = torch.index_select(self._table, 0, indices, out=memory.middles[:size])
+            numbers = memory.numbers[:size].copy_(self._beside(bits[: 4 * size]))
+            numbers.add_(memory.wide[:size].copy_(middles), alpha=self.width / 2)
             yield numbers.index_copy_(0, places[first:last] - start, rest[first:last])
 
-    def _numbers(self, middles: Tensor, bits: Tensor) -> Tensor:
-        """Whole numbers in bars whose middles are given in halves of a width, by 4 random bytes each."""
-        beside = bits.view(torch.int32).bitwise_right_shift_(32 - self.bits)
-        return beside.double().add_(middles, alpha=self.width / 2)
+    def _beside(self, bits: Tensor) -> Tensor:
+        """Places in a bar, counted from its middle, by 4 random bytes each."""
+        return bits.view(torch.int32).bitwise_right_shift_(32 - self.bits)
 
     def _places_of_the_rest(self, count: int, entropy: Entropy) -> Tensor:
         """Which of ``count`` numbers are not from the table, each with probability 1 - λ: by geometric gaps."""
@@ -114,7 +121,7 @@ class RoundedGaussian:
         level = _uniform(count, entropy).mul_(self._heights.index_select(0, bars))
         tails = (bars == 2 * self.side).nonzero().squeeze(1)
         bars[tails] = 0
-        numbers = self._numbers(bars.mul(2).add_(1 - 2 * self.side), bits[: 4 * count])
+        numbers = bars.double().add_(0.5 - self.side).mul_(self.width).add_(self._beside(bits[: 4 * count]))
         accepted = level <= self._masses(numbers).sub_(self._taken.index_select(0, bars))
         if len(tails):
             numbers[tails], accepted[tails] = self._tails(len(tails), entropy)
@@ -127,6 +134,21 @@ class RoundedGaussian:
         numbers = distance.mul(self.deviation).floor_().add_(self.side * self.width)
         accepted = level <= distance.square().mul_(-0.5).exp_().mul_(self._tail_acceptance)
         return numbers.where(side <= 0.5, -1 - numbers), accepted
+
+
+class _Memory:
+    """What is written again and again while numbers are drawn, so that it stays in cache.
+
+    Args:
+        size: How many numbers at a time.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.bytes = bytearray(6 * size)
+        self.bits = torch.frombuffer(self.bytes, dtype=torch.uint8) if size else _bits(0, bytes)
+        self.numbers, self.wide = torch.empty(2, size, dtype=torch.float64, device="cpu").unbind()
+        self.indices = torch.empty(size, dtype=torch.int32, device="cpu")
+        self.middles = torch.empty(size, dtype=torch.int16, device="cpu")
 
 
 @lru_cache(maxsize=8)

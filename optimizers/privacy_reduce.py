@@ -13,7 +13,7 @@ sample's share.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import attrgetter
@@ -46,7 +46,7 @@ def summed_over_ranks(totals: Sequence[Tensor], stds: Sequence[float], noise: No
         for piece, units in _units(totals, stds, noise):
             piece.set(units.mul_(piece.step))
         return list(totals)
-    flat = torch.cat([units for _, units in _units(totals, stds, noise if dist.get_rank() == 0 else None)])
+    flat = torch.cat([units.clone() for _, units in _units(totals, stds, noise if dist.get_rank() == 0 else None)])
     dist.all_reduce(flat)
     pieces = _pieces(totals, stds)
     for piece, units in zip(pieces, flat.split([piece.size for piece in pieces]), strict=True):
@@ -78,10 +78,9 @@ class _Piece:
         """The unit of what is added up."""
         return grid(self.std) if self.std else 1.0
 
-    def get(self) -> Tensor:
-        """The entries in units, whole numbers of float64 if there is noise."""
-        values = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-        values = values.to(torch.float64, copy=True)
+    def get(self, memory: Tensor) -> Tensor:
+        """The entries in units, whole numbers if there is noise, in some memory of float64."""
+        values = memory[: self.size].copy_(self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts))
         return values.div_(self.step).round_() if self.std else values
 
     def set(self, values: Tensor) -> None:
@@ -93,13 +92,14 @@ def _pieces(tensors: Sequence[Tensor], stds: Sequence[float]) -> list[_Piece]:
     """All entries, small tensors together and large ones apart."""
     found: list[_Piece] = []
     for tensor, std in zip(tensors, stds, strict=True):
-        for part in tensor.view(-1).split(PIECE):
-            last = found[-1] if found else None
-            if last is not None and last.std == std and last.size + len(part) <= PIECE and _alike(last.parts[0], part):
+        flat = tensor.view(-1)
+        for part in flat.split(PIECE) if flat.numel() > PIECE else [flat]:
+            last, size = found[-1] if found else None, part.numel()
+            if last is not None and last.std == std and last.size + size <= PIECE and _alike(last.parts[0], part):
                 last.parts.append(part)
-                last.size += len(part)
+                last.size += size
             else:
-                found.append(_Piece([part], std, len(part)))
+                found.append(_Piece([part], std, size))
     return found
 
 
@@ -110,12 +110,15 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def _units(
     totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource | None
 ) -> Iterator[tuple[_Piece, Tensor]]:
-    """The pieces with their entries in units, with noise if there is a source."""
-    for std, pieces in groupby(_pieces(totals, stds), key=attrgetter("std")):
-        while some := [*islice(pieces, PIECES)]:
-            if not std or noise is None:
-                yield from ((piece, piece.get()) for piece in some)
-                continue
-            drawn = noise.rounded([piece.size for piece in some], std / grid(std))
+    """The pieces with their entries in units, with noise if there is a source; the next takes the last one's memory."""
+    pieces = _pieces(totals, stds)
+    size = max((piece.size for piece in pieces), default=0)
+    memory = {device: torch.empty(size, dtype=torch.float64, device=device) for device in {t.device for t in totals}}
+    for std, run in groupby(pieces, key=attrgetter("std")):
+        while some := [*islice(run, PIECES)]:
+            drawn: Iterable[Tensor | None] = len(some) * [None]
+            if std and noise is not None:
+                drawn = noise.rounded([piece.size for piece in some], std / grid(std))
             for piece, numbers in zip(some, drawn, strict=True):
-                yield piece, piece.get().add_(numbers.to(piece.parts[0].device))
+                units = piece.get(memory[piece.parts[0].device])
+                yield piece, units if numbers is None else units.add_(numbers.to(units.device))

@@ -16,7 +16,8 @@ def released(total, std, **settings):
 
 
 def normal(count, **settings):
-    return torch.cat([*NoiseSource(**settings).rounded([count // 2, count - count // 2], 1.5 * 2**34)]) / (1.5 * 2**34)
+    drawn = NoiseSource(**settings).rounded([count // 2, count - count // 2], 1.5 * 2**34)
+    return torch.cat([numbers / (1.5 * 2**34) for numbers in drawn])
 
 
 def phi(x):
