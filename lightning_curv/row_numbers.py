@@ -170,12 +170,11 @@ def _routed(
     sources = [value for value in first if isinstance(value, Tensor)] if several else [first]
     if not sources or (several and len(sources) < len(first)):
         return [{} for _ in results]
-    known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
-    told = [numbers for numbers in known if numbers is not None]
-    in_place = not several and roots_of(first).numbers is None
-    key = _structure(func, first, [*told[0]] if told else [], rest, kwargs) if in_place else None
+    key = None if several else _structure(func, first, rest, kwargs)
     if key in _MOVED:
         return [*_MOVED[key]]
+    known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
+    told = [numbers for numbers in known if numbers is not None]
     found: list[dict[int, Tensor]] = [{} for _ in results]
     for size in set(told[0]).intersection(*told[1:]) if told else ():
         beside = told[0][size]  # what is joined to rows of the batch, and is the same for all, belongs to them
@@ -199,11 +198,13 @@ _MOVED: dict[Hashable, tuple[Numbers, ...]] = {}
 _MOST, _SMALL = 256, 2**16  # structures, and numbers of one
 
 
-def _structure(
-    func: Callable[..., Any], first: Tensor, sizes: list[int], rest: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Hashable:
+def _structure(func: Callable[..., Any], first: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
     """What the result of a call depends on where the rows are in their order; ``None``: on tensors, or on more."""
-    key: list[Hashable] = [func, first.shape, first.device, torch.is_inference_mode_enabled(), *sizes]
+    roots = roots_of(first)
+    if roots.numbers is not None or roots.constant:
+        return None
+    size = _size_in_order(first, roots)
+    key: list[Hashable] = [func, first.shape, first.device, torch.is_inference_mode_enabled(), size]
     for value in (*rest, *kwargs, *kwargs.values()):
         values = value if isinstance(value, (tuple, list)) else (value,)
         if not all(part is None or isinstance(part, (bool, int, str, torch.memory_format)) for part in values):
@@ -250,11 +251,17 @@ def numbers_of(tensor: Tensor) -> Numbers:
 
 def in_order(tensor: Tensor, roots: Roots) -> Numbers:
     """The numbers where nothing moved rows."""
-    sizes = {len(root) for root in roots.tensors if root.ndim and len(root) > 1}
-    sizes |= {len(root) for root in roots.tensors if root.ndim and not sizes}
-    if not tensor.ndim or len(tensor) not in sizes or roots.data or roots.routed:
-        return {}
-    return {len(tensor): counted(len(tensor), tensor)}
+    size = _size_in_order(tensor, roots)
+    return {} if size is None else {size: counted(size, tensor)}
+
+
+def _size_in_order(tensor: Tensor, roots: Roots) -> int | None:
+    """The size whose rows are counted along the leading axis where nothing moved rows."""
+    sizes = {root.shape[0] for root in roots.tensors if root.ndim and root.shape[0] > 1}
+    sizes |= {root.shape[0] for root in roots.tensors if root.ndim and not sizes}
+    if not tensor.ndim or tensor.shape[0] not in sizes or roots.data or roots.routed:
+        return None
+    return tensor.shape[0]
 
 
 def counted(size: int, tensor: Tensor) -> Tensor:
