@@ -8,8 +8,11 @@ from torch import nn
 
 from lightning_curv import curvature
 from lightning_curv.errors import UnsupportedError
+from lightning_curv.jacobian import Jacobian
 from lightning_curv.optimizers import DPSGD
+from lightning_curv.optimizers.privacy_clipping import FlatClipping
 from lightning_curv.optimizers.privacy_sum import ClippedSum
+from lightning_curv.terms import Term
 
 # --- N is in nobody's rounding ----------------------------------------------------------------------------------------
 
@@ -95,6 +98,28 @@ def test_half_precision_is_refused_where_the_division_cannot_be_seen():
 def test_no_usual_mean_is_refused_in_half_precision(name, n):
     model, X, y = nn.Linear(5, 4).bfloat16(), torch.randn(n, 5).bfloat16(), torch.randint(4, (n,))
     assert clipped_sum(model, lambda m, x, y: LOSSES[name](m(x), y), [X, y], 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [40, 400])
+def test_sums_are_accumulated_in_float32_or_better(dtype, count):
+    """Of terms in any type: a sum in the network's own half precision would lose the share of a sample."""
+    torch.manual_seed(0)
+    x, g = torch.randn(count, 6).to(dtype), torch.randn(1, count, 5).to(dtype)
+    parameter = nn.Parameter(torch.zeros(5, 6, dtype=dtype))
+    for C in (1.0, 1e-3):
+        sums = []
+        for n in (count, count - 1):
+            total = ClippedSum([parameter], FlatClipping(C), True)
+            total.begin(n)
+            total.receive(Jacobian(parameter, [Term("o", "i", "oi", g[:, :n], x[:n])]))
+            total.end()
+            sums += total.totals()
+        exact = torch.einsum("no,ni->noi", g[0].double(), x.double())
+        exact *= (C / exact.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None]
+        assert sums[0].dtype == torch.float32
+        assert (sums[0].double() - exact.sum(0)).norm() <= 2**-20 * count * C
+        assert (sums[0].double() - sums[1].double()).norm() <= C * (1 + 2**-20 * count)
 
 
 def test_identical_samples_in_bfloat16_change_nothing():
