@@ -25,8 +25,8 @@ from torch import distributed as dist
 from lightning_curv.optimizers.privacy_noise import NoiseSource
 
 GRID = 34  # bits of the noise's standard deviation
-PIECE = 2**17  # entries that are worked on at once, in cache
-PIECES = 16  # that share what is rare in the noise
+PIECE = 2**16  # entries that are worked on at once, in cache
+PIECES = 32  # that share what is rare in the noise
 
 
 def summed_over_ranks(totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource) -> list[Tensor]:
