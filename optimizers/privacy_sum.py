@@ -13,6 +13,10 @@ from lightning_curv.jacobian import Jacobian
 from lightning_curv.optimizers.privacy_clipping import Clipping
 from lightning_curv.pieces import CHUNK_BYTES
 
+# How much larger the parts of a sample's gradient may be than their sum. A sum over all samples at once rounds the
+# parts, before they cancel; where they cancel further, each sample's gradient is formed first, and rounded as a whole.
+CANCELS = 32
+
 
 class ClippedSum(GradientReceiver):
     r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
@@ -67,6 +71,7 @@ class ClippedSum(GradientReceiver):
         self._jacobians: list[Jacobian] = []
         self._norms: list[Tensor] = []  # of these
         self._formed: list[Jacobian] = []  # those whose norms need per-sample gradients
+        self._cancelling: set[Jacobian] = set()  # those of which a sum over all samples would round too much
         self._samples = samples
 
     def receive(self, jacobian: Jacobian) -> None:
@@ -75,14 +80,18 @@ class ClippedSum(GradientReceiver):
             jacobian = jacobian.formed()
         if jacobian.forms_norms:
             self._formed.append(jacobian)
-        else:
-            self._jacobians.append(jacobian)
-            self._norms.append(jacobian.norms()[0])
+            return
+        (norms,), (sizes,) = jacobian.norms_and_sizes()
+        self._jacobians.append(jacobian)
+        self._norms.append(norms)
+        if bool((sizes > CANCELS * norms).any()):
+            self._cancelling.add(jacobian)
 
     @torch.no_grad()
     def end(self) -> None:
         """Clip and add up the pass."""
         jacobians, norms, formed, samples = self._jacobians, self._norms, self._formed, self._samples
+        cancelling = self._cancelling
         self.begin(0)
         self.passes += 1
         if not (jacobians or formed) or not samples:
@@ -102,7 +111,12 @@ class ClippedSum(GradientReceiver):
         formed.clear()
         weights = torch.cat(parts, dim=1)
         while jacobians:  # one after the other, so that memory falls
-            self._add(jacobians.pop(), weights[len(jacobians)], self.discarded > before)
+            jacobian = jacobians.pop()
+            size = max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel())) if jacobian in cancelling else samples
+            for start in range(0, samples, size):
+                some = slice(start, start + size)
+                part = jacobian[some].formed() if jacobian in cancelling else jacobian
+                self._add(part, weights[len(jacobians)][some], self.discarded > before)
 
     def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest: float) -> Tensor:
         """Factors of the gradients of some samples, one row per parameter; NaN where a sample does not count.

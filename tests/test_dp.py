@@ -15,6 +15,8 @@ from zoo import NAMES, ROW, reference
 
 from lightning_curv import BatchGrad, curvature, record, samples
 from lightning_curv.optimizers import DPSGD, AdaptiveClipping, DPAdam, DPOptimizer
+from lightning_curv.optimizers.privacy_clipping import clipping_rule
+from lightning_curv.optimizers.privacy_sum import ClippedSum
 
 
 def private(parameters, lr=1.0, **settings):
@@ -310,6 +312,41 @@ def test_rounding_of_what_cancels_breaks_no_bound(size, positions, C):
         with_x, without = (contribution(model, X[:n], y[:n], C) for n in (4, 3))
         assert with_x.isfinite().all()
         assert (with_x.double() - without.double()).norm() <= C * (1 + 1e-5)
+
+
+class Kept(ClippedSum):
+    """Keeps what it received."""
+
+    def receive(self, jacobian):
+        self.received = [*getattr(self, "received", []), jacobian]
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2.0**-20), (torch.float64, 2.0**-49)])
+@pytest.mark.parametrize("C", [1e-4, 1.0])
+@pytest.mark.parametrize("size", ["tokens", 1e2, 1e4, 1e8, 1e18])
+def test_what_cancels_in_all_samples_breaks_no_bound(size, C, dtype, rounding):
+    """A sum over all samples at once would round what each adds before it cancels: by 10⁻⁴ C in float32."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        y, count = torch.randint(7, (12,)), 12
+        if size == "tokens":
+            model, X = Centred(nn.Embedding(9, 64)), torch.randint(9, (count, 1)).repeat(1, 16)
+        else:
+            model, X = Centred(nn.Linear(64, 64, bias=False)), 0.1 * torch.randn(count, 16, 64, dtype=dtype) + size
+        X[0] = torch.randint(9, (16,)) if size == "tokens" else torch.randn(16, 64)  # first: all sums after it change
+        model = model.to(dtype)
+        kept = Kept([*model.parameters()], clipping_rule("flat", C), mean=True)
+        with curvature(kept, batch_size=count):
+            F.cross_entropy(model(X), y).backward()
+        sums = []
+        for first in (0, 1):  # of the same cotangents, whose last digits may depend on the number of samples in torch
+            summed = ClippedSum(kept.parameters, kept.clipping, mean=True)
+            summed.begin(count - first)
+            for jacobian in kept.received:
+                summed.receive(jacobian[first:])
+            summed.end()
+            sums.append(torch.cat([total.flatten() for total in summed.totals()]).double())
+        assert (sums[0] - sums[1]).norm() <= C * (1 + count * rounding)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
