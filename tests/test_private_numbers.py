@@ -122,6 +122,19 @@ def test_sums_are_accumulated_in_float32_or_better(dtype, count):
         assert (sums[0].double() - sums[1].double()).norm() <= C * (1 + 2**-20 * count)
 
 
+@pytest.mark.parametrize("filling", [0.0, 1.0, 1e15, 1e19, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_do_not_depend_on_what_fills_up_a_sample(filling, dtype):
+    """Positions that a shorter sample does not have hold numbers of others."""
+    torch.manual_seed(0)
+    x, g = torch.randn(4, 3, 8, dtype=dtype), torch.randn(1, 4, 3, 6, dtype=dtype)
+    g[:, 1:, 2], x[1:, 2] = 0, filling
+    jacobian = Jacobian(nn.Parameter(torch.zeros(6, 8)), [Term("so", "si", "oi", g, x)])
+    assert not jacobian.forms_norms
+    exact = torch.einsum("nso,nsi->noi", g[0, :, :2].double(), x[:, :2].double()).flatten(1).norm(dim=1)
+    torch.testing.assert_close(jacobian.norms()[0, 1:], exact[1:], rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_identical_samples_in_bfloat16_change_nothing():
     """What 1/N does in the rounding of one sample, it does in that of all: 4.4 C before."""
     torch.manual_seed(0)
