@@ -8,7 +8,7 @@ rows 0 to 3 of a batch of 4 and rows 4 to 7 of one of 16, and the number of samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -170,6 +170,9 @@ def _routed(
     sources = [value for value in first if isinstance(value, Tensor)] if several else [first]
     if not sources or (several and len(sources) < len(first)):
         return [{} for _ in results]
+    key = None if several else _structure(func, first, rest, kwargs)
+    if key in _MOVED:
+        return [*_MOVED[key]]
     known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
     told = [numbers for numbers in known if numbers is not None]
     found: list[dict[int, Tensor]] = [{} for _ in results]
@@ -183,7 +186,31 @@ def _routed(
         moved = [out] if isinstance(out, Tensor) else out
         for one, tensor in zip(found, moved[:1] if name_of(func) == "pack_padded_sequence" else moved, strict=False):
             one[size] = _narrowed(tensor)
+    if key is not None and sum(n.numel() for numbers in found for n in numbers.values()) <= _SMALL:
+        if len(_MOVED) >= _MOST:
+            _MOVED.clear()
+        _MOVED[key] = tuple(found)
     return list(found)
+
+
+# What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and no one changes it.
+_MOVED: dict[Hashable, tuple[Numbers, ...]] = {}
+_MOST, _SMALL = 256, 2**16  # structures, and numbers of one
+
+
+def _structure(func: Callable[..., Any], first: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What the result of a call depends on where the rows are in their order; ``None``: on tensors, or on more."""
+    roots = roots_of(first)
+    if roots.numbers is not None or roots.constant:
+        return None
+    size = _size_in_order(first, roots)
+    key: list[Hashable] = [func, first.shape, first.device, torch.is_inference_mode_enabled(), size]
+    for value in (*rest, *kwargs, *kwargs.values()):
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(part is None or isinstance(part, (bool, int, str, torch.memory_format)) for part in values):
+            return None
+        key.append((type(value), *((type(part), part) for part in values)))
+    return tuple(key)
 
 
 def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: frozenset[int], elementwise: bool) -> Rows:
@@ -224,11 +251,17 @@ def numbers_of(tensor: Tensor) -> Numbers:
 
 def in_order(tensor: Tensor, roots: Roots) -> Numbers:
     """The numbers where nothing moved rows."""
-    sizes = {len(root) for root in roots.tensors if root.ndim and len(root) > 1}
-    sizes |= {len(root) for root in roots.tensors if root.ndim and not sizes}
-    if not tensor.ndim or len(tensor) not in sizes or roots.data or roots.routed:
-        return {}
-    return {len(tensor): counted(len(tensor), tensor)}
+    size = _size_in_order(tensor, roots)
+    return {} if size is None else {size: counted(size, tensor)}
+
+
+def _size_in_order(tensor: Tensor, roots: Roots) -> int | None:
+    """The size whose rows are counted along the leading axis where nothing moved rows."""
+    sizes = {root.shape[0] for root in roots.tensors if root.ndim and root.shape[0] > 1}
+    sizes |= {root.shape[0] for root in roots.tensors if root.ndim and not sizes}
+    if not tensor.ndim or tensor.shape[0] not in sizes or roots.data or roots.routed:
+        return None
+    return tensor.shape[0]
 
 
 def counted(size: int, tensor: Tensor) -> Tensor:
