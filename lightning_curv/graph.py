@@ -54,6 +54,7 @@ class Tape:
         routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
             the next.
         seen: Nodes that the walk has been at, and whether from outside of the losses.
+        pooled: What ops read inside of transforms, where rows of several samples met before, and their names.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
 
@@ -63,6 +64,7 @@ class Tape:
     leaves: list[Tensor] = field(default_factory=list)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    pooled: list[tuple[str, Roots]] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -149,6 +151,8 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
             tape.hidden.append(name)
         mark = marks(node)
+        if mark is not None and mark.pooled is not None:
+            tape.pooled.append((_kind(name), mark.pooled))
         if mark is not None and mark.refusal is not None:
             tape.refusals.append(mark.refusal)
         call = mark.loss if mark is not None else None

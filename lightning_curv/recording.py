@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
 from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
-from lightning_curv.provenance import DATA, Root, Roots, note, united
+from lightning_curv.provenance import DATA, Numbers, Root, Roots, note, physical, roots_of, tensors_in, united
 from lightning_curv.records import (
     CONSTANT,
     PURE,
@@ -41,15 +41,29 @@ from lightning_curv.records import (
     marks,
     origin_of,
 )
-from lightning_curv.row_numbers import FILLING, LIKE, counted, follow, name_of, ordered, plainly_in_order
+from lightning_curv.row_numbers import (
+    FILLING,
+    LIKE,
+    ROUTING,
+    Rows,
+    counted,
+    fingerprint,
+    follow,
+    name_of,
+    numbers_of,
+    ordered,
+    plainly_in_order,
+)
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
 from lightning_curv.weight_norm import weight_norm
 
-RANDOM = frozenset(
-    ["bernoulli", "exponential", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm", "uniform"]
-)
+_RANDOM = """
+    bernoulli exponential multinomial normal poisson rand rand_like randint randint_like randn randn_like randperm
+    uniform
+"""
+RANDOM = frozenset(_RANDOM.split())
 MAKING = frozenset(("as_tensor", "asarray", "from_numpy", "frombuffer", "tensor"))
 PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split"))
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
@@ -170,12 +184,19 @@ def _without_gradient(out: Tensor | Sequence[Any]) -> list[Tensor]:
 def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], results: list[Tensor]) -> None:
     """Note what tensors without gradient were computed from; random numbers come from outside."""
     name = name_of(func)
-    if disabled() or results[0].requires_grad or name in RANDOM:
+    if disabled() or name in RANDOM:
         return
+    if physical(results[0]).requires_grad:
+        return _mark_pooled(results, tensors_in([*args, *kwargs.values()]))
     args = args[:1] if name in LIKE else args
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_in([*args, *kwargs.values()])
+    inplace = any(results[0] is tensor for tensor in tensors)
+    if inplace and not _changes(func, kwargs):
+        return  # an argument as it is
     known = list(map(all_roots, tensors))
     roots = united(known)
+    if name in ROUTING:  # places are no statistics of what is there
+        roots = replace(roots, pooled=united(map(all_roots, tensors_in(args[:1]))).pooled)
     if name in FILLING:
         roots = CONSTANT_ROOTS
     if name in MAKING and not tensors:
@@ -187,16 +208,43 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
             note(out, roots)
         return
     drawn = _drawn_from(func, args, kwargs)
+    counts = not any(tensor.is_floating_point() for tensor in tensors)  # lengths are no statistics of what is in rows
+    view = results[0]._base if inplace else None
+    before = None if view is None else numbers_of(results[0])
     for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
-        # numbers of rows, lengths and places are no statistics of what is in the rows
-        pooled = roots.pooled | rows.pooled if out.is_floating_point() else frozenset()
-        numbers = rows.numbers
+        pooled = roots.pooled if counts else roots.pooled | rows.pooled
+        numbers: Numbers = {size: physical(found) for size, found in rows.numbers.items()}
+        if view is not None and before is not None:
+            _note_whole(view, before, rows, replace(roots, pooled=pooled))
         if drawn is None:
-            found = roots if ordered(numbers, out) else roots.moved
+            found = roots if ordered(numbers, physical(out), roots) else roots.moved
         else:
             found = Roots((Root.of(out, drawn), *(root for root in roots.tensors if root != drawn)))
             numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
         note(out, replace(found, numbers=numbers, pooled=pooled))
+
+
+def _mark_pooled(results: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:
+    """Leave at a node that transforms hide which rows were taken together in what the op reads."""
+    roots = united(roots_of(tensor) for tensor in tensors if not physical(tensor).requires_grad)
+    node = physical(results[0]).grad_fn
+    if roots.pooled and node is not None:
+        mark_at(node).pooled = roots
+
+
+def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function that returns one of its arguments has changed it."""
+    name = getattr(func, "__name__", "")
+    return "out" in kwargs or name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
+
+
+def _note_whole(whole: Tensor, before: Numbers, rows: Rows, roots: Roots) -> None:
+    """Note what the tensor behind a view was computed from, after the view was changed in place."""
+    known = all_roots(whole)
+    found = replace(known | roots, numbers=known.numbers)
+    if fingerprint(before) != fingerprint(rows.numbers):
+        found = replace(found.moved, numbers={})
+    note(whole, found)
 
 
 def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Root | None:
@@ -220,22 +268,9 @@ def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bo
     return listed or isinstance(index, list) or (isinstance(index, slice) and index != slice(None))
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among the arguments or results of a call."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-        elif isinstance(value, dict):
-            found += _tensors(value.values())
-    return found
-
-
 def _has_origin(values: Iterable[Any]) -> bool:
     """Whether some tensor among the arguments was computed from parameters."""
-    return any(tensor.requires_grad and origin_of(tensor) is not None for tensor in _tensors(values))
+    return any(tensor.requires_grad and origin_of(tensor) is not None for tensor in tensors_in(values))
 
 
 def _undispatched(function: FunctionType) -> FunctionType:
@@ -277,7 +312,7 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_in([*args, *kwargs.values()])
     differentiable = [tensor for tensor in tensors if tensor.requires_grad]
     origins = [origin_of(tensor) for tensor in differentiable]
     if func in JOINS and {*origins} != {PURE}:
@@ -285,7 +320,7 @@ def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if not any(origins):
         _note_data(out)
         return
-    outputs = [tensor for tensor in _tensors([out]) if tensor.grad_fn is not None]
+    outputs = [tensor for tensor in tensors_in([out]) if tensor.grad_fn is not None]
     if any(o is t for o in outputs for t in tensors):
         return
     origin, roots = combined(origins, tensors)

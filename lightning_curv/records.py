@@ -130,6 +130,7 @@ class Marks:
     outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
     origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
+    pooled: Roots | None = None  # of what an op reads inside of a transform, if rows of several samples met before
     copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
 
 

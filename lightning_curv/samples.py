@@ -98,7 +98,7 @@ def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     """
     read = [(use.name, roots) for use in tape.uses.values() for k, roots in use.roots.items() if k not in use.operands]
     read += [(call.name, call.roots) for call in tape.losses.values()]
-    for name, roots in read:
+    for name, roots in read + tape.pooled:
         if count in roots.pooled and batch.holds(roots):
             raise UnsupportedError(
                 "Per-sample quantities need samples that do not influence each other, but samples mix in what "
@@ -180,6 +180,17 @@ def _agrees_with_target(head: Head, owners: RowOwners) -> bool:
         return True
     as_they_are = len(target) == owners.count and _in_order(head.call.roots, owners.count)
     return not as_they_are or torch.equal(owners.index.cpu(), torch.arange(owners.count))
+
+
+def _told_by_target(head: Head, count: int) -> Owners | None:
+    """Who owns the rows of a head, as the targets of the loss call tell, whose rows were moved; ``None``: no such."""
+    target = None if head.call is None else head.call.arguments.get("target")
+    if head.call is None or not isinstance(target, Tensor) or not target.ndim or len(head.like) != len(target):
+        return None
+    numbers = (head.call.roots.numbers or {}).get(count)
+    if numbers is None or not numbers.ndim or numbers.numel() != len(numbers) or len(numbers) != len(target):
+        return None
+    return owners_of(numbers.reshape(-1, *[1] * (head.like.ndim - 1)), head.like.shape, count)
 
 
 def _single(use: Use, name: str) -> bool:
@@ -304,6 +315,9 @@ class _Finder:
         heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
         if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
             return True
+        told = [(_told_by_target(head, count), owners, head.like.shape) for head, owners in heads]
+        if all(target is not None and not differ(target.owner(s), owners.owner(s)) for target, owners, s in told):
+            return True
         single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
         known = not any(self._unknown_order(use, count) for use in self.uses.values())
         if known and any(single) and self._linked([head for head, _ in heads]):
@@ -341,6 +355,9 @@ class _Finder:
         if count <= 1:
             yield [(head, BatchAxis(count)) for head in self.heads]
             return
+        told = [(head, owners) for head in self.heads if (owners := _told_by_target(head, count)) is not None]
+        if len(told) == len(self.heads):
+            yield told
         options = [(head, batch_axes(head.like.shape, head.axes, count)) for head in self.heads]
         if all(found for _, found in options):
             for i in range(max((len(found) for _, found in options), default=0)):
