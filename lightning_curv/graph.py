@@ -16,7 +16,7 @@ from lightning_curv.errors import UnsupportedError
 from lightning_curv.joins import Join
 from lightning_curv.losses import by_autograd
 from lightning_curv.provenance import Roots
-from lightning_curv.records import LossCall, Operand, Output, Use, marks
+from lightning_curv.records import LossCall, Mapped, Operand, Output, Use, marks
 
 INSIDE = ("backward", "backward_pass")  # what the backward pass of a function calls that makes a graph of its own
 _ROUTING = """
@@ -54,7 +54,7 @@ class Tape:
         routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
             the next.
         seen: Nodes that the walk has been at, and whether from outside of the losses.
-        pooled: What ops read inside of transforms, where rows of several samples met before, and their names.
+        mapped: What ops under ``vmap`` read of the batch.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
 
@@ -64,7 +64,7 @@ class Tape:
     leaves: list[Tensor] = field(default_factory=list)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
-    pooled: list[tuple[str, Roots]] = field(default_factory=list)
+    mapped: list[Mapped] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -151,8 +151,9 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
             tape.hidden.append(name)
         mark = marks(node)
-        if mark is not None and mark.pooled is not None:
-            tape.pooled.append((_kind(name), mark.pooled))
+        if mark is not None and mark.mapped is not None:
+            tape.mapped.append(mark.mapped)
+            tape.routes = True
         if mark is not None and mark.refusal is not None:
             tape.refusals.append(mark.refusal)
         call = mark.loss if mark is not None else None

@@ -24,12 +24,13 @@ from torch.overrides import TorchFunctionMode
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
 from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
-from lightning_curv.provenance import DATA, Numbers, Root, Roots, note, physical, roots_of, tensors_in, united
+from lightning_curv.provenance import DATA, Numbers, Root, Roots, mapped, note, physical, roots_of, tensors_in, united
 from lightning_curv.records import (
     CONSTANT,
     PURE,
     TENTATIVE,
     LossCall,
+    Mapped,
     Operand,
     Use,
     all_roots,
@@ -49,6 +50,7 @@ from lightning_curv.row_numbers import (
     counted,
     fingerprint,
     follow,
+    mapped_rows,
     name_of,
     numbers_of,
     ordered,
@@ -187,7 +189,7 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
     if disabled() or name in RANDOM:
         return
     if physical(results[0]).requires_grad:
-        return _mark_pooled(results, tensors_in([*args, *kwargs.values()]))
+        return _mark_mapped(func, results, tensors_in([*args, *kwargs.values()]))
     args = args[:1] if name in LIKE else args
     tensors = tensors_in([*args, *kwargs.values()])
     inplace = any(results[0] is tensor for tensor in tensors)
@@ -224,12 +226,16 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
         note(out, replace(found, numbers=numbers, pooled=pooled))
 
 
-def _mark_pooled(results: Sequence[Tensor], tensors: Iterable[Tensor]) -> None:
-    """Leave at a node that transforms hide which rows were taken together in what the op reads."""
-    roots = united(roots_of(tensor) for tensor in tensors if not physical(tensor).requires_grad)
-    node = physical(results[0]).grad_fn
-    if roots.pooled and node is not None:
-        mark_at(node).pooled = roots
+def _mark_mapped(func: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Leave at a node that ``vmap`` hides what the op reads of the batch."""
+    whole = physical(results[0])
+    read = [tensor for tensor in tensors if not physical(tensor).requires_grad]
+    roots = united(map(roots_of, read))
+    if whole.grad_fn is None or not roots.tensors or not mapped(results[0]):
+        return
+    rows = mapped_rows(name_of(func), read, results[0])
+    found = replace(roots, numbers=rows.numbers, pooled=roots.pooled | rows.pooled)
+    mark_at(whole.grad_fn).mapped = Mapped(name_of(func), found, edge_of(whole), like(whole))
 
 
 def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:

@@ -120,6 +120,23 @@ _keeps_graph: Callable[[], bool] = getattr(
 )  # of the pass that is running
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """What an op under ``vmap`` reads of the batch.
+
+    Attributes:
+        name: The name of the op.
+        roots: What it reads was computed from; their numbers are those of the rows of its output.
+        edge: Where its output is in the graph.
+        like: A tensor like the output, with the axes that are mapped over.
+    """
+
+    name: str
+    roots: Roots
+    edge: GradientEdge
+    like: Tensor
+
+
 @dataclass(slots=True)
 class Marks:
     """What recording leaves at an autograd node."""
@@ -130,7 +147,7 @@ class Marks:
     outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
     origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
-    pooled: Roots | None = None  # of what an op reads inside of a transform, if rows of several samples met before
+    mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
     copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
 
 

@@ -92,7 +92,7 @@ def follow(
     name, inplace = name_of(func), "out" in kwargs or any(result is value for result in results for value in args)
     tensors = tensors_in([*args, *kwargs.values()])
     if any(map(mapped, results)):
-        return [_mapped(tensors, result, name in ROUTING) for result in results]
+        return [mapped_rows(name, tensors, result) for result in results]
     if name == "setitem" or (name in ROUTING and args and not inplace):
         routed = _written if name == "setitem" else _routed
         try:
@@ -110,20 +110,29 @@ def follow(
     return list(starmap(Rows, tried(func, args, kwargs, results, known)))
 
 
-def _mapped(tensors: Sequence[Tensor], result: Tensor, routes: bool) -> Rows:
+def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
     """The rows of what a function makes under ``vmap``: those that are mapped over are apart."""
     known = [(tensor, numbers_of(physical(tensor))) for tensor in tensors if not roots_of(tensor).constant]
+    if name == "getitem" and len(tensors) == 2 and not mapped(tensors[0]) and not tensors[1].ndim:
+        return Rows(_picked(numbers_of(tensors[0]), physical(tensors[1]), result))
     found, together = {}, set[int]()
     for size in {size for _, numbers in known for size in numbers if size > 1}:
         read = [(bool(mapped(tensor)), numbers[size]) for tensor, numbers in known if size in numbers]
         along = [n.flatten() for over, n in read if over and n.ndim and n.numel() == len(n)]
         axes = [axis for tensor in (*tensors, result) for axis in mapped(tensor)]
         if any(not over and n.numel() > 1 for over, n in read):
-            together |= set() if routes else {size}
+            together |= set() if name in ROUTING else {size}
         elif not any(axes) and len(along) == len(read) and all(torch.equal(n, along[0]) for n in along):
             whole = physical(result)
             found[size] = along[0].reshape(-1, *[1] * (whole.ndim - 1))
     return Rows(found, frozenset(together))
+
+
+def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
+    """The numbers of rows that ``vmap`` picks out of a tensor, ``x[i]``."""
+    shape = (-1, *[1] * (physical(result).ndim - 1))
+    leading = {size: n.flatten() for size, n in numbers.items() if n.ndim and n.numel() == len(n)}
+    return {size: n[index].reshape(shape) for size, n in leading.items()} if index.ndim == 1 else {}
 
 
 def plainly_in_order(func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]) -> bool:

@@ -32,7 +32,7 @@ from lightning_curv.meeting import Mixed, find_joins, reads_unknown
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Roots
-from lightning_curv.records import PURE, Operand, Use, edge_of, marks
+from lightning_curv.records import PURE, Mapped, Operand, Use, edge_of, marks
 from lightning_curv.rowwise import samples_cannot_meet
 from lightning_curv.rules.fallback import FallbackWarning
 from lightning_curv.verified import MEMORY, Found, Samples, structure_of
@@ -98,7 +98,8 @@ def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     """
     read = [(use.name, roots) for use in tape.uses.values() for k, roots in use.roots.items() if k not in use.operands]
     read += [(call.name, call.roots) for call in tape.losses.values()]
-    for name, roots in read + tape.pooled:
+    read += [(op.name, op.roots) for op in tape.mapped]
+    for name, roots in read:
         if count in roots.pooled and batch.holds(roots):
             raise UnsupportedError(
                 "Per-sample quantities need samples that do not influence each other, but samples mix in what "
@@ -229,6 +230,16 @@ def owner_of_rows(use: Use, owners: Owners) -> Tensor:
     return RowOwners(owners.count, owners.index[groups.to(owners.index.device)]).owner(use.shape)
 
 
+def _refuse_other_rows(name: str, told: Owners, finding: Finding, shape: torch.Size) -> None:
+    """Raise if rows of the output of an op belong to other samples than what it reads tells.
+
+    Raises:
+        Mixed: They do.
+    """
+    if finding.owners is not None and differ(told.owner(shape), finding.owners.owner(shape)):
+        raise Mixed(f"in `{name}`, whose rows arrive at summands of the loss that belong to other samples")
+
+
 class _Finder:
     """One search for the samples of a graph."""
 
@@ -319,7 +330,11 @@ class _Finder:
         if all(target is not None and not differ(target.owner(s), owners.owner(s)) for target, owners, s in told):
             return True
         single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
-        known = not any(self._unknown_order(use, count) for use in self.uses.values())
+        if heads and self.tape.mapped and all(self._told_by_map(op, count) is not None for op in self.tape.mapped):
+            return True
+        read = [[roots for name, roots in use.roots.items() if name not in use.operands] for use in self.uses.values()]
+        read += [[op.roots] for op in self.tape.mapped]
+        known = not any(self._unknown_order(roots, count) for roots in read)
         if known and any(single) and self._linked([head for head, _ in heads]):
             return True
         outside = [  # last: to see whether a module holds a tensor takes long
@@ -332,9 +347,8 @@ class _Finder:
         ]
         return bool(outside) and not self.blind and all(self._anchor(n, use, count) is not None for n, use in outside)
 
-    def _unknown_order(self, use: Use, count: int) -> bool:
+    def _unknown_order(self, read: Sequence[Roots], count: int) -> bool:
         """Whether all rows of the batch that an op reads were moved by something unknown."""
-        read = [roots for name, roots in use.roots.items() if name not in use.operands]
         unknown = [roots for roots in read if roots.numbers is not None and count not in roots.numbers]
         known = [roots for roots in read if roots.numbers is None or count in roots.numbers]
         told = unknown and any(map(self.batch.holds, known))
@@ -372,12 +386,22 @@ class _Finder:
             for node, use in self.uses.items()
             if (anchor := self._anchor(node, use, count))
         ]
+        sources += [
+            (Head(op.edge, op.like), owners)
+            for op in self.tape.mapped
+            if (owners := self._told_by_map(op, count)) is not None
+        ]
         heads = [head for head in self.heads if head.like.ndim]
         if not sources or len(heads) < len(self.heads):
             return
         found = forward_owners(self.passes, heads, sources, count)
         if found is not None and all(map(_agrees_with_target, heads, found)):
             yield list(zip(heads, found, strict=True))
+
+    def _told_by_map(self, op: Mapped, count: int) -> Owners | None:
+        """Where an op under ``vmap`` has its samples, as the rows that it reads tell; ``None``: they do not."""
+        numbers = (op.roots.numbers or {}).get(count)
+        return None if numbers is None else owners_of(numbers, op.like.shape, count)
 
     def _like(self, use: Use) -> Tensor:
         return torch.zeros((), dtype=use.dtype, device=self.passes.loss.device).expand(use.shape)
@@ -467,7 +491,13 @@ class _Finder:
             head = Head(call.input, call.arguments["input"], call)
             axes = batch_axes(head.like.shape, head.axes, count)
             places.append(Place(call.input, head.like.shape, axes, [(axis,) for axis in head.axes]))
+        told = [(op, owners) for op in self.tape.mapped if (owners := self._told_by_map(op, count)) is not None]
+        places += [Place.anywhere(op.edge, count) for op, _ in told]
         findings = probe.findings(places)
+        findings, of_mapped = findings[: len(places) - len(told)], findings[len(places) - len(told) :]
+        for (op, expected), finding in zip(told, of_mapped, strict=True):
+            if not finding.silent:  # as what is above the heads
+                _refuse_other_rows(op.name, expected, finding, op.like.shape)
         self.silent = {node for node, finding in zip(nodes, findings, strict=False) if finding.silent}
         uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
         if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
@@ -510,11 +540,8 @@ class _Finder:
         """
         use = self.uses[node]
         anchor = self._anchor(node, use, count)
-        if not isinstance(anchor, RowOwners) or finding.owners is None:
-            return
-        told, found = anchor.owner(use.shape), finding.owners.owner(use.shape)
-        if differ(told, found):
-            raise Mixed(f"in `{use.name}`, whose rows arrive at summands of the loss that belong to other samples")
+        if isinstance(anchor, RowOwners):
+            _refuse_other_rows(use.name, anchor, finding, use.shape)
 
     def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
         """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.
