@@ -26,13 +26,13 @@ from lightning_curv.batch import Batch, sample_axes
 from lightning_curv.coupling import Undecided, differ, separable
 from lightning_curv.errors import UnsupportedError, describe, names_of
 from lightning_curv.graph import Tape, leaf_of, nodes_below
-from lightning_curv.heads import Head, find_heads, frontier
+from lightning_curv.heads import LINEAR, Head, find_heads, frontier, name_of
 from lightning_curv.joins import Join, node_of
 from lightning_curv.meeting import Mixed, find_joins, reads_unknown
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Roots
-from lightning_curv.records import PURE, Mapped, Operand, Use, edge_of, marks
+from lightning_curv.records import CONSTANT, PURE, Mapped, Operand, Use, edge_of, marks
 from lightning_curv.rowwise import samples_cannot_meet
 from lightning_curv.rules.fallback import FallbackWarning
 from lightning_curv.verified import MEMORY, Found, Samples, structure_of
@@ -194,6 +194,24 @@ def _told_by_target(head: Head, count: int) -> Owners | None:
     return owners_of(numbers.reshape(-1, *[1] * (head.like.ndim - 1)), head.like.shape, count)
 
 
+def _top(heads: Sequence[Node]) -> Iterator[Node]:
+    """Heads, and below those that add or multiply what they add or multiply."""
+    stack, seen = [*heads], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            if name_of(node) in LINEAR | {"Div", "Mul"}:
+                stack += [after for after, _ in node.next_functions if after is not None]
+
+
+def _of_parameters(node: Node) -> bool:
+    """Whether a value was computed from parameters and constants alone."""
+    mark = marks(node)
+    return isinstance(leaf_of(node), torch.nn.Parameter) or (mark is not None and mark.origin in (PURE, CONSTANT))
+
+
 def _single(use: Use, name: str) -> bool:
     """Whether an argument is a single number, which all samples share."""
     value = use.arguments.get(name)
@@ -279,6 +297,7 @@ class _Finder:
             )
         if not self.independent and (samples := self._assumed(default)) is not None:
             return Found(samples, {}, [])
+        self._refuse_scales()
         raise UnsupportedError(self._message(default, reason))
 
     def _refuse_penalties(self) -> None:
@@ -291,10 +310,29 @@ class _Finder:
             node, mark = head.edge.node, marks(head.edge.node)
             if isinstance(leaf_of(node), torch.nn.Parameter) or (mark is not None and mark.origin == PURE):
                 found = [leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None]
+                self._refuse_scales()
                 raise UnsupportedError(
                     "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on no "
                     f"sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
                     "(`weight_decay`)."
+                )
+
+    def _refuse_scales(self) -> None:
+        """Raise if a parameter multiplies a loss whose samples were summed before.
+
+        Raises:
+            UnsupportedError: One does.
+        """
+        for node in _top([head.edge.node for head in self.heads if head.call is None]):
+            factors = [after for after, _ in node.next_functions if after is not None]
+            scales = [factor for factor in factors if _of_parameters(factor)]
+            if name_of(node) in ("Div", "Mul") and scales and len(scales) < len(factors):
+                parameter = next(leaf for below in nodes_below(scales[0]) if (leaf := leaf_of(below)) is not None)
+                raise UnsupportedError(
+                    "Per-sample quantities need a loss that is a sum over samples, found parameter "
+                    f"{describe(parameter)} that multiplies a loss whose samples were averaged before: what each of "
+                    "them contributes to the parameter's gradient is gone. Multiply and add before averaging: "
+                    '`(scale * F.cross_entropy(..., reduction="none") + penalty).mean()`.'
                 )
 
     def _attempt(self, count: int) -> Found | None:
