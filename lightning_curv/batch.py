@@ -79,13 +79,15 @@ class Batch:
         """This batch, or only the size that the graph must agree with if the graph reads none of its tensors."""
         read = [roots for use in tape.uses.values() for roots in use.roots.values()]
         read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
+        read += tape.read.values()
         return self if self.tensors is None or any(map(self._gave, read)) else Batch(self.size)
 
     def given(self, tape: Tape) -> tuple[bool, ...]:
         """Which of the tensors that ops read come from the batch, where its tensors are known."""
         if self.tensors is None:
             return ()
-        return tuple(self._gave(roots) for use in tape.uses.values() for roots in use.roots.values())
+        read = [roots for use in tape.uses.values() for roots in use.roots.values()]
+        return tuple(self._gave(roots) for roots in [*read, *tape.read.values()])
 
     def candidates(self, tape: Tape) -> list[int]:
         """Possible numbers of samples, the default first.
@@ -104,6 +106,9 @@ class Batch:
             found = [root for root in found if not self._is_held(root, 0)] or found
         targets = [len(root) for root in found]
         both = [len(root) for root in roots if len(root) in targets]
+        if not both:  # beside what ops with trainable parameters read
+            beside = [root for found in tape.read.values() for root in found.tensors if root.ndim]
+            both = [len(root) for root in _whole(beside) if len(root) in targets]
         if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
             roots = [root for root in roots if not self._is_held(root, 0)] or roots
         read = [len(root) for root in roots]

@@ -54,6 +54,7 @@ class Tape:
         routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
             the next.
         seen: Nodes that the walk has been at, and whether from outside of the losses.
+        read: The roots of what ops read that has no gradient, by their node.
         mapped: What ops under ``vmap`` read of the batch.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
@@ -64,6 +65,7 @@ class Tape:
     leaves: list[Tensor] = field(default_factory=list)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    read: dict[Node, Roots] = field(default_factory=dict)
     mapped: list[Mapped] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
@@ -151,6 +153,8 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
             tape.hidden.append(name)
         mark = marks(node)
+        if mark is not None and mark.read is not None:
+            tape.read[node] = mark.read
         if mark is not None and mark.mapped is not None:
             tape.mapped.append(mark.mapped)
             tape.routes = True

@@ -151,6 +151,7 @@ def _data_nodes(
     """The nodes that depend on the samples: ops with rows of their own, or that may read them, and what is above."""
     depends: dict[Node, bool] = {}
     reading = {op.edge.node for op in tape.mapped if holds(op.roots)}
+    reading |= {node for node, roots in tape.read.items() if node not in mixed and holds(roots)}
     stack, seen = [(head.edge.node, False) for head in heads], set[Node]()
     while stack:
         node, finished = stack.pop()

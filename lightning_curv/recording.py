@@ -136,6 +136,8 @@ class record(TorchFunctionMode):
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and out.grad_fn is None:
                 _note_roots(func, args, kwargs, [out])
+            elif isinstance(out, Tensor) and not disabled():
+                _mark_read(out, [*args, *kwargs.values()])
             return out
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
@@ -147,6 +149,7 @@ class record(TorchFunctionMode):
             call.store(whole)
         elif isinstance(out, Tensor) and out.grad_fn is not None:
             call.store(out)
+            _mark_read(out, [*args, *kwargs.values()])
         elif isinstance(out, Tensor):
             _note_roots(func, args, kwargs, [out])
         return out
@@ -316,9 +319,19 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return out
 
 
+def _mark_read(out: Tensor, values: Iterable[Any]) -> None:
+    """Leave at the node of an op which tensors without gradient it reads, those of modules left out."""
+    free = [t for t in tensors_in(values) if not t.requires_grad and not isinstance(t, nn.Parameter)]
+    if free and not (roots := united(map(roots_of, free))).constant:
+        mark_at(cast("Node", out.grad_fn)).read = roots
+
+
 def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
     tensors = tensors_in([*args, *kwargs.values()])
+    for result in tensors_in([out]):
+        if result.grad_fn is not None:
+            _mark_read(result, tensors)
     differentiable = [tensor for tensor in tensors if tensor.requires_grad]
     origins = [origin_of(tensor) for tensor in differentiable]
     if func in JOINS and {*origins} != {PURE}:

@@ -147,6 +147,7 @@ class Marks:
     outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
     origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
+    read: Roots | None = None  # of the tensors without gradient that the op reads
     mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
     copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
 

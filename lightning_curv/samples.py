@@ -32,7 +32,7 @@ from lightning_curv.meeting import Mixed, find_joins, reads_unknown
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
 from lightning_curv.provenance import Roots
-from lightning_curv.records import CONSTANT, PURE, Mapped, Operand, Use, edge_of, marks
+from lightning_curv.records import CONSTANT, PURE, Mapped, Operand, Use, edge_of, marks, shape_at
 from lightning_curv.rowwise import samples_cannot_meet
 from lightning_curv.rules.fallback import FallbackWarning
 from lightning_curv.verified import MEMORY, Found, Samples, structure_of
@@ -339,21 +339,36 @@ class _Finder:
         """The samples if there are N of them; ``None``: the graph does not agree."""
         self.reason = ""
         agreeing: list[Found] = []
+        told = False
         for heads in self._assignments(count):
             try:
                 agreeing.append(self._verified(heads, count))
+                told = len(agreeing) == 1 and self._told_inside(heads, count)
             except Mixed as mixed:
                 self.reason = self.reason or str(mixed)
                 continue
             if count <= 1 or self._evident(heads, count):
                 return agreeing[0]
-        if len(agreeing) > 1 or (agreeing and not self._evident(None, count)):
+        if len(agreeing) > 1 or (agreeing and not told and not self._evident(None, count)):
             self.reason = (
                 "or not: the rows of the batch were moved before the first parameter, and several ways to assign them "
                 "to samples agree with the graph"
             )
             return None
         return next(iter(agreeing), None)
+
+    def _told_inside(self, heads: Sequence[tuple[Head, Owners]], count: int) -> bool:
+        """Whether rows of the batch that enter between ops without trainable parameters are where the weights arrive.
+
+        Such as the inputs of a frozen network, beside a prompt.
+        """
+        read = [node for node, roots in self.tape.read.items() if self.batch.holds(roots) and _in_order(roots, count)]
+        edges = [GradientEdge(node, 0) for node in read if shape_at(GradientEdge(node, 0))[:1] == (count,)]
+        if not edges or count <= 1:
+            return False
+        found = Probe(self.passes, heads, count).findings([Place.anywhere(edge, count) for edge in edges])
+        arrived = [finding.owners for finding in found if not finding.silent]
+        return bool(arrived) and all(owners == BatchAxis(count) for owners in arrived)
 
     def _evident(self, heads: Sequence[tuple[Head, Owners]] | None, count: int) -> bool:
         """Whether it is plain which rows belong to which sample.
