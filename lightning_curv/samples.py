@@ -31,7 +31,7 @@ from lightning_curv.joins import Join, node_of
 from lightning_curv.meeting import Mixed, find_joins, reads_unknown
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
-from lightning_curv.provenance import Roots
+from lightning_curv.provenance import Roots, roots_of
 from lightning_curv.records import CONSTANT, PURE, Mapped, Operand, Use, edge_of, marks, shape_at
 from lightning_curv.rowwise import samples_cannot_meet
 from lightning_curv.rules.fallback import FallbackWarning
@@ -339,23 +339,31 @@ class _Finder:
         """The samples if there are N of them; ``None``: the graph does not agree."""
         self.reason = ""
         agreeing: list[Found] = []
-        told = False
+        first: list[tuple[Head, Owners]] = []
         for heads in self._assignments(count):
             try:
                 agreeing.append(self._verified(heads, count))
-                told = len(agreeing) == 1 and self._told_inside(heads, count)
+                first = first or heads
             except Mixed as mixed:
                 self.reason = self.reason or str(mixed)
                 continue
             if count <= 1 or self._evident(heads, count):
                 return agreeing[0]
-        if len(agreeing) > 1 or (agreeing and not told and not self._evident(None, count)):
+        evident = agreeing and (self._evident(None, count) or self._told_inside(first, count))
+        if len(agreeing) > 1 or (agreeing and not evident):
             self.reason = (
                 "or not: the rows of the batch were moved before the first parameter, and several ways to assign them "
                 "to samples agree with the graph"
             )
             return None
         return next(iter(agreeing), None)
+
+    def _from_nothing(self) -> bool:
+        """Whether the loss depends on nothing from outside: on points that recorded code has made, perhaps."""
+        tape = self.tape
+        read = [roots for use in self.uses.values() for roots in use.roots.values()] + [*tape.read.values()]
+        read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
+        return all(roots.constant for roots in (*read, *map(roots_of, tape.leaves)))
 
     def _told_inside(self, heads: Sequence[tuple[Head, Owners]], count: int) -> bool:
         """Whether rows of the batch that enter between ops without trainable parameters are where the weights arrive.
@@ -387,6 +395,8 @@ class _Finder:
             return True
         read = [[roots for name, roots in use.roots.items() if name not in use.operands] for use in self.uses.values()]
         read += [[op.roots] for op in self.tape.mapped]
+        if all(single) and not self.blind and self._from_nothing():
+            return True
         known = not any(self._unknown_order(roots, count) for roots in read)
         if known and any(single) and self._linked([head for head, _ in heads]):
             return True
@@ -408,11 +418,17 @@ class _Finder:
         return not told and any(map(self.batch.holds, unknown))
 
     def _linked(self, heads: Sequence[Head]) -> bool:
-        """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other."""
+        """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other.
+
+        Heads that depend on no parameter, such as targets that are differentiated, do not count beside others.
+        """
         keys = {node_of(node) for node in self.uses}
         groups: list[set[Node]] = []
         for head in heads:
-            below = {node for node in nodes_below(head.edge.node) if node in keys}
+            nodes = [*nodes_below(head.edge.node)]
+            if len(heads) > 1 and not any(isinstance(leaf_of(node), torch.nn.Parameter) for node in nodes):
+                continue
+            below = {node for node in nodes if node in keys}
             apart = [group for group in groups if not group & below]
             groups = [*apart, below.union(*(group for group in groups if group & below))]
         return len(groups) == 1
