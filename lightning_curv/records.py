@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.own_passes import own_pass
 from lightning_curv.owners import Owners
 from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
-from lightning_curv.provenance import DATA, Root, Roots, roots_of, united
+from lightning_curv.provenance import DATA, Roots, roots_of, united
 from lightning_curv.rules import Rule
 
 KEY = "lightning_curv"
@@ -222,7 +222,7 @@ def all_roots(tensor: Tensor) -> Roots:
     if not tensor.requires_grad:
         return roots_of(tensor)
     if tensor.grad_fn is None:
-        return CONSTANT_ROOTS if isinstance(tensor, nn.Parameter) else Roots((Root.of(tensor),))
+        return CONSTANT_ROOTS if isinstance(tensor, nn.Parameter) else roots_of(tensor)
     found = marks(tensor.grad_fn)
     return found.roots if found is not None and found.origin is not None else DATA
 

@@ -476,8 +476,17 @@ class _Finder:
         return torch.zeros((), dtype=use.dtype, device=self.passes.loss.device).expand(use.shape)
 
     def _from_outputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
-        """The network's outputs instead of the heads, for losses that are no sum of anything with N rows."""
-        kept = [head for head in self.heads if head.call and batch_axes(head.like.shape, head.axes, count)]
+        """The network's outputs instead of the heads, for losses that are no sum of anything with N rows.
+
+        Heads that are inputs of known loss functions stay, if that does not agree all that have N rows.
+        """
+        rows = [head for head in self.heads if head.like.ndim and batch_axes(head.like.shape, head.axes, count)]
+        calls = [head for head in rows if head.call is not None]
+        for kept in [calls, rows] if len(calls) < len(rows) < len(self.heads) else [calls]:
+            yield from self._beside(kept, count)
+
+    def _beside(self, kept: Sequence[Head], count: int) -> Iterator[list[tuple[Head, Owners]]]:
+        """Some heads as they are, and outputs of the network instead of the others."""
         unknown = [head for head in self.heads if head not in kept]
         if not unknown:
             return
