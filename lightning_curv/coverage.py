@@ -22,7 +22,7 @@ def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension
             f"Every op must be in the graph before the backward pass, found `{name}`, which runs its ops during it. "
             "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
         )
-    if tape.stray and not tape.uses and not tape.losses:
+    if tape.stray and not tape.uses and not tape.losses and not tape.mapped:
         parameter, op = tape.stray[0]
         raise UnsupportedError(
             f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and no op was recorded. "
