@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def tried(
     of_one = {size: number for size in sizes if (number := _only_row(size, known)) is not None}
     nothing: Tried = [({k: n.reshape([1] * r.ndim) for k, n in of_one.items()}, frozenset()) for r in results]
     entries = sum(map(Tensor.numel, tensors_in([*args, *kwargs.values()])))
-    if not (sizes := sizes - {*of_one}) or transforming() or entries > LARGEST:
+    if not (sizes := sizes - {*of_one}) or not _of_torch(func) or transforming() or entries > LARGEST:
         return nothing
     key = _key(func, args, kwargs, known)
     if key is not None and key in _FOUND:
@@ -53,12 +54,19 @@ def tried(
         return nothing
     if found is None:
         return nothing
-    found = [(one | numbers, together) for (one, _), (numbers, together) in zip(nothing, found, strict=True)]
+    found = [({**one, **numbers}, together) for (one, _), (numbers, together) in zip(nothing, found, strict=True)]
     if key is not None:
         _FOUND[key] = found
         if len(_FOUND) > KEPT:
             _FOUND.popitem(last=False)
     return found
+
+
+def _of_torch(func: Callable[..., Any]) -> bool:
+    """Whether a function is torch's own, so that to call it once more does nothing else."""
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return False
+    return not isinstance(func, FunctionType) or func.__module__.startswith("torch.")
 
 
 def _tried(

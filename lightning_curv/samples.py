@@ -569,7 +569,7 @@ class _Finder:
             head = Head(call.input, call.arguments["input"], call)
             axes = batch_axes(head.like.shape, head.axes, count)
             places.append(Place(call.input, head.like.shape, axes, [(axis,) for axis in head.axes]))
-        told = [(op, owners) for op in self.tape.mapped if (owners := self._told_by_map(op, count)) is not None]
+        told = [(op, said) for op in self.tape.mapped if (said := self._told_by_map(op, count)) is not None]
         places += [Place.anywhere(op.edge, count) for op, _ in told]
         findings = probe.findings(places)
         findings, of_mapped = findings[: len(places) - len(told)], findings[len(places) - len(told) :]

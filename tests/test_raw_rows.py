@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_curv import curvature
 from lightning_curv.extensions import BatchDiagGGNExact, BatchGrad
@@ -392,6 +393,21 @@ def test_rows_that_a_model_is_mapped_over_are_those_of_the_batch():
         alone = gradients(cross_entropy(model(x[n, 0]), y[n, 0] % C), model)
         for key, p in model.named_parameters():
             torch.testing.assert_close(p.grad_batch[n], alone[key])
+
+
+def test_functions_of_others_are_called_once():
+    model, x, y, _ = draw()
+    calls = []
+
+    def halved(rows):
+        if has_torch_function((rows,)):
+            return handle_torch_function(halved, (rows,), rows)
+        calls.append(rows)
+        return rows / 2
+
+    with curvature(BatchGrad(), batch_size=N):
+        cross_entropy(model(halved(x[:, 0])), y[:, 0] % C).backward()
+    assert len(calls) == 1
 
 
 def test_trials_leave_random_numbers_as_they_are():

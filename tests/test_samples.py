@@ -133,6 +133,30 @@ def test_other_batch_sizes_are_other_structures():
         assert_right(case)
 
 
+LATER = {
+    "index": lambda h, index: h + h[index].tanh(),
+    "index_select": lambda h, index: h + h.index_select(0, index).tanh(),
+    "gather": lambda h, index: h + h.gather(0, index[:, None].expand_as(h)).tanh(),
+    "scatter": lambda h, index: h + torch.zeros_like(h).index_add(0, index, h.tanh()),
+    "matrix": lambda h, index: h + torch.eye(4, dtype=h.dtype)[index] @ h.tanh(),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_indices_that_change_are_seen_at_once(name):
+    """Every sample reads its own row first, that of its neighbour then."""
+    case = problem()
+    case.model = Mixing(lambda h: LATER[name](h, case.index)).double()
+    case.index = torch.arange(4)
+    for _ in range(2):
+        with curvature(*both()):
+            case.compute_loss().backward()
+        assert_right(case)
+    case.index = torch.arange(4).roll(1)
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
 # --- coupled in the loss ---------------------------------------------------------------------------------------------
 
 
