@@ -181,12 +181,26 @@ def test_a_loss_that_may_be_negative_is_a_likelihood_as_it_is():
     assert_close(model[2].bias.diag_ggn_mc, torch.stack(row).mean(0))
 
 
+def test_a_loss_of_differences_between_samples_is_curved():
+    """Nothing moves if all samples move alike."""
+    torch.manual_seed(0)
+    layer, X = nn.Linear(4, 3), torch.randn(N, 4)
+    optimizer = KFACOptimizer(layer.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with curvature(*optimizer.required_extensions()):
+            f = layer(X)
+            (f - f.mean(0)).pow(4).mean().backward()
+    optimizer.step()
+    assert layer.weight.isfinite().all()
+
+
 def test_confident_and_diverging_networks_go_on():
     """Where all but rounding cancels, and where nothing is finite, samples are still told apart."""
     torch.manual_seed(0)
     layer, X = nn.Linear(4, 3), torch.randn(N, 4)
     labels = layer(X).argmax(1)
-    for scale in (1.0, 20.0, 1e3, 1e6, torch.inf):
+    for scale in (1.0, 5.0, 10.0, 15.0, 20.0, 40.0, 100.0, 1e3, 1e6, torch.inf):
         with curvature(*DiagGGNOptimizer(layer.parameters()).required_extensions()):
             f = scale * layer(X)
             entropy = F.cross_entropy(f, labels, reduction="none")
