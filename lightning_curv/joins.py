@@ -8,8 +8,6 @@ the node, whatever it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.own_passes import unheard
+from lightning_curv.own_passes import nothing_below, unheard
 from lightning_curv.owners import BatchAxis, ChosenOwners, Owners
 from lightning_curv.records import Operand, Use, shape_at
 from lightning_curv.rules.registry import Rule
@@ -144,21 +142,6 @@ class _Named:
     """Stands for a function that is known by its node only."""
 
     __name__: str
-
-
-@contextmanager
-def nothing_below(nodes: Iterable[Node]) -> Iterator[None]:
-    """Context in which passes bring nothing below some nodes: parameters may be used again there."""
-    handles = [node.register_prehook(_zeros) for node in nodes]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    return tuple(None if g is None else torch.zeros_like(g) for g in gradients)
 
 
 def node_of(key: Node | Join) -> Node:

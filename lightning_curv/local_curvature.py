@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError, differentiating_twice
-from lightning_curv.joins import nothing_below
-from lightning_curv.own_passes import unheard
+from lightning_curv.own_passes import nothing_below, unheard
 from lightning_curv.owners import Owners
 from lightning_curv.passes import Column
 from lightning_curv.symmetric import eigh

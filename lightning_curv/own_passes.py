@@ -1,6 +1,13 @@
-"""Which backward passes are our own: hooks must not take them for the user's."""
+"""Which backward passes are our own: hooks must not take them for the user's; and where they end."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
 
 
 class _Own:
@@ -30,3 +37,18 @@ def own_pass() -> bool:
 def unheard() -> _Own:
     """Context in which hooks stay silent."""
     return _OWN
+
+
+@contextmanager
+def nothing_below(nodes: Iterable[Node]) -> Iterator[None]:
+    """Context in which passes bring nothing below some nodes: parameters may be used again there."""
+    handles = [node.register_prehook(_zeros) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zeros(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if g is None else torch.zeros_like(g) for g in gradients)

@@ -22,8 +22,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.dependence import Dependence
 from lightning_curv.heads import BILINEAR, PIECEWISE_LINEAR
-from lightning_curv.joins import nothing_below
 from lightning_curv.local_curvature import DiagonalResidual, LocalCurvature, Residual
+from lightning_curv.own_passes import nothing_below
 from lightning_curv.owners import Owners
 from lightning_curv.passes import Passes
 from lightning_curv.probing import owners_at

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, differentiating_loss
-from lightning_curv.joins import nothing_below
 from lightning_curv.losses.likelihoods import signs_of
 from lightning_curv.losses.parts import LossPart, Multiplication, Signed
-from lightning_curv.own_passes import unheard
+from lightning_curv.own_passes import nothing_below, unheard
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, golden
 from lightning_curv.symmetric import eigh, root_product
 from lightning_curv.twice import differentiable, fused
