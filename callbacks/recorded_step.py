@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from lightning_curv.recording import record
+from lightning_curv.recording.record import record
 
 _REPLACED = "_lightning_curv_replaced"
 _OUTPUTS = "_lightning_curv_outputs"
