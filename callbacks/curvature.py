@@ -36,8 +36,8 @@ Extensions = Sequence[AnyExtension]
 class CurvatureCallback(Callback):
     r"""Feed second-order optimizers and log gradient noise and curvature, on an unmodified `LightningModule`.
 
-    On the steps that need it, and only on those, `training_step` is recorded and the user's own backward pass also
-    computes
+    On the steps that need it, and only on those, `training_step` is recorded and the user's own
+    backward pass also computes
 
     - what each optimizer asks for by `optimizer.required_extensions()`, left on the parameters until the batch ends;
     - on logging steps, the series below. No per-sample gradient is materialised.
@@ -52,67 +52,79 @@ class CurvatureCallback(Callback):
       a warning, while the average of $\|G\|^2$ is not positive
     - ``curvature/suggested_batch_size``: the power of two next to the noise scale
     - ``curvature/ggn_trace``: trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate; needs a loss that
-      can be differentiated twice; not with ``mc_samples=0``. It takes a backward pass of its own: from step 20 on at
-      most every tenth step, unless ``quantities`` names it
+      can be differentiated twice; not with ``mc_samples=0``. It takes a backward pass of its own:
+      from step 20 on at most every tenth step, unless ``quantities`` names it
 
-    Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``,
-    ``mean_gsnr``, ``grad_diversity``, ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``,
-    ``early_stopping``, ``tic_trace``, ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources
-    are in `lightning_curv.callbacks.monitoring.quantities` and `lightning_curv.callbacks.monitoring.trajectory`.
+    Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``,
+    ``hessian_max_eigenvalue``, ``mean_gsnr``, ``grad_diversity``, ``norm_test``,
+    ``inner_product_test``, ``orthogonality_test``, ``cabs``, ``early_stopping``, ``tic_trace``,
+    ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources are in
+    `lightning_curv.callbacks.monitoring.quantities` and
+    `lightning_curv.callbacks.monitoring.trajectory`.
 
-    $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss reduction, gradient
-    accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates; eigenvalues are
-    averages over them. With several optimizers each gets its own series, `curvature/grad_norm/optimizer_0` and so on.
-    Every value is written once, at the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`.
-    Values for TensorBoard are written up to eight logged steps at a time, and at least every second while steps follow.
-    In distributed training all are those of the global batch, by one reduction per logged step; what is promised and
-    refused is listed in `docs/guarantees.md`.
+    $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss
+    reduction, gradient accumulation and gradient scaler. A step is the union of the micro-batches
+    that it accumulates; eigenvalues are averages over them. With several optimizers each gets its
+    own series, `curvature/grad_norm/optimizer_0` and so on. Every value is written once, at the
+    trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`. Values for
+    TensorBoard are written up to eight logged steps at a time, and at least every second while
+    steps follow. In distributed training all are those of the global batch, by one reduction per
+    logged step; what is promised and refused is listed in `docs/guarantees.md`.
 
-    With gradient accumulation the optimizers average the curvature of the micro-batches, each that of the loss as
-    `training_step` returned it: the curvature of the accumulated mean. In manual optimization they get that of the last
-    `manual_backward`; if it is one of K that share a mean, set `optimizer.curvature_scale = K`.
+    With gradient accumulation the optimizers average the curvature of the micro-batches, each that
+    of the loss as `training_step` returned it: the curvature of the accumulated mean. In manual
+    optimization they get that of the last `manual_backward`; if it is one of K that share a mean,
+    set `optimizer.curvature_scale = K`.
 
-    Where an op has no rule, a per-sample quantity costs a pass through this op for every sample, of which a warning
-    tells once. `max_samples=S` caps that price for the series of this callback: of a batch of N > S samples, and of
-    every micro-batch and process alone, S are drawn uniformly without replacement and only these are measured. Moments,
-    variances, diversity, the squares of the three tests, CABS and GGN traces are then unbiased estimates of their
-    values for the whole batch; norms, their quantiles and histogram are those of the S samples; what is a ratio of
-    estimates is not unbiased (`lightning_curv.callbacks.monitoring.quantities`). The gradient itself, Hessian traces
-    and eigenvalues take no samples apart and are those of the whole batch. So is all that optimizers and `extensions`
-    ask for, and with it what shares a backward pass with these. The check of the first logged step, whether the
-    gradients of the samples add up to the gradient, needs all of them and is left out.
+    Where an op has no rule, a per-sample quantity costs a pass through this op for every sample, of
+    which a warning tells once. `max_samples=S` caps that price for the series of this callback: of
+    a batch of N > S samples, and of every micro-batch and process alone, S are drawn uniformly
+    without replacement and only these are measured. Moments, variances, diversity, the squares of
+    the three tests, CABS and GGN traces are then unbiased estimates of their values for the whole
+    batch; norms, their quantiles and histogram are those of the S samples; what is a ratio of
+    estimates is not unbiased (`lightning_curv.callbacks.monitoring.quantities`). The gradient
+    itself, Hessian traces and eigenvalues take no samples apart and are those of the whole batch.
+    So is all that optimizers and `extensions` ask for, and with it what shares a backward pass with
+    these. The check of the first logged step, whether the gradients of the samples add up to the
+    gradient, needs all of them and is left out.
 
-    The parameters that training ends with are bit-identical with and without the callback: random labels are drawn from
-    a generator of its own, seeded anew for every batch, so that a resumed run draws the same.
+    The parameters that training ends with are bit-identical with and without the callback: random
+    labels are drawn from a generator of its own, seeded anew for every batch, so that a resumed run
+    draws the same.
 
     Args:
-        quantities: what to log: "default", "all", or names, among which "default" stands for those of the table. The
-            four sample norms are `sample_norms`.
-        every_n_steps: optimizer steps between two logged ones; `None` is the Trainer's `log_every_n_steps`, 0 logs
-            nothing. `fast_dev_run` logs every step.
-        layers: series `curvature_layers/<quantity>/<layer>` for up to `max_layers` layers, chosen once at the start:
-            True for the first ones, "topk" for those with most parameters, or a regular expression that is searched in
-            their names. All layers, if there are more, make one heat-map image per logged step.
+        quantities: what to log: "default", "all", or names, among which "default" stands for those
+            of the table. The four sample norms are `sample_norms`.
+        every_n_steps: optimizer steps between two logged ones; `None` is the Trainer's
+            `log_every_n_steps`, 0 logs nothing. `fast_dev_run` logs every step.
+        layers: series `curvature_layers/<quantity>/<layer>` for up to `max_layers` layers, chosen
+            once at the start: True for the first ones, "topk" for those with most parameters, or a
+            regular expression that is searched in their names. All layers, if there are more, make
+            one heat-map image per logged step.
         histograms: write the histogram of the per-sample norms to loggers that take one.
-        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses without a second
-            derivative.
-        output: the module where the network ends, or its name in the `LightningModule`, instead of where the last
-            parameters enter; for losses that torch has no function for, see `curvature`.
-        strict: raise when a quantity cannot be computed: a parameter or a loss is not supported, or memory runs out;
-            otherwise warn once and go on without this quantity.
-        extensions: computed on logged steps too and left on the parameters until the batch ends, for other callbacks.
+        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses
+            without a second derivative.
+        output: the module where the network ends, or its name in the `LightningModule`, instead of
+            where the last parameters enter; for losses that torch has no function for, see
+            `curvature`.
+        strict: raise when a quantity cannot be computed: a parameter or a loss is not supported, or
+            memory runs out; otherwise warn once and go on without this quantity.
+        extensions: computed on logged steps too and left on the parameters until the batch ends,
+            for other callbacks.
         ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
         seed: of the random labels, and of the random samples.
         max_layers: the most layers with series of their own.
         prog_bar: series to show on the progress bar.
-        layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band. TensorBoard reads
-            one such description per run: leave it out if you write your own.
-        batch_size: the number of samples in a batch, or a function from the batch to it, for instance
-            `lambda batch: batch[0].shape[1]` for sequences first; `None`: the number that Lightning itself extracts,
-            the leading size of the batch's tensors. Where these have several, or where the graph contradicts, it is
-            found from the graph. A number that is given is verified, and an error if the graph contradicts; so it has
-            to fit a smaller last batch too, which a function does. With several processes it is that of one.
-        max_samples: measure at most that many samples of a backward pass, at random: see above. `None`: all.
+        layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band.
+            TensorBoard reads one such description per run: leave it out if you write your own.
+        batch_size: the number of samples in a batch, or a function from the batch to it, for
+            instance `lambda batch: batch[0].shape[1]` for sequences first; `None`: the number that
+            Lightning itself extracts, the leading size of the batch's tensors. Where these have
+            several, or where the graph contradicts, it is found from the graph. A number that is
+            given is verified, and an error if the graph contradicts; so it has to fit a smaller
+            last batch too, which a function does. With several processes it is that of one.
+        max_samples: measure at most that many samples of a backward pass, at random: see above.
+            `None`: all.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -142,10 +154,22 @@ class CurvatureCallback(Callback):
         max_samples: int | None = None,
     ) -> None:
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
-        self._quantities = chosen if max_samples is None else [quantity.of_some for quantity in chosen]
+        self._quantities = (
+            chosen if max_samples is None else [quantity.of_some for quantity in chosen]
+        )
         self._names = {quantity.name for quantity in self._quantities}
         self._series = [series for quantity in self._quantities for series in quantity.series]
-        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size, max_samples)
+        check(
+            every_n_steps,
+            ema,
+            mc_samples,
+            layers,
+            max_layers,
+            prog_bar,
+            self._series,
+            batch_size,
+            max_samples,
+        )
         self.quantities = quantities
         self.every_n_steps = every_n_steps
         self.layers = layers
@@ -162,8 +186,15 @@ class CurvatureCallback(Callback):
         self.batch_size = batch_size
         self.max_samples = max_samples
         names = quantities if isinstance(quantities, str) else list(quantities)
-        settings = {"every_n_steps": every_n_steps, "layers": layers, "ema": ema, "mc_samples": mc_samples}
-        self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
+        settings = {
+            "every_n_steps": every_n_steps,
+            "layers": layers,
+            "ema": ema,
+            "mc_samples": mc_samples,
+        }
+        self._state_key = self._generate_state_key(
+            quantities=names, **settings
+        )  # Lightning reads it at every hook
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
         self._off: set[str] = set()  # savefields that could not be computed
@@ -218,33 +249,50 @@ class CurvatureCallback(Callback):
                 "The checkpoint holds no state of CurvatureCallback with these settings: its averages start anew."
             )
         if "distance" in self._names and not self._trajectory.initial:
-            self._trajectory.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+            self._trajectory.initial = {
+                name: p.detach().clone() for name, p in pl_module.named_parameters()
+            }
         if self.layout:
             add_layout(trainer, self._series)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         supplied, logged = self._required(trainer), []
         self._required_fields = {extension.savefield for extension in supplied}
         if self._is_logging_step(trainer):
-            step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, self._interval(trainer)
+            step, interval = (
+                trainer.fit_loop.epoch_loop._batches_that_stepped + 1,
+                self._interval(trainer),
+            )
             quantities = [q for q in self._quantities if q.is_due(step, interval)]
-            self._report = Report(quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off)
+            self._report = Report(
+                quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off
+            )
             logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
-            supplied += [e for e in self.extensions if e.savefield not in self._required_fields | self._off]
+            supplied += [
+                e for e in self.extensions if e.savefield not in self._required_fields | self._off
+            ]
         else:
             self._window = Window()
         if not logged and not supplied:
             return
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
-        self._observation = Observation(supplied, logged, seed, output, self.batch_size, self.max_samples)
+        self._observation = Observation(
+            supplied, logged, seed, output, self.batch_size, self.max_samples
+        )
         recorded_step.record_training_step(pl_module, output, self._observation.read)
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         self._window = Window()
         self._passes = 0
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         if not self._report and not self._observation:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -256,9 +304,17 @@ class CurvatureCallback(Callback):
             return
         if self._observation.logged and not pl_module.automatic_optimization:
             self._follow_zero_grad(pl_module)
-        # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
-        check = bool(self._report and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision)
-        returned = recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
+        # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more
+        # than rounding.
+        check = bool(
+            self._report
+            and not self._checked
+            and loss.device.type == "cpu"
+            and "true" in trainer.precision
+        )
+        returned = (
+            recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
+        )
         if returned is None:
             self._observation.begin(loss, torch.ones_like(loss) / self._factor, check)
         else:
@@ -280,17 +336,27 @@ class CurvatureCallback(Callback):
             backward = BackwardPass(found, self._factor, self._loss, samples, counts)
             self._window.add(backward.without(self._partial))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         if not self._report and "alpha" not in self._names:
             return
-        grads = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        grads = {
+            p: p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
         if not grads:
             return
-        # Lightning divides by the full number of passes, but the last window of an epoch may hold fewer.
+        # Lightning divides by the full number of passes, but the last window of an epoch may hold
+        # fewer.
         passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
         divisor = passes / trainer.accumulate_grad_batches
         if self._report:
-            self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
+            self._report.measure(
+                trainer, pl_module, optimizer, grads, self._window, divisor, passes
+            )
             if self._report.too_noisy and not self._noisy:
                 self._noisy = True
                 warn_of_noise(trainer, self._report.too_noisy, self.ema)
@@ -308,14 +374,18 @@ class CurvatureCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events.write()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._events.write()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events.write()
         self._release(pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -332,7 +402,10 @@ class CurvatureCallback(Callback):
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
         # From counters only, which are equal on all ranks and constant while gradients accumulate.
-        step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead, self._interval(trainer)
+        step, interval = (
+            trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead,
+            self._interval(trainer),
+        )
         return interval > 0 and step % interval == 0
 
     def _interval(self, trainer: Trainer) -> int:
@@ -342,8 +415,14 @@ class CurvatureCallback(Callback):
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
-        asking = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "required_extensions")]
-        if not asking or self is not next(c for c in trainer.callbacks if isinstance(c, CurvatureCallback)):  # type: ignore[attr-defined]
+        asking = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if hasattr(optimizer, "required_extensions")
+        ]
+        if not asking or self is not next(
+            c for c in trainer.callbacks if isinstance(c, CurvatureCallback)
+        ):  # type: ignore[attr-defined]
             return []
         return required_extensions(asking, partial=trainer.fit_loop._should_accumulate())
 
@@ -351,7 +430,9 @@ class CurvatureCallback(Callback):
         """What cannot be computed is not logged in the rest of the run, or stops it."""
         for fields, error in self._observation.failures():
             names = [q.name for q in self._quantities if fields & {*q.fields}]
-            names += [repr(extension) for extension in self.extensions if extension.savefield in fields]
+            names += [
+                repr(extension) for extension in self.extensions if extension.savefield in fields
+            ]
             if fields & self._required_fields:
                 raise error
             if self.strict and names:

@@ -1,7 +1,8 @@
 """One `Callback` class for both import names of Lightning.
 
-``lightning.pytorch.Callback`` and ``pytorch_lightning.Callback`` are separate copies, and each LightningCLI accepts
-only its own; a class derived from both is accepted by both Trainers and both CLIs.
+``lightning.pytorch.Callback`` and ``pytorch_lightning.Callback`` are separate copies, and each
+LightningCLI accepts only its own; a class derived from both is accepted by both Trainers and both
+CLIs.
 """
 
 from typing import TYPE_CHECKING

@@ -30,7 +30,11 @@ from lightning_curv.callbacks.private_training.summary import guarantee, summary
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
 from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.engine.context import curvature
-from lightning_curv.optimizers.privacy.accounting import METHODS, PrivacyAccountant, calibrated_noise
+from lightning_curv.optimizers.privacy.accounting import (
+    METHODS,
+    PrivacyAccountant,
+    calibrated_noise,
+)
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
 from lightning_curv.samples.batch import Batch
@@ -44,9 +48,9 @@ class PrivacyCallback(Callback):
     `training_step`, its scalar loss and the DataLoader stay as they are. The callback
 
     - draws Poisson batches from the loader's data set: every sample takes part in a step with probability
-      q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of the loader as written; each
-      batch is split into exactly ``accumulate_grad_batches`` parts, so that `global_step`, schedulers and the length
-      of an epoch are what they were;
+      q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of the loader
+      as written; each batch is split into exactly ``accumulate_grad_batches`` parts, so that
+      `global_step`, schedulers and the length of an epoch are what they were;
     - listens to the user's own backward passes, so that the optimizer clips and adds noise;
     - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate, sizes and length of
       the run are read at every step. Training stops before a step that would exceed the budget;
@@ -54,11 +58,13 @@ class PrivacyCallback(Callback):
     and
       that nothing else learns from them.
 
-    The guarantee is (ε, δ)-differential privacy of all weights that training ends with and passes through, for
-    neighbouring data sets that differ by one sample; `summary` says in which way. It does not cover statistics of the
-    training data that you log or select by (a checkpoint by training loss). See `docs/privacy.md`.
+    The guarantee is (ε, δ)-differential privacy of all weights that training ends with and passes
+    through, for neighbouring data sets that differ by one sample; `summary` says in which way. It
+    does not cover statistics of the training data that you log or select by (a checkpoint by
+    training loss). See `docs/privacy.md`.
 
-    The account goes on over further fits, Trainers and checkpoints; each draws fresh batches and fresh noise.
+    The account goes on over further fits, Trainers and checkpoints; each draws fresh batches and
+    fresh noise.
 
     - ``privacy/epsilon``: ε spent, on the progress bar too
     - ``privacy/noise_multiplier``: σ
@@ -71,34 +77,40 @@ class PrivacyCallback(Callback):
     Args:
         epsilon: The budget ε; gives σ when the optimizer has none. ``None``: no budget.
         delta: δ, well below 1 / N.
-        sampling: ``"poisson"``; ``"truncated_poisson"``, of whose batches at most ``max_batch_size`` samples are kept;
-            ``"epoch"``, the shuffled loader as it is, accounted as one Gaussian mechanism per epoch without
-            amplification, for neighbours of which one has a sample zeroed out.
+        sampling: ``"poisson"``; ``"truncated_poisson"``, of whose batches at most
+            ``max_batch_size`` samples are kept; ``"epoch"``, the shuffled loader as it is,
+            accounted as one Gaussian mechanism per epoch without amplification, for neighbours of
+            which one has a sample zeroed out.
         max_batch_size: Samples of the largest truncated batch, all processes and parts together.
-        max_physical_batch_size: Samples that a process has in memory at once. The loader's batches may then be as large
-            as the logical batch should be; each is split by size, its parts filled one after the other, and the Trainer
-            accumulates them: its own `accumulate_grad_batches` becomes the number of parts that suffice for all but one
-            in 10⁹ batches, of whose last part is larger. Empty parts cost a sample each. Whatever the Trainer counts in
-            batches (`limit_train_batches`, `val_check_interval`) counts parts.
+        max_physical_batch_size: Samples that a process has in memory at once. The loader's batches
+            may then be as large as the logical batch should be; each is split by size, its parts
+            filled one after the other, and the Trainer accumulates them: its own
+            `accumulate_grad_batches` becomes the number of parts that suffice for all but one in
+            10⁹ batches, of whose last part is larger. Empty parts cost a sample each. Whatever the
+            Trainer counts in batches (`limit_train_batches`, `val_check_interval`) counts parts.
         accountant: ``"pld"`` or ``"rdp"``.
-        on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and go on.
-        every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes up to a second).
-        seed: Of the batches. It must be secret; default: from the operating system's entropy. Once a checkpoint was
-            loaded, batches come from fresh entropy all the same.
-        check_independence: Compare gradients of samples in a batch with those in random parts of it, on the 1st, 2nd,
-            5th, 10th, ... step; and what `collate_fn` and transfer hooks make of samples in different batches, for each
-            loader. Random numbers of a sample are equal in all of them. ``False`` is for losses of which you know that
-            samples do not influence each other, although random numbers that do not come from torch make it seem so.
+        on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and
+            go on.
+        every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes
+            up to a second).
+        seed: Of the batches. It must be secret; default: from the operating system's entropy. Once
+            a checkpoint was loaded, batches come from fresh entropy all the same.
+        check_independence: Compare gradients of samples in a batch with those in random parts of
+            it, on the 1st, 2nd, 5th, 10th, ... step; and what `collate_fn` and transfer hooks make
+            of samples in different batches, for each loader. Random numbers of a sample are equal
+            in all of them. ``False`` is for losses of which you know that samples do not influence
+            each other, although random numbers that do not come from torch make it seem so.
         log_non_private: Log statistics of the samples.
-        public_state: Patterns of names (``"target.*"``) of parameters and buffers that other code changes without
-            looking at the data: moving averages of weights, clamped weights.
-        exact_resume: Save the state of batches and noise in checkpoints and go on with it, so that a run resumes bit
-            for bit. Two runs that go on from one checkpoint then use the same noise, and the difference of their
-            weights has none: no ε holds for both together. Only where exactly one run goes on, and checkpoints are
-            kept secret.
+        public_state: Patterns of names (``"target.*"``) of parameters and buffers that other code
+            changes without looking at the data: moving averages of weights, clamped weights.
+        exact_resume: Save the state of batches and noise in checkpoints and go on with it, so that
+            a run resumes bit for bit. Two runs that go on from one checkpoint then use the same
+            noise, and the difference of their weights has none: no ε holds for both together. Only
+            where exactly one run goes on, and checkpoints are kept secret.
 
     Raises:
-        MisconfigurationException: In `fit`: something in the set-up is not private; the message says what to do.
+        MisconfigurationException: In `fit`: something in the set-up is not private; the message
+            says what to do.
 
     Example:
         >>> PrivacyCallback(epsilon=3.0, delta=1e-5).sampling
@@ -131,7 +143,9 @@ class PrivacyCallback(Callback):
         if epsilon is not None:
             require_positive("epsilon", epsilon)
         if not 0 < delta < 1:
-            raise ValueError(f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}.")
+            raise ValueError(
+                f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}."
+            )
         require_choice("sampling", sampling, SAMPLINGS)
         require_choice("accountant", accountant, METHODS)
         require_choice("on_budget", on_budget, ("stop", "warn"))
@@ -187,7 +201,8 @@ class PrivacyCallback(Callback):
         self.noise_multiplier = state_dict["noise_multiplier"]
         self.accountant.load_state_dict(state_dict)
         self._resumes = self.exact_resume
-        # without entropy of its own, every continuation of this checkpoint would draw the same batches
+        # without entropy of its own, every continuation of this checkpoint would draw the same
+        # batches
         self._entropy = state_dict["entropy"] if self._resumes else None
         self._next = state_dict["next"] if self._resumes else 0
 
@@ -197,7 +212,9 @@ class PrivacyCallback(Callback):
 
     def summary(self) -> str:
         """A table of what is guaranteed: ε, δ, the neighbouring relation, and the releases that it is made of."""
-        return summary_table(self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling)
+        return summary_table(
+            self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling
+        )
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -211,7 +228,10 @@ class PrivacyCallback(Callback):
         poisson = self.sampling != "epoch"
         if poisson:
             connector = trainer._accelerator_connector
-            self._replaced, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+            self._replaced, connector.use_distributed_sampler = (
+                connector.use_distributed_sampler,
+                False,
+            )
         self._plan = plan = Plan(
             trainer,
             poisson,
@@ -236,7 +256,9 @@ class PrivacyCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, plan = private_optimizer(trainer), self._current
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            trainer.strategy.model.require_backward_grad_sync = False  # clipped sums are added up instead
+            trainer.strategy.model.require_backward_grad_sync = (
+                False  # clipped sums are added up instead
+            )
         if self.accountant.history and not self._resumes:
             optimizer.renew_noise()
         self._resumes = False
@@ -246,10 +268,14 @@ class PrivacyCallback(Callback):
         self._follow(trainer)
         optimizer.noise_multiplier = self._noise(plan, optimizer)
         mean = optimizer.loss_reduction == "mean"
-        self._checks = Checks(trainer, pl_module, optimizer, mean, self.public_state, self.check_independence)
+        self._checks = Checks(
+            trainer, pl_module, optimizer, mean, self.public_state, self.check_independence
+        )
         self._spent = self.accountant.epsilon(self.delta)
         if self.log_non_private:
-            rank_zero_warn("PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee.")
+            rank_zero_warn(
+                "PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee."
+            )
 
     def _follow(self, trainer: Trainer) -> None:
         """Account for the next step as it will be drawn: loader, data set and length of the run may have changed."""
@@ -288,7 +314,9 @@ class PrivacyCallback(Callback):
                 self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
             )
             line = guarantee(self.epsilon, self.delta, plan.sampling)
-            rank_zero_info(f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for {line}.")
+            rank_zero_info(
+                f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for {line}."
+            )
         return self.noise_multiplier
 
     # --- one batch ---------------------------------------------------------------------------------------------------
@@ -297,7 +325,9 @@ class PrivacyCallback(Callback):
         self.accountant.start_epoch()
         self._passes = self._expected_passes = 0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         part = batch_idx % trainer.accumulate_grad_batches
         if part != self._expected_passes % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
@@ -335,7 +365,11 @@ class PrivacyCallback(Callback):
     def _check_budget(self, trainer: Trainer) -> None:
         sigma = float(private_optimizer(trainer).noise_multiplier or 0.0)
         planned = private_optimizer(trainer).same_noise(self._current.left)
-        if self._warned or not self.accountant.next_step_costs or self._budget.allows(sigma, planned):
+        if (
+            self._warned
+            or not self.accountant.next_step_costs
+            or self._budget.allows(sigma, planned)
+        ):
             return
         message = f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after {trainer.global_step} steps"
         message += f" ({self._guarantee})"
@@ -350,7 +384,9 @@ class PrivacyCallback(Callback):
     def _guarantee(self) -> str:
         return guarantee(self.accountant.epsilon(self.delta), self.delta, self.accountant.sampling)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         if self._size != 0:
             extensions = private_optimizer(trainer).extensions
             self._context = curvature(*extensions, batch_size=self._batch)
@@ -362,7 +398,9 @@ class PrivacyCallback(Callback):
             private_optimizer(trainer).add_empty_pass()
         self._leave()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         if self._passes != self._expected_passes:
             raise MisconfigurationException(
                 f"Expected a loss from each of {self._expected_passes} calls of `training_step`, found {self._passes}: "
@@ -370,7 +408,11 @@ class PrivacyCallback(Callback):
             )
         private = private_optimizer(trainer)
         costs = self.accountant.next_step_costs and not self._warned
-        if costs and self.on_budget == "stop" and not self._budget.checked(float(private.noise_multiplier or 0.0)):
+        if (
+            costs
+            and self.on_budget == "stop"
+            and not self._budget.checked(float(private.noise_multiplier or 0.0))
+        ):
             raise MisconfigurationException(
                 "PrivacyCallback expects the noise of a step before its batch is read, found `noise_multiplier` "
                 f"changed to {private.noise_multiplier} since; change it between steps."
@@ -438,7 +480,9 @@ class PrivacyCallback(Callback):
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._release(pl_module)
         self._restore(trainer)
 

@@ -19,7 +19,9 @@ _READERS = "_lightning_curv_readers"
 
 
 def record_training_step(
-    pl_module: LightningModule, output: nn.Module | None = None, read: Callable[[Any], None] | None = None
+    pl_module: LightningModule,
+    output: nn.Module | None = None,
+    read: Callable[[Any], None] | None = None,
 ) -> None:
     """Make `pl_module.training_step` run under `record()`; several callers share one patch.
 
@@ -42,7 +44,11 @@ def record_training_step(
                 returned[:] = [_recorded(outputs, step, args, kwargs)]
             return returned[0]
 
-        own = {_REPLACED: vars(pl_module).get("training_step"), _OUTPUTS: outputs, _RETURNED: returned}
+        own = {
+            _REPLACED: vars(pl_module).get("training_step"),
+            _OUTPUTS: outputs,
+            _RETURNED: returned,
+        }
         vars(recorded).update(own | {_READERS: readers})
         vars(pl_module)["training_step"] = recorded
     shared: list[nn.Module] = getattr(pl_module.training_step, _OUTPUTS)
@@ -52,9 +58,15 @@ def record_training_step(
         getattr(pl_module.training_step, _READERS).append(read)
 
 
-def _recorded(outputs: Sequence[nn.Module], step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _recorded(
+    outputs: Sequence[nn.Module], step: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     with record(*outputs[:1]):
-        return _recorded(outputs[1:], step, args, kwargs) if len(outputs) > 1 else step(*args, **kwargs)
+        return (
+            _recorded(outputs[1:], step, args, kwargs)
+            if len(outputs) > 1
+            else step(*args, **kwargs)
+        )
 
 
 def returned_loss(pl_module: LightningModule) -> Tensor | None:
@@ -85,7 +97,8 @@ def restore_training_step(pl_module: LightningModule) -> None:
 
 def eager() -> AbstractContextManager[Any]:
     """Run compiled modules eagerly."""
-    # Inside a compiled region no torch function is seen. The stance leaves compiled code valid for the next steps.
+    # Inside a compiled region no torch function is seen. The stance leaves compiled code valid for
+    # the next steps.
     if "torch._dynamo" in sys.modules:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()

@@ -48,7 +48,9 @@ def check(
             ) from error
     for name in prog_bar:
         if name not in series:
-            raise ValueError(f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?")
+            raise ValueError(
+                f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?"
+            )
 
 
 def _positive(value: object) -> bool:
@@ -81,5 +83,7 @@ def find_output(module: nn.Module, output: nn.Module | str | None) -> nn.Module 
         return output
     modules = dict(module.named_modules())
     if output not in modules:
-        raise ValueError(f"`output` must be a submodule, found {output!r}; did you mean {near(output, modules)}?")
+        raise ValueError(
+            f"`output` must be a submodule, found {output!r}; did you mean {near(output, modules)}?"
+        )
     return modules[output]

@@ -42,7 +42,13 @@ if TYPE_CHECKING:
         SumGradSquared,
         Variance,
     )
-    from lightning_curv.optimizers import DPSGD, DiagGGNOptimizer, DPAdam, DPOptimizer, KFACOptimizer
+    from lightning_curv.optimizers import (
+        DPSGD,
+        DiagGGNOptimizer,
+        DPAdam,
+        DPOptimizer,
+        KFACOptimizer,
+    )
     from lightning_curv.recording.extend import extend
     from lightning_curv.recording.record import disable, record
     from lightning_curv.rules import rule
@@ -84,7 +90,8 @@ __all__ = [
     "rule",
 ]
 
-# Everything not listed is an extension. Names resolve on first use, so that the engine never imports Lightning.
+# Everything not listed is an extension. Names resolve on first use, so that the engine never
+# imports Lightning.
 _ROOM = {
     "CurvatureCallback": "callbacks",
     "DPAdam": "optimizers",
@@ -101,7 +108,8 @@ _ROOM = {
     "rule": "rules",
 }
 
-# In the source tree optimizers/ and callbacks/ lie beside this package, in an installed copy inside it.
+# In the source tree optimizers/ and callbacks/ lie beside this package, in an installed copy inside
+# it.
 add_rooms(__path__)
 
 

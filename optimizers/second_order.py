@@ -36,25 +36,29 @@ SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "curvature_scale
 class SecondOrderOptimizer(Optimizer):
     r"""Gradient descent preconditioned by curvature × damping × step, three objects that know nothing of each other.
 
-    Updates come from `step_rule` for the directions that `curvature` makes of the gradients with the damping of the
-    group; decoupled weight decay comes on top.
+    Updates come from `step_rule` for the directions that `curvature` makes of the gradients with
+    the damping of the group; decoupled weight decay comes on top.
 
-    A parameter without curvature moves by Adam's direction at `fallback_lr` $\cdot \, \eta_t / \eta_0$ instead.
-    Frozen parameters and those without a gradient are left alone. A step with inf or NaN is rejected with a warning.
+    A parameter without curvature moves by Adam's direction at `fallback_lr`
+    $\cdot \, \eta_t / \eta_0$ instead. Frozen parameters and those without a gradient are left
+    alone. A step with inf or NaN is rejected with a warning.
 
     Args:
         params: parameters, or dicts of parameter groups with settings of their own.
-        defaults: settings of the groups; at least `lr`, `damping`, `weight_decay` and `fallback_lr`.
+        defaults: settings of the groups; at least `lr`, `damping`, `weight_decay` and
+            `fallback_lr`.
         curvature: what preconditions a gradient.
         schedule: when curvature is measured and inverted.
         step_rule: how far to go.
         adaptation: of the relative damping, where a group's `damping` is "auto".
 
     Attributes:
-        loss_fn: what `step` takes as `loss_fn` if it is not given any; set it where `step` is called by others.
+        loss_fn: what `step` takes as `loss_fn` if it is not given any; set it where `step` is
+            called by others.
         last_step: numbers of the last step, for logs.
-        curvature_scale: what the mean curvature of the backward passes of a step lacks to be that of the loss whose
-            gradient the parameters carry. Set it to the number of micro-batches whose gradients were accumulated.
+        curvature_scale: what the mean curvature of the backward passes of a step lacks to be that
+            of the loss whose gradient the parameters carry. Set it to the number of micro-batches
+            whose gradients were accumulated.
     """
 
     def __init__(
@@ -103,7 +107,11 @@ class SecondOrderOptimizer(Optimizer):
             found.append(self.curvature.extension)
         if self._adapts and any(found):
             found.append(LossLimits())
-        return tuple({extension.savefield: extension for extension in found if extension is not None}.values())
+        return tuple(
+            {
+                extension.savefield: extension for extension in found if extension is not None
+            }.values()
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its learning rate now is the one that schedules are relative to.
@@ -112,9 +120,14 @@ class SecondOrderOptimizer(Optimizer):
             ValueError: a setting is out of range, or is one that holds for the whole optimizer.
             TypeError: a parameter is complex or sparse.
         """
-        for name in inspect.signature(type(self)).parameters.keys() & param_group.keys() - self.defaults.keys():
+        for name in (
+            inspect.signature(type(self)).parameters.keys()
+            & param_group.keys() - self.defaults.keys()
+        ):
             if name != "params":
-                raise ValueError(f"`{name}` holds for all parameter groups; pass it to {type(self).__name__}.")
+                raise ValueError(
+                    f"`{name}` holds for all parameter groups; pass it to {type(self).__name__}."
+                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -134,20 +147,24 @@ class SecondOrderOptimizer(Optimizer):
         require_non_negative("weight_decay", group["weight_decay"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, loss_fn: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, loss_fn: Callable[[], Any] | None = None
+    ) -> Any:
         """Take one step from the gradients and curvature on the parameters.
 
         Args:
             closure: recomputes loss, gradients and curvature; called once, before anything else.
-            loss_fn: computes the loss of this step's batch once more, without gradients and without side effects (on
-                running statistics, logs). Every fifth step calls it before and after the update, both times with the
-                same random numbers, to adapt the damping; without it the damping stays relative but is not adapted.
+            loss_fn: computes the loss of this step's batch once more, without gradients and without
+                side effects (on running statistics, logs). Every fifth step calls it before and
+                after the update, both times with the same random numbers, to adapt the damping;
+                without it the damping stays relative but is not adapted.
 
         Returns:
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: curvature is due and no parameter has any that was not used before; a gradient is sparse.
+            RuntimeError: curvature is due and no parameter has any that was not used before; a
+                gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -168,9 +185,9 @@ class SecondOrderOptimizer(Optimizer):
     def accumulate(self) -> None:
         """Take in the curvature of a micro-batch whose gradient is not all of the step's.
 
-        Call it after the backward pass of every micro-batch but the last; `step` averages the curvature over all of
-        them. So does the quadratic model of `lr="auto"`, for which inputs and cotangents of all layers are kept until
-        then.
+        Call it after the backward pass of every micro-batch but the last; `step` averages the
+        curvature over all of them. So does the quadratic model of `lr="auto"`, for which inputs and
+        cotangents of all layers are kept until then.
 
         Raises:
             RuntimeError: curvature is due and no parameter has any that was not used before.
@@ -195,7 +212,9 @@ class SecondOrderOptimizer(Optimizer):
     def _adapt(self, step: Step, trial: Trial | None) -> None:
         if trial is not None and self.adaptation.due(self.steps - 1) and step.predicted is not None:
             ratio = trial.change() / step.predicted if step.predicted else math.nan
-            self.relative_damping = self.adaptation.adapted(self.relative_damping, ratio, bool(self.full_batch))
+            self.relative_damping = self.adaptation.adapted(
+                self.relative_damping, ratio, bool(self.full_batch)
+            )
             self.last_step["reduction_ratio"] = ratio
             self.tried, self._after = True, trial.after
         elif not self.tried and not self.adaptation.due(self.steps - 1):
@@ -208,7 +227,9 @@ class SecondOrderOptimizer(Optimizer):
     def _update(self, members: list[Member]) -> Step | None:
         flags = finite_flags(gradient(p) for _, p in members)
         if not all(flags):
-            names = self._parameters.described([p for (_, p), good in zip(members, flags, strict=True) if not good])
+            names = self._parameters.described(
+                [p for (_, p), good in zip(members, flags, strict=True) if not good]
+            )
             warn(f"found inf or NaN in the gradients of {names}; this step is skipped.")
             self._micro_batches = MicroBatches()
             return None
@@ -227,14 +248,22 @@ class SecondOrderOptimizer(Optimizer):
             if "weight" in state[block.params[0]]  # its curvature was measured
         }
         refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
-        exact = self.full_batch and self.step_rule.extension is not None  # gradients without noise, momentum of its own
-        ways = directions(curvature, parameters, blocks, dampings, found.jacobians, average=not exact)
+        exact = (
+            self.full_batch and self.step_rule.extension is not None
+        )  # gradients without noise, momentum of its own
+        ways = directions(
+            curvature, parameters, blocks, dampings, found.jacobians, average=not exact
+        )
         step = self.step_rule(ways, self.curvature_scale, room)
         updates = {d.param: update for d, update in zip(ways, step.updates, strict=True)}
         if not move(parameters, members, updates, step, keep=self.step_rule.extension is not None):
             flags = finite_flags(updates.values())
-            names = parameters.described([p for p, good in zip(updates, flags, strict=True) if not good])
-            warn(f"found inf or NaN in the preconditioned gradients of {names}; this step is skipped.")
+            names = parameters.described(
+                [p for p, good in zip(updates, flags, strict=True) if not good]
+            )
+            warn(
+                f"found inf or NaN in the preconditioned gradients of {names}; this step is skipped."
+            )
             return None
         self.last_step = {**step.report, "damping": self.relative_damping}
         self.steps += 1
@@ -243,7 +272,9 @@ class SecondOrderOptimizer(Optimizer):
     def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
         """The new fields of an extension, each only once."""
         inbox = self._inboxes.setdefault(extension.savefield, Inbox(extension.savefield))
-        fields = {param: field for _, param in members if (field := inbox.unread(param)) is not None}
+        fields = {
+            param: field for _, param in members if (field := inbox.unread(param)) is not None
+        }
         for param in fields:
             inbox.mark_read(param)
         if not fields:
@@ -261,7 +292,9 @@ class SecondOrderOptimizer(Optimizer):
             if rule is None or rule.savefield != extension.savefield:
                 fields = self._taken(extension, members)
             blocks = self._parameters.paired(members, self.curvature.pairs(fields))
-            self._micro_batches.add(statistics(self.curvature, self._parameters, blocks, fields, self.steps))
+            self._micro_batches.add(
+                statistics(self.curvature, self._parameters, blocks, fields, self.steps)
+            )
         if self._adapts:
             found = [vars(param).pop("loss_limits", None) for _, param in members]
             self._micro_batches.limits += [limits for limits in found if limits is not None][:1]
@@ -275,8 +308,11 @@ class SecondOrderOptimizer(Optimizer):
         self.loss_floor = floor / len(limits)  # it falls with the number of predictions
         if not size:
             return float(room)
-        # No step promises more than the loss was worth lately: at once it may be zero on its way to negative numbers.
-        self.loss_size = LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size if self.loss_size else size
+        # No step promises more than the loss was worth lately: at once it may be zero on its way to
+        # negative numbers.
+        self.loss_size = (
+            LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size if self.loss_size else size
+        )
         return min(float(room), max(size, self.loss_size))
 
     @property
@@ -300,7 +336,9 @@ class SecondOrderOptimizer(Optimizer):
         saved = {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
         if self.curvature.sharded:  # this process has only some of the inverses
             saved["state"] = {
-                number: {key: value for key, value in state.items() if key not in ("inverses", "owner")}
+                number: {
+                    key: value for key, value in state.items() if key not in ("inverses", "owner")
+                }
                 for number, state in saved["state"].items()
             }
         return saved
@@ -308,8 +346,8 @@ class SecondOrderOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, every tensor in the dtype that it was saved in.
 
-        The state of another optimizer says nothing about curvature, and its settings mean something else: it is left
-        out with a warning.
+        The state of another optimizer says nothing about curvature, and its settings mean something
+        else: it is left out with a warning.
         """
         if "steps" not in state_dict:
             warn(
@@ -336,4 +374,6 @@ class SecondOrderOptimizer(Optimizer):
 def _check_param(param: Tensor) -> None:
     if param.is_complex() or param.layout != torch.strided:
         kind = "complex" if param.is_complex() else "sparse"
-        raise TypeError(f"Curvature needs real dense parameters, found a {kind} one of shape {tuple(param.shape)}.")
+        raise TypeError(
+            f"Curvature needs real dense parameters, found a {kind} one of shape {tuple(param.shape)}."
+        )

@@ -49,7 +49,10 @@ class Observation:
         self.supplied, self.logged = list(supplied), list(logged)
         self._seed, self._output = seed, output
         self._batch_size, self._batch = batch_size, Batch()
-        self._max_samples, self._subsets = max_samples, None if max_samples is None else _subsets(seed())
+        self._max_samples, self._subsets = (
+            max_samples,
+            None if max_samples is None else _subsets(seed()),
+        )
         self._generator: torch.Generator | None = None
         self._backprop: Backprop | None = None
         self._failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
@@ -69,8 +72,9 @@ class Observation:
 
         Args:
             loss: the root of the pass, or a tensor below it.
-            seed: the gradient there of the loss as the user returned it: curvature is that of this loss, not of what
-                Lightning scaled. First-order quantities come from the user's own pass and carry its factor.
+            seed: the gradient there of the loss as the user returned it: curvature is that of this
+                loss, not of what Lightning scaled. First-order quantities come from the user's own
+                pass and carry its factor.
             check: do the per-sample gradients add up to the gradient?
         """
         fields = {extension.savefield for extension in self.supplied}
@@ -82,7 +86,15 @@ class Observation:
         if self._generator is None and any(map(_draws, extensions)):
             self._generator = torch.Generator(loss.device).manual_seed(self._seed())
         backprop = self._backprop = Backprop(
-            loss, extensions, self._generator, self._batch, check, seed, defer=True, output=self._output, cap=cap
+            loss,
+            extensions,
+            self._generator,
+            self._batch,
+            check,
+            seed,
+            defer=True,
+            output=self._output,
+            cap=cap,
         )
         backprop.before()
         self._failures, backprop.failures = backprop.failures, []

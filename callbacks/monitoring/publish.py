@@ -25,8 +25,8 @@ NORM_BAND = ["sample_norm_median", "sample_norm_p5", "sample_norm_p95"]
 class Events:
     """What is on its way to TensorBoard's files: one event per logged step, written some at a time.
 
-    Alone, each costs more than twice as much: between two steps, the code that makes and writes it leaves the
-    processor's caches.
+    Alone, each costs more than twice as much: between two steps, the code that makes and writes it
+    leaves the processor's caches.
     """
 
     def __init__(self) -> None:
@@ -65,20 +65,29 @@ def publish(
     for logger in trainer.loggers:
         separator = logger.group_separator
         metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
-        metrics |= {f"{LAYERS}{separator}{name.replace('/', separator)}": value for name, value in layers.items()}
+        metrics |= {
+            f"{LAYERS}{separator}{name.replace('/', separator)}": value
+            for name, value in layers.items()
+        }
         samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
         images = {} if image is None else {f"{LAYERS}{separator}all": image}
         write = events.add if _is_plain_tensorboard(logger) else _write
         write(logger, step, metrics, samples, images)
     tagged = {f"{GROUP}/{name}": torch.scalar_tensor(value) for name, value in values.items()}
-    trainer._logger_connector._callback_metrics.update(tagged)  # the public property first collects those of the epoch
+    trainer._logger_connector._callback_metrics.update(
+        tagged
+    )  # the public property first collects those of the epoch
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
 
 
 def _write(
-    logger: Logger, step: int, metrics: dict[str, float], samples: Mapping[str, Numbers], images: Mapping[str, Tensor]
+    logger: Logger,
+    step: int,
+    metrics: dict[str, float],
+    samples: Mapping[str, Numbers],
+    images: Mapping[str, Tensor],
 ) -> None:
     """Through the methods of a logger; histograms and images if its experiment takes them."""
     logger.log_metrics(metrics, step=step)
@@ -94,8 +103,12 @@ def _write(
 
 def _is_plain_tensorboard(logger: Any) -> bool:
     """Whether a logger only hands metrics on to TensorBoard, as Lightning's does in the process that writes."""
-    tensorboard = sys.modules.get("torch.utils.tensorboard")  # 0.1 s to import, for loggers that do not need it
-    if tensorboard is None or not type(logger).log_metrics.__module__.endswith("fabric.loggers.tensorboard"):
+    tensorboard = sys.modules.get(
+        "torch.utils.tensorboard"
+    )  # 0.1 s to import, for loggers that do not need it
+    if tensorboard is None or not type(logger).log_metrics.__module__.endswith(
+        "fabric.loggers.tensorboard"
+    ):
         return False
     return type(logger.experiment) is tensorboard.SummaryWriter and not logger._prefix
 
@@ -144,7 +157,9 @@ def add_layout(trainer: Trainer, series: Collection[str]) -> None:
     charts: dict[str, list[object]] = {}
     if set(NORM_BAND) <= set(series):
         charts["sample norms"] = ["Margin", [f"{GROUP}/{name}$" for name in NORM_BAND]]
-    charts |= {name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND}
+    charts |= {
+        name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND
+    }
     for logger in trainer.loggers:
         add = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
         if add is not None:

@@ -62,7 +62,9 @@ class Report:
         self._off |= set(fields)
         possible = [q for q in self._quantities if self._off.isdisjoint(q.fields)]
         self._names = {quantity.name for quantity in possible}
-        self.fields = list(dict.fromkeys(field for quantity in possible for field in quantity.fields))
+        self.fields = list(
+            dict.fromkeys(field for quantity in possible for field in quantity.fields)
+        )
 
     @torch.no_grad()
     def measure(
@@ -86,7 +88,11 @@ class Report:
             divisor: of the accumulated gradients, gives those of the window.
             passes: number of backward passes that share the loss' mean.
         """
-        suffix = "" if len(trainer.optimizers) == 1 else f"/optimizer_{trainer.optimizers.index(optimizer)}"
+        suffix = (
+            ""
+            if len(trainer.optimizers) == 1
+            else f"/optimizer_{trainer.optimizers.index(optimizer)}"
+        )
         lr = optimizer.param_groups[0]["lr"]
 
         def job(params: Sequence[Parameter], name: str) -> Job:
@@ -96,7 +102,9 @@ class Report:
             fields = dict.fromkeys(field for quantity in quantities for field in quantity.fields)
             lost, names = fields.keys() - {*self.fields}, {quantity.name for quantity in quantities}
             pool, with_loss = "sample_norms" in names, "cabs" in names
-            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss)
+            measurement = Measurement(
+                statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss
+            )
             noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
             return Job(quantities, measurement, noise)
 
@@ -127,7 +135,9 @@ class Report:
 
     def follow_updates(self, pl_module: LightningModule) -> None:
         """After the steps of all optimizers."""
-        names: Mapping[Tensor, str] = {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
+        names: Mapping[Tensor, str] = (
+            {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
+        )
         for suffix, params in self._updated.items():
             size = self._trajectory.update_size(dict(zip(params, params)))
             if size is not None:
@@ -138,13 +148,22 @@ class Report:
         self._trajectory.end_update()
 
     def publish(
-        self, trainer: Trainer, pl_module: LightningModule, events: Events, histograms: bool, prog_bar: Collection[str]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        events: Events,
+        histograms: bool,
+        prog_bar: Collection[str],
     ) -> None:
         """Write the numbers, if there are any."""
         if not self._values:
             return
         found = self._layers
-        layers = {f"{name}/{layer}": v for layer in self._chosen for name, v in found.get(layer, {}).items()}
+        layers = {
+            f"{name}/{layer}": v
+            for layer in self._chosen
+            for name, v in found.get(layer, {}).items()
+        }
         image = heat_map(found) if len(found) > len(self._chosen) else None
         samples = self._histograms if histograms else {}
         publish(trainer, pl_module, events, self._values, layers, samples, image, prog_bar)

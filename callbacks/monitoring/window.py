@@ -24,7 +24,8 @@ class BackwardPass:
         factor: of the loss: first-order results carry it, curvature does not.
         loss: with the factor, [].
         samples: N, their number.
-        counts: by savefield, the number S of samples that results are of, where these are a random subset of the N.
+        counts: by savefield, the number S of samples that results are of, where these are a random
+            subset of the N.
     """
 
     fields: dict[str, dict[Parameter, Any]] = field(default_factory=dict)
@@ -47,7 +48,8 @@ class BackwardPass:
         if not params:
             return self
         fields = {
-            name: {p: result for p, result in found.items() if p not in params} for name, found in self.fields.items()
+            name: {p: result for p, result in found.items() if p not in params}
+            for name, found in self.fields.items()
         }
         return replace(self, fields=fields)
 
@@ -55,35 +57,47 @@ class BackwardPass:
 class Statistics:
     r"""Statistics of the samples of a window, for some parameters.
 
-    The gradient of the window is $\bar g = \alpha \sum_{mn} u_{mn}$ with the shares $u_{mn}$ that pass $m$ of $M$
-    found for its $N_m$ samples. A sample's gradient is $g_{mn} = \alpha M N_m u_{mn}$ and its weight
-    $w_{mn} = 1 / (M N_m)$, so that $\bar g$ is the weighted mean.
+    The gradient of the window is $\bar g = \alpha \sum_{mn} u_{mn}$ with the shares $u_{mn}$ that
+    pass $m$ of $M$ found for its $N_m$ samples. A sample's gradient is
+    $g_{mn} = \alpha M N_m u_{mn}$ and its weight $w_{mn} = 1 / (M N_m)$, so that $\bar g$ is the
+    weighted mean.
 
-    Where a pass has results of $S_m < N_m$ samples, drawn uniformly without replacement, each of these stands for
-    $N_m / S_m$ samples: sums over samples with weights $1 / (M S_m)$, and curvatures times $N_m / S_m$, have the value
-    of all samples as their expectation (Horvitz & Thompson, *A generalization of sampling without replacement from a
-    finite universe*, JASA 1952).
+    Where a pass has results of $S_m < N_m$ samples, drawn uniformly without replacement, each of
+    these stands for $N_m / S_m$ samples: sums over samples with weights $1 / (M S_m)$, and
+    curvatures times $N_m / S_m$, have the value of all samples as their expectation (Horvitz &
+    Thompson, *A generalization of sampling without replacement from a finite universe*, JASA 1952).
 
     Args:
         passes: those of the window that saw any of the parameters.
-        params: restrict the statistics to these, in this order: sums over them then do not depend on the backward pass.
+        params: restrict the statistics to these, in this order: sums over them then do not depend
+            on the backward pass.
         share: $\alpha$, 1/M if the window's loss is the mean over the passes, 1 if it is their sum.
     """
 
-    def __init__(self, passes: list[BackwardPass], params: Sequence[Parameter], share: float) -> None:
+    def __init__(
+        self, passes: list[BackwardPass], params: Sequence[Parameter], share: float
+    ) -> None:
         self._passes, self._params, self._share = passes, params, share
-        self.covered = frozenset().union(*(backward.covered.intersection(params) for backward in passes))
+        self.covered = frozenset().union(
+            *(backward.covered.intersection(params) for backward in passes)
+        )
 
     @property
     def loss(self) -> Tensor | None:
         r"""$\alpha \sum_m \ell_m$, []."""
-        losses = [wide(backward.loss) / backward.factor for backward in self._passes if backward.loss is not None]
+        losses = [
+            wide(backward.loss) / backward.factor
+            for backward in self._passes
+            if backward.loss is not None
+        ]
         return self._share * torch.stack(losses).sum() if losses else None
 
     @cached_property
     def sq_norms(self) -> Tensor:
         r"""$\|g_n\|^2$, [N], or of those that were chosen."""
-        return _joined([_total(found) * self._sample_factor(backward) ** 2 for backward, found in self._norms])
+        return _joined(
+            [_total(found) * self._sample_factor(backward) ** 2 for backward, found in self._norms]
+        )
 
     @cached_property
     def _norms(self) -> list[tuple[BackwardPass, list[Tensor]]]:
@@ -112,7 +126,11 @@ class Statistics:
     def mean(self, values: Tensor | Numbers) -> Any:
         r"""$\sum_n w_n v_n$, [], for v of the samples whose norms are known."""
         stops = accumulate(self._sizes)
-        means = [values[stop - size : stop].sum() / size for size, stop in zip(self._sizes, stops) if size]
+        means = [
+            values[stop - size : stop].sum() / size
+            for size, stop in zip(self._sizes, stops)
+            if size
+        ]
         return sum(means) / max(len(self._passes), 1)
 
     def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
@@ -133,20 +151,28 @@ class Statistics:
 
     def curvatures(self, savefield: str) -> dict[Parameter, Tensor]:
         r"""A curvature of the window's loss, $\alpha \sum_m C_m$; for eigenvalues an upper bound of that."""
-        return self._summed(savefield, lambda backward: self._share * (backward.samples / backward.count(savefield)))
+        return self._summed(
+            savefield, lambda backward: self._share * (backward.samples / backward.count(savefield))
+        )
 
     def _means(self, savefield: str, power: int) -> dict[Parameter, Tensor]:
         """Weighted means over the samples of what is of some power in their gradients, from sums over samples."""
 
         def factor(backward: BackwardPass) -> Tensor | float:
-            return self._sample_factor(backward) ** power / (len(self._passes) * backward.count(savefield))
+            return self._sample_factor(backward) ** power / (
+                len(self._passes) * backward.count(savefield)
+            )
 
         return self._summed(savefield, factor)
 
-    def _summed(self, savefield: str, factor: Callable[[BackwardPass], Tensor | float]) -> dict[Parameter, Tensor]:
+    def _summed(
+        self, savefield: str, factor: Callable[[BackwardPass], Tensor | float]
+    ) -> dict[Parameter, Tensor]:
         """Results times a factor, summed over the passes."""
         total: dict[Parameter, Tensor] = {}
-        for backward, scale in [(backward, factor(backward)) for backward in self._passes if backward.samples]:
+        for backward, scale in [
+            (backward, factor(backward)) for backward in self._passes if backward.samples
+        ]:
             for param, found in backward.fields.get(savefield, {}).items():
                 if param in self.covered:
                     total[param] = total.get(param, 0) + scale * wide(found)
@@ -154,7 +180,9 @@ class Statistics:
 
     def _found(self, savefield: str) -> list[tuple[BackwardPass, list[Any]]]:
         fields = [(backward, backward.fields.get(savefield, {})) for backward in self._passes]
-        pairs = [(backward, [found[p] for p in self._params if p in found]) for backward, found in fields]
+        pairs = [
+            (backward, [found[p] for p in self._params if p in found]) for backward, found in fields
+        ]
         return [(backward, found) for backward, found in pairs if found]
 
     def _sample_factor(self, backward: BackwardPass) -> Tensor | float:
@@ -179,7 +207,9 @@ class Window:
     def forget(self, params: Iterable[Parameter]) -> None:
         """Drop parameters whose gradient was set to zero, and passes that then have nothing left."""
         params = frozenset(params)
-        self._passes = [backward.without(params) for backward in self._passes if not backward.covered <= params]
+        self._passes = [
+            backward.without(params) for backward in self._passes if not backward.covered <= params
+        ]
 
     def statistics(self, params: Iterable[Parameter], share: float) -> Statistics:
         """Combine the passes; see `Statistics`."""

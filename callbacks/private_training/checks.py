@@ -21,9 +21,10 @@ _FIRST_ROUNDS = 3  # pairs of batches of a loader that are compared at first
 class Checks:
     """When to check what, during one `fit`.
 
-    The engine proves at every backward pass which sample owns which row. What it cannot see, dependence without a
-    gradient (counts, maxima, detached statistics), is looked for on batches: the 1st, 2nd, 5th, 10th, 20th, ... one
-    that has two samples, and every one that changes a parameter or buffer in a way that is not known yet.
+    The engine proves at every backward pass which sample owns which row. What it cannot see,
+    dependence without a gradient (counts, maxima, detached statistics), is looked for on batches:
+    the 1st, 2nd, 5th, 10th, 20th, ... one that has two samples, and every one that changes a
+    parameter or buffer in a way that is not known yet.
 
     Args:
         trainer: The Trainer.
@@ -43,14 +44,21 @@ class Checks:
         public_state: Sequence[str],
         gradients: bool,
     ) -> None:
-        self._trainer, self._module, self._mean, self._gradients = trainer, pl_module, mean, gradients
+        self._trainer, self._module, self._mean, self._gradients = (
+            trainer,
+            pl_module,
+            mean,
+            gradients,
+        )
         self._watch = StateWatch(pl_module, optimizer, public_state)
         self._loader: DataLoader | None = None
         self._seen, self._due = 0, 1  # batches with two samples or more; the next one to check
         self._unknown: set[str] = set()  # changed during training steps
         self._began = False
 
-    def before(self, batch: Any, batch_idx: int, size: int | None, loader: DataLoader | None) -> None:
+    def before(
+        self, batch: Any, batch_idx: int, size: int | None, loader: DataLoader | None
+    ) -> None:
         """A batch is about to be trained on."""
         self.between()
         count = samples_in(batch) if size is None else size
@@ -103,7 +111,9 @@ class Checks:
 
     def _look(self, batch: Any, batch_idx: int, size: int | None) -> None:
         if size is not None and size >= 2:
-            steady = refuse_coupled_samples(self._module, batch, batch_idx, size, self._mean, self._gradients)
+            steady = refuse_coupled_samples(
+                self._module, batch, batch_idx, size, self._mean, self._gradients
+            )
             self._watch.allow(steady or set())
 
     @staticmethod
@@ -128,5 +138,11 @@ def samples_in(batch: Any) -> int | None:
     """The number of samples: the length of the first tensor."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
-    entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    entries = (
+        batch.values()
+        if isinstance(batch, dict)
+        else batch
+        if isinstance(batch, (list, tuple))
+        else ()
+    )
     return next((size for size in map(samples_in, entries) if size is not None), None)

@@ -47,7 +47,9 @@ class _Gradients(GraphExtension):
         kept = finite.nonzero().flatten().tolist()
         sums: list[dict[Tensor, Tensor]] = [
             {
-                parameter: jacobian[kept].weighted_total(_like(jacobian, weights[finite.cpu()] * self._scale))
+                parameter: jacobian[kept].weighted_total(
+                    _like(jacobian, weights[finite.cpu()] * self._scale)
+                )
                 for parameter, jacobian in jacobians.items()
                 if kept
             }
@@ -67,7 +69,8 @@ class Gradients:
 
     Attributes:
         norms: ‖g_i‖, ``[N]``.
-        sums: Σ w_i g_i by parameter over the samples whose gradient is finite, for each vector of weights w.
+        sums: Σ w_i g_i by parameter over the samples whose gradient is finite, for each vector of
+            weights w.
     """
 
     norms: Tensor
@@ -96,7 +99,11 @@ def observe(
     """
     known: Batch = describe_batch(batch, size)
     step = pl_module.training_step
-    arguments = (batch, batch_idx) if is_param_in_hook_signature(step, "batch_idx", min_args=2) else (batch,)
+    arguments = (
+        (batch, batch_idx)
+        if is_param_in_hook_signature(step, "batch_idx", min_args=2)
+        else (batch,)
+    )
     device = pl_module.device
     forward = pl_module.trainer.precision_plugin.forward_context()
     with seeded(0, device), torch.enable_grad(), forward, eager(), record(), randomness:
@@ -110,13 +117,19 @@ def observe(
 
 
 def refuse_coupled_samples(
-    pl_module: LightningModule, batch: Any, batch_idx: int, size: int, mean: bool, gradients: bool = True
+    pl_module: LightningModule,
+    batch: Any,
+    batch_idx: int,
+    size: int,
+    mean: bool,
+    gradients: bool = True,
 ) -> set[str] | None:
     """Compare the gradients of the samples in the whole batch with those in two random parts of it.
 
-    Every sample is missing in one of the parts. Compared are the norm of every sample's gradient, and a weighted sum of
-    the gradients of each part, with random weights: all entries count. Random numbers of a sample are equal in all
-    runs, dropout and logging are off, and everything that a training step changes is put back.
+    Every sample is missing in one of the parts. Compared are the norm of every sample's gradient,
+    and a weighted sum of the gradients of each part, with random weights: all entries count. Random
+    numbers of a sample are equal in all runs, dropout and logging are off, and everything that a
+    training step changes is put back.
 
     Args:
         pl_module: Its `training_step` is called three times.
@@ -127,16 +140,19 @@ def refuse_coupled_samples(
         gradients: Whether to compare gradients; else only parameters and buffers.
 
     Returns:
-        The names of parameters and buffers that the step changes in the same way whatever the batch holds; ``None``:
-        the batch cannot be divided, or there is no loss.
+        The names of parameters and buffers that the step changes in the same way whatever the batch
+        holds; ``None``: the batch cannot be divided, or there is no loss.
 
     Raises:
-        MisconfigurationException: Gradients differ, or a parameter or buffer is changed by what the batch holds.
+        MisconfigurationException: Gradients differ, or a parameter or buffer is changed by what the
+            batch holds.
     """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(secrets.randbits(63)))
     first = _share(size)
     parts = [order[:first].sort().values, order[first:].sort().values]
-    weights = torch.randn(size, generator=torch.Generator().manual_seed(secrets.randbits(63)), dtype=torch.float64)
+    weights = torch.randn(
+        size, generator=torch.Generator().manual_seed(secrets.randbits(63)), dtype=torch.float64
+    )
     masked = [torch.zeros_like(weights).index_copy(0, rows, weights[rows]) for rows in parts]
     if not divides(batch, size):
         return None
@@ -150,7 +166,9 @@ def refuse_coupled_samples(
             kept.put_back()
             part = samples_of(batch, rows, size)
             count, own = len(rows), [weights[rows]]
-            found = _observe_part(pl_module, part, batch_idx, count, own, randomness.again(rows), mean)
+            found = _observe_part(
+                pl_module, part, batch_idx, count, own, randomness.again(rows), mean
+            )
             if found is None:
                 return None
             if gradients:
@@ -162,8 +180,9 @@ def refuse_coupled_samples(
 def _share(size: int) -> int:
     """About half of the samples, in a number that has no divisor in common with theirs.
 
-    A loss that is divided by a count over the batch, such as that of a class, is the same in a part where the count
-    happens to shrink like the number of samples. So it cannot, unless the count is none or all of them.
+    A loss that is divided by a count over the batch, such as that of a class, is the same in a part
+    where the count happens to shrink like the number of samples. So it cannot, unless the count is
+    none or all of them.
     """
     return next(share for share in range(size // 2, 0, -1) if math.gcd(share, size) == 1)
 
@@ -189,7 +208,13 @@ def tolerance(pl_module: LightningModule) -> float:
 
 
 def compare(
-    whole: Gradients, part: Gradients, rows: Tensor, number: int, weights: Tensor, mean: bool, allowed: float
+    whole: Gradients,
+    part: Gradients,
+    rows: Tensor,
+    number: int,
+    weights: Tensor,
+    mean: bool,
+    allowed: float,
 ) -> None:
     """Raise if gradients of some samples are others in another batch.
 
@@ -228,7 +253,13 @@ def _distance(a: dict[Tensor, Tensor], b: dict[Tensor, Tensor]) -> float:
     squares = 0.0
     for parameter in {**a, **b}:
         first, second = a.get(parameter), b.get(parameter)
-        difference = first - second if first is not None and second is not None else first if second is None else second
+        difference = (
+            first - second
+            if first is not None and second is not None
+            else first
+            if second is None
+            else second
+        )
         assert difference is not None
         squares += float(difference.double().square().sum())
     return squares**0.5
@@ -286,7 +317,11 @@ def samples_of(batch: Any, rows: Tensor, size: int) -> Any:
             return type(value)(*(cut(entry) for entry in value))
         if isinstance(value, (list, tuple)):
             whole = len(value) == size and not any(isinstance(v, Tensor) and v.ndim for v in value)
-            return type(value)(value[i] for i in chosen) if whole else type(value)(cut(entry) for entry in value)
+            return (
+                type(value)(value[i] for i in chosen)
+                if whole
+                else type(value)(cut(entry) for entry in value)
+            )
         return value
 
     result = cut(batch)

@@ -19,9 +19,9 @@ _Seen = tuple[int, int, Tensor | None]  # identity, version, fingerprint
 class StateWatch:
     """Compares the parameters and buffers of a module with what they were.
 
-    A change is found by the version that torch counts for every tensor, and that of a buffer by its values too: writing
-    back what was there is no change. Changes through ``.data`` have no version; they are found where values of all
-    tensors are compared.
+    A change is found by the version that torch counts for every tensor, and that of a buffer by its
+    values too: writing back what was there is no change. Changes through ``.data`` have no version;
+    they are found where values of all tensors are compared.
 
     Args:
         pl_module: The module.
@@ -29,7 +29,9 @@ class StateWatch:
         expected: Patterns of names of what else may change.
     """
 
-    def __init__(self, pl_module: LightningModule, optimizer: DPOptimizer, expected: Sequence[str]) -> None:
+    def __init__(
+        self, pl_module: LightningModule, optimizer: DPOptimizer, expected: Sequence[str]
+    ) -> None:
         self._modules = list(pl_module.named_modules())
         self._optimizer, self._expected = optimizer, expected
         self._steady: set[str] = set()
@@ -59,7 +61,9 @@ class StateWatch:
             elif isinstance(tensor, torch.nn.Parameter):
                 print_of = None
             else:  # read again only if its version says so
-                print_of = known[2] if known is not None and known[:2] == now else fingerprint(tensor)
+                print_of = (
+                    known[2] if known is not None and known[:2] == now else fingerprint(tensor)
+                )
             self._seen[name] = *now, print_of
 
     def changed(self) -> set[str]:
@@ -81,7 +85,9 @@ class StateWatch:
 
     def unexpected(self, names: set[str]) -> set[str]:
         """Those that must not change."""
-        expected = {name for name in names if any(fnmatchcase(name, pattern) for pattern in self._expected)}
+        expected = {
+            name for name in names if any(fnmatchcase(name, pattern) for pattern in self._expected)
+        }
         return names - expected - self._steady
 
     def _stepped(self) -> None:
@@ -90,7 +96,11 @@ class StateWatch:
         for name, tensor in self._tensors():
             if id(tensor) in own and name in self._seen:
                 compared = self._seen[name][2] is not None
-                self._seen[name] = id(tensor), tensor._version, fingerprint(tensor) if compared else None
+                self._seen[name] = (
+                    id(tensor),
+                    tensor._version,
+                    fingerprint(tensor) if compared else None,
+                )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._modules:

@@ -38,24 +38,28 @@ _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
 class Backprop:
     """The quantities of one backward pass.
 
-    Call `before`, then `run` or a backward pass of the user's, then `after`. `curvature` does so around
-    ``loss.backward()``.
+    Call `before`, then `run` or a backward pass of the user's, then `after`. `curvature` does so
+    around ``loss.backward()``.
 
     Args:
         loss: The root of the backward pass.
         extensions: What to compute.
-        generator: Draws the targets of Monte-Carlo quantities; by default one that leaves the global state alone.
+        generator: Draws the targets of Monte-Carlo quantities; by default one that leaves the
+            global state alone.
         batch_size: N, or all that is known of the batch.
-        check: Compare the per-sample gradients with the gradient, and verify that samples do not mix.
+        check: Compare the per-sample gradients with the gradient, and verify that samples do not
+            mix.
         gradient: The gradient that the backward pass starts with (non-scalar roots).
-        defer: Go on without an extension that fails, in `before` or during the backward pass, and list it in `failures`
-            instead of raising.
+        defer: Go on without an extension that fails, in `before` or during the backward pass, and
+            list it in `failures` instead of raising.
         output: Where the curvature of the loss enters instead of at known loss functions.
-        hook: Gets every parameter, or its module, when its results are set: those of the backward pass during it.
+        hook: Gets every parameter, or its module, when its results are set: those of the backward
+            pass during it.
         create_graph: Whether first-order quantities are to be differentiable.
-        cap: How many samples are enough for some extensions, those of the sources `Gradient`, `Exact` and `Sampled`.
-            Where all that share a source are content, their results are those of a random subset, sums not scaled up;
-            where one is not, all get the whole batch, whose passes are made anyway.
+        cap: How many samples are enough for some extensions, those of the sources `Gradient`,
+            `Exact` and `Sampled`. Where all that share a source are content, their results are
+            those of a random subset, sums not scaled up; where one is not, all get the whole batch,
+            whose passes are made anyway.
 
     Attributes:
         failures: What was gone on without, and why.
@@ -115,8 +119,12 @@ class Backprop:
                             self._evaluate(jacobian, extensions)
         if gradient and self._create_graph:
             self._differentiate(passes, gradient)
-            gradient = [extension for extension in gradient if not isinstance(extension, Differentiable)]
-        if gradient and (self._create_graph or any(type(extension) is not SumCheck for extension in gradient)):
+            gradient = [
+                extension for extension in gradient if not isinstance(extension, Differentiable)
+            ]
+        if gradient and (
+            self._create_graph or any(type(extension) is not SumCheck for extension in gradient)
+        ):
             self._listen(gradient)
         if self._hook is not None:
             parameters = (p for found in passes.tape.parameters.values() for p in found)
@@ -131,7 +139,9 @@ class Backprop:
         totals = not passes.samples.partial and any(extension.totals for extension in extensions)
         failed = partial(self.fail, extensions) if self.defers else None
         self._heard = extensions
-        self._listener = Listener(passes, partial(self._evaluate, extensions=extensions), totals, failed)
+        self._listener = Listener(
+            passes, partial(self._evaluate, extensions=extensions), totals, failed
+        )
 
     def run(self, **options: Any) -> None:
         """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.
@@ -141,7 +151,9 @@ class Backprop:
         """
         receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
         if receivers:
-            shared = len(receivers) < len(self._extensions) or any(other is not self for other in _PENDING)
+            shared = len(receivers) < len(self._extensions) or any(
+                other is not self for other in _PENDING
+            )
             truncated_backward.run(self._passes, receivers, shared, **options)
         else:
             Tensor.backward(self._loss, **options)
@@ -174,9 +186,15 @@ class Backprop:
 
     def _leave(self, parameter: Tensor) -> bool:
         """Set a parameter's results, which are then no longer ours; false if none are there, or some are to come."""
-        if self._listener is not None and any(parameter not in self._results.get(e, {}) for e in self._heard):
+        if self._listener is not None and any(
+            parameter not in self._results.get(e, {}) for e in self._heard
+        ):
             return False
-        found = [e for e, results in self._results.items() if parameter in results and type(e) is not SumCheck]
+        found = [
+            e
+            for e, results in self._results.items()
+            if parameter in results and type(e) is not SumCheck
+        ]
         for extension in found:
             setattr(parameter, extension.savefield, self._results[extension].pop(parameter))
         return bool(found)
@@ -184,7 +202,9 @@ class Backprop:
     def _walked(self) -> Passes:
         loss = self._loss
         if loss.grad_fn is None:
-            raise RuntimeError("Expected a loss that was computed from parameters, found a tensor without a graph.")
+            raise RuntimeError(
+                "Expected a loss that was computed from parameters, found a tensor without a graph."
+            )
         self._output = find_output(loss, self._where)
         tape = walk(loss.grad_fn, self._output)
         for use in tape.uses.values():
@@ -199,7 +219,10 @@ class Backprop:
         except UnsupportedError as error:
             if not self.defers:
                 raise
-            self.fail([e for e in self._extensions if _uncovered(tape, e, self._output is not None)], error)
+            self.fail(
+                [e for e in self._extensions if _uncovered(tape, e, self._output is not None)],
+                error,
+            )
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
@@ -207,7 +230,9 @@ class Backprop:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
                 try:
-                    most = self._cap.size if self._cap is not None and self._content(wanting) else None
+                    most = (
+                        self._cap.size if self._cap is not None and self._content(wanting) else None
+                    )
                     passes.separate = bool(independent)
                     passes.samples = find_samples(
                         passes, self._batch, bool(independent), self._check, most, self._private
@@ -260,11 +285,15 @@ class Backprop:
         return self._output is not None or bool(find_summands(self._passes.tape, self._loss).others)
 
     def _differentiate(self, passes: Passes, extensions: list[Extension]) -> None:
-        if found := [extension for extension in extensions if isinstance(extension, Differentiable)]:
+        if found := [
+            extension for extension in extensions if isinstance(extension, Differentiable)
+        ]:
             gradients = gradients_per_sample(passes)
             with torch.enable_grad():
                 for e in found:
-                    self._results[e] = {parameter: e.of_gradients(rows) for parameter, rows in gradients.items()}
+                    self._results[e] = {
+                        parameter: e.of_gradients(rows) for parameter, rows in gradients.items()
+                    }
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1
@@ -273,7 +302,9 @@ class Backprop:
                 results = self._results.setdefault(extension, {})
                 previous = results.get(jacobian.parameter)
                 results[jacobian.parameter] = (
-                    extension.evaluate(jacobian) if previous is None else extension.accumulate(previous, jacobian)
+                    extension.evaluate(jacobian)
+                    if previous is None
+                    else extension.accumulate(previous, jacobian)
                 )
             except Exception as error:
                 if not self.defers:
@@ -290,7 +321,9 @@ class Backprop:
         self.failures.append((tuple(extensions), error))
         self._extensions = [e for e in self._extensions if e not in extensions]
         self._results = {
-            extension: results for extension, results in self._results.items() if extension not in extensions
+            extension: results
+            for extension, results in self._results.items()
+            if extension not in extensions
         }
 
 
@@ -312,14 +345,18 @@ class _Failing:
         return False
 
 
-def _units(extensions: Sequence[AnyExtension], passes: Passes) -> dict[GraphExtension | Source, list[Any]]:
+def _units(
+    extensions: Sequence[AnyExtension], passes: Passes
+) -> dict[GraphExtension | Source, list[Any]]:
     """What shares passes, in the order of the list: what comes first draws the same numbers whatever follows."""
     units: dict[GraphExtension | Source, list[Any]] = {}
     for extension in extensions:
         unit = extension if isinstance(extension, GraphExtension) else extension.source
         unit = unit.on(passes) if hasattr(unit, "on") else unit
         units.setdefault(unit, []).append(extension)
-    if len([unit for unit in units if isinstance(unit, Exact)]) > 1:  # the complete root serves all that need any
+    if (
+        len([unit for unit in units if isinstance(unit, Exact)]) > 1
+    ):  # the complete root serves all that need any
         units[Exact(complete=True)] += units.pop(Exact())
     for unit, group in units.items():
         if len(group) > 1 and not isinstance(unit, GraphExtension):

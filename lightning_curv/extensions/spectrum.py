@@ -20,7 +20,8 @@ from lightning_curv.terms.jacobian import Jacobian
 class GGNTraceExact(Extension):
     r"""Trace of the parameter's block of the GGN, :math:`\sum_{v,n} \|J[v, n]\|^2`, in ``ggn_trace_exact``, a scalar.
 
-    Cost: one backward pass per output entry of a sample; no matrix of the parameter's shape is formed.
+    Cost: one backward pass per output entry of a sample; no matrix of the parameter's shape is
+        formed.
     """
 
     savefield = "ggn_trace_exact"
@@ -34,10 +35,11 @@ class GGNTraceExact(Extension):
 class HessianTraceMC(GraphExtension):
     r"""Estimate of the trace of the parameter's Hessian block, in ``hessian_trace_mc``, a scalar.
 
-    :math:`\frac1M \sum_m v_m^\top (H v_m)` with random signs :math:`v_m`, restricted to the parameter's entries: the
-    estimates of all blocks come from products with the Hessian of all parameters, and their sum estimates its trace.
-    Unbiased for every differentiable network and loss. Hutchinson, *A stochastic estimator of the trace of the
-    influence matrix*, Comm. Stat. 1990.
+    :math:`\frac1M \sum_m v_m^\top (H v_m)` with random signs :math:`v_m`, restricted to the
+    parameter's entries: the estimates of all blocks come from products with the Hessian of all
+    parameters, and their sum estimates its trace. Unbiased for every differentiable network and
+    loss. Hutchinson, *A stochastic estimator of the trace of the influence matrix*, Comm. Stat.
+    1990.
 
     Args:
         mc_samples: M; each costs one backward pass, beside one with a graph.
@@ -54,10 +56,18 @@ class HessianTraceMC(GraphExtension):
         """One number per parameter."""
         params = all_parameters(passes)
         totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
-        with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
+        with (
+            torch.enable_grad(),
+            unheard(),
+            differentiating_twice(),
+            fast_products(passes.multiplies),
+        ):
             product = hessian_product(passes, params)
             for _ in range(self.mc_samples):
-                signs = [torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1) for p in params]
+                signs = [
+                    torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1)
+                    for p in params
+                ]
                 for p, v, image in zip(params, signs, product(signs), strict=True):
                     totals[p] += (v * image).sum() / self.mc_samples
         return totals
@@ -66,11 +76,12 @@ class HessianTraceMC(GraphExtension):
 class MaxEigenvalue(GraphExtension):
     r"""Largest eigenvalue of the Hessian or the GGN of all parameters jointly, in ``{matrix}_max_eigenvalue``.
 
-    The same number on every parameter. By Lanczos' recurrence, whose largest Ritz value after k products is at least as
-    good as k steps of power iteration and never too large, up to rounding. For the Hessian it is the largest algebraic
-    eigenvalue, the sharpness, also where a negative one is larger in magnitude. Memory: three vectors and the graph of
-    a gradient. Golub & Van Loan, *Matrix Computations*, 2013, section 10.1; Ghorbani et al., *An investigation into
-    neural net optimization via Hessian eigenvalue density*, ICML 2019.
+    The same number on every parameter. By Lanczos' recurrence, whose largest Ritz value after k
+    products is at least as good as k steps of power iteration and never too large, up to rounding.
+    For the Hessian it is the largest algebraic eigenvalue, the sharpness, also where a negative one
+    is larger in magnitude. Memory: three vectors and the graph of a gradient. Golub & Van Loan,
+    *Matrix Computations*, 2013, section 10.1; Ghorbani et al., *An investigation into neural net
+    optimization via Hessian eigenvalue density*, ICML 2019.
 
     Args:
         matrix: Which of the two.
@@ -89,7 +100,10 @@ class MaxEigenvalue(GraphExtension):
     independent = False
 
     def __init__(
-        self, matrix: Literal["hessian", "ggn"] = "hessian", products: int = 20, tolerance: float = 1e-3
+        self,
+        matrix: Literal["hessian", "ggn"] = "hessian",
+        products: int = 20,
+        tolerance: float = 1e-3,
     ) -> None:
         self.savefield = f"{matrix}_max_eigenvalue"
         self.matrix, self.products, self.tolerance = matrix, products, tolerance
@@ -99,16 +113,25 @@ class MaxEigenvalue(GraphExtension):
         """The same value for all parameters."""
         params = all_parameters(passes)
         start = [
-            torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=passes.generator).contiguous()
+            torch.randn(
+                p.shape, dtype=p.dtype, device=p.device, generator=passes.generator
+            ).contiguous()
             for p in params
         ]
-        with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
+        with (
+            torch.enable_grad(),
+            unheard(),
+            differentiating_twice(),
+            fast_products(passes.multiplies),
+        ):
             product = (hessian_product if self.matrix == "hessian" else ggn_product)(passes, params)
             value = largest_eigenvalue(product, start, self.products, self.tolerance)
         return {p: passes.seed.new_tensor(value) for p in params}
 
 
-def largest_eigenvalue(product: Product, start: list[Tensor], products: int, tolerance: float) -> float:
+def largest_eigenvalue(
+    product: Product, start: list[Tensor], products: int, tolerance: float
+) -> float:
     """Largest Ritz value of a symmetric matrix after at most that many products with it."""
     norm = _dot(start, start) ** 0.5
     current, previous = [x / norm for x in start], [torch.zeros_like(x) for x in start]
@@ -139,4 +162,6 @@ def _largest(diagonal: list[float], beside: list[float]) -> float:
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return float(torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum())
+    return float(
+        torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum()
+    )
