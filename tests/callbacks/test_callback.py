@@ -22,7 +22,7 @@ from monitoring import (
     series,
     sgd,
 )
-from test_output import Once
+from refused_ops import Once
 from torch.nn import functional as F
 
 from lightning_curv import CurvatureCallback, record
