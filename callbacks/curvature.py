@@ -1,6 +1,6 @@
 """The callback that feeds second-order optimizers and logs gradient noise and curvature."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,16 +19,20 @@ from lightning_curv.callbacks.observation import (
     AnyExtension,
     Observation,
     explained,
+    for_optimizers,
     required_extensions,
     seed_of_batch,
 )
+from lightning_curv.callbacks.parts import PARTS, PartNorms
 from lightning_curv.callbacks.publish import Events, add_layout
-from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, select
+from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, named, select
 from lightning_curv.callbacks.report import Report, warn_of_noise
 from lightning_curv.callbacks.settings import check, find_output, require_whole_parameters
+from lightning_curv.callbacks.support import announcement, for_trainers
 from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.user_batch import BatchSize
 from lightning_curv.callbacks.window import BackwardPass, Window
+from lightning_curv.errors import UnsupportedError
 
 Extensions = Sequence[AnyExtension]
 
@@ -166,11 +170,14 @@ class CurvatureCallback(Callback):
         self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
-        self._off: set[str] = set()  # savefields that could not be computed
+        self._named = named(quantities)
+        self._off: dict[str, Exception] = {}  # savefields and quantities that could not be computed
+        self._looked = False  # at the graph of the first batch
         self._checked = False
         self._noisy = False
         self._loaded = False  # from a checkpoint
         self._passes = 0  # since the gradients were last set to zero
+        self._parts = PartNorms()
         self._window = Window()
         self._trajectory = Trajectory()
         self._events = Events()
@@ -179,6 +186,7 @@ class CurvatureCallback(Callback):
     def _rest(self) -> None:
         """Forget everything that belongs to one batch."""
         self._observation = Observation()
+        self._parts.stop()
         self._report: Report | None = None  # on logging steps
         self._loss: Tensor | None = None
         self._factor: Tensor | float = 1.0
@@ -207,8 +215,8 @@ class CurvatureCallback(Callback):
             self._trajectory, self._loaded = Trajectory(), False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._off = set()
-        self._checked = self._noisy = False
+        self._off = {}
+        self._checked = self._noisy = self._looked = False
         find_output(pl_module, self.output)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
 
@@ -223,21 +231,31 @@ class CurvatureCallback(Callback):
             add_layout(trainer, self._series)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        supplied, logged = self._required(trainer), []
+        supplied, logged, considered = self._required(trainer), [], []
         self._required_fields = {extension.savefield for extension in supplied}
         if self._is_logging_step(trainer):
             step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, self._interval(trainer)
             quantities = [q for q in self._quantities if q.is_due(step, interval)]
             self._report = Report(quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off)
             logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
-            supplied += [e for e in self.extensions if e.savefield not in self._required_fields | self._off]
+            known = self._required_fields | self._off.keys()
+            supplied += [e for e in self.extensions if e.savefield not in known]
         else:
             self._window = Window()
-        if not logged and not supplied:
+        if not self._looked and self._interval(trainer) and not recorded_step.is_compiled(pl_module):
+            fields = dict.fromkeys(
+                field for q in self._quantities for field in (*q.fields, *q.instead) if field in FIELDS
+            )
+            considered = [*(FIELDS[name](self.mc_samples) for name in fields), *self.extensions]
+        listens = self._report is not None and self._report.listens
+        if not logged and not supplied and not considered and not listens:
             return
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
-        self._observation = Observation(supplied, logged, seed, output, self.batch_size, self.max_samples)
+        self._observation = Observation(supplied, logged, seed, output, self.batch_size, self.max_samples, considered)
+        if not self._observation:
+            self._observation.read(batch)
+            return
         recorded_step.record_training_step(pl_module, output, self._observation.read)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -252,18 +270,21 @@ class CurvatureCallback(Callback):
         if pl_module.automatic_optimization:
             self._factor = self._factor / trainer.accumulate_grad_batches
         self._loss = loss.detach() if loss.ndim == 0 else None
-        if not self._observation:
-            return
-        if self._observation.logged and not pl_module.automatic_optimization:
+        logs = self._report is not None and (self._observation.logged or self._report.listens)
+        if logs and not pl_module.automatic_optimization:
             self._follow_zero_grad(pl_module)
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
         check = bool(self._report and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision)
         returned = recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
-        if returned is None:
-            self._observation.begin(loss, torch.ones_like(loss) / self._factor, check)
-        else:
-            self._observation.begin(returned, torch.ones_like(returned), check)
-        self._turn_off_failed()
+        root = loss if returned is None else returned
+        seed = torch.ones_like(loss) / self._factor if returned is None else torch.ones_like(returned)
+        if self._observation.considered:
+            self._look(trainer, pl_module, root, seed)
+        if self._observation:
+            self._observation.begin(root, seed, check)
+            self._turn_off_failed()
+        if self._report is not None and self._report.listens:
+            self._parts.listen(pl_module.parameters())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
@@ -276,8 +297,10 @@ class CurvatureCallback(Callback):
                     optimizer.accumulate()  # type: ignore[attr-defined]
         if self._report:
             self._checked = True
-            samples, counts = self._observation.count, self._observation.counts
-            backward = BackwardPass(found, self._factor, self._loss, samples, counts)
+            if self._report.listens:
+                found[PARTS] = self._parts.stop()
+            samples, counts, size = self._observation.count, self._observation.counts, self._observation.size
+            backward = BackwardPass(found, self._factor, self._loss, samples, counts, size)
             self._window.add(backward.without(self._partial))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -290,7 +313,13 @@ class CurvatureCallback(Callback):
         passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
         divisor = passes / trainer.accumulate_grad_batches
         if self._report:
-            self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
+            try:
+                self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
+            except Exception as error:
+                self._report.failures.append((self._names, error))
+            for what, error in self._report.failures:
+                self._leave_out(what, error)
+            self._report.failures.clear()
             if self._report.too_noisy and not self._noisy:
                 self._noisy = True
                 warn_of_noise(trainer, self._report.too_noisy, self.ema)
@@ -348,19 +377,65 @@ class CurvatureCallback(Callback):
         return required_extensions(asking, partial=trainer.fit_loop._should_accumulate())
 
     def _turn_off_failed(self) -> None:
-        """What cannot be computed is not logged in the rest of the run, or stops it."""
+        """What could not be computed in a backward pass."""
         for fields, error in self._observation.failures():
-            names = [q.name for q in self._quantities if fields & {*q.fields}]
-            names += [repr(extension) for extension in self.extensions if extension.savefield in fields]
             if fields & self._required_fields:
-                raise error
-            if self.strict and names:
-                raise explained(error, names) from error
-            if names:
-                rank_zero_warn(f"CurvatureCallback stops logging {', '.join(names)}: {error}")
-            self._off |= fields
-            if self._report is not None:
-                self._report.turn_off(fields)
+                raise for_optimizers(error)
+            self._leave_out(fields, error)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, seed: Tensor) -> None:
+        """At the first graph: what the model has, what it has not, and one warning for all of it."""
+        self._looked = True
+        considered = {extension.savefield for extension in self._observation.considered}
+        try:
+            found = self._observation.look(loss, seed)
+        except Exception as error:  # of ours: training goes on
+            found = dict.fromkeys(considered, error)
+        for field, error in found.items():
+            self._raise_if_named({field}, error, {**found, **self._without_parts(trainer, pl_module)})
+        self._off |= found
+        if self._report is not None:
+            self._report.turn_off(found)
+        self._observation.drop(found)
+        if text := announcement(self._quantities, {**self._without_parts(trainer, pl_module), **self._off}):
+            rank_zero_warn(text)
+
+    def _without_parts(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Exception]:
+        """Why there is no noise from the gradients of parts of a batch, if there is none."""
+        processes = getattr(trainer.strategy, "world_size", 1)
+        parts = processes * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+        if parts == 1:
+            text = "one micro-batch per step does not tell its noise either (`accumulate_grad_batches=2` does)"
+        elif self._observation.size is None:
+            text = "the batch does not say how many samples it has (`batch_size=` does)"
+        else:
+            return {}
+        return {PARTS: UnsupportedError(text)}
+
+    def _raise_if_named(self, what: Collection[str], error: Exception, off: Collection[str]) -> list[str]:
+        """The quantities that are lost with a savefield, unless the user asked for one: that ends the run.
+
+        Args:
+            what: savefields or names.
+            error: why they cannot be computed.
+            off: all that cannot be.
+        """
+        lost = [q.name for q in self._quantities if {q.name, *q.fields} & {*what} and q.path(off) is None]
+        extensions = [repr(extension) for extension in self.extensions if extension.savefield in what]
+        asked = [*(name for name in lost if name in self._named), *extensions]
+        if self.strict and asked:
+            raise explained(error, asked) from error
+        return lost + extensions
+
+    def _leave_out(self, what: Collection[str], error: Exception) -> None:
+        """What cannot be computed is not logged in the rest of the run, or stops it."""
+        new = {name: error for name in what if name not in self._off}
+        off = {**self._off, **new}
+        if names := self._raise_if_named(new, error, off):
+            rank_zero_warn(f"CurvatureCallback stops logging {', '.join(names)}: {for_trainers(error)}")
+        self._off = off
+        if self._report is not None:
+            self._report.turn_off(new)
 
     def _follow_zero_grad(self, pl_module: LightningModule) -> None:
         """In manual optimization nothing announces `zero_grad`: the gradients themselves tell."""

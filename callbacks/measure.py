@@ -115,7 +115,11 @@ def _values(job: Job) -> dict[str, float]:
         return values
     for quantity in job.quantities:
         if quantity.formula is not None and (m.covered or not quantity.fields):
-            results = quantity.formula(m)
+            try:
+                results = quantity.formula(m)
+            except Exception as error:  # the run goes on without it
+                m.failures.append(({quantity.name}, error))
+                continue
             values.update(zip(quantity.series, map(float, results if len(quantity.series) > 1 else [results])))
     if _noise_scale(job.quantities) and m.covered:
         values |= {"_variance": float(m.variance), "_signal": float(m.signal)}

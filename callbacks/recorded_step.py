@@ -83,6 +83,13 @@ def restore_training_step(pl_module: LightningModule) -> None:
             vars(pl_module)["training_step"] = getattr(recorded, _REPLACED)
 
 
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Whether a part of a module is compiled: its steps are run eagerly only where that is needed."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        return True
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in pl_module.modules())
+
+
 def eager() -> AbstractContextManager[Any]:
     """Run compiled modules eagerly."""
     # Inside a compiled region no torch function is seen. The stance leaves compiled code valid for the next steps.

@@ -98,9 +98,7 @@ class Backprop:
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
         with _Failing(self, self._extensions):
-            self._passes = passes = self._walked()
-            self._refuse_uncovered(passes.tape)
-            self._find_samples(passes)
+            passes = self._looked()
             self._choose(passes)
         units = _units(self._extensions)
         gradient = units.pop(Gradient(), None)
@@ -121,6 +119,21 @@ class Backprop:
             parameters = (p for found in passes.tape.parameters.values() for p in found)
             self._handover = Handover(self._hook, parameters, self._leave)
         _PENDING.add(self)
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Find the samples and what is refused, without computing anything; with `defer`, see `failures`."""
+        with _Failing(self, self._extensions):
+            passes = self._looked()
+        with _Failing(self, [e for e in self._extensions if e.needs_likelihood]) as some:
+            for node in passes.tape.losses if some else ():
+                passes.likelihood(node)
+
+    def _looked(self) -> Passes:
+        self._passes = passes = self._walked()
+        self._refuse_uncovered(passes.tape)
+        self._find_samples(passes)
+        return passes
 
     def _listen(self, extensions: list[Extension]) -> None:
         """Hear the gradients of the user's pass."""
@@ -298,8 +311,8 @@ class _Failing:
     def __init__(self, backprop: Backprop, extensions: Sequence[AnyExtension]) -> None:
         self._backprop, self._extensions = backprop, extensions
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> bool:
+        return bool(self._extensions)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
         if isinstance(error, Exception) and self._backprop.defers:

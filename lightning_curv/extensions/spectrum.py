@@ -16,6 +16,8 @@ from lightning_curv.matmul import fast_products
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Passes
 
+PRODUCTS = {"hessian": hessian_product, "ggn": ggn_product}
+
 
 class GGNTraceExact(Extension):
     r"""Trace of the parameter's block of the GGN, :math:`\sum_{v,n} \|J[v, n]\|^2`, in ``ggn_trace_exact``, a scalar.
@@ -45,7 +47,9 @@ class HessianTraceMC(GraphExtension):
 
     savefield = "hessian_trace_mc"
     independent = False
+    needs_samples = False
     needs_likelihood = False
+    matrix: Literal["hessian", "ggn"] = "hessian"
 
     def __init__(self, mc_samples: int = 1) -> None:
         self.mc_samples = mc_samples
@@ -55,12 +59,27 @@ class HessianTraceMC(GraphExtension):
         params = all_parameters(passes)
         totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
         with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
-            product = hessian_product(passes, params)
+            product = PRODUCTS[self.matrix](passes, params)
             for _ in range(self.mc_samples):
                 signs = [torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1) for p in params]
                 for p, v, image in zip(params, signs, product(signs), strict=True):
                     totals[p] += (v * image).sum() / self.mc_samples
         return totals
+
+
+class GGNTraceByProducts(HessianTraceMC):
+    """The same estimate for the GGN, in ``ggn_trace_products``, a scalar.
+
+    It takes no samples apart, so that they may influence each other (BatchNorm, a contrastive loss): the GGN is then
+    that of the network as a function of the whole batch. Where they do not, `GGNTraceMC` varies less and costs less.
+
+    Args:
+        mc_samples: M; each costs two backward passes, beside one with a graph.
+    """
+
+    savefield = "ggn_trace_products"
+    needs_likelihood = True
+    matrix = "ggn"
 
 
 class MaxEigenvalue(GraphExtension):
@@ -87,6 +106,7 @@ class MaxEigenvalue(GraphExtension):
     """
 
     independent = False
+    needs_samples = False
 
     def __init__(
         self, matrix: Literal["hessian", "ggn"] = "hessian", products: int = 20, tolerance: float = 1e-3
@@ -103,7 +123,7 @@ class MaxEigenvalue(GraphExtension):
             for p in params
         ]
         with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
-            product = (hessian_product if self.matrix == "hessian" else ggn_product)(passes, params)
+            product = PRODUCTS[self.matrix](passes, params)
             value = largest_eigenvalue(product, start, self.products, self.tolerance)
         return {p: passes.seed.new_tensor(value) for p in params}
 
