@@ -32,7 +32,7 @@ from lightning_curv.callbacks.support import announcement, for_trainers
 from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.user_batch import BatchSize
 from lightning_curv.callbacks.window import BackwardPass, Window
-from lightning_curv.errors import UnsupportedError
+from lightning_curv.errors import SampleCountError, UnsupportedError
 
 Extensions = Sequence[AnyExtension]
 
@@ -228,7 +228,7 @@ class CurvatureCallback(Callback):
         if "distance" in self._names and not self._trajectory.initial:
             self._trajectory.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
         if self.layout:
-            add_layout(trainer, self._series)
+            add_layout(trainer, self._series, self._events)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         supplied, logged, considered = self._required(trainer), [], []
@@ -242,11 +242,10 @@ class CurvatureCallback(Callback):
             supplied += [e for e in self.extensions if e.savefield not in known]
         else:
             self._window = Window()
-        if not self._looked and self._interval(trainer) and not recorded_step.is_compiled(pl_module):
-            fields = dict.fromkeys(
-                field for q in self._quantities for field in (*q.fields, *q.instead) if field in FIELDS
-            )
-            considered = [*(FIELDS[name](self.mc_samples) for name in fields), *self.extensions]
+        if not self._looked and self._interval(trainer):
+            considered = self._considered()
+            if self._report is None and recorded_step.is_compiled(pl_module):
+                considered = []  # this step runs as it would without
         listens = self._report is not None and self._report.listens
         if not logged and not supplied and not considered and not listens:
             return
@@ -330,7 +329,10 @@ class CurvatureCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._report:
-            self._report.follow_updates(pl_module)
+            try:
+                self._report.follow_updates(pl_module)
+            except Exception as error:
+                self._leave_out({"update_size", "distance"}, error)
             self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
         self._release(pl_module)
 
@@ -383,6 +385,15 @@ class CurvatureCallback(Callback):
                 raise for_optimizers(error)
             self._leave_out(fields, error)
 
+    def _considered(self) -> list[AnyExtension]:
+        """All that may have to be computed for logging in this run."""
+        fields = dict.fromkeys(
+            field for quantity in self._quantities for field in (*quantity.fields, *quantity.instead)
+        )
+        found = [FIELDS[name](self.mc_samples) for name in fields if name in FIELDS]
+        self._looked = not found
+        return [*found, *self.extensions]
+
     def _look(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, seed: Tensor) -> None:
         """At the first graph: what the model has, what it has not, and one warning for all of it."""
         self._looked = True
@@ -392,11 +403,11 @@ class CurvatureCallback(Callback):
         except Exception as error:  # of ours: training goes on
             found = dict.fromkeys(considered, error)
         for field, error in found.items():
-            self._raise_if_named({field}, error, {**found, **self._without_parts(trainer, pl_module)})
-        self._off |= found
+            self._lost({field}, error, {**found, **self._without_parts(trainer, pl_module)})
+        self._off = found
         if self._report is not None:
             self._report.turn_off(found)
-        self._observation.drop(found)
+            self._observation.logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
         if text := announcement(self._quantities, {**self._without_parts(trainer, pl_module), **self._off}):
             rank_zero_warn(text)
 
@@ -405,15 +416,15 @@ class CurvatureCallback(Callback):
         processes = getattr(trainer.strategy, "world_size", 1)
         parts = processes * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
         if parts == 1:
-            text = "one micro-batch per step does not tell its noise either (`accumulate_grad_batches=2` does)"
+            text = "with `accumulate_grad_batches=2` the noise would come from micro-batches"
         elif self._observation.size is None:
-            text = "the batch does not say how many samples it has (`batch_size=` does)"
+            text = "with `batch_size=` the noise would come from micro-batches"
         else:
             return {}
         return {PARTS: UnsupportedError(text)}
 
-    def _raise_if_named(self, what: Collection[str], error: Exception, off: Collection[str]) -> list[str]:
-        """The quantities that are lost with a savefield, unless the user asked for one: that ends the run.
+    def _lost(self, what: Collection[str], error: Exception, off: Collection[str]) -> list[str]:
+        """What is lost with savefields or quantities; that ends the run if the user asked for some of it.
 
         Args:
             what: savefields or names.
@@ -423,19 +434,22 @@ class CurvatureCallback(Callback):
         lost = [q.name for q in self._quantities if {q.name, *q.fields} & {*what} and q.path(off) is None]
         extensions = [repr(extension) for extension in self.extensions if extension.savefield in what]
         asked = [*(name for name in lost if name in self._named), *extensions]
+        if isinstance(error, SampleCountError):  # the user gave it
+            asked = [*lost, *extensions]
         if self.strict and asked:
             raise explained(error, asked) from error
         return lost + extensions
 
     def _leave_out(self, what: Collection[str], error: Exception) -> None:
-        """What cannot be computed is not logged in the rest of the run, or stops it."""
-        new = {name: error for name in what if name not in self._off}
-        off = {**self._off, **new}
-        if names := self._raise_if_named(new, error, off):
-            rank_zero_warn(f"CurvatureCallback stops logging {', '.join(names)}: {for_trainers(error)}")
+        """What fails in the course of the run, for whatever reason, is not logged in the rest of it, or stops it."""
+        failed = {q.name for q in self._quantities if {q.name, *q.fields} & {*what}} | {*what}
+        off = {**self._off, **{name: error for name in failed if name not in self._off}}
+        new = [name for name in self._lost(failed, error, off) if name not in self._off]
+        if new:
+            rank_zero_warn(f"CurvatureCallback stops logging {', '.join(new)}: {for_trainers(error)}")
         self._off = off
         if self._report is not None:
-            self._report.turn_off(new)
+            self._report.turn_off(off)
 
     def _follow_zero_grad(self, pl_module: LightningModule) -> None:
         """In manual optimization nothing announces `zero_grad`: the gradients themselves tell."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,10 +151,6 @@ class Observation:
             self.logged = [e for e in self.logged if e.savefield not in fields]
             self.supplied = [e for e in self.supplied if e.savefield not in fields]
             yield fields, error
-
-    def drop(self, fields: Collection[str]) -> None:
-        """Do not compute these for logging."""
-        self.logged = [e for e in self.logged if e.savefield not in fields]
 
     def release(self) -> None:
         """Leave nothing of this batch behind."""

@@ -38,10 +38,9 @@ class PartNorms:
         if gradient is None or own_pass():
             return
         with torch.no_grad():
-            dense = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
-            norm = torch.linalg.vector_norm(
-                dense, dtype=torch.float64 if dense.dtype == torch.float64 else torch.float32
-            )
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+            real = values.abs() if values.is_complex() else values
+            norm = torch.linalg.vector_norm(real, dtype=torch.promote_types(real.dtype, torch.float32))
             self._found[param] = norm.square()
 
     def stop(self) -> dict[Parameter, Tensor]:

@@ -56,12 +56,7 @@ FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
     "ggn_max_eigenvalue": lambda _: MaxEigenvalue("ggn"),
     "hessian_max_eigenvalue": lambda _: MaxEigenvalue("hessian"),
 }
-SAMPLED = {
-    "ggn_trace_mc",
-    "ggn_trace_products",
-    "diag_ggn_mc",
-    "hessian_trace_mc",
-}  # exist with at least one Monte-Carlo sample
+SAMPLED = {"ggn_trace_mc", "diag_ggn_mc", "hessian_trace_mc"}  # exist with at least one Monte-Carlo sample
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,14 @@ def for_trainers(error: Exception) -> str:
 
 
 def in_short(error: Exception) -> str:
-    """Its first sentence."""
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", for_trainers(error), maxsplit=1)[0].rstrip(".")
+    """What was expected and found: its first sentence, or two."""
+    expected, *rest = re.split(r"(?<=[.!?])\s+(?=[A-Z`])", for_trainers(error))
+    told = expected if "found" in expected or not rest else f"{expected} {rest[0]}"
+    return told.rstrip(".")
 
 
 def reason(quantity: Quantity, off: Mapping[str, Exception]) -> Exception | None:
-    """Why a quantity is not to be had by its first path."""
+    """Why a quantity is not to be had by its first path; `None`: it is."""
     return next((off[name] for name in (quantity.name, *quantity.fields) if name in off), None)
 
 
@@ -44,33 +46,23 @@ def announcement(quantities: Sequence[Quantity], off: Mapping[str, Exception]) -
         quantities: what was chosen.
         off: savefields, or names of quantities, that cannot be computed, and why.
     """
-    reasons: dict[str, list[str]] = {}
     logged: dict[str, list[str]] = {}
+    left: dict[str, list[str]] = {}
+    hints: dict[str, None] = {}
     for quantity in quantities:
         path, error = quantity.path(off), reason(quantity, off)
-        if path is None:
-            last = off.get(PARTS) if PARTS in quantity.instead else None
-            text = "" if error is None else in_short(error)
-            reasons.setdefault(text if last is None else f"{text}, and {in_short(last)}", []).append(quantity.name)
-        else:
-            logged.setdefault("" if error is None else _how(path), []).append(quantity.name)
-            if error is not None:
-                reasons.setdefault(in_short(error), [])
-    if not reasons:
+        if path is not None:
+            logged.setdefault("" if error is None else f" ({how(path)})", []).append(quantity.name)
+        if error is not None:
+            left.setdefault(in_short(error), []).extend([quantity.name] if path is None else [])
+            hints |= {in_short(off[field]): None for field in quantity.instead if path is None and field == PARTS}
+    if not left:
         return ""
-    shown = [f"{', '.join(names)}{f' ({how})' if how else ''}" for how, names in logged.items()]
-    left = [
-        f"leaves out {', '.join(names)}: {text}" if names else f"because {text}" for text, names in _ordered(reasons)
-    ]
-    return f"CurvatureCallback logs {', '.join(shown) or 'nothing'}; {'; '.join(left)}."
+    shown = ", ".join(f"{', '.join(names)}{suffix}" for suffix, names in logged.items()) or "nothing"
+    clauses = [f"leaves out {', '.join(names)}: {text}" if names else f"because {text}" for text, names in left.items()]
+    return f"CurvatureCallback logs {shown}; {'; '.join([*clauses, *hints])}."
 
 
-def _ordered(reasons: Mapping[str, Collection[str]]) -> list[tuple[str, Collection[str]]]:
-    """What is left out first; a reason that was given for it is not given again."""
-    left = [(text, names) for text, names in reasons.items() if names]
-    said = " ".join(text for text, _ in left)
-    return left + [(text, names) for text, names in reasons.items() if not names and text not in said]
-
-
-def _how(path: Collection[str]) -> str:
+def how(path: Collection[str]) -> str:
+    """In words, for a path that is not the first one."""
     return ", ".join(dict.fromkeys(PATHS.get(field, field) for field in path))

@@ -16,6 +16,10 @@ class UnsupportedError(NotImplementedError):
     """A quantity is not defined, or not implemented, for this graph; it is never computed approximately instead."""
 
 
+class SampleCountError(UnsupportedError):
+    """The graph contradicts the number of samples that was given."""
+
+
 @contextmanager
 def differentiating_twice(name: str | None = None) -> Iterator[None]:
     """Names the op where one has no second derivative in torch: ``name``, or what torch says."""

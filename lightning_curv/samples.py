@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_curv.batch import Batch, sample_axes
 from lightning_curv.coupling import Undecided, differ, separable
-from lightning_curv.errors import UnsupportedError, describe, names_of
+from lightning_curv.errors import SampleCountError, UnsupportedError, describe, names_of
 from lightning_curv.graph import Tape, leaf_of, nodes_below
 from lightning_curv.heads import Head, find_heads, frontier
 from lightning_curv.joins import Join, node_of
@@ -257,7 +257,8 @@ class _Finder:
             )
         if not self.independent and (samples := self._assumed(default)) is not None:
             return Found(samples, {}, [])
-        raise UnsupportedError(self._message(default, reason))
+        kind = UnsupportedError if self.batch.size is None else SampleCountError
+        raise kind(self._message(default, reason))
 
     def _refuse_penalties(self) -> None:
         """Raise if a summand of the loss depends on parameters alone.
