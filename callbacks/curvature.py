@@ -1,12 +1,13 @@
 """The callback that feeds second-order optimizers and logs gradient noise and curvature."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -33,6 +34,9 @@ from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.user_batch import BatchSize
 from lightning_curv.callbacks.window import BackwardPass, Window
 from lightning_curv.errors import SampleCountError, UnsupportedError
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 Extensions = Sequence[AnyExtension]
 
@@ -404,7 +408,7 @@ class CurvatureCallback(Callback):
             found = dict.fromkeys(considered, error)
         for field, error in found.items():
             self._lost({field}, error, {**found, **self._without_parts(trainer, pl_module)})
-        self._off = found
+        self._off = {name: error for name, error in found.items() if name in FIELDS}  # the rest is tried
         if self._report is not None:
             self._report.turn_off(found)
             self._observation.logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pytorch_lightning.strategies import Strategy
 
 from lightning_curv.callbacks.measurement import Measurement
 from lightning_curv.callbacks.quantities import Quantity
 from lightning_curv.callbacks.window import wide
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
 
 
 class RunningNoiseScale:

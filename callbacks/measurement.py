@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -17,6 +16,9 @@ from lightning_curv.callbacks.parts import PARTS
 from lightning_curv.callbacks.sketch import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.window import Statistics, wide
 from lightning_curv.metrics.functional import entry_moments, unbiased_moments, unbiased_moments_of_parts
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
 
 EIGENVALUES = {"ggn_max_eigenvalue", "hessian_max_eigenvalue"}
 Key = str | tuple[str, Parameter]

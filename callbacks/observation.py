@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -18,6 +17,9 @@ from lightning_curv.callbacks.user_batch import BatchSize, describe_batch
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, Gradient, GraphExtension
 from lightning_curv.sampling import Cap
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 AnyExtension = Extension | GraphExtension
 Fields = dict[str, dict[Parameter, Any]]  # results by savefield and parameter

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.private_loader import require_plain_loader
 from lightning_curv.optimizers.dp import DPOptimizer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:

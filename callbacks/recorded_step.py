@@ -1,16 +1,20 @@
 """Run one `training_step` under `record()`, by a patch on the instance that is easy to undo."""
 
+from __future__ import annotations
+
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_curv.recording import record
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
 
 _REPLACED = "_lightning_curv_replaced"
 _OUTPUTS = "_lightning_curv_outputs"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -20,6 +20,9 @@ from lightning_curv.callbacks.quantities import Quantity
 from lightning_curv.callbacks.sketch import Numbers
 from lightning_curv.callbacks.trajectory import Trajectory, distance
 from lightning_curv.callbacks.window import Window
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 NOISE_SCALE = {"noise_scale", "suggested_batch_size"}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
 from torch import nn
 
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.user_batch import BatchSize
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 
 def check(

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
+import lightning_curv
 from lightning_curv import CurvatureCallback, KFACOptimizer
 from lightning_curv.check import SumCheck
 
@@ -162,8 +163,8 @@ def test_values_of_two_processes_equal_those_of_one(tmp_path):
 
 def test_either_import_name_trains_with_the_callback_and_kfac(tmp_path):
     lightning = pytest.importorskip("lightning.pytorch")
-    assert issubclass(CurvatureCallback, pl.Callback)
-    assert issubclass(CurvatureCallback, lightning.Callback)
+    assert issubclass(lightning_curv.CurvatureCallback, pl.Callback)
+    assert issubclass(lightning_curv.CurvatureCallback, lightning.Callback)
 
     class Other(lightning.LightningModule):
         def __init__(self):
