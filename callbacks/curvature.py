@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -25,11 +26,13 @@ from lightning_curv.callbacks.observation import (
     seed_of_batch,
 )
 from lightning_curv.callbacks.parts import PARTS, PartNorms
+from lightning_curv.callbacks.preview import Preview, preview
+from lightning_curv.callbacks.prices import Budget, clock, warning_of_price
 from lightning_curv.callbacks.publish import Events, add_layout
 from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, named, select
 from lightning_curv.callbacks.report import Report, warn_of_noise
 from lightning_curv.callbacks.settings import check, find_output, require_whole_parameters
-from lightning_curv.callbacks.support import announcement, for_trainers
+from lightning_curv.callbacks.support import announcement, for_trainers, reason
 from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.user_batch import BatchSize
 from lightning_curv.callbacks.window import BackwardPass, Window
@@ -106,8 +109,9 @@ class CurvatureCallback(Callback):
             Hessian.
         output: the module whose output the loss is a function of, or its name in the `LightningModule`, for losses that
             torch has no function for; see `curvature`.
-        strict: raise when a quantity cannot be computed: a parameter or a loss is not supported, or memory runs out;
-            otherwise warn once and go on without this quantity.
+        strict: raise when a quantity that `quantities` names, or an extension, cannot be computed: a parameter or a
+            loss is not supported, or memory runs out. What the graph tells is told before the first step. False, and
+            for what is there by default or with "all": warn once and go on without.
         extensions: computed on logged steps too and left on the parameters until the batch ends, for other callbacks.
         ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
         seed: of the random labels, and of the random samples.
@@ -121,6 +125,9 @@ class CurvatureCallback(Callback):
             found from the graph. A number that is given is verified, and an error if the graph contradicts; so it has
             to fit a smaller last batch too, which a function does. With several processes it is that of one.
         max_samples: measure at most that many samples of a backward pass, at random: see above. `None`: all.
+        budget: the share of the time of training steps that this callback may take, in (0, 1): steps are logged more
+            rarely than `every_n_steps` says where they would take more. Which ones then depends on the clock. `None`:
+            no limit.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -148,12 +155,15 @@ class CurvatureCallback(Callback):
         layout: bool = False,
         batch_size: BatchSize = None,
         max_samples: int | None = None,
+        budget: float | None = None,
     ) -> None:
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
         self._quantities = chosen if max_samples is None else [quantity.of_some for quantity in chosen]
         self._names = {quantity.name for quantity in self._quantities}
         self._series = [series for quantity in self._quantities for series in quantity.series]
-        check(every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size, max_samples)
+        check(
+            every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size, max_samples, budget
+        )
         self.quantities = quantities
         self.every_n_steps = every_n_steps
         self.layers = layers
@@ -169,6 +179,7 @@ class CurvatureCallback(Callback):
         self.layout = layout
         self.batch_size = batch_size
         self.max_samples = max_samples
+        self.budget = budget
         names = quantities if isinstance(quantities, str) else list(quantities)
         settings = {"every_n_steps": every_n_steps, "layers": layers, "ema": ema, "mc_samples": mc_samples}
         self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
@@ -177,6 +188,9 @@ class CurvatureCallback(Callback):
         self._named = named(quantities)
         self._off: dict[str, Exception] = {}  # savefields and quantities that could not be computed
         self._looked = False  # at the graph of the first batch
+        self._priced = False  # the first logged step
+        self._budget = Budget(budget)
+        self._started, self._step = 0.0, 0  # the batch
         self._checked = False
         self._noisy = False
         self._loaded = False  # from a checkpoint
@@ -187,9 +201,43 @@ class CurvatureCallback(Callback):
         self._events = Events()
         self._rest()
 
+    @classmethod
+    def preview(cls, module: LightningModule, batch: Any, **settings: Any) -> Preview:
+        """What would be logged for a model, by which path and at what price; `print` it.
+
+        `training_step` runs three times on the batch, without a Trainer, where the module and the batch are; nothing of
+        that stays in the module or in the random state.
+
+        Args:
+            module: with a `training_step` that returns a loss.
+            batch: as `training_step` gets it.
+            settings: arguments of this class.
+
+        Example:
+            >>> import torch, pytorch_lightning as pl
+            >>> class Net(pl.LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.net = torch.nn.Linear(2, 1)
+            ...     def training_step(self, batch, batch_idx):
+            ...         return (self.net(batch) ** 2).mean()
+            >>> table = CurvatureCallback.preview(Net(), torch.ones(4, 2))
+            >>> [row.path for row in table.rows if row.quantity == "grad_variance"]
+            ['exact']
+        """
+        own = cls(**settings)
+        output = find_output(module, own.output)
+
+        def observe(considered: Sequence[AnyExtension]) -> Observation:
+            seed = partial(int, own.seed)
+            return Observation((), (), seed, output, own.batch_size, own.max_samples, considered)
+
+        return preview(module, batch, own._quantities, observe, output, own.mc_samples)
+
     def _rest(self) -> None:
         """Forget everything that belongs to one batch."""
         self._observation = Observation()
+        self._looking = False  # at the first graph
         self._parts.stop()
         self._report: Report | None = None  # on logging steps
         self._loss: Tensor | None = None
@@ -220,7 +268,8 @@ class CurvatureCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._off = {}
-        self._checked = self._noisy = self._looked = False
+        self._checked = self._noisy = self._looked = self._priced = False
+        self._budget = Budget(self.budget)
         find_output(pl_module, self.output)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
 
@@ -235,6 +284,8 @@ class CurvatureCallback(Callback):
             add_layout(trainer, self._series, self._events)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         supplied, logged, considered = self._required(trainer), [], []
         self._required_fields = {extension.savefield for extension in supplied}
         if self._is_logging_step(trainer):
@@ -256,6 +307,8 @@ class CurvatureCallback(Callback):
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
         self._observation = Observation(supplied, logged, seed, output, self.batch_size, self.max_samples, considered)
+        if self._report is not None and not self._priced:
+            self._observation.clock = clock
         if not self._observation:
             self._observation.read(batch)
             return
@@ -338,7 +391,20 @@ class CurvatureCallback(Callback):
             except Exception as error:
                 self._leave_out({"update_size", "distance"}, error)
             self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
+        self._reckon(trainer)
         self._release(pl_module)
+
+    def _reckon(self, trainer: Trainer) -> None:
+        """What this batch has cost."""
+        seconds, observation, logged = time.perf_counter() - self._started, self._observation, self._report is not None
+        if logged and not self._priced:
+            self._priced = True
+            rest = max(seconds - observation.spent, 1e-9)
+            text = warning_of_price(self._quantities, observation.seconds, observation.spent, rest)
+            if text and self.budget is None:
+                rank_zero_warn(text)
+        if logged or not self._looking:
+            self._budget.add(self._step, seconds, logged, trainer.strategy)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events.write()
@@ -366,9 +432,9 @@ class CurvatureCallback(Callback):
         self._rest()
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
-        # From counters only, which are equal on all ranks and constant while gradients accumulate.
+        # From what is equal on all ranks and constant while gradients accumulate.
         step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead, self._interval(trainer)
-        return interval > 0 and step % interval == 0
+        return interval > 0 and step % interval == 0 and self._budget.allows(step)
 
     def _interval(self, trainer: Trainer) -> int:
         if self.every_n_steps is None:
@@ -400,7 +466,7 @@ class CurvatureCallback(Callback):
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, seed: Tensor) -> None:
         """At the first graph: what the model has, what it has not, and one warning for all of it."""
-        self._looked = True
+        self._looked = self._looking = True
         considered = {extension.savefield for extension in self._observation.considered}
         try:
             found = self._observation.look(loss, seed)
@@ -412,8 +478,10 @@ class CurvatureCallback(Callback):
         if self._report is not None:
             self._report.turn_off(found)
             self._observation.logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
-        if text := announcement(self._quantities, {**self._without_parts(trainer, pl_module), **self._off}):
-            rank_zero_warn(text)
+        off = {**self._without_parts(trainer, pl_module), **self._off}
+        less = any(reason(quantity, off) is not None for quantity in self._quantities)
+        say = rank_zero_warn if less else rank_zero_info
+        say(announcement(self._quantities, off))
 
     def _without_parts(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Exception]:
         """Why there is no noise from the gradients of parts of a batch, if there is none."""

@@ -41,6 +41,9 @@ class Observation:
         size: the number of samples that the batch says it has, if it does.
         count: the number of samples of the last backward pass.
         counts: by savefield, of how many samples its results are, where these are a subset.
+        clock: gives seconds, where prices are wanted.
+        seconds: by savefield; a pass that several share is in that of each.
+        spent: on all of them.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class Observation:
         self._left: list[tuple[Tensor, str]] = []  # fields of parameters
         self.count = 0
         self.counts: dict[str, int] = {}
+        self.clock: Callable[[], float] | None = None
+        self.seconds: dict[str, float] = {}
+        self.spent = 0.0
 
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged or self.considered)
@@ -112,6 +118,7 @@ class Observation:
         backprop = self._backprop = Backprop(
             loss, extensions, self._generator, self._batch, check, seed, defer=True, output=self._output, cap=cap
         )
+        backprop.clock = self.clock
         try:
             backprop.before()
         except Exception as error:
@@ -133,6 +140,8 @@ class Observation:
             self._failures.append(((*self.supplied, *self.logged), error))
             return {}
         self._failures = backprop.failures
+        self.seconds = {extension.savefield: seconds for extension, seconds in backprop.seconds.items()}
+        self.spent = backprop.spent
         self.count = backprop.count
         self.counts = {extension.savefield: count for extension, count in backprop.counts.items()}
         found: dict[str, dict[Any, Any]] = {extension.savefield: {} for extension in self.logged}

@@ -67,7 +67,11 @@ def returned_loss(pl_module: LightningModule) -> Tensor | None:
     With `static_graph` DDP adds a node that must be passed once per step only.
     """
     returned: list[Any] = getattr(pl_module.training_step, _RETURNED, [])
-    loss = returned[0] if returned else None
+    return loss_of(returned[0] if returned else None)
+
+
+def loss_of(loss: Any) -> Tensor | None:
+    """The loss in what a `training_step` returned."""
     if not isinstance(loss, Tensor) and isinstance(loss, Mapping):
         loss = loss.get("loss")
     return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None

@@ -26,6 +26,7 @@ def check(
     series: Collection[str],
     batch_size: BatchSize = None,
     max_samples: int | None = None,
+    budget: float | None = None,
 ) -> None:
     """Raise a `ValueError` for what is out of range."""
     if every_n_steps is not None and every_n_steps < 0:
@@ -40,6 +41,8 @@ def check(
         )
     if not (max_samples is None or _positive(max_samples)):
         raise ValueError(f"`max_samples` must be None or a positive number, found {max_samples!r}.")
+    if not (budget is None or 0 < budget < 1):
+        raise ValueError(f"`budget` must be None or a share of the time in (0, 1), found {budget}.")
     if max_layers < 1:
         raise ValueError(f"`max_layers` must be positive, found {max_layers}.")
     if isinstance(layers, str):

@@ -40,7 +40,7 @@ def reason(quantity: Quantity, off: Mapping[str, Exception]) -> Exception | None
 
 
 def announcement(quantities: Sequence[Quantity], off: Mapping[str, Exception]) -> str:
-    """One sentence: what is logged, how where not by the first path, and what is left out and why; empty: all is well.
+    """One sentence: what is logged, how where not by the first path, and what is left out and why.
 
     Args:
         quantities: what was chosen.
@@ -56,11 +56,9 @@ def announcement(quantities: Sequence[Quantity], off: Mapping[str, Exception]) -
         if error is not None:
             left.setdefault(in_short(error), []).extend([quantity.name] if path is None else [])
             hints |= {in_short(off[field]): None for field in quantity.instead if path is None and field == PARTS}
-    if not left:
-        return ""
     shown = ", ".join(f"{', '.join(names)}{suffix}" for suffix, names in logged.items()) or "nothing"
     clauses = [f"leaves out {', '.join(names)}: {text}" if names else f"because {text}" for text, names in left.items()]
-    return f"CurvatureCallback logs {shown}; {'; '.join([*clauses, *hints])}."
+    return f"CurvatureCallback logs {'; '.join([shown, *clauses, *hints])}."
 
 
 def how(path: Collection[str]) -> str:

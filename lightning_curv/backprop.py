@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from traceback import clear_frames
 from typing import Any
@@ -60,6 +60,9 @@ class Backprop:
         failures: What was gone on without, and why.
         count: N, once it is known.
         counts: The number of samples behind the results of every extension that got some of the N.
+        clock: Gives seconds, where prices are wanted.
+        seconds: The price of every extension by this clock; a pass that several share is in that of each.
+        spent: The price of all of them.
 
     Raises:
         UnsupportedError: A parameter, a loss or a quantity is not covered.
@@ -93,6 +96,9 @@ class Backprop:
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
         self.count = 0
         self.counts: dict[AnyExtension, int] = {}
+        self.clock: Callable[[], float] | None = None
+        self.seconds: dict[AnyExtension, float] = {}
+        self.spent = 0.0
 
     @torch.no_grad()
     def before(self) -> None:
@@ -103,6 +109,7 @@ class Backprop:
         units = _units(self._extensions)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
+            start = self._now()
             with _Failing(self, extensions):
                 if isinstance(unit, GraphExtension):
                     self._results[unit] = unit.compute(passes)
@@ -110,6 +117,7 @@ class Backprop:
                     for jacobians in unit.jacobians(self._passes_of(extensions)):
                         for jacobian in jacobians.values() if extensions else ():
                             self._evaluate(jacobian, extensions)
+            self._spend(extensions, start)
         if gradient and self._create_graph:
             self._differentiate(passes, gradient)
             gradient = [extension for extension in gradient if not isinstance(extension, Differentiable)]
@@ -277,7 +285,9 @@ class Backprop:
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1
+        heard = extensions is self._heard and self.clock is not None
         for extension in [*extensions]:
+            start = self._now() if heard else 0.0
             try:
                 results = self._results.setdefault(extension, {})
                 previous = results.get(jacobian.parameter)
@@ -289,6 +299,18 @@ class Backprop:
                     raise
                 self.fail(extensions if isinstance(extension, SumCheck) else [extension], error)
                 extensions[:] = [e for e in extensions if e in self._extensions]
+            if heard:
+                self._spend([extension], start)
+
+    def _now(self) -> float:
+        return 0.0 if self.clock is None else self.clock()
+
+    def _spend(self, extensions: Sequence[AnyExtension], start: float) -> None:
+        """Note the time since the start for every one of some extensions, which shared it."""
+        if self.clock is not None:
+            seconds = self.clock() - start
+            self.spent += seconds
+            self.seconds.update((e, self.seconds.get(e, 0.0) + seconds) for e in extensions)
 
     def fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
         """Go on without some extensions, and free what they had in memory."""
