@@ -31,7 +31,8 @@ from lightning_curv.callbacks.prices import Budget, clock, warning_of_price
 from lightning_curv.callbacks.publish import Events, add_layout
 from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, named, select
 from lightning_curv.callbacks.report import Report, warn_of_noise
-from lightning_curv.callbacks.settings import check, find_output, require_whole_parameters
+from lightning_curv.callbacks.settings import check, find_output, key_of, longest_interval, require_whole_parameters
+from lightning_curv.callbacks.step_lengths import restore_monitors, show_steps
 from lightning_curv.callbacks.support import announcement, for_trainers, reason
 from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.user_batch import BatchSize
@@ -181,8 +182,7 @@ class CurvatureCallback(Callback):
         self.max_samples = max_samples
         self.budget = budget
         names = quantities if isinstance(quantities, str) else list(quantities)
-        settings = {"every_n_steps": every_n_steps, "layers": layers, "ema": ema, "mc_samples": mc_samples}
-        self._state_key = self._generate_state_key(quantities=names, **settings)  # Lightning reads it at every hook
+        self._state_key = key_of(type(self).__name__, (names, every_n_steps, layers, ema, mc_samples))
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
         self._named = named(quantities)
@@ -191,6 +191,7 @@ class CurvatureCallback(Callback):
         self._priced = False  # the first logged step
         self._budget = Budget(budget)
         self._started, self._step = 0.0, 0  # the batch
+        self._longest = 0  # interval that is short enough for what watches a series
         self._checked = False
         self._noisy = False
         self._loaded = False  # from a checkpoint
@@ -280,6 +281,8 @@ class CurvatureCallback(Callback):
             )
         if "distance" in self._names and not self._trajectory.initial:
             self._trajectory.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        show_steps(trainer)
+        self._longest = longest_interval(trainer)
         if self.layout:
             add_layout(trainer, self._series, self._events)
 
@@ -422,6 +425,7 @@ class CurvatureCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._window = Window()
         self._trajectory.forget()
+        restore_monitors(trainer)
         self._release(pl_module)
         self._events.write()
 
@@ -437,9 +441,10 @@ class CurvatureCallback(Callback):
         return interval > 0 and step % interval == 0 and self._budget.allows(step)
 
     def _interval(self, trainer: Trainer) -> int:
-        if self.every_n_steps is None:
-            return 1 if trainer.fast_dev_run else trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return min(self.every_n_steps, 1) if trainer.fast_dev_run else self.every_n_steps  # type: ignore[attr-defined]
+        given = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 1 if self.every_n_steps is None else min(given, 1)
+        return min(given, self._longest) if self._longest else given
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import zlib
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -69,6 +71,25 @@ def require_whole_parameters(trainer: Trainer) -> None:
             f"CurvatureCallback needs a strategy that keeps whole parameters in every process, found {strategy}; use "
             "one device or `strategy='ddp'`."
         )
+
+
+def key_of(name: str, settings: object) -> str:
+    """A short name for the state of a callback in checkpoints and in the rows of profilers."""
+    return f"{name}-{zlib.crc32(repr(settings).encode()):08x}"
+
+
+def longest_interval(trainer: Trainer) -> int:
+    """The most steps between two logged ones such that a callback that watches a series finds it, or 0: any number.
+
+    Lightning checks `EarlyStopping` and `ModelCheckpoint` at the end of every epoch and validation.
+    """
+    watched = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    watched += [config.monitor for config in trainer.lr_scheduler_configs]
+    if not any(isinstance(name, str) and name.startswith("curvature") for name in watched):
+        return 0
+    batches = [trainer.num_training_batches, getattr(trainer, "val_check_batch", None) or math.inf]
+    shortest = min(float(number) for number in batches)
+    return max(1, int(shortest) // trainer.accumulate_grad_batches) if math.isfinite(shortest) else 0
 
 
 def near(name: str, valid: Collection[str]) -> str:

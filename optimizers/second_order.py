@@ -25,7 +25,7 @@ from .refreshing import block_damping, refresh
 from .restore import restored_state
 from .schedule import Schedule
 from .settings import require_non_negative, require_positive
-from .step_rules import Step, StepRule
+from .step_rules import QuadraticModel, Step, StepRule
 from .trial import Trial
 from .warn import warn
 
@@ -78,10 +78,16 @@ class SecondOrderOptimizer(Optimizer):
         self.tried = False
         self.loss_fn: Callable[[], Any] | None = None
         self.last_step: dict[str, float] = {}
+        self._told_relative = False
         self._after: float | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._micro_batches = MicroBatches()
         super().__init__(params, defaults)
+
+    @property
+    def relative_lr(self) -> bool:
+        """Whether the learning rates of groups, and what schedulers make of them, are factors of one that is found."""
+        return isinstance(self.step_rule, QuadraticModel)
 
     @property
     def extensions(self) -> tuple[Extension | GraphExtension, ...]:
@@ -114,6 +120,13 @@ class SecondOrderOptimizer(Optimizer):
         for name in inspect.signature(type(self)).parameters.keys() & param_group.keys() - self.defaults.keys():
             if name != "params":
                 raise ValueError(f"`{name}` holds for all parameter groups; pass it to {type(self).__name__}.")
+        given = param_group.get("lr")
+        if self.relative_lr and given not in (None, 1.0) and not self._told_relative:
+            self._told_relative = True
+            warn(
+                f'finds its learning rate itself (`lr="auto"`): {given}, that of a parameter group, is taken as a '
+                "factor of it. Leave it out, or give a number to all groups."
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
