@@ -7,8 +7,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from kinds import KINDS, Contrastive, N, Normed, Quantiles
-from monitoring import NORMS, assert_nothing_left_behind, assert_same_parameters, fit
+from monitoring import NORMS, assert_nothing_left_behind, assert_same_parameters, data, fit, series
 from torch import nn
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_curv import CurvatureCallback
 from lightning_curv.callbacks import report
@@ -111,6 +112,22 @@ def test_where_samples_are_coupled_the_noise_comes_from_micro_batches(kind):
         assert row["grad_variance"] == pytest.approx(trace)
         assert row["grad_signal"] == pytest.approx(signal)
     assert values.rows[-1].keys() >= NOISE - {"noise_scale", "suggested_batch_size"}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_where_samples_are_coupled_the_noise_comes_from_processes(tmp_path, accumulate):
+    size, net, initial = 3, Normed().double(), dict(Normed().double().named_parameters())
+    total = 2 * accumulate * size
+    settings = {"accumulate_grad_batches": accumulate, "strategy": "ddp_spawn", "devices": 2, "size": total}
+    fit(net, CurvatureCallback(), tmp_path=tmp_path, epochs=1, batch_size=size, **settings)
+    order = torch.tensor(list(DistributedSampler(range(total), num_replicas=1, rank=0)))
+    x, y = data(total).tensors
+    shares = [order[rank::2][i * size :][:size] for rank in range(2) for i in range(accumulate)]
+    parts = torch.stack([gradient(net, initial, [x[rows], y[rows]]) for rows in shares])
+    mean, count = parts.mean(0), len(parts)
+    trace = size * parts.var(0).sum()
+    assert series(tmp_path, "grad_variance") == pytest.approx({0: float(trace)}, rel=1e-5)
+    assert series(tmp_path, "grad_signal") == pytest.approx({0: float(mean @ mean - trace / (count * size))}, rel=1e-5)
 
 
 def test_the_noise_of_parts_per_layer_adds_up():
