@@ -381,8 +381,8 @@ class CurvatureCallback(Callback):
                 self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
             except Exception as error:
                 self._report.failures.append((self._names, error))
-            for what, error in self._report.failures:
-                self._leave_out(what, error)
+            for what, reasoned in self._report.failures:
+                self._leave_out(what, reasoned)
             self._report.failures.clear()
             if self._report.too_noisy and not self._noisy:
                 self._noisy = True
@@ -482,8 +482,8 @@ class CurvatureCallback(Callback):
             found = self._observation.look(loss, seed)
         except Exception as error:  # of ours: training goes on
             found = dict.fromkeys(considered, error)
-        for field, error in found.items():
-            self._lost({field}, error, {**found, **self._without_parts(trainer, pl_module)})
+        for field, refusal in found.items():
+            self._lost({field}, refusal, {**found, **self._without_parts(trainer, pl_module)})
         self._off = {name: error for name, error in found.items() if name in FIELDS}  # the rest is tried
         if self._report is not None:
             self._report.turn_off(found)

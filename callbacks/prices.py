@@ -76,7 +76,8 @@ class Budget:
     def __init__(self, share: float | None) -> None:
         self.share = share
         self._plain = self._logged = math.nan
-        self._last, self._due, self._count = 0, 0, 0
+        self._last, self._count = 0, 0
+        self._due = 0.0
 
     def allows(self, step: int) -> bool:
         """Whether a step may be logged; the same for all batches that it accumulates."""
