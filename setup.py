@@ -1,14 +1,30 @@
-"""The README for package indexes, which know no relative links; everything else is in pyproject.toml.
+"""What pyproject.toml cannot say: the address of the repository, and the README without relative links.
 
-With a line `Repository = "https://..."` in `[project.urls]` links and pictures lead there; without, they are left out.
+The address is that of the repository whose release workflow builds the package, so that a fork's package leads to the
+fork. A build elsewhere has none: then links to files of the repository, and pictures, are left out of the README.
 """
 
+import os
 import re
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+
+
+def project_urls(environment: dict[str, str]) -> dict[str, str]:
+    """The links beside the README, from what the release workflow says of its repository; none elsewhere."""
+    if "GITHUB_REPOSITORY" not in environment:
+        return {}
+    repository = f"{environment.get('GITHUB_SERVER_URL', 'https://github.com')}/{environment['GITHUB_REPOSITORY']}"
+    return {
+        "Repository": repository,
+        "Documentation": f"{repository}/blob/main/docs/quickstart.md",
+        "Changelog": f"{repository}/blob/main/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+        "Security": f"{repository}/security/policy",
+    }
 
 
 def long_description(readme: str, repository: str | None) -> str:
@@ -21,8 +37,9 @@ def long_description(readme: str, repository: str | None) -> str:
 
 
 if __name__ == "__main__":
-    found = re.search(r'^Repository = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    urls = project_urls(dict(os.environ))
     setup(
-        long_description=long_description((ROOT / "README.md").read_text(encoding="utf-8"), found and found[1]),
+        long_description=long_description((ROOT / "README.md").read_text(encoding="utf-8"), urls.get("Repository")),
         long_description_content_type="text/markdown",
+        project_urls=urls,
     )

@@ -4,6 +4,7 @@
 
 The networks are tiny and have random weights; nothing is downloaded. Networks whose package is missing are skipped;
 ``pip install -e ".[models]"`` brings the packages. See `zoo/` for the rows, the references and the judgement.
+Ends with an error if a quantity was wrong or crashed, and, where ``CI=true`` is set, if a package was missing.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import fnmatch
 import json
 import logging
+import os
+import sys
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -53,6 +56,8 @@ def main() -> None:
     for reason, count in missing.items():
         print(f"{count} networks skipped: {reason}")
     print(f"{time.perf_counter() - start:.0f} s")
+    failed = any(cell.outcome in ("wrong", "crash") for cell in found)
+    sys.exit(failed or (bool(missing) and os.environ.get("CI") == "true"))
 
 
 def _arguments() -> argparse.Namespace:

@@ -63,9 +63,9 @@ class CurvatureCallback(Callback):
     - ``curvature/noise_scale``: $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of the two; absent, with
       a warning, while the average of $\|G\|^2$ is not positive
     - ``curvature/suggested_batch_size``: the power of two next to the noise scale
-    - ``curvature/ggn_trace``: trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate; needs a known loss
-      function or ``output``; not with ``mc_samples=0``. It takes a backward pass of its own: from step 20 on at most
-      every tenth step, unless ``quantities`` names it
+    - ``curvature/ggn_trace``: trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate; needs a loss that
+      can be differentiated twice; not with ``mc_samples=0``. It takes a backward pass of its own: from step 20 on at
+      most every tenth step, unless ``quantities`` names it
 
     Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``,
     ``mean_gsnr``, ``grad_diversity``, ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``,
@@ -111,10 +111,10 @@ class CurvatureCallback(Callback):
             True for the first ones, "topk" for those with most parameters, or a regular expression that is searched in
             their names. All layers, if there are more, make one heat-map image per logged step.
         histograms: write the histogram of the per-sample norms to loggers that take one.
-        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses without a known
-            Hessian.
-        output: the module whose output the loss is a function of, or its name in the `LightningModule`, for losses that
-            torch has no function for; see `curvature`.
+        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses without a second
+            derivative.
+        output: the module where the network ends, or its name in the `LightningModule`, instead of where the last
+            parameters enter; for losses that torch has no function for, see `curvature`.
         strict: raise when a quantity that `quantities` names, or an extension, cannot be computed: a parameter or a
             loss is not supported, or memory runs out. What the graph tells is told before the first step. False, and
             for what is there by default or with "all": warn once and go on without.

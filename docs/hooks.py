@@ -16,7 +16,13 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "code_of_conduct.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+}
 
 
 @event_priority(100)  # before mkdocstrings reads its configuration
@@ -41,7 +47,7 @@ def _in_markdown(source: str) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """README, CONTRIBUTING and CHANGELOG are pages too."""
+    """README, CONTRIBUTING, CHANGELOG and what else `PAGES` names are pages too."""
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=_moved((ROOT / source).read_text())))
     return files
@@ -50,8 +56,8 @@ def on_files(files: Files, config: Any) -> Files:
 def _moved(text: str) -> str:
     """Links of a page in the root, as seen from docs/."""
     text = text.replace("](docs/", "](").replace('src="docs/', 'src="')
-    text = re.sub(r"\]\((?!https?:|#)(examples/|benchmarks/|LICENSE|README|CONTRIBUTING|CHANGELOG)", r"](../\1", text)
-    return re.sub(r"\]\(\.\./(README|CONTRIBUTING|CHANGELOG)\.md", lambda m: f"]({PAGES[m[1] + '.md']}", text)
+    text = re.sub(r"\]\((?!https?:|#)(examples/|benchmarks/|LICENSE|CITATION|[A-Z_]+\.md)", r"](../\1", text)
+    return re.sub(r"\]\(\.\./([A-Z_]+\.md)", lambda m: f"]({PAGES[m[1]]}", text)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -14,8 +14,9 @@ tensor([1., 4.])
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_curv.source_tree import add_rooms
 
 if TYPE_CHECKING:
     from lightning_curv.callbacks import CurvatureCallback, PrivacyCallback, privacy_audit
@@ -100,9 +101,8 @@ _ROOM = {
     "rule": "rules",
 }
 
-# In the source tree optimizers/ and callbacks/ lie next to this package, in an installed copy inside it.
-if not Path(__file__).with_name("optimizers").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
+# In the source tree optimizers/ and callbacks/ lie beside this package, in an installed copy inside it.
+add_rooms(__path__)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
+from operator import attrgetter
 from traceback import clear_frames
 from typing import Any
 from weakref import WeakSet
@@ -28,6 +29,7 @@ from lightning_curv.records import Output
 from lightning_curv.samples import find_samples, whole_batch
 from lightning_curv.sampling import Cap
 from lightning_curv.sources import Exact, Gradient, Sampled, Source
+from lightning_curv.summands import find_summands
 from lightning_curv.verified import Samples
 
 AnyExtension = Extension | GraphExtension
@@ -106,7 +108,9 @@ class Backprop:
         with _Failing(self, self._extensions):
             passes = self._looked()
             self._choose(passes)
-        units = _units(self._extensions)
+        if self.failures and not self._extensions:
+            return
+        units = _units(self._extensions, passes)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
             start = self._now()
@@ -134,8 +138,8 @@ class Backprop:
         with _Failing(self, self._extensions):
             passes = self._looked()
         with _Failing(self, [e for e in self._extensions if e.needs_likelihood]) as some:
-            for node in passes.tape.losses if some else ():
-                passes.likelihood(node)
+            if some:
+                list(map(attrgetter("flat"), passes.parts))  # differentiates losses that are not known
 
     def _looked(self) -> Passes:
         self._passes = passes = self._walked()
@@ -215,11 +219,11 @@ class Backprop:
 
     def _refuse_uncovered(self, tape: Tape) -> None:
         try:
-            refuse_uncovered(tape, self._extensions)
+            refuse_uncovered(tape, self._extensions, self._output is not None)
         except UnsupportedError as error:
             if not self.defers:
                 raise
-            self.fail([e for e in self._extensions if _uncovered(tape, e)], error)
+            self.fail([e for e in self._extensions if _uncovered(tape, e, self._output is not None)], error)
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
@@ -228,6 +232,7 @@ class Backprop:
             with _Failing(self, independent or wanting):
                 try:
                     most = self._cap.size if self._cap is not None and self._content(wanting) else None
+                    passes.separate = bool(independent)
                     passes.samples = find_samples(
                         passes, self._batch, bool(independent), self._check, most, self._private
                     )
@@ -238,11 +243,8 @@ class Backprop:
                 break
         else:
             passes.samples = whole_batch(passes.tape)
-        for name in ("use_edges", "_ends"):
+        for name in ("use_edges", "_ends", "parts"):
             passes.__dict__.pop(name, None)
-        for node, call in passes.tape.losses.items():
-            if call is self._output:
-                call.arguments["owners"] = passes.samples.losses[node]
 
     def _choose(self, passes: Passes) -> None:
         """The passes of the samples that are enough for some extensions."""
@@ -273,8 +275,13 @@ class Backprop:
         return any(isinstance(e, GradientReceiver) for e in self._extensions)
 
     def _needs_samples(self, extension: AnyExtension) -> bool:
-        """Whether a quantity, or the curvature of a loss that is no known function, needs the samples."""
-        return extension.needs_samples or (self._output is not None and extension.needs_likelihood)
+        """Whether a quantity, or the curvature of a loss that is differentiated, needs the samples."""
+        return extension.needs_samples or (extension.needs_likelihood and self._differentiates_loss)
+
+    @cached_property
+    def _differentiates_loss(self) -> bool:
+        """Whether there is more to the loss than known loss functions."""
+        return self._output is not None or bool(find_summands(self._passes.tape, self._loss).others)
 
     def _differentiate(self, passes: Passes, extensions: list[Extension]) -> None:
         if found := [extension for extension in extensions if isinstance(extension, Differentiable)]:
@@ -343,11 +350,12 @@ class _Failing:
         return False
 
 
-def _units(extensions: Sequence[AnyExtension]) -> dict[GraphExtension | Source, list[Any]]:
+def _units(extensions: Sequence[AnyExtension], passes: Passes) -> dict[GraphExtension | Source, list[Any]]:
     """What shares passes, in the order of the list: what comes first draws the same numbers whatever follows."""
     units: dict[GraphExtension | Source, list[Any]] = {}
     for extension in extensions:
         unit = extension if isinstance(extension, GraphExtension) else extension.source
+        unit = unit.on(passes) if hasattr(unit, "on") else unit
         units.setdefault(unit, []).append(extension)
     if len([unit for unit in units if isinstance(unit, Exact)]) > 1:  # the complete root serves all that need any
         units[Exact(complete=True)] += units.pop(Exact())
@@ -357,9 +365,9 @@ def _units(extensions: Sequence[AnyExtension]) -> dict[GraphExtension | Source, 
     return units
 
 
-def _uncovered(tape: Tape, extension: AnyExtension) -> bool:
+def _uncovered(tape: Tape, extension: AnyExtension, output: bool) -> bool:
     try:
-        refuse_uncovered(tape, [extension])
+        refuse_uncovered(tape, [extension], output)
     except UnsupportedError:
         return True
     return False

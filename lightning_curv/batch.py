@@ -78,14 +78,16 @@ class Batch:
     def read_by(self, tape: Tape) -> Batch:
         """This batch, or only the size that the graph must agree with if the graph reads none of its tensors."""
         read = [roots for use in tape.uses.values() for roots in use.roots.values()]
-        read += [call.roots for call in tape.losses.values()]
+        read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
+        read += tape.read.values()
         return self if self.tensors is None or any(map(self._gave, read)) else Batch(self.size)
 
     def given(self, tape: Tape) -> tuple[bool, ...]:
         """Which of the tensors that ops read come from the batch, where its tensors are known."""
         if self.tensors is None:
             return ()
-        return tuple(self._gave(roots) for use in tape.uses.values() for roots in use.roots.values())
+        read = [roots for use in tape.uses.values() for roots in use.roots.values()]
+        return tuple(self._gave(roots) for roots in [*read, *tape.read.values()])
 
     def candidates(self, tape: Tape) -> list[int]:
         """Possible numbers of samples, the default first.
@@ -104,6 +106,9 @@ class Batch:
             found = [root for root in found if not self._is_held(root, 0)] or found
         targets = [len(root) for root in found]
         both = [len(root) for root in roots if len(root) in targets]
+        if not both:  # beside what ops with trainable parameters read
+            beside = [root for found in tape.read.values() for root in found.tensors if root.ndim]
+            both = [len(root) for root in _whole(beside) if len(root) in targets]
         if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
             roots = [root for root in roots if not self._is_held(root, 0)] or roots
         read = [len(root) for root in roots]
@@ -131,13 +136,13 @@ def _whole(roots: Sequence[Root]) -> list[Root]:
 
 def _read(tape: Tape) -> list[Root]:
     """What the network reads from outside, in the order in which it is read."""
-    reading = [(node_of(node)._sequence_nr(), use) for node, use in tape.uses.items()]
-    roots: list[Root] = []
-    for _, use in sorted(reading, key=lambda pair: pair[0]):
-        for name, found in use.roots.items():
-            if name not in use.operands:
-                roots += [root for root in found.tensors if root.ndim]
-    return roots
+    reading = [
+        (node_of(node)._sequence_nr(), [found for name, found in use.roots.items() if name not in use.operands])
+        for node, use in tape.uses.items()
+    ]
+    reading += [(op.edge.node._sequence_nr(), [op.roots]) for op in tape.mapped]
+    ordered = sorted(reading, key=lambda pair: pair[0])
+    return [root for _, read in ordered for found in read for root in found.tensors if root.ndim]
 
 
 def sample_axes(use: Use) -> list[int]:

@@ -12,17 +12,21 @@ from lightning_curv.records import Use
 
 
 class Dependence:
-    """The part of the graph between the inputs of the losses and the uses.
+    """The part of the graph between the network's outputs and the uses.
+
+    Args:
+        tape: What is recorded.
+        outputs: Where the outputs are.
 
     Attributes:
         nodes: Its nodes, uses included, inputs before outputs.
     """
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, outputs: Iterable[GradientEdge]) -> None:
         reaches: dict[Node, bool] = {}
         uses = {node_of(key) for key in tape.uses}
         seen: set[Node] = set()
-        stack = [(call.input.node, False) for call in tape.losses.values()]
+        stack = [(edge.node, False) for edge in outputs]
         while stack:
             node, finished = stack.pop()
             after = [n for n, _ in node.next_functions if n is not None]

@@ -20,6 +20,10 @@ class SampleCountError(UnsupportedError):
     """The graph contradicts the number of samples that was given."""
 
 
+class NoSecondDerivativeError(UnsupportedError):
+    """A loss that torch has no function for, and that cannot be differentiated twice."""
+
+
 @contextmanager
 def differentiating_twice(name: str | None = None) -> Iterator[None]:
     """Names the op where one has no second derivative in torch: ``name``, or what torch says."""
@@ -30,6 +34,18 @@ def differentiating_twice(name: str | None = None) -> Iterator[None]:
             raise
         op = re.search(r"(\w+)_backward\b|derivative for '(\w+)'", str(error))
         raise once_differentiable(name or (op[1] or op[2] if op else "an op"), error) from error
+
+
+@contextmanager
+def differentiating_loss() -> Iterator[None]:
+    """Says what the second derivative of a loss is needed for, where there is none."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise NoSecondDerivativeError(
+            "The curvature of a loss that torch has no function for is its second derivative at the outputs of the "
+            f"network, and this loss has none. {error} First-order quantities work with any loss."
+        ) from error
 
 
 def once_differentiable(op: str, error: Exception) -> UnsupportedError:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_curv.alignments import alignments
 from lightning_curv.fused_attention import attention
 
 Formula = Callable[..., Tensor | None]  # `None`: there is none after all
@@ -81,6 +82,8 @@ FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
     "PdistBackward0": (_pair_distances, ("self",)),
     "MultiMarginLossBackward0": (_margins, ("self",)),
     "MultilabelMarginLossBackward0": (_label_margins, ("self",)),
+    "CtcLossBackward0": (alignments, ("log_probs",)),
+    "CtcLossBackward1": (alignments, ("log_probs",)),
     "EmbeddingBagBackward0": (_bags, ("weight", "per_sample_weights")),
     "ScaledDotProductFlashAttentionForCpuBackward0": (attention("attn_mask"), ("query", "key", "value")),
     "ScaledDotProductFlashAttentionBackward0": (attention(), ("query", "key", "value")),

@@ -31,30 +31,52 @@ def squared_norms(term: Term) -> Tensor:
     return torch.cat(found, dim=1).clamp_(min=0)
 
 
-def norms(term: Term) -> Tensor:
-    """The roots of the same, rounded up, ``[V, N]`` of float64.
+def norms(term: Term) -> tuple[Tensor, Tensor]:
+    """The roots of the same, rounded up, and Σ_s ‖g_s‖ ‖x_s‖: where that is much more, positions cancel.
+
+    Both ``[V, N]`` of float64.
 
     What rounding may take away is added: `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)², which is more than the rest where large
     positions cancel. Samples whose Gram matrices may underflow or overflow get Σ_s ‖g_s‖ ‖x_s‖ itself.
     """
-    found, start = [], 0
-    low, high = RANGE[term.g.dtype]
-    for products, g_squares, x_squares in _products(term):  # [V, n, q], [n, q, V, s], [n, q, s]
-        sizes = g_squares.sqrt() * x_squares.sqrt().unsqueeze(2)
-        slack = ROUNDING * torch.finfo(term.g.dtype).eps * sizes.sum(3).double().square()
-        squares = products.clamp(min=0).double() + slack.permute(2, 0, 1)
-        norms = squares.sum(2).sqrt()
-        g_total, x_total = g_squares.sum(3).permute(2, 0, 1), x_squares.sum(2)[None]
-        usual = (g_total > low) & (g_total < high) & (x_total > low) & (x_total < high)
-        odd = (~usual.all(2).all(0)).nonzero().flatten()
+    found, every, start = [], [], 0
+    for products in _products(term):
+        norms, sizes, odd = _rounded_up(*products, term.g.dtype)
         if len(odd):
             g, x = Matrices(term[(odd + start).tolist()]).of(0, len(odd))  # [n, q, V·o, s], [n, q, i, s]
+            # positions that a sample does not have may be filled up with anything: numbers of other samples;
+            # what is not finite stays, for it would be in the sum too
+            x = x.masked_fill((g == 0).all(2, keepdim=True) & x.isfinite(), 0)
             g = g.unflatten(2, (len(term.g), -1))
+            norms[:, odd], sizes[:, odd], still = _rounded_up(*_products_of(g, x), term.g.dtype)
+            odd, g, x = odd[still], g[still], x[still]
             bounds = product_norms(row_norms(g.transpose(3, 4), 4), row_norms(x.mT, 3).unsqueeze(2), g.dtype)
-            norms[:, odd] = bounds.sum((1, 3)).mT
+            norms[:, odd] = sizes[:, odd] = bounds.sum((1, 3)).mT
         start += norms.shape[1]
         found.append(norms)
-    return torch.cat(found, dim=1)
+        every.append(sizes)
+    return torch.cat(found, dim=1), torch.cat(every, dim=1)
+
+
+def _rounded_up(
+    products: Tensor, g_squares: Tensor, x_squares: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms and sizes ``[V, n]``, and the samples whose Gram matrices may underflow or overflow; see `_products`."""
+    sizes = g_squares.sqrt() * x_squares.sqrt().unsqueeze(2)
+    sizes_squared = sizes.sum(3).double().square_().permute(2, 0, 1)
+    squares = products.clamp(min=0).double() + ROUNDING * torch.finfo(dtype).eps * sizes_squared
+    low, high = RANGE[dtype]
+    g_total, x_total = g_squares.sum(3).permute(2, 0, 1), x_squares.sum(2)[None]
+    usual = (g_total > low) & (g_total < high) & (x_total > low) & (x_total < high)
+    odd = (~usual.all(2).all(0)).nonzero().flatten()
+    return squares.sum(2).sqrt(), sizes_squared.sum(2).sqrt(), odd
+
+
+def _products_of(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_products` of ``g [n, q, V, o, s]`` and ``x [n, q, i, s]``."""
+    g_gram, x_gram = g.mT @ g, x.mT @ x
+    products = torch.einsum("nqvst,nqst->vnq", g_gram, x_gram)
+    return products, g_gram.diagonal(dim1=3, dim2=4), x_gram.diagonal(dim1=2, dim2=3)
 
 
 def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -14,9 +14,8 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.joins import Join
-from lightning_curv.losses import by_autograd
 from lightning_curv.provenance import Roots
-from lightning_curv.records import LossCall, Operand, Output, Use, marks
+from lightning_curv.records import LossCall, Mapped, Operand, Output, Use, marks
 
 INSIDE = ("backward", "backward_pass")  # what the backward pass of a function calls that makes a graph of its own
 _ROUTING = """
@@ -47,13 +46,14 @@ class Tape:
         outside: Keys of ``uses`` that the root reaches without passing a recorded loss call.
         leaves: Other leaf tensors that require gradients.
         stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
-        refusals: Why calls of known loss functions were not recorded.
         structure: Names of all nodes in the order of the walk, with the axes and sizes that they work on.
         nodes: These nodes.
         casts: Nodes that may change the precision.
         routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
             the next.
         seen: Nodes that the walk has been at, and whether from outside of the losses.
+        read: The roots of what ops read that has no gradient, by their node.
+        mapped: What ops under ``vmap`` read of the batch.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
     """
 
@@ -62,7 +62,8 @@ class Tape:
     outside: set[Node] = field(default_factory=set)
     leaves: list[Tensor] = field(default_factory=list)
     stray: list[tuple[Tensor, str]] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
+    read: dict[Node, Roots] = field(default_factory=dict)
+    mapped: list[Mapped] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -149,8 +150,11 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
         if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
             tape.hidden.append(name)
         mark = marks(node)
-        if mark is not None and mark.refusal is not None:
-            tape.refusals.append(mark.refusal)
+        if mark is not None and mark.read is not None:
+            tape.read[node] = mark.read
+        if mark is not None and mark.mapped is not None:
+            tape.mapped.append(mark.mapped)
+            tape.routes = True
         call = mark.loss if mark is not None else None
         if call is not None and (output is None or not reaches(call.input.node, output.input.node)):
             tape.losses[node] = call
@@ -234,8 +238,7 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
             "module; pass the tensor instead of a module that is called several times; clone an output that is a view "
             "before overwriting it."
         )
-    arguments = {"input": found[0].like, "root": loss, "edge": found[0].edge}
-    return LossCall(by_autograd, arguments, found[0].edge, loss.shape, loss.output_nr)
+    return LossCall(find_output, {"input": found[0].like}, found[0].edge, loss.shape, loss.output_nr)
 
 
 def reaches(root: Node, node: Node) -> bool:

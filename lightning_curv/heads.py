@@ -26,8 +26,20 @@ _LINEAR = """
     ToCopy Transpose Unbind UnsafeView Unsqueeze View Where
 """
 LINEAR = frozenset(_LINEAR.split())
+# the same but for kinks: second derivatives are zero almost everywhere
+_PIECEWISE = """
+    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin AsStrided AvgPool2D AvgPool3D
+    Clamp ClampMax ClampMin Col2Im CopySlices Cummax Cummin Cumsum Diagonal Embedding Hardsigmoid Hardtanh Im2Col
+    IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl Kthvalue LeakyRelu MaskedScatter Max MaxPool2DWithIndices
+    MaxPool3DWithIndices Maximum Median Min Minimum MkldnnAdaptiveAvgPool2D NativeDropout Nanmedian ReflectionPad1D
+    ReflectionPad2D ReflectionPad3D Relu ReplicationPad1D ReplicationPad2D ReplicationPad3D Scatter ScatterAdd Sort
+    Threshold Topk Trace Tril Triu Unfold UpsampleBilinear2D UpsampleNearest2D
+"""
+PIECEWISE_LINEAR = LINEAR | frozenset(_PIECEWISE.split())
 # nodes that are linear in one of their inputs if the others carry no gradient; for a quotient: in the first
 PRODUCTS = frozenset(("Div", "Dot", "Mul", "Mv"))
+# nodes that are linear in each input: linear in the data if one input alone carries it
+BILINEAR = frozenset(("Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Dot", "Mm", "Mul", "Mv"))
 CLASSES = frozenset(("cross_entropy", "nll_loss"))  # loss functions with classes on the second axis
 
 
@@ -98,11 +110,17 @@ def frontier(tape: Tape, heads: Sequence[Head], loss: Tensor) -> list[Head]:
     return list(found.values())
 
 
-def linear_inputs(node: Node) -> list[tuple[Node, int]]:
-    """The inputs of a node that is linear in them; empty: it is not."""
+def linear_inputs(node: Node, kinks: bool = False) -> list[tuple[Node, int]]:
+    """The inputs of a node that is linear in them; empty: it is not.
+
+    Args:
+        node: The node.
+        kinks: Whether it may be piecewise linear, and add up rows in any order.
+    """
     name = name_of(node)
     inputs = [after for after in node.next_functions if after[0] is not None]
-    if name in LINEAR or (name in PRODUCTS and len(inputs) == 1 and not _is_divisor(node, name)):
+    linear, products = (PIECEWISE_LINEAR, PRODUCTS | BILINEAR) if kinks else (LINEAR, PRODUCTS)
+    if name in linear or (name in products and len(inputs) == 1 and not _is_divisor(node, name)):
         return cast("list[tuple[Node, int]]", inputs)
     return []
 

@@ -212,13 +212,20 @@ class Jacobian:
         They are no less than those, in spite of rounding, and neither underflow nor overflow where only one factor of
         J is very small or large. Where a factor is larger than the root of the largest number they are infinite.
         """
+        return self.norms_and_sizes()[0]
+
+    def norms_and_sizes(self) -> tuple[Tensor, Tensor]:
+        """`norms`, and those of the same sum if nothing of it cancelled: how much larger its rounding errors may be."""
         if self._onehot is not None:
             return onehot.norms(self._onehot)
-        if self._factorised is not None:
-            return self._factorised.norms()
-        if not self.forms_norms:
+        if not self.forms_norms and self._factorised is None:
             return grams.norms(self.terms[0])
-        return torch.cat([torch.linalg.vector_norm(_rows(j), dim=2, dtype=torch.float64) for j in self.chunks()], dim=1)
+        if self._factorised is not None:
+            norms = self._factorised.norms()
+        else:
+            parts = [torch.linalg.vector_norm(_rows(j), dim=2, dtype=torch.float64) for j in self.chunks()]
+            norms = torch.cat(parts, dim=1)
+        return norms, norms
 
     def sum_squares(self) -> Tensor:
         """Sum over columns and samples of the squared entries, of the parameter's shape."""

@@ -150,6 +150,8 @@ def _data_nodes(
 ) -> set[Node]:
     """The nodes that depend on the samples: ops with rows of their own, or that may read them, and what is above."""
     depends: dict[Node, bool] = {}
+    reading = {op.edge.node for op in tape.mapped if holds(op.roots)}
+    reading |= {node for node, roots in tape.read.items() if node not in mixed and holds(roots)}
     stack, seen = [(head.edge.node, False) for head in heads], set[Node]()
     while stack:
         node, finished = stack.pop()
@@ -159,7 +161,7 @@ def _data_nodes(
             own = (use is not None and bool(use.operands) and node not in mixed) or (
                 leaf is not None and not isinstance(leaf, Parameter)
             )
-            own = own or reads_unknown(node, holds)
+            own = own or node in reading or reads_unknown(node, holds)
             depends[node] = own or any(depends.get(after, False) for after in inputs)
         elif node not in seen:
             seen.add(node)

@@ -118,8 +118,8 @@ def squared_norms(term: Term) -> Tensor:
     return _added(squares, touched.sample, term.g.shape[1])
 
 
-def norms(term: Term) -> Tensor:
-    """The same, rounded up as in `grams.norms`, ``[V, N]`` of float64.
+def norms(term: Term) -> tuple[Tensor, Tensor]:
+    """The same, rounded up as in `grams.norms`, and what repeated rows would have without cancelling; ``[V, N]`` each.
 
     Only the rows of tokens that a sample repeats are added up before they are squared.
     """
@@ -131,13 +131,15 @@ def norms(term: Term) -> Tensor:
     norms = row_norms(g, 2)
     repeats = (counts > 1)[pair]
     squares = _added(norms.square().masked_fill_(repeats, 0), sample, samples)
+    sizes = squares
     repeated = repeats.nonzero().squeeze(1)
     if len(repeated):
         some, place = pair[repeated].unique(return_inverse=True)
         sums = row_norms(_added(_at(g, repeated, 1), place, len(some)), 2).square_()
-        sums += ROUNDING * eps * _added(norms[:, repeated], place, len(some)).square_()
-        squares += _added(sums, key[some] // term.classes, samples)
-    return squares.sqrt_()
+        every, owners = _added(norms[:, repeated], place, len(some)).square_(), key[some] // term.classes
+        sizes = squares + _added(every, owners, samples)
+        squares = squares + _added(sums.add_(every, alpha=ROUNDING * eps), owners, samples)
+    return squares.sqrt(), sizes.sqrt()
 
 
 def _scatter(touched: Rows, classes: int) -> Tensor:

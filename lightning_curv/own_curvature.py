@@ -19,14 +19,13 @@ from lightning_curv.dependence import uses_below
 from lightning_curv.derived import pulled_back
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph import leaves, parameters
-from lightning_curv.heads import name_of
+from lightning_curv.heads import BILINEAR, PIECEWISE_LINEAR, name_of
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.joins import Join
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Column, Passes, apply_rule
 from lightning_curv.probing import owners_at
 from lightning_curv.records import Operand, Use
-from lightning_curv.residuals import BILINEAR, LINEAR
 from lightning_curv.rules.fallback import dense
 from lightning_curv.symmetric import eigh
 from lightning_curv.twice import differentiable, fused
@@ -61,7 +60,7 @@ def _refuse_curved(passes: Passes, join: Join, use: Use) -> None:
     inputs = [(after, number) for after, number in join.node.next_functions if after is not None]
     data = [GradientEdge(after, number) for after, number in inputs if after is not join.edge.node]
     below = {p for other in uses_below(passes.tape, data) for p in parameters(other)}
-    affine = name_of(join.node) in LINEAR | BILINEAR | AFFINE and join.recorded is None
+    affine = name_of(join.node) in PIECEWISE_LINEAR | BILINEAR | AFFINE and join.recorded is None
     if not affine or below.intersection(found) or not _is_linear(operand, found):
         raise UnsupportedError(
             f"The Hessian's diagonal needs a rule for `{name_of(join.node)}` using parameter {describe(found[0])}, "

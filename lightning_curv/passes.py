@@ -19,6 +19,7 @@ from lightning_curv.graph import Tape, parameters
 from lightning_curv.jacobian import Jacobian
 from lightning_curv.joins import Join, node_of
 from lightning_curv.losses import LOSSES, Likelihood
+from lightning_curv.losses.parts import LossPart
 from lightning_curv.matmul import fast_products, is_large
 from lightning_curv.own_passes import unheard
 from lightning_curv.owners import BatchAxis, ChosenOwners, Owners, RowOwners
@@ -26,6 +27,7 @@ from lightning_curv.records import LossCall, Use
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import dense
 from lightning_curv.sampling import default_generator
+from lightning_curv.summands import loss_parts
 from lightning_curv.terms import Term
 from lightning_curv.verified import Samples
 
@@ -59,6 +61,7 @@ class Passes:
         samples: Where the samples are.
         output: Where the curvature of the loss enters instead of at known loss functions.
         own_generator: Draws Monte-Carlo targets instead of `default_generator`.
+        separate: Whether samples must not influence each other.
     """
 
     loss: Tensor
@@ -67,6 +70,7 @@ class Passes:
     samples: Samples
     output: LossCall | None = None
     own_generator: torch.Generator | None = None
+    separate: bool = True
 
     def only(self, chosen: Tensor) -> Passes:
         """The same for some of the samples: Jacobians are those of ``chosen [S]``, in ascending order."""
@@ -103,7 +107,7 @@ class Passes:
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
-        if len(column.edges) == 1 and self.ends_at(column.edges[0]):
+        if self.ends_at(column.edges):
             return (column.seeds[0],) * len(self.use_edges)  # the last layer alone
         return self.backward(column.edges, self.use_edges, column.seeds)
 
@@ -112,13 +116,18 @@ class Passes:
         """The outputs of all uses, in the order of the tape."""
         return use_edges(self.tape)
 
-    def ends_at(self, edge: GradientEdge) -> bool:
-        """Whether all uses have their output there: what arrives costs no pass."""
-        return self._ends == {edge[:2]}
+    def ends_at(self, edges: Sequence[GradientEdge]) -> bool:
+        """Whether all uses have their output at one edge: what arrives costs no pass."""
+        return len(edges) == 1 and self._ends == {edges[0][:2]}
 
     @cached_property
     def _ends(self) -> set[tuple[Node, int]]:
         return {edge[:2] for edge in self.use_edges}
+
+    @cached_property
+    def parts(self) -> list[LossPart]:
+        """The parts of the loss."""
+        return loss_parts(self)
 
     def likelihood(self, node: Node) -> Likelihood:
         """The likelihood of a recorded loss call, scaled as in the final loss."""

@@ -314,8 +314,9 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
         return {}
     samples = passes.samples
     heads = [
-        (Head(call.input, call.arguments["input"], call), samples.losses[node])
-        for node, call in passes.tape.losses.items()
+        (Head(edge, like), owners)
+        for part in passes.parts
+        for edge, like, owners in zip(part.edges, part.likes, part.owners, strict=True)
     ]
     places = [Place.anywhere(edge, samples.count) for edge in edges]
     found: dict[GradientEdge, Owners | None] = {}
@@ -358,6 +359,8 @@ def forward_owners(
             pulled = torch.autograd.grad(
                 [head.edge for head in heads], edges, seeds, create_graph=True, allow_unused=True
             )
+            if by_entry and all(g is None for g in pulled):
+                return [_nobodys(head, count) for head in heads]
             reached = [(g, *source) for g, source in zip(pulled, sources, strict=True) if g is not None]
             reached = [(g, source, owners) for g, source, owners in reached if g.requires_grad]
             if not reached:
@@ -398,6 +401,12 @@ def forward_owners(
             return None
         found.append(rows)
     return found
+
+
+def _nobodys(head: Head, count: int) -> RowOwners:
+    """The owners of entries that depend on no sample."""
+    shape = head.like.shape or torch.Size((1,))
+    return RowOwners(count, torch.full((shape.numel(),), -1), tuple(range(len(shape))))
 
 
 def _generic(like: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Numbers = Mapping[int, Tensor]  # see `row_numbers`: for every size that rows were counted in, their numbers
@@ -103,13 +105,36 @@ _KNOWN = WeakTensorKeyDictionary()  # roots of tensors without gradient that rec
 
 def roots_of(tensor: Tensor) -> Roots:
     """The roots of a tensor without gradient: itself, unless recorded code has made it."""
+    tensor = physical(tensor)
     found: Roots | None = _KNOWN.get(tensor)
     return Roots((Root.of(tensor),)) if found is None else found
 
 
 def note(tensor: Tensor, roots: Roots) -> None:
     """Remember the roots of a tensor."""
-    _KNOWN[tensor] = roots
+    _KNOWN[physical(tensor)] = roots
+
+
+def physical(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what is behind it under transforms as ``vmap``, with the axes that are mapped over."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` is at work."""
+    return functorch.maybe_current_level() is not None
+
+
+def mapped(tensor: Tensor) -> list[int]:
+    """The axes that ``vmap`` maps over, of what is behind a tensor, the outermost first; empty: there are none."""
+    axes: list[int] = []
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            axes.insert(0, functorch.maybe_get_bdim(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return axes
 
 
 def united(found: Iterable[Roots]) -> Roots:
@@ -118,3 +143,16 @@ def united(found: Iterable[Roots]) -> Roots:
     for roots in found:
         result = result | roots
     return result
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of a call."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+        elif isinstance(value, dict):
+            found += tensors_in(value.values())
+    return found

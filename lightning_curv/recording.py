@@ -24,12 +24,13 @@ from torch.overrides import TorchFunctionMode
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES, PARTS
 from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
-from lightning_curv.provenance import DATA, Root, Roots, note, united
+from lightning_curv.provenance import DATA, Numbers, Root, Roots, mapped, note, physical, roots_of, tensors_in, united
 from lightning_curv.records import (
     CONSTANT,
     PURE,
     TENTATIVE,
     LossCall,
+    Mapped,
     Operand,
     Use,
     all_roots,
@@ -41,15 +42,30 @@ from lightning_curv.records import (
     marks,
     origin_of,
 )
-from lightning_curv.row_numbers import FILLING, LIKE, counted, follow, name_of, ordered, plainly_in_order
+from lightning_curv.row_numbers import (
+    FILLING,
+    LIKE,
+    ROUTING,
+    Rows,
+    counted,
+    fingerprint,
+    follow,
+    mapped_rows,
+    name_of,
+    numbers_of,
+    ordered,
+    plainly_in_order,
+)
 from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
 from lightning_curv.weight_norm import weight_norm
 
-RANDOM = frozenset(
-    ["bernoulli", "exponential", "multinomial", "normal", "poisson", "rand", "randint", "randn", "randperm", "uniform"]
-)
+_RANDOM = """
+    bernoulli exponential multinomial normal poisson rand rand_like randint randint_like randn randn_like randperm
+    uniform
+"""
+RANDOM = frozenset(_RANDOM.split())
 MAKING = frozenset(("as_tensor", "asarray", "from_numpy", "frombuffer", "tensor"))
 PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split"))
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
@@ -120,6 +136,8 @@ class record(TorchFunctionMode):
             out = func(*args, **kwargs)
             if isinstance(out, Tensor) and out.grad_fn is None:
                 _note_roots(func, args, kwargs, [out])
+            elif isinstance(out, Tensor) and not disabled():
+                _mark_read(out, [*args, *kwargs.values()])
             return out
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
@@ -131,6 +149,7 @@ class record(TorchFunctionMode):
             call.store(whole)
         elif isinstance(out, Tensor) and out.grad_fn is not None:
             call.store(out)
+            _mark_read(out, [*args, *kwargs.values()])
         elif isinstance(out, Tensor):
             _note_roots(func, args, kwargs, [out])
         return out
@@ -170,12 +189,19 @@ def _without_gradient(out: Tensor | Sequence[Any]) -> list[Tensor]:
 def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], results: list[Tensor]) -> None:
     """Note what tensors without gradient were computed from; random numbers come from outside."""
     name = name_of(func)
-    if disabled() or results[0].requires_grad or name in RANDOM:
+    if disabled() or name in RANDOM:
         return
+    if physical(results[0]).requires_grad:
+        return _mark_mapped(func, results, tensors_in([*args, *kwargs.values()]))
     args = args[:1] if name in LIKE else _without_unused(args) if name == "where" else args
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_in([*args, *kwargs.values()])
+    inplace = any(results[0] is tensor for tensor in tensors)
+    if inplace and not _changes(func, kwargs):
+        return  # an argument as it is
     known = list(map(all_roots, tensors))
     roots = united(known)
+    if name in ROUTING:  # places are no statistics of what is there
+        roots = replace(roots, pooled=united(map(all_roots, tensors_in(args[:1]))).pooled)
     if name in FILLING:
         roots = CONSTANT_ROOTS
     if name in MAKING and not tensors:
@@ -187,12 +213,16 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
             note(out, roots)
         return
     drawn = _drawn_from(func, args, kwargs)
+    counts = not any(tensor.is_floating_point() for tensor in tensors)  # lengths are no statistics of what is in rows
+    view = results[0]._base if inplace else None
+    before = None if view is None else numbers_of(results[0])
     for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
-        # numbers of rows, lengths and places are no statistics of what is in the rows
-        pooled = roots.pooled | rows.pooled if out.is_floating_point() else frozenset()
-        numbers = rows.numbers
+        pooled = roots.pooled if counts else roots.pooled | rows.pooled
+        numbers: Numbers = {size: physical(found) for size, found in rows.numbers.items()}
+        if view is not None and before is not None:
+            _note_whole(view, before, rows, replace(roots, pooled=pooled))
         if drawn is None:
-            found = roots if ordered(numbers, out) else roots.moved
+            found = roots if ordered(numbers, physical(out), roots) else roots.moved
         else:
             found = Roots((Root.of(out, drawn), *(root for root in roots.tensors if root != drawn)))
             numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
@@ -211,6 +241,33 @@ def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
     if bool(taken.all()):
         return args[:2]
     return args if bool(taken.any()) else (args[0], args[2])
+
+
+def _mark_mapped(func: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Leave at a node that ``vmap`` hides what the op reads of the batch."""
+    whole = physical(results[0])
+    read = [tensor for tensor in tensors if not physical(tensor).requires_grad]
+    roots = united(map(roots_of, read))
+    if whole.grad_fn is None or not roots.tensors or not mapped(results[0]):
+        return
+    rows = mapped_rows(name_of(func), read, results[0])
+    found = replace(roots, numbers=rows.numbers, pooled=roots.pooled | rows.pooled)
+    mark_at(whole.grad_fn).mapped = Mapped(name_of(func), found, edge_of(whole), like(whole))
+
+
+def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function that returns one of its arguments has changed it."""
+    name = getattr(func, "__name__", "")
+    return "out" in kwargs or name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
+
+
+def _note_whole(whole: Tensor, before: Numbers, rows: Rows, roots: Roots) -> None:
+    """Note what the tensor behind a view was computed from, after the view was changed in place."""
+    known = all_roots(whole)
+    found = replace(known | roots, numbers=known.numbers)
+    if fingerprint(before) != fingerprint(rows.numbers):
+        found = replace(found.moved, numbers={})
+    note(whole, found)
 
 
 def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Root | None:
@@ -234,22 +291,9 @@ def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bo
     return listed or isinstance(index, list) or (isinstance(index, slice) and index != slice(None))
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among the arguments or results of a call."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-        elif isinstance(value, dict):
-            found += _tensors(value.values())
-    return found
-
-
 def _has_origin(values: Iterable[Any]) -> bool:
     """Whether some tensor among the arguments was computed from parameters."""
-    return any(tensor.requires_grad and origin_of(tensor) is not None for tensor in _tensors(values))
+    return any(tensor.requires_grad and origin_of(tensor) is not None for tensor in tensors_in(values))
 
 
 def _undispatched(function: FunctionType) -> FunctionType:
@@ -270,8 +314,7 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     differentiable = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
     if out.grad_fn is None:
         return out
-    if unknown := [name for name in differentiable if (func, name) not in PARTS]:
-        mark_at(out.grad_fn).refusal = f"`{func.__name__}` whose `{unknown[0]}` requires gradients; detach it"
+    if any((func, name) not in PARTS for name in differentiable):
         return out
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     read = [all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad]
@@ -289,9 +332,19 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return out
 
 
+def _mark_read(out: Tensor, values: Iterable[Any]) -> None:
+    """Leave at the node of an op which tensors without gradient it reads, those of modules left out."""
+    free = [t for t in tensors_in(values) if not t.requires_grad and not isinstance(t, nn.Parameter)]
+    if free and not (roots := united(map(roots_of, free))).constant:
+        mark_at(cast("Node", out.grad_fn)).read = roots
+
+
 def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
-    tensors = _tensors([*args, *kwargs.values()])
+    tensors = tensors_in([*args, *kwargs.values()])
+    for result in tensors_in([out]):
+        if result.grad_fn is not None:
+            _mark_read(result, tensors)
     differentiable = [tensor for tensor in tensors if tensor.requires_grad]
     origins = [origin_of(tensor) for tensor in differentiable]
     if func in JOINS and {*origins} != {PURE}:
@@ -299,7 +352,7 @@ def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if not any(origins):
         _note_data(out)
         return
-    outputs = [tensor for tensor in _tensors([out]) if tensor.grad_fn is not None]
+    outputs = [tensor for tensor in tensors_in([out]) if tensor.grad_fn is not None]
     if any(o is t for o in outputs for t in tensors):
         return
     origin, roots = combined(origins, tensors)

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.own_passes import own_pass
 from lightning_curv.owners import Owners
 from lightning_curv.provenance import CONSTANT as CONSTANT_ROOTS
-from lightning_curv.provenance import DATA, Root, Roots, roots_of, united
+from lightning_curv.provenance import DATA, Roots, roots_of, united
 from lightning_curv.rules import Rule
 
 KEY = "lightning_curv"
@@ -120,16 +120,34 @@ _keeps_graph: Callable[[], bool] = getattr(
 )  # of the pass that is running
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """What an op under ``vmap`` reads of the batch.
+
+    Attributes:
+        name: The name of the op.
+        roots: What it reads was computed from; their numbers are those of the rows of its output.
+        edge: Where its output is in the graph.
+        like: A tensor like the output, with the axes that are mapped over.
+    """
+
+    name: str
+    roots: Roots
+    edge: GradientEdge
+    like: Tensor
+
+
 @dataclass(slots=True)
 class Marks:
     """What recording leaves at an autograd node."""
 
     use: Use | None = None
     loss: LossCall | None = None
-    refusal: str | None = None  # why a call of a known loss function is no `LossCall`
     outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
     origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
+    read: Roots | None = None  # of the tensors without gradient that the op reads
+    mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
     copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
 
 
@@ -203,7 +221,7 @@ def all_roots(tensor: Tensor) -> Roots:
     if not tensor.requires_grad:
         return roots_of(tensor)
     if tensor.grad_fn is None:
-        return CONSTANT_ROOTS if isinstance(tensor, nn.Parameter) else Roots((Root.of(tensor),))
+        return CONSTANT_ROOTS if isinstance(tensor, nn.Parameter) else roots_of(tensor)
     found = marks(tensor.grad_fn)
     return found.roots if found is not None and found.origin is not None else DATA
 

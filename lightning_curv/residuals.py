@@ -14,36 +14,27 @@ node twice; no list of activation functions is needed. Its eigenvectors are colu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.dependence import Dependence
+from lightning_curv.heads import BILINEAR, PIECEWISE_LINEAR
+from lightning_curv.joins import nothing_below
 from lightning_curv.local_curvature import DiagonalResidual, LocalCurvature, Residual
 from lightning_curv.owners import Owners
 from lightning_curv.passes import Passes
 from lightning_curv.probing import owners_at
+from lightning_curv.summands import bounds, nodes_of_loss
 
-# nodes whose output is (piecewise) linear in all data inputs together: never differentiated
-_LINEAR = """
-    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Add Alias Amax Amin AsStrided
-    AvgPool2D AvgPool3D Cat Clone Col2Im ConstantPadNd CopySlices Cumsum Diagonal Embedding Expand Flip Gather
-    Hardsigmoid Hardtanh Im2Col Index IndexSelect LeakyRelu MaskedFill Max MaxPool2DWithIndices MaxPool3DWithIndices
-    Mean Min MkldnnAdaptiveAvgPool2D NativeDropout Neg Permute ReflectionPad1D ReflectionPad2D ReflectionPad3D Relu
-    Repeat ReplicationPad1D ReplicationPad2D ReplicationPad3D Reshape ReshapeAlias Roll Rsub Select Slice Split
-    SplitWithSizes Squeeze Stack Sub Sum T Threshold ToCopy Transpose Tril Triu Unbind Unfold UnsafeView Unsqueeze
-    UpsampleBilinear2D UpsampleNearest2D View Where
-"""
-LINEAR = frozenset(_LINEAR.split())
 # nodes whose output entries depend on one entry of their only data input each
 _ELEMENTWISE = """
     Acos Acosh Asin Asinh Atan Atanh Celu Cos Cosh Elu Erf Erfc Exp Expm1 Gelu Hardswish Log Log10 Log1P
     Log2 LogSigmoid Mish Pow Reciprocal Rsqrt Sigmoid Silu Sin Sinh Softplus Sqrt Tan Tanh
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
-# nodes that are linear in each input: linear in the data if one input alone carries it
-BILINEAR = frozenset(("Addmm", "Baddbmm", "Bmm", "Convolution", "Dot", "Mm", "Mul", "Mv"))
 
 
 def residuals(passes: Passes) -> Iterator[Residual]:
@@ -57,7 +48,7 @@ def residuals(passes: Passes) -> Iterator[Residual]:
         return
     outputs = {node: [GradientEdge(node, i) for i in range(len(node._input_metadata))] for node in nodes}
     every = [edge for edges in outputs.values() for edge in edges]
-    gradients = dict(zip(every, passes.gradients(every), strict=True))
+    gradients = dict(zip(every, gradients_in_network(passes, every), strict=True))
 
     @cache
     def owners() -> dict[GradientEdge, Owners | None]:
@@ -81,13 +72,31 @@ def residuals(passes: Passes) -> Iterator[Residual]:
                 yield curvature.eigen(found)
 
 
+def gradients_in_network(passes: Passes, edges: Sequence[GradientEdge]) -> list[Tensor | None]:
+    """The gradient of the loss at ``edges``, without what arrives there from above the outputs of the network.
+
+    A node may be part of the loss and of the network: the exponential of a variance that is drawn with and penalised.
+    """
+    gradients = [*passes.gradients(edges)]
+    above = nodes_of_loss(passes)
+    shared = [i for i, edge in enumerate(edges) if edge.node in above]
+    if shared:
+        with nothing_below(bounds(passes.parts)):
+            own = passes.gradients([edges[i] for i in shared])
+        for i, g in zip(shared, own, strict=True):
+            total = gradients[i]
+            gradients[i] = total if g is None or total is None else total - g
+    return gradients
+
+
 def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
     """Nodes that may be nonlinear, and their data inputs (each once)."""
-    candidates, dependence = {}, Dependence(passes.tape)
+    candidates: dict[Node, list[GradientEdge]] = {}
+    dependence = Dependence(passes.tape, (edge for part in passes.parts for edge in part.edges))
     for node in dependence.nodes:
         data = dependence.inputs(node)
         name = _name(node)
-        if data and name not in LINEAR and not (name in BILINEAR and len(data) == 1):
+        if data and name not in PIECEWISE_LINEAR and not (name in BILINEAR and len(data) == 1):
             candidates[node] = list(dict.fromkeys(data))
     return candidates
 

@@ -8,15 +8,17 @@ rows 0 to 3 of a batch of 4 and rows 4 to 7 of one of 16, and the number of samp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import starmap
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_curv.provenance import Numbers, Roots, roots_of
+from lightning_curv.provenance import Numbers, Roots, mapped, physical, roots_of, tensors_in
+from lightning_curv.row_trials import narrowed, tried
 
 # functions whose result has at every place what they make of the entries there
 _ELEMENTWISE = """
@@ -65,7 +67,6 @@ _SCANNING = """
     argsort cummax cummin cumprod cumsum log_softmax logcumsumexp softmax softmin sort
 """
 SCANNING = frozenset(_SCANNING.split())
-PAIRING = frozenset(("cdist", "corrcoef", "cov", "ger", "outer", "pdist"))
 PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv"))
 MEETING = PRODUCTS | {"batch_norm"}  # by row only where no rows meet
 VIEWS = frozenset(("unflatten", "view", "view_as"))  # that look at strides, which numbers do not have
@@ -88,27 +89,57 @@ def follow(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
 ) -> list[Rows]:
     """What is known of the rows of the results of a call, one per tensor."""
-    name, inplace = name_of(func), any(result is value for result in results for value in args)
-    if name in ROUTING and args and not inplace and "out" not in kwargs:
+    name, inplace = name_of(func), "out" in kwargs or any(result is value for result in results for value in args)
+    tensors = tensors_in([*args, *kwargs.values()])
+    if any(map(mapped, results)):
+        return [mapped_rows(name, tensors, result) for result in results]
+    if name == "setitem" or (name in ROUTING and args and not inplace):
+        routed = _written if name == "setitem" else _routed
         try:
-            return list(map(Rows, _routed(func, args, kwargs, results)))
+            return list(map(Rows, routed(func, args, kwargs, results)))
         except (RuntimeError, TypeError, ValueError):  # of numbers only: the call itself went well
             return [Rows() for _ in results]
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     known = [(tensor, numbers_of(tensor)) for tensor in tensors if not roots_of(tensor).constant]
     if not tensors or any(tensor.requires_grad for tensor, _ in known):
         return [Rows() for _ in results]
     if name in REDUCING | SCANNING and not any(tensor is not args[0] for tensor in tensors):
         return [_along(name, args, kwargs, result) for result in results]
     pooled = frozenset(_met(name, args, kwargs, known))
-    if name not in ELEMENTWISE and name not in BY_ROW:
-        return [Rows({}, pooled) for _ in results]
-    return [_kept(known, result, pooled, name in ELEMENTWISE) for result in results]
+    if name in ELEMENTWISE or name in MEETING or (name in BY_ROW and _leads(known, results)):
+        return [_kept(known, result, pooled, name in ELEMENTWISE) for result in results]
+    return list(starmap(Rows, tried(func, args, kwargs, results, known)))
+
+
+def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
+    """The rows of what a function makes under ``vmap``: those that are mapped over are apart."""
+    known = [(tensor, numbers_of(physical(tensor))) for tensor in tensors if not roots_of(tensor).constant]
+    if name == "getitem" and len(tensors) == 2 and not mapped(tensors[0]) and not tensors[1].ndim:
+        return Rows(_picked(numbers_of(tensors[0]), physical(tensors[1]), result))
+    found, together = {}, set[int]()
+    for size in {size for _, numbers in known for size in numbers if size > 1}:
+        read = [(bool(mapped(tensor)), numbers[size]) for tensor, numbers in known if size in numbers]
+        along = [n.flatten() for over, n in read if over and n.ndim and n.numel() == len(n)]
+        axes = [axis for tensor in (*tensors, result) for axis in mapped(tensor)]
+        if any(not over and n.numel() > 1 for over, n in read):
+            together |= set() if name in ROUTING else {size}
+        elif not any(axes) and len(along) == len(read) and all(torch.equal(n, along[0]) for n in along):
+            whole = physical(result)
+            found[size] = along[0].reshape(-1, *[1] * (whole.ndim - 1))
+    return Rows(found, frozenset(together))
+
+
+def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
+    """The numbers of rows that ``vmap`` picks out of a tensor, ``x[i]``."""
+    shape = (-1, *[1] * (physical(result).ndim - 1))
+    leading = {size: n.flatten() for size, n in numbers.items() if n.ndim and n.numel() == len(n)}
+    return {size: n[index].reshape(shape) for size, n in leading.items()} if index.ndim == 1 else {}
 
 
 def plainly_in_order(func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
     """Whether the rows of results are those of the tensors they were computed from, without a closer look."""
     name = name_of(func)
+    if any(map(mapped, results)):
+        return False
     if name not in ELEMENTWISE and (name not in BY_ROW or name in MEETING):
         return False
     ranks = {tensor.ndim for tensor in tensors if tensor.ndim}
@@ -140,7 +171,7 @@ def _met(
 ) -> Iterator[int]:
     """The sizes whose rows meet in a product of matrices, in pairs, or in the statistics of a normalization."""
     sizes = {size for _, numbers in known for size, n in numbers.items() if n.numel() > 1}
-    if name in PAIRING or (name == "batch_norm" and True in (kwargs.get("training"), *args[5:6])):
+    if name == "batch_norm" and True in (kwargs.get("training"), *args[5:6]):
         yield from sizes
     elif name in PRODUCTS and len(args) > 1:
         numbers_by_tensor = {id(tensor): numbers for tensor, numbers in known}
@@ -170,6 +201,9 @@ def _routed(
     sources = [value for value in first if isinstance(value, Tensor)] if several else [first]
     if not sources or (several and len(sources) < len(first)):
         return [{} for _ in results]
+    key = None if several else _structure(func, first, rest, kwargs)
+    if key in _MOVED:
+        return [*_MOVED[key]]
     known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
     told = [numbers for numbers in known if numbers is not None]
     found: list[dict[int, Tensor]] = [{} for _ in results]
@@ -182,8 +216,50 @@ def _routed(
             out = func(numbers if several else numbers[0], *rest, **kwargs)
         moved = [out] if isinstance(out, Tensor) else out
         for one, tensor in zip(found, moved[:1] if name_of(func) == "pack_padded_sequence" else moved, strict=False):
-            one[size] = _narrowed(tensor)
+            one[size] = narrowed(tensor)
+    if key is not None and sum(n.numel() for numbers in found for n in numbers.values()) <= _SMALL:
+        if len(_MOVED) >= _MOST:
+            _MOVED.clear()
+        _MOVED[key] = tuple(found)
     return list(found)
+
+
+# What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and no one changes it.
+_MOVED: dict[Hashable, tuple[Numbers, ...]] = {}
+_MOST, _SMALL = 256, 2**16  # structures, and numbers of one
+
+
+def _structure(func: Callable[..., Any], first: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What the result of a call depends on where the rows are in their order; ``None``: on tensors, or on more."""
+    roots = roots_of(first)
+    if roots.numbers is not None or roots.constant or mapped(first):
+        return None
+    sizes = tuple(_sizes_in_order(first, roots))
+    key: list[Hashable] = [func, first.shape, first.device, torch.is_inference_mode_enabled(), sizes]
+    for value in (*rest, *kwargs, *kwargs.values()):
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(part is None or isinstance(part, (bool, int, str, torch.memory_format)) for part in values):
+            return None
+        key.append((type(value), *((type(part), part) for part in values)))
+    return tuple(key)
+
+
+def _written(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> list[Numbers]:
+    """The numbers of a tensor that some entries were written to; constants belong to what they are written to."""
+    tensor, index, value = args
+    numbers = numbers_of(tensor)
+    if not isinstance(value, Tensor) or roots_of(value).constant:
+        return [numbers]
+    written = numbers_of(value)
+    found = {}
+    for size in {*numbers}.intersection(written):
+        whole = numbers[size].expand(tensor.shape).clone()
+        with torch._C.DisableTorchFunction():
+            whole[index] = written[size].expand(value.shape)
+        found[size] = narrowed(whole)
+    return [found]
 
 
 def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: frozenset[int], elementwise: bool) -> Rows:
@@ -192,13 +268,27 @@ def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: froze
     found, together = {}, set(pooled)
     for size in {size for _, numbers in known for size in numbers} - pooled:
         aligned = [align(numbers[size], tensor, result) for tensor, numbers in known if size in numbers]
-        varying = [one for one in aligned if one is None or one.numel() > 1] or aligned
-        first = varying[0]
-        if first is not None and all(one is not None and torch.equal(one, first) for one in varying):
+        first = max((one for one in aligned if one is not None), key=Tensor.numel, default=None)
+        if first is not None and all(one is not None and _equal(one, first) for one in aligned):
             found[size] = first
         elif elementwise:
             together.add(size)  # rows of several samples meet
     return Rows(found, frozenset(together))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether numbers are the same wherever they meet."""
+    return torch.equal(one, other) or (one.numel() != other.numel() and bool((one == other).all()))
+
+
+def _leads(known: Sequence[tuple[Tensor, Numbers]], results: Sequence[Tensor]) -> bool:
+    """Whether only the leading axis tells the rows of tensors."""
+    return all(
+        _leading(found, tensor, result) is not None
+        for tensor, numbers in known
+        for found in numbers.values()
+        for result in results
+    )
 
 
 def _broadcast(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
@@ -223,33 +313,37 @@ def numbers_of(tensor: Tensor) -> Numbers:
 
 
 def in_order(tensor: Tensor, roots: Roots) -> Numbers:
-    """The numbers where nothing moved rows."""
-    sizes = {len(root) for root in roots.tensors if root.ndim and len(root) > 1}
-    sizes |= {len(root) for root in roots.tensors if root.ndim and not sizes}
-    if not tensor.ndim or len(tensor) not in sizes or roots.data or roots.routed:
-        return {}
-    return {len(tensor): counted(len(tensor), tensor)}
+    """The numbers where nothing moved rows; the batch may be second."""
+    return {size: counted(size, tensor, axis) for size, axis in _sizes_in_order(tensor, roots)}
 
 
-def counted(size: int, tensor: Tensor) -> Tensor:
-    """0, 1, ... along the leading axis of a tensor; broadcasts against it."""
+def _sizes_in_order(tensor: Tensor, roots: Roots) -> list[tuple[int, int]]:
+    """The sizes whose rows are counted where nothing moved rows, and along which axis."""
+    shape = tensor.shape
+    sizes = {root.shape[0] for root in roots.tensors if root.ndim and root.shape[0] > 1}
+    sizes |= {root.shape[0] for root in roots.tensors if root.ndim and not sizes}
+    if not tensor.ndim or shape[0] not in sizes or roots.data or roots.routed:
+        return []
+    second = any(root.shape[:2] == shape[:2] and _may_be_second(root.shape) for root in roots.tensors)
+    return [(shape[1], 1), (shape[0], 0)] if second else [(shape[0], 0)]
+
+
+def _may_be_second(shape: Sequence[int]) -> bool:
+    """Whether the second axis may be that of the samples: one of time or of batches is first."""
+    return len(shape) > 1 and shape[1] > 1 and (shape[0] == 1 or len(shape) > 2)
+
+
+def counted(size: int, tensor: Tensor, axis: int = 0) -> Tensor:
+    """0, 1, ... along an axis of a tensor; broadcasts against it."""
     dtype = torch.uint8 if size <= 255 else torch.int32
-    return torch.arange(size, dtype=dtype, device=tensor.device).reshape(-1, *[1] * (tensor.ndim - 1))
+    numbers = physical(torch.arange(size, dtype=dtype, device=tensor.device))
+    return numbers.reshape(*[1] * axis, -1, *[1] * (tensor.ndim - 1 - axis))
 
 
-def _narrowed(numbers: Tensor) -> Tensor:
-    """The same without the axes along which they do not change; broadcasts against it."""
-    for axis in range(numbers.ndim):
-        if numbers.shape[axis] > 1:
-            first = numbers.narrow(axis, 0, 1)
-            if not numbers.stride(axis) or bool((numbers == first).all()):
-                numbers = first
-    return numbers.contiguous()
-
-
-def ordered(numbers: Numbers, result: Tensor) -> bool:
-    """Whether a result has the rows of something in their order, each once."""
-    if not result.ndim or len(result) not in numbers:
+def ordered(numbers: Numbers, result: Tensor, roots: Roots) -> bool:
+    """Whether a result has the rows of what it was computed from in their order, each once."""
+    leading = {len(root) for root in roots.tensors if root.ndim}
+    if not result.ndim or len(result) not in leading.intersection(numbers):
         return False
     found = numbers[len(result)]
     along = found.ndim == result.ndim and found.numel() == len(found) == len(result)

@@ -26,13 +26,13 @@ from lightning_curv.batch import Batch, sample_axes
 from lightning_curv.coupling import Undecided, differ, separable
 from lightning_curv.errors import SampleCountError, UnsupportedError, describe, names_of
 from lightning_curv.graph import Tape, leaf_of, nodes_below
-from lightning_curv.heads import Head, find_heads, frontier
+from lightning_curv.heads import LINEAR, Head, find_heads, frontier, name_of
 from lightning_curv.joins import Join, node_of
 from lightning_curv.meeting import Mixed, find_joins, reads_unknown
 from lightning_curv.owners import BatchAxis, Owners, RowOwners, batch_axes, owners_of
 from lightning_curv.probing import Finding, Place, Probe, forward_owners
-from lightning_curv.provenance import Roots
-from lightning_curv.records import PURE, Operand, Use, edge_of, marks
+from lightning_curv.provenance import Roots, roots_of
+from lightning_curv.records import CONSTANT, PURE, Mapped, Operand, Use, edge_of, marks, shape_at
 from lightning_curv.rowwise import samples_cannot_meet
 from lightning_curv.rules.fallback import FallbackWarning
 from lightning_curv.verified import MEMORY, Found, Samples, structure_of
@@ -98,6 +98,7 @@ def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     """
     read = [(use.name, roots) for use in tape.uses.values() for k, roots in use.roots.items() if k not in use.operands]
     read += [(call.name, call.roots) for call in tape.losses.values()]
+    read += [(op.name, op.roots) for op in tape.mapped]
     for name, roots in read:
         if count in roots.pooled and batch.holds(roots):
             raise UnsupportedError(
@@ -182,6 +183,35 @@ def _agrees_with_target(head: Head, owners: RowOwners) -> bool:
     return not as_they_are or torch.equal(owners.index.cpu(), torch.arange(owners.count))
 
 
+def _told_by_target(head: Head, count: int) -> Owners | None:
+    """Who owns the rows of a head, as the targets of the loss call tell, whose rows were moved; ``None``: no such."""
+    target = None if head.call is None else head.call.arguments.get("target")
+    if head.call is None or not isinstance(target, Tensor) or not target.ndim or len(head.like) != len(target):
+        return None
+    numbers = (head.call.roots.numbers or {}).get(count)
+    if numbers is None or not numbers.ndim or numbers.numel() != len(numbers) or len(numbers) != len(target):
+        return None
+    return owners_of(numbers.reshape(-1, *[1] * (head.like.ndim - 1)), head.like.shape, count)
+
+
+def _top(heads: Sequence[Node]) -> Iterator[Node]:
+    """Heads, and below those that add or multiply what they add or multiply."""
+    stack, seen = [*heads], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            if name_of(node) in LINEAR | {"Div", "Mul"}:
+                stack += [after for after, _ in node.next_functions if after is not None]
+
+
+def _of_parameters(node: Node) -> bool:
+    """Whether a value was computed from parameters and constants alone."""
+    mark = marks(node)
+    return isinstance(leaf_of(node), torch.nn.Parameter) or (mark is not None and mark.origin in (PURE, CONSTANT))
+
+
 def _single(use: Use, name: str) -> bool:
     """Whether an argument is a single number, which all samples share."""
     value = use.arguments.get(name)
@@ -216,6 +246,16 @@ def owner_of_rows(use: Use, owners: Owners) -> Tensor:
     if groups is None or not isinstance(owners, RowOwners):
         return owners.owner(use.shape)
     return RowOwners(owners.count, owners.index[groups.to(owners.index.device)]).owner(use.shape)
+
+
+def _refuse_other_rows(name: str, told: Owners, finding: Finding, shape: torch.Size) -> None:
+    """Raise if rows of the output of an op belong to other samples than what it reads tells.
+
+    Raises:
+        Mixed: They do.
+    """
+    if finding.owners is not None and differ(told.owner(shape), finding.owners.owner(shape)):
+        raise Mixed(f"in `{name}`, whose rows arrive at summands of the loss that belong to other samples")
 
 
 class _Finder:
@@ -257,6 +297,7 @@ class _Finder:
             )
         if not self.independent and (samples := self._assumed(default)) is not None:
             return Found(samples, {}, [])
+        self._refuse_scales()
         kind = UnsupportedError if self.batch.size is None else SampleCountError
         raise kind(self._message(default, reason))
 
@@ -270,31 +311,73 @@ class _Finder:
             node, mark = head.edge.node, marks(head.edge.node)
             if isinstance(leaf_of(node), torch.nn.Parameter) or (mark is not None and mark.origin == PURE):
                 found = [leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None]
+                self._refuse_scales()
                 raise UnsupportedError(
                     "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on no "
                     f"sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
                     "(`weight_decay`)."
                 )
 
+    def _refuse_scales(self) -> None:
+        """Raise if a parameter multiplies a loss whose samples were summed before.
+
+        Raises:
+            UnsupportedError: One does.
+        """
+        for node in _top([head.edge.node for head in self.heads if head.call is None]):
+            factors = [after for after, _ in node.next_functions if after is not None]
+            scales = [factor for factor in factors if _of_parameters(factor)]
+            if name_of(node) in ("Div", "Mul") and scales and len(scales) < len(factors):
+                parameter = next(leaf for below in nodes_below(scales[0]) if (leaf := leaf_of(below)) is not None)
+                raise UnsupportedError(
+                    "Per-sample quantities need a loss that is a sum over samples, found parameter "
+                    f"{describe(parameter)} that multiplies a loss whose samples were averaged before: what each of "
+                    "them contributes to the parameter's gradient is gone. Multiply and add before averaging: "
+                    '`(scale * F.cross_entropy(..., reduction="none") + penalty).mean()`.'
+                )
+
     def _attempt(self, count: int) -> Found | None:
         """The samples if there are N of them; ``None``: the graph does not agree."""
         self.reason = ""
         agreeing: list[Found] = []
+        first: list[tuple[Head, Owners]] = []
         for heads in self._assignments(count):
             try:
                 agreeing.append(self._verified(heads, count))
+                first = first or heads
             except Mixed as mixed:
                 self.reason = self.reason or str(mixed)
                 continue
             if count <= 1 or self._evident(heads, count):
                 return agreeing[0]
-        if len(agreeing) > 1 or (agreeing and not self._evident(None, count)):
+        evident = agreeing and (self._evident(None, count) or self._told_inside(first, count))
+        if len(agreeing) > 1 or (agreeing and not evident):
             self.reason = (
                 "or not: the rows of the batch were moved before the first parameter, and several ways to assign them "
                 "to samples agree with the graph"
             )
             return None
         return next(iter(agreeing), None)
+
+    def _from_nothing(self) -> bool:
+        """Whether the loss depends on nothing from outside: on points that recorded code has made, perhaps."""
+        tape = self.tape
+        read = [roots for use in self.uses.values() for roots in use.roots.values()] + [*tape.read.values()]
+        read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
+        return all(roots.constant for roots in (*read, *map(roots_of, tape.leaves)))
+
+    def _told_inside(self, heads: Sequence[tuple[Head, Owners]], count: int) -> bool:
+        """Whether rows of the batch that enter between ops without trainable parameters are where the weights arrive.
+
+        Such as the inputs of a frozen network, beside a prompt.
+        """
+        read = [node for node, roots in self.tape.read.items() if self.batch.holds(roots) and _in_order(roots, count)]
+        edges = [GradientEdge(node, 0) for node in read if shape_at(GradientEdge(node, 0))[:1] == (count,)]
+        if not edges or count <= 1:
+            return False
+        found = Probe(self.passes, heads, count).findings([Place.anywhere(edge, count) for edge in edges])
+        arrived = [finding.owners for finding in found if not finding.silent]
+        return bool(arrived) and all(owners == BatchAxis(count) for owners in arrived)
 
     def _evident(self, heads: Sequence[tuple[Head, Owners]] | None, count: int) -> bool:
         """Whether it is plain which rows belong to which sample.
@@ -305,8 +388,17 @@ class _Finder:
         heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
         if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
             return True
+        told = [(_told_by_target(head, count), owners, head.like.shape) for head, owners in heads]
+        if all(target is not None and not differ(target.owner(s), owners.owner(s)) for target, owners, s in told):
+            return True
         single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
-        known = not any(self._unknown_order(use, count) for use in self.uses.values())
+        if heads and self.tape.mapped and all(self._told_by_map(op, count) is not None for op in self.tape.mapped):
+            return True
+        read = [[roots for name, roots in use.roots.items() if name not in use.operands] for use in self.uses.values()]
+        read += [[op.roots] for op in self.tape.mapped]
+        if all(single) and not self.blind and self._from_nothing():
+            return True
+        known = not any(self._unknown_order(roots, count) for roots in read)
         if known and any(single) and self._linked([head for head, _ in heads]):
             return True
         outside = [  # last: to see whether a module holds a tensor takes long
@@ -319,20 +411,25 @@ class _Finder:
         ]
         return bool(outside) and not self.blind and all(self._anchor(n, use, count) is not None for n, use in outside)
 
-    def _unknown_order(self, use: Use, count: int) -> bool:
+    def _unknown_order(self, read: Sequence[Roots], count: int) -> bool:
         """Whether all rows of the batch that an op reads were moved by something unknown."""
-        read = [roots for name, roots in use.roots.items() if name not in use.operands]
         unknown = [roots for roots in read if roots.numbers is not None and count not in roots.numbers]
         known = [roots for roots in read if roots.numbers is None or count in roots.numbers]
         told = unknown and any(map(self.batch.holds, known))
         return not told and any(map(self.batch.holds, unknown))
 
     def _linked(self, heads: Sequence[Head]) -> bool:
-        """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other."""
+        """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other.
+
+        Heads that depend on no parameter, such as targets that are differentiated, do not count beside others.
+        """
         keys = {node_of(node) for node in self.uses}
         groups: list[set[Node]] = []
         for head in heads:
-            below = {node for node in nodes_below(head.edge.node) if node in keys}
+            nodes = [*nodes_below(head.edge.node)]
+            if len(heads) > 1 and not any(isinstance(leaf_of(node), torch.nn.Parameter) for node in nodes):
+                continue
+            below = {node for node in nodes if node in keys}
             apart = [group for group in groups if not group & below]
             groups = [*apart, below.union(*(group for group in groups if group & below))]
         return len(groups) == 1
@@ -342,6 +439,9 @@ class _Finder:
         if count <= 1:
             yield [(head, BatchAxis(count)) for head in self.heads]
             return
+        told = [(head, owners) for head in self.heads if (owners := _told_by_target(head, count)) is not None]
+        if len(told) == len(self.heads):
+            yield told
         options = [(head, batch_axes(head.like.shape, head.axes, count)) for head in self.heads]
         if all(found for _, found in options):
             for i in range(max((len(found) for _, found in options), default=0)):
@@ -356,6 +456,11 @@ class _Finder:
             for node, use in self.uses.items()
             if (anchor := self._anchor(node, use, count))
         ]
+        sources += [
+            (Head(op.edge, op.like), owners)
+            for op in self.tape.mapped
+            if (owners := self._told_by_map(op, count)) is not None
+        ]
         heads = [head for head in self.heads if head.like.ndim]
         if not sources or len(heads) < len(self.heads):
             return
@@ -363,12 +468,26 @@ class _Finder:
         if found is not None and all(map(_agrees_with_target, heads, found)):
             yield list(zip(heads, found, strict=True))
 
+    def _told_by_map(self, op: Mapped, count: int) -> Owners | None:
+        """Where an op under ``vmap`` has its samples, as the rows that it reads tell; ``None``: they do not."""
+        numbers = (op.roots.numbers or {}).get(count)
+        return None if numbers is None else owners_of(numbers, op.like.shape, count)
+
     def _like(self, use: Use) -> Tensor:
         return torch.zeros((), dtype=use.dtype, device=self.passes.loss.device).expand(use.shape)
 
     def _from_outputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
-        """The network's outputs instead of the heads, for losses that are no sum of anything with N rows."""
-        kept = [head for head in self.heads if head.call and batch_axes(head.like.shape, head.axes, count)]
+        """The network's outputs instead of the heads, for losses that are no sum of anything with N rows.
+
+        Heads that are inputs of known loss functions stay, if that does not agree all that have N rows.
+        """
+        rows = [head for head in self.heads if head.like.ndim and batch_axes(head.like.shape, head.axes, count)]
+        calls = [head for head in rows if head.call is not None]
+        for kept in [calls, rows] if len(calls) < len(rows) < len(self.heads) else [calls]:
+            yield from self._beside(kept, count)
+
+    def _beside(self, kept: Sequence[Head], count: int) -> Iterator[list[tuple[Head, Owners]]]:
+        """Some heads as they are, and outputs of the network instead of the others."""
         unknown = [head for head in self.heads if head not in kept]
         if not unknown:
             return
@@ -451,7 +570,13 @@ class _Finder:
             head = Head(call.input, call.arguments["input"], call)
             axes = batch_axes(head.like.shape, head.axes, count)
             places.append(Place(call.input, head.like.shape, axes, [(axis,) for axis in head.axes]))
+        told = [(op, said) for op in self.tape.mapped if (said := self._told_by_map(op, count)) is not None]
+        places += [Place.anywhere(op.edge, count) for op, _ in told]
         findings = probe.findings(places)
+        findings, of_mapped = findings[: len(places) - len(told)], findings[len(places) - len(told) :]
+        for (op, expected), finding in zip(told, of_mapped, strict=True):
+            if not finding.silent:  # as what is above the heads
+                _refuse_other_rows(op.name, expected, finding, op.like.shape)
         self.silent = {node for node, finding in zip(nodes, findings, strict=False) if finding.silent}
         uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
         if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
@@ -494,11 +619,8 @@ class _Finder:
         """
         use = self.uses[node]
         anchor = self._anchor(node, use, count)
-        if not isinstance(anchor, RowOwners) or finding.owners is None:
-            return
-        told, found = anchor.owner(use.shape), finding.owners.owner(use.shape)
-        if differ(told, found):
-            raise Mixed(f"in `{use.name}`, whose rows arrive at summands of the loss that belong to other samples")
+        if isinstance(anchor, RowOwners):
+            _refuse_other_rows(use.name, anchor, finding, use.shape)
 
     def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
         """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.

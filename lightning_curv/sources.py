@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -34,12 +35,9 @@ class Exact:
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         """One pass per column."""
-        for node, call in passes.tape.losses.items():
-            likelihood = passes.likelihood(node)
-            every = self.complete or passes.ends_at(call.input)  # where a column costs no pass
-            root = likelihood.columns if every else likelihood.fewest_columns
-            columns = root(passes.samples.losses[node])
-            yield from passes.jacobians(Column([call.input], [column]) for column in columns)
+        for part in passes.parts:
+            every = self.complete or passes.ends_at(part.edges)  # where a column costs no pass
+            yield from passes.jacobians(Column(part.edges, column) for column in part.columns(every))
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,10 @@ class Sampled:
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         """One pass per draw."""
-        for node, call in passes.tape.losses.items():
-            likelihood, root = passes.likelihood(node), self.samples**-0.5
-            draws = (root * likelihood.sample(passes.generator) for _ in range(self.samples))
-            yield from passes.jacobians(Column([call.input], [draw]) for draw in draws)
+        root = self.samples**-0.5
+        for part in passes.parts:
+            draws = (part.sample(passes.generator) for _ in range(self.samples))
+            yield from passes.jacobians(Column(part.edges, [root * seed for seed in draw]) for draw in draws)
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,19 @@ class Signed:
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         """One pass per column; none for the residuals of piecewise linear networks."""
-        for node, call in passes.tape.losses.items():
-            owners, fewest = passes.samples.losses[node], not passes.ends_at(call.input)
-            columns = passes.likelihood(node).hessian_columns(owners, fewest)
-            yield from passes.jacobians(Column([call.input], [column], signs) for column, signs in columns)
+        for part in passes.parts:
+            columns = part.signed_columns(fewest=not passes.ends_at(part.edges))
+            yield from passes.jacobians(Column(part.edges, column, signs) for column, signs in columns)
         yield from passes.jacobians(column for residual in residuals(passes) for column in residual.columns())
         yield from own_curvature(passes)
+
+
+class Chosen(Protocol):
+    """A source that is chosen when the loss is known."""
+
+    def on(self, passes: Passes) -> Source:
+        """The source for some passes."""
+        ...
 
 
 Source = Gradient | Exact | Sampled | Signed

@@ -60,7 +60,7 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
     """
     loss, count = passes.loss, passes.samples.count
     root = GradientEdge(cast("Node", loss.grad_fn), loss.output_nr)
-    seed = passes.seed / loss_scale
+    seed = passes.seed if loss_scale == 1 else passes.seed / loss_scale
     if not mean or count < 1:
         return Column([root], [seed])
     divisions = _divisions(passes.tape, root, count, loss_scale)

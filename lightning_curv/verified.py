@@ -53,6 +53,7 @@ def structure_of(tape: Tape) -> tuple[Hashable, ...]:
         tuple(tape.structure),
         tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
         tuple((roots.data, roots.routed) for use in uses for roots in use.roots.values()),
+        tuple(root.shape for roots in tape.read.values() for root in roots.tensors),
         tuple((call.roots.data, call.roots.routed) for call in losses),
         tuple(root.shape for use in uses for roots in use.roots.values() for root in roots.tensors),
         tuple(call.arguments["input"].shape for call in losses),

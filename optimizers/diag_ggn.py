@@ -8,6 +8,7 @@ from lightning_curv.extensions import DiagGGNExact, DiagGGNMC, Extension, Jacobi
 
 from .curvature import ParamGroup
 from .diagonal import DiagonalCurvature
+from .empirical import curved
 from .levenberg_marquardt import LevenbergMarquardt
 from .schedule import Schedule
 from .second_order import SecondOrderOptimizer
@@ -42,7 +43,9 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         bound: "trust", "elementwise" or None.
         kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric.
         max_update: $\rho$, bound on each element of $d$.
-        curvature: "mc" draws targets from the model, "exact" propagates one column per output.
+        curvature: "mc" draws targets from the model, "exact" propagates one column per output. Where the loss has no
+            second derivative or is piecewise linear, both take the gradients of the samples, divided by the root of
+            the loss, and warn.
         mc_samples: targets drawn per example if `curvature="mc"`.
         fallback_lr: Adam's learning rate for parameters without a diagonal, per group.
 
@@ -81,8 +84,10 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         if bound == "elementwise":
             rule = ElementwiseClip(max_update)
         extension: Extension = DiagGGNMC(mc_samples=mc_samples) if curvature == "mc" else DiagGGNExact()
+        columns: Extension = JacobianMC(mc_samples) if curvature == "mc" else JacobianExact()
+        curved(extension, columns)
         if lr == "auto":
-            rule = QuadraticModel(JacobianMC(mc_samples) if curvature == "mc" else JacobianExact())
+            rule = QuadraticModel(columns)
         super().__init__(
             params,
             {

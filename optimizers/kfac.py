@@ -8,7 +8,7 @@ from lightning_curv.extensions import KFLR, Extension, JacobianExact, JacobianMC
 
 from .curvature import ParamGroup
 from .eigen import EigenCurvature
-from .empirical import JacobianEmpirical
+from .empirical import JacobianEmpirical, curved
 from .kronecker import KroneckerCurvature
 from .levenberg_marquardt import LevenbergMarquardt
 from .schedule import Schedule
@@ -56,7 +56,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for no bound; not used
             with `lr="auto"`.
         curvature: "mc" draws targets from the model, "exact" propagates one column per output, "empirical" takes the
-            gradients themselves.
+            gradients themselves. Where the loss has no second derivative or is piecewise linear, the others take the
+            gradients too, divided by the root of the loss, and warn.
         mc_samples: targets drawn per example if `curvature="mc"`.
         weight_sharing: "expand" or "reduce", how factors treat convolutions and sequences.
         eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
@@ -141,6 +142,8 @@ class KFACOptimizer(SecondOrderOptimizer):
             "empirical": JacobianEmpirical(),
         }
         extension = columns[curvature]
+        if curvature != "empirical":
+            curved(extension)
         rule: StepRule = QuadraticModel(extension) if lr == "auto" else TrustClip(kl_clip)
         model = EigenCurvature if eigen else KroneckerCurvature
         super().__init__(

@@ -13,6 +13,10 @@ from lightning_curv.jacobian import Jacobian
 from lightning_curv.optimizers.privacy_clipping import Clipping
 from lightning_curv.pieces import CHUNK_BYTES
 
+# How much larger the parts of a sample's gradient may be than their sum. A sum over all samples at once rounds the
+# parts, before they cancel; where they cancel further, each sample's gradient is formed first, and rounded as a whole.
+CANCELS = 32
+
 
 class ClippedSum(GradientReceiver):
     r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
@@ -67,6 +71,7 @@ class ClippedSum(GradientReceiver):
         self._jacobians: list[Jacobian] = []
         self._norms: list[Tensor] = []  # of these
         self._formed: list[Jacobian] = []  # those whose norms need per-sample gradients
+        self._cancelling: set[Jacobian] = set()  # those of which a sum over all samples would round too much
         self._samples = samples
 
     def receive(self, jacobian: Jacobian) -> None:
@@ -75,14 +80,18 @@ class ClippedSum(GradientReceiver):
             jacobian = jacobian.formed()
         if jacobian.forms_norms:
             self._formed.append(jacobian)
-        else:
-            self._jacobians.append(jacobian)
-            self._norms.append(jacobian.norms()[0])
+            return
+        (norms,), (sizes,) = jacobian.norms_and_sizes()
+        self._jacobians.append(jacobian)
+        self._norms.append(norms)
+        if bool((sizes > CANCELS * norms).any()):
+            self._cancelling.add(jacobian)
 
     @torch.no_grad()
     def end(self) -> None:
         """Clip and add up the pass."""
         jacobians, norms, formed, samples = self._jacobians, self._norms, self._formed, self._samples
+        cancelling = self._cancelling
         self.begin(0)
         self.passes += 1
         if not (jacobians or formed) or not samples:
@@ -90,19 +99,24 @@ class ClippedSum(GradientReceiver):
         bytes_ = sum(4 * jacobian.parameter.numel() for jacobian in formed)
         size = max(1, CHUNK_BYTES // bytes_) if formed else samples
         smallest = max(torch.finfo(jacobian.terms[0].g.dtype).tiny for jacobian in [*jacobians, *formed])
-        parts = []
+        parts, before = [], self.discarded
         for start in range(0, samples, size):
             some = slice(start, start + size)
             rows = [jacobian[some].formed() for jacobian in formed]
             owners = [jacobian.parameter for jacobian in [*jacobians, *rows]]
             weights = self._weights([*(n[some] for n in norms), *(row.norms()[0] for row in rows)], owners, smallest)
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
-                self._add(row, weight)
+                self._add(row, weight, self.discarded > before)
             parts.append(weights[: len(jacobians)])
         formed.clear()
         weights = torch.cat(parts, dim=1)
         while jacobians:  # one after the other, so that memory falls
-            self._add(jacobians.pop(), weights[len(jacobians)])
+            jacobian = jacobians.pop()
+            size = max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel())) if jacobian in cancelling else samples
+            for start in range(0, samples, size):
+                some = slice(start, start + size)
+                part = jacobian[some].formed() if jacobian in cancelling else jacobian
+                self._add(part, weights[len(jacobians)][some], self.discarded > before)
 
     def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest: float) -> Tensor:
         """Factors of the gradients of some samples, one row per parameter; NaN where a sample does not count.
@@ -115,14 +129,14 @@ class ClippedSum(GradientReceiver):
         joint = stacked.norm(dim=0)
         if self.keep_norms:
             self.norms.append(joint)
-        counted = joint.isfinite() & (factors >= smallest).all(0)
+        counted = joint.isfinite() & ((factors >= smallest) & (factors < math.inf)).all(0)
         self.discarded += len(counted) - int(counted.sum())
         return factors.where(counted, math.nan).expand(len(norms), -1)
 
-    def _add(self, jacobian: Jacobian, weights: Tensor) -> None:
-        """Add samples whose weight is not NaN; the others may have gradients that are not, and 0 · NaN is NaN."""
-        finite = weights.isfinite()
-        if not bool(finite.all()):
+    def _add(self, jacobian: Jacobian, weights: Tensor, discarded: bool) -> None:
+        """Add the samples; if some were discarded, those whose weight is a number: 0 · NaN would be NaN."""
+        if discarded:
+            finite = weights.isfinite()
             jacobian, weights = jacobian[finite.nonzero().flatten().tolist()], weights[finite]
         if not jacobian.samples:
             return

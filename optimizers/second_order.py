@@ -29,7 +29,8 @@ from .step_rules import QuadraticModel, Step, StepRule
 from .trial import Trial
 from .warn import warn
 
-SAVED = ("steps", "relative_damping", "loss_floor", "full_batch", "tried", "_after")
+SAVED = ("steps", "relative_damping", "loss_floor", "loss_size", "full_batch", "tried", "_after")
+LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss
 SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "curvature_scale")
 
 
@@ -73,6 +74,7 @@ class SecondOrderOptimizer(Optimizer):
         self.steps = 0
         self.relative_damping = adaptation.start
         self.loss_floor = 0.0
+        self.loss_size = 0.0
         self.curvature_scale = 1.0
         self.full_batch: bool | None = None  # unknown
         self.tried = False
@@ -283,9 +285,13 @@ class SecondOrderOptimizer(Optimizer):
         if not limits:
             return math.inf
         mean = averaged(torch.stack(limits).mean(0)) * self.curvature_scale
-        floor, room = mean.tolist()
+        floor, room, size = mean.tolist()
         self.loss_floor = floor / len(limits)  # it falls with the number of predictions
-        return float(room)
+        if not size:
+            return float(room)
+        # No step promises more than the loss was worth lately: at once it may be zero on its way to negative numbers.
+        self.loss_size = LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size if self.loss_size else size
+        return min(float(room), max(size, self.loss_size))
 
     @property
     def _parameters(self) -> Parameters:

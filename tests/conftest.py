@@ -1,3 +1,4 @@
+import importlib
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -6,6 +7,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def needs(name):
+    """The module `name`. Without it the tests are skipped, with the reason; in CI, which installs it, they fail."""
+    if os.environ.get("CI") == "true":
+        return importlib.import_module(name)
+    return pytest.importorskip(name, exc_type=ImportError)
 
 
 @pytest.fixture(autouse=True)

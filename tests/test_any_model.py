@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import pytorch_lightning as pl
 import torch
-from kinds import KINDS, Contrastive, N, Normed, Quantiles
+from kinds import KINDS, Contrastive, ContrastiveByHand, N, Normed, Quantiles
 from monitoring import NORMS, assert_nothing_left_behind, assert_same_parameters, data, fit, series
 from torch import nn
 from torch.utils.data.distributed import DistributedSampler
@@ -99,7 +99,7 @@ def test_the_defaults_run_log_right_values_and_say_one_sentence(name):
         assert all(quantity in left for quantity in lost - {"noise_scale", "suggested_batch_size"})
 
 
-@pytest.mark.parametrize("kind", [Normed, Contrastive])
+@pytest.mark.parametrize("kind", [Normed, Contrastive, ContrastiveByHand])
 def test_where_samples_are_coupled_the_noise_comes_from_micro_batches(kind):
     values = run(kind, CurvatureCallback(every_n_steps=1), batches=4, accumulate_grad_batches=2)
     assert len(values.said) == 1

@@ -4,14 +4,15 @@ import copy
 
 import pytest
 import torch
+from conftest import needs
 from torch import nn
 from zoo import assert_close
 
 import lightning_curv
 from lightning_curv import curvature, extend
 
-backpack = pytest.importorskip("backpack")
-theirs = pytest.importorskip("backpack.extensions")
+backpack = needs("backpack")
+theirs = needs("backpack.extensions")
 
 MODELS = {
     "mlp": (lambda: [nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 3)], (7, 6)),

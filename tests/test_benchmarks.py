@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from torch import nn
 from zoo import assert_close
 
@@ -29,7 +30,7 @@ def contenders(monkeypatch):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_backpack_computes_what_we_do(contenders, name):
-    pytest.importorskip("backpack")
+    needs("backpack")
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 3))
     theirs, x, y = copy.deepcopy(ours), torch.randn(5, 2, 3), torch.randint(3, (5,))
@@ -163,3 +164,31 @@ def test_floor_counts_operations_and_bytes(contenders):
     assert work["KFAC"] == 5 * 4 * (9 + 18**2) + 5 * (16 + 12**2) + linear
     assert work["BatchGrad bytes"] == 4 * 5 * (54 + 3 + 48 + 4)
     assert work["KFAC bytes"] == 4 * (9 + 18**2 + 9 + 16 + 12**2 + 16)
+
+
+def test_density_counts_tokens_lines_and_names(contenders):
+    import density
+
+    source = '"""Two lines\nof docstring."""\n\nX = f"{1}, {2 + 3}"  # why\n\n\n'
+    source += "def f(argument):\n    ab, abcd = argument\n    # how\n    return ab\n"
+    found = density.density(source + "#" * 101 + "\n", package=True)
+    assert (found.files, found.packages, found.code_lines, found.comment_lines, found.long_lines) == (1, 1, 4, 3, 1)
+    assert found.tokens == 3 + 6 + 5 + 2
+    assert sorted(found.names) == ["ab", "abcd"]
+    assert " 3.0 " in found.row("room")
+
+
+def test_density_of_every_room():
+    run = subprocess.run([sys.executable, BENCHMARKS / "density.py"], capture_output=True, text=True, check=True)
+    _, *rooms, total = (line.split() for line in run.stdout.splitlines())
+    assert [row[0] for row in rooms] == ["lightning_curv", "optimizers", "callbacks"]
+    assert int(total[1]) == sum(int(row[1]) for row in rooms)
+
+
+@pytest.mark.parametrize(("outcome", "ends"), [("right", 0), ("refused", 0), ("wrong", 1), ("crash", 1)])
+def test_sweep_of_models_ends_with_an_error_where_something_is_wrong(outcome, ends):
+    code = "import sys, models; sys.argv[1:] = ['--only', 'gcn'];"
+    code += f"models.cells = lambda network, *_: [models.Cell(network.name, network.suite, 'BatchGrad', {outcome!r})];"
+    run = subprocess.run([sys.executable, "-c", code + "models.main()"], cwd=BENCHMARKS, capture_output=True, text=True)
+    assert run.returncode == ends, run.stderr
+    assert "1 networks" in run.stdout

@@ -22,6 +22,7 @@ from monitoring import (
     series,
     sgd,
 )
+from test_output import Once
 from torch.nn import functional as F
 
 from lightning_curv import CurvatureCallback, record
@@ -197,13 +198,27 @@ def test_gradients_accumulated_over_unlogged_batches_are_left_out(tmp_path):
     assert not any(tag.startswith("curvature") for tag in events(tmp_path).Tags()["scalars"])
 
 
-def test_a_loss_of_unknown_curvature_has_everything_but_the_trace(tmp_path):
-    def by_hand(output, y):
-        return -output.log_softmax(1)[torch.arange(len(y)), y].mean()
+def by_hand(output, y):
+    return -output.log_softmax(1)[torch.arange(len(y)), y].mean()
 
-    with pytest.raises(RuntimeError, match=r"GGNTraceMC.*`mc_samples=0` leaves out the GGN trace"):
-        fit(Net(loss=by_hand), CurvatureCallback(WITH_TRACE))
+
+def test_a_loss_that_torch_has_no_function_for_has_everything(tmp_path):
     net = Net(loss=by_hand)
+    fit(net, CurvatureCallback(WITH_TRACE, mc_samples=1000), tmp_path=tmp_path)
+    assert_logged_values_are_true(net, tmp_path, range(8))
+    traces = series(tmp_path, "ggn_trace")
+    assert len(traces) == 8
+    for step, value in traces.items():
+        assert value == pytest.approx(exact_ggn_trace(net, step), rel=0.1)
+
+
+def test_a_loss_without_second_derivative_has_everything_but_the_trace(tmp_path):
+    def once(output, y):
+        return by_hand(output, y) + Once.apply(output) / len(output)
+
+    with pytest.raises(RuntimeError, match=r"second derivative.*ggn_trace.*`mc_samples=0` leaves out the GGN trace"):
+        fit(Net(loss=once), CurvatureCallback(WITH_TRACE))
+    net = Net(loss=once)
     fit(net, CurvatureCallback(mc_samples=0), tmp_path=tmp_path)
     assert_logged_values_are_true(net, tmp_path, range(8))
 

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import needs
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from monitoring import (
     CONSTANT,
@@ -162,7 +163,7 @@ def test_values_of_two_processes_equal_those_of_one(tmp_path):
 
 
 def test_either_import_name_trains_with_the_callback_and_kfac(tmp_path):
-    lightning = pytest.importorskip("lightning.pytorch")
+    lightning = needs("lightning.pytorch")
     assert issubclass(lightning_curv.CurvatureCallback, pl.Callback)
     assert issubclass(lightning_curv.CurvatureCallback, lightning.Callback)
 
@@ -215,9 +216,9 @@ optimizer:
 
 @pytest.mark.parametrize("import_name", ["pytorch_lightning", "lightning.pytorch"])
 def test_lightning_cli_builds_callback_and_optimizer_from_yaml(tmp_path, import_name):
-    pytest.importorskip("jsonargparse")
-    lightning = pytest.importorskip(import_name)
-    cli = pytest.importorskip(f"{import_name}.cli")
+    needs("jsonargparse")
+    lightning = needs(import_name)
+    cli = needs(f"{import_name}.cli")
 
     class Model(lightning.LightningModule):
         def __init__(self):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from conftest import needs
 from monitoring import NORMS, Net, data, fit, per_sample_gradients
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -225,7 +226,7 @@ def test_other_loggers_get_the_scalars(tmp_path):
 
 
 def test_weights_and_biases_gets_the_scalars(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    needs("wandb")
     from pytorch_lightning.loggers import WandbLogger
 
     class Reads(WandbLogger):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from conftest import needs
 from torch import nn
 from zoo import Mean, assert_close
 
 from lightning_curv import KFLR, curvature
 
-curvlinops = pytest.importorskip("curvlinops", exc_type=ImportError)
+curvlinops = needs("curvlinops")
 
 
 def mlp():

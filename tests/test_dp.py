@@ -15,6 +15,8 @@ from zoo import NAMES, ROW, reference
 
 from lightning_curv import BatchGrad, curvature, record, samples
 from lightning_curv.optimizers import DPSGD, AdaptiveClipping, DPAdam, DPOptimizer
+from lightning_curv.optimizers.privacy_clipping import clipping_rule
+from lightning_curv.optimizers.privacy_sum import ClippedSum
 
 
 def private(parameters, lr=1.0, **settings):
@@ -312,6 +314,41 @@ def test_rounding_of_what_cancels_breaks_no_bound(size, positions, C):
         assert (with_x.double() - without.double()).norm() <= C * (1 + 1e-5)
 
 
+class Kept(ClippedSum):
+    """Keeps what it received."""
+
+    def receive(self, jacobian):
+        self.received = [*getattr(self, "received", []), jacobian]
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2.0**-20), (torch.float64, 2.0**-49)])
+@pytest.mark.parametrize("C", [1e-4, 1.0])
+@pytest.mark.parametrize("size", ["tokens", 1e2, 1e4, 1e8, 1e18])
+def test_what_cancels_in_all_samples_breaks_no_bound(size, C, dtype, rounding):
+    """A sum over all samples at once would round what each adds before it cancels: by 10⁻⁴ C in float32."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        y, count = torch.randint(7, (12,)), 12
+        if size == "tokens":
+            model, X = Centred(nn.Embedding(9, 64)), torch.randint(9, (count, 1)).repeat(1, 16)
+        else:
+            model, X = Centred(nn.Linear(64, 64, bias=False)), 0.1 * torch.randn(count, 16, 64, dtype=dtype) + size
+        X[0] = torch.randint(9, (16,)) if size == "tokens" else torch.randn(16, 64)  # first: all sums after it change
+        model = model.to(dtype)
+        kept = Kept([*model.parameters()], clipping_rule("flat", C), mean=True)
+        with curvature(kept, batch_size=count):
+            F.cross_entropy(model(X), y).backward()
+        sums = []
+        for first in (0, 1):  # of the same cotangents, whose last digits may depend on the number of samples in torch
+            summed = ClippedSum(kept.parameters, kept.clipping, mean=True)
+            summed.begin(count - first)
+            for jacobian in kept.received:
+                summed.receive(jacobian[first:])
+            summed.end()
+            sums.append(torch.cat([total.flatten() for total in summed.totals()]).double())
+        assert (sums[0] - sums[1]).norm() <= C * (1 + count * rounding)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("clipping", CLIPPINGS)
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "tied"])  # whose inputs are integers
@@ -414,16 +451,6 @@ def test_noise_has_mean_zero_and_the_promised_deviation():
     std = 1.5 * 0.4 / 3
     assert abs(w.grad.mean()) < 0.01 * std
     assert abs(w.grad.std() / std - 1) < 0.01
-
-
-def test_secure_noise_is_standard_normal():
-    from lightning_curv.optimizers.privacy_noise import NoiseSource
-
-    z = NoiseSource(secure=True).like(torch.zeros(400, 500))
-    assert z.dtype == torch.float32
-    assert abs(z.mean()) < 0.01
-    assert abs(z.std() - 1) < 0.01
-    assert abs(z.pow(4).mean() - 3) < 0.1
 
 
 def test_noise_leaves_the_global_generator_alone_and_does_not_follow_it():
@@ -814,7 +841,7 @@ def test_no_raw_gradient_reaches_the_inner_optimizer(events, sigma):
             for p in layer:
                 p.requires_grad_(event == "unfreeze")
     if sigma:
-        optimizer._noise.normal = lambda count: torch.ones(count, dtype=torch.float64)
+        optimizer._noise.rounded = lambda sizes, deviation: [deviation * torch.ones(n).double() for n in sizes]
     optimizer.step()
     moved = {p: before[p] - p.detach() for p in model.parameters()}
     for p in model.parameters():

@@ -4,6 +4,7 @@ import hessian_oracle
 import oracle
 import pytest
 import torch
+from conftest import needs
 from losses_table import LOSS
 from torch import nn
 from torch.nn import functional as F
@@ -186,8 +187,8 @@ def test_rows_picked_by_index_are_an_embedding(steps_first):
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_experts_of_transformers(implementation):
     """Tokens that are sorted by expert already."""
-    pytest.importorskip("transformers")
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    needs("transformers")
+    mixtral = needs("transformers.models.mixtral.modeling_mixtral")
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 1}
     config = mixtral.MixtralConfig(**sizes)
     config._experts_implementation = implementation

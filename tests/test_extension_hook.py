@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import needs
 from torch import nn
 from torch.nn import functional as F
 from zoo import NAMES, ROW, assert_close
@@ -89,7 +90,7 @@ def test_what_the_hook_frees_is_freed_during_the_pass():
 
 def test_code_written_for_backpack_sees_the_modules_it_expects():
     ours, (X, y) = net(), batch()
-    backpack = pytest.importorskip("backpack")
+    backpack = needs("backpack")
     theirs = copy.deepcopy(ours)
     found = {}
 

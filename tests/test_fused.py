@@ -1,5 +1,7 @@
 """Second derivatives through fused ops that have none in torch, against the ops written out."""
 
+import itertools
+
 import hessian_oracle
 import pytest
 import torch
@@ -266,7 +268,41 @@ def label_margins(labels):
     return lambda x: F.multilabel_margin_loss(x, torch.tensor([labels] * 4)), written_out
 
 
+def alignments(lengths=((4, 3), (2, 1)), concatenated=False, normal=True, tensors=True):
+    """All ways in which four steps make up a word: repeated letters are one, and blanks (0) are left out."""
+    words = [[1, 1], [2]] if lengths[1] == (2, 1) else [[], [2]]
+
+    def word(path):
+        return [letter for i, letter in enumerate(path) if letter and (not i or path[i - 1] != letter)]
+
+    def probabilities(x):
+        logits = x.reshape(4, 2, 3)
+        return logits.log_softmax(-1) if normal else logits
+
+    def op(x):
+        padded = torch.tensor([[*found, 1, 1][:2] for found in words])
+        targets = torch.tensor([letter for found in words for letter in found]) if concatenated else padded
+        sizes = [torch.tensor(length) for length in lengths] if tensors else lengths
+        return F.ctc_loss(probabilities(x), targets, *sizes, reduction="none")
+
+    def written_out(x):
+        losses = []
+        for n, (log_p, letters) in enumerate(zip(probabilities(x).unbind(1), words)):
+            steps = lengths[0][n]
+            paths = [p for p in itertools.product(range(3), repeat=steps) if word(p) == letters]
+            ways = [sum(log_p[t, letter] for t, letter in enumerate(path)) for path in paths]
+            excess = log_p[:steps].exp().sum()  # the gradient of torch is that of normalised probabilities
+            losses.append(excess - excess.detach() - torch.stack(ways).logsumexp(0))
+        return torch.stack(losses)
+
+    return op, written_out
+
+
 OPS = {
+    "ctc": alignments(),
+    "ctc_concatenated": alignments(concatenated=True, tensors=False),
+    "ctc_without_labels": alignments(lengths=((4, 2), (0, 1))),
+    "ctc_of_scores": alignments(normal=False),
     "hardsigmoid": (lambda x: F.hardsigmoid(3 * x), lambda x: (x / 2 + 0.5).clamp(0, 1)),
     "logit": (lambda x: x.sigmoid().logit(), lambda x: x),
     "logit_clamped": (lambda x: x.sigmoid().logit(0.3), lambda x: torch.special.logit(x.sigmoid().clamp(0.3, 0.7))),
@@ -318,6 +354,7 @@ def test_nodes_have_saved_what_formulas_read(name):
     """Of kernels on other devices too."""
     kind = getattr(torch._C._functions, name)
     options = ("dropout_p", "is_causal", "scale") if "Attention" in name else ()
+    options += ("targets", "input_lengths", "target_lengths", "blank") if "Ctc" in name else ()
     for saved in (*FORMULAS[name][1], *options):
         assert hasattr(kind, f"_saved_{saved}")
 

@@ -184,5 +184,5 @@ def test_several_losses_are_refused():
     with curvature(KFRA()):
         out = model(torch.ones(4, 3))
         loss = F.mse_loss(out, torch.zeros(4, 2)) + F.mse_loss(out, torch.ones(4, 2))
-        with pytest.raises(NotImplementedError, match="KFRA expects one loss, found 2"):
+        with pytest.raises(NotImplementedError, match="KFRA expects one loss of one output, found losses of 2"):
             loss.backward()

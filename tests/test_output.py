@@ -301,7 +301,7 @@ class Once(torch.autograd.Function):
     ("function", "message"),
     [
         (batch_statistics, "found one whose second derivatives mix them"),
-        (lambda f, y: Once.apply(f), "needs a loss that can be differentiated twice"),
+        (lambda f, y: Once.apply(f), "found `OnceBackward` without a second derivative"),
     ],
     ids=["batch_statistics", "once_differentiable"],
 )
@@ -313,7 +313,7 @@ def test_loss_is_refused(function, message):
 
 def test_parameters_around_the_output_are_refused():
     problem = small_problem(CONVEX[0])
-    with pytest.raises(UnsupportedError, match="`linear` reaches it around the others"):
+    with pytest.raises(UnsupportedError, match=r"`linear` reaches it around the output. Leave `output=` out"):
         compute(problem, DiagGGNExact(), output=problem.model[1])
 
 

@@ -5,9 +5,10 @@ import torch
 from routings import KNOWN, LOSSES, ROUTINGS, C
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_curv import curvature
+from lightning_curv import curvature, record, row_numbers
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions import HMP, BatchDiagGGNExact, BatchGrad, BatchL2Grad, DiagHessian, Variance
+from lightning_curv.provenance import roots_of
 
 IGNORED = "ignore::lightning_curv.rules.fallback.FallbackWarning"
 
@@ -111,3 +112,30 @@ def test_hessian_products_need_no_samples(name):
         vector = torch.linspace(-1, 2, q.numel()).to(q).reshape(q.shape)
         expected = hessian_times(loss, q, vector)
         torch.testing.assert_close(p.hmp(vector), expected, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_numbers_of_moved_rows_are_found_once_for_a_structure(monkeypatch):
+    """Later calls of the same kind have the numbers that the first one found; calls of other kinds their own."""
+    looks = []
+    narrowed = row_numbers._narrowed
+    monkeypatch.setattr(row_numbers, "_narrowed", lambda numbers: looks.append(numbers) or narrowed(numbers))
+    monkeypatch.setattr(row_numbers, "_MOVED", {})
+    calls = [
+        (lambda x: x.transpose(0, 1), [[[0], [1], [2], [3]]]),
+        (lambda x: x.flatten(), [n for n in range(4) for _ in range(6)]),
+        (lambda x: x.narrow(0, 1, 2), [[[1]], [[2]]]),
+        (lambda x: x.narrow(0, 0, 2), [[[0]], [[1]]]),
+        (lambda x: x.reshape(4, -1), [[0], [1], [2], [3]]),
+        (lambda x: x.narrow(0, 1, 2).flatten(), [n for n in (1, 2) for _ in range(6)]),
+        (lambda x: x.index_select(0, torch.tensor([2, 1])), [[[2]], [[1]]]),
+        (lambda x: x.index_select(0, torch.tensor([0, 3])), [[[0]], [[3]]]),
+    ]
+    seen = []
+    for _ in range(2):
+        with record():
+            batch = torch.randn(4, 3, 2)
+            moved = [call(batch) for call, _ in calls]
+        for tensor, (_, expected) in zip(moved, calls):
+            assert roots_of(tensor).numbers[4].tolist() == expected
+        seen.append(len(looks))
+    assert seen == [8, 8 + 3]  # what moves rows by a tensor, or rows that are not in their order, is followed anew

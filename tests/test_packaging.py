@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_curv
@@ -65,15 +66,19 @@ def test_packages_list_equals_the_tree():
 
 def test_source_distribution_holds_what_the_tests_need():
     words = (ROOT / "MANIFEST.in").read_text().split()
-    for name in (".ci", "benchmarks", "docs", "examples", "tests", "mkdocs.yml", "Makefile", "CHANGELOG.md"):
+    files = "mkdocs.yml Makefile CHANGELOG.md CITATION.cff CODE_OF_CONDUCT.md SECURITY.md .pre-commit-config.yaml"
+    for name in (".ci", ".github", "benchmarks", "docs", "examples", "tests", *files.split()):
         assert (ROOT / name).exists()
         assert name in words
 
 
-def test_version_is_stated_once_in_effect():
-    version = PYPROJECT["project"]["version"]
-    assert version == lightning_curv.__version__
+def test_version_is_stated_once():
+    version = lightning_curv.__version__
+    assert "version" in PYPROJECT["project"]["dynamic"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "lightning_curv.__version__"}
     assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    stated = [path.name for path in ROOT.iterdir() if path.is_file() and f'"{version}"' in path.read_text("utf-8")]
+    assert stated == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -121,6 +126,61 @@ def test_readme_and_ci_run_the_same_test_command():
     assert any("examples/mnist.py" in line for line in readme)
 
 
+def test_missing_packages_fail_in_ci_and_skip_elsewhere(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(ModuleNotFoundError):
+        needs("no_such_package")
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="could not import 'no_such_package'"):
+        needs("no_such_package")
+    assert needs("torch") is torch
+
+
+def test_every_optional_package_is_needed_by_the_same_helper():
+    for path in (ROOT / "tests").rglob("*.py"):
+        direct = re.search(r"pytest\.importorskip", path.read_text())
+        assert path.name == "conftest.py" or not direct, f"{path}: `from conftest import needs` instead"
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def test_workflows_test_every_python_and_the_lower_bounds_that_are_stated():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    prefix = "Programming Language :: Python :: 3."
+    stated = {entry.removeprefix(prefix) for entry in PYPROJECT["project"]["classifiers"] if entry.startswith(prefix)}
+    assert set(re.findall(r'name: "Python 3\.(\d+)"', text)) == stated
+    assert PYPROJECT["project"]["requires-python"] == f">=3.{min(map(int, stated))}"
+    bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(PYPROJECT["project"]["dependencies"]), re.MULTILINE))
+    pins = set(re.findall(r"([\w-]+)==([\d.]+)\.\*", text))
+    assert pins == {(name, bounds["pytorch-lightning" if name == "lightning" else name]) for name, _ in pins}
+    assert {"torch", "pytorch-lightning", "lightning"} == {name for name, _ in pins}
+    assert set(bounds) == {re.split(r"[^\w-]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_have_no_more_rights_than_they_need(path):
+    text = path.read_text()
+    rights, run_once = (
+        re.search(r"^permissions:(.*\n(?: .*\n)*)", text, re.M),
+        re.search(r"^concurrency:\n", text, re.M),
+    )
+    assert rights[1].split() in (["{}"], ["contents:", "read"])
+    assert run_once
+    for action in re.findall(r"uses: (\S+)", text):
+        assert re.fullmatch(r"[\w./-]+@(v\d+|release/v\d+)", action), f"{action}: pin the major version"
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+    assert ": write" not in text or path.stem == "release"
+
+
+def test_peers_of_ci_are_those_of_the_benchmarks():
+    peers = (ROOT / ".ci" / "peers.txt").read_text().splitlines()
+    bench = PYPROJECT["project"]["optional-dependencies"]["bench"]
+    assert {entry for entry in bench if "for-pytorch" in entry} <= set(peers)
+    assert not [entry for entry in peers if entry.startswith(("torch", "nvidia"))]
+    assert ".ci/peers.txt" in (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+
+
 def test_readme_for_package_indexes_has_no_relative_links():
     long_description = runpy.run_path(str(ROOT / "setup.py"))["long_description"]
     readme = (ROOT / "README.md").read_text()
@@ -130,6 +190,18 @@ def test_readme_for_package_indexes_has_no_relative_links():
     assert "![" not in bare
     assert "](https://example.org/x/raw/main/docs/images/dashboard.png)" in linked
     assert "](https://example.org/x/blob/main/docs/quickstart.md)" in linked
+
+
+def test_package_links_to_the_repository_that_builds_it():
+    project_urls = runpy.run_path(str(ROOT / "setup.py"))["project_urls"]
+    assert "urls" in PYPROJECT["project"]["dynamic"]
+    assert project_urls({}) == {}
+    urls = project_urls({"GITHUB_SERVER_URL": "https://example.org", "GITHUB_REPOSITORY": "me/fork"})
+    assert urls["Repository"] == "https://example.org/me/fork"
+    for name, url in urls.items():
+        assert url.startswith("https://example.org/me/fork"), name
+        _, blob, path = url.partition("/blob/main/")
+        assert not blob or (ROOT / path).exists(), name
 
 
 def test_readme_names_every_export():

@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -32,7 +33,7 @@ from lightning_curv.optimizers import (
     calibrated_noise,
 )
 
-da = pytest.importorskip("dp_accounting")
+da = needs("dp_accounting")
 N = 60
 
 

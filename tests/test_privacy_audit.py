@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,8 +21,8 @@ from lightning_curv.callbacks.poisson import PoissonBatchSampler
 from lightning_curv.optimizers import DPSGD, GradientCanaries, PoissonSampling, PrivacyAccountant, PrivacyAudit
 from lightning_curv.optimizers.audit_bound import epsilon_lower_bound, tail_bound
 
-pytest.importorskip("scipy")
-da = pytest.importorskip("dp_accounting")
+needs("scipy")
+da = needs("dp_accounting")
 
 
 # --- the bound -------------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_result_in_words_and_as_a_picture(tmp_path, monkeypatch):
     assert "<= ε = 3.00" in str(standing)
     assert "cannot refute it, take more canaries" in str(beyond)
     assert "cannot refute" not in str(standing)
-    pytest.importorskip("matplotlib").use("Agg")
+    needs("matplotlib").use("Agg")
     for audit in (refuted, PrivacyAudit.of(np.zeros(5), [True] * 5, math.inf, 1e-5)):
         figure = audit.plot()
         figure.savefig(tmp_path / "out.png")

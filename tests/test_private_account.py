@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
@@ -21,8 +22,10 @@ from lightning_curv.optimizers import (
     TruncatedPoissonSampling,
 )
 
-da = pytest.importorskip("dp_accounting")
+da = needs("dp_accounting")
 DELTA, INTERVAL = 1e-3, 1e-3
+# Lightning 2.4 goes on before the batch at whose end a checkpoint was saved: it is drawn, and accounted for, once more.
+REPEATED = 1 if pl.__version__.startswith("2.4.") else 0
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +191,7 @@ def resumed_in_the_middle_of_an_epoch(callback, recorder, path):
     trainer(private(), recorder, SaveAt(13, path), max_steps=13).fit(Net())
     run = trainer(callback, recorder)
     run.fit(Net(), ckpt_path=path)
-    assert run.global_step == 20
+    assert run.global_step == 20 + REPEATED
 
 
 def back_to_an_earlier_checkpoint(callback, recorder, path):
@@ -267,7 +270,7 @@ def test_the_budget_is_never_exceeded_and_used(run, tmp_path):
     run_at(tmp_path, run, callback, Recorder())
     assert 0 < callback.accountant.epsilon(DELTA) <= epsilon
     left = callback.accountant.releases_left(epsilon, DELTA, 1.0)
-    assert left == (2 if run is back_to_an_earlier_checkpoint else 0)  # 9 + 6 + 6 of 23
+    assert left == (2 - 2 * REPEATED if run is back_to_an_earlier_checkpoint else 0)  # 9 + 6 + 6 of 23
 
 
 def test_a_budget_that_is_larger_stops_nothing():
@@ -464,7 +467,7 @@ def test_steps_that_are_left_out_are_refused(module, message, sampling):
 
 
 def test_a_run_that_goes_on_in_the_middle_of_a_step_is_refused(tmp_path):
-    save = SaveAt(3, tmp_path / "a.ckpt")
+    save = SaveAt(3 + REPEATED, tmp_path / "a.ckpt")
     trainer(private(), save, accumulate_grad_batches=2).fit(Net(batch_sizes=(3,)))
     with pytest.raises(Exception, match="in the middle of one"):
         trainer(private(), accumulate_grad_batches=2).fit(Net(batch_sizes=(3,)), ckpt_path=tmp_path / "a.ckpt")

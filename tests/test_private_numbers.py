@@ -1,6 +1,4 @@
-"""Numbers of private steps: N is in no rounding, nothing under- or overflows, and noise gives no bits away."""
-
-import math
+"""Numbers of private steps: N is in no rounding, and nothing under- or overflows."""
 
 import pytest
 import torch
@@ -10,10 +8,11 @@ from torch import nn
 
 from lightning_curv import curvature
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.optimizers import DPSGD, privacy_noise
-from lightning_curv.optimizers.privacy_noise import NoiseSource
-from lightning_curv.optimizers.privacy_reduce import grid, summed_over_ranks
+from lightning_curv.jacobian import Jacobian
+from lightning_curv.optimizers import DPSGD
+from lightning_curv.optimizers.privacy_clipping import FlatClipping
 from lightning_curv.optimizers.privacy_sum import ClippedSum
+from lightning_curv.terms import Term
 
 # --- N is in nobody's rounding ----------------------------------------------------------------------------------------
 
@@ -101,6 +100,41 @@ def test_no_usual_mean_is_refused_in_half_precision(name, n):
     assert clipped_sum(model, lambda m, x, y: LOSSES[name](m(x), y), [X, y], 1.0).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [40, 400])
+def test_sums_are_accumulated_in_float32_or_better(dtype, count):
+    """Of terms in any type: a sum in the network's own half precision would lose the share of a sample."""
+    torch.manual_seed(0)
+    x, g = torch.randn(count, 6).to(dtype), torch.randn(1, count, 5).to(dtype)
+    parameter = nn.Parameter(torch.zeros(5, 6, dtype=dtype))
+    for C in (1.0, 1e-3):
+        sums = []
+        for n in (count, count - 1):
+            total = ClippedSum([parameter], FlatClipping(C), True)
+            total.begin(n)
+            total.receive(Jacobian(parameter, [Term("o", "i", "oi", g[:, :n], x[:n])]))
+            total.end()
+            sums += total.totals()
+        exact = torch.einsum("no,ni->noi", g[0].double(), x.double())
+        exact *= (C / exact.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None]
+        assert sums[0].dtype == torch.float32
+        assert (sums[0].double() - exact.sum(0)).norm() <= 2**-20 * count * C
+        assert (sums[0].double() - sums[1].double()).norm() <= C * (1 + 2**-20 * count)
+
+
+@pytest.mark.parametrize("filling", [0.0, 1.0, 1e15, 1e19, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norms_do_not_depend_on_what_fills_up_a_sample(filling, dtype):
+    """Positions that a shorter sample does not have hold numbers of others."""
+    torch.manual_seed(0)
+    x, g = torch.randn(4, 3, 8, dtype=dtype), torch.randn(1, 4, 3, 6, dtype=dtype)
+    g[:, 1:, 2], x[1:, 2] = 0, filling
+    jacobian = Jacobian(nn.Parameter(torch.zeros(6, 8)), [Term("so", "si", "oi", g, x)])
+    assert not jacobian.forms_norms
+    exact = torch.einsum("nso,nsi->noi", g[0, :, :2].double(), x[:, :2].double()).flatten(1).norm(dim=1)
+    torch.testing.assert_close(jacobian.norms()[0, 1:], exact[1:], rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_identical_samples_in_bfloat16_change_nothing():
     """What 1/N does in the rounding of one sample, it does in that of all: 4.4 C before."""
     torch.manual_seed(0)
@@ -182,86 +216,3 @@ def test_rows_of_a_sample_are_clipped_together_or_refused(view, head, network):
         except UnsupportedError:
             continue
         assert found <= 1 + 1e-9
-
-
-# --- noise ------------------------------------------------------------------------------------------------------------
-
-
-def released(total, std, **settings):
-    return summed_over_ranks([total], [std], NoiseSource(**settings))[0]
-
-
-@pytest.mark.parametrize("settings", [{}, {"secure": True}], ids=["library", "system"])
-def test_noise_is_standard_normal(settings):
-    z = NoiseSource(**settings).normal(200_001)
-    for moment, expected in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
-        assert abs(z.pow(moment).mean() - expected) < 0.06
-    below = 0.5 * (1 + torch.erf(z.sort().values / math.sqrt(2)))
-    assert (below - torch.linspace(0, 1, len(z))).abs().max() < 0.005  # Kolmogorov and Smirnov; 0.005 √N = 2.2
-    halves = z[: len(z) // 2], z[len(z) // 2 : -1]  # the pairs of Box and Muller's method are independent
-    assert abs(torch.corrcoef(torch.stack(halves))[0, 1]) < 0.015
-    assert abs(torch.corrcoef(torch.stack(halves).square())[0, 1]) < 0.015
-
-
-def test_tails_reach_as_far_as_those_of_a_normal_number():
-    """52 bits of a uniform number end at 8.5 standard deviations; smaller ones get further bits."""
-    bits = iter([[2**52 - 1, 0], [2**52 - 1]])  # the smallest radius and an angle; the further bits
-
-    def entropy(size):
-        return b"".join(number.to_bytes(8, "little") for number in next(bits))
-
-    assert privacy_noise._normal(2, entropy).abs().max() > 11.5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("std", [1e-9, 0.7, 3e5])
-def test_released_numbers_lie_on_a_grid_that_does_not_depend_on_the_sum(dtype, std):
-    step = grid(std)
-    assert 2**34 <= std / step < 2**35
-    for total in (torch.zeros(1000), 1e3 * std * torch.rand(1000), torch.full((1000,), std / 3)):
-        found = released(total.to(dtype), std)
-        if dtype == torch.float64:
-            units = found / step
-            assert torch.equal(units, units.round())
-        assert found.dtype == dtype
-
-
-def test_rounding_to_the_grid_commutes_with_the_noise():
-    """round(S) + round(z) = round(round(S) + z): what is released is a function of the Gaussian mechanism's result."""
-    total = torch.randn(10_000, dtype=torch.float64)
-    step = grid(0.5)
-    with pytest.warns(RuntimeWarning, match="not secure"):
-        found = released(total.clone(), 0.5, seed=1)
-    with pytest.warns(RuntimeWarning, match="not secure"):
-        z = 0.5 * NoiseSource(seed=1).normal(10_000)
-    assert torch.equal(found, ((total / step).round() + z / step).round() * step)
-    assert (found - total - z).abs().max() <= step
-
-
-def test_without_noise_nothing_is_rounded():
-    total = torch.randn(10, dtype=torch.float64)
-    assert torch.equal(released(total.clone(), 0.0), total)
-
-
-def test_only_seeded_noise_is_repeated():
-    with pytest.warns(RuntimeWarning, match="`noise_seed=7`: not secure"):
-        a, b = NoiseSource(seed=7), NoiseSource(seed=7)
-    assert torch.equal(a.normal(5), b.normal(5))
-    state = a.state_dict()
-    first = a.normal(5)
-    a.load_state_dict(state)
-    assert torch.equal(a.normal(5), first)
-    for fresh in (NoiseSource(), NoiseSource(secure=True)):
-        assert fresh.state_dict() == {}
-        fresh.load_state_dict(state)  # of a run with a seed: nothing is drawn again
-        assert not torch.equal(fresh.normal(5), first)
-        assert not torch.equal(fresh.normal(5), fresh.normal(5))
-
-
-def test_the_seed_of_a_torch_generator_plays_no_part(monkeypatch):
-    monkeypatch.setattr(torch, "randn", None)
-    monkeypatch.setattr(torch, "Generator", None)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    NoiseSource().normal(5)
-    assert torch.equal(torch.get_rng_state(), state)

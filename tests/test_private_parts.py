@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from conftest import needs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,7 +16,7 @@ from lightning_curv import PrivacyCallback
 from lightning_curv.callbacks.poisson import PoissonBatchSampler, enough_parts
 from lightning_curv.optimizers import DPSGD, PoissonSampling, TruncatedPoissonSampling
 
-pytest.importorskip("dp_accounting")
+needs("dp_accounting")
 N = 120
 
 
@@ -70,11 +71,11 @@ def test_processes_fill_parts_of_their_own_share():
 
 @pytest.mark.parametrize(("expected", "size"), [(1000.0, 256), (5.0, 1), (64.0, 64), (4096.0, 8), (3.0, 1000)])
 def test_enough_parts_hold_all_but_one_batch_in_a_thousand_millions(expected, size):
-    poisson = pytest.importorskip("scipy.stats").poisson
+    poisson = needs("scipy.stats").poisson
     parts = enough_parts(expected, size)
     assert poisson.sf(parts * size, expected) < 1e-9
     assert parts == 1 or poisson.sf((parts - 1) * size, expected) > 1e-12  # and are not many more
-    binomial = pytest.importorskip("scipy.stats").binom
+    binomial = needs("scipy.stats").binom
     assert binomial.sf(parts * size, math.ceil(2 * expected), 0.5) < 1e-9
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_curv import curvature
 from lightning_curv.extensions import BatchDiagGGNExact, BatchGrad
@@ -128,6 +129,30 @@ def reversed_chunks(x, y, lengths):
     yield from reversed(list(zip(x[:, 1].tensor_split(2), y[:, 1].tensor_split(2))))
 
 
+def vmapped(x, y, lengths):
+    yield torch.func.vmap(lambda row: 2 * row[0])(x), y[:, 0]
+
+
+def vmapped_moved(x, y, lengths):
+    yield torch.func.vmap(lambda row: 2 * row[0])(x.flip(0)), y[:, 0].flip(0)
+
+
+def moved_after_vmap(x, y, lengths):
+    yield torch.func.vmap(lambda row: 2 * row[0])(x).flip(0), y[:, 0].flip(0)
+
+
+def exchanged_in_place(x, y, lengths):
+    rows, targets = x[:, 0].clone(), y[:, 0].clone()
+    half = len(x) // 2
+    rows[:half], targets[:half] = x[len(x) - half :, 0], y[len(x) - half :, 0]
+    rows[len(x) - half :], targets[len(x) - half :] = x[:half, 0], y[:half, 0]
+    yield rows, targets
+
+
+def copied_as_they_are(x, y, lengths):
+    yield x.contiguous().to(x.dtype).flip(0)[:, 0], y.contiguous().flip(0)[:, 0]
+
+
 CASES: dict[str, Callable] = {
     function.__name__: function
     for function in (
@@ -153,6 +178,11 @@ CASES: dict[str, Callable] = {
         chunks,
         splits,
         reversed_chunks,
+        vmapped,
+        vmapped_moved,
+        moved_after_vmap,
+        exchanged_in_place,
+        copied_as_they_are,
     )
 }
 
@@ -253,6 +283,19 @@ def test_rows_that_an_op_moves_by_values_are_not_guessed():
             loss.backward()
 
 
+def exchanged(x):
+    rows = x.clone()
+    rows[:2] = x[2:]
+    rows[2:].add_(x[2:])
+    return rows
+
+
+def added_in_place(x):
+    rows = x.clone()
+    rows[:2].add_(rows[2:])
+    return rows
+
+
 WHITENED = torch.randn(D, D, dtype=torch.float64)
 POOLED: dict[str, Callable[[Tensor], Tensor]] = {
     "centred": lambda x: x - x.mean(0),
@@ -266,6 +309,30 @@ POOLED: dict[str, Callable[[Tensor], Tensor]] = {
     "normalized": lambda x: F.batch_norm(x[:, 0], None, None, training=True),
     "most": lambda x: x[:, 0] - x[:, 0].amax(0, keepdim=True),
     "stand-in": lambda x: torch.where(x[:, 0] > 0, x[:, 0], x[:, 0].mean(0)),
+    "beside the first": lambda x: x - x[0],
+    "beside the next": lambda x: x[:, 0] - torch.stack([x[1, 0], x[2, 0], x[3, 0], x[0, 0]]),
+    "mean of a list": lambda x: x - sum(x) / len(x),
+    "copied and centred": lambda x: x.contiguous() - x.contiguous().mean(0),
+    "above the mean": lambda x: torch.where(x > x.mean(), x, -x),
+    "numbered": lambda x: torch.unique(x[:, 0].round(), return_inverse=True)[1].double(),
+    "ranks": lambda x: x[:, 0].argsort(0).argsort(0).double(),
+    "binned": lambda x: torch.bucketize(x[:, 0], x[:, 0, 0].sort().values).double(),
+    "differences": lambda x: torch.diff(x, dim=0, append=x[:1]),
+    "differences from zero": lambda x: torch.diff(x, dim=0, prepend=0 * x[:1].detach()),
+    "einsum": lambda x: torch.einsum("nd,md,mk->nk", x[:, 0], x[:, 0], x[:, 0]),
+    "frequencies": lambda x: torch.fft.fft(x, dim=0).real,
+    "spread": lambda x: x / torch.linalg.vector_norm(x, dim=0),
+    "largest": lambda x: x[:, 0].topk(4, 0)[0],
+    "quantile": lambda x: x - torch.quantile(x, 0.5, dim=0),
+    "singular vectors": lambda x: torch.linalg.svd(x[:, 0], full_matrices=False)[0] @ WHITENED[:4],
+    "several products": lambda x: torch.linalg.multi_dot([x[:, 0], x[:, 0].T, x[:, 0]]),
+    "summed by index": lambda x: x - x.new_zeros(1, T, D).index_add(0, torch.zeros(N, dtype=torch.long), x),
+    "summed in place": lambda x: x.clone().index_add_(0, torch.tensor([0, 1]), x[2:]),
+    "written in place": lambda x: exchanged(x),
+    "added in place": lambda x: added_in_place(x),
+    "smoothed": lambda x: F.conv1d(x[:, 0].T[:, None], torch.ones(1, 1, 3).to(x), padding=1)[:, 0].T.contiguous(),
+    "inside of vmap": lambda x: torch.func.vmap(lambda row: row - x.mean(0))(x),
+    "rows inside of vmap": lambda x: torch.func.vmap(lambda row: (row - x).sum(0))(x),
 }
 APART: dict[str, Callable[[Tensor], Tensor]] = {
     "centred": lambda x: x - x.mean(1, keepdim=True),
@@ -278,6 +345,14 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "normalized": lambda x: F.layer_norm(x, (D,)),
     "stand-in for nothing": lambda x: torch.where(x.abs() >= 0, x, x.mean((0, 1))),
     "stand-in for all": lambda x: torch.where(x.abs() < 0, x.mean(), x),
+    "differences": lambda x: torch.diff(x, dim=1, prepend=0 * x[:, :1].detach()),
+    "einsum": lambda x: torch.einsum("ntd,nsd,nsk->ntk", x, x, x),
+    "frequencies": lambda x: torch.fft.fft(x, dim=1).real,
+    "spread": lambda x: F.normalize(x, dim=-1),
+    "largest": lambda x: x.topk(2, 1)[0],
+    "ranks": lambda x: x.argsort(1).double(),
+    "centres": lambda x: torch.cdist(x[:, 0], WHITENED),
+    "inside of vmap": lambda x: torch.func.vmap(lambda row: row - row.mean(0))(x),
     "evaluated": lambda x: F.batch_norm(x[:, 0], torch.zeros(D).to(x), torch.ones(D).to(x), training=False),
 }
 
@@ -289,6 +364,63 @@ def test_statistics_of_the_raw_batch_are_refused(name):
         loss = squares(z := model(POOLED[name](x)), y[:, 0].reshape(-1, *[1] * (z.ndim - 2)).expand(z.shape[:-1]) % C)
         with pytest.raises(NotImplementedError, match="the batch"):
             loss.backward()
+
+
+@pytest.mark.parametrize("mix", [lambda x: x - x.mean(1, keepdim=True), lambda x: x[0] - x[0].mean(0)])
+def test_statistics_of_a_batch_that_is_second_are_refused(mix):
+    model, x, y, _ = draw()
+    with curvature(BatchGrad(), batch_size=N):
+        loss = squares(model(mix(x[None, :, 0])).reshape(N, C), y[:, 0] % C)
+        with pytest.raises(NotImplementedError, match="the batch"):
+            loss.backward()
+
+
+def test_a_model_that_is_mapped_over_a_statistic_of_the_batch_is_refused():
+    model, x, y, _ = draw()
+    with curvature(BatchGrad(), batch_size=N):
+        loss = cross_entropy(torch.func.vmap(lambda row: model(row - x[:, 0].mean(0)))(x[:, 0]), y[:, 0] % C)
+        with pytest.raises(NotImplementedError, match="the batch"):
+            loss.backward()
+
+
+def test_rows_that_a_model_is_mapped_over_are_those_of_the_batch():
+    """The targets tell, in whatever order they are."""
+    model, x, y, _ = draw()
+    order = torch.tensor([2, 0, 3, 1])
+    with curvature(BatchGrad(), batch_size=N):
+        cross_entropy(torch.func.vmap(model)(x[:, 0])[order], y[order, 0] % C).backward()
+    for n in range(N):
+        alone = gradients(cross_entropy(model(x[n, 0]), y[n, 0] % C), model)
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(p.grad_batch[n], alone[key])
+
+
+def test_functions_of_others_are_called_once():
+    model, x, y, _ = draw()
+    calls = []
+
+    def halved(rows):
+        if has_torch_function((rows,)):
+            return handle_torch_function(halved, (rows,), rows)
+        calls.append(rows)
+        return rows / 2
+
+    with curvature(BatchGrad(), batch_size=N):
+        cross_entropy(model(halved(x[:, 0])), y[:, 0] % C).backward()
+    assert len(calls) == 1
+
+
+def test_trials_leave_random_numbers_as_they_are():
+    model, x, _, _ = draw()
+    torch.manual_seed(3)
+    plain = F.gumbel_softmax(x, dim=-1), torch.rand(3)
+    torch.manual_seed(3)
+    with curvature(BatchGrad(), batch_size=N):
+        noisy, after = F.gumbel_softmax(x, dim=-1), torch.rand(3)
+        torch.diff(x, dim=0)
+        model(noisy).square().sum().backward()
+    torch.testing.assert_close((noisy, after), plain)
+    assert len(model.a.weight.grad_batch) == N
 
 
 @pytest.mark.parametrize("name", APART)

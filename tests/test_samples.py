@@ -133,6 +133,30 @@ def test_other_batch_sizes_are_other_structures():
         assert_right(case)
 
 
+LATER = {
+    "index": lambda h, index: h + h[index].tanh(),
+    "index_select": lambda h, index: h + h.index_select(0, index).tanh(),
+    "gather": lambda h, index: h + h.gather(0, index[:, None].expand_as(h)).tanh(),
+    "scatter": lambda h, index: h + torch.zeros_like(h).index_add(0, index, h.tanh()),
+    "matrix": lambda h, index: h + torch.eye(4, dtype=h.dtype)[index] @ h.tanh(),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_indices_that_change_are_seen_at_once(name):
+    """Every sample reads its own row first, that of its neighbour then."""
+    case = problem()
+    case.model = Mixing(lambda h: LATER[name](h, case.index)).double()
+    case.index = torch.arange(4)
+    for _ in range(2):
+        with curvature(*both()):
+            case.compute_loss().backward()
+        assert_right(case)
+    case.index = torch.arange(4).roll(1)
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
 # --- coupled in the loss ---------------------------------------------------------------------------------------------
 
 
@@ -224,3 +248,85 @@ def test_a_gate_that_opens_is_found_at_the_tenth_graph():
     run()
     with pytest.raises(NotImplementedError, match="samples mix"):
         run(check=True)
+
+
+# --- nothing but points that the step makes --------------------------------------------------------------------------
+
+POINTS = {
+    "linspace": lambda: torch.linspace(0, 1, 6, dtype=torch.float64)[:, None],
+    "arange": lambda: torch.arange(6, dtype=torch.float64)[:, None] / 6,
+    "grid": lambda: torch.cartesian_prod(*[torch.linspace(0, 1, k).double() for k in (3, 2)]).sum(1, keepdim=True),
+    "random": lambda: torch.rand(6, 1, dtype=torch.float64),
+    "differentiated": lambda: torch.linspace(0, 1, 6, dtype=torch.float64)[:, None].requires_grad_(),
+}
+
+
+def residual(model, t):
+    t = t.detach().requires_grad_()
+    u = model(t)
+    (du,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+    return (du + u).square().mean()
+
+
+RESIDUALS = {
+    "equation": residual,
+    "by hand": lambda model, t: (model(t) - t.sin()).square().mean(),
+    "target": lambda model, t: F.mse_loss(model(t), t.sin()),
+    "sum": lambda model, t: F.mse_loss(model(t), t.sin()) + residual(model, t),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
+@pytest.mark.parametrize("size", ["found", "given", "of the batch"])
+@pytest.mark.parametrize("loss", RESIDUALS)
+@pytest.mark.parametrize("name", POINTS)
+def test_points_that_the_step_makes_are_samples_where_nothing_else_is_read(name, loss, size):
+    """Also where the loader draws batches of another size, which the step does not look at."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    sizes = {"found": None, "given": 6, "of the batch": Batch(expected=4, tensors=[torch.zeros(4, 1)])}
+    with curvature(BatchGrad(), batch_size=sizes[size]):
+        points = POINTS[name]()
+        RESIDUALS[loss](model, points).backward()
+    for p in model.parameters():
+        alone = [torch.autograd.grad(RESIDUALS[loss](model, t[None]) / 6, p)[0] for t in points.detach()]
+        torch.testing.assert_close(p.grad_batch, torch.stack(alone))
+
+
+def test_points_of_another_number_than_the_batch_are_refused():
+    model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.rand(4, 1, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="4 samples"), curvature(BatchGrad(), batch_size=4):
+        (F.mse_loss(model(x), x) + RESIDUALS["by hand"](model, POINTS["linspace"]())).backward()
+
+
+# --- a parameter multiplies the loss ---------------------------------------------------------------------------------
+
+SCALED = {
+    "one": lambda s, z, y: (-s[0]).exp() * F.cross_entropy(z, y) + s[0],
+    "without a summand": lambda s, z, y: (-s[0]).exp() * F.cross_entropy(z, y),
+    "divided": lambda s, z, y: F.cross_entropy(z, y) / s[0].square() + s[0].square().log(),
+    "by hand": lambda s, z, y: (-s[0]).exp() * z.square().mean() + s[0],
+    "two": lambda s, z, y: (torch.stack([F.cross_entropy(z, y), z.square().mean()]) * (-s).exp() + s).sum(),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_parameters_that_multiply_an_averaged_loss_are_refused(name):
+    case, s = problem(), nn.Parameter(torch.tensor([0.3, 0.5], dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match="Multiply and add before averaging"), curvature(BatchGrad()):
+        SCALED[name](s, case.model(case.X), case.y).backward()
+
+
+def test_parameters_that_multiply_the_loss_of_every_sample_are_right():
+    case, s = problem(), nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def loss(x, y):
+        return ((-s).exp() * F.cross_entropy(case.model(x), y, reduction="none") + s).mean()
+
+    with curvature(BatchGrad()):
+        loss(case.X, case.y).backward()
+    n = len(case.X)
+    for p in (s, *case.model.parameters()):
+        alone = [torch.autograd.grad(loss(case.X[i : i + 1], case.y[i : i + 1]) / n, p)[0] for i in range(n)]
+        torch.testing.assert_close(p.grad_batch, torch.stack(alone))

@@ -110,10 +110,9 @@ GROUPS = (
 PASSES = 5  # a network may take that many times the limit of one backward pass
 PER_SAMPLE = ("BatchGrad", "BatchL2Grad", "Variance", "SumGradSquared")
 PRODUCTS = ("GGNMP", "HMP")
-COUPLED, NO_CURVATURE, NO_SECOND, OTHER = "coupled samples", "no curvature defined", "no second derivative", "other"
+COUPLED, NO_SECOND, OTHER = "coupled samples", "no second derivative", "other"
 CAUSES = {
-    NO_SECOND: r"second derivative of|differentiated twice|without a second derivative",
-    NO_CURVATURE: r"needs the curvature of the loss",
+    NO_SECOND: r"second derivative (of|at the outputs)|differentiated twice|without a second derivative",
     COUPLED: r"influence each other|no choice keeps the samples apart|statistics of the batch|mix(es)? (them|samples)",
 }
 
@@ -248,7 +247,7 @@ class _Run:
         if cause in (COUPLED, OTHER):
             needs_samples = not quantity.startswith(PRODUCTS)
             return needs_samples and (self.network.penalty or (self.network.coupled and cause == COUPLED))
-        return cause == NO_SECOND or not self.reference.curvature_defined
+        return cause == NO_SECOND
 
     def _clear(self, extensions: Sequence[Any]) -> None:
         for parameter in self.problem.model.parameters():

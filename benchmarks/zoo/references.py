@@ -1,7 +1,8 @@
 """What the quantities are by definition, in plain autograd: the library is not used here.
 
 Per-sample gradients are N backward passes, of each sample as a batch of its own. The columns of the GGN are those of
-the square root of the loss' Hessian at its input, one backward pass each. Products with the Hessian are double
+the square root of the loss' Hessian, one backward pass each: at the inputs of known loss functions, or else at the
+outputs of the last modules with parameters. Products with the Hessian are double
 backward passes, or central differences of gradients where torch has no second derivative. Attention is the plain one.
 """
 
@@ -12,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -62,6 +63,67 @@ class _LossInputs(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Outputs:
+    """The outputs of all modules with parameters of their own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [module for module in model.modules() if [*module.parameters(recurse=False)]]
+        self.found: dict[Any, Tensor] = {}  # by their nodes
+
+    def __enter__(self) -> _Outputs:
+        self._handles = [module.register_forward_hook(self._marked) for module in self._modules]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _marked(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return output
+        output = output.view_as(output)
+        self.found[output.grad_fn] = output
+        return output
+
+    def above(self, loss: Tensor) -> list[Tensor]:
+        """Those that the loss depends on by no other one of them.
+
+        Raises:
+            NoReferenceError: It depends on parameters around them, or on one by another one too.
+        """
+        first = self._first(loss.grad_fn)
+        for output in first:
+            below = {node for node, _ in output.grad_fn.next_functions if node is not None}
+            if any(other in self._below(below) for other in (t.grad_fn for t in first)):
+                raise NoReferenceError("an output of the network depends on another one")
+        return first
+
+    def _first(self, root: Any) -> list[Tensor]:
+        stack, seen, first = [root], set(), []
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in self.found:
+                first.append(self.found[node])
+            elif isinstance(getattr(node, "variable", None), nn.Parameter):
+                raise NoReferenceError("a parameter enters the loss by no module")
+            else:
+                stack += [after for after, _ in node.next_functions]
+        return first
+
+    @staticmethod
+    def _below(nodes: set[Any]) -> set[Any]:
+        seen, stack = set(), [*nodes]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack += [after for after, _ in node.next_functions]
+        return seen
+
+
 class Reference:
     """The quantities of a problem; each is computed when it is asked for.
 
@@ -91,7 +153,7 @@ class Reference:
         self.chosen = [names[i * len(names) // products] for i in range(products)] if len(names) > products else names
 
     def _forward(self) -> tuple[Tensor, list[Tensor]]:
-        with sdpa_kernel(SDPBackend.MATH), _LossInputs() as inputs:
+        with sdpa_kernel(SDPBackend.MATH), _LossInputs() as inputs, _Outputs(self.problem.model) as self._outputs:
             return self.problem(), inputs.found
 
     def _hidden(self) -> list[str]:
@@ -155,8 +217,8 @@ class Reference:
     @cached_property
     def columns(self) -> dict[str, Tensor]:
         """Columns of the square root of the GGN, ``[V, *p]``."""
-        if not self._inputs or not self.curvature_defined:
-            raise NoReferenceError("the loss is not a function of the inputs of known loss functions")
+        if not self.curvature_defined:
+            self._inputs = self._outputs.above(self._loss)
         sizes = [z.numel() for z in self._inputs]
         if sum(sizes) > MOST_COLUMNS:
             raise NoReferenceError(f"{sum(sizes)} entries at the loss")

@@ -55,7 +55,7 @@ class Extension(ABC):
 
     @property
     def needs_likelihood(self) -> bool:
-        """Whether the loss must be a known loss function."""
+        """Whether it needs the curvature of the loss."""
         return not isinstance(self.source, Gradient)
 
     @abstractmethod
@@ -77,7 +77,8 @@ class Extension(ABC):
         return previous + new
 
     def __repr__(self) -> str:
-        arguments = f"mc_samples={self.source.samples}" if isinstance(self.source, Sampled) else ""
+        drawn = getattr(self.source, "samples", None)
+        arguments = "" if drawn is None else f"mc_samples={drawn}"
         return f"{type(self).__name__}({arguments})"
 
 
@@ -101,7 +102,7 @@ class GraphExtension(ABC):
         independent: Whether the quantity exists only where the samples of a batch do not influence each other.
         needs_samples: Whether it needs to know which sample owns each row.
         batchwise: Whether it takes the whole batch as one sample where samples influence each other.
-        needs_likelihood: Whether the loss must be a known loss function.
+        needs_likelihood: Whether it needs the curvature of the loss.
         keeps_graph: Whether the results need the graph after the backward pass.
     """
 

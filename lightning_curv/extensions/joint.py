@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -44,18 +45,17 @@ def ggn_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     Cost: a backward pass with a graph once, and two more backward passes per product (Schraudolph, *Fast curvature
     matrix-vector products for second-order gradient descent*, Neural Computation 2002).
     """
-    calls = passes.tape.losses
-    edges = [call.input for call in calls.values()]
-    likelihoods = [passes.likelihood(node) for node in calls]
-    dual = [torch.ones_like(call.arguments["input"], requires_grad=True) for call in calls.values()]
+    parts = [(len(part.edges), part.multiplication()) for part in passes.parts]
+    edges = [edge for part in passes.parts for edge in part.edges]
+    dual = [torch.ones_like(like, requires_grad=True) for part in passes.parts for like in part.likes]
     with differentiable(fused(edges)):
         found = torch.autograd.grad(edges, params, dual, create_graph=True, allow_unused=True)
     transposed = [(i, t) for i, t in enumerate(found) if t is not None]
 
     def product(vectors: Vectors) -> list[Tensor]:
         outputs, seeds = [t for _, t in transposed], [vectors[i] for i, _ in transposed]
-        images = _dense(dual, torch.autograd.grad(outputs, dual, seeds, retain_graph=True, allow_unused=True))
-        out = [likelihood.product(u) for likelihood, u in zip(likelihoods, images, strict=True)]
+        images = iter(_dense(dual, torch.autograd.grad(outputs, dual, seeds, retain_graph=True, allow_unused=True)))
+        out = [image for size, times in parts for image in times([*islice(images, size)])]
         return _dense(params, torch.autograd.grad(edges, params, out, retain_graph=True, allow_unused=True))
 
     return product

@@ -133,18 +133,17 @@ def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
 
 def _at_output(passes: Passes, output: _Point) -> Tensor:
     """The sum over the samples of the loss' H, ``[E, E]``."""
-    (loss,) = passes.tape.losses
-    columns = passes.likelihood(loss).columns(output.owners)
-    roots = [output.owners.split(column) for column in columns if output.count]
+    (part,) = passes.parts
+    roots = [output.owners.split(column) for (column,) in part.columns(complete=True) if output.count]
     return gram(torch.cat(roots).mT) if roots else passes.seed.new_zeros(output.entries, output.entries)
 
 
 def _chain(passes: Passes) -> list[_Point]:
     """The places from the network's output to the output of the first layer."""
-    (loss, call), *others = passes.tape.losses.items()
-    if others:
-        raise UnsupportedError(f"KFRA expects one loss, found {1 + len(others)}; use `KFLR`.")
-    edges, dependence = [call.input], Dependence(passes.tape)
+    edges = [edge for part in passes.parts for edge in part.edges]
+    if len(edges) != 1:
+        raise UnsupportedError(f"KFRA expects one loss of one output, found losses of {len(edges)}; use `KFLR`.")
+    (part,), dependence = passes.parts, Dependence(passes.tape, edges)
     while inputs := dependence.inputs(edges[-1].node):
         if len(inputs) > 1:
             raise UnsupportedError(
@@ -154,7 +153,7 @@ def _chain(passes: Passes) -> list[_Point]:
         edges += inputs
         if inputs[0].node._input_metadata[inputs[0].output_nr].dtype.is_complex:
             raise UnsupportedError(f"KFRA expects real numbers, found complex ones below `{edges[-2].node.name()}`.")
-    points = [_Point(call.input, passes.samples.losses[loss], call.arguments["input"].shape)]
+    points = [_Point(edges[0], part.owners[0], part.likes[0].shape)]
     for edge, owners in owners_at(passes, edges[1:]).items():
         if owners is None:
             break

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from torch.autograd.graph import GradientEdge
 from lightning_curv.errors import UnsupportedError, differentiating_twice
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.local_curvature import Residual
-from lightning_curv.losses import Likelihood
 from lightning_curv.matmul import fast_products
 from lightning_curv.onlyuse import OnlyUse, only_uses
 from lightning_curv.own_passes import unheard
@@ -253,8 +252,7 @@ class _Curvatures(_Matrix):
         super().__init__(passes, uses)
         self._loss = passes.loss  # keeps the graph
         self._parts = [
-            _Part([call.input], [call.arguments["input"].shape], partial(_applied, passes.likelihood(node)))
-            for node, call in passes.tape.losses.items()
+            _Part(part.edges, [like.shape for like in part.likes], part.multiplication()) for part in passes.parts
         ] + [_Part(r.edges, r.shapes, r.product) for r in found]
         self._edges = [edge for part in self._parts for edge in part.edges]
 
@@ -302,7 +300,3 @@ class _Curvatures(_Matrix):
         (row,) = self._grad(edges, by, seeds)
         assert row is not None
         return row
-
-
-def _applied(likelihood: Likelihood, vectors: Sequence[Tensor]) -> list[Tensor]:
-    return [likelihood.product(vectors[0])]

@@ -79,6 +79,7 @@ class GGNTraceByProducts(HessianTraceMC):
 
     savefield = "ggn_trace_products"
     needs_likelihood = True
+    batchwise = True
     matrix = "ggn"
 
 
@@ -107,6 +108,7 @@ class MaxEigenvalue(GraphExtension):
 
     independent = False
     needs_samples = False
+    batchwise = True
 
     def __init__(
         self, matrix: Literal["hessian", "ggn"] = "hessian", products: int = 20, tolerance: float = 1e-3

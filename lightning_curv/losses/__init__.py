@@ -1,6 +1,6 @@
 """Loss functions: the curvature that a loss call has at its input, as columns, samples and products."""
 
-from lightning_curv.losses.autograd import Quadratic, by_autograd
+from lightning_curv.losses.autograd import Quadratic
 from lightning_curv.losses.categorical import Categorical
 from lightning_curv.losses.likelihoods import Bernoulli, Gaussian, Likelihood, Poisson
 from lightning_curv.losses.registry import LOSSES, PARTS, loss
@@ -14,7 +14,6 @@ __all__ = [
     "Likelihood",
     "Poisson",
     "Quadratic",
-    "by_autograd",
     "loss",
 ]
 

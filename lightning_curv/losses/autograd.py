@@ -1,144 +1,339 @@
-"""Any other loss: its Hessian at an output of the network, by automatic differentiation."""
+"""Any other loss: its Hessian at outputs of the network, by automatic differentiation."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.errors import UnsupportedError
-from lightning_curv.losses.likelihoods import Likelihood, signs_of
-from lightning_curv.losses.registry import LOSSES
+from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, differentiating_loss
+from lightning_curv.joins import nothing_below
+from lightning_curv.losses.likelihoods import signs_of
+from lightning_curv.losses.parts import LossPart, Multiplication, Signed
 from lightning_curv.own_passes import unheard
-from lightning_curv.owners import BatchAxis, Owners
-from lightning_curv.symmetric import eigh
+from lightning_curv.owners import BatchAxis, Owners, RowOwners, golden
+from lightning_curv.symmetric import eigh, root_product
 from lightning_curv.twice import differentiable, fused
+
+LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
+STEPS = 32
+MOST = 2**14  # entries of a block whose matrix is formed at all, 2 GiB
 
 
 @dataclass(frozen=True)
-class Quadratic(Likelihood):
-    r"""The quadratic expansion of a loss around the output f of a network: H = V Λ₊ Vᵀ per sample.
+class Rows:
+    """Tensors as the entries of every sample.
+
+    Attributes:
+        likes: Tensors of their shapes, types and devices.
+        owners: Which sample owns each row of them; ``None``: the whole batch is one sample.
+    """
+
+    likes: Sequence[Tensor]
+    owners: Sequence[Owners] | None
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of entries of a sample in every tensor."""
+        if self.owners is None:
+            return [like.numel() for like in self.likes]
+        return [owners.split(like).shape[1] for owners, like in zip(self.owners, self.likes, strict=True)]
+
+    def split(self, tensors: Sequence[Tensor]) -> Tensor:
+        """``[N, E]``, the entries of all tensors."""
+        if self.owners is None:
+            return torch.cat([tensor.reshape(1, -1) for tensor in tensors], 1)
+        return torch.cat([owners.split(tensor) for owners, tensor in zip(self.owners, tensors, strict=True)], 1)
+
+    def join(self, entries: Tensor) -> list[Tensor]:
+        """The tensors whose `split` are ``entries [N, E]``."""
+        if self.owners is None:
+            parts = entries.split(self.sizes, 1)
+            return [part.reshape(like.shape).to(like.dtype) for part, like in zip(parts, self.likes, strict=True)]
+        parts = entries.split(self.sizes, 1)
+        return [
+            owners.join(part.to(like.dtype), like.shape)
+            for owners, part, like in zip(self.owners, parts, self.likes, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the entries of a sample fall into blocks that have no second derivatives in common.
+
+    Entries ``[N, E]`` are ``[N, outer, size, inner]``; a block is one place on the outer and the inner axis.
+    """
+
+    outer: int
+    size: int
+    inner: int = 1
+
+    def split(self, entries: Tensor) -> Tensor:
+        """``[N, E]`` to ``[N, blocks, size]``."""
+        parts = entries.reshape(len(entries), self.outer, self.size, self.inner)
+        return parts.transpose(2, 3).reshape(len(entries), self.outer * self.inner, self.size)
+
+    def join(self, blocks: Tensor) -> Tensor:
+        """Back to ``[N, E]``."""
+        parts = blocks.reshape(len(blocks), self.outer, self.inner, self.size)
+        return parts.transpose(2, 3).reshape(len(blocks), self.outer * self.size * self.inner)
+
+
+@dataclass
+class Quadratic(LossPart):
+    r"""The quadratic expansion of a loss around outputs f of a network: H = V Λ₊ Vᵀ per sample.
 
     With the eigenvalues :math:`\nabla_f^2 \ell_n = V \Lambda V^\top` the GGN takes the positive part Λ₊, the closest
     positive semi-definite matrix; for a loss that is convex in f that is the Hessian itself. There is no model to draw
     targets from: samples are V √Λ₊ ε with standard normal ε, whose expected outer product is H.
 
-    Cost: one differentiation of the loss (not of the network) per output entry E of a sample, N·E² numbers of memory.
+    Several outputs are one vector f, and what lies below one of them is held fixed when another is moved. Where entries
+    of a sample have no second derivatives in common (the pixels of a sum over pixels, the tokens of a sum over tokens)
+    H falls into blocks, which is found out by products with weighted vectors.
+
+    Cost: one differentiation of the loss (not of the network) per entry of a block, and at most six more; N·E·B numbers
+    of memory for E output entries of a sample in blocks of B. Samples of blocks of more than `LARGE` entries take
+    `STEPS` differentiations and as many vectors, see `root_product`.
 
     Attributes:
+        edges: Where the outputs are in the graph.
+        likes: Tensors of their shapes, types and devices.
+        owners: Which sample owns each row of them.
         root: The root of the backward pass.
         seed: The gradient it starts with.
-        edge: Where f is in the graph.
-        like: A tensor of f's shape, type and device.
-        owners: Which sample owns each row of f.
+        others: Nodes below which nothing belongs to this part: other parts of the loss, and the network.
+        separate: Whether samples must not meet; else a loss in which they do is one function of the whole batch.
+        chosen: Whether the user says that this is the output.
     """
 
+    edges: Sequence[GradientEdge]
+    likes: Sequence[Tensor]
+    owners: Sequence[Owners]
     root: Tensor
     seed: Tensor
-    edge: GradientEdge
-    like: Tensor
-    owners: Owners
+    others: Sequence[Node] = ()
+    separate: bool = True
+    chosen: bool = False
 
-    def columns(self, owners: Owners) -> Iterator[Tensor]:
+    @property
+    def flat(self) -> bool:
+        return not bool(self._trial[1].any())
+
+    def columns(self, complete: bool) -> Iterator[list[Tensor]]:
         """√λ₊ times every eigenvector of a sample."""
-        values, vectors = self.eigen
-        if not bool(values.any()):
+        values, vectors = self._eigen
+        if self.chosen and self.flat:
             warnings.warn(
-                f"The GGN is zero: the loss is linear in `output` of shape {tuple(self.like.shape)}. Choose an output "
-                "further down, for example the logits below a log-softmax.",
+                "The GGN is zero: the loss is linear in `output` of shape "
+                f"{tuple(self.likes[0].shape)}. Choose an output further down, for example the logits below a "
+                "log-softmax.",
                 stacklevel=2,
             )
-        roots = vectors * values.clamp(min=0).sqrt().unsqueeze(1)
-        yield from (self._joined(column) for column in roots.unbind(-1))
+        values = values.clamp(min=0)
+        return (self._column(values, vectors, block, k) for block, k in _used(values, complete))
 
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """V √Λ₊ ε."""
-        values, vectors = self.eigen
+    def sample(self, generator: torch.Generator) -> list[Tensor]:
+        """V √Λ₊ ε; of blocks too large to be decomposed by products with the Hessian."""
+        rows, blocks = self._layout
+        if blocks.size > LARGE and "_eigen" not in self.__dict__:
+            noise = torch.empty_like(blocks.split(rows.split(self.likes))).normal_(generator=generator)
+            return self._joined(root_product(self._times_blocks, noise, STEPS))
+        values, vectors = self._eigen
         noise = torch.empty_like(values).normal_(generator=generator)
-        return self._joined(torch.einsum("nek,nk->ne", vectors, values.clamp(min=0).sqrt() * noise))
+        return self._joined(_product(vectors, values.clamp(min=0).sqrt() * noise))
 
-    def product(self, v: Tensor) -> Tensor:
+    def multiplication(self) -> Multiplication:
         """V Λ₊ Vᵀ v."""
-        values, vectors = self.eigen
-        along = torch.einsum("nek,ne->nk", vectors, self._split(v))
-        return self._joined(torch.einsum("nek,nk->ne", vectors, values.clamp(min=0) * along))
+        values, basis = self._eigen
+        return partial(_positive_part, *self._layout, values.clamp(min=0), basis)
 
-    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def signed_columns(self, fewest: bool) -> Iterator[Signed]:
         """√|λ| times every eigenvector of a sample, with the signs of λ."""
-        values, vectors = self.eigen
-        roots = vectors * values.abs().sqrt().unsqueeze(1)
-        for column, value in zip(roots.unbind(-1), values.unbind(-1), strict=True):
-            yield self._joined(column), signs_of(value)
+        values, vectors = self._eigen
+        for block, k in _used(values, not fewest):
+            yield self._column(values.abs(), vectors, block, k), signs_of(values[:, block, k])
+
+    def _column(self, values: Tensor, vectors: Tensor, block: int, k: int) -> list[Tensor]:
+        column = torch.zeros_like(values)
+        column[:, block] = vectors[:, block, :, k] * values[:, block, k].sqrt().unsqueeze(1)
+        return self._joined(column)
+
+    def _joined(self, entries: Tensor) -> list[Tensor]:
+        rows, blocks = self._layout
+        return rows.join(blocks.join(entries))
 
     @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Λ ``[N, E]`` and V ``[N, E, E]`` of every sample's Hessian."""
-        return eigh(self._hessian().to(_precise(self.like.dtype)))
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
+        hessian = self._hessian()
+        self.__dict__.pop("_gradients", None)
+        hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))  # eigh takes no half precision
+        if hessian.shape[-1] == 1:
+            return hessian[..., 0], torch.ones_like(hessian)
+        broken = ~hessian.isfinite().all(-1).all(-1)  # of a diverging network, which no decomposition takes
+        values, vectors = eigh(hessian.masked_fill(broken[..., None, None], 0))
+        return values.masked_fill(broken[..., None], torch.nan), vectors
 
     def _hessian(self) -> Tensor:
-        """``[N, E, E]``, one differentiation per entry, all samples at once."""
-        unit = self._split(torch.zeros_like(self.like))
-        trial = self._split(torch.linspace(1, 2, self.like.numel()).to(self.like).reshape(self.like.shape))
-        with torch.enable_grad():
-            try:
-                g = self._gradient()
-                rows = [self._derivative(g, unit.index_fill(1, e, 1)) for e in torch.arange(unit.shape[1])]
-                image = self._derivative(g, trial)
-            except RuntimeError as error:
-                raise UnsupportedError(
-                    f"`output=` needs a loss that can be differentiated twice, found one that cannot: {error}"
-                ) from error
-        hessian = torch.stack(rows, 1) if rows else unit.new_zeros(self.owners.count, 0, 0)
-        self._refuse_coupled(torch.einsum("nef,nf->ne", hessian, trial), image)
+        """``[N, blocks, B, B]``, one differentiation per entry of a block, all blocks and samples at once."""
+        rows, blocks = self._layout
+        if blocks.size > MOST:
+            raise UnsupportedError(
+                f"The exact curvature of a loss that torch has no function for takes a matrix of {blocks.size} x "
+                f"{blocks.size} numbers for outputs that have second derivatives in common; at most {MOST} are taken. "
+                "Use Monte-Carlo quantities (`DiagGGNMC`, `KFAC`), which take none, or `HMP`."
+            )
+        unit = blocks.split(torch.zeros_like(rows.split(self.likes)))
+        places = torch.arange(unit.shape[2], device=unit.device)
+        found = [self._times_blocks(unit.index_fill(2, e, 1)) for e in places]
+        hessian = torch.stack(found, 2) if found else unit[..., None]
         return (hessian + hessian.mT) / 2
 
-    def _gradient(self) -> Tensor:
-        """The gradient at f with a graph of its own."""
-        seed = self.seed.detach().clone().requires_grad_()
-        with unheard(), differentiable(fused([self.root])):
-            (g,) = torch.autograd.grad(self.root, [self.edge], seed, create_graph=True)
-        # torch drops the graph of `once_differentiable` functions silently; g is linear in the seed where it is whole
-        size = g.detach().square().sum()
-        (share,) = torch.autograd.grad(g, [seed], g.detach(), retain_graph=True, materialize_grads=True)
-        if not torch.allclose((share * self.seed).sum(), size, rtol=1e3 * torch.finfo(g.dtype).eps, atol=0):
-            raise RuntimeError("the backward function of one of its ops leaves no graph.")
-        return g
+    def _times_blocks(self, direction: Tensor) -> Tensor:
+        """The Hessian times a direction, both ``[N, blocks, B]``."""
+        rows, blocks = self._layout
+        return blocks.split(self._times(rows, blocks.join(direction)))
 
-    def _derivative(self, g: Tensor, direction: Tensor) -> Tensor:
-        """The Hessian of all samples jointly times a direction ``[N, E]``."""
-        (image,) = torch.autograd.grad(g, [self.edge], self._joined(direction), retain_graph=True, allow_unused=True)
-        return torch.zeros_like(direction) if image is None else self._split(image)
+    @cached_property
+    def _rows(self) -> Rows:
+        return Rows(self.likes, self.owners)
 
-    @staticmethod
-    def _refuse_coupled(separate: Tensor, joint: Tensor) -> None:
-        tolerance = 1e3 * torch.finfo(joint.dtype).eps * float(joint.abs().max() if joint.numel() else 0)
-        if not torch.allclose(separate, joint, rtol=0, atol=tolerance):
+    @cached_property
+    def _trial(self) -> tuple[Tensor, Tensor]:
+        """A direction that no structure annihilates, and its image: zero only where the Hessian is."""
+        if any(like.is_complex() for like in self.likes):
             raise UnsupportedError(
-                "`output=` needs a loss that treats the samples of a batch separately, found one whose second "
-                "derivatives mix them (statistics over the batch, a contrastive loss, a batch axis other than 0?)."
+                "Expected real numbers at the outputs of the network, found complex ones. Let the last op with "
+                "parameters return real and imaginary parts (`torch.view_as_real`), or use `HMP`."
+            )
+        zeros = self._rows.split(self.likes)
+        trial = zeros + 1 + golden(zeros.numel()).reshape(zeros.shape).to(zeros)
+        return trial, self._times(self._rows, trial)
+
+    @cached_property
+    def _layout(self) -> tuple[Rows, Blocks]:
+        """The smallest blocks that have no second derivatives in common.
+
+        Raises:
+            UnsupportedError: Second derivatives mix the samples, and they must be separate.
+        """
+        rows, (trial, image) = self._rows, self._trial
+        # of rounding: relative to the image, and larger where much cancels, as in a confident softmax
+        noise = 10 * (self._times(rows, 1.1 * trial) / 1.1 - image).abs()
+        noise = noise + 100 * torch.finfo(image.dtype).eps * image.abs()
+        whole = Blocks(1, trial.shape[1])
+        for blocks in self._candidates(trial.shape[1]):
+            if self._apart(rows, blocks, trial, image, noise.amax(1, keepdim=True)):
+                return rows, blocks
+        verified = self.separate and not self.chosen
+        if verified or not noise.numel() or self._apart(rows, whole, trial, image, 10 * noise.amax()):
+            return rows, whole
+        if self.separate:
+            raise UnsupportedError(
+                "Expected a loss that treats the samples of a batch separately, found one whose second derivatives mix "
+                "them (statistics over the batch, a contrastive loss, a batch axis other than 0?). Use `GGNMP` or "
+                "`HMP`, which need no samples."
+            )
+        return Rows(self.likes, None), Blocks(1, sum(like.numel() for like in self.likes))
+
+    def _apart(self, rows: Rows, blocks: Blocks, trial: Tensor, image: Tensor, tolerance: Tensor) -> bool:
+        """Whether H maps a direction with a weight per block to the image with the same weights, or to NaN."""
+        shape = blocks.split(trial).shape
+        weights = golden(shape[0] * shape[1]).reshape(*shape[:2], 1).to(trial).expand(shape)
+        weights = blocks.join(weights)
+        return not bool(((self._times(rows, weights * trial) - weights * image).abs() > tolerance).any())
+
+    def _candidates(self, entries: int) -> list[Blocks]:
+        """Ways in which the entries of a sample may fall into blocks, the smallest first."""
+        found = [Blocks(entries, 1)]
+        if len(self.likes) == 1:
+            shape, owners = self.likes[0].shape, getattr(self.owners[0], "whole", self.owners[0])
+            taken = {owners.axis} if isinstance(owners, BatchAxis) else {0}
+            taken = set(owners.axes) if isinstance(owners, RowOwners) else taken
+            if len(shape) > 1 and len(shape) - 1 not in taken and shape[-1]:
+                found.append(Blocks(entries // shape[-1], shape[-1]))
+            if len(shape) > 2 and taken == {0} and shape[1:].numel():
+                inner = shape[2:].numel()
+                found.append(Blocks(entries // (shape[1] * inner), shape[1], inner))
+        return sorted((blocks for blocks in found if 0 < blocks.size < entries), key=lambda blocks: blocks.size)
+
+    def _times(self, rows: Rows, direction: Tensor) -> Tensor:
+        """The Hessian of all samples jointly times a direction, both as entries ``[N, E]``."""
+        vectors, gradients = rows.join(direction), self._gradients
+        if not gradients:
+            return torch.zeros_like(direction)
+        outputs, seeds = [g for _, g in gradients], [vectors[i] for i, _ in gradients]
+        with torch.enable_grad(), unheard(), nothing_below(self.others), differentiating_loss():
+            found = torch.autograd.grad(outputs, self.edges, seeds, retain_graph=True, allow_unused=True)
+        images = [torch.zeros_like(v) if image is None else image for image, v in zip(found, vectors, strict=True)]
+        return rows.split(images)
+
+    @cached_property
+    def _gradients(self) -> list[tuple[int, Tensor]]:
+        """The gradient at every output that this part depends on, with a graph of its own."""
+        seed = self.seed.detach().clone().requires_grad_()
+        with (
+            torch.enable_grad(),
+            unheard(),
+            nothing_below(self.others),
+            differentiating_loss(),
+            differentiable(fused([self.root])),
+        ):
+            found = torch.autograd.grad(self.root, self.edges, seed, create_graph=True, allow_unused=True)
+        gradients = [(i, g) for i, g in enumerate(found) if g is not None]
+        if gradients:
+            self._refuse_lost([g for _, g in gradients], seed)
+        return [(i, g) for i, g in gradients if g.requires_grad]
+
+    def _refuse_lost(self, gradients: Sequence[Tensor], seed: Tensor) -> None:
+        """Raise where torch has dropped the graph of a ``once_differentiable`` function, which it does silently.
+
+        Gradients are linear in the seed where their graph is whole.
+        """
+        size = torch.stack([g.detach().double().square().sum() for g in gradients]).sum()
+        whole = [g for g in gradients if g.requires_grad]
+
+        def found(scale: float) -> Tensor:
+            """The same size by the graph, if it is whole; other factors have other rounding errors."""
+            directions = [scale * g.detach() for g in whole]
+            with differentiating_loss():
+                (share,) = torch.autograd.grad(whole, [seed], directions, retain_graph=True, materialize_grads=True)
+            return (share * self.seed).double().sum() / scale
+
+        first, second = (found(1.0), found(1.1)) if whole else (0 * size, 0 * size)
+        eps = max(torch.finfo(g.dtype).eps for g in [seed, *gradients])
+        if bool((first - size).abs() > 1e3 * eps * size + 100 * (first - second).abs()):
+            raise NoSecondDerivativeError(
+                "Expected a loss that can be differentiated twice at the outputs of the network, found one with an op "
+                "whose backward function leaves no graph. First-order quantities work with any loss."
             )
 
-    def _split(self, tensor: Tensor) -> Tensor:
-        return self.owners.split(tensor)
 
-    def _joined(self, entries: Tensor) -> Tensor:
-        return self.owners.join(entries.to(self.like.dtype), self.like.shape)
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)  # eigh takes no half precision
+def _positive_part(
+    rows: Rows, blocks: Blocks, values: Tensor, basis: Tensor, vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    along = torch.einsum("nbek,nbe->nbk", basis, blocks.split(rows.split(vectors)).to(basis.dtype))
+    return rows.join(blocks.join(_product(basis, values * along)))
 
 
-def by_autograd(
-    scale: Tensor, input: Tensor, root: Tensor, edge: GradientEdge, owners: Owners | None = None
-) -> Quadratic:
-    """The loss ``root`` as a function of the output at ``edge``, where no closed form is known."""
-    return Quadratic(root, scale, edge, input, owners or BatchAxis(1))
+def _product(basis: Tensor, along: Tensor) -> Tensor:
+    return torch.einsum("nbek,nbk->nbe", basis, along)
 
 
-LOSSES[by_autograd] = by_autograd
+def _used(values: Tensor, complete: bool) -> list[tuple[int, int]]:
+    """Block and number of the eigenvalues ``[N, blocks, B]`` that are not zero up to rounding in all samples.
+
+    At least one, if there are any, so that parameters get zeros and not nothing.
+    """
+    if complete or not values.numel():
+        every = torch.ones(values.shape[1:], dtype=torch.bool)
+    else:
+        magnitudes = values.abs()
+        threshold = torch.finfo(values.dtype).eps * values.shape[2] * magnitudes.amax(2, keepdim=True)
+        every = ~(magnitudes <= threshold).all(0)  # NaN too
+    return [(block, k) for block, k in every.nonzero().tolist()] or [(0, 0)][: every.numel()]

@@ -26,6 +26,8 @@ SMALLEST = 1e-12  # variance of a bit that is divided by, as in torch
 class Likelihood(ABC):
     """The curvature of a loss at its input ``f``, the weight of every entry or row included."""
 
+    flat = False  # whether H is zero whatever the numbers are
+
     @abstractmethod
     def columns(self, owners: Owners) -> Iterator[Tensor]:
         """Columns S, each of the input's shape, with Σ S[n] S[n]ᵀ = H_n for every sample n.
@@ -142,6 +144,12 @@ class Gaussian(_Independent):
     def sample(self, generator: torch.Generator) -> Tensor:
         """√(2 w) ε with standard normal ε."""
         return root_of(self.diagonal) * torch.empty_like(self.weight).normal_(generator=generator)
+
+
+class PiecewiseLinear(Gaussian):
+    """Absolute errors and their kind: H = 0 almost everywhere."""
+
+    flat = True
 
 
 class Variance(Gaussian):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_curv.losses.likelihoods import Gaussian, Poisson, Variance
+from lightning_curv.losses.likelihoods import Gaussian, PiecewiseLinear, Poisson, Variance
 from lightning_curv.losses.reduction import full, reduced, reduction_of, same_shape
 from lightning_curv.losses.registry import loss
 
@@ -36,10 +36,10 @@ def l1_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
     weight: Tensor | None = None,
-) -> Gaussian:
+) -> PiecewiseLinear:
     """Absolute error: its second derivative, and the GGN with it, is zero almost everywhere."""
     same_shape("l1_loss", input, target)
-    return Gaussian(torch.zeros_like(input))
+    return PiecewiseLinear(torch.zeros_like(input))
 
 
 @loss(F.smooth_l1_loss)
