@@ -75,7 +75,8 @@ class CurvatureCallback(Callback):
     What is there by default and cannot be computed for a model is left out, with one warning before the first step.
     Where samples influence each other (BatchNorm in training mode, a contrastive loss) or have no rows of their own,
     variance, signal and noise scale come from the gradients of micro-batches and processes, if there are several
-    (`accumulate_grad_batches`, several devices), and the GGN trace from products. `preview` tells it before a run.
+    (`accumulate_grad_batches`, several devices), and the GGN trace is that of the whole batch. `preview` tells it
+    before a run.
 
     $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss reduction, gradient
     accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates; eigenvalues are

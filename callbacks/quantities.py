@@ -37,7 +37,7 @@ from lightning_curv.callbacks.sketch import quantiles
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.noise import GradientJacobian, GradientSum
-from lightning_curv.extensions.spectrum import GGNTraceByProducts, GGNTraceExact, HessianTraceMC, MaxEigenvalue
+from lightning_curv.extensions.spectrum import GGNTraceExact, GGNTraceJointMC, HessianTraceMC, MaxEigenvalue
 from lightning_curv.metrics import functional
 
 EPS = 1e-7  # damping of the inverse curvature in the TIC, Cockpit's
@@ -49,7 +49,7 @@ FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
     "jacobian_grad": lambda _: GradientJacobian(),
     "grad_sum": lambda _: GradientSum(),
     "ggn_trace_mc": GGNTraceMC,
-    "ggn_trace_products": GGNTraceByProducts,
+    "ggn_trace_joint_mc": GGNTraceJointMC,
     "diag_ggn_mc": DiagGGNMC,
     "ggn_trace_exact": lambda _: GGNTraceExact(),
     "hessian_trace_mc": HessianTraceMC,
@@ -217,13 +217,13 @@ _of_the_course("noise_scale")
 _of_the_course("suggested_batch_size")
 
 
-@_quantity("ggn_trace_mc", instead=("ggn_trace_products",))
+@_quantity("ggn_trace_mc", instead=("ggn_trace_joint_mc",))
 def ggn_trace(m: Measurement) -> float:
     """Trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate. Dangel et al., *BackPACK*, ICLR 2020.
 
-    Where samples influence each other, Hutchinson's estimator with products: `GGNTraceByProducts`.
+    Where samples influence each other, that of the network as a function of the whole batch: `GGNTraceJointMC`.
     """
-    return m.first_of("ggn_trace_mc", "ggn_trace_products")
+    return m.first_of("ggn_trace_mc", "ggn_trace_joint_mc")
 
 
 @_quantity("ggn_trace_exact")

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from lightning_curv.callbacks.parts import PARTS
 from lightning_curv.callbacks.quantities import Quantity
 
-PATHS = {PARTS: "from micro-batches", "ggn_trace_products": "by products"}  # other than the first one
+PATHS = {PARTS: "from micro-batches", "ggn_trace_joint_mc": "of the whole batch"}  # other than the first one
 # What errors advise to those who call `curvature`, for those who have a Trainer.
 ADVICE = (
     (r",? inside `curvature\(\.\.\.\)` or `record\(\)` or as an extended module", " in `training_step`"),

@@ -39,7 +39,7 @@ def test_other_paths_and_what_is_not_to_be_had_are_named(kind):
     rows, _ = preview(kind)
     assert rows["sample_norms"].path == "not"
     assert rows["noise_scale"].path == "from micro-batches, if there are several"
-    assert rows["ggn_trace"].path == "by products"
+    assert rows["ggn_trace"].path == "of the whole batch"
     assert all("influence each other" in rows[name].reason for name in ("sample_norms", "noise_scale", "ggn_trace"))
     assert rows["ggn_trace"].price > 0
 
@@ -86,7 +86,7 @@ def test_the_doctor_prints_versions_and_the_table():
     result = doctor("kinds:Normed", "--batch", "kinds:normed_batch")
     assert not result.returncode, result.stderr
     assert f"torch {torch.__version__}" in result.stdout
-    assert "by products" in result.stdout
+    assert "of the whole batch" in result.stdout
 
 
 def test_the_doctor_says_what_is_missing():

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_curv.errors import differentiating_twice
 from lightning_curv.extensions.base import Exact, Extension, GraphExtension
@@ -15,8 +16,6 @@ from lightning_curv.jacobian import Jacobian
 from lightning_curv.matmul import fast_products
 from lightning_curv.own_passes import unheard
 from lightning_curv.passes import Passes
-
-PRODUCTS = {"hessian": hessian_product, "ggn": ggn_product}
 
 
 class GGNTraceExact(Extension):
@@ -49,7 +48,6 @@ class HessianTraceMC(GraphExtension):
     independent = False
     needs_samples = False
     needs_likelihood = False
-    matrix: Literal["hessian", "ggn"] = "hessian"
 
     def __init__(self, mc_samples: int = 1) -> None:
         self.mc_samples = mc_samples
@@ -59,7 +57,7 @@ class HessianTraceMC(GraphExtension):
         params = all_parameters(passes)
         totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
         with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
-            product = PRODUCTS[self.matrix](passes, params)
+            product = hessian_product(passes, params)
             for _ in range(self.mc_samples):
                 signs = [torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1) for p in params]
                 for p, v, image in zip(params, signs, product(signs), strict=True):
@@ -67,20 +65,39 @@ class HessianTraceMC(GraphExtension):
         return totals
 
 
-class GGNTraceByProducts(HessianTraceMC):
-    """The same estimate for the GGN, in ``ggn_trace_products``, a scalar.
+class GGNTraceJointMC(GraphExtension):
+    r"""Estimate of the trace of the parameter's GGN block from whole batches, in ``ggn_trace_joint_mc``, a scalar.
 
-    It takes no samples apart, so that they may influence each other (BatchNorm, a contrastive loss): the GGN is then
-    that of the network as a function of the whole batch. Where they do not, `GGNTraceMC` varies less and costs less.
+    :math:`\frac1M \sum_m \|J^\top s_m\|^2` with the Jacobian J of all outputs of the batch and random :math:`s_m` with
+    :math:`E\,s s^\top = H`. No samples are taken apart, so that they may influence each other (BatchNorm, a contrastive
+    loss): the GGN is then that of the network as a function of the batch. Where they do not, `GGNTraceMC` varies less.
 
     Args:
-        mc_samples: M; each costs two backward passes, beside one with a graph.
+        mc_samples: M; each costs one backward pass.
     """
 
-    savefield = "ggn_trace_products"
-    needs_likelihood = True
+    savefield = "ggn_trace_joint_mc"
+    independent = False
+    needs_samples = False
     batchwise = True
-    matrix = "ggn"
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self.mc_samples = mc_samples
+
+    def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
+        """One number per parameter."""
+        params = all_parameters(passes)
+        edges = [get_gradient_edge(p) for p in params]
+        totals = {
+            p: torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for p in params
+        }
+        for part in passes.parts:
+            for _ in range(self.mc_samples):
+                found = passes.backward(part.edges, edges, part.sample(passes.generator))
+                for p, gradient in zip(params, found, strict=True):
+                    if gradient is not None:
+                        totals[p] += gradient.to(totals[p]).square().sum() / self.mc_samples
+        return totals
 
 
 class MaxEigenvalue(GraphExtension):
@@ -125,7 +142,7 @@ class MaxEigenvalue(GraphExtension):
             for p in params
         ]
         with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
-            product = PRODUCTS[self.matrix](passes, params)
+            product = (hessian_product if self.matrix == "hessian" else ggn_product)(passes, params)
             value = largest_eigenvalue(product, start, self.products, self.tolerance)
         return {p: passes.seed.new_tensor(value) for p in params}
 
