@@ -514,7 +514,8 @@ class CurvatureCallback(Callback):
             error: why they cannot be computed.
             off: all that cannot be.
         """
-        lost = [q.name for q in self._quantities if {q.name, *q.fields} & {*what} and q.path(off) is None]
+        touched = [q for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}]
+        lost = [quantity.name for quantity in touched if quantity.path(off) is None]
         extensions = [repr(extension) for extension in self.extensions if extension.savefield in what]
         asked = [*(name for name in lost if name in self._named), *extensions]
         if isinstance(error, SampleCountError):  # the user gave it
@@ -525,7 +526,7 @@ class CurvatureCallback(Callback):
 
     def _leave_out(self, what: Collection[str], error: Exception) -> None:
         """What fails in the course of the run, for whatever reason, is not logged in the rest of it, or stops it."""
-        failed = {q.name for q in self._quantities if {q.name, *q.fields} & {*what}} | {*what}
+        failed = {q.name for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}} | {*what}
         off = {**self._off, **{name: error for name in failed if name not in self._off}}
         new = [name for name in self._lost(failed, error, off) if name not in self._off]
         if new:

@@ -110,6 +110,7 @@ class Observation:
         fields = {extension.savefield for extension in self.supplied}
         logged = [e for e in self.logged if e.savefield not in fields]
         extensions = [*self.supplied, *logged]
+        check = check and not all(map(_draws, extensions))  # of gradients, if there are any
         cap = None
         if self._max_samples is not None and self._subsets is not None:
             cap = Cap(self._max_samples, logged, self._subsets)
