@@ -10,21 +10,21 @@ from lightning_curv.callbacks.quantities import Quantity
 
 PATHS = {PARTS: "from micro-batches", "ggn_trace_joint_mc": "of the whole batch"}  # other than the first one
 # What errors advise to those who call `curvature`, for those who have a Trainer.
-ADVICE = (
-    (r",? inside `curvature\(\.\.\.\)` or `record\(\)` or as an extended module", " in `training_step`"),
-    (r"`curvature\(\.\.\., output=\.\.\.\)`", '`CurvatureCallback(output="name of the module")`'),
-    (r"Run the forward pass inside `curvature\(\.\.\.\)` or `record\(\)`, or `extend` the model\.",
-     "Run the forward pass inside `training_step`."),
-    (r"[Pp]ass `batch_size=`(?! of)", "Pass `CurvatureCallback(batch_size=)`"),
-)  # fmt: skip
+INSIDE = "inside `training_step`"
+ADVICE = {
+    "inside `curvature(...)` or `record()`, or `extend` the model": INSIDE,
+    "inside `curvature(..., output=module)` or `record(output=module)`, or `extend` the module": INSIDE,
+    "outside of `curvature(...)`, run it inside or `extend` the model": "outside of `training_step`, run it inside",
+    "`curvature(..., output=...)`": "`output=`",
+}
 
 
 def for_trainers(error: Exception) -> str:
     """The text of an error, with what to do in terms of the callback."""
     text = str(error) or type(error).__name__
-    for advice, own in ADVICE:
-        text = re.sub(advice, own, text)
-    return text
+    for advice, own in ADVICE.items():
+        text = text.replace(advice, own)
+    return re.sub(r"`(batch_size|output)=`", r"`CurvatureCallback(\1=)`", text)
 
 
 def in_short(error: Exception) -> str:

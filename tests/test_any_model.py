@@ -1,7 +1,9 @@
 """`CurvatureCallback()` on models that nobody prepared: it runs, logs right values only, and says one sentence."""
 
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -11,6 +13,7 @@ from monitoring import NORMS, assert_nothing_left_behind, assert_same_parameters
 from torch import nn
 from torch.utils.data.distributed import DistributedSampler
 
+import lightning_curv
 from lightning_curv import CurvatureCallback
 from lightning_curv.callbacks import report
 from lightning_curv.callbacks.measurement import Measurement
@@ -252,10 +255,31 @@ def test_a_formula_that_fails_is_left_out_alone(monkeypatch):
     assert "grad_signal" not in values.rows[-1]
 
 
-def test_advice_is_for_those_who_have_a_trainer():
-    error = UnsupportedError("Say where it ends, `curvature(..., output=...)`. Pass `batch_size=` to tell.")
-    assert "curvature(..." not in for_trainers(error)
-    assert 'CurvatureCallback(output="name of the module")' in for_trainers(error)
-    assert str(for_optimizers(error)) == for_trainers(error)
+ADVICE = [
+    "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model.",
+    "Run the forward pass inside `curvature(..., output=module)` or `record(output=module)`, or `extend` the module;",
+    "outside of `curvature(...)`, run it inside or `extend` the model. Else pass `batch_size=`.",
+    "Pass `batch_size=` if their number is another one.",
+    "Leave `output=` out: all outputs are then found.",
+]
+
+
+@pytest.mark.parametrize("advice", ADVICE)
+def test_advice_is_for_those_who_have_a_trainer(advice):
+    text = for_trainers(UnsupportedError(f"Expected one, found another. {advice}"))
+    assert text != advice
+    assert not re.search(r"`curvature\(|record\(|extend|(?<!\()`batch_size=|`output=", text)
+    assert re.search(r"`training_step`|`CurvatureCallback\((batch_size|output)=", text)
+    assert str(for_optimizers(UnsupportedError(advice))) == for_trainers(UnsupportedError(advice))
+
+
+@pytest.mark.parametrize("advice", ADVICE)
+def test_that_is_what_the_engine_says(advice):
+    files = sorted(Path(lightning_curv.__file__).parent.rglob("*.py"))
+    texts = [re.sub(r'"\s+f?"', "", file.read_text()) for file in files]
+    assert any(advice in text for text in texts)
+
+
+def test_other_errors_of_optimizers_are_not_changed():
     memory = torch.OutOfMemoryError("out of memory")
     assert for_optimizers(memory) is memory
