@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback
-from lightning_curv.callbacks.publish import HELD
-from lightning_curv.callbacks.quantities import DEFAULT, SPACING
+from lightning_curv.callbacks.monitoring.publish import HELD
+from lightning_curv.callbacks.monitoring.quantities import DEFAULT, SPACING
 
 NETS = {
     f"{NETWORKS[name].title}, N = {NETWORKS[name].samples}": NETWORKS[name] for name in ("mlp", "3c3d", "transformer")

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_curv import Extension, curvature
-from lightning_curv.jacobian import Jacobian
-from lightning_curv.matmul import mm
-from lightning_curv.memory import empty
-from lightning_curv.pieces import Matrices
+from lightning_curv.kernels.huge_pages import empty
+from lightning_curv.kernels.onednn import mm
+from lightning_curv.terms.chunks import Matrices
+from lightning_curv.terms.jacobian import Jacobian
 
 QUANTITIES = ("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance", "DiagGGNMC", "KFAC", "DiagGGNExact")
 

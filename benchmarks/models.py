@@ -91,7 +91,9 @@ def _name(network: Network, samples: int) -> str:
 def _missing(package: str) -> str:
     """Why a package cannot be imported; empty if it can."""
     try:
-        import_module(package)
+        module = import_module(package)
+        if package == "transformers":
+            module.PreTrainedModel  # noqa: B018 (imports what every model needs, which takes longer than a network may)
     except Exception as error:  # what it needs itself may be missing, or not fit
         return f"{type(error).__name__}: {error}"
     return ""

@@ -16,15 +16,16 @@ from networks import POSITIONS, VOCABULARY, mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_curv import memory, record
+from lightning_curv import record
+from lightning_curv.kernels import huge_pages
+from lightning_curv.kernels.onednn import fast_products, mm, one_by_one
+from lightning_curv.kernels.symmetric import gram
 from lightning_curv.losses.categorical import Categorical
-from lightning_curv.matmul import fast_products, mm, one_by_one
-from lightning_curv.passes import apply_rule
-from lightning_curv.pieces import CHUNK_BYTES
-from lightning_curv.records import marks
+from lightning_curv.passes.passes import apply_rule
+from lightning_curv.recording.records import marks
 from lightning_curv.rules.convolution import patches, weight_gradient
-from lightning_curv.symmetric import gram
-from lightning_curv.terms import squares_of_columns
+from lightning_curv.terms.chunks import CHUNK_BYTES
+from lightning_curv.terms.term import squares_of_columns
 
 LAYERS = {  # N, channels, padded size, channels out, kernel
     "first of 3C3D": (64, 3, 32, 64, 5),
@@ -151,7 +152,7 @@ def moments() -> dict[str, Callable[[], object]]:
         "roots of the Hessian, 512 × 10: fewest": lambda: every(likelihood.fewest_columns(512)),
         "roots of the Hessian, 512 × 10: one per class": lambda: every(likelihood.columns(512)),
         "outer products, 256 × 512 × 784: pages of 4 KiB": lambda: g[:, :, None] * x[:, None],
-        "outer products, 256 × 512 × 784: huge pages": lambda: memory.multiply(g[:, :, None], x[:, None]),
+        "outer products, 256 × 512 × 784: huge pages": lambda: huge_pages.multiply(g[:, :, None], x[:, None]),
         "squares of 9 columns: at once": lambda: columns.square().sum(0),
         "squares of 9 columns: one after the other": lambda: squares_of_columns(columns),
         "variance of 256 × 512: torch.var": lambda: g.var(0, correction=0),

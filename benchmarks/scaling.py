@@ -26,8 +26,9 @@ from measure import Contender, compare
 from report import replace_in_page
 from torch import nn
 
-from lightning_curv import jacobian, passes
 from lightning_curv.extensions import kronecker
+from lightning_curv.passes import passes
+from lightning_curv.terms import jacobian
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"N": (16, 32, 64, 128, 256), "C": (5, 10, 20, 40, 80)}

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_curv.callbacks.import_names import Callback, MisconfigurationException
-from lightning_curv.callbacks.poisson import PoissonBatchSampler
 from lightning_curv.callbacks.privacy import PrivacyCallback
-from lightning_curv.callbacks.private_loader import with_batches
-from lightning_curv.callbacks.private_refusals import private_optimizer
-from lightning_curv.callbacks.undisturbed import undisturbed
-from lightning_curv.optimizers.audit_canaries import GradientCanaries
-from lightning_curv.optimizers.audit_report import PrivacyAudit
+from lightning_curv.callbacks.private_training.loader import with_batches
+from lightning_curv.callbacks.private_training.poisson import PoissonBatchSampler
+from lightning_curv.callbacks.private_training.refusals import private_optimizer
+from lightning_curv.callbacks.private_training.undisturbed import undisturbed
+from lightning_curv.optimizers.privacy.audit_canaries import GradientCanaries
+from lightning_curv.optimizers.privacy.audit_report import PrivacyAudit
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from lightning_curv.callbacks import recorded_step
 from lightning_curv.callbacks.import_names import Callback
-from lightning_curv.callbacks.layers import choose
-from lightning_curv.callbacks.measure import RunningNoiseScale
-from lightning_curv.callbacks.observation import (
+from lightning_curv.callbacks.monitoring.layers import choose
+from lightning_curv.callbacks.monitoring.measure import RunningNoiseScale
+from lightning_curv.callbacks.monitoring.observation import (
     AnyExtension,
     Observation,
     explained,
@@ -25,18 +25,18 @@ from lightning_curv.callbacks.observation import (
     required_extensions,
     seed_of_batch,
 )
-from lightning_curv.callbacks.parts import PARTS, PartNorms
-from lightning_curv.callbacks.preview import Preview, preview
-from lightning_curv.callbacks.prices import Budget, clock, warning_of_price
-from lightning_curv.callbacks.publish import Events, add_layout
-from lightning_curv.callbacks.quantities import FIELDS, SAMPLED, named, select
-from lightning_curv.callbacks.report import Report, warn_of_noise
+from lightning_curv.callbacks.monitoring.parts import PARTS, PartNorms
+from lightning_curv.callbacks.monitoring.preview import Preview, preview
+from lightning_curv.callbacks.monitoring.prices import Budget, clock, warning_of_price
+from lightning_curv.callbacks.monitoring.publish import Events, add_layout
+from lightning_curv.callbacks.monitoring.quantities import FIELDS, SAMPLED, named, select
+from lightning_curv.callbacks.monitoring.report import Report, warn_of_noise
+from lightning_curv.callbacks.monitoring.step_lengths import restore_monitors, show_steps
+from lightning_curv.callbacks.monitoring.support import announcement, for_trainers, reason
+from lightning_curv.callbacks.monitoring.trajectory import Trajectory
+from lightning_curv.callbacks.monitoring.window import BackwardPass, Window
 from lightning_curv.callbacks.settings import check, find_output, key_of, longest_interval, require_whole_parameters
-from lightning_curv.callbacks.step_lengths import restore_monitors, show_steps
-from lightning_curv.callbacks.support import announcement, for_trainers, reason
-from lightning_curv.callbacks.trajectory import Trajectory
 from lightning_curv.callbacks.user_batch import BatchSize
-from lightning_curv.callbacks.window import BackwardPass, Window
 from lightning_curv.errors import SampleCountError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class CurvatureCallback(Callback):
     Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``,
     ``mean_gsnr``, ``grad_diversity``, ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``,
     ``early_stopping``, ``tic_trace``, ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources
-    are in `lightning_curv.callbacks.quantities` and `lightning_curv.callbacks.trajectory`.
+    are in `lightning_curv.callbacks.monitoring.quantities` and `lightning_curv.callbacks.monitoring.trajectory`.
 
     What is there by default and cannot be computed for a model is left out, with one warning before the first step.
     Where samples influence each other (BatchNorm in training mode, a contrastive loss) or have no rows of their own,
@@ -95,10 +95,10 @@ class CurvatureCallback(Callback):
     every micro-batch and process alone, S are drawn uniformly without replacement and only these are measured. Moments,
     variances, diversity, the squares of the three tests, CABS and GGN traces are then unbiased estimates of their
     values for the whole batch; norms, their quantiles and histogram are those of the S samples; what is a ratio of
-    estimates is not unbiased (`lightning_curv.callbacks.quantities`). The gradient itself, Hessian traces and
-    eigenvalues take no samples apart and are those of the whole batch. So is all that optimizers and `extensions` ask
-    for, and with it what shares a backward pass with these. The check of the first logged step, whether the gradients
-    of the samples add up to the gradient, needs all of them and is left out.
+    estimates is not unbiased (`lightning_curv.callbacks.monitoring.quantities`). The gradient itself, Hessian traces
+    and eigenvalues take no samples apart and are those of the whole batch. So is all that optimizers and `extensions`
+    ask for, and with it what shares a backward pass with these. The check of the first logged step, whether the
+    gradients of the samples add up to the gradient, needs all of them and is left out.
 
     The parameters that training ends with are bit-identical with and without the callback: random labels are drawn from
     a generator of its own, seeded anew for every batch, so that a resumed run draws the same.

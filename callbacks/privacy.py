@@ -13,21 +13,25 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_curv.batch import Batch
-from lightning_curv.callbacks import private_logs
 from lightning_curv.callbacks.import_names import Callback, MisconfigurationException
-from lightning_curv.callbacks.private_budget import Budget
-from lightning_curv.callbacks.private_checks import Checks
-from lightning_curv.callbacks.private_loader import ConvertedSource
-from lightning_curv.callbacks.private_plan import Plan
-from lightning_curv.callbacks.private_refusals import private_optimizer, refuse_batch_statistics, refuse_trainer
-from lightning_curv.callbacks.private_summary import guarantee, summary_table
+from lightning_curv.callbacks.private_training import logs
+from lightning_curv.callbacks.private_training.budget import Budget
+from lightning_curv.callbacks.private_training.checks import Checks
+from lightning_curv.callbacks.private_training.loader import ConvertedSource
+from lightning_curv.callbacks.private_training.plan import Plan
+from lightning_curv.callbacks.private_training.refusals import (
+    private_optimizer,
+    refuse_batch_statistics,
+    refuse_trainer,
+)
+from lightning_curv.callbacks.private_training.summary import guarantee, summary_table
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
 from lightning_curv.callbacks.user_batch import describe_batch
-from lightning_curv.context import curvature
-from lightning_curv.optimizers.dp import DPOptimizer
-from lightning_curv.optimizers.privacy_accounting import METHODS, PrivacyAccountant, calibrated_noise
+from lightning_curv.engine.context import curvature
+from lightning_curv.optimizers.privacy.accounting import METHODS, PrivacyAccountant, calibrated_noise
+from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
+from lightning_curv.samples.batch import Batch
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -374,7 +378,7 @@ class PrivacyCallback(Callback):
             )
         self._check.before_step()
         if self.log_non_private:
-            self._logged = private_logs.non_private_values(private) or self._logged
+            self._logged = logs.non_private_values(private) or self._logged
         private.statistics.keep_norms = self.log_non_private
 
     def on_train_batch_end(
@@ -395,10 +399,10 @@ class PrivacyCallback(Callback):
         if not trainer.barebones:
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
             if steps % trainer.log_every_n_steps == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
-                values = {**private_logs.private_values(private_optimizer(trainer)), **self._logged}
+                values = {**logs.private_values(private_optimizer(trainer)), **self._logged}
                 if self.every_n_steps is not None:
                     values["privacy/epsilon"] = self._spent
-                private_logs.write(trainer, values, steps - 1)
+                logs.write(trainer, values, steps - 1)
 
     def _refuse_other_than_one_step(self, trainer: Trainer) -> None:
         steps = private_optimizer(trainer).steps - self._steps_before
@@ -427,7 +431,7 @@ class PrivacyCallback(Callback):
         if not trainer.barebones:
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            private_logs.write(trainer, {"privacy/epsilon": self._spent}, step)
+            logs.write(trainer, {"privacy/epsilon": self._spent}, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check.finish()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curv.recording import record
+from lightning_curv.recording.record import record
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule

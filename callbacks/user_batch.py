@@ -12,7 +12,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 
-from lightning_curv.batch import Batch
+from lightning_curv.samples.batch import Batch
 
 BatchSize = Callable[[Any], int] | int | None
 _VALUES = (Number, str, bytes, type(None), torch.dtype, torch.device)

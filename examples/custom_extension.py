@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_curv import CurvatureCallback, Extension
-from lightning_curv.jacobian import Jacobian
+from lightning_curv.terms.jacobian import Jacobian
 
 
 class Agreement(Extension):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curv import DPSGD, DPOptimizer, PrivacyCallback, privacy_audit
-from lightning_curv.callbacks.poisson import PoissonBatchSampler
+from lightning_curv.callbacks.private_training.poisson import PoissonBatchSampler
 from lightning_curv.optimizers import PrivacyAudit
 
 

@@ -20,8 +20,7 @@ from lightning_curv.source_tree import add_rooms
 
 if TYPE_CHECKING:
     from lightning_curv.callbacks import CurvatureCallback, PrivacyCallback, privacy_audit
-    from lightning_curv.context import curvature
-    from lightning_curv.extending import extend
+    from lightning_curv.engine.context import curvature
     from lightning_curv.extensions import (
         GGNMP,
         HMP,
@@ -44,7 +43,8 @@ if TYPE_CHECKING:
         Variance,
     )
     from lightning_curv.optimizers import DPSGD, DiagGGNOptimizer, DPAdam, DPOptimizer, KFACOptimizer
-    from lightning_curv.recording import disable, record
+    from lightning_curv.recording.extend import extend
+    from lightning_curv.recording.record import disable, record
     from lightning_curv.rules import rule
 
 __version__ = "0.1.0"
@@ -93,11 +93,11 @@ _ROOM = {
     "DiagGGNOptimizer": "optimizers",
     "KFACOptimizer": "optimizers",
     "PrivacyCallback": "callbacks",
-    "curvature": "context",
-    "disable": "recording",
-    "extend": "extending",
+    "curvature": "engine.context",
+    "disable": "recording.record",
+    "extend": "recording.extend",
     "privacy_audit": "callbacks",
-    "record": "recording",
+    "record": "recording.record",
     "rule": "rules",
 }
 

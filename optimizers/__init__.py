@@ -13,22 +13,28 @@ Inside Lightning `CurvatureCallback()` computes what `required_extensions` asks 
 `with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`.
 """
 
-from .audit_canaries import GradientCanaries
-from .audit_report import PrivacyAudit
-from .diag_ggn import DiagGGNOptimizer
-from .dp import DPSGD, DPAdam, DPOptimizer
-from .kfac import KFACOptimizer
-from .privacy_accounting import (
+from lightning_curv.optimizers.diag_ggn import DiagGGNOptimizer
+from lightning_curv.optimizers.kfac import KFACOptimizer
+from lightning_curv.optimizers.privacy.accounting import (
     EpochSampling,
     PoissonSampling,
     PrivacyAccountant,
     TruncatedPoissonSampling,
     calibrated_noise,
 )
-from .privacy_clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
-from .privacy_groups import PerGroupClipping
-from .privacy_schedule import ExponentialSchedule
-from .second_order import SecondOrderOptimizer
+from lightning_curv.optimizers.privacy.audit_canaries import GradientCanaries
+from lightning_curv.optimizers.privacy.audit_report import PrivacyAudit
+from lightning_curv.optimizers.privacy.clipping import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    Clipping,
+    FlatClipping,
+    PerLayerClipping,
+)
+from lightning_curv.optimizers.privacy.group_clipping import PerGroupClipping
+from lightning_curv.optimizers.privacy.optimizer import DPSGD, DPAdam, DPOptimizer
+from lightning_curv.optimizers.privacy.schedule import ExponentialSchedule
+from lightning_curv.optimizers.second_order import SecondOrderOptimizer
 
 __all__ = [
     "DPSGD",

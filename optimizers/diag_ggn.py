@@ -5,15 +5,14 @@ from typing import Literal
 from torch.optim.optimizer import ParamsT
 
 from lightning_curv.extensions import DiagGGNExact, DiagGGNMC, Extension, JacobianExact, JacobianMC
-
-from .curvature import ParamGroup
-from .diagonal import DiagonalCurvature
-from .empirical import curved
-from .levenberg_marquardt import LevenbergMarquardt
-from .schedule import Schedule
-from .second_order import SecondOrderOptimizer
-from .settings import require_choice, require_count, require_fraction, require_positive
-from .step_rules import ElementwiseClip, QuadraticModel, StepRule, TrustClip
+from lightning_curv.optimizers.curvature.base import ParamGroup
+from lightning_curv.optimizers.curvature.diagonal import DiagonalCurvature
+from lightning_curv.optimizers.curvature.empirical import curved
+from lightning_curv.optimizers.second_order import SecondOrderOptimizer
+from lightning_curv.optimizers.settings import require_choice, require_count, require_fraction, require_positive
+from lightning_curv.optimizers.step.schedule import Schedule
+from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
+from lightning_curv.optimizers.step_size.rules import ElementwiseClip, QuadraticModel, StepRule, TrustClip
 
 
 class DiagGGNOptimizer(SecondOrderOptimizer):

@@ -5,16 +5,15 @@ from typing import Literal
 from torch.optim.optimizer import ParamsT
 
 from lightning_curv.extensions import KFLR, Extension, JacobianExact, JacobianMC
-
-from .curvature import ParamGroup
-from .eigen import EigenCurvature
-from .empirical import JacobianEmpirical, curved
-from .kronecker import KroneckerCurvature
-from .levenberg_marquardt import LevenbergMarquardt
-from .schedule import Schedule
-from .second_order import SecondOrderOptimizer
-from .settings import require_choice, require_count, require_fraction, require_positive
-from .step_rules import QuadraticModel, StepRule, TrustClip
+from lightning_curv.optimizers.curvature.base import ParamGroup
+from lightning_curv.optimizers.curvature.eigenbasis import EigenCurvature
+from lightning_curv.optimizers.curvature.empirical import JacobianEmpirical, curved
+from lightning_curv.optimizers.curvature.kronecker import KroneckerCurvature
+from lightning_curv.optimizers.second_order import SecondOrderOptimizer
+from lightning_curv.optimizers.settings import require_choice, require_count, require_fraction, require_positive
+from lightning_curv.optimizers.step.schedule import Schedule
+from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
+from lightning_curv.optimizers.step_size.rules import QuadraticModel, StepRule, TrustClip
 
 
 class KFACOptimizer(SecondOrderOptimizer):

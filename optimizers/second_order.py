@@ -11,23 +11,22 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_curv.extensions import Extension, GraphExtension
-
-from .curvature import Curvature, Member, ParamGroup
-from .distributed import averaged
-from .fields import Inbox
-from .finite import finite_flags
-from .levenberg_marquardt import LevenbergMarquardt
-from .loss_limits import LossLimits
-from .measuring import MicroBatches, absorb, statistics
-from .moving import directions, move
-from .parameters import Parameters, gradient
-from .refreshing import block_damping, refresh
-from .restore import restored_state
-from .schedule import Schedule
-from .settings import require_non_negative, require_positive
-from .step_rules import QuadraticModel, Step, StepRule
-from .trial import Trial
-from .warn import warn
+from lightning_curv.optimizers.curvature.base import Curvature, Member, ParamGroup
+from lightning_curv.optimizers.curvature.fields import Inbox
+from lightning_curv.optimizers.linear_algebra.collectives import averaged
+from lightning_curv.optimizers.linear_algebra.finite import finite_flags
+from lightning_curv.optimizers.settings import require_non_negative, require_positive
+from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statistics
+from lightning_curv.optimizers.step.move import directions, move
+from lightning_curv.optimizers.step.parameters import Parameters, gradient
+from lightning_curv.optimizers.step.refresh import block_damping, refresh
+from lightning_curv.optimizers.step.restore import restored_state
+from lightning_curv.optimizers.step.schedule import Schedule
+from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
+from lightning_curv.optimizers.step_size.loss_limits import LossLimits
+from lightning_curv.optimizers.step_size.rules import QuadraticModel, Step, StepRule
+from lightning_curv.optimizers.step_size.trial import Trial
+from lightning_curv.optimizers.warn import warn
 
 SAVED = ("steps", "relative_damping", "loss_floor", "loss_size", "full_batch", "tried", "_after")
 LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss

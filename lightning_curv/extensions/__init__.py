@@ -1,7 +1,8 @@
 """Extensions: one small class per quantity, each a function of a parameter's per-sample Jacobian."""
 
 from lightning_curv.extensions.base import Differentiable, Exact, Extension, Gradient, GraphExtension, Sampled
-from lightning_curv.extensions.firstorder import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from lightning_curv.extensions.block_products import GGNMP, HMP, PCHMP
+from lightning_curv.extensions.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from lightning_curv.extensions.ggn import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -16,7 +17,6 @@ from lightning_curv.extensions.ggn import (
 from lightning_curv.extensions.hessian import BatchDiagHessian, DiagHessian
 from lightning_curv.extensions.kfra import KFRA
 from lightning_curv.extensions.kronecker import KFAC, KFLR
-from lightning_curv.extensions.products import GGNMP, HMP, PCHMP
 
 __all__ = [
     "GGNMP",

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_curv.jacobian import Jacobian
-from lightning_curv.passes import Passes
-from lightning_curv.sources import Exact, Gradient, Sampled, Source
+from lightning_curv.extensions.columns import Exact, Gradient, Sampled, Source
+from lightning_curv.passes.passes import Passes
+from lightning_curv.terms.jacobian import Jacobian
 
 __all__ = ["Exact", "Extension", "Gradient", "GraphExtension", "Sampled", "Source"]
 

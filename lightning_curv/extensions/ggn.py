@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_curv import memory
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
-from lightning_curv.jacobian import Jacobian
+from lightning_curv.kernels import huge_pages
+from lightning_curv.terms.jacobian import Jacobian
 
 
 class DiagGGNExact(Extension):
@@ -79,7 +79,7 @@ class SqrtGGNExact(Extension):
 
     def merge(self, previous: Tensor, new: Tensor, jacobian: Jacobian) -> Tensor:
         """Columns are stacked."""
-        both = memory.empty(new, len(previous) + len(new), *new.shape[1:])
+        both = huge_pages.empty(new, len(previous) + len(new), *new.shape[1:])
         return torch.cat([previous, new], out=both)
 
 
@@ -146,7 +146,7 @@ class GGNTraceMC(Extension):
 class JacobianMC(Extension):
     """The Jacobian of the Monte-Carlo columns itself, unevaluated, in ``jacobian_mc``.
 
-    A `lightning_curv.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional derivatives along d,
+    A `lightning_curv.terms.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional derivatives along d,
     ``[M, N]``, and ``(Σ_p p.jacobian_mc.dot(d_p)).square().sum()`` is dᵀGd for a direction over all parameters,
     without another backward pass. Memory: the op's inputs and cotangents until the attribute is deleted or
     overwritten. Batch statistics are taken as given, as for Kronecker factors: with BatchNorm in training mode dᵀGd is

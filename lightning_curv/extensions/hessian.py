@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_curv.extensions.base import Extension
+from lightning_curv.extensions.columns import Signed
 from lightning_curv.extensions.ggn import BatchDiagGGNExact
-from lightning_curv.jacobian import Jacobian
-from lightning_curv.sources import Signed
+from lightning_curv.terms.jacobian import Jacobian
 
 
 class DiagHessian(Extension):

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 
-from lightning_curv.dependence import Dependence
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_axes, kronecker_factor
-from lightning_curv.jacobian import Jacobian
-from lightning_curv.owners import BatchAxis, Owners, RowOwners
-from lightning_curv.passes import Passes
-from lightning_curv.probing import owners_at
-from lightning_curv.records import shape_at
-from lightning_curv.symmetric import eigh, gram
-from lightning_curv.terms import Term
+from lightning_curv.graph.dependence import Dependence
+from lightning_curv.kernels.symmetric import eigh, gram
+from lightning_curv.passes.passes import Passes
+from lightning_curv.recording.records import shape_at
+from lightning_curv.samples.probing import owners_at
+from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners
+from lightning_curv.terms.term import Term
 
 SAME = frozenset(("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"))  # J is the same in all samples of an axis
 

@@ -24,13 +24,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_curv import onehot
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
-from lightning_curv.jacobian import Jacobian
-from lightning_curv.latest import Latest
-from lightning_curv.pieces import CHUNK_BYTES
-from lightning_curv.symmetric import gram
-from lightning_curv.terms import Term
+from lightning_curv.kernels.memo import Latest
+from lightning_curv.kernels.symmetric import gram
+from lightning_curv.terms import one_hot
+from lightning_curv.terms.chunks import CHUNK_BYTES
+from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.term import Term
 
 WeightSharing = Literal["expand", "reduce"]
 Product = Callable[[Tensor], Tensor]
@@ -159,7 +159,7 @@ def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -
     """Mean over samples and positions, ``[(q), i, i]``."""
     assert term.x is not None
     if term.classes:
-        return onehot.second_moment(term, weight_sharing == "reduce")
+        return one_hot.second_moment(term, weight_sharing == "reduce")
     sizes = term.sizes()
     positions = max(1, math.prod(sizes[letter] for letter in term.inp if letter not in term.par))
     if term.lengths is not None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.errors import differentiating_twice
 from lightning_curv.extensions.base import Exact, Extension, GraphExtension
-from lightning_curv.extensions.joint import Product, all_parameters, ggn_product, hessian_product
-from lightning_curv.jacobian import Jacobian
-from lightning_curv.matmul import fast_products
-from lightning_curv.own_passes import unheard
-from lightning_curv.passes import Passes
+from lightning_curv.extensions.matvec import Product, all_parameters, ggn_product, hessian_product
+from lightning_curv.kernels.onednn import fast_products
+from lightning_curv.passes.passes import Passes
+from lightning_curv.terms.jacobian import Jacobian
 
 
 class GGNTraceExact(Extension):

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_curv.differentiation.internal_pass import nothing_below, unheard
+from lightning_curv.differentiation.twice import differentiable, fused
 from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, differentiating_loss
-from lightning_curv.joins import nothing_below
+from lightning_curv.kernels.symmetric import eigh, root_product
 from lightning_curv.losses.likelihoods import signs_of
 from lightning_curv.losses.parts import LossPart, Multiplication, Signed
-from lightning_curv.own_passes import unheard
-from lightning_curv.owners import BatchAxis, Owners, RowOwners, golden
-from lightning_curv.symmetric import eigh, root_product
-from lightning_curv.twice import differentiable, fused
+from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners, golden
 
 LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
 STEPS = 32

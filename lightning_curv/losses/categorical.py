@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.losses.likelihoods import Likelihood, drawable, nonnegative, root_of, signs_of
-from lightning_curv.owners import BatchAxis, Owners
+from lightning_curv.terms.owners import BatchAxis, Owners
 
 Roots = Callable[[Tensor, Tensor, int], Iterator[Tensor]]  # columns by row: see `_multinomial_roots`
 BLOCK_BYTES = 2**22  # of columns that are made at once

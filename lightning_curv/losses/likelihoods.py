@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.owners import Owners
+from lightning_curv.terms.owners import Owners
 
 SMALLEST = 1e-12  # variance of a bit that is divided by, as in torch
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_curv.losses.likelihoods import Likelihood
-from lightning_curv.owners import Owners
+from lightning_curv.terms.owners import Owners
 
 Signed = tuple[list[Tensor], Tensor | None]  # a column at every output, and its sign per sample
 

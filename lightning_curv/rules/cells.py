@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_curv import matmul
+from lightning_curv.kernels import onednn
 
 BLOCK_BYTES = 2**19  # of products with the weights that are worked on at once
 by_sigmoid, by_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward  # of factors and values
@@ -68,12 +68,12 @@ class Run:
 
     def back(self, products: Tensor, g: Tensor) -> Tensor:
         """Cotangents ``[V, N, P]`` of h_t: those ``[V, N, …]`` of the next step's products with W_h, and its own."""
-        return matmul.mm(products.view(-1, len(self.weights[1])), self.weights[1]).view(g.shape).add_(g)
+        return onednn.mm(products.view(-1, len(self.weights[1])), self.weights[1]).view(g.shape).add_(g)
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix`` for ``x [*, k]``."""
-    return matmul.mm(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])
+    return onednn.mm(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_curv.rules import fallback
 from lightning_curv.rules.registry import Call, rule
-from lightning_curv.terms import DIAGONAL, Term
+from lightning_curv.terms.term import DIAGONAL, Term
 
 SUMMED = "stuwabc"
 

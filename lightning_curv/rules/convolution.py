@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_curv.rules.registry import Call, rule
-from lightning_curv.terms import Adjoint, Term
+from lightning_curv.terms.term import Adjoint, Term
 
 Sizes = int | tuple[int, ...]
 Settings = tuple[tuple[int, ...], list[int], tuple[int, ...]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.rules.registry import Call, repeated, rule
-from lightning_curv.terms import DIAGONAL, Term
+from lightning_curv.terms.term import DIAGONAL, Term
 
 SUMMED = "stuwabc"
 

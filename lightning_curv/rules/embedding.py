@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.rules.registry import Call, leading_axes, rule
-from lightning_curv.terms import Term
+from lightning_curv.terms.term import Term
 
 
 @rule(F.embedding, slots=("weight",), axes=leading_axes(1), reads=lambda arguments: ("input",))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_curv.rules import contraction
 from lightning_curv.rules.registry import Call, rule
-from lightning_curv.terms import Term
+from lightning_curv.terms.term import Term
 
 
 def _rows_or_columns(call: Call, arguments: dict[str, Any]) -> list[int]:

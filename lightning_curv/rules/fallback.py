@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_curv.owners import golden
 from lightning_curv.rules import embedding
 from lightning_curv.rules.registry import Call, Rule
-from lightning_curv.terms import Term
+from lightning_curv.terms.owners import golden
+from lightning_curv.terms.term import Term
 
 
 class FallbackWarning(UserWarning):

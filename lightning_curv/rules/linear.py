@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lightning_curv.rules import contraction, elementwise, fallback
 from lightning_curv.rules.registry import Call, leading_axes, rule
-from lightning_curv.terms import Term, flatten_shared
+from lightning_curv.terms.term import Term, flatten_shared
 
 
 @rule(F.linear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input",))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_curv.rules.registry import Call, rule
-from lightning_curv.terms import Term
+from lightning_curv.terms.term import Term
 
 
 def _before_normalized(call: Call, arguments: dict[str, Any]) -> range:

@@ -22,7 +22,7 @@ from lightning_curv.rules import cells, linear, replay
 from lightning_curv.rules.joined import rows
 from lightning_curv.rules.registry import Call, rule
 from lightning_curv.rules.steps import PackedSteps, Steps
-from lightning_curv.terms import Term
+from lightning_curv.terms.term import Term
 
 LAYERS = "input hx params has_biases num_layers dropout train bidirectional batch_first"
 PACKED = "input batch_sizes hx params has_biases num_layers dropout train bidirectional"

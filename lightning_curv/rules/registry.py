@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lightning_curv.terms import Term
+    from lightning_curv.terms.term import Term
 
 RULES: dict[Callable[..., Any], Rule] = {}
 
@@ -131,7 +131,7 @@ def rule(*functions: Callable[..., Any], **attributes: Any) -> Callable[[Callabl
         >>> import torch
         >>> from torch.overrides import handle_torch_function, has_torch_function
         >>> from lightning_curv import SumGradSquared, curvature, rule
-        >>> from lightning_curv.terms import Term
+        >>> from lightning_curv.terms.term import Term
         >>> def scale(x, w):
         ...     if has_torch_function((x, w)):
         ...         return handle_torch_function(scale, (x, w), x, w)

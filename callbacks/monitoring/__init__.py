@@ -1,0 +1,1 @@
+"""From one batch to logged numbers: observed, measured, completed after the step, published."""

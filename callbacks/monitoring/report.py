@@ -1,0 +1,170 @@
+"""The numbers of one batch: measured at its optimizer steps, completed after the updates, published once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_curv.callbacks.monitoring.layers import parameters_by_layer
+from lightning_curv.callbacks.monitoring.measure import Job, RunningNoiseScale, measure
+from lightning_curv.callbacks.monitoring.measurement import Measurement
+from lightning_curv.callbacks.monitoring.parts import PARTS
+from lightning_curv.callbacks.monitoring.publish import Events, heat_map, publish
+from lightning_curv.callbacks.monitoring.quantiles import Numbers
+from lightning_curv.callbacks.monitoring.quantities import Quantity
+from lightning_curv.callbacks.monitoring.trajectory import Trajectory, distance
+from lightning_curv.callbacks.monitoring.window import Window
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+NOISE_SCALE = {"noise_scale", "suggested_batch_size"}
+
+
+class Report:
+    """Numbers of one batch.
+
+    Args:
+        quantities: what to measure.
+        chosen: layers with series of their own.
+        noise: running averages by series, updated.
+        ema: decay of the averages.
+        trajectory: copies of parameters and gradients, updated.
+        off: savefields that cannot be computed.
+
+    Attributes:
+        fields: savefields that extensions are to compute.
+        listens: whether the norms of whole gradients are needed, too.
+        failures: savefields or names of quantities that could not be computed in the end, and why.
+    """
+
+    def __init__(
+        self,
+        quantities: Sequence[Quantity],
+        chosen: Sequence[str],
+        noise: dict[str, RunningNoiseScale],
+        ema: float,
+        trajectory: Trajectory,
+        off: Collection[str] = (),
+    ) -> None:
+        self._quantities, self._chosen = quantities, chosen
+        self._noise, self._ema, self._trajectory = noise, ema, trajectory
+        self._values: dict[str, float] = {}
+        self._layers: dict[str, dict[str, float]] = {}
+        self._updated: dict[str, list[Parameter]] = {}
+        self._histograms: dict[str, Numbers] = {}
+        self._off: set[str] = set()
+        self.failures: list[tuple[set[str], Exception]] = []
+        self.too_noisy = 0  # samples of a batch that was too small
+        self.turn_off(off)
+
+    def turn_off(self, fields: Collection[str]) -> None:
+        """Leave out what needs one of these, savefields or names, that could not be computed in this process."""
+        self._off |= set(fields)
+        paths = {quantity.name: quantity.path(self._off) for quantity in self._quantities}
+        self._names = {name for name, path in paths.items() if path is not None}
+        self._fields = dict.fromkeys(field for path in paths.values() for field in path or ())
+        self.fields = [field for field in self._fields if field != PARTS]
+        self.listens = PARTS in self._fields
+
+    @torch.no_grad()
+    def measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
+        grads: dict[Parameter, Tensor],
+        window: Window,
+        divisor: float,
+        passes: int,
+    ) -> None:
+        """Before the step of an optimizer.
+
+        Args:
+            trainer: of the run.
+            pl_module: has the layers.
+            optimizer: whose parameters are measured.
+            grads: their accumulated gradients.
+            window: the backward passes that they come from.
+            divisor: of the accumulated gradients, gives those of the window.
+            passes: number of backward passes that share the loss' mean.
+        """
+        suffix = "" if len(trainer.optimizers) == 1 else f"/optimizer_{trainer.optimizers.index(optimizer)}"
+        lr = optimizer.param_groups[0]["lr"]
+
+        def job(params: Sequence[Parameter], name: str) -> Job:
+            part = {p: grads[p] for p in params}
+            statistics = window.statistics(params, share=1 / passes)
+            quantities = [q for q in self._quantities if not name or q.per_layer]
+            fields = dict.fromkeys(field for quantity in quantities for field in (*quantity.fields, *quantity.instead))
+            lost, names = fields.keys() - self._fields.keys(), {quantity.name for quantity in quantities}
+            pool, with_loss = "sample_norms" in names, "cabs" in names
+            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss)
+            noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
+            return Job(quantities, measurement, noise)
+
+        jobs = {"": job(list(grads), "")}
+        for layer, params in parameters_by_layer(pl_module).items() if self._chosen else ():
+            if mine := [p for p in params if p in grads]:
+                jobs[layer] = job(mine, layer)
+        found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
+        self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
+        self._values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
+        self._layers |= found
+        measurement = jobs[""].measurement
+        if measurement.unseen:
+            return
+        if self._names & NOISE_SCALE and jobs[""].noise.unresolved:
+            self.too_noisy = measurement.statistics.samples
+        if "sample_norms" in self._names:
+            self._histograms[f"sample_norms{suffix}"] = measurement.norms
+        if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
+            self._add(f"alpha{suffix}", alpha)
+        if self._names & {"update_size", "distance"}:
+            self._updated[suffix] = list(grads)
+        if "update_size" in self._names:
+            self._trajectory.begin_update(grads)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if value.isfinite():
+            self._values[name] = float(value)
+
+    def follow_updates(self, pl_module: LightningModule) -> None:
+        """After the steps of all optimizers."""
+        names: Mapping[Tensor, str] = {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
+        for suffix, params in self._updated.items():
+            size = self._trajectory.update_size(dict(zip(params, params)))
+            if size is not None:
+                self._add(f"update_size{suffix}", size)
+            if "distance" in self._names:
+                now = {names[p]: p.detach() for p in params if p in names}
+                self._add(f"distance{suffix}", distance(now, self._trajectory.initial))
+        self._trajectory.end_update()
+
+    def publish(
+        self, trainer: Trainer, pl_module: LightningModule, events: Events, histograms: bool, prog_bar: Collection[str]
+    ) -> None:
+        """Write the numbers, if there are any."""
+        if not self._values:
+            return
+        found = self._layers
+        layers = {f"{name}/{layer}": v for layer in self._chosen for name, v in found.get(layer, {}).items()}
+        image = heat_map(found) if len(found) > len(self._chosen) else None
+        samples = self._histograms if histograms else {}
+        publish(trainer, pl_module, events, self._values, layers, samples, image, prog_bar)
+
+
+def warn_of_noise(trainer: Trainer, samples: int, ema: float) -> None:
+    """Say why the noise scale has gaps."""
+    rank_zero_warn(
+        f"At step {trainer.fit_loop.epoch_loop._batches_that_stepped} the batches of "
+        f"{samples * getattr(trainer.strategy, 'world_size', 1)} samples are too small to resolve the gradient: "
+        "`curvature/noise_scale` has gaps where the average of `curvature/grad_signal` is not positive. Enlarge the "
+        f"batches (`accumulate_grad_batches`) or average longer (`ema`, now {ema})."
+    )

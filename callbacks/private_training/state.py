@@ -1,0 +1,113 @@
+"""What changes in a module besides the steps of its private optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_Seen = tuple[int, int, Tensor | None]  # identity, version, fingerprint
+
+
+class StateWatch:
+    """Compares the parameters and buffers of a module with what they were.
+
+    A change is found by the version that torch counts for every tensor, and that of a buffer by its values too: writing
+    back what was there is no change. Changes through ``.data`` have no version; they are found where values of all
+    tensors are compared.
+
+    Args:
+        pl_module: The module.
+        optimizer: Its private optimizer: what its steps change is expected.
+        expected: Patterns of names of what else may change.
+    """
+
+    def __init__(self, pl_module: LightningModule, optimizer: DPOptimizer, expected: Sequence[str]) -> None:
+        self._modules = list(pl_module.named_modules())
+        self._optimizer, self._expected = optimizer, expected
+        self._steady: set[str] = set()
+        self._seen: dict[str, _Seen] = {}
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
+
+    def close(self) -> None:
+        """Stop listening to the optimizer."""
+        self._hook.remove()
+
+    def allow(self, names: set[str]) -> None:
+        """These change without regard to the data."""
+        self._steady |= names
+
+    def begin(self, values: bool) -> None:
+        """Remember everything as it is.
+
+        Args:
+            values: Whether the values of parameters are compared too, once.
+        """
+        before, self._seen = self._seen, {}
+        for name, tensor in self._tensors():
+            now = id(tensor), tensor._version
+            known = before.get(name)
+            if values:
+                print_of = fingerprint(tensor)
+            elif isinstance(tensor, torch.nn.Parameter):
+                print_of = None
+            else:  # read again only if its version says so
+                print_of = known[2] if known is not None and known[:2] == now else fingerprint(tensor)
+            self._seen[name] = *now, print_of
+
+    def changed(self) -> set[str]:
+        """Names of what is not as it was, and must not change."""
+        found = set()
+        for name, tensor in self._tensors():
+            if name not in self._seen:
+                continue
+            identity, version, known = self._seen[name]
+            moved = (identity, version) != (id(tensor), tensor._version)
+            if known is None:
+                differs = moved
+            else:
+                buffer = not isinstance(tensor, torch.nn.Parameter)
+                differs = (moved or not buffer) and not torch.equal(known, fingerprint(tensor))
+            if differs:
+                found.add(name)
+        return self.unexpected(found)
+
+    def unexpected(self, names: set[str]) -> set[str]:
+        """Those that must not change."""
+        expected = {name for name in names if any(fnmatchcase(name, pattern) for pattern in self._expected)}
+        return names - expected - self._steady
+
+    def _stepped(self) -> None:
+        """What the optimizer has just changed is as it is now."""
+        own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        for name, tensor in self._tensors():
+            if id(tensor) in own and name in self._seen:
+                compared = self._seen[name][2] is not None
+                self._seen[name] = id(tensor), tensor._version, fingerprint(tensor) if compared else None
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for prefix, module in self._modules:
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and not is_lazy(tensor):
+                    yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A sum of the bits of all entries: another one where values change, but not where they only change places."""
+    tensor = tensor.detach()
+    if tensor.is_sparse or tensor.is_quantized:
+        return torch.zeros((), dtype=torch.int64)
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = real.contiguous().flatten().view(_INTEGERS[real.element_size()])
+    return bits.sum(dtype=torch.int64)

@@ -1,0 +1,1 @@
+"""One backward pass inside `curvature(...)` from start to end."""

@@ -1,0 +1,373 @@
+"""One backward pass: from a loss and a list of extensions to attributes of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from operator import attrgetter
+from traceback import clear_frames
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curv.engine import truncated_backward
+from lightning_curv.engine.differentiable import gradients_per_sample
+from lightning_curv.engine.extension_hook import ExtensionHook, Handover
+from lightning_curv.engine.refusals import refuse_uncovered
+from lightning_curv.engine.sum_check import SumCheck
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
+from lightning_curv.extensions.columns import Exact, Gradient, Sampled, Source
+from lightning_curv.extensions.receiver import GradientReceiver
+from lightning_curv.graph.tape import Tape, find_output, walk
+from lightning_curv.passes.gradient_hooks import Listener
+from lightning_curv.passes.owned import Samples
+from lightning_curv.passes.passes import Passes
+from lightning_curv.passes.randomness import Cap
+from lightning_curv.passes.summands import find_summands
+from lightning_curv.recording.records import Output
+from lightning_curv.samples.batch import Batch
+from lightning_curv.samples.finder import find_samples, whole_batch
+from lightning_curv.terms.jacobian import Jacobian
+
+AnyExtension = Extension | GraphExtension
+_PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
+
+
+class Backprop:
+    """The quantities of one backward pass.
+
+    Call `before`, then `run` or a backward pass of the user's, then `after`. `curvature` does so around
+    ``loss.backward()``.
+
+    Args:
+        loss: The root of the backward pass.
+        extensions: What to compute.
+        generator: Draws the targets of Monte-Carlo quantities; by default one that leaves the global state alone.
+        batch_size: N, or all that is known of the batch.
+        check: Compare the per-sample gradients with the gradient, and verify that samples do not mix.
+        gradient: The gradient that the backward pass starts with (non-scalar roots).
+        defer: Go on without an extension that fails, in `before` or during the backward pass, and list it in `failures`
+            instead of raising.
+        output: Where the curvature of the loss enters instead of at known loss functions.
+        hook: Gets every parameter, or its module, when its results are set: those of the backward pass during it.
+        create_graph: Whether first-order quantities are to be differentiable.
+        cap: How many samples are enough for some extensions, those of the sources `Gradient`, `Exact` and `Sampled`.
+            Where all that share a source are content, their results are those of a random subset, sums not scaled up;
+            where one is not, all get the whole batch, whose passes are made anyway.
+
+    Attributes:
+        failures: What was gone on without, and why.
+        count: N, once it is known.
+        counts: The number of samples behind the results of every extension that got some of the N.
+        clock: Gives seconds, where prices are wanted.
+        seconds: The price of every extension by this clock; a pass that several share is in that of each.
+        spent: The price of all of them.
+
+    Raises:
+        UnsupportedError: A parameter, a loss or a quantity is not covered.
+        RuntimeError: A recorded input was modified in place, or the check failed.
+    """
+
+    def __init__(
+        self,
+        loss: Tensor,
+        extensions: Sequence[AnyExtension],
+        generator: torch.Generator | None = None,
+        batch_size: int | Batch | None = None,
+        check: bool = False,
+        gradient: Tensor | None = None,
+        defer: bool = False,
+        output: nn.Module | Output | None = None,
+        hook: ExtensionHook | None = None,
+        create_graph: bool = False,
+        cap: Cap | None = None,
+    ) -> None:
+        self._loss, self._where, self._generator = loss, output, generator
+        self._seed = torch.ones_like(loss) if gradient is None else gradient
+        self._extensions = [*extensions, SumCheck()] if check else list(extensions)
+        self._check, self.defers = check, defer
+        self._batch = batch_size if isinstance(batch_size, Batch) else Batch(batch_size)
+        self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
+        self._listener: Listener | None = None
+        self._hook, self._create_graph, self._cap = hook, create_graph, cap
+        self._handover: Handover | None = None
+        self._heard: list[Extension] = []  # evaluated during the backward pass
+        self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
+        self.count = 0
+        self.counts: dict[AnyExtension, int] = {}
+        self.clock: Callable[[], float] | None = None
+        self.seconds: dict[AnyExtension, float] = {}
+        self.spent = 0.0
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
+        with _Failing(self, self._extensions):
+            passes = self._looked()
+            self._choose(passes)
+        if self.failures and not self._extensions:
+            return
+        units = _units(self._extensions, passes)
+        gradient = units.pop(Gradient(), None)
+        for unit, extensions in units.items():
+            start = self._now()
+            with _Failing(self, extensions):
+                if isinstance(unit, GraphExtension):
+                    self._results[unit] = unit.compute(passes)
+                else:
+                    for jacobians in unit.jacobians(self._passes_of(extensions)):
+                        for jacobian in jacobians.values() if extensions else ():
+                            self._evaluate(jacobian, extensions)
+            self._spend(extensions, start)
+        if gradient and self._create_graph:
+            self._differentiate(passes, gradient)
+            gradient = [extension for extension in gradient if not isinstance(extension, Differentiable)]
+        if gradient and (self._create_graph or any(type(extension) is not SumCheck for extension in gradient)):
+            self._listen(gradient)
+        if self._hook is not None:
+            parameters = (p for found in passes.tape.parameters.values() for p in found)
+            self._handover = Handover(self._hook, parameters, self._leave)
+        _PENDING.add(self)
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Find the samples and what is refused, without computing anything; with `defer`, see `failures`."""
+        with _Failing(self, self._extensions):
+            passes = self._looked()
+        with _Failing(self, [e for e in self._extensions if e.needs_likelihood]) as some:
+            if some:
+                list(map(attrgetter("flat"), passes.parts))  # differentiates losses that are not known
+
+    def _looked(self) -> Passes:
+        self._passes = passes = self._walked()
+        self._refuse_uncovered(passes.tape)
+        self._find_samples(passes)
+        return passes
+
+    def _listen(self, extensions: list[Extension]) -> None:
+        """Hear the gradients of the user's pass."""
+        passes = self._passes_of(extensions)
+        if passes.samples.partial:  # whose gradients do not add up to that of the batch
+            extensions = [extension for extension in extensions if type(extension) is not SumCheck]
+        totals = not passes.samples.partial and any(extension.totals for extension in extensions)
+        failed = partial(self.fail, extensions) if self.defers else None
+        self._heard = extensions
+        self._listener = Listener(passes, partial(self._evaluate, extensions=extensions), totals, failed)
+
+    def run(self, **options: Any) -> None:
+        """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.
+
+        Args:
+            options: Arguments of ``Tensor.backward``.
+        """
+        receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
+        if receivers:
+            shared = len(receivers) < len(self._extensions) or any(other is not self for other in _PENDING)
+            truncated_backward.run(self._passes, receivers, shared, **options)
+        else:
+            Tensor.backward(self._loss, **options)
+
+    def after(self) -> None:
+        """Set the results on the parameters."""
+        found = self.finish()
+        if self._handover is not None:
+            self._handover.finish()
+        for extension, results in found.items():
+            for parameter, result in results.items():
+                setattr(parameter, extension.savefield, result)
+
+    def finish(self) -> dict[AnyExtension, dict[Tensor, Any]]:
+        """The results by extension and parameter, once the backward pass is through."""
+        _PENDING.discard(self)
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.finish()
+        return {e: results for e, results in self._results.items() if type(e) is not SumCheck}
+
+    def abort(self) -> None:
+        """Stop listening."""
+        if self._handover is not None:
+            self._handover.stop()
+        _PENDING.discard(self)
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.stop()
+
+    def _leave(self, parameter: Tensor) -> bool:
+        """Set a parameter's results, which are then no longer ours; false if none are there, or some are to come."""
+        if self._listener is not None and any(parameter not in self._results.get(e, {}) for e in self._heard):
+            return False
+        found = [e for e, results in self._results.items() if parameter in results and type(e) is not SumCheck]
+        for extension in found:
+            setattr(parameter, extension.savefield, self._results[extension].pop(parameter))
+        return bool(found)
+
+    def _walked(self) -> Passes:
+        loss = self._loss
+        if loss.grad_fn is None:
+            raise RuntimeError("Expected a loss that was computed from parameters, found a tensor without a graph.")
+        self._output = find_output(loss, self._where)
+        tape = walk(loss.grad_fn, self._output)
+        for use in tape.uses.values():
+            use.check()
+        for call in tape.losses.values():
+            call.check()
+        return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._output, self._generator)
+
+    def _refuse_uncovered(self, tape: Tape) -> None:
+        try:
+            refuse_uncovered(tape, self._extensions, self._output is not None)
+        except UnsupportedError as error:
+            if not self.defers:
+                raise
+            self.fail([e for e in self._extensions if _uncovered(tape, e, self._output is not None)], error)
+
+    def _find_samples(self, passes: Passes) -> None:
+        """Where they are; if samples influence each other, once more for what allows that."""
+        while wanting := [e for e in self._extensions if self._needs_samples(e)]:
+            independent = [e for e in wanting if e.independent]
+            with _Failing(self, independent or wanting):
+                try:
+                    most = self._cap.size if self._cap is not None and self._content(wanting) else None
+                    passes.separate = bool(independent)
+                    passes.samples = find_samples(
+                        passes, self._batch, bool(independent), self._check, most, self._private
+                    )
+                except UnsupportedError:
+                    if not all(extension.batchwise for extension in wanting):
+                        raise
+                    passes.samples = whole_batch(passes.tape)
+                break
+        else:
+            passes.samples = whole_batch(passes.tape)
+        for name in ("use_edges", "_ends", "parts"):
+            passes.__dict__.pop(name, None)
+
+    def _choose(self, passes: Passes) -> None:
+        """The passes of the samples that are enough for some extensions."""
+        self.count = passes.samples.count
+        chosen = None if self._cap is None else self._cap.choose(self.count)
+        self._some = passes if chosen is None else passes.only(chosen)
+
+    def _passes_of(self, extensions: Sequence[AnyExtension]) -> Passes:
+        """Those of what shares a source: of all samples, or of some if that is enough for every one."""
+        if not self._some.samples.partial or not self._content(extensions):
+            return self._passes
+        self.counts.update(dict.fromkeys(extensions, self._some.samples.count))
+        return self._some
+
+    def _content(self, extensions: Sequence[AnyExtension]) -> bool:
+        """Whether a subset of the samples is enough for all of them."""
+        asking = [extension for extension in extensions if type(extension) is not SumCheck]
+        return self._cap is not None and all(
+            extension in self._cap.extensions
+            and isinstance(extension, Extension)
+            and isinstance(extension.source, (Gradient, Exact, Sampled))
+            for extension in asking
+        )
+
+    @property
+    def _private(self) -> bool:
+        """Whether the step is private: nothing that was verified before is believed."""
+        return any(isinstance(e, GradientReceiver) for e in self._extensions)
+
+    def _needs_samples(self, extension: AnyExtension) -> bool:
+        """Whether a quantity, or the curvature of a loss that is differentiated, needs the samples."""
+        return extension.needs_samples or (extension.needs_likelihood and self._differentiates_loss)
+
+    @cached_property
+    def _differentiates_loss(self) -> bool:
+        """Whether there is more to the loss than known loss functions."""
+        return self._output is not None or bool(find_summands(self._passes.tape, self._loss).others)
+
+    def _differentiate(self, passes: Passes, extensions: list[Extension]) -> None:
+        if found := [extension for extension in extensions if isinstance(extension, Differentiable)]:
+            gradients = gradients_per_sample(passes)
+            with torch.enable_grad():
+                for e in found:
+                    self._results[e] = {parameter: e.of_gradients(rows) for parameter, rows in gradients.items()}
+
+    def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
+        jacobian.shared = len(extensions) > 1
+        heard = extensions is self._heard and self.clock is not None
+        for extension in [*extensions]:
+            start = self._now() if heard else 0.0
+            try:
+                results = self._results.setdefault(extension, {})
+                previous = results.get(jacobian.parameter)
+                results[jacobian.parameter] = (
+                    extension.evaluate(jacobian) if previous is None else extension.accumulate(previous, jacobian)
+                )
+            except Exception as error:
+                if not self.defers:
+                    raise
+                self.fail(extensions if isinstance(extension, SumCheck) else [extension], error)
+                extensions[:] = [e for e in extensions if e in self._extensions]
+            if heard:
+                self._spend([extension], start)
+
+    def _now(self) -> float:
+        return 0.0 if self.clock is None else self.clock()
+
+    def _spend(self, extensions: Sequence[AnyExtension], start: float) -> None:
+        """Note the time since the start for every one of some extensions, which shared it."""
+        if self.clock is not None:
+            seconds = self.clock() - start
+            self.spent += seconds
+            self.seconds.update((e, self.seconds.get(e, 0.0) + seconds) for e in extensions)
+
+    def fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
+        """Go on without some extensions, and free what they had in memory."""
+        link: BaseException | None = error
+        while link is not None:
+            clear_frames(link.__traceback__)
+            link = link.__context__
+        self.failures.append((tuple(extensions), error))
+        self._extensions = [e for e in self._extensions if e not in extensions]
+        self._results = {
+            extension: results for extension, results in self._results.items() if extension not in extensions
+        }
+
+
+class _Failing:
+    """Context in which some extensions may fail; a generator would take twice the time."""
+
+    __slots__ = ("_backprop", "_extensions")
+
+    def __init__(self, backprop: Backprop, extensions: Sequence[AnyExtension]) -> None:
+        self._backprop, self._extensions = backprop, extensions
+
+    def __enter__(self) -> bool:
+        return bool(self._extensions)
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        if isinstance(error, Exception) and self._backprop.defers:
+            self._backprop.fail(self._extensions, error)
+            return True
+        return False
+
+
+def _units(extensions: Sequence[AnyExtension], passes: Passes) -> dict[GraphExtension | Source, list[Any]]:
+    """What shares passes, in the order of the list: what comes first draws the same numbers whatever follows."""
+    units: dict[GraphExtension | Source, list[Any]] = {}
+    for extension in extensions:
+        unit = extension if isinstance(extension, GraphExtension) else extension.source
+        unit = unit.on(passes) if hasattr(unit, "on") else unit
+        units.setdefault(unit, []).append(extension)
+    if len([unit for unit in units if isinstance(unit, Exact)]) > 1:  # the complete root serves all that need any
+        units[Exact(complete=True)] += units.pop(Exact())
+    for unit, group in units.items():
+        if len(group) > 1 and not isinstance(unit, GraphExtension):
+            group.sort(key=lambda extension: not extension.forms)
+    return units
+
+
+def _uncovered(tape: Tape, extension: AnyExtension, output: bool) -> bool:
+    try:
+        refuse_uncovered(tape, [extension], output)
+    except UnsupportedError:
+        return True
+    return False

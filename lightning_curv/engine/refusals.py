@@ -1,0 +1,52 @@
+"""What is not covered is refused, with the parameter, the op and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.graph.tape import Tape
+
+
+def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension], output: bool = False) -> None:
+    """Raise `UnsupportedError` if some extension would be wrong on the recorded graph.
+
+    Args:
+        tape: The graph.
+        extensions: What is to be computed.
+        output: Whether the user says where the network ends.
+    """
+    for name in tape.hidden:
+        raise UnsupportedError(
+            f"Every op must be in the graph before the backward pass, found `{name}`, which runs its ops during it. "
+            "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+        )
+    if tape.stray and not tape.uses and not tape.losses and not tape.mapped:
+        parameter, op = tape.stray[0]
+        raise UnsupportedError(
+            f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and no op was recorded. "
+            "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model."
+        )
+    for extension in extensions:
+        if extension.independent and extension.needs_samples and not extension.batchwise:
+            _refuse_coupled(tape, extension)
+        if output and tape.outside and extension.needs_likelihood:
+            _refuse_around(tape, extension)
+
+
+def _refuse_coupled(tape: Tape, extension: Extension | GraphExtension) -> None:
+    for use in tape.uses.values():
+        if use.couples:
+            raise UnsupportedError(
+                f"{extension} needs samples that do not influence each other, found `{use.name}` with statistics of "
+                "the batch. Put the layer into evaluation mode (`.eval()`), or use GroupNorm or LayerNorm."
+            )
+
+
+def _refuse_around(tape: Tape, extension: Extension | GraphExtension) -> None:
+    name = tape.uses[next(iter(tape.outside))].name
+    raise UnsupportedError(
+        f"{extension} with `output=` needs a loss that depends on the network by this output alone, found that "
+        f"`{name}` reaches it around the output. Leave `output=` out: all outputs are then found."
+    )

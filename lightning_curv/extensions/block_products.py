@@ -1,0 +1,302 @@
+r"""Products with blocks of curvature matrices, one block per parameter.
+
+``p.hmp(V)`` and its siblings are functions: ``[V, *p] -> [V, *p]`` and ``[*p] -> [*p]``. They keep the graph of the
+loss, see the parameters as they were at the backward pass, and free both when the attribute is deleted or
+overwritten. A graph cannot be saved: in a model that was saved and loaded they say that they are gone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.twice import differentiable, fused
+from lightning_curv.errors import UnsupportedError, differentiating_twice
+from lightning_curv.extensions.base import GraphExtension
+from lightning_curv.kernels.onednn import fast_products
+from lightning_curv.passes.passes import Passes
+from lightning_curv.recording.records import edge_of
+from lightning_curv.second_derivatives.local_curvature import Residual
+from lightning_curv.second_derivatives.residuals import residuals
+from lightning_curv.second_derivatives.single_use import OnlyUse, only_uses
+from lightning_curv.second_derivatives.snapshot import Snapshot
+
+
+class _Product(GraphExtension):
+    """A product per parameter."""
+
+    keeps_graph = True
+    needs_samples = False
+    batchwise = True
+
+    def __init__(self, savefield: str) -> None:
+        self.savefield = savefield
+
+    def compute(self, passes: Passes) -> dict[Tensor, Any]:
+        """One function per parameter."""
+        found = passes.tape.all_parameters
+        uses = only_uses(passes)
+        snapshot = Snapshot([p for p in found if p not in uses or uses[p].needs_value])
+        matrix = self._prepare(passes, uses)
+        return {p: _Block(p, snapshot, matrix, self) for p in found}
+
+    @abstractmethod
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+        """What all parameters share."""
+
+
+class _Matrix(ABC):
+    """The blocks of a curvature matrix; what does not depend on the vector is found at the first product.
+
+    Args:
+        passes: The graph.
+        uses: The parameters that are used once, and where.
+    """
+
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
+        self._uses, self._multiplies = uses, passes.multiplies
+
+    def _grad(self, outputs: Any, inputs: Any, seeds: Any, create_graph: bool = False) -> Sequence[Tensor | None]:
+        again = fused(outputs if isinstance(outputs, list) else [outputs]) if create_graph else ()
+        with fast_products(self._multiplies), differentiable(again):
+            return torch.autograd.grad(
+                outputs, inputs, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+
+    @abstractmethod
+    def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
+        """The parameter's block times every vector."""
+
+    @abstractmethod
+    def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+        """The cotangents that are differentiated, at ``edges``, with a graph."""
+
+    @cached_property
+    def _cotangents(self) -> dict[GradientEdge, Tensor | None]:
+        edges = list(dict.fromkeys(use.edge for use in self._uses.values()))
+        return dict(zip(edges, self._backpropagated(edges), strict=True)) if edges else {}
+
+    def _gradient(self, parameter: Tensor) -> tuple[OnlyUse | None, Tensor | None]:
+        """What is differentiated for the parameter's block.
+
+        The cotangent at its only use, if that can be applied to vectors; else the gradient by the parameter itself.
+        """
+        use = self._uses.get(parameter)
+        if use is None:
+            (gradient,) = self._backpropagated([edge_of(parameter)])
+            return None, gradient
+        cotangent = self._cotangents[use.edge]
+        if use.linear or cotangent is None:
+            return use, cotangent
+        (gradient,) = self._grad(use.edge, parameter, cotangent, create_graph=True)
+        return None, gradient
+
+
+class _Block:
+    """One parameter's block as a function of vectors, as in ``p.hmp(V)``; pickles and copies to a `_Gone`."""
+
+    def __init__(self, parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, extension: _Product) -> None:
+        self._parameter, self._snapshot, self._matrix = parameter, snapshot, matrix
+        self._name, self._savefield = repr(extension), extension.savefield
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Apply the block to one vector of the parameter's shape or to several."""
+        shape = self._parameter.shape
+        single = vectors.shape == shape
+        if not single and vectors.shape[1:] != shape:
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"Expected vectors of shape [{sizes}] or [V, {sizes}], found {list(vectors.shape)}.")
+        with torch.enable_grad(), self._snapshot.restored(), unheard(), differentiating_twice():
+            rows = self._matrix.products(self._parameter, vectors.detach()[None] if single else vectors.detach())
+        if single:
+            return rows[0]
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows) if rows else torch.zeros_like(vectors)
+
+    def __reduce__(self) -> tuple[type[_Gone], tuple[str, str]]:
+        return _Gone, (self._name, self._savefield)
+
+
+class _Gone:
+    """What a `_Block` is once it was saved or copied: the graph stays behind."""
+
+    def __init__(self, name: str, savefield: str) -> None:
+        self._name, self._savefield = name, savefield
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        raise RuntimeError(
+            f"`{self._savefield}` needs the graph of a loss, found one that was saved or copied, which graphs are not. "
+            f"Run `loss.backward()` inside `curvature({self._name})` again, or delete the attribute."
+        )
+
+
+class HMP(_Product):
+    """Products with the parameter's block of the Hessian of the loss, exact for any differentiable network and loss.
+
+    Cost: a backward pass with a graph at the first call, and two passes per vector between the parameter's op and the
+    loss (Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 1994); one more to the parameter
+    per call where it is used several times.
+
+    Args:
+        savefield: Name of the parameter's attribute.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import HMP, curvature
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> with curvature(HMP()):
+        ...     loss = torch.nn.functional.mse_loss(layer(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 1))
+        ...     loss.backward()
+        >>> layer.weight.hmp(torch.tensor([[1.0, 0.0]]))
+        tensor([[2., 4.]])
+    """
+
+    independent = False
+    needs_likelihood = False
+
+    def __init__(self, savefield: str = "hmp") -> None:
+        super().__init__(savefield)
+
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+        return _Hessian(passes, uses)
+
+
+class _Hessian(_Matrix):
+    """The derivative of the gradient."""
+
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
+        super().__init__(passes, uses)
+        self._loss, self._seed = passes.loss, passes.seed
+
+    def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+        return self._grad(self._loss, edges, self._seed, create_graph=True)
+
+    def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
+        use, gradient = self._gradient(parameter)
+        if gradient is None or not gradient.requires_grad:
+            return [torch.zeros_like(parameter) for _ in vectors]
+        by, rows = edge_of(parameter) if use is None else use.edge, []
+        for vector in vectors:
+            (row,) = self._grad(gradient, by, vector if use is None else use.forward(vector))
+            if row is None:
+                rows.append(torch.zeros_like(parameter))
+            else:
+                rows.append(row if use is None else use.transposed(row))
+        return rows
+
+
+class GGNMP(_Product):
+    """Products with the parameter's block of the generalised Gauss-Newton matrix.
+
+    Cost: a backward pass with a graph at the first call, and two passes per vector between the parameter's op and the
+    loss (Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*, Neural Computation
+    2002); one more to the parameter per call where it is used several times. No Jacobian is formed.
+
+    Args:
+        savefield: Name of the parameter's attribute.
+    """
+
+    def __init__(self, savefield: str = "ggnmp") -> None:
+        super().__init__(savefield)
+
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+        return _Curvatures(passes, uses, [])
+
+
+class PCHMP(GGNMP):
+    r"""Products with the parameter's block of the positive-curvature Hessian.
+
+    The Hessian's residual of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise, else the eigenvalues
+    of its per-sample residual matrix, is made non-negative (Chen et al., *Positive curvature Hessian*; Dangel,
+    Harmeling & Hennig, AISTATS 2020, section 4). The nonlinearities are the nodes of the graph: a fused attention
+    kernel is one, attention written out is several, and their matrices differ.
+
+    Args:
+        savefield: Name of the parameter's attribute.
+        modify: ``"clip"`` sets negative residuals to zero, ``"abs"`` takes their absolute value.
+    """
+
+    needs_samples = True
+
+    def __init__(self, savefield: str = "pchmp", modify: Literal["clip", "abs"] = "clip") -> None:
+        super().__init__(savefield)
+        if modify not in ("clip", "abs"):
+            raise ValueError(f"`modify` must be 'clip' or 'abs', found {modify!r}.")
+        self.modify = modify
+
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+        return _Curvatures(passes, uses, [r.positive(self.modify) for r in residuals(passes)])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A curvature matrix C at some places of the graph."""
+
+    edges: Sequence[GradientEdge]
+    shapes: Sequence[torch.Size]
+    product: Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class _Curvatures(_Matrix):
+    """Σ Jᵀ C J over curvature matrices at places of the graph: the losses', and residuals of nonlinear nodes."""
+
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse], found: Sequence[Residual]) -> None:
+        super().__init__(passes, uses)
+        self._loss = passes.loss  # keeps the graph
+        self._parts = [
+            _Part(part.edges, [like.shape for like in part.likes], part.multiplication()) for part in passes.parts
+        ] + [_Part(r.edges, r.shapes, r.product) for r in found]
+        self._edges = [edge for part in self._parts for edge in part.edges]
+
+    @cached_property
+    def _dual(self) -> list[Tensor]:
+        """What the backpropagated cotangents are linear in, and are differentiated by.
+
+        Its values do not matter, but where all are zero no lost graph is noticed.
+        """
+        one = self._loss.detach().new_ones(())
+        return [one.expand(shape).requires_grad_() for part in self._parts for shape in part.shapes]
+
+    def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+        return self._grad(self._edges, edges, self._dual, create_graph=True)
+
+    def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
+        use, transposed = self._gradient(parameter)
+        if transposed is not None and not transposed.requires_grad and bool(transposed.any()):
+            raise UnsupportedError(
+                "Products with the GGN differentiate a backward pass by its seed, found an op whose backward pass "
+                "leaves no graph (a custom `Function`, or a sparse op). Use `DiagGGNExact` or `KFLR`, which need none."
+            )
+        if transposed is None or not transposed.requires_grad:
+            return [torch.zeros_like(parameter) for _ in vectors]
+        by, rows = edge_of(parameter) if use is None else use.edge, []
+        for vector in vectors:
+            seed = vector if use is None else use.forward(vector)
+            row = self._pulled(self._grad(transposed, self._dual, seed), by)
+            del seed  # before more is allocated
+            rows.append(row if use is None else use.transposed(row))
+        return rows
+
+    def _pulled(self, images: Sequence[Tensor | None], by: GradientEdge) -> Tensor:
+        """Jᵀ C u, for u = J v at all places, ``None`` at those that it does not reach."""
+        edges: list[GradientEdge] = []
+        seeds: list[Tensor] = []
+        left = iter(images)
+        for part in self._parts:
+            own = list(islice(left, len(part.edges)))
+            if any(u is not None for u in own):
+                like = next(u for u in own if u is not None)
+                full = [like.new_zeros(shape) if u is None else u for u, shape in zip(own, part.shapes, strict=True)]
+                edges += part.edges
+                seeds += part.product(full)
+        (row,) = self._grad(edges, by, seeds)
+        assert row is not None
+        return row

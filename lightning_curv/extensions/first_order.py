@@ -1,0 +1,106 @@
+r"""First-order quantities: functions of the per-sample gradients.
+
+The loss is :math:`s \sum_n \ell_n` (mean: s = 1/N; sum: s = 1) and :math:`g_n = \nabla \ell_n`. All of them come with
+the user's own backward pass and need any loss, known or not.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_curv.extensions.base import Differentiable
+from lightning_curv.terms.jacobian import Jacobian
+
+
+class BatchGrad(Differentiable):
+    r"""Per-sample gradients :math:`s\,g_n`, in ``grad_batch`` of shape ``[N, *p]``; they sum to ``.grad``.
+
+    Cost: one more product per layer; memory N times the parameters. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020,
+    eq. 2.
+
+    Args:
+        subsampling: Indices of the samples whose gradients are wanted, in the wanted order; default: all.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import BatchGrad, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(BatchGrad()):
+        ...     layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).mean().backward()
+        >>> layer.weight.grad_batch.squeeze(1)
+        tensor([[0.5000, 1.0000],
+                [1.5000, 2.0000]])
+    """
+
+    savefield = "grad_batch"
+    totals = False
+    forms = True
+
+    def __init__(self, subsampling: list[int] | None = None) -> None:
+        self.subsampling = subsampling
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """The single column of J."""
+        return (jacobian if self.subsampling is None else jacobian[self.subsampling]).per_sample()[0]
+
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """All of them, or those that are wanted."""
+        return gradients if self.subsampling is None else gradients[self.subsampling]
+
+
+class BatchL2Grad(Differentiable):
+    r"""Squared norms of the per-sample gradients :math:`\|s\,g_n\|^2`, in ``batch_l2`` of shape ``[N]``.
+
+    Per parameter; sum over the parameters for the norm of the whole gradient. Cost: small; layers with shared weights
+    use Gram matrices of their positions where these are cheaper than the per-sample gradient (Goodfellow, *Efficient
+    per-example gradient computations*, 2015; Rochette et al., 2019). Memory does not grow with N times the parameters.
+    """
+
+    savefield = "batch_l2"
+    totals = False
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """Norms of the single column of J."""
+        return jacobian.squared_norms()[0]
+
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """Sums of squares of their entries."""
+        return gradients.unsqueeze(-1).flatten(1).square().sum(1)
+
+
+class SumGradSquared(Differentiable):
+    r"""Sum of the squared per-sample gradients :math:`\sum_n (s\,g_n)^2`, in ``sum_grad_squared``.
+
+    Has the parameter's shape; the uncentred second moment times N. Cost: one more product per layer without weight
+    sharing; no per-sample gradients in memory.
+    """
+
+    savefield = "sum_grad_squared"
+    totals = False
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """Squares of the single column of J, summed over the samples."""
+        return jacobian.sum_squares()
+
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """Sum of their squares."""
+        return gradients.square().sum(0)
+
+
+class Variance(Differentiable):
+    r"""Variance of the per-sample gradients over the batch, in ``variance`` of the parameter's shape.
+
+    The population variance :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0` of the *scaled*
+    gradients: for a mean loss multiply by N² for the variance of the :math:`g_n`. Free of cancellation: no difference
+    of float32 moments is taken.
+    """
+
+    savefield = "variance"
+
+    def evaluate(self, jacobian: Jacobian) -> Tensor:
+        """Variance of the single column of J over the samples."""
+        return jacobian.variance()
+
+    def of_gradients(self, gradients: Tensor) -> Tensor:
+        """Their mean squared distance from the mean."""
+        return gradients.var(0, correction=0)

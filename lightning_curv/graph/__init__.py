@@ -1,0 +1,1 @@
+"""From a loss tensor to everything that was recorded below it."""

@@ -1,0 +1,154 @@
+"""Joins: where what depends on no sample meets the samples.
+
+A relative position table, a prompt, a token that is written into a tensor in place, a parameter of an op that nobody
+recorded: their cotangents are sums over the samples. One node above, the cotangents are still apart, row by row. There
+they are given to the node sample by sample, and what comes out is pulled back to the parameters. This needs no rule for
+the node, whatever it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.differentiation.internal_pass import nothing_below, unheard
+from lightning_curv.recording.records import Operand, Use, shape_at
+from lightning_curv.rules.registry import Rule
+from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners
+
+CHUNK_BYTES = 2**25  # of cotangents that are pulled through a node at once
+
+
+class Join:
+    """One output of a node, and the input where what depends on no sample enters.
+
+    Attributes:
+        node: The node.
+        output_nr: The output.
+        edge: The input, in the graph.
+        recorded: The recorded op whose last node it is, where the op is made of several nodes.
+    """
+
+    def __init__(self, node: Node, output_nr: int, edge: GradientEdge, recorded: Use | None = None) -> None:
+        self.node, self.output_nr, self.edge, self.recorded = node, output_nr, edge, recorded
+
+    def use(self, dtype: torch.dtype, device: torch.device) -> Use:
+        """The join as a use of the parameters behind its input."""
+        shape = shape_at(self.edge)
+        value = torch.zeros((), dtype=_dtype_at(self.edge, dtype), device=device).expand(shape)
+        rule = Rule(lambda *_, **__: {}, reads=lambda _: (), affine=False)
+        output = GradientEdge(self.node, self.output_nr)
+        use = Use(
+            function=cast("Any", _Named(self.node.name())),
+            rule=rule,
+            arguments={"value": value},
+            operands={"value": Operand(value, self.edge)},
+            inputs={},
+            shape=shape_at(output),
+            dtype=_dtype_at(output, dtype),
+            output_nr=self.output_nr,
+            pull=self.pull,
+        )
+        return use
+
+    def pull(self, g: Tensor, owners: Owners) -> Tensor:
+        """The cotangents of the input for every sample, ``[V, N, *input]``, from those of the output, ``[V, *]``."""
+        shape = shape_at(self.edge)
+        columns = []
+        for column in g:
+            whole = self._broadcast(column, owners, shape)
+            columns.append(self._sample_by_sample(column, owners, shape) if whole is None else whole)
+        return torch.stack(columns)
+
+    def _broadcast(self, g: Tensor, owners: Owners, shape: torch.Size) -> Tensor | None:
+        """One pass, where the node broadcasts its input entry by entry and autograd adds up what it repeats.
+
+        ``None``: it is no such node.
+        """
+        if isinstance(owners, ChosenOwners):
+            whole = self._broadcast(g, owners.whole, shape)
+            return None if whole is None else whole[owners.chosen.to(whole.device)]
+        if not isinstance(owners, BatchAxis) or owners.minor or not g.ndim or g.shape[owners.axis] != owners.count:
+            return None
+        if g.shape == shape or self.recorded:
+            return None
+        entries = self._call(g)
+        if entries is None or entries.shape != g.shape or len(shape) > g.ndim:
+            return None
+        aligned = [1] * (g.ndim - len(shape)) + list(shape)
+        if aligned[owners.axis] != 1:
+            return None
+        summed = [axis for axis in range(g.ndim) if axis != owners.axis and aligned[axis] == 1 != g.shape[axis]]
+        total = entries.sum(summed, keepdim=True) if summed else entries
+        return total.movedim(owners.axis, 0).reshape(owners.count, *shape)
+
+    def _sample_by_sample(self, g: Tensor, owners: Owners, shape: torch.Size) -> Tensor:
+        owner = owners.owner(g.shape).to(g.device)
+        owner = owner.reshape([1] * (g.ndim - owner.ndim) + list(owner.shape))
+        size = max(1, CHUNK_BYTES // max(1, g.numel() * g.element_size()))
+        columns = g.new_zeros(owners.count, *shape)
+        for samples in owner[owner >= 0].unique().split(size):  # others have no row here
+            masks = owner == samples.reshape(-1, *[1] * owner.ndim)
+            columns[samples] = self._calls(g * masks, shape).to(g.dtype)
+        return columns
+
+    def _calls(self, gs: Tensor, shape: torch.Size) -> Tensor:
+        """The node applied to every entry of the leading axis."""
+        if self.recorded:
+            return torch.stack([self._reduced(g, shape) for g in gs])
+        try:
+            found = torch.func.vmap(partial(self._reduced, shape=shape))(gs)
+        except (RuntimeError, NotImplementedError):  # an op without a batching rule
+            found = torch.stack([self._reduced(g, shape) for g in gs])
+        return found
+
+    def _reduced(self, g: Tensor, shape: torch.Size) -> Tensor:
+        found = self._call(g)
+        if found is None:
+            return g.new_zeros(shape)
+        return found if found.shape == shape else found.sum_to_size(shape)
+
+    def _call(self, g: Tensor) -> Tensor | None:
+        """The node's own derivative; several inputs that lead to one place add up there."""
+        if self.recorded:
+            data = {e.node for e in self.recorded.inputs.values()} - {self.edge.node}
+            with unheard(), nothing_below(data):
+                (found,) = torch.autograd.grad(
+                    [GradientEdge(self.node, self.output_nr)], [self.edge], [g], retain_graph=True, allow_unused=True
+                )
+            return found
+        node: Any = self.node
+        outputs, g = len(node._input_metadata), g.contiguous()  # some ops look at the strides
+        gradients = [g if i == self.output_nr else None for i in range(outputs)]
+        if not callable(node):  # of a custom function, which expects tensors
+            gradients = [self._zeros(i, g) if part is None else part for i, part in enumerate(gradients)]
+        result = node(*gradients) if callable(node) else node.apply(*gradients)
+        parts = result if isinstance(result, tuple) else (result,)
+        here = [part for part, after in zip(parts, node.next_functions, strict=False) if after == self.edge[:2]]
+        here = [part for part in here if part is not None]
+        return sum(here[1:], start=here[0]) if here else None
+
+    def _zeros(self, number: int, g: Tensor) -> Tensor:
+        return g.new_zeros(shape_at(GradientEdge(self.node, number)))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Stands for a function that is known by its node only."""
+
+    __name__: str
+
+
+def node_of(key: Node | Join) -> Node:
+    """The node where the cotangents of a use arrive."""
+    return key.node if isinstance(key, Join) else key
+
+
+def _dtype_at(edge: GradientEdge, default: torch.dtype) -> torch.dtype:
+    dtype = edge.node._input_metadata[edge.output_nr].dtype
+    return dtype if isinstance(dtype, torch.dtype) else default

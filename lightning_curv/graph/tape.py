@@ -1,0 +1,279 @@
+"""The walk from the loss to everything recorded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.graph.joins import Join
+from lightning_curv.recording.provenance import Roots
+from lightning_curv.recording.records import LossCall, Mapped, Operand, Output, Use, marks
+
+INSIDE = ("backward", "backward_pass")  # what the backward pass of a function calls that makes a graph of its own
+_ROUTING = """
+    Embedding EmbeddingBag Gather GroupedMm Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce
+    IndexSelect Kthvalue MaskedScatter MaskedSelect Put RepeatInterleave Scatter ScatterAdd ScatterReduce
+    SegmentReduce Sort Take Topk _PackPaddedSequence
+"""
+# attributes of nodes that hold axes, sizes, places and factors: numbers, never tensors
+PLACING = (
+    "_saved_dim", "_saved_self_sym_sizes", "_saved_shifts", "_saved_start", "_saved_end", "_saved_step", "_saved_alpha",
+    "_saved_beta", "_saved_split_size", "_saved_storage_offset", "_saved_offset", "_saved_size", "_saved_stride",
+    "_saved_padding",
+)  # fmt: skip
+ROUTING = frozenset(_ROUTING.split())
+PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Mm", "SparseAddmm"))  # a matrix without gradient may permute rows
+CAST = "ToCopyBackward0"
+Step = tuple[Node, int, bool, str]  # a node, which of its outputs, whether outside of the losses, the op above it
+
+
+@dataclass
+class Tape:
+    """What a loss depends on.
+
+    Attributes:
+        uses: Recorded ops with parameters by their autograd node; ops that couple samples too. Once the samples are
+            known also the joins, where what depends on no sample meets them.
+        losses: Recorded loss calls by their autograd node.
+        outside: Keys of ``uses`` that the root reaches without passing a recorded loss call.
+        leaves: Other leaf tensors that require gradients.
+        stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
+        structure: Names of all nodes in the order of the walk, with the axes and sizes that they work on.
+        nodes: These nodes.
+        casts: Nodes that may change the precision.
+        routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
+            the next.
+        seen: Nodes that the walk has been at, and whether from outside of the losses.
+        read: The roots of what ops read that has no gradient, by their node.
+        mapped: What ops under ``vmap`` read of the batch.
+        hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
+    """
+
+    uses: dict[Node | Join, Use] = field(default_factory=dict)
+    losses: dict[Node, LossCall] = field(default_factory=dict)
+    outside: set[Node] = field(default_factory=set)
+    leaves: list[Tensor] = field(default_factory=list)
+    stray: list[tuple[Tensor, str]] = field(default_factory=list)
+    read: dict[Node, Roots] = field(default_factory=dict)
+    mapped: list[Mapped] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    structure: list[Hashable] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    casts: list[Node] = field(default_factory=list)
+    routes: bool = False
+    seen: set[tuple[Node, bool]] = field(default_factory=set)
+
+    @cached_property
+    def parameters(self) -> dict[Node | Join, list[Tensor]]:
+        """The parameters that every use consumes, through transforms too."""
+        return {node: parameters(use) for node, use in self.uses.items()}
+
+    @property
+    def all_parameters(self) -> list[Tensor]:
+        """The parameters that the loss depends on, each once."""
+        used = [parameter for found in self.parameters.values() for parameter in found]
+        return list(dict.fromkeys([*used, *(parameter for parameter, _ in self.stray)]))
+
+    def demote(self, is_data: Callable[[Use, Roots, Operand], bool]) -> list[Step]:
+        """Take operands that were computed from data for data; returns where the walk goes on."""
+        steps: list[Step] = []
+        for node, use in self.uses.items():
+            for name, operand in list(use.operands.items()):
+                if operand.derived and is_data(use, use.roots.get(name, Roots()), operand):
+                    use.inputs[name] = use.operands.pop(name).edge
+                    steps.append((*operand.edge[:2], node in self.outside, use.name))
+        return steps
+
+    def note_routing(self) -> None:
+        """Ops that looked like uses and are none: a product of data with a matrix from outside may permute rows."""
+        products = [use for use in self.uses.values() if not use.operands and {*use.roots} - {*use.inputs}]
+        self.routes = self.routes or any(use.inputs for use in products)
+
+    def follow(self, steps: list[Step], output: LossCall | None) -> None:
+        """Walk on from some nodes."""
+        while steps:
+            _follow(self, steps, self.seen, output)
+            steps = _data_after_all(self)
+        self.note_routing()
+        self.__dict__.pop("parameters", None)
+
+    @property
+    def eps(self) -> float:
+        """The rounding of the coarsest type of number in the graph."""
+        dtypes = {use.dtype for use in self.uses.values()} | {node._input_metadata[0].dtype for node in self.casts}
+        return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+
+
+def walk(root: Node, output: LossCall | None = None) -> Tape:
+    """Collect the records between the root of a graph and its leaves; below a record only its data is followed.
+
+    Args:
+        root: The node of the loss.
+        output: Where the curvature of the loss enters instead of at the loss calls above it.
+    """
+    tape = Tape()
+    if output is not None:
+        tape.losses[root] = output
+    tape.follow([(root, 0, True, "")], output)
+    return tape
+
+
+def _data_after_all(tape: Tape) -> list[Step]:
+    """Operands that look computed from parameters, but depend on the network's data (a mean over the batch)."""
+    return tape.demote(lambda _, __, operand: any(found in tape.uses for found in nodes_below(operand.edge.node)))
+
+
+def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output: LossCall | None) -> None:
+    while stack:
+        node, index, outside, parent = stack.pop()
+        outside = outside and not (output is not None and (node, index) == output.input[:2])
+        if (node, outside) in seen:
+            tape.structure.append(
+                index
+            )  # which nodes meet again, in the order of the walk, tells how they are connected
+            continue
+        seen.add((node, outside))
+        name = node.name()
+        placing = _placing(type(node))
+        tape.nodes.append(node)
+        tape.structure.append((name, index, *(getattr(node, attribute) for attribute in placing)))
+        if name == CAST:
+            tape.casts.append(node)
+        if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
+            tape.hidden.append(name)
+        mark = marks(node)
+        if mark is not None and mark.read is not None:
+            tape.read[node] = mark.read
+        if mark is not None and mark.mapped is not None:
+            tape.mapped.append(mark.mapped)
+            tape.routes = True
+        call = mark.loss if mark is not None else None
+        if call is not None and (output is None or not reaches(call.input.node, output.input.node)):
+            tape.losses[node] = call
+            stack.append((call.input.node, call.input.output_nr, False, name))
+            if call.beside:
+                stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
+        elif mark is not None and mark.use is not None and not (outside and output and _above(mark.use, output)):
+            tape.uses[node] = mark.use
+            tape.routes = tape.routes or _kind(name) in ROUTING - {"Embedding"}
+            if outside:
+                tape.outside.add(node)
+            stack += [(edge.node, edge.output_nr, outside, mark.use.name) for edge in mark.use.inputs.values()]
+        elif (leaf := leaf_of(node)) is None:
+            tape.routes = tape.routes or _routes(node, name)
+            stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
+        elif isinstance(leaf, nn.Parameter):
+            tape.stray.append((leaf, parent))
+        else:
+            tape.leaves.append(leaf)
+
+
+@cache
+def _hides(kind: type) -> bool:
+    """Whether a custom function runs its ops during the backward pass, with parameters that cannot be seen."""
+    backward = getattr(getattr(kind, "_forward_cls", None), "backward", None)
+    code = getattr(backward, "__code__", None)
+    return code is not None and any(name in INSIDE for name in code.co_names)
+
+
+def _routes(node: Node, name: str) -> bool:
+    """Whether a node moves rows to places that depend on values."""
+    kind = _kind(name)
+    if kind in ROUTING or isinstance(node, torch.autograd.function.BackwardCFunction):
+        return kind != "_Parts"
+    return kind in PRODUCTS and any(after is None for after, _ in node.next_functions)
+
+
+@cache
+def _kind(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name)
+
+
+@cache
+def _placing(kind: type[Node]) -> tuple[str, ...]:
+    """Attributes of a kind of node that hold axes and sizes: one that works along the samples mixes them."""
+    found = [name for name in dir(kind) if name.startswith(PLACING)]
+    return (*found, "_saved_index") if kind.__name__.startswith("Select") else tuple(found)
+
+
+def _above(use: Use, output: LossCall) -> bool:
+    """Whether a use outside of the network is none: what looked like its parameters comes from the output."""
+    return all(o.derived and reaches(o.edge.node, output.input.node) for o in use.operands.values())
+
+
+def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | None:
+    """All of a loss, as a function of one output of the network.
+
+    Raises:
+        UnsupportedError: The loss does not depend on such an output, or on more than one.
+    """
+    if output is None:
+        return None
+    root = cast("Node", loss.grad_fn)
+    if isinstance(output, Output):
+        found = [output] if reaches(root, output.edge.node) else []
+        name = f"a tensor of shape {tuple(output.like.shape)}"
+    else:
+        known = [
+            (node, mark.outputs) for node in nodes_below(root) if (mark := marks(node)) is not None and mark.outputs
+        ]
+        found = [
+            Output(GradientEdge(node, outputs[output][0]), outputs[output][1])
+            for node, outputs in known
+            if output in outputs
+        ]
+        name = f"`{type(output).__name__}`"
+    if len(found) != 1:
+        raise UnsupportedError(
+            f"`output=` must be something that the loss depends on once, found {name} {len(found)} times in its graph. "
+            "Run the forward pass inside `curvature(..., output=module)` or `record(output=module)`, or `extend` the "
+            "module; pass the tensor instead of a module that is called several times; clone an output that is a view "
+            "before overwriting it."
+        )
+    return LossCall(find_output, {"input": found[0].like}, found[0].edge, loss.shape, loss.output_nr)
+
+
+def reaches(root: Node, node: Node) -> bool:
+    """Whether a value depends on another."""
+    return any(found is node for found in nodes_below(root))
+
+
+def leaves(edge: GradientEdge) -> list[Tensor]:
+    """The leaf tensors that the value at ``edge`` was computed from."""
+    return list(dict.fromkeys(leaf for node in nodes_below(edge.node) if (leaf := leaf_of(node)) is not None))
+
+
+def parameters(use: Use) -> list[Tensor]:
+    """The parameters that a use consumes, through transforms too."""
+    found: dict[Tensor, None] = {}
+    for operand in use.operands.values():
+        if operand.derived:
+            found.update(dict.fromkeys(leaves(operand.edge)))
+        else:
+            found[operand.tensor] = None
+    return list(found)
+
+
+def nodes_below(root: Node) -> Iterator[Node]:
+    """All nodes that a value depends on, itself included."""
+    stack, seen = [root], {root}
+    while stack:
+        node = stack.pop()
+        yield node
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                stack.append(after)
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf tensor whose gradient ``node`` accumulates."""
+    return getattr(node, "variable", None)

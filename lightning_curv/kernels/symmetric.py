@@ -1,0 +1,81 @@
+"""Symmetric matrices: products at half the cost, an eigendecomposition that does not fail, roots without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_curv.kernels.huge_pages import empty
+from lightning_curv.kernels.onednn import mm
+
+STRIP = 128  # rows of the product that are made at once, measured
+
+
+def gram(x: Tensor) -> Tensor:
+    """The product x xᵀ for ``x [D, R]``: what is below the diagonal is copied, not computed."""
+    x = x.contiguous()
+    if len(x) <= STRIP:
+        return mm(x, x.mT)
+    result = empty(x, len(x), len(x))
+    for start in range(0, len(x), STRIP):
+        stop = start + STRIP
+        strip = mm(x[start:stop], x[start:].mT)
+        result[start:stop, start:] = strip
+        result[stop:, start:stop] = strip[:, STRIP:].mT
+    return result
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices, computed in float64 and returned in the matrix' own type.
+
+    LAPACK may fail to converge on low-rank float32 matrices with many equal eigenvalues; should float64 fail too, a
+    perturbation of the size of its rounding errors separates them.
+    """
+    exact = matrix.double()
+    try:
+        values, vectors = torch.linalg.eigh(exact)
+    except RuntimeError:  # torch.linalg.LinAlgError
+        scale = torch.finfo(exact.dtype).eps * exact.abs().amax((-1, -2), keepdim=True)
+        spread = torch.linspace(0, 1, exact.shape[-1], dtype=exact.dtype, device=exact.device)
+        values, vectors = torch.linalg.eigh(exact + scale * spread.diag())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def root_product(times: Callable[[Tensor], Tensor], vector: Tensor, steps: int) -> Tensor:
+    r"""The root of the positive part of symmetric matrices H times vectors, ``[..., B]``, by products with H alone.
+
+    Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep the squared length
+    :math:`v^\top H v` of the root times v exactly, for positive semi-definite H, and its direction up to an error that
+    falls with the number of steps (Higham, *Functions of Matrices*, SIAM 2008, section 13.2).
+
+    Args:
+        times: H times vectors.
+        vector: The vectors v.
+        steps: The number of products.
+    """
+    length = vector.norm(dim=-1, keepdim=True)
+    basis, diagonal, beside = [vector / length.clamp(min=torch.finfo(vector.dtype).tiny)], [], []
+    steps = min(steps, vector.shape[-1])
+    for step in range(steps):
+        image = times(basis[-1])
+        diagonal.append((image * basis[-1]).sum(-1))
+        if step + 1 < steps:
+            known = torch.stack(basis, -1)
+            largest = image.norm(dim=-1)
+            for _ in range(2):  # once leaves rounding errors that grow
+                image = image - (known @ (known.mT @ image.unsqueeze(-1))).squeeze(-1)
+            left = image.norm(dim=-1)
+            done = left <= 100 * torch.finfo(vector.dtype).eps * largest  # H maps these vectors to each other
+            beside.append(left.masked_fill(done, 0))
+            basis.append((image / left.unsqueeze(-1)).masked_fill(done.unsqueeze(-1), 0))
+    along = torch.diag_embed(torch.stack(diagonal, -1))
+    if beside:
+        off = torch.diag_embed(torch.stack(beside, -1), 1)
+        along = along + off + off.mT
+    broken = ~along.isfinite().all(-1).all(-1)
+    values, vectors = eigh(along.masked_fill(broken[..., None, None], 0))
+    first = vectors @ (values.clamp(min=0).sqrt() * vectors[..., 0, :]).unsqueeze(-1)
+    found = length * (torch.stack(basis, -1) @ first).squeeze(-1)
+    return found.masked_fill(broken.unsqueeze(-1), torch.nan)

@@ -1,0 +1,252 @@
+"""Passes through the graph of one loss: what extensions and their sources are built from."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.graph.joins import Join, node_of
+from lightning_curv.graph.tape import Tape, parameters
+from lightning_curv.kernels import huge_pages
+from lightning_curv.kernels.onednn import fast_products, is_large
+from lightning_curv.losses import LOSSES, Likelihood
+from lightning_curv.losses.parts import LossPart
+from lightning_curv.passes.owned import Samples
+from lightning_curv.passes.randomness import default_generator
+from lightning_curv.passes.reparametrization import pulled_back
+from lightning_curv.passes.summands import loss_parts
+from lightning_curv.recording.records import LossCall, Use
+from lightning_curv.rules import Call
+from lightning_curv.rules.fallback import dense
+from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners, RowOwners
+from lightning_curv.terms.term import Term
+
+COLUMN_BYTES = 2**26  # of cotangents that are held at once
+WATCHED = 2**21  # multiplications that oneDNN has to make per node of the graph to be worth watching its ops, measured
+
+
+@dataclass
+class Column:
+    """One column to backpropagate.
+
+    Attributes:
+        edges: Where it enters the graph.
+        seeds: Its entries there.
+        signs: Its sign per sample, ``[N]``; ``None``: positive.
+    """
+
+    edges: Sequence[GradientEdge]
+    seeds: Sequence[Tensor]
+    signs: Tensor | None = None
+
+
+@dataclass
+class Passes:
+    """The graph of a loss and passes through it; every pass keeps the graph.
+
+    Attributes:
+        loss: The root.
+        seed: The gradient at the root.
+        tape: What is recorded below it.
+        samples: Where the samples are.
+        output: Where the curvature of the loss enters instead of at known loss functions.
+        own_generator: Draws Monte-Carlo targets instead of `default_generator`.
+        separate: Whether samples must not influence each other.
+    """
+
+    loss: Tensor
+    seed: Tensor
+    tape: Tape
+    samples: Samples
+    output: LossCall | None = None
+    own_generator: torch.Generator | None = None
+    separate: bool = True
+
+    def only(self, chosen: Tensor) -> Passes:
+        """The same for some of the samples: Jacobians are those of ``chosen [S]``, in ascending order."""
+        return replace(self, samples=self.samples.only(chosen))
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Draws Monte-Carlo targets."""
+        return self.own_generator or default_generator(self.loss.device)
+
+    def gradients(self, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
+        """The gradient of the loss at ``edges``."""
+        if all(edge[:2] == (self.loss.grad_fn, self.loss.output_nr) for edge in edges):
+            return (self.seed,) * len(edges)
+        return self.backward([self.loss], edges, [self.seed])
+
+    def backward(
+        self,
+        outputs: Sequence[Tensor] | Sequence[GradientEdge],
+        inputs: Sequence[GradientEdge],
+        seeds: Sequence[Tensor],
+        keep_graph: bool = True,
+    ) -> tuple[Tensor | None, ...]:
+        """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
+        with unheard(), fast_products(self.multiplies):
+            return torch.autograd.grad(outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True)
+
+    @cached_property
+    def multiplies(self) -> bool:
+        """Whether the products of matrices in a pass are worth `fast_products`."""
+        uses = self.tape.uses.values()
+        composed = any(use.rule.outputs is not None for use in uses)  # recurrent: a node stands for many ops
+        return not composed and sum(map(_multiplications, uses)) > WATCHED * len(self.tape.structure)
+
+    def pull(self, column: Column) -> tuple[Tensor | None, ...]:
+        """Backpropagate a column to the outputs of all uses."""
+        if self.ends_at(column.edges):
+            return (column.seeds[0],) * len(self.use_edges)  # the last layer alone
+        return self.backward(column.edges, self.use_edges, column.seeds)
+
+    @cached_property
+    def use_edges(self) -> list[GradientEdge]:
+        """The outputs of all uses, in the order of the tape."""
+        return use_edges(self.tape)
+
+    def ends_at(self, edges: Sequence[GradientEdge]) -> bool:
+        """Whether all uses have their output at one edge: what arrives costs no pass."""
+        return len(edges) == 1 and self._ends == {edges[0][:2]}
+
+    @cached_property
+    def _ends(self) -> set[tuple[Node, int]]:
+        return {edge[:2] for edge in self.use_edges}
+
+    @cached_property
+    def parts(self) -> list[LossPart]:
+        """The parts of the loss."""
+        return loss_parts(self)
+
+    def likelihood(self, node: Node) -> Likelihood:
+        """The likelihood of a recorded loss call, scaled as in the final loss."""
+        call = self.tape.losses[node]
+        (scale,) = self.gradients([GradientEdge(node, call.output_nr)])
+        return LOSSES[call.function](torch.zeros(call.shape) if scale is None else scale, **call.arguments)
+
+    def jacobians(self, columns: Iterable[Column]) -> Iterator[dict[Tensor, Jacobian]]:
+        """The parameters' Jacobians for as many columns at a time as `COLUMN_BYTES` allow, one parameter at a time."""
+        bytes_ = sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
+        pulled = ((column.signs, [*self.pull(column)]) for column in columns)
+        seen: set[Tensor] = set()
+        while chunk := list(islice(pulled, max(1, COLUMN_BYTES // max(1, bytes_)))):
+            for parameter, jacobian in self._jacobians(chunk):
+                jacobian.continues = parameter in seen
+                seen.add(parameter)
+                yield {parameter: jacobian}
+
+    def jacobian(self, column: Column) -> dict[Tensor, Jacobian]:
+        """The parameters' Jacobians for one column."""
+        return dict(self._jacobians([(column.signs, [*self.pull(column)])]))
+
+    def _jacobians(
+        self, columns: Sequence[tuple[Tensor | None, list[Tensor | None]]]
+    ) -> Iterator[tuple[Tensor, Jacobian]]:
+        """Every Jacobian as soon as it is complete; the cotangents are taken out of ``columns``, to be freed."""
+        signs = None
+        if any(s is not None for s, _ in columns):
+            signs = torch.stack([self.seed.new_ones(self.samples.count) if s is None else s for s, _ in columns])
+        terms: dict[Tensor, list[Term]] = defaultdict(list)
+        waiting = Counter(parameter for found in self.tape.parameters.values() for parameter in found)
+        for i, (node, use) in enumerate(self.tape.uses.items()):
+            for parameter, term in self.terms(node, use, _stacked([gs for _, gs in columns], i)):
+                terms[parameter].append(term)
+            for parameter in self.tape.parameters[node]:
+                waiting[parameter] -= 1
+                if not waiting[parameter] and parameter in terms:
+                    yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
+
+    def terms(self, node: Node | Join, use: Use, g: Tensor | None) -> Iterator[tuple[Tensor, Term]]:
+        """The terms of one use's parameters, for cotangents ``[V, *output]``; ``None``: the columns do not reach it."""
+        if g is None or not use.operands:
+            return
+        if use.pull is not None:
+            found = {"value": dense(use.pull(g.reshape(g.shape[0], *use.shape), self.samples.uses[node]))}
+        else:
+            found = apply_rule(use, self.samples.uses[node], g)
+        for name, operand in use.operands.items():
+            term = found[name]
+            if operand.derived:
+                yield from pulled_back(operand.edge, operand.tensor, term)
+            else:
+                yield operand.tensor, term
+
+
+def _stacked(columns: list[list[Tensor | None]], i: int) -> Tensor | None:
+    """The i-th cotangents of all columns, which are taken out; ``None``: no column has one."""
+    gs = [column[i] for column in columns]
+    for column in columns:
+        column[i] = None
+    found = next((g for g in gs if g is not None), None)
+    if found is None or len(gs) == 1:
+        return None if found is None else found[None]
+    return huge_pages.stack([torch.zeros_like(found) if g is None else g for g in gs])
+
+
+def use_edges(tape: Tape) -> list[GradientEdge]:
+    """The outputs of all uses, in the order of the tape."""
+    return [GradientEdge(node_of(key), use.output_nr) for key, use in tape.uses.items()]
+
+
+def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
+    """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
+    try:
+        return terms_of_rule(use, owners, g, inputs)
+    except UnsupportedError:
+        raise
+    except NotImplementedError as error:
+        name = describe(parameters(use)[0])
+        raise UnsupportedError(
+            f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
+        ) from error
+
+
+def terms_of_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
+    """The same, where a rule that does not cover these arguments raises `NotImplementedError`."""
+    g = g.reshape(g.shape[0], *use.shape)
+    axis, lead = _rows(owners)
+    if lead > 1:
+        g = g.flatten(1, lead)
+    elif axis:
+        g = g.movedim(axis + 1, 1)
+    chosen = owners.rows(g.shape[1]) if isinstance(owners, ChosenOwners) else None
+    call = Call(use.shape, tuple(use.operands), axis, lead, chosen)
+    operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
+    other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
+    if True in [tensor.is_complex() for tensor in (g, *operands.values())]:
+        raise UnsupportedError(
+            f"Expected real numbers in every op with parameters, found complex ones in `{use.name}` using parameter "
+            f"{describe(parameters(use)[0])}. Multiply real and imaginary parts (`torch.view_as_real`), or use `HMP`."
+        )
+    found = use.rule.function(call, g, **{**use.arguments, **operands, **other})
+    if isinstance(owners, ChosenOwners):
+        return {name: found[name].of_chosen(owners, chosen) for name in use.operands}
+    return {name: found[name].grouped(owners) for name in use.operands}
+
+
+def _rows(owners: Owners) -> tuple[int, int]:
+    """The axis of a use's output that carries the rows, and how many leading axes do so together."""
+    if isinstance(owners, ChosenOwners):
+        owners = owners.whole
+    if isinstance(owners, RowOwners):
+        return owners.axes[0], len(owners.axes)
+    assert isinstance(owners, BatchAxis)
+    return owners.axis, 1
+
+
+def _multiplications(use: Use) -> int:
+    """Of the products of matrices that oneDNN would make in a pass through an op, from below."""
+    matrices = [o.tensor for o in use.operands.values() if o.tensor.ndim == 2] if use.inputs else []
+    counts = [(m, use.shape.numel() * min(m.shape)) for m in matrices]
+    return sum(count for m, count in counts if is_large(m, count))

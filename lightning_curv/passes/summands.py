@@ -1,0 +1,170 @@
+"""The parts of a loss: known loss functions, and everything else as a function of the network's outputs.
+
+Above its outputs the network has no parameters: an output is where the last op with a parameter ends, or where what
+depends on no sample meets the samples. A summand that is no known loss function, or a nonlinear function of one, is
+taken as a function of the outputs below it; summands with outputs in common are one function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.graph.heads import head_at, linear_inputs
+from lightning_curv.graph.joins import node_of
+from lightning_curv.graph.tape import Tape
+from lightning_curv.losses.autograd import Quadratic
+from lightning_curv.losses.parts import KnownPart, LossPart
+from lightning_curv.recording.records import LossCall, edge_of
+from lightning_curv.terms.owners import BatchAxis, Owners
+
+if TYPE_CHECKING:
+    from lightning_curv.passes.passes import Passes
+
+Place = tuple[Node, int]
+
+
+@dataclass
+class Summands:
+    """What a loss is a sum of, up to kinks.
+
+    Attributes:
+        known: Calls of known loss functions.
+        others: For the others the outputs of the network that they are functions of, one list for every function.
+    """
+
+    known: dict[Node, LossCall]
+    others: list[list[Place]]
+
+
+def find_summands(tape: Tape, loss: Tensor) -> Summands:
+    """The summands of a loss: the graph is followed down as long as it is piecewise linear."""
+    outputs = _Outputs(tape)
+    known: dict[Node, LossCall] = {}
+    others: list[set[Place]] = []
+    below: set[Node] = set()  # some summand that is no known loss function
+    seen: set[Place] = set()
+    stack = [(cast("Node", loss.grad_fn), loss.output_nr)]
+    while stack:
+        place = stack.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        node, call = place[0], tape.losses.get(place[0])
+        if call is not None:
+            known[node] = call
+            if call.beside:
+                stack += [(after, number) for after, number in node.next_functions if after is not None]
+        elif (output := outputs.at(place)) is not None:
+            others.append({output})
+        elif inputs := linear_inputs(node, kinks=True):
+            stack += inputs
+        else:
+            found, passed = outputs.below(place)
+            others.append(found)
+            below |= passed
+    known = {node: call for node, call in known.items() if node not in below}
+    return Summands(known, [[*places] for places in _united(others) if places])
+
+
+class _Outputs:
+    """Where ops with parameters end."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._uses = {node_of(key): use for key, use in tape.uses.items() if use.operands}
+        self._strays = {edge_of(parameter).node for parameter, _ in tape.stray}
+
+    def at(self, place: Place) -> Place | None:
+        """The output of the op at a node, if it is one with parameters."""
+        node, number = place
+        if node in self._uses:
+            return node, self._uses[node].output_nr
+        unrecorded = any(after in self._strays for after, _ in node.next_functions)
+        return (node, number) if unrecorded else None
+
+    def below(self, top: Place) -> tuple[set[Place], set[Node]]:
+        """The first outputs on every way down, and the nodes above them."""
+        found, passed, seen, stack = set[Place](), set[Node](), set[Place](), [top]
+        while stack:
+            place = stack.pop()
+            if place in seen:
+                continue
+            seen.add(place)
+            if (output := self.at(place)) is not None:
+                found.add(output)
+            else:
+                passed.add(place[0])
+                stack += [(after, number) for after, number in place[0].next_functions if after is not None]
+        return found, passed
+
+
+def _united(sets: Iterable[set[Place]]) -> list[set[Place]]:
+    """The same, those that have something in common as one."""
+    groups: list[set[Place]] = []
+    for places in sets:
+        apart = [group for group in groups if not group & places]
+        groups = [*apart, places.union(*(group for group in groups if group & places))]
+    return groups
+
+
+def loss_parts(passes: Passes) -> list[LossPart]:
+    """The parts of the loss of some passes whose samples are known."""
+    tape, output = passes.tape, passes.output
+    if output is None:
+        found = find_summands(tape, passes.loss)
+    else:
+        known = {node: call for node, call in tape.losses.items() if call is not output}
+        found = Summands(known, [[output.input[:2]]])
+    parts: list[LossPart] = [
+        KnownPart(
+            call.input,
+            call.arguments["input"],
+            passes.samples.losses[node],
+            call.function,
+            partial(passes.likelihood, node),
+        )
+        for node, call in found.known.items()
+    ]
+    owners = _owners(passes)
+    others = [*found.known, *(node for places in found.others for node, _ in places)]
+    for places in found.others:
+        edges = [GradientEdge(*place) for place in places]
+        likes = [head_at(edge, passes.loss).like for edge in edges]
+        own = [owners.get(place, BatchAxis(passes.samples.count)) for place in places]  # of no use: one sample
+        chosen = output is not None
+        parts.append(Quadratic(edges, likes, own, passes.loss, passes.seed, others, passes.separate, chosen))
+    return parts
+
+
+def bounds(parts: Iterable[LossPart]) -> list[Node]:
+    """The nodes that loss functions that are differentiated do not reach below."""
+    return next(([*part.others] for part in parts if isinstance(part, Quadratic)), [])
+
+
+def nodes_of_loss(passes: Passes) -> set[Node]:
+    """The nodes of loss functions that are differentiated."""
+    if not (below := {*bounds(passes.parts)}):
+        return set()
+    found, stack = set[Node](), [cast("Node", passes.loss.grad_fn)]
+    while stack:
+        node = stack.pop()
+        if node not in found and node not in below:
+            found.add(node)
+            stack += [after for after, _ in node.next_functions if after is not None]
+    return found
+
+
+def _owners(passes: Passes) -> dict[Place, Owners]:
+    """Which sample owns each row of the outputs of all uses, and of `Passes.output`."""
+    samples = passes.samples
+    found = {
+        (node_of(key), use.output_nr): samples.uses[key] for key, use in passes.tape.uses.items() if key in samples.uses
+    }
+    if passes.output is not None:
+        found[passes.output.input[:2]] = samples.losses[cast("Node", passes.loss.grad_fn)]
+    return found

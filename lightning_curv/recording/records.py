@@ -1,0 +1,238 @@
+"""What recording leaves in the autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.differentiation.internal_pass import own_pass
+from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
+from lightning_curv.recording.provenance import DATA, Roots, roots_of, united
+from lightning_curv.rules import Rule
+from lightning_curv.terms.owners import Owners
+
+KEY = "lightning_curv"
+# computed from parameters alone / and from constants / and from tensors without gradient that came from outside
+PURE, CONSTANT, TENTATIVE = "pure", "constant", "tentative"
+
+
+@dataclass(slots=True)
+class Operand:
+    """A parameter, or a tensor computed from parameters, as an argument of a recorded op."""
+
+    tensor: Tensor  # detached where it is derived
+    source: GradientEdge | None = None  # where the gradient of a derived tensor arrives
+
+    @property
+    def derived(self) -> bool:
+        """Whether the tensor was computed from parameters instead of being one."""
+        return self.source is not None
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where the gradient of the tensor arrives."""
+        return self.source or edge_of(self.tensor)
+
+
+@dataclass(slots=True)
+class Use:
+    """One call of an op with parameters among its arguments."""
+
+    function: Callable[..., Any]
+    rule: Rule
+    arguments: dict[str, Any]  # by name; tensors detached, operands included
+    operands: dict[str, Operand]  # by argument name
+    inputs: dict[str, GradientEdge]  # of the other differentiable arguments
+    shape: torch.Size  # of the output
+    dtype: torch.dtype
+    output_nr: int = 0
+    versions: dict[str, int] = field(default_factory=dict)
+    couples: bool = False  # a sample's output depends on other samples
+    roots: dict[str, Roots] = field(default_factory=dict)  # of the arguments without gradient, and of operands
+    shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the same
+    pull: Callable[[Tensor, Owners], Tensor] | None = None  # instead of a rule: cotangents to J of the only operand
+
+    @property
+    def name(self) -> str:
+        """The op's name in messages."""
+        return str(getattr(self.function, "__name__", self.function)).strip("_")
+
+    def release(self, *_: Any) -> None:
+        """Hook of the node: free the inputs with what autograd itself has saved, once a pass is through."""
+        if not _keeps_graph() and not own_pass():
+            self.arguments = {}
+
+    def check(self) -> None:
+        """Raise if a recorded input was freed, or modified in place after the op had read it."""
+        if not self.arguments:
+            raise _freed(self)
+        for name, version in self.versions.items():
+            if self.arguments[name]._version != version:
+                raise RuntimeError(
+                    f"`{self.name}` needs its argument `{name}` as it was in the forward pass, but it was modified "
+                    f"by an in-place operation afterwards. Modify a copy instead: `{name}.clone()`."
+                )
+
+
+@dataclass(slots=True)
+class LossCall:
+    """One call of a known loss function."""
+
+    function: Callable[..., Any]
+    arguments: dict[str, Any]  # by name; tensors detached
+    input: GradientEdge
+    shape: torch.Size  # of the output
+    output_nr: int = 0
+    roots: Roots = CONSTANT_ROOTS  # of the arguments without gradient
+    beside: bool = False  # the node below is the same call once more, for its other input
+
+    @property
+    def name(self) -> str:
+        """The loss function's name in messages."""
+        return str(getattr(self.function, "__name__", self.function))
+
+    def release(self, *_: Any) -> None:
+        """Hook of the node: free the arguments with what autograd itself has saved, once a pass is through."""
+        if not _keeps_graph() and not own_pass():
+            self.arguments = {}
+
+    def check(self) -> None:
+        """Raise if the arguments were freed."""
+        if not self.arguments:
+            raise _freed(self)
+
+
+def _freed(record: Use | LossCall) -> RuntimeError:
+    return RuntimeError(
+        f"Expected a graph that still holds the inputs of its ops, found one that is passed a second time: the "
+        f"first backward pass freed the inputs of `{record.name}`. Pass `retain_graph=True` to it, or run the "
+        "forward pass again."
+    )
+
+
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)  # of the pass that is running
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """What an op under ``vmap`` reads of the batch.
+
+    Attributes:
+        name: The name of the op.
+        roots: What it reads was computed from; their numbers are those of the rows of its output.
+        edge: Where its output is in the graph.
+        like: A tensor like the output, with the axes that are mapped over.
+    """
+
+    name: str
+    roots: Roots
+    edge: GradientEdge
+    like: Tensor
+
+
+@dataclass(slots=True)
+class Marks:
+    """What recording leaves at an autograd node."""
+
+    use: Use | None = None
+    loss: LossCall | None = None
+    outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
+    origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
+    roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
+    read: Roots | None = None  # of the tensors without gradient that the op reads
+    mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
+    copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
+
+
+def marks(node: Node) -> Marks | None:
+    """What recording left at ``node``."""
+    return node.metadata.get(KEY)  # type: ignore[attr-defined]
+
+
+def edge_of(tensor: Tensor) -> GradientEdge:
+    """The place in the graph where the gradient of ``tensor`` arrives."""
+    if tensor.grad_fn is None:
+        return torch.autograd.graph.get_gradient_edge(tensor)
+    return GradientEdge(tensor.grad_fn, tensor.output_nr)
+
+
+def shape_at(edge: GradientEdge) -> torch.Size:
+    """The shape of the tensor at an edge."""
+    return torch.Size(edge.node._input_metadata[edge.output_nr].shape)
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of a network, where the curvature of a loss enters.
+
+    Attributes:
+        edge: Where it is in the graph.
+        like: A tensor of its shape, type and device.
+    """
+
+    edge: GradientEdge
+    like: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Output:
+        """The output that a tensor is now; what changes the tensor in place later does not matter."""
+        if not tensor.requires_grad:
+            raise ValueError("`output` must be computed from parameters, found a tensor without a graph.")
+        return cls(edge_of(tensor), like(tensor))
+
+
+def like(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape, type and device that takes no memory."""
+    return tensor.detach().new_zeros(()).expand(tensor.shape)
+
+
+def is_copy(tensor: Tensor) -> bool:
+    """Whether a tensor repeats a parameter, as `Marks.copies` says."""
+    found = marks(tensor.grad_fn) if tensor.grad_fn is not None else None
+    return found is not None and found.copies
+
+
+def mark_at(node: Node) -> Marks:
+    """The marks at ``node``, to be written."""
+    metadata: dict[str, Any] = node.metadata  # type: ignore[assignment]
+    found: Marks | None = metadata.get(KEY)
+    if found is None:
+        found = metadata[KEY] = Marks()
+    return found
+
+
+def origin_of(tensor: Tensor) -> str | None:
+    """What a tensor that requires gradients was computed from: an origin or, with data, ``None``."""
+    if tensor.grad_fn is None:
+        return PURE if isinstance(tensor, nn.Parameter) else None
+    found = marks(tensor.grad_fn)
+    return found.origin if found else None
+
+
+def all_roots(tensor: Tensor) -> Roots:
+    """What a tensor was computed from besides parameters; of one that depends on data only that it does."""
+    if not tensor.requires_grad:
+        return roots_of(tensor)
+    if tensor.grad_fn is None:
+        return CONSTANT_ROOTS if isinstance(tensor, nn.Parameter) else roots_of(tensor)
+    found = marks(tensor.grad_fn)
+    return found.roots if found is not None and found.origin is not None else DATA
+
+
+def combined(origins: Sequence[str | None], tensors: Sequence[Tensor]) -> tuple[str | None, Roots]:
+    """What a value comes from that was computed from some tensors; ``origins``: of those that require gradients."""
+    if not origins or None in origins:
+        return None, DATA
+    roots = united(all_roots(tensor) for tensor in tensors)
+    if roots.data:
+        return None, DATA
+    if roots.tensors:
+        return TENTATIVE, roots
+    return (PURE if len(origins) == len(tensors) and {*origins} == {PURE} else CONSTANT), roots

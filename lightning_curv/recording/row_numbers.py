@@ -1,0 +1,355 @@
+"""Numbers of rows: which row of the batch every entry of a tensor without gradient came from.
+
+A batch is often masked, permuted, cut or stacked before it meets the first parameter, and the graph begins only there.
+So whenever recorded code moves the rows of such a tensor, the same call is applied to their numbers. Numbers belong to
+a size: that of the tensor which the rows were counted in. A piece ``x[4:8]`` of a batch of 16 rows has two meanings,
+rows 0 to 3 of a batch of 4 and rows 4 to 7 of one of 16, and the number of samples says which one is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import starmap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curv.recording.provenance import Numbers, Roots, mapped, physical, roots_of, tensors_in
+from lightning_curv.recording.row_trials import narrowed, tried
+
+# functions whose result has at every place what they make of the entries there
+_ELEMENTWISE = """
+    abs absolute acos acosh add addcdiv addcmul alpha_dropout and angle asin asinh atan atan2 atanh bernoulli bfloat16
+    bitwise_and bitwise_not bitwise_or bitwise_xor bool bucketize byte ceil celu char clamp clamp_max clamp_min clip
+    clone complex conj copysign cos cosh cpu cuda deg2rad digamma div divide double dropout elu eq erf erfc erfinv exp
+    exp2 expm1 feature_dropout float floor floor_divide floordiv fmax fmin fmod frac ge gelu greater greater_equal gt
+    half hardsigmoid hardswish hardtanh heaviside hypot iadd imag imul int invert isfinite isinf isnan isub ixor le
+    leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor
+    logit logsigmoid long lshift lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative
+    nextafter or positive pow quantize_per_tensor rad2deg radd rdiv real reciprocal relu relu6 remainder ror round rpow
+    rrelu rshift rsqrt rsub rtruediv rxor selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink
+    softsign sqrt square sub subtract tan tanh tanhshrink threshold to true_divide truediv trunc type type_as where
+    xlogy xor
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+# functions whose result has in every row of the leading axis what they make of that row
+_BY_ROW = """
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d avg_pool1d
+    avg_pool2d avg_pool3d batch_norm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+    conv_transpose3d embedding embedding_bag group_norm instance_norm interpolate layer_norm linear local_response_norm
+    matmul max_pool1d max_pool2d max_pool3d mm one_hot pad pixel_shuffle pixel_unshuffle rms_norm
+    scaled_dot_product_attention tril triu upsample
+"""
+BY_ROW = frozenset(_BY_ROW.split())
+LIKE = frozenset(("to", "type", "type_as"))  # functions that look at the type of other arguments
+FILLING = frozenset(
+    ("empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like")
+)
+# functions that only move, repeat or leave out entries of their first argument, or of the tensors in it
+_ROUTING = """
+    broadcast_to cat chunk column_stack concat concatenate contiguous detach diagonal dsplit expand expand_as
+    flatten flip fliplr flipud gather get getitem hsplit hstack index_select masked_select moveaxis movedim mT
+    narrow pack_padded_sequence permute ravel repeat repeat_interleave reshape reshape_as roll rot90 select split
+    split_with_sizes squeeze stack swapaxes swapdims T t take take_along_dim tensor_split tile transpose unbind
+    unflatten unsqueeze view view_as vsplit vstack
+"""
+ROUTING = frozenset(_ROUTING.split())
+# functions that take the entries along some axes together, and functions that do so and keep the axes
+_REDUCING = """
+    all amax amin aminmax any argmax argmin count_nonzero logsumexp max mean median min mode nanmean nanmedian nansum
+    norm prod quantile std std_mean sum var var_mean
+"""
+REDUCING = frozenset(_REDUCING.split())
+_SCANNING = """
+    argsort cummax cummin cumprod cumsum log_softmax logcumsumexp softmax softmin sort
+"""
+SCANNING = frozenset(_SCANNING.split())
+PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv"))
+MEETING = PRODUCTS | {"batch_norm"}  # by row only where no rows meet
+VIEWS = frozenset(("unflatten", "view", "view_as"))  # that look at strides, which numbers do not have
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the rows of a result.
+
+    Attributes:
+        numbers: Which rows they are.
+        pooled: The sizes whose rows were taken together, as by a mean over the batch.
+    """
+
+    numbers: Numbers = field(default_factory=dict)
+    pooled: frozenset[int] = frozenset()
+
+
+def follow(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> list[Rows]:
+    """What is known of the rows of the results of a call, one per tensor."""
+    name, inplace = name_of(func), "out" in kwargs or any(result is value for result in results for value in args)
+    tensors = tensors_in([*args, *kwargs.values()])
+    if any(map(mapped, results)):
+        return [mapped_rows(name, tensors, result) for result in results]
+    if name == "setitem" or (name in ROUTING and args and not inplace):
+        routed = _written if name == "setitem" else _routed
+        try:
+            return list(map(Rows, routed(func, args, kwargs, results)))
+        except (RuntimeError, TypeError, ValueError):  # of numbers only: the call itself went well
+            return [Rows() for _ in results]
+    known = [(tensor, numbers_of(tensor)) for tensor in tensors if not roots_of(tensor).constant]
+    if not tensors or any(tensor.requires_grad for tensor, _ in known):
+        return [Rows() for _ in results]
+    if name in REDUCING | SCANNING and not any(tensor is not args[0] for tensor in tensors):
+        return [_along(name, args, kwargs, result) for result in results]
+    pooled = frozenset(_met(name, args, kwargs, known))
+    if name in ELEMENTWISE or name in MEETING or (name in BY_ROW and _leads(known, results)):
+        return [_kept(known, result, pooled, name in ELEMENTWISE) for result in results]
+    return list(starmap(Rows, tried(func, args, kwargs, results, known)))
+
+
+def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
+    """The rows of what a function makes under ``vmap``: those that are mapped over are apart."""
+    known = [(tensor, numbers_of(physical(tensor))) for tensor in tensors if not roots_of(tensor).constant]
+    if name == "getitem" and len(tensors) == 2 and not mapped(tensors[0]) and not tensors[1].ndim:
+        return Rows(_picked(numbers_of(tensors[0]), physical(tensors[1]), result))
+    found, together = {}, set[int]()
+    for size in {size for _, numbers in known for size in numbers if size > 1}:
+        read = [(bool(mapped(tensor)), numbers[size]) for tensor, numbers in known if size in numbers]
+        along = [n.flatten() for over, n in read if over and n.ndim and n.numel() == len(n)]
+        axes = [axis for tensor in (*tensors, result) for axis in mapped(tensor)]
+        if any(not over and n.numel() > 1 for over, n in read):
+            together |= set() if name in ROUTING else {size}
+        elif not any(axes) and len(along) == len(read) and all(torch.equal(n, along[0]) for n in along):
+            whole = physical(result)
+            found[size] = along[0].reshape(-1, *[1] * (whole.ndim - 1))
+    return Rows(found, frozenset(together))
+
+
+def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
+    """The numbers of rows that ``vmap`` picks out of a tensor, ``x[i]``."""
+    shape = (-1, *[1] * (physical(result).ndim - 1))
+    leading = {size: n.flatten() for size, n in numbers.items() if n.ndim and n.numel() == len(n)}
+    return {size: n[index].reshape(shape) for size, n in leading.items()} if index.ndim == 1 else {}
+
+
+def plainly_in_order(func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+    """Whether the rows of results are those of the tensors they were computed from, without a closer look."""
+    name = name_of(func)
+    if any(map(mapped, results)):
+        return False
+    if name not in ELEMENTWISE and (name not in BY_ROW or name in MEETING):
+        return False
+    ranks = {tensor.ndim for tensor in tensors if tensor.ndim}
+    same = name in BY_ROW or ranks <= {results[0].ndim}
+    read = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, nn.Parameter)]
+    lengths = {len(tensor) for tensor in read if len(tensor) > 1}
+    return same and all(result.ndim > 0 and lengths <= {len(result)} for result in results)
+
+
+def _along(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Rows:
+    """The rows of what is reduced or accumulated along some axes."""
+    like, numbers = args[0], numbers_of(args[0])
+    place = 2 if name in ("norm", "quantile") else 1
+    dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
+    every = range(like.ndim)
+    dims = every if dim is None else [d % max(1, like.ndim) for d in ([dim] if isinstance(dim, int) else dim)]
+    apart = {size: n for size, n in numbers.items() if all(n.shape[axis] == 1 for axis in dims)}
+    if name in REDUCING and result.ndim < like.ndim:
+        rest = [axis for axis in every if axis not in dims]
+        kept = {size: n.reshape([n.shape[axis] for axis in rest]) for size, n in apart.items()}
+    else:
+        kept = apart
+    together = frozenset(size for size in numbers if size not in apart and size > 1)
+    return Rows(kept if all(n.ndim == result.ndim for n in kept.values()) else {}, together)
+
+
+def _met(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[tuple[Tensor, Numbers]]
+) -> Iterator[int]:
+    """The sizes whose rows meet in a product of matrices, in pairs, or in the statistics of a normalization."""
+    sizes = {size for _, numbers in known for size, n in numbers.items() if n.numel() > 1}
+    if name == "batch_norm" and True in (kwargs.get("training"), *args[5:6]):
+        yield from sizes
+    elif name in PRODUCTS and len(args) > 1:
+        numbers_by_tensor = {id(tensor): numbers for tensor, numbers in known}
+        for size in sizes:
+            left, right = (numbers_by_tensor.get(id(value), {}).get(size) for value in args[:2])
+            summed = _vary(left, -1) or _vary(right, -2 if right is not None and right.ndim > 1 else -1)
+            if summed or (_vary(left, -2) and _vary(right, -1)):
+                yield size
+
+
+def _vary(numbers: Tensor | None, axis: int) -> bool:
+    return numbers is not None and numbers.ndim >= -axis and numbers.shape[axis] > 1
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """The name of a torch function, without underscores around it; of a property its own."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name.strip("_")
+
+
+def _routed(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> list[Numbers]:
+    """The same call, applied to numbers."""
+    first, *rest = args
+    several = isinstance(first, (list, tuple))
+    sources = [value for value in first if isinstance(value, Tensor)] if several else [first]
+    if not sources or (several and len(sources) < len(first)):
+        return [{} for _ in results]
+    key = None if several else _structure(func, first, rest, kwargs)
+    if key in _MOVED:
+        return [*_MOVED[key]]
+    known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
+    told = [numbers for numbers in known if numbers is not None]
+    found: list[dict[int, Tensor]] = [{} for _ in results]
+    for size in set(told[0]).intersection(*told[1:]) if told else ():
+        beside = told[0][size]  # what is joined to rows of the batch, and is the same for all, belongs to them
+        numbers = [(beside if n is None else n[size]).expand(v.shape) for n, v in zip(known, sources, strict=True)]
+        if name_of(func) in VIEWS:
+            numbers = [one.contiguous() for one in numbers]
+        with torch._C.DisableTorchFunction():
+            out = func(numbers if several else numbers[0], *rest, **kwargs)
+        moved = [out] if isinstance(out, Tensor) else out
+        for one, tensor in zip(found, moved[:1] if name_of(func) == "pack_padded_sequence" else moved, strict=False):
+            one[size] = narrowed(tensor)
+    if key is not None and sum(n.numel() for numbers in found for n in numbers.values()) <= _SMALL:
+        if len(_MOVED) >= _MOST:
+            _MOVED.clear()
+        _MOVED[key] = tuple(found)
+    return list(found)
+
+
+# What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and no one changes it.
+_MOVED: dict[Hashable, tuple[Numbers, ...]] = {}
+_MOST, _SMALL = 256, 2**16  # structures, and numbers of one
+
+
+def _structure(func: Callable[..., Any], first: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+    """What the result of a call depends on where the rows are in their order; ``None``: on tensors, or on more."""
+    roots = roots_of(first)
+    if roots.numbers is not None or roots.constant or mapped(first):
+        return None
+    sizes = tuple(_sizes_in_order(first, roots))
+    key: list[Hashable] = [func, first.shape, first.device, torch.is_inference_mode_enabled(), sizes]
+    for value in (*rest, *kwargs, *kwargs.values()):
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(part is None or isinstance(part, (bool, int, str, torch.memory_format)) for part in values):
+            return None
+        key.append((type(value), *((type(part), part) for part in values)))
+    return tuple(key)
+
+
+def _written(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+) -> list[Numbers]:
+    """The numbers of a tensor that some entries were written to; constants belong to what they are written to."""
+    tensor, index, value = args
+    numbers = numbers_of(tensor)
+    if not isinstance(value, Tensor) or roots_of(value).constant:
+        return [numbers]
+    written = numbers_of(value)
+    found = {}
+    for size in {*numbers}.intersection(written):
+        whole = numbers[size].expand(tensor.shape).clone()
+        with torch._C.DisableTorchFunction():
+            whole[index] = written[size].expand(value.shape)
+        found[size] = narrowed(whole)
+    return [found]
+
+
+def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: frozenset[int], elementwise: bool) -> Rows:
+    """The rows of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
+    align = _broadcast if elementwise else _leading
+    found, together = {}, set(pooled)
+    for size in {size for _, numbers in known for size in numbers} - pooled:
+        aligned = [align(numbers[size], tensor, result) for tensor, numbers in known if size in numbers]
+        first = max((one for one in aligned if one is not None), key=Tensor.numel, default=None)
+        if first is not None and all(one is not None and _equal(one, first) for one in aligned):
+            found[size] = first
+        elif elementwise:
+            together.add(size)  # rows of several samples meet
+    return Rows(found, frozenset(together))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether numbers are the same wherever they meet."""
+    return torch.equal(one, other) or (one.numel() != other.numel() and bool((one == other).all()))
+
+
+def _leads(known: Sequence[tuple[Tensor, Numbers]], results: Sequence[Tensor]) -> bool:
+    """Whether only the leading axis tells the rows of tensors."""
+    return all(
+        _leading(found, tensor, result) is not None
+        for tensor, numbers in known
+        for found in numbers.values()
+        for result in results
+    )
+
+
+def _broadcast(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
+    """Numbers of a tensor as those of a result that it was broadcast to; ``None``: it was not."""
+    if result.ndim < tensor.ndim:
+        return None
+    return numbers.reshape([1] * (result.ndim - tensor.ndim) + list(numbers.shape))
+
+
+def _leading(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
+    """Numbers of the leading axis of a tensor as those of a result; ``None``: other axes have them too."""
+    along = numbers.ndim > 0 and numbers.numel() == len(numbers)
+    if along and result.ndim and len(tensor) == len(result):
+        return numbers.reshape(-1, *[1] * (result.ndim - 1))
+    return None
+
+
+def numbers_of(tensor: Tensor) -> Numbers:
+    """The numbers of the rows of a tensor without gradient; empty ones where they are not known."""
+    roots = roots_of(tensor)
+    return roots.numbers if roots.numbers is not None else in_order(tensor, roots)
+
+
+def in_order(tensor: Tensor, roots: Roots) -> Numbers:
+    """The numbers where nothing moved rows; the batch may be second."""
+    return {size: counted(size, tensor, axis) for size, axis in _sizes_in_order(tensor, roots)}
+
+
+def _sizes_in_order(tensor: Tensor, roots: Roots) -> list[tuple[int, int]]:
+    """The sizes whose rows are counted where nothing moved rows, and along which axis."""
+    shape = tensor.shape
+    sizes = {root.shape[0] for root in roots.tensors if root.ndim and root.shape[0] > 1}
+    sizes |= {root.shape[0] for root in roots.tensors if root.ndim and not sizes}
+    if not tensor.ndim or shape[0] not in sizes or roots.data or roots.routed:
+        return []
+    second = any(root.shape[:2] == shape[:2] and _may_be_second(root.shape) for root in roots.tensors)
+    return [(shape[1], 1), (shape[0], 0)] if second else [(shape[0], 0)]
+
+
+def _may_be_second(shape: Sequence[int]) -> bool:
+    """Whether the second axis may be that of the samples: one of time or of batches is first."""
+    return len(shape) > 1 and shape[1] > 1 and (shape[0] == 1 or len(shape) > 2)
+
+
+def counted(size: int, tensor: Tensor, axis: int = 0) -> Tensor:
+    """0, 1, ... along an axis of a tensor; broadcasts against it."""
+    dtype = torch.uint8 if size <= 255 else torch.int32
+    numbers = physical(torch.arange(size, dtype=dtype, device=tensor.device))
+    return numbers.reshape(*[1] * axis, -1, *[1] * (tensor.ndim - 1 - axis))
+
+
+def ordered(numbers: Numbers, result: Tensor, roots: Roots) -> bool:
+    """Whether a result has the rows of what it was computed from in their order, each once."""
+    leading = {len(root) for root in roots.tensors if root.ndim}
+    if not result.ndim or len(result) not in leading.intersection(numbers):
+        return False
+    found = numbers[len(result)]
+    along = found.ndim == result.ndim and found.numel() == len(found) == len(result)
+    return along and torch.equal(found.flatten(), counted(len(result), result).flatten())
+
+
+def fingerprint(numbers: Numbers) -> tuple[tuple[int, bytes], ...]:
+    """Something that is the same for the same numbers only."""
+    return tuple((size, blake2b(found.cpu().numpy().tobytes()).digest()) for size, found in sorted(numbers.items()))

@@ -1,0 +1,205 @@
+"""Rows of what a function makes, found by trial: which entries change if some rows of the batch are others?
+
+Most functions that a raw batch passes through are known to `row_numbers`. Any other is called again, on a batch in
+which the rows are others whose number has a certain bit, and on one in which all the rest are: an entry that changes in
+one of the two belongs to those rows, one that changes in both to rows of several samples. All bits together spell the
+number, by 2 log₂ N calls; for calls of one kind, as their arguments' shapes and options tell, that is done once.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curv.recording.provenance import Numbers, tensors_in, transforming
+
+Known = Sequence[tuple[Tensor, Numbers]]
+Tried = list[tuple[Numbers, frozenset[int]]]  # per result: numbers of rows; sizes whose rows were taken together
+
+LARGEST = 2**25  # entries that are read: a function of more is not tried
+KEPT = 256
+_FOUND: OrderedDict[Hashable, Tried] = OrderedDict()
+
+
+def tried(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor], known: Known
+) -> Tried:
+    """The numbers of the rows of the results of a call, and the sizes whose rows were taken together.
+
+    Args:
+        func: The function; one that changes an argument in place is applied to copies.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+        results: What the call returned.
+        known: The tensors among the arguments that came from outside, and the numbers of their rows.
+    """
+    sizes = {size for _, numbers in known for size in numbers if size > 1}
+    of_one = {size: number for size in sizes if (number := _only_row(size, known)) is not None}
+    nothing: Tried = [({k: n.reshape([1] * r.ndim) for k, n in of_one.items()}, frozenset()) for r in results]
+    entries = sum(map(Tensor.numel, tensors_in([*args, *kwargs.values()])))
+    if not (sizes := sizes - {*of_one}) or not _of_torch(func) or transforming() or entries > LARGEST:
+        return nothing
+    key = _key(func, args, kwargs, known)
+    if key is not None and key in _FOUND:
+        return _FOUND[key]
+    try:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            found = _tried(func, args, kwargs, results, known, sizes)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):  # it depends on what the values are
+        return nothing
+    if found is None:
+        return nothing
+    found = [({**one, **numbers}, together) for (one, _), (numbers, together) in zip(nothing, found, strict=True)]
+    if key is not None:
+        _FOUND[key] = found
+        if len(_FOUND) > KEPT:
+            _FOUND.popitem(last=False)
+    return found
+
+
+def _of_torch(func: Callable[..., Any]) -> bool:
+    """Whether a function is torch's own, so that to call it once more does nothing else."""
+    if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return False
+    return not isinstance(func, FunctionType) or func.__module__.startswith("torch.")
+
+
+def _tried(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    results: Sequence[Tensor],
+    known: Known,
+    sizes: set[int],
+) -> Tried | None:
+    """``None``: the function makes something else every time."""
+    devices = list({tensor.device for tensor, _ in known if tensor.is_cuda})
+
+    def call(others: Mapping[int, Tensor]) -> list[Tensor]:
+        replaced = [_replaced(value, others) for value in args]
+        named = {name: _replaced(value, others) for name, value in kwargs.items()}
+        with torch.random.fork_rng(devices):  # the same random numbers every time
+            return tensors_in([func(*replaced, **named)])
+
+    plain = call({})
+    if not _same(plain, call({})):
+        return None
+    found: Tried = [({}, frozenset()) for _ in results]
+    for size in sizes:
+        halves = []
+        for bit in range((size - 1).bit_length()):
+            pair = []
+            for side in (True, False):
+                others = {
+                    id(tensor): _others(tensor, (numbers[size].long() >> bit & 1) == int(side))
+                    for tensor, numbers in known
+                    if size in numbers
+                }
+                pair.append([_changed(p, c) for p, c in zip(plain, call(others), strict=True)])
+            halves.append(pair)
+        for i, (numbers, together) in enumerate(found):
+            bits = [(ones[i], zeros[i]) for ones, zeros in halves]
+            if any(one is None or zero is None or bool((one & zero).any()) for one, zero in bits):
+                found[i] = numbers, together | {size}
+            elif (rows := _spelled([(o, z) for o, z in bits if o is not None and z is not None], size)) is not None:
+                found[i] = {**numbers, size: rows}, together
+    return found
+
+
+def _only_row(size: int, known: Known) -> Tensor | None:
+    """The number of the row that is read, if it is one."""
+    numbers = [found[size].flatten() for _, found in known if size in found]
+    first = numbers[0][:1]
+    return first if all(len(one) == 1 and torch.equal(one, first) for one in numbers) else None
+
+
+def _spelled(bits: Sequence[tuple[Tensor, Tensor]], size: int) -> Tensor | None:
+    """The number of every entry, from whether it changes with the rows that have a bit, and with those that do not.
+
+    ``None``: it cannot be told. Entries that nothing changes belong to the rows that they lie in.
+    """
+    told = torch.stack([one | zero for one, zero in bits]).all(0)
+    number = torch.stack([one.int() << bit for bit, (one, _) in enumerate(bits)]).sum(0, dtype=torch.int32)
+    if not bool(told.any()):
+        return None
+    if number.ndim and len(number) == size:
+        rows = torch.arange(size, dtype=torch.int32, device=number.device).reshape(-1, *[1] * (number.ndim - 1))
+        if bool(((number == rows) | ~told).all()):
+            return rows
+    return narrowed(number) if bool(told.all()) else None
+
+
+def narrowed(numbers: Tensor) -> Tensor:
+    """Numbers without the axes along which they do not change; they broadcast against what they were."""
+    for axis in range(numbers.ndim):
+        if numbers.shape[axis] > 1:
+            first = numbers.narrow(axis, 0, 1)
+            if not numbers.stride(axis) or bool((numbers == first).all()):
+                numbers = first
+    return numbers.contiguous()
+
+
+def _others(tensor: Tensor, rows: Tensor) -> Tensor:
+    """A tensor with other numbers in some rows: positive ones in another order; for integers a neighbour's."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        size = tensor.abs().nan_to_num(0, 0, 0).amax()
+        other = 1.37 * size - 0.91 * tensor
+    else:
+        axis = next((axis for axis, count in enumerate(rows.shape) if count > 1), 0) + tensor.ndim - rows.ndim
+        other = tensor.roll(1, axis)
+    return torch.where(rows, other, tensor)
+
+
+def _changed(plain: Tensor, other: Tensor) -> Tensor | None:
+    """Which entries differ by more than the last digits; ``None``: the shapes do."""
+    if plain.shape != other.shape:
+        return None
+    if not plain.dtype.is_floating_point and not plain.dtype.is_complex:
+        return plain != other
+    return ~torch.isclose(plain, other, rtol=8 * torch.finfo(plain.dtype).eps, atol=0, equal_nan=True)
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all((changed := _changed(a, b)) is not None and not bool(changed.any()) for a, b in pairs)
+
+
+def _replaced(value: Any, others: Mapping[int, Tensor]) -> Any:
+    """An argument with some tensors replaced, and copies of all the others."""
+    if isinstance(value, Tensor):
+        return others[id(value)].clone() if id(value) in others else value.clone()
+    if isinstance(value, (list, tuple)) and tensors_in(value):
+        return type(value)(_replaced(part, others) for part in value)
+    return value
+
+
+def _key(
+    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], known: Known
+) -> tuple[Hashable, ...] | None:
+    """What calls must have in common to treat rows alike; ``None``: it depends on values, as on numbers of rows."""
+    if any(not tensor.is_floating_point() for tensor in tensors_in([*args, *kwargs.values()])):
+        return None
+    from lightning_curv.recording.row_numbers import fingerprint
+
+    rows = tuple(fingerprint(numbers) for _, numbers in known)
+    try:
+        key = (func, rows, *_kinds(args), *kwargs, *_kinds(list(kwargs.values())))
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _kinds(values: Sequence[Any]) -> Iterator[Hashable]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.shape, value.dtype, value.device
+        elif isinstance(value, (list, tuple)):
+            yield (len(value), *_kinds(value))
+        else:
+            yield value

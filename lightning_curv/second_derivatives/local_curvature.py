@@ -1,0 +1,268 @@
+"""The second derivative of one node of the graph, found by differentiating it twice."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.differentiation.internal_pass import nothing_below, unheard
+from lightning_curv.differentiation.twice import differentiable
+from lightning_curv.errors import UnsupportedError, differentiating_twice
+from lightning_curv.kernels.symmetric import eigh
+from lightning_curv.passes.passes import Column
+from lightning_curv.terms.owners import Owners
+
+
+class Residual(ABC):
+    """The residual of one node.
+
+    Attributes:
+        edges: The node's data inputs.
+    """
+
+    edges: Sequence[GradientEdge]
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Sequence[torch.Size]:
+        """The shapes of the data inputs."""
+
+    @abstractmethod
+    def positive(self, modify: str) -> Residual:
+        """The residual with its negative eigenvalues set to zero (``"clip"``) or made positive (``"abs"``)."""
+
+    @abstractmethod
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """The residual times one vector per input."""
+
+    @abstractmethod
+    def columns(self) -> Iterator[Column]:
+        """Columns whose signed squares add up to the residual; zero ones are left out."""
+
+
+def _positive(values: Tensor, modify: str) -> Tensor:
+    return values.clamp(min=0) if modify == "clip" else values.abs()
+
+
+@dataclass(frozen=True)
+class DiagonalResidual(Residual):
+    """The residual of an elementwise node of one input.
+
+    Attributes:
+        edges: The input.
+        values: The diagonal, of the input's shape.
+        owners: Which sample owns each row of the input; found out when it is asked for.
+    """
+
+    edges: Sequence[GradientEdge]
+    values: Tensor
+    owners: Callable[[], Owners | None]
+
+    @property
+    def shapes(self) -> Sequence[torch.Size]:
+        return [self.values.shape]
+
+    def positive(self, modify: str) -> Residual:
+        return replace(self, values=_positive(self.values, modify))
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        return [self.values * vectors[0]]
+
+    def columns(self) -> Iterator[Column]:
+        owners = self.owners()
+        if owners is None:
+            return
+        values = owners.split(self.values)  # [N, E]
+        roots = values.abs().sqrt()
+        for entry in _used(values).nonzero().flatten().tolist():
+            column = torch.zeros_like(values)
+            column[:, entry] = roots[:, entry]
+            yield Column(self.edges, [owners.join(column, self.values.shape)], values[:, entry].sign())
+
+
+def _used(values: Tensor) -> Tensor:
+    """Which eigenvalues ``[N, E, ...]`` are not zero up to rounding in all samples."""
+    magnitudes = values.abs()
+    threshold = torch.finfo(values.dtype).eps * float(magnitudes.max()) * values.shape[1] if values.numel() else 0.0
+    return (magnitudes > threshold).any(0)
+
+
+@dataclass(frozen=True)
+class EigenResidual(Residual):
+    """The residual of a node with several inputs, or of one that couples the entries of a sample.
+
+    Attributes:
+        edges: The node's data inputs.
+        owners: Which sample owns each row of them.
+        sizes: Their shapes.
+        values: Eigenvalues: ``[N, E, k]`` for an elementwise node of k inputs with E entries, else ``[N, E]``.
+        vectors: Eigenvectors: ``[N, E, k (input), k]``, else ``[N, E (entry of all inputs), E]``.
+    """
+
+    edges: Sequence[GradientEdge]
+    owners: Sequence[Owners]
+    sizes: Sequence[torch.Size]
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def shapes(self) -> Sequence[torch.Size]:
+        return self.sizes
+
+    @property
+    def entries(self) -> list[int]:
+        """The number of entries of a sample in every input."""
+        return _entries(self.owners, self.sizes)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the node treats every entry alone."""
+        return self.values.ndim == 3
+
+    def _position(self, index: list[int]) -> int:
+        return index[0] * self.values.shape[-1] + index[1] if self.elementwise else index[0]
+
+    def positive(self, modify: str) -> Residual:
+        return replace(self, values=_positive(self.values, modify))
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        parts = [owners.split(v) for owners, v in zip(self.owners, vectors, strict=True)]
+        joint = torch.stack(parts, -1) if self.elementwise else torch.cat(parts, 1)
+        image = (self.vectors @ (self.values * (self.vectors.mT @ joint[..., None])[..., 0])[..., None])[..., 0]
+        if self.elementwise:
+            out = list(image.unbind(-1))
+        else:
+            out = list(image.split([part.shape[1] for part in parts], dim=1))
+        return [owners.join(part, shape) for owners, part, shape in zip(self.owners, out, self.sizes, strict=True)]
+
+    def columns(self) -> Iterator[Column]:
+        scaled = self.vectors * self.values.abs().sqrt().unsqueeze(-2)
+        for index in _used(self.values).nonzero().tolist():
+            if self.elementwise:
+                entry, k = index
+                flat = [torch.zeros_like(self.values[..., 0]) for _ in self.edges]
+                for i, part in enumerate(flat):
+                    part[:, entry] = scaled[:, entry, i, k]
+            else:
+                flat = list(scaled[:, :, index[0]].split(self.entries, dim=1))
+            seeds = [
+                owners.join(part, shape) for owners, part, shape in zip(self.owners, flat, self.sizes, strict=True)
+            ]
+            yield Column(self.edges, seeds, self.values.flatten(1)[:, self._position(index)].sign())
+
+
+def _blocked(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
+    """Gradients are captured at ``edges`` and go no further: an input may depend on another input of the same node."""
+    return nothing_below(dict.fromkeys(edge.node for edge in edges) if len(edges) > 1 else ())
+
+
+class LocalCurvature:
+    """The local second derivative R of one node, as a linear map on its inputs.
+
+    Raises:
+        UnsupportedError: Torch cannot differentiate the node twice, or its inputs are complex.
+    """
+
+    def __init__(
+        self, node: Node, edges: Sequence[GradientEdge], outputs: Sequence[tuple[GradientEdge, Tensor]]
+    ) -> None:
+        self.node, self.edges = node, edges
+        with (
+            differentiating_twice(node.name()),
+            torch.enable_grad(),
+            unheard(),
+            _blocked(edges),
+            differentiable([node]),
+        ):
+            gradients = torch.autograd.grad(
+                [edge for edge, _ in outputs], edges, [g for _, g in outputs], create_graph=True, allow_unused=True
+            )
+        self.gradients = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        self.inputs = [g.detach() for g in gradients if g is not None]
+        if any(v.is_complex() for v in self.inputs):
+            raise UnsupportedError(
+                f"Second derivatives of ops expect real numbers, found complex ones in `{node.name()}`; use `HMP`."
+            )
+
+    @cached_property
+    def trial(self) -> list[Tensor]:
+        """A vector per input that no structure annihilates."""
+        return [
+            torch.cos(torch.arange(1.0, g.numel() + 1, dtype=g.dtype, device=g.device)).reshape(g.shape)
+            for g in self.inputs
+        ]
+
+    @cached_property
+    def image(self) -> list[Tensor]:
+        """R times the trial."""
+        return self(self.trial) if len(self.inputs) == len(self.edges) else []
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of R, of the input's shape, where the node is elementwise in its only input."""
+        return self([torch.ones_like(self.inputs[0])])[0]
+
+    @property
+    def linear(self) -> bool:
+        """Whether R is zero."""
+        return not any(bool(part.any()) for part in self.image)
+
+    def __call__(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """R applied to vectors of the inputs' shapes."""
+        if not self.gradients:
+            return [torch.zeros_like(v) for v in vectors]
+        with differentiating_twice(self.node.name()), unheard(), _blocked(self.edges):
+            parts = torch.autograd.grad(
+                [g for _, g in self.gradients],
+                self.edges,
+                [vectors[i] for i, _ in self.gradients],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return [torch.zeros_like(v) if part is None else part for part, v in zip(parts, vectors, strict=True)]
+
+    def eigen(self, owners: Sequence[Owners]) -> EigenResidual:
+        """The eigendecomposition of R, per entry where the node is elementwise, else per sample."""
+        shapes = [v.shape for v in self.inputs]
+        matrix = self._elementwise(owners) if len(set(zip(shapes, owners, strict=True))) == 1 else None
+        if matrix is None:
+            matrix = self._dense(owners, shapes)
+        if matrix.shape[-1] == 1:
+            return EigenResidual(self.edges, owners, shapes, matrix[..., 0], torch.ones_like(matrix))
+        return EigenResidual(self.edges, owners, shapes, *eigh(matrix))
+
+    def _elementwise(self, owners: Sequence[Owners]) -> Tensor | None:
+        """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""
+        zero = [torch.zeros_like(v) for v in self.inputs]
+        rows = [
+            self([torch.ones_like(v) if i == j else z for j, (v, z) in enumerate(zip(self.inputs, zero, strict=True))])
+            for i in range(len(zero))
+        ]
+        for j, image in enumerate(self.image):
+            expected = torch.stack([row[j] * w for row, w in zip(rows, self.trial, strict=True)]).sum(0)
+            if not torch.allclose(expected, image, rtol=1e-4, atol=1e-5 * float(image.abs().max())):
+                return None
+        return torch.stack([torch.stack([owners[0].split(part) for part in row], -1) for row in rows], -2)
+
+    def _dense(self, owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> Tensor:
+        """R as ``[N, E, E]`` over the entries of all inputs."""
+        sizes = _entries(owners, shapes)
+        unit = self.inputs[0].new_zeros(owners[0].count, sum(sizes))
+        rows = []
+        for e in range(sum(sizes)):
+            unit.zero_()[:, e] = 1
+            parts = [o.join(flat, shape) for o, flat, shape in zip(owners, unit.split(sizes, 1), shapes, strict=True)]
+            rows.append(torch.cat([o.split(part) for o, part in zip(owners, self(parts), strict=True)], dim=1))
+        matrix = torch.stack(rows, 1)
+        return (matrix + matrix.mT) / 2
+
+
+def _entries(owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> list[int]:
+    """The number of entries of a sample in tensors of these shapes."""
+    return [o.split(torch.zeros(()).expand(shape)).shape[1] for o, shape in zip(owners, shapes, strict=True)]

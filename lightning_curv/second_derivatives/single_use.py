@@ -1,0 +1,117 @@
+"""Parameters that are used once: products with a block need passes between their op and the loss alone.
+
+The op itself is applied to a vector, and transposed, by its rule where that is a linear layer, a norm or alike: without
+the gradient by the parameter that autograd would form to differentiate it a second time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.graph.dependence import uses_below
+from lightning_curv.graph.joins import Join
+from lightning_curv.graph.tape import leaves
+from lightning_curv.kernels import onednn
+from lightning_curv.passes.passes import Passes, apply_rule
+from lightning_curv.recording.records import Use, shape_at
+from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.owners import Owners
+from lightning_curv.terms.term import Term
+
+
+@dataclass(frozen=True)
+class OnlyUse:
+    """The only use of a parameter, by its own value.
+
+    Attributes:
+        edge: The op's output in the graph.
+        use: The recorded op.
+        name: The argument that holds the parameter.
+        owners: Which sample owns each row of the output.
+        lowest: Whether no other op with parameters is below.
+    """
+
+    edge: GradientEdge
+    use: Use
+    name: str
+    owners: Owners
+    lowest: bool
+
+    @cached_property
+    def linear(self) -> bool:
+        """Whether the op can be applied to a vector by its rule."""
+        return self._order is not None
+
+    @cached_property
+    def _order(self) -> bool | None:
+        """Whether the cotangents of the op's term are those at its output in order; ``None``: it cannot be applied."""
+        rule, value = self.use.rule, self.use.operands[self.name].tensor
+        if not (rule.affine and rule.slots):
+            return None
+        g = value.detach().new_zeros(1, *shape_at(self.edge))
+        try:
+            term = self._term(g)
+        except UnsupportedError:
+            return None
+        reindexed = term.g.untyped_storage().data_ptr() == g.untyped_storage().data_ptr()
+        dense = term.adjoint is None and not term.classes and (term.x is None or term.x.dtype == g.dtype)
+        if not (reindexed and dense and term.g.dtype == g.dtype and term.g.numel() == g.numel()):
+            return None
+        return term.g.is_contiguous()
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether a pass may need the parameter's value."""
+        return not (self.linear and self.lowest)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """The derivative of the op's output in the direction of a vector of the parameter's shape."""
+        shape = shape_at(self.edge)
+        out = vector.new_empty(()).expand(1, *shape) if self._order else vector.new_empty(1, *shape)
+        term = self._term(out)
+        sizes, known = term.sizes(), "n" + term.par + term.inp
+        vector = vector.reshape([sizes[letter] for letter in term.par])
+        letters = "".join(letter for letter in term.out if letter in known)
+        if term.x is None:
+            image = torch.einsum(f"{term.par}->{letters}", vector)[None]
+        else:
+            image = onednn.einsum(f"n{term.inp},{term.par}->n{letters}", term.x, vector)
+        image = image[tuple(slice(None) if letter in known else None for letter in "n" + term.out)]
+        if self._order:
+            return image.expand(term.g.shape[1:]).reshape(shape)
+        term.g[0].copy_(image)  # a view of `out`
+        return out[0]
+
+    def transposed(self, g: Tensor) -> Tensor:
+        """The gradient by the parameter for a cotangent at the op's output."""
+        value = self.use.operands[self.name].tensor
+        return Jacobian(value, [self._term(g[None])]).total()[0]
+
+    @torch.no_grad()
+    def _term(self, g: Tensor) -> Term:
+        self.use.check()
+        return apply_rule(self.use, self.owners, g)[self.name]
+
+
+def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
+    """The parameters that are used once, not through a transform, and these uses; ops with one output only."""
+    counts: Counter[Tensor] = Counter(parameter for parameter, _ in passes.tape.stray)
+    found: dict[Tensor, tuple[Node, Use, str]] = {}
+    for node, use in passes.tape.uses.items():
+        for name, operand in use.operands.items():
+            counts.update(leaves(operand.edge) if operand.derived else [operand.tensor])
+            if not operand.derived and use.rule.outputs is None and not isinstance(node, Join):
+                found[operand.tensor] = node, use, name
+    lowest = {node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()}
+    return {
+        p: OnlyUse(GradientEdge(node, use.output_nr), use, name, passes.samples.uses[node], lowest[node])
+        for p, (node, use, name) in found.items()
+        if counts[p] == 1
+    }

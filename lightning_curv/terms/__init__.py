@@ -1,0 +1,6 @@
+"""The mathematics: derivatives of samples as contractions that are not carried out, and sums of them."""
+
+from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.term import Term
+
+__all__ = ["Jacobian", "Term"]

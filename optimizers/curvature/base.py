@@ -1,0 +1,158 @@
+"""What an optimizer needs from a model of the curvature."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_curv.extensions import Extension
+from lightning_curv.terms.jacobian import Jacobian
+
+State = dict[str, Any]
+ParamGroup = dict[str, Any]
+Member = tuple[ParamGroup, Tensor]
+Part = tuple[State, int, Tensor]  # state of a block, number of a part of it, damping of the block
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that one block of curvature covers: a parameter alone, or weight and bias of one layer.
+
+    The first one's group has the settings of the block, and its state the curvature.
+    """
+
+    members: tuple[Member, ...]
+
+    @property
+    def group(self) -> ParamGroup:
+        """Settings of the block."""
+        return self.members[0][0]
+
+    @cached_property
+    def params(self) -> list[Tensor]:
+        """The parameters, the one with the state first."""
+        return [param for _, param in self.members]
+
+
+@dataclass(frozen=True)
+class Direction:
+    r"""A preconditioned gradient of one parameter.
+
+    Args:
+        param: the parameter.
+        grad: $g$, its gradient.
+        value: $d = C^{-1} g$, shape of the parameter; the update contains a negative multiple of it.
+        squared_norm: gives the squared length of $d$ in the metric of the curvature, [].
+        damping: $\lambda$ of the block, [].
+        group: settings of the parameter.
+        last: the last update of the parameter, if it is known.
+        jacobians: derivatives of the columns of every micro-batch by the parameter, None where it has none; empty if
+            the step rule did not ask for them.
+    """
+
+    param: Tensor
+    grad: Tensor
+    value: Tensor
+    squared_norm: Callable[[], Tensor]
+    damping: Tensor
+    group: ParamGroup
+    last: Tensor | None = None
+    jacobians: Sequence[Jacobian | None] = ()
+
+
+@dataclass(frozen=True)
+class Gradient:
+    r"""What is to be preconditioned.
+
+    Args:
+        state: state of the block.
+        block: the parameters.
+        values: their gradients.
+        damping: $\lambda$ of the block, [].
+    """
+
+    state: State
+    block: Block
+    values: Sequence[Tensor]
+    damping: Tensor
+
+
+class Curvature(Protocol):
+    """A positive semi-definite matrix per block: measured, averaged, damped, inverted.
+
+    The object holds settings only. Everything measured lives in the state of a block (tensors and plain types).
+    """
+
+    extension: Extension
+    sharded: bool  # whether every process keeps only the parts that it inverts
+
+    def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
+        """The bias that each weight shares a block with."""
+        ...
+
+    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+        """The statistics of one batch, linear in the scale of the loss in the first tensor and those of its shape.
+
+        Args:
+            state: state of the block.
+            block: the parameters.
+            fields: what `extension` left on each of them.
+            step: number of the step, the seed of everything random.
+
+        Raises:
+            ValueError: the fields do not fit the parameters.
+        """
+        ...
+
+    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+        """Average statistics into the state.
+
+        Args:
+            state: state of the block, updated.
+            block: the parameters.
+            statistics: what `measure` returned, averaged over processes.
+            scale: what the curvature in them is to be multiplied by.
+        """
+        ...
+
+    def mean_eigenvalue(self, state: State) -> Tensor:
+        """Of the undamped block, []."""
+        ...
+
+    def units(self, state: State) -> int:
+        """Number of parts of the block that are refreshed independently."""
+        ...
+
+    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
+        """Recompute parts of blocks that depend on the damping, from what is measured.
+
+        Args:
+            due: state, number of the part, damping of the block.
+
+        Returns:
+            For each what `accept` takes; None if it failed.
+        """
+        ...
+
+    def shapes(self, state: State, unit: int) -> list[torch.Size]:
+        """Of the tensors of a part, in the dtype of the first factor."""
+        ...
+
+    def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
+        """Put a part into use."""
+        ...
+
+    def ready(self, state: State) -> bool:
+        """Whether gradients of this block can be preconditioned."""
+        ...
+
+    def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
+        """Precondition the gradients of many blocks, those of equal shapes together; the results have their shapes."""
+        ...
+
+    def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
+        """A parameter's share of the squared length of the direction in the metric of the curvature, []."""
+        ...

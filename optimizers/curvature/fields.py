@@ -1,0 +1,50 @@
+"""Which curvature fields of the parameters are new since they were last read."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_curv.terms.jacobian import Jacobian
+
+
+class Inbox:
+    """Tells a curvature field written by the last backward from one that was already used.
+
+    A backward replaces the tensors of a field, so identity decides. Only weak references are kept: a strong one would
+    hold last step's curvature in memory beside this step's, and a bare `id` may be given to a new tensor.
+
+    Args:
+        savefield: attribute of the parameters, a tensor, a sequence of tensors or a Jacobian.
+    """
+
+    def __init__(self, savefield: str) -> None:
+        self.savefield = savefield
+        self._read: dict[Tensor, weakref.ref[Any]] = {}
+
+    def unread(self, param: Tensor) -> Any:
+        """The field, or None if it is absent, empty or read before."""
+        field = getattr(param, self.savefield, None)
+        read = self._read.get(param)
+        mark = _mark(field)
+        return None if mark is None or (read is not None and read() is mark) else field
+
+    def mark_read(self, param: Tensor) -> None:
+        """Take the field as read; a Jacobian, which holds the activations of a pass, is dropped."""
+        field = getattr(param, self.savefield)
+        if isinstance(field, Jacobian):
+            delattr(param, self.savefield)
+        else:
+            self._read[param] = weakref.ref(_mark(field))
+
+
+def _mark(field: Any) -> Any:
+    return (field[0] if field else None) if isinstance(field, Sequence) else field
+
+
+def as_tensors(field: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """The tensors of a field; none if it is absent."""
+    if field is None:
+        return []
+    return [field] if isinstance(field, Tensor) else list(field)

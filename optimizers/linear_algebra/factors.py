@@ -1,0 +1,142 @@
+"""Kronecker factors of a parameter's block: matrices, diagonals or block-diagonal matrices, alone or per group.
+
+A block is a list of factors in the row-major order of the parameter's axes. Each is a matrix [d, d], a diagonal [d], or
+the diagonal blocks of a matrix, [d, s] with s < d: row r has the s columns from s·⌊r/s⌋ on, zeros where the last block
+is narrower. `batched` says that all have a leading group dimension [G]; it is what tells a matrix [d, d] from a batched
+diagonal [G, d].
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_curv.kernels.onednn import mm
+from lightning_curv.kernels.symmetric import gram
+
+
+def is_batched(factors: Sequence[Tensor]) -> bool:
+    """Whether the factors carry a leading group dimension."""
+    return any(factor.dim() == 3 for factor in factors)
+
+
+def is_diagonal(factor: Tensor, batched: bool) -> bool:
+    """Whether the factor is stored as its diagonal."""
+    return factor.dim() - batched == 1
+
+
+def diagonal(factor: Tensor, batched: bool) -> Tensor:
+    """The factor's diagonal, [d], or [G, d] if batched."""
+    if is_diagonal(factor, batched):
+        return factor
+    parts = [part.diagonal(dim1=-2, dim2=-1) for part in parts_of(factor, batched)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def rows(factor: Tensor, batched: bool) -> int:
+    """Its number of rows, d."""
+    return factor.shape[int(batched)]
+
+
+def parts_of(factor: Tensor, batched: bool) -> list[Tensor]:
+    """The diagonal blocks of a factor, views: only itself unless it is split."""
+    if is_diagonal(factor, batched) or factor.shape[-1] == factor.shape[-2]:
+        return [factor]
+    return [part[..., : part.shape[-2]] for part in factor.split(factor.shape[-1], dim=-2)]
+
+
+def partwise(function: Callable[..., Tensor], *factors: Tensor, batched: bool) -> Tensor:
+    """A factor whose diagonal blocks are a function, to matrices of the same shape, of those of others."""
+    if len(parts_of(factors[0], batched)) == 1:
+        return function(*factors)
+    result = torch.zeros_like(factors[0])
+    for target, *parts in zip(*(parts_of(factor, batched) for factor in (result, *factors)), strict=True):
+        target.copy_(function(*parts))
+    return result
+
+
+def part_size(rows: int, size: int) -> int:
+    """The rows of the diagonal blocks of a split factor: all of about `size` rows, the last one the smallest.
+
+    >>> part_size(785, 256), part_size(300, 256), part_size(384, 256)
+    (262, 300, 192)
+    """
+    return -(-rows // max(1, round(rows / size)))
+
+
+def split_gram(x: Tensor, size: int) -> Tensor:
+    """The diagonal blocks of x xᵀ for x [d, R], [d, size]; if d is at most `size` the matrix, [d, d]."""
+    if len(x) <= size:
+        return gram(x)
+    result = x.new_zeros(len(x), size)
+    for part, piece in zip(parts_of(result, False), x.split(size), strict=True):
+        part.copy_(gram(piece))
+    return result
+
+
+def mean_eigenvalue(factor: Tensor, batched: bool) -> Tensor:
+    """Trace over dimension, [], or [G] if batched."""
+    return diagonal(factor, batched).mean(dim=-1)
+
+
+def block_size(factors: Sequence[Tensor], batched: bool) -> int:
+    """Number of parameters that a block of these factors covers."""
+    groups = factors[0].shape[0] if batched else 1
+    return groups * math.prod(rows(factor, batched) for factor in factors)
+
+
+def limit_size(factor: Tensor, max_size: int, batched: bool) -> Tensor:
+    """The factor, or its diagonal where the matrix has more than `max_size` rows."""
+    return diagonal(factor, batched) if rows(factor, batched) > max_size else factor
+
+
+def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Tensor:
+    r"""Multiply a tensor by a Kronecker product of matrices, $(F_1 \otimes \dots \otimes F_k) \, v$.
+
+    Each factor acts on one axis of $v$ seen as a [d_1, …, d_k] tensor; the product is never formed.
+
+    Args:
+        factors: of the axes; all with a leading [G] if `batched`.
+        v: G · d_1 ⋯ d_k elements in row-major order, of any shape.
+        batched: whether the factors carry a leading group dimension, the first axis of `v`.
+
+    Returns:
+        The product, in the shape of `v`.
+
+    Cost: $|v| \sum_i d_i$ time (a diagonal: $|v|$), one copy of `v`.
+
+    >>> import torch
+    >>> kronecker_matmul([torch.tensor([1.0, 2.0]), 3 * torch.eye(2)], torch.ones(2, 2), batched=False)
+    tensor([[3., 3.],
+            [6., 6.]])
+    """
+    groups = factors[0].shape[0] if batched else 1
+    out, left = v, 1
+    for factor in factors:
+        size = rows(factor, batched)
+        out = out.reshape(groups, left, size, -1)
+        if is_diagonal(factor, batched):
+            out = out * factor.reshape(-1, 1, size, 1)
+        else:
+            out = _matmul(parts_of(factor, batched), out)
+        left *= size
+    return out.reshape(v.shape)
+
+
+def _matmul(parts: Sequence[Tensor], v: Tensor) -> Tensor:
+    """A block-diagonal matrix, or one matrix [d, d] or [G, d, d], times [G, L, d, R]."""
+    pieces = v.split([part.shape[-1] for part in parts], dim=2)
+    products = [_product(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+    return products[0] if len(parts) == 1 else torch.cat(products, dim=2)
+
+
+def _product(matrix: Tensor, v: Tensor) -> Tensor:
+    groups, left, size, right = v.shape
+    if groups == 1 and right == 1:  # one matrix product instead of L matrix-vector products
+        return mm(v.reshape(left, size), matrix.reshape(size, size).mT).view(v.shape)
+    if groups == left == 1:
+        return mm(matrix.reshape(size, size), v.reshape(size, right)).view(v.shape)
+    if right == 1:
+        return (v.squeeze(-1) @ matrix.mT).unsqueeze(-1)
+    return matrix.reshape(-1, 1, size, size) @ v

@@ -1,0 +1,1 @@
+"""Private steps: clipped sums, noise, the account, and audits of them."""

@@ -1,0 +1,371 @@
+"""How much privacy was spent: events of a run, kept run-length encoded, evaluated by ``dp-accounting``."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_curv.optimizers.privacy.schedule import Schedule, runs_of
+from lightning_curv.optimizers.settings import require_choice, require_positive
+
+METHODS = ("pld", "rdp")
+_INTERVAL = 1e-4  # of the discretized privacy loss; a coarser one overestimates ε
+_COARSE = 1e-3
+NEIGHBOURS = {
+    "ADD_OR_REMOVE_ONE": "one sample added or removed",
+    "REPLACE_SPECIAL": "one sample zeroed out, data set size public",
+}
+
+
+@dataclass(frozen=True)
+class Sampling(ABC):
+    """How the samples of a step were drawn, and what one release of it costs.
+
+    Attributes:
+        relation: Which data sets are neighbours, as ``dp_accounting.NeighboringRelation`` names it.
+    """
+
+    relation = "ADD_OR_REMOVE_ONE"
+
+    @abstractmethod
+    def event(self, noise_multiplier: float) -> Any:
+        """The ``DpEvent`` of one release."""
+
+    @property
+    def neighbours(self) -> str:
+        """Which data sets are neighbours, in words."""
+        return NEIGHBOURS[self.relation]
+
+
+@dataclass(frozen=True)
+class PoissonSampling(Sampling):
+    """Every sample takes part in a step with probability ``sampling_rate``, independently.
+
+    Args:
+        sampling_rate: q = expected batch size / data set size.
+    """
+
+    sampling_rate: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(
+                f"`sampling_rate` must lie in (0, 1], found {self.sampling_rate}: it is the expected batch size "
+                "divided by the size of the data set."
+            )
+
+    def event(self, noise_multiplier: float) -> Any:
+        """A Poisson-sampled Gaussian per step."""
+        da = _library()
+        return da.PoissonSampledDpEvent(self.sampling_rate, da.GaussianDpEvent(noise_multiplier))
+
+
+@dataclass(frozen=True)
+class TruncatedPoissonSampling(PoissonSampling):
+    """Poisson sampling of which at most ``max_batch_size`` samples are kept, drawn uniformly.
+
+    Neighbours differ by one sample replaced by a null sample: the size of the data set is public. See
+    ``dp_accounting.TruncatedSubsampledGaussianDpEvent``.
+    """
+
+    dataset_size: int
+    max_batch_size: int
+    relation = "REPLACE_SPECIAL"
+
+    def event(self, noise_multiplier: float) -> Any:
+        """A truncated Poisson-sampled Gaussian per step."""
+        return _library().TruncatedSubsampledGaussianDpEvent(
+            dataset_size=self.dataset_size,
+            sampling_probability=self.sampling_rate,
+            truncated_batch_size=self.max_batch_size,
+            noise_multiplier=noise_multiplier,
+        )
+
+
+@dataclass(frozen=True)
+class EpochSampling(Sampling):
+    """Any order in which every sample takes part at most once per epoch: one Gaussian per *epoch*, no amplification.
+
+    Neighbours differ by one sample whose gradient is replaced by zero ("zero-out"): the batches stay what they are.
+    If a sample were added or removed instead, all others could move to other batches of a fixed size, and every step
+    of the epoch would change by up to 2C.
+
+    Args:
+        steps_per_epoch: Optimizer steps of an epoch.
+    """
+
+    steps_per_epoch: int
+    relation = "REPLACE_SPECIAL"
+
+    def event(self, noise_multiplier: float) -> Any:
+        """A Gaussian."""
+        return _library().GaussianDpEvent(noise_multiplier)
+
+
+_SAMPLINGS = {cls.__name__: cls for cls in (PoissonSampling, TruncatedPoissonSampling, EpochSampling)}
+Entry = tuple[Sampling, float, int]  # how, noise multiplier, how often
+
+
+class PrivacyAccountant:
+    """What a run has released, and the ε of it.
+
+    The account only grows. Releases are kept by *run*, the releases of one accountant between two loads: loading a
+    checkpoint adds the runs that are not known yet, and those that went further than known, so that nothing that was
+    released is forgotten or counted twice, in whatever order runs were continued.
+
+    Args:
+        sampling: How the samples are drawn; decides what a release costs. One release is one optimizer step, or one
+            epoch with `EpochSampling`. Must be set before the first release.
+        method: ``"pld"``, privacy loss distributions (tight), or ``"rdp"``, Rényi divergences (looser).
+
+    Example:
+        >>> accountant = PrivacyAccountant(PoissonSampling(256 / 60000))
+        >>> accountant.release(1.1, times=3525)
+        >>> round(accountant.epsilon(1e-5), 4)
+        1.1354
+    """
+
+    def __init__(self, sampling: Sampling | None = None, method: str = "pld") -> None:
+        require_choice("method", method, METHODS)
+        self.sampling, self.method = sampling, method
+        self._runs: dict[str, list[Entry]] = {}
+        self._run: str | None = None  # the one that goes on; named at its first release
+        self._paid = 0  # steps of the epoch that were accounted with its first one
+        self._known: tuple[Any, ...] | None = None
+        self._composed: tuple[str, list[Entry], Any] | None = None
+
+    @property
+    def history(self) -> list[Entry]:
+        """``(sampling, noise multiplier, releases)`` of all runs; equal neighbours are merged."""
+        history: list[Entry] = []
+        for entries in self._runs.values():
+            for sampling, sigma, count in entries:
+                _append(history, sampling, sigma, count)
+        return history
+
+    def start_run(self, name: str | None = None) -> None:
+        """What is released from now on belongs to a run of its own.
+
+        Args:
+            name: Must be unique, and the same in all processes of a run. Default: drawn at random.
+        """
+        self._run, self._paid = name, 0
+
+    def start_epoch(self) -> None:
+        """The samples are drawn anew: with `EpochSampling` the next step is another release."""
+        self._paid = 0
+
+    @property
+    def next_step_costs(self) -> bool:
+        """Whether the next step is a release, and not one of an epoch that is paid for."""
+        return not (isinstance(self.sampling, EpochSampling) and self._paid)
+
+    def step(self, noise_multiplier: float) -> None:
+        """Account for one optimizer step."""
+        if isinstance(self.sampling, EpochSampling):
+            entries = self._runs.get(self._run or "", [])
+            if self._paid and entries and entries[-1][:2] == (self.sampling, noise_multiplier):
+                self._paid -= 1
+                return
+            self._paid = self.sampling.steps_per_epoch - 1
+        self.release(noise_multiplier)
+
+    def release(self, noise_multiplier: float, times: int = 1) -> None:
+        """Account for ``times`` releases."""
+        if self.sampling is None:
+            raise RuntimeError("`accountant.sampling` must be set before the first step, found None.")
+        self._run = self._run or secrets.token_hex(8)
+        _append(self._runs.setdefault(self._run, []), self.sampling, noise_multiplier, times)
+
+    def epsilon(self, delta: float) -> float:
+        """ε of everything released, at ``delta``; infinite if anything was released without noise."""
+        history = self.history
+        key = (*history, delta)
+        if self._known is None or self._known[0] != key:
+            self._known = key, epsilon_of(history, delta, self.method, _INTERVAL)
+        return float(self._known[1])
+
+    def releases_left(self, epsilon: float, delta: float, noise_multiplier: float, at_most: float = 10**6) -> int:
+        """How many more releases keep ε at or below ``epsilon``, up to ``at_most``."""
+        _require_delta(delta)
+        if self.sampling is None:
+            raise RuntimeError("`accountant.sampling` must be set before it is asked for releases, found None.")
+        history, sampling = self.history, self.sampling
+        if noise_multiplier == 0 or any(sigma == 0 for _, sigma, _ in history):
+            return 0
+        spent = self._compose(history, sampling)
+        event = sampling.event(noise_multiplier)
+
+        def fits(count: int) -> bool:
+            trial = copy.deepcopy(spent)
+            if count:
+                trial.compose(event, count)
+            return float(trial.get_epsilon(delta)) <= epsilon
+
+        limit = int(min(at_most, 10**6))
+        low, high = 0, 1  # upwards: an ε far above the budget takes long to evaluate
+        while high < limit and fits(high):
+            low, high = high, min(2 * high, limit)
+        if high == limit and fits(high):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _compose(self, history: list[Entry], sampling: Sampling) -> Any:
+        """A coarse accountant of the library with all of the history, made from the one of last time."""
+        spent: Any = None
+        new: list[Entry] | None = None
+        if self._composed is not None and self._composed[0] == sampling.relation:
+            _, earlier, spent = self._composed
+            new = _entries_after(history, earlier)
+        self._composed = None  # until all is composed
+        if new is None:
+            relations = {how.relation for how in (sampling, *(how for how, _, _ in history))}
+            spent, new = _accountant(relations, self.method, _COARSE), history
+        for how, sigma, count in new:
+            spent.compose(how.event(sigma), count)
+        self._composed = sampling.relation, history, spent
+        return spent
+
+    def state_dict(self) -> dict[str, Any]:
+        """All runs in plain types."""
+        return {"runs": {name: _plain(entries) for name, entries in self._runs.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add what is not known yet. What comes next is a run of its own, accounted with this accountant's sampling."""
+        runs = state["runs"] if "runs" in state else {"": state["history"]}  # older versions kept one list
+        for name, entries in runs.items():
+            if _length(entries) > _length(self._runs.get(name, ())):
+                self._runs[name] = [(_SAMPLINGS[kind](**args), sigma, count) for kind, args, sigma, count in entries]
+        self.start_run()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy goes on as a run of its own, else two runs would share a name
+        runs = {name: list(entries) for name, entries in self._runs.items()}
+        return {**self.__dict__, "_runs": runs, "_run": None, "_composed": None}
+
+
+def _append(entries: list[Entry], sampling: Sampling, sigma: float, count: int) -> None:
+    if entries and entries[-1][:2] == (sampling, sigma):
+        count += entries.pop()[2]
+    entries.append((sampling, sigma, count))
+
+
+def _length(entries: Iterable[tuple[Any, ...]]) -> int:
+    """Number of releases."""
+    return sum(entry[-1] for entry in entries)
+
+
+def _plain(entries: list[Entry]) -> list[tuple[Any, ...]]:
+    return [(type(sampling).__name__, asdict(sampling), sigma, count) for sampling, sigma, count in entries]
+
+
+def _entries_after(history: list[Entry], earlier: list[Entry]) -> list[Entry] | None:
+    """What came to a history since an earlier one; ``None`` if it does not go on from there."""
+    if not earlier:
+        return history
+    (sampling, sigma, count), last = earlier[-1], len(earlier) - 1
+    if history[:last] != earlier[:-1] or len(history) <= last or history[last][:2] != (sampling, sigma):
+        return None
+    more = history[last][2] - count
+    if more < 0:
+        return None
+    return [*([(sampling, sigma, more)] if more else []), *history[last + 1 :]]
+
+
+def epsilon_of(history: list[Entry], delta: float, method: str = "pld", interval: float = _INTERVAL) -> float:
+    """ε of a history at ``delta``."""
+    _require_delta(delta)
+    if not history:
+        return 0.0
+    if any(sigma == 0 for _, sigma, _ in history):
+        return float("inf")
+    accountant = _accountant({sampling.relation for sampling, _, _ in history}, method, interval)
+    for sampling, sigma, count in history:
+        accountant.compose(sampling.event(sigma), count)
+    return float(accountant.get_epsilon(delta))
+
+
+def calibrated_noise(
+    epsilon: float,
+    delta: float,
+    sampling: Sampling,
+    releases: int,
+    method: str = "pld",
+    schedule: Schedule | None = None,
+) -> float:
+    """The smallest noise multiplier with which ``releases`` releases cost no more than ``epsilon``.
+
+    Args:
+        epsilon: ε > 0.
+        delta: δ in (0, 1).
+        sampling: How the samples are drawn.
+        releases: Optimizer steps, or epochs with `EpochSampling`.
+        method: ``"pld"`` or ``"rdp"``.
+        schedule: The noise multiplier of a release is the result times this function of the release's number.
+
+    Example:
+        >>> sigma = calibrated_noise(3.0, 1e-5, PoissonSampling(256 / 60000), 3525)
+        >>> 0.725 < sigma < 0.735
+        True
+    """
+    require_positive("epsilon", epsilon)
+    _require_delta(delta)
+    require_choice("method", method, METHODS)
+    da = _library()
+    runs = [(1.0, releases)] if schedule is None else runs_of(schedule, releases)
+
+    def event(sigma: float) -> Any:
+        return da.ComposedDpEvent(
+            [da.SelfComposedDpEvent(sampling.event(sigma * share), count) for share, count in runs]
+        )
+
+    return float(
+        da.calibrate_dp_mechanism(
+            lambda: _accountant({sampling.relation}, method, _COARSE),
+            event,
+            epsilon,
+            delta,
+            bracket_interval=da.LowerEndpointAndGuess(0, 1.0),
+            tol=1e-4,
+        )
+    )
+
+
+def _accountant(relations: set[str], method: str, interval: float) -> Any:
+    da = _library()
+    if len(relations) > 1:
+        found = " and ".join(f"{name} ({NEIGHBOURS[name]})" for name in sorted(relations))
+        raise ValueError(
+            f"Expected one notion of neighbouring data sets in a history, found {found}: Poisson sampling and samplings"
+            " of fixed or largest sizes cannot be added up. Keep `sampling=` as it was when the run began."
+        )
+    relation = da.NeighboringRelation[relations.pop()]
+    if method == "pld":
+        return da.pld.PLDAccountant(relation, value_discretization_interval=interval)
+    if relation.name == "REPLACE_SPECIAL":
+        raise ValueError("Truncated Poisson sampling is accounted by `method='pld'`, found 'rdp'.")
+    return da.rdp.RdpAccountant(neighboring_relation=relation)
+
+
+def _require_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}.")
+
+
+def _library() -> Any:
+    try:
+        import dp_accounting
+        import dp_accounting.pld
+        import dp_accounting.rdp
+    except ImportError as error:
+        raise ImportError(
+            "Privacy accounting needs `dp-accounting`, which is not installed: `pip install lightning-curv[privacy]`."
+        ) from error
+    return dp_accounting

@@ -1,0 +1,160 @@
+"""The sum of clipped per-sample gradients, over the backward passes that make one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_curv.extensions.receiver import GradientReceiver
+from lightning_curv.optimizers.privacy.clipping import Clipping
+from lightning_curv.terms.chunks import CHUNK_BYTES
+from lightning_curv.terms.jacobian import Jacobian
+
+# How much larger the parts of a sample's gradient may be than their sum. A sum over all samples at once rounds the
+# parts, before they cancel; where they cancel further, each sample's gradient is formed first, and rounded as a whole.
+CANCELS = 32
+
+
+class ClippedSum(GradientReceiver):
+    r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
+
+    Book-keeping: one backward pass as far as the recorded ops, squared norms from their inputs and cotangents, then one
+    weighted contraction of the same. Where a norm needs the per-sample gradient itself, all such gradients of a few
+    samples are formed at once, in cache, and the sample's factor is known while they are there: no second contraction.
+
+    Args:
+        parameters: The norm is taken over all of them together.
+        clipping: The factors :math:`c_i`.
+        mean: Whether the loss is the mean over the samples of a pass, instead of their sum.
+
+    Attributes:
+        loss_scale: Factor on the loss (1 / accumulated passes in Lightning).
+        passes: Backward passes since the last step.
+        norms: Norms of the per-sample gradients since the last step, if ``keep_norms``; not private.
+        discarded: Samples whose gradient was not finite, since the last step; not private.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], clipping: Clipping, mean: bool) -> None:
+        self.clipping, self.mean = clipping, mean
+        self.parameters = list(parameters)
+        self.loss_scale = 1.0
+        self.keep_norms = False
+        self.forget()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trainable parameters; to be changed between passes only."""
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters, self._known = list(parameters), set(parameters)
+
+    def forget(self) -> None:
+        """Drop everything since the last step."""
+        self._sums: dict[Tensor, Tensor] = {}
+        self.begin(0)
+        self.passes = 0
+        self.norms: list[Tensor] = []
+        self.discarded = 0
+        self.clipping.forget()
+
+    def receives(self, parameter: Tensor) -> bool:
+        """Whether it is one of `parameters`."""
+        return parameter in self._known
+
+    def begin(self, samples: int) -> None:
+        """A backward pass begins."""
+        self._jacobians: list[Jacobian] = []
+        self._norms: list[Tensor] = []  # of these
+        self._formed: list[Jacobian] = []  # those whose norms need per-sample gradients
+        self._cancelling: set[Jacobian] = set()  # those of which a sum over all samples would round too much
+        self._samples = samples
+
+    def receive(self, jacobian: Jacobian) -> None:
+        """Take a parameter's norms now, while its inputs are in the cache, and hold its terms."""
+        if jacobian.forms_norms and _is_small(jacobian):
+            jacobian = jacobian.formed()
+        if jacobian.forms_norms:
+            self._formed.append(jacobian)
+            return
+        (norms,), (sizes,) = jacobian.norms_and_sizes()
+        self._jacobians.append(jacobian)
+        self._norms.append(norms)
+        if bool((sizes > CANCELS * norms).any()):
+            self._cancelling.add(jacobian)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Clip and add up the pass."""
+        jacobians, norms, formed, samples = self._jacobians, self._norms, self._formed, self._samples
+        cancelling = self._cancelling
+        self.begin(0)
+        self.passes += 1
+        if not (jacobians or formed) or not samples:
+            return
+        bytes_ = sum(4 * jacobian.parameter.numel() for jacobian in formed)
+        size = max(1, CHUNK_BYTES // bytes_) if formed else samples
+        smallest = max(torch.finfo(jacobian.terms[0].g.dtype).tiny for jacobian in [*jacobians, *formed])
+        parts, before = [], self.discarded
+        for start in range(0, samples, size):
+            some = slice(start, start + size)
+            rows = [jacobian[some].formed() for jacobian in formed]
+            owners = [jacobian.parameter for jacobian in [*jacobians, *rows]]
+            weights = self._weights([*(n[some] for n in norms), *(row.norms()[0] for row in rows)], owners, smallest)
+            for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
+                self._add(row, weight, self.discarded > before)
+            parts.append(weights[: len(jacobians)])
+        formed.clear()
+        weights = torch.cat(parts, dim=1)
+        while jacobians:  # one after the other, so that memory falls
+            jacobian = jacobians.pop()
+            size = max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel())) if jacobian in cancelling else samples
+            for start in range(0, samples, size):
+                some = slice(start, start + size)
+                part = jacobian[some].formed() if jacobian in cancelling else jacobian
+                self._add(part, weights[len(jacobians)][some], self.discarded > before)
+
+    def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest: float) -> Tensor:
+        """Factors of the gradients of some samples, one row per parameter; NaN where a sample does not count.
+
+        That is where its gradient is not finite, or so large that the factor is no normal number.
+        """
+        device = norms[0].device
+        stacked = torch.stack([norm.to(device) for norm in norms])
+        factors = self.clipping.factors_of(stacked, owners, self._parameters)
+        joint = stacked.norm(dim=0)
+        if self.keep_norms:
+            self.norms.append(joint)
+        counted = joint.isfinite() & ((factors >= smallest) & (factors < math.inf)).all(0)
+        self.discarded += len(counted) - int(counted.sum())
+        return factors.where(counted, math.nan).expand(len(norms), -1)
+
+    def _add(self, jacobian: Jacobian, weights: Tensor, discarded: bool) -> None:
+        """Add the samples; if some were discarded, those whose weight is a number: 0 · NaN would be NaN."""
+        if discarded:
+            finite = weights.isfinite()
+            jacobian, weights = jacobian[finite.nonzero().flatten().tolist()], weights[finite]
+        if not jacobian.samples:
+            return
+        total = jacobian.weighted_total(weights.to(jacobian.terms[0].g.device))
+        if jacobian.parameter in self._sums:
+            self._sums[jacobian.parameter] += total
+        else:
+            self._sums[jacobian.parameter] = total
+
+    def totals(self) -> list[Tensor]:
+        """The sum of every parameter, in float32 or better; zero where there was no gradient."""
+        return [self._sums[p].contiguous() if p in self._sums else _zeros(p) for p in self._parameters]
+
+
+def _is_small(jacobian: Jacobian) -> bool:
+    """Whether a per-sample gradient takes much less memory than what it is made of."""
+    return 4 * jacobian.parameter.numel() <= max(term.g[0, 0].numel() for term in jacobian.terms)
+
+
+def _zeros(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))

@@ -1,0 +1,377 @@
+"""Differentially private steps with any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
+from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
+from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
+from lightning_curv.optimizers.privacy.group_clipping import PerGroupClipping
+from lightning_curv.optimizers.privacy.noise import NoiseSource
+from lightning_curv.optimizers.privacy.noisy_sum import summed_over_ranks
+from lightning_curv.optimizers.privacy.schedule import Schedule, held_for, value_of
+from lightning_curv.optimizers.settings import require_choice, require_positive
+
+
+class DPOptimizer(Optimizer):
+    r"""Steps of another optimizer on a differentially private gradient.
+
+    .. math:: \tilde g = \frac1{\bar B} \Big(\sum_i \min(1, C / \|g_i\|)\, g_i + \sigma C\, \mathcal N(0, I)\Big)
+
+    with the gradient :math:`g_i` of sample i's own loss by all trainable parameters together, and the *expected* batch
+    size B̄. Samples are clipped before they are accumulated; noise is added once per step, to empty batches too. What
+    the inner optimizer makes of :math:`\tilde g` (momentum, Adam, weight decay) costs no privacy. Abadi et al., *Deep
+    Learning with Differential Privacy*, CCS 2016.
+
+    In Lightning add `PrivacyCallback()`, which draws the batches and keeps the account. Elsewhere draw Poisson batches
+    and run every backward pass inside ``curvature(*optimizer.extensions)``; without a pass a step is that of an empty
+    batch. One backward pass is all it takes; no per-sample gradient is kept.
+
+    Args:
+        optimizer: Any torch optimizer whose step needs no closure. Its parameter groups are shared.
+        clip_norm: C, or a function of the step's number such as `ExponentialSchedule`.
+        noise_multiplier: σ; the standard deviation of the noise in the sum is σC. Or a function of the step's number,
+            accounted value by value. ``None``: the callback sets it.
+        expected_batch_size: B̄, samples per step over all processes: sampling rate × data set size, not the size of
+            the batch that was drawn. ``None``: the callback sets it.
+        clipping: ``"flat"``, ``"per_layer"``, ``"automatic"`` (normalisation), ``"adaptive"`` (C follows the median of
+            the norms), ``"per_group"`` (every parameter group by its own ``clip_norm``), or a `Clipping` with settings
+            of your own.
+        loss_reduction: Whether the loss of a backward pass is the ``"mean"`` or the ``"sum"`` of the losses of its
+            samples. Any other factor on the loss goes to ``optimizer.loss_scale``.
+        accountant: Is told of every step.
+        noise_seed: Makes the noise repeatable, for tests only.
+        secure: Draw the noise from the operating system's entropy; slower.
+        exact_resume: Save the state of the noise in `state_dict`, and go on with it in `load_state_dict`, instead of
+            drawing fresh noise after every load. A run then resumes bit for bit, and two runs that go on from one
+            checkpoint use the same noise: the difference of their weights has none, whatever ε says. Only where exactly
+            one run goes on, and the checkpoint is kept secret.
+
+    Attributes:
+        steps: Steps so far, each of them a release; in the checkpoint too. Schedules go by it.
+        noise_schedule, clip_schedule: The functions, if there are any; ``noise_multiplier`` and ``clip_norm`` are the
+            values of the next step.
+
+    Cost: a backward pass plus the norms, and about the memory of the activations once more.
+
+    Raises:
+        ValueError: An argument is out of range.
+        TypeError: The inner optimizer reads the data by another way than the gradient, as `KFACOptimizer` does.
+        RuntimeError: In `step`: a gradient that is not private, or σ or B̄ unknown.
+
+    Example:
+        >>> from lightning_curv import curvature
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = DPOptimizer(
+        ...     torch.optim.SGD(layer.parameters(), lr=0.1), clip_norm=0.5, noise_multiplier=0.0, expected_batch_size=2
+        ... )
+        >>> with curvature(*optimizer.extensions):
+        ...     layer(torch.tensor([[3.0, 4.0], [0.0, 0.1]])).mean().backward()
+        >>> optimizer.step()
+        >>> layer.weight.grad  # the first sample has norm 5 and counts as 0.5
+        tensor([[0.1500, 0.2500]])
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        clip_norm: float | Schedule = 1.0,
+        noise_multiplier: float | Schedule | None = None,
+        expected_batch_size: float | None = None,
+        clipping: str | Clipping = "flat",
+        loss_reduction: str = "mean",
+        accountant: PrivacyAccountant | None = None,
+        noise_seed: int | None = None,
+        secure: bool = False,
+        exact_resume: bool = False,
+    ) -> None:
+        _refuse_curvature(optimizer)
+        require_choice("loss_reduction", loss_reduction, ("mean", "sum"))
+        if expected_batch_size is not None:
+            require_positive("expected_batch_size", expected_batch_size)
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._share()
+        self.noise_schedule = noise_multiplier if callable(noise_multiplier) else None
+        self.clip_schedule = clip_norm if callable(clip_norm) else None
+        self.noise_multiplier = None if noise_multiplier is None else value_of("noise_multiplier", noise_multiplier, 0)
+        self.expected_batch_size = expected_batch_size
+        first = value_of("clip_norm", clip_norm, 0)
+        self.clipping = (
+            PerGroupClipping(optimizer, first) if clipping == "per_group" else clipping_rule(clipping, first)
+        )
+        self.loss_reduction = loss_reduction
+        self.accountant = accountant
+        self.exact_resume = exact_resume
+        self.steps = 0
+        self._schedule()
+        self._noise = NoiseSource(noise_seed, secure)
+        self._sum = ClippedSum(self._trainable(), self.clipping, loss_reduction == "mean")
+        self._own: dict[Tensor, tuple[Tensor, int]] = {}  # gradients that the last step left
+
+    def _share(self) -> None:
+        """One list of groups and one state, whichever of the two optimizers a scheduler or checkpoint looks at."""
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def _schedule(self) -> None:
+        """Set σ and C of the next step."""
+        if self.noise_schedule is not None:
+            self.noise_multiplier = value_of("noise_multiplier", self.noise_schedule, self.steps)
+        if self.clip_schedule is not None:
+            self.clipping.set_clip_norm(value_of("clip_norm", self.clip_schedule, self.steps))
+
+    def same_noise(self, at_most: float) -> float:
+        """For how many steps from the next one on σ is what it is now."""
+        return at_most if self.noise_schedule is None else held_for(self.noise_schedule, self.steps, at_most)
+
+    def _all(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for p in self._all() if p.requires_grad]
+
+    def _refresh(self) -> None:
+        """Parameters may have been frozen, unfrozen or added; those of earlier passes of the step stay."""
+        known = {*self._trainable(), *(self._sum.parameters if self._sum.passes else ())}
+        self._sum.parameters = [p for p in self._all() if p in known]
+
+    @property
+    def extensions(self) -> tuple[ClippedSum, ...]:
+        """What every backward pass computes: ``with curvature(*optimizer.extensions): loss.backward()``."""
+        self._refresh()
+        return (self._sum,)
+
+    @property
+    def clip_norm(self) -> float:
+        """C as it is now."""
+        return self.clipping.clip_norm
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss besides the mean over the samples of a pass, for example 1 / accumulated passes."""
+        return self._sum.loss_scale
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self._sum.loss_scale = value
+
+    @property
+    def statistics(self) -> ClippedSum:
+        """What is known of the samples since the last step. Not private."""
+        return self._sum
+
+    def add_empty_pass(self) -> None:
+        """Count a backward pass that no sample took part in: its gradient is thrown away."""
+        self._refresh()
+        self._sum.passes += 1
+        for parameter in self._all():
+            parameter.grad = None
+
+    def _raw_gradients(self) -> list[Tensor]:
+        """Parameters with a gradient that no step of this optimizer left: another backward pass did."""
+        return [p for p in self._all() if p.grad is not None and not self._is_own(p, p.grad) and bool(p.grad.any())]
+
+    def renew_noise(self) -> None:
+        """Go on with noise from fresh entropy, whatever seed or state there was."""
+        self._noise = NoiseSource(secure=self._noise.secure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients and the sum since the last step."""
+        self.optimizer.zero_grad(set_to_none)
+        self._sum.forget()
+        self._own = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Privatise the gradient, tell the accountant, and let the inner optimizer step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_unprivatised()
+        sigma, size = self._settings()
+        self._privatise(sigma, size)
+        if self.accountant is not None:
+            self.accountant.step(sigma)
+        self.steps += 1
+        self._schedule()
+        self.optimizer.step()
+        return loss
+
+    def _settings(self) -> tuple[float, float]:
+        for name in ("noise_multiplier", "expected_batch_size"):
+            if getattr(self, name) is None:
+                raise RuntimeError(
+                    f"`{name}` must be known before the first step, found None; pass it to the optimizer, or add "
+                    "`PrivacyCallback(...)`, which sets it, to the Trainer."
+                )
+        return float(self.noise_multiplier), float(self.expected_batch_size)  # type: ignore[arg-type]
+
+    def _refuse_unprivatised(self) -> None:
+        """A gradient that no recorded pass explains is from outside; the sum replaces all others."""
+        if self._sum.passes or not self._raw_gradients():
+            return
+        raise RuntimeError(
+            "Expected gradients from backward passes inside `curvature(*optimizer.extensions)`, found one from "
+            "elsewhere, which is not private. Use that context around `loss.backward()`, or add `PrivacyCallback` to "
+            "the Trainer; an empty batch needs no backward pass at all."
+        )
+
+    def _is_own(self, parameter: Tensor, grad: Tensor) -> bool:
+        own, version = self._own.get(parameter, (None, -1))
+        return own is grad and version == grad._version
+
+    def _privatise(self, sigma: float, size: float) -> None:
+        self._refresh()
+        totals, counts = self._sum.totals(), self.clipping.counts()
+        gradient_sigma = self.clipping.noise_multiplier(sigma, size)
+        counted = [] if counts is None else [counts.to(totals[0].device, torch.float64, copy=True)]
+        stds = [gradient_sigma * self.clip_norm] * len(totals) + [self.clipping.count_noise(size)] * len(counted)
+        totals, counted = _split(summed_over_ranks([*totals, *counted], stds, self._noise), len(totals))
+        self._own = {}
+        for parameter in self._all():
+            parameter.grad = None  # also where nothing was summed: the inner optimizer applies whatever it finds
+        for parameter, total in zip(self._sum.parameters, totals, strict=True):
+            parameter.grad = total.div_(size).to(parameter.dtype)
+            self._own[parameter] = parameter.grad, parameter.grad._version
+        self.clipping.end_step(counted[0] if counted else None, size)
+        self._sum.forget()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to both optimizers, between steps."""
+        if not hasattr(self, "_sum"):  # the constructor of the base class
+            super().add_param_group(param_group)
+            return
+        self.optimizer.add_param_group(param_group)
+        self._share()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state; ``"privacy"``: the account, C, the steps, and with ``exact_resume`` noise."""
+        privacy: dict[str, Any] = {"clipping": self.clipping.state_dict(), "steps": self.steps}
+        if self.exact_resume:
+            privacy["noise"] = self._noise.state_dict()
+        if self.accountant is not None:
+            privacy["accountant"] = self.accountant.state_dict()
+        return {**self.optimizer.state_dict(), "privacy": privacy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict`: what was spent stays spent, and the noise is fresh unless ``exact_resume``."""
+        state = dict(state_dict)
+        privacy = state.pop("privacy", None)
+        if privacy is None:
+            raise KeyError(
+                "Expected the state of a DPOptimizer with an entry 'privacy', found none: it was saved by another "
+                "optimizer, and what that spent is unknown. Load it into `optimizer.optimizer` to go on regardless."
+            )
+        if self.exact_resume and not privacy.get("noise"):
+            raise KeyError(
+                "Expected the state of the noise for `exact_resume=True`, found none: it was saved without that "
+                "option, before the first step, or with noise without a `noise_seed`. Leave `exact_resume` out to go "
+                "on with fresh noise."
+            )
+        self.optimizer.load_state_dict(state)
+        self._share()
+        if self.exact_resume:
+            self._noise.load_state_dict(privacy["noise"])
+        else:
+            self.renew_noise()
+        self.clipping.load_state_dict(privacy["clipping"])
+        self.steps = privacy.get("steps", 0)  # older versions kept none
+        self._schedule()
+        if self.accountant is not None and "accountant" in privacy:
+            self.accountant.load_state_dict(privacy["accountant"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy draws fresh noise: with the same noise the difference of two copies' weights would have none
+        return {**self.__dict__, "_noise": NoiseSource(secure=self._noise.secure), "_own": {}}
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(clip_norm={self.clip_norm:.4g}, noise_multiplier={self.noise_multiplier}, "
+            f"expected_batch_size={self.expected_batch_size}, optimizer={self.optimizer!r})"
+        )
+
+
+def _refuse_curvature(optimizer: Optimizer) -> None:
+    """Raise if an optimizer, or one inside it, reads more of the data than the gradient.
+
+    Raises:
+        TypeError: It does.
+    """
+    inner: Any = optimizer
+    while isinstance(inner, Optimizer):
+        if isinstance(inner, DPOptimizer) or hasattr(inner, "required_extensions") or hasattr(inner, "extensions"):
+            raise TypeError(
+                "DPOptimizer expects an optimizer that reads the data by the gradient alone, found "
+                f"{type(inner).__name__}, which measures more on the batch (`extensions`): no noise covers that. Use "
+                "SGD, Adam or another optimizer of gradients."
+            )
+        inner = next((v for name, v in vars(inner).items() if name != "self" and isinstance(v, Optimizer)), None)
+
+
+def _split(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    return tensors[:count], tensors[count:]
+
+
+class DPSGD(DPOptimizer):
+    """`DPOptimizer` around ``torch.optim.SGD``.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        momentum: Momentum; costs no privacy.
+        weight_decay: Weight decay; costs no privacy.
+        nesterov: Nesterov momentum.
+        privacy: Arguments of `DPOptimizer`.
+
+    Example:
+        >>> DPSGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1, clip_norm=0.5).clip_norm
+        0.5
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        **privacy: Any,
+    ) -> None:
+        inner = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(inner, **privacy)
+
+
+class DPAdam(DPOptimizer):
+    """`DPOptimizer` around ``torch.optim.AdamW``.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Learning rate.
+        betas: Decay of the averages.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay.
+        privacy: Arguments of `DPOptimizer`.
+
+    Example:
+        >>> DPAdam([torch.nn.Parameter(torch.zeros(2))], clipping="automatic").clip_norm
+        1.0
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **privacy: Any,
+    ) -> None:
+        inner = torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(inner, **privacy)

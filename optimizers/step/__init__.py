@@ -1,0 +1,1 @@
+"""The parts of one step: measure, refresh, move, and when."""

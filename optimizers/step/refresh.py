@@ -1,0 +1,64 @@
+"""The inverses of the blocks: how much each is damped, which are renewed in a step."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_curv.optimizers.curvature.base import Block, Curvature, State
+from lightning_curv.optimizers.step.parameters import Parameters
+from lightning_curv.optimizers.step.schedule import Schedule
+from lightning_curv.optimizers.step.sharded_inverses import shared_inverses
+from lightning_curv.optimizers.warn import warn
+
+TINY = torch.finfo(torch.float32).tiny  # keeps the damping of a block without any curvature positive
+
+
+def block_damping(curvature: Curvature, state: State, block: Block, relative: float, floor: float) -> Tensor:
+    r"""$\lambda$ of a block, []: its group's number, or for "auto" `relative` · mean eigenvalue + `floor`."""
+    damping = block.group["damping"]
+    if damping != "auto":
+        param = block.params[0]
+        return torch.as_tensor(damping, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
+    return relative * curvature.mean_eigenvalue(state) + floor + TINY
+
+
+def refresh(
+    curvature: Curvature,
+    schedule: Schedule,
+    parameters: Parameters,
+    blocks: Sequence[Block],
+    dampings: dict[Tensor, Tensor],
+    step: int,
+) -> None:
+    """Renew the inverses that are due, and those that do not exist yet.
+
+    Args:
+        curvature: what inverts.
+        schedule: says what is due.
+        parameters: of the optimizer.
+        blocks: of the parameters that move.
+        dampings: of the blocks whose curvature is known, by their first parameter.
+        step: number of the step.
+    """
+    states = [parameters.state[block.params[0]] for block in blocks]
+    counts = [curvature.units(state) for state in states]
+    due, owners, number = [], [], 0
+    for block, state, count in zip(blocks, states, counts, strict=True):
+        for unit in range(count):
+            if schedule.invert_due(step, number, sum(counts)) or not curvature.ready(state):
+                due.append((state, unit, dampings[block.params[0]]))
+                owners.append(block)
+            number += 1
+    results = shared_inverses(curvature, due)
+    for (state, unit, _), result in zip(due, results, strict=True):
+        if result is not None:
+            curvature.accept(state, unit, result)
+    failed = {block.params[0]: block for block, result in zip(owners, results, strict=True) if result is None}
+    for param, block in failed.items():
+        former = curvature.ready(parameters.state[param])
+        warn(
+            f"could not invert the damped curvature of {parameters.described([param])}; "
+            f"{'its former inverse' if former else 'the fallback update'} stays in use. "
+            f"Raise `damping`, now {block.group['damping']}, if this repeats."
+        )

@@ -1,0 +1,36 @@
+"""Optimizer state as it was saved."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_curv.optimizers.curvature.base import ParamGroup, State
+
+
+def restored_state(state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[Tensor, State]:
+    """Copies of the saved state on each parameter's device, in the dtype they were saved in.
+
+    `Optimizer.load_state_dict` casts state to the dtype of the parameter: float32 factors of a bfloat16 parameter would
+    lose their digits. It also keeps the caller's tensors, which later steps would change in place.
+
+    Args:
+        state_dict: what `Optimizer.state_dict` returned.
+        groups: parameter groups of the optimizer that loads it.
+    """
+    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in groups)
+    saved = state_dict["state"]
+    return {p: _copied(saved[i], p.device) for i, p in zip(indices, params, strict=True) if i in saved}
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item, device) for item in value]
+    return value

@@ -1,0 +1,183 @@
+"""How far to go along preconditioned directions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_curv.extensions import Extension
+from lightning_curv.optimizers.curvature.base import Direction
+from lightning_curv.optimizers.linear_algebra.collectives import averaged
+from lightning_curv.optimizers.step_size.quadratic_model import (
+    change,
+    curvature_along,
+    inner_products,
+    minimizer,
+    shortened,
+)
+from lightning_curv.terms.jacobian import Jacobian
+
+
+@dataclass(frozen=True)
+class Step:
+    """Updates of the parameters and how they came about.
+
+    Args:
+        updates: one per direction, to be added to the parameter.
+        rate: learning rate that decoupled weight decay is multiplied by, besides the group's own.
+        predicted: predicted change of the loss, if the rule predicts it.
+        report: numbers for logs.
+    """
+
+    updates: list[Tensor]
+    rate: float = 1.0
+    predicted: float | None = None
+    report: dict[str, float] = field(default_factory=dict)
+
+
+class StepRule(Protocol):
+    """Makes updates of directions. A learning-rate schedule acts on the result.
+
+    Attributes:
+        extension: what it needs from every backward pass, if anything.
+    """
+
+    extension: Extension | None
+
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        """Make the updates.
+
+        Args:
+            directions: of all parameters.
+            scale: what the curvature in their Jacobians is to be multiplied by.
+            room: how far the loss can fall at most.
+        """
+        ...
+
+
+class TrustClip:
+    r"""Shrink all directions together until the step is short in the metric of the curvature; then momentum.
+
+    $$\nu = \min\Big(1, \sqrt{\kappa / \textstyle\sum_p \eta_p^2 \|d_p\|^2}\Big), \qquad
+      \delta = -\eta_t \nu d + \mu \, \delta_{\text{last}}$$
+
+    with $\eta_p$ the learning rate *before* any schedule: were it the scheduled one, the schedule would cancel out
+    wherever the clip is active.
+
+    Args:
+        kl_clip: $\kappa$, bound on the squared length of a step, about twice its KL divergence per example; None for
+            no bound.
+
+    Source: J. Ba, R. Grosse, J. Martens, *Distributed Second-Order Optimization using Kronecker-Factored
+    Approximations*, ICLR 2017, section 5.
+    """
+
+    extension: Extension | None = None
+
+    def __init__(self, kl_clip: float | None) -> None:
+        self.kl_clip = kl_clip
+
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        shrink = self._shrink(directions)
+        return Step([_with_momentum(d, d.value * (_like(shrink, d.value) * -d.group["lr"])) for d in directions])
+
+    def _shrink(self, directions: Sequence[Direction]) -> Tensor:
+        if self.kl_clip is None or not directions:
+            return torch.ones(())
+        device = directions[0].value.device
+        squares = [(d.group["base_lr"] ** 2 * d.squared_norm()).to(device) for d in directions]
+        # A zero length gives an infinite ratio, clamped to 1; nothing here waits for the device.
+        return (self.kl_clip / torch.stack(squares).sum().clamp_min(0.0)).sqrt().clamp_max(1.0)
+
+
+class ElementwiseClip:
+    r"""Clip every element, $\operatorname{clip}(d, \pm \rho)$; then momentum.
+
+    Args:
+        bound: $\rho$.
+
+    Source: H. Liu et al., *Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training*,
+    ICLR 2024, algorithm 3.
+    """
+
+    extension: Extension | None = None
+
+    def __init__(self, bound: float) -> None:
+        self.bound = bound
+
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        return Step([_with_momentum(d, d.value.clamp(-self.bound, self.bound) * -d.group["lr"]) for d in directions])
+
+
+class QuadraticModel:
+    r"""Learning rate $\alpha$ and momentum $\beta$ that minimize the quadratic model of the loss.
+
+    $$\delta = \eta_t (-\alpha d + \beta \, \delta_{\text{last}})$$
+
+    minimizes $q$ of `quadratic_model` over the span of the direction $d$ and the last update, before the schedule
+    $\eta_t$. A step that promises to take away more than all of the loss is shortened: where a classifier is confident
+    the model knows nothing of the curvature that the step will meet, and the targets drawn for a small batch hide some
+    of it from $d$ and $q$ alike. A parameter whose Jacobian is missing moves along without a say.
+
+    Args:
+        extension: leaves the Jacobians on the parameters.
+
+    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
+    ICML 2015, section 7.
+    """
+
+    def __init__(self, extension: Extension) -> None:
+        self.extension: Extension | None = extension
+
+    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+        batches = _jacobians(directions)
+        if not batches:
+            return Step([torch.zeros_like(d.value) for d in directions])
+        sizes = [d.value.numel() for d in directions]
+        span = _span(directions)
+        parts = [part.reshape(-1, *d.value.shape) for part, d in zip(span.split(sizes, dim=1), directions, strict=True)]
+        model = averaged(curvature_along(batches, parts) * scale)
+        grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
+        damping = torch.cat([d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)])
+        damped = model + inner_products(span * damping, span)
+        numbers = torch.stack([model, damped, inner_products(span, grad.expand_as(span))]).tolist()
+        curvature, damped_curvature, slope = numbers[0], numbers[1], [row[0] for row in numbers[2]]
+        w = minimizer(damped_curvature, slope)
+        bend = change(curvature, [0.0] * len(w), w)
+        length = shortened(bend, sum(b * a for b, a in zip(slope, w, strict=True)), room)
+        w = [length * a for a in w]
+        combined = torch.tensor(w, dtype=span.dtype, device=span.device) @ span
+        updates = [
+            (part if d.group["lr"] == 1.0 else part * d.group["lr"]).view(d.value.shape)
+            for part, d in zip(combined.split(sizes), directions, strict=True)
+        ]
+        rate, momentum, predicted = -w[0], sum(w[1:]), change(curvature, slope, w)
+        return Step(updates, rate, predicted, {"learning_rate": rate, "momentum": momentum, "predicted": predicted})
+
+
+def _jacobians(directions: Sequence[Direction]) -> list[dict[int, Jacobian]]:
+    """The Jacobians of every batch by the number of the direction."""
+    count = max((len(d.jacobians) for d in directions), default=0)
+    found = [[(i, d.jacobians[k]) for i, d in enumerate(directions)] for k in range(count)]
+    batches = [{i: jacobian for i, jacobian in batch if jacobian is not None} for batch in found]
+    return [batch for batch in batches if batch]
+
+
+def _span(directions: Sequence[Direction]) -> Tensor:
+    """The direction and, if there is one, the last update over all parameters, [K, P]."""
+    rows = [[d.value for d in directions]]
+    if any(d.last is not None for d in directions):
+        rows.append([torch.zeros_like(d.value) if d.last is None else d.last for d in directions])
+    return torch.stack([torch.cat([part.flatten() for part in row]).to(rows[0][0]) for row in rows])
+
+
+def _with_momentum(direction: Direction, update: Tensor) -> Tensor:
+    momentum = direction.group.get("momentum", 0.0)
+    return update if not momentum or direction.last is None else update.add_(direction.last, alpha=momentum)
+
+
+def _like(number: Tensor, tensor: Tensor) -> Any:
+    return number.to(tensor)

@@ -1,0 +1,180 @@
+"""Generalised Gauss-Newton quantities against brute force; Monte Carlo by convergence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from zoo import NAMES, ROW, assert_close, assert_fields, compute, reference
+
+from lightning_curv import curvature
+from lightning_curv.extensions import (
+    KFAC,
+    KFLR,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
+from lightning_curv.passes import passes
+from lightning_curv.passes.passes import Passes
+
+DIAGONALS = [
+    (DiagGGNExact, "diag_ggn_exact", "diag_ggn"),
+    (BatchDiagGGNExact, "diag_ggn_exact_batch", "diag_ggn_batch"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("extension", "field", "quantity"), DIAGONALS, ids=[field for _, field, _ in DIAGONALS])
+def test_diagonal_equals_brute_force(extension, field, quantity, name):
+    problem = ROW[name].make()
+    compute(problem, extension())
+    assert_fields(problem, field, reference(quantity, name), ROW[name].rtol)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_square_root_reproduces_the_block_of_every_sample(name):
+    problem = ROW[name].make()
+    output = problem.model(problem.X)
+    compute(problem, SqrtGGNExact())
+    for key, p in problem.parameters().items():
+        if p.grad is None:
+            continue
+        V = p.sqrt_ggn_exact
+        assert V.shape == (output[0].numel(), len(output), *p.shape), key
+        V = V.reshape(*V.shape[:2], -1)
+        blocks = torch.stack([V[:, n].T @ V[:, n] for n in range(V.shape[1])])
+        assert_close(blocks, reference("ggn", name)[key], ROW[name].rtol, key)
+
+
+@pytest.mark.parametrize("name", ["mlp_sigmoid", "vit", "segmentation_ce"])
+def test_extensions_do_not_disturb_each_other(name):
+    problem = ROW[name].make()
+    compute(problem, SqrtGGNExact(), DiagGGNMC(), DiagGGNExact(), KFAC(), BatchDiagGGNExact())
+    for _, field, quantity in DIAGONALS:
+        assert_fields(problem, field, reference(quantity, name))
+
+
+def test_square_root_of_chosen_samples():
+    problem = ROW["cnn_inplace_groups"].make()
+    compute(problem, SqrtGGNExact(subsampling=[2, 0]))
+    for key, p in problem.parameters().items():
+        V = p.sqrt_ggn_exact.reshape(3, 2, -1)
+        for column, n in enumerate([2, 0]):
+            block = reference("ggn", "cnn_inplace_groups")[key][n]
+            assert_close(V[:, column].T @ V[:, column], block, label=key)
+
+
+# --- Monte Carlo -----------------------------------------------------------------------------------------------------
+
+RUNS, SAMPLES = 100, 8
+
+
+def assert_unbiased(estimates: torch.Tensor, exact: torch.Tensor, label: str) -> None:
+    """The mean of independent estimates [RUNS, …] is within six of its standard errors of the exact value.
+
+    Six standard errors fail by chance about once in 1e8 entries; that the largest entry's tolerance stays below half
+    its value shows that a wrong constant (2, N, M) would be found.
+    """
+    mean, error = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5
+    largest = exact.abs().argmax()
+    assert 6 * error.flatten()[largest] < 0.5 * exact.flatten()[largest].abs(), f"{label}: too few samples to tell"
+    excess = (mean - exact).abs() - 6 * error - 1e-9 * exact.abs().max()
+    assert excess.max() <= 0, f"{label}: {excess.max():.2e} beyond six standard errors"
+
+
+@pytest.mark.parametrize("name", ["mlp_sigmoid", "mlp_mse", "mlp_bce", "segmentation_ce", "segmentation_mse"])
+def test_monte_carlo_is_unbiased(name):
+    generator = torch.Generator().manual_seed(0)
+    problem = ROW[name].make()
+    runs = {key: [] for key in problem.parameters()}
+    for _ in range(RUNS):
+        compute(problem, DiagGGNMC(SAMPLES), BatchDiagGGNMC(SAMPLES), SqrtGGNMC(SAMPLES), generator=generator)
+        for key, p in problem.parameters().items():
+            assert p.sqrt_ggn_mc.shape == (SAMPLES, len(problem.X), *p.shape)
+            runs[key].append((p.diag_ggn_mc, p.diag_ggn_mc_batch, (p.sqrt_ggn_mc**2).sum(0)))
+    for key, run in runs.items():
+        diagonals, batches, roots = map(torch.stack, zip(*run))
+        assert_unbiased(diagonals, reference("diag_ggn", name)[key], f"{key}.diag_ggn_mc")
+        assert_unbiased(batches, reference("diag_ggn_batch", name)[key], f"{key}.diag_ggn_mc_batch")
+        assert_unbiased(roots, reference("diag_ggn_batch", name)[key], f"{key}.sqrt_ggn_mc")
+
+
+def test_more_samples_mean_less_noise():
+    """The standard deviation falls as 1/√M: 16 times the samples, a quarter of the deviation (within a factor 1.5)."""
+    generator = torch.Generator().manual_seed(0)
+    problem = ROW["mlp_sigmoid"].make()
+    p = problem.model[0].weight
+    deviation = {}
+    for mc_samples in (2, 32):
+        estimates = []
+        for _ in range(RUNS):
+            compute(problem, DiagGGNMC(mc_samples), generator=generator)
+            estimates.append(p.diag_ggn_mc.sum())
+        deviation[mc_samples] = torch.stack(estimates).std().item()
+    assert 4 / 1.5 < deviation[2] / deviation[32] < 4 * 1.5
+
+
+MONTE_CARLO = [
+    (DiagGGNMC, "diag_ggn_mc"),
+    (BatchDiagGGNMC, "diag_ggn_mc_batch"),
+    (SqrtGGNMC, "sqrt_ggn_mc"),
+    (KFAC, "kfac"),
+]
+
+
+@pytest.mark.parametrize(("extension", "field"), MONTE_CARLO, ids=[field for _, field in MONTE_CARLO])
+def test_generator_decides_the_samples(extension, field):
+    def run(seed):
+        problem = ROW["mlp_sigmoid"].make()
+        compute(problem, extension(mc_samples=3), generator=torch.Generator().manual_seed(seed))
+        value = getattr(problem.model[0].weight, field)
+        return value[0] if field == "kfac" else value
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+@pytest.mark.parametrize("extension", [extension for extension, _ in MONTE_CARLO])
+def test_global_random_state_is_untouched(extension):
+    problem = ROW["mlp_sigmoid"].make()
+    before = torch.get_rng_state()
+    compute(problem, extension())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_complete_root_serves_all(monkeypatch):
+    """With `SqrtGGNExact`, whose columns are one per class, `DiagGGNExact` makes no passes of its own."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    weight, X, y = model[2].weight, torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
+    found, passes, pull = {}, [], Passes.pull
+    monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(1) or pull(self, column))
+    for extensions in [(DiagGGNExact(),), (DiagGGNExact(),), (DiagGGNExact(), SqrtGGNExact())]:  # the first one probes
+        passes.clear()
+        with curvature(*extensions, batch_size=5):
+            F.cross_entropy(model(X), y).backward()
+        found[len(extensions)] = weight.diag_ggn_exact, len(passes)
+    assert_close(found[2][0], found[1][0])
+    assert_close(weight.sqrt_ggn_exact.square().sum((0, 1)), found[1][0])
+    assert found[2][1] - found[1][1] == 1  # four columns instead of three
+
+
+@pytest.mark.parametrize(
+    "extension", [DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), DiagHessian(), BatchDiagHessian(), KFLR()]
+)
+def test_columns_one_at_a_time_are_those_at_once(monkeypatch, extension):
+    """Products with and without shared positions, a normalisation, an embedding."""
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Conv1d(5, 3, 2), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(9, 4))
+    net, X, y, found = net.double(), torch.randint(7, (6, 5)), torch.randint(4, (6,)), []
+    for bytes_ in (passes.COLUMN_BYTES, 1):
+        monkeypatch.setattr(passes, "COLUMN_BYTES", bytes_)
+        with curvature(extension, batch_size=6):
+            F.cross_entropy(net(X), y).backward()
+        found.append(tree_leaves([getattr(p, extension.savefield) for p in net.parameters()]))
+    for one_by_one, at_once in zip(found[1], found[0], strict=True):
+        assert_close(one_by_one, at_once)

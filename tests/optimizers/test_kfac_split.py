@@ -1,0 +1,191 @@
+"""Large Kronecker factors in diagonal blocks, and many blocks of parameters in one product."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_curv import KFACOptimizer, curvature
+from lightning_curv.optimizers.linear_algebra.batching import kronecker_matmuls
+from lightning_curv.optimizers.linear_algebra.factors import diagonal, kronecker_matmul, part_size, parts_of, split_gram
+
+DOUBLE = torch.float64
+
+
+def dense(factor):
+    return torch.diag(factor) if factor.dim() == 1 else torch.block_diag(*parts_of(factor, False))
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=DOUBLE)
+
+
+def cnn():
+    return nn.Sequential(
+        *(nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(96, 7), nn.Tanh(), nn.Linear(7, 3, bias=False))
+    ).double()
+
+
+def step_of(net, x, y, **settings):
+    """Gradients, updates and state of one undamped-schedule step."""
+    optimizer = KFACOptimizer(
+        net.parameters(), **{"lr": 1.0, "damping": 0.1, "momentum": 0.0, "kl_clip": None, "positions": None, **settings}
+    )
+    with curvature(*optimizer.extensions, generator=torch.Generator().manual_seed(0)):
+        F.cross_entropy(net(x), y).backward()
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    return optimizer, [p.detach() - b for p, b in zip(net.parameters(), before)]
+
+
+@pytest.mark.parametrize(("rows", "size", "expected"), [(785, 256, 262), (300, 256, 300), (512, 256, 256), (5, 1, 1)])
+def test_sizes_of_parts(rows, size, expected):
+    assert part_size(rows, size) == expected
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 6, 7])
+def test_split_gram_is_the_block_diagonal(size):
+    x = randn(20, 7)
+    full, index = x.T @ x, torch.arange(7) // size
+    expected = full * (index[:, None] == index)
+    torch.testing.assert_close(dense(split_gram(x.T, size)), expected)
+    torch.testing.assert_close(diagonal(split_gram(x.T, size), False), full.diagonal())
+
+
+@pytest.mark.parametrize("shape", [(7, 10), (10, 7), (7, 10, 7)])
+@pytest.mark.parametrize("sizes", [(3, 4), (7, 4), (3, 10), (1, 1)])
+def test_products_with_split_factors_equal_dense_ones(shape, sizes):
+    factors = {7: split_gram(randn(7, 20), sizes[0]), 10: split_gram(randn(10, 20), sizes[1])}
+    v, chosen = randn(*shape), [factors[d] for d in shape]
+    expected = dense(chosen[0])
+    for factor in chosen[1:]:
+        expected = torch.kron(expected, dense(factor))
+    torch.testing.assert_close(kronecker_matmul(chosen, v, False), (expected @ v.flatten()).view(shape))
+
+
+def test_equal_shapes_are_multiplied_together():
+    sets = [([split_gram(randn(7, 9), 3), randn(5, 5)], randn(7, 5), False) for _ in range(3)]
+    sets += [([randn(2, 4, 4), randn(2, 5)], randn(8, 5), True) for _ in range(2)]
+    sets += [([randn(7, 7), torch.rand(5, dtype=DOUBLE)], randn(7, 5), False)]
+    for product, found in zip(sets, kronecker_matmuls(sets), strict=True):
+        torch.testing.assert_close(found, kronecker_matmul(*product))
+
+
+@pytest.mark.parametrize("eigen", [False, True])
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+def test_split_factors_are_the_diagonal_blocks(eigen, weight_sharing):
+    x, y = randn(8, 2, 6, 6), torch.randint(3, (8,))
+    net = cnn()
+    settings = {"eigen": eigen, "weight_sharing": weight_sharing, "curvature": "exact"}
+    whole, _ = step_of(copy.deepcopy(net), x, y, split_factors=None, **settings)
+    split, updates = step_of(net, x, y, split_factors=5, **settings)
+    split_sizes = set()
+    for weight, bias, other in zip(net.parameters(), [*[*net.parameters()][1:], None], whole.param_groups[0]["params"]):
+        state, full = split.state[weight], whole.state[other]
+        if "factors" not in state:
+            continue
+        assert len(state["factors"]) == 2
+        factors, T = [], torch.eye(len(full["factors"][1]), dtype=DOUBLE)
+        for part, factor in zip(state["factors"], full["factors"], strict=True):
+            index = torch.arange(len(factor)) // part.shape[1]
+            expected = factor * (index[:, None] == index)
+            if part.shape[1] < len(part):
+                split_sizes.add(len(part))
+                (mean,) = state["mean"]
+                torch.testing.assert_close(mean, factor[-1, :-1])  # the bias sees the mean of the inputs
+                T[:-1, -1] = mean
+                covariance = factor - torch.outer(factor[-1], factor[-1])
+                covariance[-1, -1] = 1
+                factors.append(covariance * (index[:, None] == index))
+            else:
+                factors.append(factor)
+            torch.testing.assert_close(dense(part), expected)
+        if not eigen:
+            grad = weight.grad.flatten(1)
+            if "bias" in state:
+                grad = torch.cat([grad, bias.grad[:, None]], 1)
+            means = [factor.diagonal().mean() for factor in full["factors"]]
+            B, A = (
+                factor + (0.1 * mean**2 / means[0] / means[1]).sqrt() * torch.eye(len(factor), dtype=DOUBLE)
+                for factor, mean in zip(factors, means)
+            )
+            A = T @ A @ T.T
+            expected = torch.linalg.solve(torch.kron(B, A), grad.flatten()).view_as(grad)
+            number = [p is weight for p in net.parameters()].index(True)
+            found = updates[number].flatten(1)
+            torch.testing.assert_close(found, -expected[:, : found.shape[1]])
+    assert split_sizes == {19, 97}
+
+
+def test_ekfac_on_split_factors_is_its_definition():
+    net, x, y = nn.Linear(11, 9).double(), randn(6, 11), torch.randint(9, (6,))
+    optimizer, updates = step_of(net, x, y, split_factors=4, eigen=True)
+    state = optimizer.state[net.weight]
+    Q = torch.kron(*(dense(q) for q in state["basis"]))
+    torch.testing.assert_close(Q.T @ Q, torch.eye(108, dtype=DOUBLE))
+    T = torch.eye(12, dtype=DOUBLE)
+    T[:-1, -1] = x.mean(0)
+    centered = x - x.mean(0)
+    index = torch.arange(12) // 4
+    C = torch.block_diag(centered.T @ centered / 6, torch.ones(1, 1, dtype=DOUBLE)) * (index[:, None] == index)
+    B = dense(state["factors"][0])
+    torch.testing.assert_close((Q.T @ torch.kron(B, C) @ Q).diagonal(), state["moments"].flatten())
+    grad = torch.cat([net.weight.grad, net.bias.grad[:, None]], 1).flatten()
+    T = torch.kron(torch.eye(9, dtype=DOUBLE), T)
+    expected = torch.linalg.solve(T @ (torch.kron(B, C) + 0.1 * torch.eye(108, dtype=DOUBLE)) @ T.T, grad).view(9, 12)
+    torch.testing.assert_close(updates[0], -expected[:, :-1])
+    torch.testing.assert_close(updates[1], -expected[:, -1])
+
+
+@pytest.mark.parametrize("eigen", [False, True])
+def test_splitting_trains_and_resumes(eigen):
+    net, x = cnn(), randn(48, 2, 6, 6)
+    y = x.flatten(1)[:, :3].argmax(1)
+    optimizer = KFACOptimizer(net.parameters(), split_factors=16, eigen=eigen)
+    losses = []
+    for step in range(12):
+        optimizer.zero_grad()
+        with curvature(*optimizer.extensions, generator=torch.Generator().manual_seed(step)):
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if step == 8:
+            twin = copy.deepcopy(net)
+            other = KFACOptimizer(twin.parameters(), split_factors=16, eigen=eigen)
+            other.load_state_dict(optimizer.state_dict())
+    assert losses[-1] < 0.3 * losses[0]
+    for step in range(9, 12):
+        other.zero_grad()
+        with curvature(*other.extensions, generator=torch.Generator().manual_seed(step)):
+            F.cross_entropy(twin(x), y).backward()
+        other.step()
+    for mine, its in zip(net.parameters(), twin.parameters()):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("split", [None, 4])
+def test_automatic_damping_is_that_of_centered_inputs(split):
+    net, x = nn.Linear(11, 3).double(), 2 + randn(20, 11)
+    optimizer = KFACOptimizer(
+        net.parameters(), lr=1.0, momentum=0.0, kl_clip=None, curvature="exact", split_factors=split
+    )
+    with curvature(*optimizer.extensions):
+        F.mse_loss(net(x), randn(20, 3)).backward()
+    before = torch.cat([net.weight, net.bias[:, None]], 1).detach()
+    optimizer.step()
+    B, size = torch.eye(3, dtype=DOUBLE) * 2 / 3, 12 if split is None else 4
+    index, m = torch.arange(12) // size, x.mean(0)
+    C = torch.block_diag((x - m).T @ (x - m) / 20, torch.ones(1, 1, dtype=DOUBLE)) * (index[:, None] == index)
+    mean_A = (x.square().sum() / 20 + 1) / 12
+    damping = 0.1 * mean_A * 2 / 3
+    gamma_A, gamma_B = (damping * mean_A / (2 / 3)).sqrt(), (damping * (2 / 3) / mean_A).sqrt()
+    T = torch.eye(12, dtype=DOUBLE)
+    T[:-1, -1] = m
+    A = T @ (C + gamma_A * torch.eye(12, dtype=DOUBLE)) @ T.T
+    block = torch.kron(B + gamma_B * torch.eye(3, dtype=DOUBLE), A)
+    grad = torch.cat([net.weight.grad, net.bias.grad[:, None]], 1)
+    expected = torch.linalg.solve(block, grad.flatten()).view(3, 12)
+    torch.testing.assert_close(torch.cat([net.weight, net.bias[:, None]], 1) - before, -expected)

@@ -1,0 +1,515 @@
+"""What lets samples influence each other, or learns from them beside the private optimizer, is refused by name.
+
+What does neither is let through, whatever random numbers it draws.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from conftest import needs
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_curv.callbacks import PrivacyCallback
+from lightning_curv.callbacks.private_training.equal_randomness import EqualRandomness
+from lightning_curv.optimizers import DPOptimizer
+
+needs("dp_accounting")
+
+
+class Data(Dataset):
+    def __init__(self, size=60, outlier=False):
+        generator = torch.Generator().manual_seed(0)
+        self.X = torch.randn(size, 4, generator=generator)
+        self.X[7] *= 1 + 99 * outlier
+
+    def __len__(self):
+        return len(self.X)
+
+    def __getitem__(self, i):
+        return self.X[i], i % 3
+
+
+class Net(pl.LightningModule):
+    """A classifier, with hooks for what goes wrong."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(*batch)
+
+    def loss(self, x, y):
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        inner = torch.optim.SGD(self.net.parameters(), lr=0.1)
+        return DPOptimizer(inner, clip_norm=0.5, noise_multiplier=1.0, noise_seed=0)
+
+
+def fit(module, *callbacks, loader=None, **settings):
+    callback = PrivacyCallback(**{"delta": 1e-3, "seed": 1, **settings})
+    callback.accountant.epsilon = lambda delta: 0.0  # takes long, and is not what this is about
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=[callback, *callbacks],
+    )
+    trainer.fit(module, loader or DataLoader(Data(), batch_size=12, shuffle=True))
+    return trainer
+
+
+def with_loss(loss, **attributes):
+    module = Net()
+    for name, value in attributes.items():
+        module.register_buffer(name, value) if isinstance(value, torch.Tensor) else setattr(module, name, value)
+    module.loss = loss.__get__(module)
+    return module
+
+
+# --- samples that influence each other -------------------------------------------------------------------------------
+
+
+def scaled_by_the_largest(self, x, y):
+    return F.cross_entropy(self.net(x / x.abs().max()), y)
+
+
+def zeroed_by_an_outlier(self, x, y):
+    return F.cross_entropy(self.net(x), y) * (x.abs().max() < 20)
+
+
+def weighted_from_the_second_step_on(self, x, y):
+    weight = torch.tensor([1.0, 5.0, 20.0]) if self.trainer.global_step else None
+    return F.cross_entropy(self.net(x), y, weight=weight)
+
+
+def same_norms_other_direction(self, x, y):
+    """The sign of all gradients follows one sample: no norm tells."""
+    return self.net(x).sum(1).mean() * (1 if x.abs().max() < 20 else -1)
+
+
+def quantised_by_the_range(self, x, y):
+    scale = x.abs().max() / 3
+    return F.cross_entropy(self.net((x / scale).round() * scale), y)
+
+
+def detached_statistics(self, x, y):
+    return F.cross_entropy(self.net((x - x.mean(0)) / x.std(0)), y)
+
+
+def hardest(self, x, y):
+    return F.cross_entropy(self.net(x), y, reduction="none").topk(len(x) // 2).values.mean()
+
+
+def counted(self, x, y):
+    return F.cross_entropy(self.net(x), y, reduction="sum") / (y == 0).sum().clamp(min=1)
+
+
+def mixed_up(self, x, y):
+    share, order = 0.3, torch.randperm(len(x))
+    return F.cross_entropy(self.net(share * x + (1 - share) * x[order]), y)
+
+
+def noise_of_the_batch(self, x, y):
+    """Random numbers drawn from values of all samples."""
+    return F.cross_entropy(self.net(torch.normal(x, x.std().expand_as(x))), y)
+
+
+COUPLED = [
+    scaled_by_the_largest,
+    zeroed_by_an_outlier,
+    weighted_from_the_second_step_on,
+    same_norms_other_direction,
+    quantised_by_the_range,
+    detached_statistics,
+    hardest,
+    counted,
+    mixed_up,
+    noise_of_the_batch,
+]
+
+
+@pytest.mark.parametrize("loss", COUPLED, ids=lambda loss: loss.__name__)
+def test_losses_in_which_samples_influence_each_other_are_refused(loss):
+    with pytest.raises(Exception, match=r"depends on the other samples|samples mix"):
+        fit(with_loss(loss), loader=DataLoader(Data(outlier=True), batch_size=60, shuffle=True))  # all in every batch
+
+
+# --- losses that draw random numbers of their own --------------------------------------------------------------------
+
+
+def diffusion(self, x, y):
+    time = torch.rand(len(x), device=x.device)
+    noise = torch.randn_like(x)
+    predicted = self.net(x * (1 - time[:, None]) + noise * time[:, None])
+    return (predicted - noise[:, :3]).square().mean(1).mean()
+
+
+def variational(self, x, y):
+    mean, spread = self.net(x), self.net(-x)
+    drawn = torch.distributions.Normal(mean, spread.exp()).rsample()
+    return F.cross_entropy(drawn, y)
+
+
+def masked(self, x, y):
+    return F.cross_entropy(self.net(x * torch.bernoulli(torch.full_like(x, 0.7))), y)
+
+
+def dropped(self, x, y):
+    return F.cross_entropy(self.net(F.dropout(x, 0.5)), y)
+
+
+def in_place(self, x, y):
+    return F.cross_entropy(self.net(x + torch.empty_like(x).uniform_(-1, 1)), y)
+
+
+def drawn_steps(self, x, y):
+    steps = torch.randint(0, 10, (len(x),))
+    return (F.cross_entropy(self.net(x), y, reduction="none") * steps).mean()
+
+
+@pytest.mark.parametrize("loss", [diffusion, variational, masked, dropped, in_place, drawn_steps])
+def test_losses_that_draw_random_numbers_are_let_through(loss):
+    fit(with_loss(loss))
+
+
+DRAWS = {
+    "rand": lambda x: torch.rand(len(x), 3),
+    "time steps": lambda x: torch.randint(10, (len(x),)),
+    "per row of a sample": lambda x: torch.randn(3 * len(x), 2),
+    "second axis": lambda x: torch.randn(2, len(x)),
+    "the same for all": lambda x: torch.randn(5),
+    "inside of a function": lambda x: F.gumbel_softmax(x) + F.dropout(x),
+    "from values of the sample": lambda x: torch.bernoulli(x.sigmoid()),
+    "by a distribution": lambda x: torch.distributions.Normal(x, 1.0).sample(),
+    "padded": lambda x: torch.rand(len(x), 4 if len(x) == 8 else 6)[:, :4],
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_of_a_sample_are_equal_in_parts_of_its_batch(name):
+    draw, x, rows = DRAWS[name], torch.randn(8, 3), torch.tensor([1, 4, 7])
+    randomness = EqualRandomness(8)
+    with randomness:
+        whole = draw(x)
+    with randomness.again(rows):
+        part = draw(x[rows])
+    if name == "the same for all":
+        expected = whole
+    elif name == "second axis":
+        expected = whole[:, rows]
+    else:
+        expected = whole.unflatten(0, (8, -1))[rows].flatten(0, 1)
+    torch.testing.assert_close(part, expected)
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda x: torch.randperm(len(x)).double(), lambda x: torch.bernoulli((x - x.mean(0)).sigmoid())]
+)
+def test_random_numbers_that_depend_on_the_batch_are_not_made_equal(draw):
+    x, rows = torch.randn(40, 3), torch.arange(20)
+    randomness = EqualRandomness(40)
+    with randomness:
+        whole = draw(x)
+    with randomness.again(rows):
+        part = draw(x[rows])
+    assert not torch.equal(part, whole[rows])
+
+
+def test_other_random_numbers_have_a_switch():
+    def drawn_elsewhere(self, x, y):
+        return F.cross_entropy(self.net(x + torch.from_numpy(np.random.randn(*x.shape)).float()), y)
+
+    with pytest.raises(Exception, match="depends on the other samples"):
+        fit(with_loss(drawn_elsewhere))
+    fit(with_loss(drawn_elsewhere), check_independence=False)
+
+
+def test_a_step_may_leave_out_the_number_of_its_batch():
+    class Short(Net):
+        def training_step(self, batch):
+            return self.loss(*batch)
+
+    fit(Short())
+
+
+# --- batches that mix samples before the step ------------------------------------------------------------------------
+
+
+class Sentences(Dataset):
+    """Sequences of different lengths."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        generator = torch.Generator().manual_seed(i)
+        return torch.randn(2 + i % 5, 4, generator=generator), i % 3
+
+
+def stacked(samples):
+    return torch.stack([x for x, _ in samples]), torch.tensor([y for _, y in samples])
+
+
+def mixup_collate(samples):
+    x, y = stacked(samples)
+    return 0.6 * x + 0.4 * x[torch.randperm(len(x))], y
+
+
+def standardising_collate(samples):
+    x, y = stacked(samples)
+    return (x - x.mean(0)) / x.std(0).clamp(min=0.1), y
+
+
+def shuffling_labels(samples):
+    x, y = stacked(samples)
+    return x, y.flip(0)
+
+
+def augmenting(samples):
+    """By the generators of torch, NumPy and Python, sample by sample and for all at once."""
+    x, y = stacked([(x + torch.randn(4) * random.random() * np.random.rand(), y) for x, y in samples])
+    return x + torch.randn(len(x), 4), y
+
+
+def padded(samples):
+    lengths = torch.tensor([len(x) for x, _ in samples])
+    x = pad_sequence([x for x, _ in samples], batch_first=True)
+    x = x + torch.rand(x.shape[:2])[..., None]  # augmentation of a padded batch
+    return x, torch.tensor([y for _, y in samples]), lengths
+
+
+def masked_mean(self, x, y, lengths):
+    mask = torch.arange(x.shape[1]) < lengths[:, None]
+    pooled = (self.net(x) * mask[..., None]).sum(1) / lengths[:, None]
+    return F.cross_entropy(pooled, y)
+
+
+def mean_with_padding(self, x, y, lengths):
+    return F.cross_entropy(self.net(x).mean(1), y)
+
+
+@pytest.mark.parametrize(
+    ("collate", "workers"), [(mixup_collate, 0), (mixup_collate, 1), (standardising_collate, 0), (shuffling_labels, 0)]
+)
+def test_collate_functions_that_mix_samples_are_refused(collate, workers):
+    loader = DataLoader(Data(), 12, shuffle=True, collate_fn=collate, num_workers=workers)
+    with pytest.raises(Exception, match="`collate_fn` or a transfer hook"):
+        fit(Net(), loader=loader)
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
+def test_transfer_hooks_that_mix_samples_are_refused(hook):
+    module = Net()
+    setattr(module, hook, lambda batch, dataloader_idx: [batch[0] - batch[0].mean(0), batch[1]])
+    with pytest.raises(Exception, match="`collate_fn` or a transfer hook"):
+        fit(module)
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
+def test_transfer_hooks_that_act_on_samples_are_let_through(hook):
+    module = Net()
+    setattr(module, hook, lambda batch, dataloader_idx: [batch[0] + torch.randn_like(batch[0]), batch[1]])
+    fit(module)
+
+
+def test_augmentation_and_padding_are_let_through():
+    fit(Net(), loader=DataLoader(Data(), 12, shuffle=True, collate_fn=augmenting))
+    fit(with_loss(masked_mean), loader=DataLoader(Sentences(), 12, shuffle=True, collate_fn=padded))
+
+
+def test_padding_that_the_loss_counts_is_refused():
+    with pytest.raises(Exception, match="padding that the loss does not leave out"):
+        fit(with_loss(mean_with_padding), loader=DataLoader(Sentences(), 12, shuffle=True, collate_fn=padded))
+
+
+# --- what else learns from a batch -----------------------------------------------------------------------------------
+
+
+def running_statistics(self, x, y):
+    return F.cross_entropy(self.net(self.norm(x[:, None]).squeeze(1)), y)
+
+
+def moving_average(self, x, y):
+    self.average.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+    return F.cross_entropy(self.net(x), y)
+
+
+def moving_average_of_data(self, x, y):
+    self.average.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+    return F.cross_entropy(self.net(x), y)
+
+
+def assigned(self, x, y):
+    self.average = x.detach().mean(0)
+    return F.cross_entropy(self.net(x), y)
+
+
+def queue(self, x, y):
+    self.queue[: len(x)] = x.detach()[:20]
+    return F.cross_entropy(self.net(x), y)
+
+
+def late_average(self, x, y):
+    if self.trainer.global_step == 3:  # between the steps that are compared
+        self.average += x.detach().mean(0)
+    return F.cross_entropy(self.net(x), y)
+
+
+def counts_samples(self, x, y):
+    self.count += len(x)
+    return F.cross_entropy(self.net(x), y)
+
+
+def own_step(self, x, y):
+    self.head.weight.grad = None
+    F.cross_entropy(self.head(x), y).backward()
+    with torch.no_grad():
+        self.head.weight -= 0.1 * self.head.weight.grad
+    return F.cross_entropy(self.net(x), y)
+
+
+def own_step_on_private_parameters(self, x, y):
+    loss = F.cross_entropy(self.net(x), y)
+    self.net[2].bias.data -= 0.1 * x.mean()
+    return loss
+
+
+CHANGING = {
+    "norm.running_mean": (running_statistics, {"norm": nn.InstanceNorm1d(1, track_running_stats=True)}),
+    "average": (moving_average, {"average": torch.zeros(4)}),
+    "average by .data": (moving_average_of_data, {"average": torch.zeros(4)}),
+    "average assigned": (assigned, {"average": torch.zeros(4)}),
+    "average later": (late_average, {"average": torch.zeros(4)}),
+    "queue": (queue, {"queue": torch.zeros(20, 4)}),
+    "count": (counts_samples, {"count": torch.zeros(())}),
+    "head.weight": (own_step, {"head": nn.Linear(4, 3)}),
+    "net.2.bias by .data": (own_step_on_private_parameters, {}),
+}
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["", "without comparing gradients"])
+@pytest.mark.parametrize("name", CHANGING)
+def test_state_that_a_batch_changes_is_refused_by_name(name, check):
+    loss, attributes = CHANGING[name]
+    if not check and ".data" in name:
+        return  # found by comparing steps alone
+    with pytest.raises(Exception, match=f"`{name.split()[0]}`"):
+        fit(
+            with_loss(loss, **{k: v.clone() if torch.is_tensor(v) else v for k, v in attributes.items()}),
+            check_independence=check,
+        )
+
+
+class BatchMeans(pl.Callback):
+    """Writes what it saw into the weights."""
+
+    def __init__(self, hook, first=0):
+        setattr(self, hook, self.write)
+        self.first = first
+
+    @torch.no_grad()
+    def write(self, trainer, module, *arguments):
+        if trainer.global_step >= self.first:
+            batch = next((a for a in arguments if isinstance(a, list)), [torch.ones(1, 4)])
+            module.net[0].bias += batch[0].mean()
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_end", "on_before_zero_grad", "on_before_backward", "on_after_backward"]
+)
+@pytest.mark.parametrize("first", [0, 4])
+def test_callbacks_that_write_into_the_weights_are_refused(hook, first):
+    with pytest.raises(Exception, match=r"something else changed `net\.0\.bias`"):
+        fit(Net(), BatchMeans(hook, first))
+
+
+class AverageOfWeights(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        with torch.no_grad():
+            for p, q in zip(module.target.parameters(), module.net.parameters()):
+                p.mul_(0.9).add_(q, alpha=0.1)
+
+
+def target_in_the_step(self, x, y):
+    """A target network that follows the weights, as in BYOL."""
+    with torch.no_grad():
+        for p, q in zip(self.target.parameters(), self.net.parameters()):
+            p.mul_(0.9).add_(q, alpha=0.1)
+    return (self.net(x) - self.target(x).detach()).square().mean(1).mean()
+
+
+def target():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).requires_grad_(False)
+
+
+def counts_steps(self, x, y):
+    self.steps += 1
+    return F.cross_entropy(self.net(x), y)
+
+
+def test_state_that_no_data_change_is_let_through():
+    fit(with_loss(target_in_the_step, target=target()))
+    fit(with_loss(counts_steps, steps=torch.zeros(())))
+    module = Net()
+    nn.utils.parametrizations.spectral_norm(module.net[2])
+    fit(module)
+    module = with_loss(Net.loss, target=target())
+    with pytest.raises(Exception, match="public_state"):
+        fit(module, AverageOfWeights())
+    fit(with_loss(Net.loss, target=target()), AverageOfWeights(), public_state=["target.*"])
+
+
+def test_swaps_of_averaged_weights_for_validation_are_let_through():
+    if not hasattr(pl.callbacks, "WeightAveraging"):
+        pytest.skip("a Lightning without `WeightAveraging`")
+    module = Net()
+    module.validation_step = lambda batch, batch_idx: None
+    average = pl.callbacks.WeightAveraging(device="cpu")
+    callback = PrivacyCallback(delta=1e-3)
+    callback.accountant.epsilon = lambda delta: 0.0
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[average, callback], enable_progress_bar=False, accelerator="cpu", **quiet
+    )
+    loader = DataLoader(Data(), batch_size=12, shuffle=True)
+    trainer.fit(module, loader, loader)
+
+
+def test_an_own_backward_pass_that_moves_nothing_is_thrown_away():
+    def adversarial(self, x, y):
+        x = x.clone().requires_grad_()
+        F.cross_entropy(self.net(x), y, reduction="sum").backward()
+        return F.cross_entropy(self.net(x.detach() + 0.0 * x.grad), y)
+
+    runs = [with_loss(loss) for loss in (adversarial, Net.loss)]
+    for module in runs:
+        torch.manual_seed(0)
+        fit(module)
+    for p, q in zip(runs[0].parameters(), runs[1].parameters()):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("loss", [Net.loss, diffusion, target_in_the_step], ids=["plain", "diffusion", "target"])
+def test_checks_change_nothing(loss):
+    runs = []
+    for check in (True, False):
+        module = with_loss(loss, target=target())
+        module.target.load_state_dict(module.net.state_dict())
+        torch.manual_seed(3)
+        random.seed(3)
+        fit(module, check_independence=check)
+        runs.append([*module.parameters(), torch.rand(1), torch.tensor(random.random())])
+    for p, q in zip(*runs):
+        assert torch.equal(p, q)

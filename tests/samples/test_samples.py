@@ -1,0 +1,332 @@
+"""The samples: found from the graph, refused where they mix, verified once per structure."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from trap_problems import assert_right, both, problem
+
+from lightning_curv import curvature
+from lightning_curv.extensions import KFAC, KFLR, BatchGrad
+from lightning_curv.passes.passes import Passes
+from lightning_curv.samples.batch import Batch
+from lightning_curv.samples.verified import MEMORY
+
+
+class Mixing(nn.Module):
+    """Two layers and an op between them that mixes the rows of the batch."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.a, self.b, self.mix = nn.Linear(5, 4), nn.Linear(4, 3), mix
+
+    def forward(self, x):
+        return self.b(self.mix(self.a(x).tanh()))
+
+
+def neighbours(h):
+    """A graph convolution on a ring of nodes."""
+    return h + 0.3 * h.roll(1, 0)
+
+
+MIXES = {
+    "batch_mean": lambda h: h - h.mean(0),
+    "graph": neighbours,
+    "batch_softmax": lambda h: h.softmax(0),
+    "attention_over_the_batch": lambda h: (h @ h.T).softmax(-1) @ h,
+    "batch_norm": lambda h: F.batch_norm(h, None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_ops_that_mix_samples_are_refused(name):
+    case = problem()
+    case.model = Mixing(MIXES[name]).double()
+    for _ in range(2):  # a refusal is not remembered as a success
+        with pytest.raises(NotImplementedError, match=r"mix|batch_norm"), curvature(*both()):
+            case.compute_loss().backward()
+
+
+def test_kronecker_factors_do_not_ask():
+    case = problem()
+    case.model = Mixing(MIXES["batch_mean"]).double()
+    with curvature(KFAC(), KFLR()):
+        case.compute_loss().backward()
+    assert case.model.a.weight.kfac[0].shape == (4, 4)
+
+
+def test_every_structure_is_verified_once(monkeypatch):
+    passes = []
+    backward = Passes.backward
+    monkeypatch.setattr(Passes, "backward", lambda self, *args: passes.append(args) or backward(self, *args))
+    case = problem()
+    case.model = Mixing(lambda h: h.sin() * 0.7391 + h.cos()).double()  # a structure of its own
+    counts = []
+    for _ in range(3):
+        passes.clear()
+        with curvature(BatchGrad()):
+            case.compute_loss().backward()
+        counts.append(len(passes))
+    assert counts == [2, 0, 0]
+    with curvature(BatchGrad(), check=True):
+        case.compute_loss().backward()
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("tensors", [True, False])
+def test_a_size_that_is_given_is_looked_for_in_what_the_network_reads(tensors):
+    """Tokens of sequences first, [T, N], flattened for the loss: rows of one sample are not next to each other."""
+    model = Mixing(nn.Sequential()).double()
+    x, y = torch.randn(3, 5, 5, dtype=torch.float64), torch.randint(3, (3, 5))
+
+    def loss(x, y):
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    with curvature(BatchGrad(), batch_size=Batch(5, tensors=[x, y] if tensors else None)):
+        loss(x, y).backward()
+    for n, found in enumerate(model.a.weight.grad_batch):
+        (expected,) = torch.autograd.grad(loss(x[:, n : n + 1], y[:, n : n + 1]) / 5, model.a.weight)
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_constant_belongs_to_what_is_remembered():
+    """A table of constants and one of the batch make graphs of the same structure."""
+    model = Mixing(nn.Sequential()).double()
+    table, x = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    y = torch.randint(4, (4,))
+    with curvature(BatchGrad(), batch_size=Batch(4, tensors=[x, y])):
+        F.cross_entropy(model(x) @ model(table).T, y).backward()
+    with (
+        pytest.raises(NotImplementedError, match="samples mix"),
+        curvature(BatchGrad(), batch_size=Batch(4, tensors=[x, y, table])),
+    ):
+        F.cross_entropy(model(x) @ model(table).T, y).backward()
+
+
+ALONG = {
+    "softmax": lambda h, axis: h.softmax(axis),
+    "mean": lambda h, axis: h - h.mean(axis, keepdim=True),
+    "roll": lambda h, axis: h.roll(1, axis),
+    "flip": lambda h, axis: h.flip(axis),
+    "cumsum": lambda h, axis: h.cumsum(axis),
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_an_op_along_another_axis_is_another_structure(name):
+    case = problem()
+    case.model = Mixing(lambda h: ALONG[name](h, 1)).double()
+    with curvature(*both()):
+        case.compute_loss().backward()
+    assert_right(case)
+    case.model.mix = lambda h: ALONG[name](h, 0)
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
+def test_other_batch_sizes_are_other_structures():
+    case = problem()
+    for size in (6, 4, 1):
+        case.X, case.y = case.X[:size], case.y[:size]
+        with curvature(*both()):
+            case.compute_loss().backward()
+        assert_right(case)
+
+
+LATER = {
+    "index": lambda h, index: h + h[index].tanh(),
+    "index_select": lambda h, index: h + h.index_select(0, index).tanh(),
+    "gather": lambda h, index: h + h.gather(0, index[:, None].expand_as(h)).tanh(),
+    "scatter": lambda h, index: h + torch.zeros_like(h).index_add(0, index, h.tanh()),
+    "matrix": lambda h, index: h + torch.eye(4, dtype=h.dtype)[index] @ h.tanh(),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_indices_that_change_are_seen_at_once(name):
+    """Every sample reads its own row first, that of its neighbour then."""
+    case = problem()
+    case.model = Mixing(lambda h: LATER[name](h, case.index)).double()
+    case.index = torch.arange(4)
+    for _ in range(2):
+        with curvature(*both()):
+            case.compute_loss().backward()
+        assert_right(case)
+    case.index = torch.arange(4).roll(1)
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
+# --- coupled in the loss ---------------------------------------------------------------------------------------------
+
+
+def dice(h, t):
+    p = h.sigmoid()
+    return 1 - 2 * (p * t).sum() / (p.sum() + t.sum())
+
+
+def vicreg(h, t):
+    h = h - h.mean(0)
+    return (1 - h.std(0)).relu().mean() + (h.T @ h / 5).square().mean()
+
+
+def ranknet(h, t):
+    return F.softplus(h[:, 0] - h[:, :1])[t[:, :1] > t[:, 0]].mean()
+
+
+COUPLED = {
+    "dice": dice,
+    "vicreg": vicreg,
+    "ranknet": ranknet,
+    "rmse": lambda h, t: F.mse_loss(h, t).sqrt(),
+    "batch_penalty": lambda h, t: F.mse_loss(h, t) + h.mean(0).square().sum(),
+    "contrastive": lambda h, t: F.cross_entropy(h @ h.T, torch.arange(len(h))),
+    "sigmoid_pairs": lambda h, t: -F.logsigmoid(h @ (2 * h).T).sum(-1).mean(),
+    "absolute_mean": lambda h, t: (h.mean() - 5).abs(),
+    "maximum": lambda h, t: h.max(),
+    "hinge_of_mean": lambda h, t: F.mse_loss(h, t) + F.relu(1 - h.mean(0)).sum(),
+    "pairs_l1": lambda h, t: F.l1_loss(h[:2], h[2:]),
+    "total_variation": lambda h, t: (h[1:] - h[:-1]).abs().sum(),
+    "margin": lambda h, t: F.margin_ranking_loss(h[:2, 0], h[2:, 0], torch.ones(2, dtype=h.dtype)),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_losses_that_couple_samples_are_refused(name):
+    case = problem()
+    target = torch.rand(4, 3, dtype=torch.float64)
+    for check in (False, True):
+        with pytest.raises(NotImplementedError, match="sample"), curvature(BatchGrad(), check=check):
+            COUPLED[name](case.model(case.X), target).backward()
+
+
+SECOND = {
+    "slices": (
+        lambda h: torch.cat([h[0:3] * h[0:3].tanh(), h[3:]]),
+        lambda h: torch.cat([h[0:3] * h[1:4].tanh(), h[3:]]),
+    ),
+    "matrices": (lambda h: h + torch.eye(4).double() @ h, lambda h: h + torch.ones(4, 4).double() @ h),
+    "factors": (lambda h: torch.add(h, h.tanh(), alpha=2), lambda h: torch.add(h, h.flip(0).tanh(), alpha=2)),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_graph_that_looks_alike_is_verified_too(name):
+    """Apart first, coupled then: slices and matrices without gradient are the same ops."""
+    case = problem()
+    case.model = Mixing(SECOND[name][0]).double()
+    with curvature(*both()):
+        case.compute_loss().backward()
+    assert_right(case)
+    case.model.mix = SECOND[name][1]
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
+def test_a_gate_that_opens_is_found_at_the_tenth_graph():
+    """What was verified is believed for a while, and verified again then; `check=True` believes nothing."""
+    case = problem()
+    case.model = Mixing(lambda h: h + (h - case.threshold).relu().mean(0)).double()
+    case.threshold = 100.0
+
+    def run(check=False):
+        with curvature(BatchGrad(), check=check):
+            case.compute_loss().backward()
+
+    MEMORY.entries.clear()
+    run()
+    case.threshold = -1.0
+    for _ in range(8):
+        run()
+    with pytest.raises(NotImplementedError, match="samples mix"):
+        run()
+    with pytest.raises(NotImplementedError, match="samples mix"):
+        run()  # what failed is not believed again
+    case.threshold = 100.0
+    run()
+    case.threshold = -1.0
+    run()
+    with pytest.raises(NotImplementedError, match="samples mix"):
+        run(check=True)
+
+
+# --- nothing but points that the step makes --------------------------------------------------------------------------
+
+POINTS = {
+    "linspace": lambda: torch.linspace(0, 1, 6, dtype=torch.float64)[:, None],
+    "arange": lambda: torch.arange(6, dtype=torch.float64)[:, None] / 6,
+    "grid": lambda: torch.cartesian_prod(*[torch.linspace(0, 1, k).double() for k in (3, 2)]).sum(1, keepdim=True),
+    "random": lambda: torch.rand(6, 1, dtype=torch.float64),
+    "differentiated": lambda: torch.linspace(0, 1, 6, dtype=torch.float64)[:, None].requires_grad_(),
+}
+
+
+def residual(model, t):
+    t = t.detach().requires_grad_()
+    u = model(t)
+    (du,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+    return (du + u).square().mean()
+
+
+RESIDUALS = {
+    "equation": residual,
+    "by hand": lambda model, t: (model(t) - t.sin()).square().mean(),
+    "target": lambda model, t: F.mse_loss(model(t), t.sin()),
+    "sum": lambda model, t: F.mse_loss(model(t), t.sin()) + residual(model, t),
+}
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
+@pytest.mark.parametrize("size", ["found", "given", "of the batch"])
+@pytest.mark.parametrize("loss", RESIDUALS)
+@pytest.mark.parametrize("name", POINTS)
+def test_points_that_the_step_makes_are_samples_where_nothing_else_is_read(name, loss, size):
+    """Also where the loader draws batches of another size, which the step does not look at."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    sizes = {"found": None, "given": 6, "of the batch": Batch(expected=4, tensors=[torch.zeros(4, 1)])}
+    with curvature(BatchGrad(), batch_size=sizes[size]):
+        points = POINTS[name]()
+        RESIDUALS[loss](model, points).backward()
+    for p in model.parameters():
+        alone = [torch.autograd.grad(RESIDUALS[loss](model, t[None]) / 6, p)[0] for t in points.detach()]
+        torch.testing.assert_close(p.grad_batch, torch.stack(alone))
+
+
+def test_points_of_another_number_than_the_batch_are_refused():
+    model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x = torch.rand(4, 1, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="4 samples"), curvature(BatchGrad(), batch_size=4):
+        (F.mse_loss(model(x), x) + RESIDUALS["by hand"](model, POINTS["linspace"]())).backward()
+
+
+# --- a parameter multiplies the loss ---------------------------------------------------------------------------------
+
+SCALED = {
+    "one": lambda s, z, y: (-s[0]).exp() * F.cross_entropy(z, y) + s[0],
+    "without a summand": lambda s, z, y: (-s[0]).exp() * F.cross_entropy(z, y),
+    "divided": lambda s, z, y: F.cross_entropy(z, y) / s[0].square() + s[0].square().log(),
+    "by hand": lambda s, z, y: (-s[0]).exp() * z.square().mean() + s[0],
+    "two": lambda s, z, y: (torch.stack([F.cross_entropy(z, y), z.square().mean()]) * (-s).exp() + s).sum(),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_parameters_that_multiply_an_averaged_loss_are_refused(name):
+    case, s = problem(), nn.Parameter(torch.tensor([0.3, 0.5], dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match="Multiply and add before averaging"), curvature(BatchGrad()):
+        SCALED[name](s, case.model(case.X), case.y).backward()
+
+
+def test_parameters_that_multiply_the_loss_of_every_sample_are_right():
+    case, s = problem(), nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def loss(x, y):
+        return ((-s).exp() * F.cross_entropy(case.model(x), y, reduction="none") + s).mean()
+
+    with curvature(BatchGrad()):
+        loss(case.X, case.y).backward()
+    n = len(case.X)
+    for p in (s, *case.model.parameters()):
+        alone = [torch.autograd.grad(loss(case.X[i : i + 1], case.y[i : i + 1]) / n, p)[0] for i in range(n)]
+        torch.testing.assert_close(p.grad_batch, torch.stack(alone))
