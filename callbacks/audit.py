@@ -89,7 +89,9 @@ def privacy_audit(
         (False, 400)
     """
     callbacks = cast("list[Any]", trainer.callbacks)  # type: ignore[attr-defined]
-    privacy = next((callback for callback in callbacks if isinstance(callback, PrivacyCallback)), None)
+    privacy = next(
+        (callback for callback in callbacks if isinstance(callback, PrivacyCallback)), None
+    )
     if privacy is None:
         raise MisconfigurationException(
             "privacy_audit expects a Trainer with a `PrivacyCallback`, whose ε it compares with, found none; add it to "
@@ -155,9 +157,13 @@ class _Gradients(_Audited):
         return loader
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.canaries = GradientCanaries(private_optimizer(trainer), self.count, self.norm, self.seed)
+        self.canaries = GradientCanaries(
+            private_optimizer(trainer), self.count, self.norm, self.seed
+        )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         self._canaries.backward(self.privacy._current.drawn_guests(self.privacy._step))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -194,11 +200,17 @@ class _Inputs(_Audited):
         """The loss of every canary."""
         losses = []
         strategy = pl_module.trainer.strategy
-        with torch.no_grad(), undisturbed(pl_module), pl_module.trainer.precision_plugin.forward_context():
+        with (
+            torch.no_grad(),
+            undisturbed(pl_module),
+            pl_module.trainer.precision_plugin.forward_context(),
+        ):
             for i in range(len(self.members)):
                 batch = strategy.batch_to_device(self._collate([cast("Any", self.dataset)[i]]))
                 output = pl_module.training_step(batch, 0)
-                losses.append(float(cast(Tensor, output["loss"] if isinstance(output, dict) else output)))
+                losses.append(
+                    float(cast(Tensor, output["loss"] if isinstance(output, dict) else output))
+                )
         return np.array(losses)
 
 

@@ -35,7 +35,13 @@ from lightning_curv.callbacks.monitoring.step_lengths import restore_monitors, s
 from lightning_curv.callbacks.monitoring.support import announcement, for_trainers, reason
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory
 from lightning_curv.callbacks.monitoring.window import BackwardPass, Window
-from lightning_curv.callbacks.settings import check, find_output, key_of, longest_interval, require_whole_parameters
+from lightning_curv.callbacks.settings import (
+    check,
+    find_output,
+    key_of,
+    longest_interval,
+    require_whole_parameters,
+)
 from lightning_curv.callbacks.user_batch import BatchSize
 from lightning_curv.errors import SampleCountError, UnsupportedError
 
@@ -165,11 +171,22 @@ class CurvatureCallback(Callback):
         budget: float | None = None,
     ) -> None:
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
-        self._quantities = chosen if max_samples is None else [quantity.of_some for quantity in chosen]
+        self._quantities = (
+            chosen if max_samples is None else [quantity.of_some for quantity in chosen]
+        )
         self._names = {quantity.name for quantity in self._quantities}
         self._series = [series for quantity in self._quantities for series in quantity.series]
         check(
-            every_n_steps, ema, mc_samples, layers, max_layers, prog_bar, self._series, batch_size, max_samples, budget
+            every_n_steps,
+            ema,
+            mc_samples,
+            layers,
+            max_layers,
+            prog_bar,
+            self._series,
+            batch_size,
+            max_samples,
+            budget,
         )
         self.quantities = quantities
         self.every_n_steps = every_n_steps
@@ -188,7 +205,9 @@ class CurvatureCallback(Callback):
         self.max_samples = max_samples
         self.budget = budget
         names = quantities if isinstance(quantities, str) else list(quantities)
-        self._state_key = key_of(type(self).__name__, (names, every_n_steps, layers, ema, mc_samples))
+        self._state_key = key_of(
+            type(self).__name__, (names, every_n_steps, layers, ema, mc_samples)
+        )
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
         self._named = named(quantities)
@@ -286,21 +305,30 @@ class CurvatureCallback(Callback):
                 "The checkpoint holds no state of CurvatureCallback with these settings: its averages start anew."
             )
         if "distance" in self._names and not self._trajectory.initial:
-            self._trajectory.initial = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+            self._trajectory.initial = {
+                name: p.detach().clone() for name, p in pl_module.named_parameters()
+            }
         show_steps(trainer)
         self._longest = longest_interval(trainer)
         if self.layout:
             add_layout(trainer, self._series, self._events)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         self._started = time.perf_counter()
         self._step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         supplied, logged, considered = self._required(trainer), [], []
         self._required_fields = {extension.savefield for extension in supplied}
         if self._is_logging_step(trainer):
-            step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, self._interval(trainer)
+            step, interval = (
+                trainer.fit_loop.epoch_loop._batches_that_stepped + 1,
+                self._interval(trainer),
+            )
             quantities = [q for q in self._quantities if q.is_due(step, interval)]
-            self._report = Report(quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off)
+            self._report = Report(
+                quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off
+            )
             logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
             known = self._required_fields | self._off.keys()
             supplied += [e for e in self.extensions if e.savefield not in known]
@@ -315,7 +343,9 @@ class CurvatureCallback(Callback):
             return
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
-        self._observation = Observation(supplied, logged, seed, output, self.batch_size, self.max_samples, considered)
+        self._observation = Observation(
+            supplied, logged, seed, output, self.batch_size, self.max_samples, considered
+        )
         if self._report is not None and not self._priced:
             self._observation.clock = clock
         if not self._observation:
@@ -323,11 +353,15 @@ class CurvatureCallback(Callback):
             return
         recorded_step.record_training_step(pl_module, output, self._observation.read)
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         self._window = Window()
         self._passes = 0
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         if not self._report and not self._observation:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -339,10 +373,19 @@ class CurvatureCallback(Callback):
         if logs and not pl_module.automatic_optimization:
             self._follow_zero_grad(pl_module)
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
-        check = bool(self._report and not self._checked and loss.device.type == "cpu" and "true" in trainer.precision)
-        returned = recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
+        check = bool(
+            self._report
+            and not self._checked
+            and loss.device.type == "cpu"
+            and "true" in trainer.precision
+        )
+        returned = (
+            recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
+        )
         root = loss if returned is None else returned
-        seed = torch.ones_like(loss) / self._factor if returned is None else torch.ones_like(returned)
+        seed = (
+            torch.ones_like(loss) / self._factor if returned is None else torch.ones_like(returned)
+        )
         if self._observation.considered:
             self._look(trainer, pl_module, root, seed)
         if self._observation:
@@ -364,14 +407,25 @@ class CurvatureCallback(Callback):
             self._checked = True
             if self._report.listens:
                 found[PARTS] = self._parts.stop()
-            samples, counts, size = self._observation.count, self._observation.counts, self._observation.size
+            samples, counts, size = (
+                self._observation.count,
+                self._observation.counts,
+                self._observation.size,
+            )
             backward = BackwardPass(found, self._factor, self._loss, samples, counts, size)
             self._window.add(backward.without(self._partial))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         if not self._report and "alpha" not in self._names:
             return
-        grads = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        grads = {
+            p: p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
         if not grads:
             return
         # Lightning divides by the full number of passes, but the last window of an epoch may hold fewer.
@@ -379,7 +433,9 @@ class CurvatureCallback(Callback):
         divisor = passes / trainer.accumulate_grad_batches
         if self._report:
             try:
-                self._report.measure(trainer, pl_module, optimizer, grads, self._window, divisor, passes)
+                self._report.measure(
+                    trainer, pl_module, optimizer, grads, self._window, divisor, passes
+                )
             except Exception as error:
                 self._report.failures.append((self._names, error))
             for what, reasoned in self._report.failures:
@@ -405,7 +461,11 @@ class CurvatureCallback(Callback):
 
     def _reckon(self, trainer: Trainer) -> None:
         """What this batch has cost."""
-        seconds, observation, logged = time.perf_counter() - self._started, self._observation, self._report is not None
+        seconds, observation, logged = (
+            time.perf_counter() - self._started,
+            self._observation,
+            self._report is not None,
+        )
         if logged and not self._priced:
             self._priced = True
             rest = max(seconds - observation.spent, 1e-9)
@@ -418,14 +478,18 @@ class CurvatureCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events.write()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._events.write()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events.write()
         self._release(pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -443,7 +507,10 @@ class CurvatureCallback(Callback):
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
         # From what is equal on all ranks and constant while gradients accumulate.
-        step, interval = trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead, self._interval(trainer)
+        step, interval = (
+            trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead,
+            self._interval(trainer),
+        )
         return interval > 0 and step % interval == 0 and self._budget.allows(step)
 
     def _interval(self, trainer: Trainer) -> int:
@@ -454,8 +521,14 @@ class CurvatureCallback(Callback):
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
-        asking = [optimizer for optimizer in trainer.optimizers if hasattr(optimizer, "required_extensions")]
-        if not asking or self is not next(c for c in trainer.callbacks if isinstance(c, CurvatureCallback)):  # type: ignore[attr-defined]
+        asking = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if hasattr(optimizer, "required_extensions")
+        ]
+        if not asking or self is not next(
+            c for c in trainer.callbacks if isinstance(c, CurvatureCallback)
+        ):  # type: ignore[attr-defined]
             return []
         return required_extensions(asking, partial=trainer.fit_loop._should_accumulate())
 
@@ -469,13 +542,17 @@ class CurvatureCallback(Callback):
     def _considered(self) -> list[AnyExtension]:
         """All that may have to be computed for logging in this run."""
         fields = dict.fromkeys(
-            field for quantity in self._quantities for field in (*quantity.fields, *quantity.instead)
+            field
+            for quantity in self._quantities
+            for field in (*quantity.fields, *quantity.instead)
         )
         found = [FIELDS[name](self.mc_samples) for name in fields if name in FIELDS]
         self._looked = not found
         return [*found, *self.extensions]
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, seed: Tensor) -> None:
+    def _look(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, seed: Tensor
+    ) -> None:
         """At the first graph: what the model has, what it has not, and one warning for all of it."""
         self._looked = self._looking = True
         considered = {extension.savefield for extension in self._observation.considered}
@@ -485,10 +562,14 @@ class CurvatureCallback(Callback):
             found = dict.fromkeys(considered, error)
         for field, refusal in found.items():
             self._lost({field}, refusal, {**found, **self._without_parts(trainer, pl_module)})
-        self._off = {name: error for name, error in found.items() if name in FIELDS}  # the rest is tried
+        self._off = {
+            name: error for name, error in found.items() if name in FIELDS
+        }  # the rest is tried
         if self._report is not None:
             self._report.turn_off(found)
-            self._observation.logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
+            self._observation.logged = [
+                FIELDS[name](self.mc_samples) for name in self._report.fields
+            ]
         off = {**self._without_parts(trainer, pl_module), **self._off}
         less = any(reason(quantity, off) is not None for quantity in self._quantities)
         say = rank_zero_warn if less else rank_zero_info
@@ -497,7 +578,9 @@ class CurvatureCallback(Callback):
     def _without_parts(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Exception]:
         """Why there is no noise from the gradients of parts of a batch, if there is none."""
         processes = getattr(trainer.strategy, "world_size", 1)
-        parts = processes * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
+        parts = processes * (
+            trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        )
         if parts == 1:
             text = "with `accumulate_grad_batches=2` the noise would come from micro-batches"
         elif self._observation.size is None:
@@ -516,7 +599,9 @@ class CurvatureCallback(Callback):
         """
         touched = [q for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}]
         lost = [quantity.name for quantity in touched if quantity.path(off) is None]
-        extensions = [repr(extension) for extension in self.extensions if extension.savefield in what]
+        extensions = [
+            repr(extension) for extension in self.extensions if extension.savefield in what
+        ]
         asked = [*(name for name in lost if name in self._named), *extensions]
         if isinstance(error, SampleCountError):  # the user gave it
             asked = [*lost, *extensions]
@@ -526,11 +611,15 @@ class CurvatureCallback(Callback):
 
     def _leave_out(self, what: Collection[str], error: Exception) -> None:
         """What fails in the course of the run, for whatever reason, is not logged in the rest of it, or stops it."""
-        failed = {q.name for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}} | {*what}
+        failed = {q.name for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}} | {
+            *what
+        }
         off = {**self._off, **{name: error for name in failed if name not in self._off}}
         new = [name for name in self._lost(failed, error, off) if name not in self._off]
         if new:
-            rank_zero_warn(f"CurvatureCallback stops logging {', '.join(new)}: {for_trainers(error)}")
+            rank_zero_warn(
+                f"CurvatureCallback stops logging {', '.join(new)}: {for_trainers(error)}"
+            )
         self._off = off
         if self._report is not None:
             self._report.turn_off(off)

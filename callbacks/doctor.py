@@ -41,7 +41,9 @@ def find(path: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise SystemExit(f"Expected MODULE:NAME that can be imported, found {path!r}: {error}.") from error
+        raise SystemExit(
+            f"Expected MODULE:NAME that can be imported, found {path!r}: {error}."
+        ) from error
     finally:
         sys.path.remove("")
 
@@ -62,12 +64,24 @@ def batch_of(model: Any, given: str | None) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser("python -m lightning_curv", description="What CurvatureCallback logs for a model.")
+    parser = argparse.ArgumentParser(
+        "python -m lightning_curv", description="What CurvatureCallback logs for a model."
+    )
     parser.add_argument("command", choices=["doctor"])
-    parser.add_argument("model", nargs="?", help="MODULE:CLASS of a LightningModule, or of a function that returns one")
-    parser.add_argument("--init", action="append", default=[], metavar="NAME=JSON", help="an argument of the class")
-    parser.add_argument("--batch", metavar="MODULE:NAME", help="a batch, or a function that returns one")
-    parser.add_argument("--quantities", nargs="*", default=["default"], help="names, 'default' or 'all'")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="MODULE:CLASS of a LightningModule, or of a function that returns one",
+    )
+    parser.add_argument(
+        "--init", action="append", default=[], metavar="NAME=JSON", help="an argument of the class"
+    )
+    parser.add_argument(
+        "--batch", metavar="MODULE:NAME", help="a batch, or a function that returns one"
+    )
+    parser.add_argument(
+        "--quantities", nargs="*", default=["default"], help="names, 'default' or 'all'"
+    )
     given = parser.parse_args(arguments)
     print(versions())
     if given.model is None:

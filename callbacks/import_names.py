@@ -25,7 +25,9 @@ COPIES = ("pytorch_lightning", "lightning.pytorch")
 def imported() -> list[ModuleType]:
     """The copies that are imported; one is imported if none is."""
     found = [sys.modules[name] for name in COPIES if hasattr(sys.modules.get(name), "Callback")]
-    return found or [import_module(next(name for name in COPIES if find_spec(name.partition(".")[0])))]
+    return found or [
+        import_module(next(name for name in COPIES if find_spec(name.partition(".")[0])))
+    ]
 
 
 def from_lightning(module: str, name: str) -> Any:
@@ -42,7 +44,10 @@ def follow() -> None:
     """Make the classes here known to the copies of Lightning that were imported in the meantime."""
     for copy in imported():
         errors = import_module(f"{copy.__name__}.utilities.exceptions")
-        for own, other in ((Callback, copy.Callback), (MisconfigurationException, errors.MisconfigurationException)):
+        for own, other in (
+            (Callback, copy.Callback),
+            (MisconfigurationException, errors.MisconfigurationException),
+        ):
             if not issubclass(own, other):
                 own.__bases__ = (other, *own.__bases__)
 
@@ -56,7 +61,9 @@ if not TYPE_CHECKING:
             follow()
             return super().__new__(cls)
 
-    class MisconfigurationException(from_lightning("utilities.exceptions", "MisconfigurationException")):
+    class MisconfigurationException(
+        from_lightning("utilities.exceptions", "MisconfigurationException")
+    ):
         """A set-up that cannot work."""
 
     follow()

@@ -28,7 +28,11 @@ from lightning_curv.callbacks.private_training.summary import guarantee, summary
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
 from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.engine.context import curvature
-from lightning_curv.optimizers.privacy.accounting import METHODS, PrivacyAccountant, calibrated_noise
+from lightning_curv.optimizers.privacy.accounting import (
+    METHODS,
+    PrivacyAccountant,
+    calibrated_noise,
+)
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
 from lightning_curv.samples.batch import Batch
@@ -132,7 +136,9 @@ class PrivacyCallback(Callback):
         if epsilon is not None:
             require_positive("epsilon", epsilon)
         if not 0 < delta < 1:
-            raise ValueError(f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}.")
+            raise ValueError(
+                f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}."
+            )
         require_choice("sampling", sampling, SAMPLINGS)
         require_choice("accountant", accountant, METHODS)
         require_choice("on_budget", on_budget, ("stop", "warn"))
@@ -198,7 +204,9 @@ class PrivacyCallback(Callback):
 
     def summary(self) -> str:
         """A table of what is guaranteed: ε, δ, the neighbouring relation, and the releases that it is made of."""
-        return summary_table(self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling)
+        return summary_table(
+            self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling
+        )
 
     # --- before training ---------------------------------------------------------------------------------------------
 
@@ -212,7 +220,10 @@ class PrivacyCallback(Callback):
         poisson = self.sampling != "epoch"
         if poisson:
             connector = trainer._accelerator_connector
-            self._replaced, connector.use_distributed_sampler = connector.use_distributed_sampler, False
+            self._replaced, connector.use_distributed_sampler = (
+                connector.use_distributed_sampler,
+                False,
+            )
         self._plan = plan = Plan(
             trainer,
             poisson,
@@ -237,7 +248,9 @@ class PrivacyCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, plan = private_optimizer(trainer), self._current
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            trainer.strategy.model.require_backward_grad_sync = False  # clipped sums are added up instead
+            trainer.strategy.model.require_backward_grad_sync = (
+                False  # clipped sums are added up instead
+            )
         if self.accountant.history and not self._resumes:
             optimizer.renew_noise()
         self._resumes = False
@@ -247,10 +260,14 @@ class PrivacyCallback(Callback):
         self._follow(trainer)
         optimizer.noise_multiplier = self._noise(plan, optimizer)
         mean = optimizer.loss_reduction == "mean"
-        self._checks = Checks(trainer, pl_module, optimizer, mean, self.public_state, self.check_independence)
+        self._checks = Checks(
+            trainer, pl_module, optimizer, mean, self.public_state, self.check_independence
+        )
         self._spent = self.accountant.epsilon(self.delta)
         if self.log_non_private:
-            rank_zero_warn("PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee.")
+            rank_zero_warn(
+                "PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee."
+            )
 
     def _follow(self, trainer: Trainer) -> None:
         """Account for the next step as it will be drawn: loader, data set and length of the run may have changed."""
@@ -289,7 +306,9 @@ class PrivacyCallback(Callback):
                 self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
             )
             line = guarantee(self.epsilon, self.delta, plan.sampling)
-            rank_zero_info(f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for {line}.")
+            rank_zero_info(
+                f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for {line}."
+            )
         return self.noise_multiplier
 
     # --- one batch ---------------------------------------------------------------------------------------------------
@@ -298,7 +317,9 @@ class PrivacyCallback(Callback):
         self.accountant.start_epoch()
         self._passes = self._expected_passes = 0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         part = batch_idx % trainer.accumulate_grad_batches
         if part != self._expected_passes % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
@@ -336,7 +357,11 @@ class PrivacyCallback(Callback):
     def _check_budget(self, trainer: Trainer) -> None:
         sigma = float(private_optimizer(trainer).noise_multiplier or 0.0)
         planned = private_optimizer(trainer).same_noise(self._current.left)
-        if self._warned or not self.accountant.next_step_costs or self._budget.allows(sigma, planned):
+        if (
+            self._warned
+            or not self.accountant.next_step_costs
+            or self._budget.allows(sigma, planned)
+        ):
             return
         message = f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after {trainer.global_step} steps"
         message += f" ({self._guarantee})"
@@ -351,7 +376,9 @@ class PrivacyCallback(Callback):
     def _guarantee(self) -> str:
         return guarantee(self.accountant.epsilon(self.delta), self.delta, self.accountant.sampling)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         if self._size != 0:
             extensions = private_optimizer(trainer).extensions
             self._context = curvature(*extensions, batch_size=self._batch)
@@ -363,7 +390,9 @@ class PrivacyCallback(Callback):
             private_optimizer(trainer).add_empty_pass()
         self._leave()
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         if self._passes != self._expected_passes:
             raise MisconfigurationException(
                 f"Expected a loss from each of {self._expected_passes} calls of `training_step`, found {self._passes}: "
@@ -371,7 +400,11 @@ class PrivacyCallback(Callback):
             )
         private = private_optimizer(trainer)
         costs = self.accountant.next_step_costs and not self._warned
-        if costs and self.on_budget == "stop" and not self._budget.checked(float(private.noise_multiplier or 0.0)):
+        if (
+            costs
+            and self.on_budget == "stop"
+            and not self._budget.checked(float(private.noise_multiplier or 0.0))
+        ):
             raise MisconfigurationException(
                 "PrivacyCallback expects the noise of a step before its batch is read, found `noise_multiplier` "
                 f"changed to {private.noise_multiplier} since; change it between steps."
@@ -439,7 +472,9 @@ class PrivacyCallback(Callback):
 
     # --- afterwards --------------------------------------------------------------------------------------------------
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._release(pl_module)
         self._restore(trainer)
 

@@ -23,7 +23,9 @@ _READERS = "_lightning_curv_readers"
 
 
 def record_training_step(
-    pl_module: LightningModule, output: nn.Module | None = None, read: Callable[[Any], None] | None = None
+    pl_module: LightningModule,
+    output: nn.Module | None = None,
+    read: Callable[[Any], None] | None = None,
 ) -> None:
     """Make `pl_module.training_step` run under `record()`; several callers share one patch.
 
@@ -46,7 +48,11 @@ def record_training_step(
                 returned[:] = [_recorded(outputs, step, args, kwargs)]
             return returned[0]
 
-        own = {_REPLACED: vars(pl_module).get("training_step"), _OUTPUTS: outputs, _RETURNED: returned}
+        own = {
+            _REPLACED: vars(pl_module).get("training_step"),
+            _OUTPUTS: outputs,
+            _RETURNED: returned,
+        }
         vars(recorded).update(own | {_READERS: readers})
         vars(pl_module)["training_step"] = recorded
     shared: list[nn.Module] = getattr(pl_module.training_step, _OUTPUTS)
@@ -56,9 +62,15 @@ def record_training_step(
         getattr(pl_module.training_step, _READERS).append(read)
 
 
-def _recorded(outputs: Sequence[nn.Module], step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _recorded(
+    outputs: Sequence[nn.Module], step: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     with record(*outputs[:1]):
-        return _recorded(outputs[1:], step, args, kwargs) if len(outputs) > 1 else step(*args, **kwargs)
+        return (
+            _recorded(outputs[1:], step, args, kwargs)
+            if len(outputs) > 1
+            else step(*args, **kwargs)
+        )
 
 
 def returned_loss(pl_module: LightningModule) -> Tensor | None:
@@ -95,7 +107,10 @@ def is_compiled(pl_module: LightningModule) -> bool:
     """Whether a part of a module is compiled: its steps are run eagerly only where that is needed."""
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         return True
-    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in pl_module.modules())
+    return any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)
+        for m in pl_module.modules()
+    )
 
 
 def eager() -> AbstractContextManager[Any]:

@@ -56,7 +56,9 @@ def check(
             ) from error
     for name in prog_bar:
         if name not in series:
-            raise ValueError(f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?")
+            raise ValueError(
+                f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?"
+            )
 
 
 def _positive(value: object) -> bool:
@@ -89,7 +91,9 @@ def longest_interval(trainer: Trainer) -> int:
         return 0
     batches = [trainer.num_training_batches, getattr(trainer, "val_check_batch", None) or math.inf]
     shortest = min(float(number) for number in batches)
-    return max(1, int(shortest) // trainer.accumulate_grad_batches) if math.isfinite(shortest) else 0
+    return (
+        max(1, int(shortest) // trainer.accumulate_grad_batches) if math.isfinite(shortest) else 0
+    )
 
 
 def near(name: str, valid: Collection[str]) -> str:
@@ -108,5 +112,7 @@ def find_output(module: nn.Module, output: nn.Module | str | None) -> nn.Module 
         return output
     modules = dict(module.named_modules())
     if output not in modules:
-        raise ValueError(f"`output` must be a submodule, found {output!r}; did you mean {near(output, modules)}?")
+        raise ValueError(
+            f"`output` must be a submodule, found {output!r}; did you mean {near(output, modules)}?"
+        )
     return modules[output]

@@ -42,7 +42,13 @@ if TYPE_CHECKING:
         SumGradSquared,
         Variance,
     )
-    from lightning_curv.optimizers import DPSGD, DiagGGNOptimizer, DPAdam, DPOptimizer, KFACOptimizer
+    from lightning_curv.optimizers import (
+        DPSGD,
+        DiagGGNOptimizer,
+        DPAdam,
+        DPOptimizer,
+        KFACOptimizer,
+    )
     from lightning_curv.recording.extend import extend
     from lightning_curv.recording.record import disable, record
     from lightning_curv.rules import rule
@@ -110,7 +116,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     room = import_module(f"{__name__}.{_ROOM.get(name, 'extensions')}")
     value = getattr(room, name)
-    if _ROOM.get(name) == "callbacks":  # asked again for every use: Lightning may be imported after us
+    if (
+        _ROOM.get(name) == "callbacks"
+    ):  # asked again for every use: Lightning may be imported after us
         room.follow()
     else:
         globals()[name] = value

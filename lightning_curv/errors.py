@@ -75,7 +75,10 @@ def names_of(parameters: Sequence[Tensor]) -> list[str]:
             for name, found in module.named_parameters(remove_duplicate=False):
                 if id(found) in names:
                     names[id(found)].append(name)
-    return [_longest(names[id(parameter)]) or f"of shape {tuple(parameter.shape)}" for parameter in parameters]
+    return [
+        _longest(names[id(parameter)]) or f"of shape {tuple(parameter.shape)}"
+        for parameter in parameters
+    ]
 
 
 def _longest(names: Sequence[str]) -> str:

@@ -109,7 +109,11 @@ class SecondOrderOptimizer(Optimizer):
             found.append(self.curvature.extension)
         if self._adapts and any(found):
             found.append(LossLimits())
-        return tuple({extension.savefield: extension for extension in found if extension is not None}.values())
+        return tuple(
+            {
+                extension.savefield: extension for extension in found if extension is not None
+            }.values()
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its learning rate now is the one that schedules are relative to.
@@ -118,9 +122,14 @@ class SecondOrderOptimizer(Optimizer):
             ValueError: a setting is out of range, or is one that holds for the whole optimizer.
             TypeError: a parameter is complex or sparse.
         """
-        for name in inspect.signature(type(self)).parameters.keys() & param_group.keys() - self.defaults.keys():
+        for name in (
+            inspect.signature(type(self)).parameters.keys()
+            & param_group.keys() - self.defaults.keys()
+        ):
             if name != "params":
-                raise ValueError(f"`{name}` holds for all parameter groups; pass it to {type(self).__name__}.")
+                raise ValueError(
+                    f"`{name}` holds for all parameter groups; pass it to {type(self).__name__}."
+                )
         given = param_group.get("lr")
         if self.relative_lr and given not in (None, 1.0) and not self._told_relative:
             self._told_relative = True
@@ -147,7 +156,9 @@ class SecondOrderOptimizer(Optimizer):
         require_non_negative("weight_decay", group["weight_decay"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, loss_fn: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, loss_fn: Callable[[], Any] | None = None
+    ) -> Any:
         """Take one step from the gradients and curvature on the parameters.
 
         Args:
@@ -208,7 +219,9 @@ class SecondOrderOptimizer(Optimizer):
     def _adapt(self, step: Step, trial: Trial | None) -> None:
         if trial is not None and self.adaptation.due(self.steps - 1) and step.predicted is not None:
             ratio = trial.change() / step.predicted if step.predicted else math.nan
-            self.relative_damping = self.adaptation.adapted(self.relative_damping, ratio, bool(self.full_batch))
+            self.relative_damping = self.adaptation.adapted(
+                self.relative_damping, ratio, bool(self.full_batch)
+            )
             self.last_step["reduction_ratio"] = ratio
             self.tried, self._after = True, trial.after
         elif not self.tried and not self.adaptation.due(self.steps - 1):
@@ -221,7 +234,9 @@ class SecondOrderOptimizer(Optimizer):
     def _update(self, members: list[Member]) -> Step | None:
         flags = finite_flags(gradient(p) for _, p in members)
         if not all(flags):
-            names = self._parameters.described([p for (_, p), good in zip(members, flags, strict=True) if not good])
+            names = self._parameters.described(
+                [p for (_, p), good in zip(members, flags, strict=True) if not good]
+            )
             warn(f"found inf or NaN in the gradients of {names}; this step is skipped.")
             self._micro_batches = MicroBatches()
             return None
@@ -240,14 +255,22 @@ class SecondOrderOptimizer(Optimizer):
             if "weight" in state[block.params[0]]  # its curvature was measured
         }
         refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
-        exact = self.full_batch and self.step_rule.extension is not None  # gradients without noise, momentum of its own
-        ways = directions(curvature, parameters, blocks, dampings, found.jacobians, average=not exact)
+        exact = (
+            self.full_batch and self.step_rule.extension is not None
+        )  # gradients without noise, momentum of its own
+        ways = directions(
+            curvature, parameters, blocks, dampings, found.jacobians, average=not exact
+        )
         step = self.step_rule(ways, self.curvature_scale, room)
         updates = {d.param: update for d, update in zip(ways, step.updates, strict=True)}
         if not move(parameters, members, updates, step, keep=self.step_rule.extension is not None):
             flags = finite_flags(updates.values())
-            names = parameters.described([p for p, good in zip(updates, flags, strict=True) if not good])
-            warn(f"found inf or NaN in the preconditioned gradients of {names}; this step is skipped.")
+            names = parameters.described(
+                [p for p, good in zip(updates, flags, strict=True) if not good]
+            )
+            warn(
+                f"found inf or NaN in the preconditioned gradients of {names}; this step is skipped."
+            )
             return None
         self.last_step = {**step.report, "damping": self.relative_damping}
         self.steps += 1
@@ -256,7 +279,9 @@ class SecondOrderOptimizer(Optimizer):
     def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
         """The new fields of an extension, each only once."""
         inbox = self._inboxes.setdefault(extension.savefield, Inbox(extension.savefield))
-        fields = {param: field for _, param in members if (field := inbox.unread(param)) is not None}
+        fields = {
+            param: field for _, param in members if (field := inbox.unread(param)) is not None
+        }
         for param in fields:
             inbox.mark_read(param)
         if not fields:
@@ -274,7 +299,9 @@ class SecondOrderOptimizer(Optimizer):
             if rule is None or rule.savefield != extension.savefield:
                 fields = self._taken(extension, members)
             blocks = self._parameters.paired(members, self.curvature.pairs(fields))
-            self._micro_batches.add(statistics(self.curvature, self._parameters, blocks, fields, self.steps))
+            self._micro_batches.add(
+                statistics(self.curvature, self._parameters, blocks, fields, self.steps)
+            )
         if self._adapts:
             found = [vars(param).pop("loss_limits", None) for _, param in members]
             self._micro_batches.limits += [limits for limits in found if limits is not None][:1]
@@ -289,7 +316,9 @@ class SecondOrderOptimizer(Optimizer):
         if not size:
             return float(room)
         # No step promises more than the loss was worth lately: at once it may be zero on its way to negative numbers.
-        self.loss_size = LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size if self.loss_size else size
+        self.loss_size = (
+            LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size if self.loss_size else size
+        )
         return min(float(room), max(size, self.loss_size))
 
     @property
@@ -313,7 +342,9 @@ class SecondOrderOptimizer(Optimizer):
         saved = {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
         if self.curvature.sharded:  # this process has only some of the inverses
             saved["state"] = {
-                number: {key: value for key, value in state.items() if key not in ("inverses", "owner")}
+                number: {
+                    key: value for key, value in state.items() if key not in ("inverses", "owner")
+                }
                 for number, state in saved["state"].items()
             }
         return saved
@@ -349,4 +380,6 @@ class SecondOrderOptimizer(Optimizer):
 def _check_param(param: Tensor) -> None:
     if param.is_complex() or param.layout != torch.strided:
         kind = "complex" if param.is_complex() else "sparse"
-        raise TypeError(f"Curvature needs real dense parameters, found a {kind} one of shape {tuple(param.shape)}.")
+        raise TypeError(
+            f"Curvature needs real dense parameters, found a {kind} one of shape {tuple(param.shape)}."
+        )

@@ -49,7 +49,9 @@ class RunningNoiseScale:
 
     def update(self, variance: float, signal: float) -> float | None:
         """Add a measurement; None while the gradient cannot be told from noise."""
-        if math.isfinite(variance) and math.isfinite(signal):  # one sample has no variance, a scaler may overflow
+        if math.isfinite(variance) and math.isfinite(
+            signal
+        ):  # one sample has no variance, a scaler may overflow
             self.variance = self.ema * self.variance + (1 - self.ema) * variance
             self.signal = self.ema * self.signal + (1 - self.ema) * signal
         return self.variance / self.signal if self.signal > 0 else None
@@ -88,7 +90,10 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
     measurements = [job.measurement for job in jobs]
     _reduce(measurements, strategy)
     vectors = [measurement.on_device() for measurement in measurements]
-    numbers, start = torch.cat([part for parts in vectors for part in parts]).cpu().double().numpy(), 0
+    numbers, start = (
+        torch.cat([part for parts in vectors for part in parts]).cpu().double().numpy(),
+        0,
+    )
     for measurement, parts in zip(measurements, vectors, strict=True):
         stop = start + sum(part.numel() for part in parts)
         measurement.set_numbers(numbers[start:stop])
@@ -102,8 +107,14 @@ def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
     sums = [measurement.local_sums() for measurement in measurements]
     if getattr(strategy, "world_size", 1) > 1:
         device = strategy.root_device
-        tensors = [wide(torch.as_tensor(value, device=device)) for group in sums for value in group.values()]
-        flat = strategy.reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]), reduce_op="mean")
+        tensors = [
+            wide(torch.as_tensor(value, device=device))
+            for group in sums
+            for value in group.values()
+        ]
+        flat = strategy.reduce(
+            torch.cat([tensor.reshape(-1) for tensor in tensors]), reduce_op="mean"
+        )
         parts = flat.split([tensor.numel() for tensor in tensors])
         rest = iter([part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
         sums = [{key: next(rest) for key in group} for group in sums]
@@ -123,7 +134,9 @@ def _values(job: Job) -> dict[str, float]:
             except Exception as error:  # the run goes on without it
                 m.failures.append(({quantity.name}, error))
                 continue
-            values.update(zip(quantity.series, map(float, results if len(quantity.series) > 1 else [results])))
+            values.update(
+                zip(quantity.series, map(float, results if len(quantity.series) > 1 else [results]))
+            )
     if _noise_scale(job.quantities) and m.covered:
         values |= {"_variance": float(m.variance), "_signal": float(m.signal)}
     return values
@@ -133,7 +146,10 @@ def _with_noise_scale(job: Job, numbers: dict[str, float]) -> dict[str, float]:
     if "_variance" in numbers:
         noise_scale = job.noise.update(numbers.pop("_variance"), numbers.pop("_signal"))
         if noise_scale is not None:
-            derived = {"noise_scale": noise_scale, "suggested_batch_size": suggested_batch_size(noise_scale)}
+            derived = {
+                "noise_scale": noise_scale,
+                "suggested_batch_size": suggested_batch_size(noise_scale),
+            }
             numbers |= {name: derived[name] for name in _noise_scale(job.quantities)}
     return {name: number for name, number in numbers.items() if math.isfinite(number)}
 

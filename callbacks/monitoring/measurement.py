@@ -15,7 +15,11 @@ from torch.nn import Parameter
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.monitoring.window import Statistics, wide
-from lightning_curv.metrics.functional import entry_moments, unbiased_moments, unbiased_moments_of_parts
+from lightning_curv.metrics.functional import (
+    entry_moments,
+    unbiased_moments,
+    unbiased_moments_of_parts,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -53,11 +57,21 @@ class Measurement:
     ) -> None:
         self.statistics, self.lr = statistics, lr
         self._divisor, self._params = divisor, grads
-        self._world, self._rank = getattr(strategy, "world_size", 1), getattr(strategy, "global_rank", 0)
-        self._fields, self._lost, self._pool, self._with_loss = list(fields), set(lost), pool, with_loss
+        self._world, self._rank = (
+            getattr(strategy, "world_size", 1),
+            getattr(strategy, "global_rank", 0),
+        )
+        self._fields, self._lost, self._pool, self._with_loss = (
+            list(fields),
+            set(lost),
+            pool,
+            with_loss,
+        )
         self._sums: dict[Key, Tensor | float] = {}
         self.covered: frozenset[Parameter] = frozenset()
-        self.failures: list[tuple[set[str], Exception]] = []  # savefields that could not be summed up
+        self.failures: list[
+            tuple[set[str], Exception]
+        ] = []  # savefields that could not be summed up
         self.norms: Numbers  # of the samples, ascending
         self.norm_weights: Numbers | None  # how many samples each stands for, if not one
 
@@ -79,7 +93,10 @@ class Measurement:
                     continue
                 except Exception as error:  # the other processes wait for the same keys
                     self.failures.append(({field}, error))
-            sums |= {key: math.nan * value for key, value in self._of_field(field, available=False).items()}
+            sums |= {
+                key: math.nan * value
+                for key, value in self._of_field(field, available=False).items()
+            }
         return sums
 
     def _of_field(self, field: str, available: bool = True) -> Mapping[Key, Tensor | float]:
@@ -87,7 +104,9 @@ class Measurement:
         if field == "batch_l2":
             sums: dict[Key, Tensor | float] = {"concentration": 0.0, "second_moment": 0.0}
             if available:
-                sums = {"concentration": s.concentration / self._world}  # the rest on the host, if in one process
+                sums = {
+                    "concentration": s.concentration / self._world
+                }  # the rest on the host, if in one process
             if available and self._world > 1:
                 sums["second_moment"] = s.mean(s.sq_norms)
             if self._world > 1 and self._pool:
@@ -96,10 +115,16 @@ class Measurement:
             return sums
         if field == PARTS:
             second, inverse, parts = s.parts if available else (math.nan, math.nan, 1.0)
-            return {"part_second": second, "part_inverse": inverse, "whole_inverse": inverse / (parts * self._world)}
+            return {
+                "part_second": second,
+                "part_inverse": inverse,
+                "whole_inverse": inverse / (parts * self._world),
+            }
         if field == "jacobian_grad":
             vectors = {p: self._params[p].to_dense() for p in s.covered} if available else {}
-            return {"dot_second": s.mean((s.dots(vectors) / self._divisor).square()) if vectors else 0.0}
+            return {
+                "dot_second": s.mean((s.dots(vectors) / self._divisor).square()) if vectors else 0.0
+            }
         if field == "grad_sum":
             return self._of_estimate(s.mean_gradients() if available else {})
         if field == "sum_grad_squared":
@@ -116,18 +141,28 @@ class Measurement:
         r"""What a mean gradient $\hat g$ of some samples has in common with that of all."""
         products = [(mean * self._params[p].to_dense()).sum() for p, mean in means.items()]
         first = torch.stack(products).sum() / self._divisor if products else 0.0
-        sums: dict[Key, Tensor | float] = {"partial": float(self.statistics.partial), "dot_first": first}
-        return sums | self._entries("grad_sum", means) if "sum_grad_squared" in self._fields else sums
+        sums: dict[Key, Tensor | float] = {
+            "partial": float(self.statistics.partial),
+            "dot_first": first,
+        }
+        return (
+            sums | self._entries("grad_sum", means) if "sum_grad_squared" in self._fields else sums
+        )
 
     def _entries(self, field: str, found: Mapping[Parameter, Tensor]) -> dict[Key, Tensor | float]:
-        return {(field, p): found[p] if p in found else wide(p.new_zeros(())).expand(p.shape) for p in self._params}
+        return {
+            (field, p): found[p] if p in found else wide(p.new_zeros(())).expand(p.shape)
+            for p in self._params
+        }
 
     def set_sums(self, sums: Mapping[Key, Tensor | float]) -> None:
         """Set the averages of `local_sums` over all processes."""
         self._sums, self.covered = dict(sums), self.statistics.covered
         if self._world > 1:
             shares = cast("Tensor", sums["covered"]).tolist()
-            self.covered = frozenset(p for p, share in zip(self._params, shares, strict=True) if share > 0)
+            self.covered = frozenset(
+                p for p, share in zip(self._params, shares, strict=True) if share > 0
+            )
 
     @property
     def unseen(self) -> bool:
@@ -138,8 +173,12 @@ class Measurement:
         """Vectors that are to be transferred to the host: sums and norms of gradients, norms of samples."""
         tensors = {key: value for key, value in self._sums.items() if isinstance(value, Tensor)}
         self._scalars = [key for key, value in tensors.items() if not value.ndim]
-        grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in self._params.values()]
-        norms = torch._foreach_norm([grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads])
+        grads = [
+            grad.coalesce().values() if grad.is_sparse else grad for grad in self._params.values()
+        ]
+        norms = torch._foreach_norm(
+            [grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads]
+        )
         parts = [*(tensors[key].reshape(1) for key in self._scalars), torch.stack(norms)]
         if self._world == 1:
             parts.append(self.statistics.sq_norms.to(norms[0].device))
@@ -179,7 +218,11 @@ class Measurement:
     @property
     def _excess(self) -> np.float64:
         r"""$\sum_n w_n\,g_n \cdot \bar g - \|\bar g\|^2$ of some samples; 0 for all."""
-        return np.float64(self._sums["dot_first"]) - self.grad_sq_norm if self._partial else np.float64(0)
+        return (
+            np.float64(self._sums["dot_first"]) - self.grad_sq_norm
+            if self._partial
+            else np.float64(0)
+        )
 
     @property
     def concentration(self) -> np.float64:
@@ -209,7 +252,9 @@ class Measurement:
 
     def mean_of(self, savefield: str) -> dict[Parameter, Tensor]:
         """A curvature of the parameters' shapes."""
-        return {p: cast("Tensor", self._sums[savefield, p]) for p in self._params if p in self.covered}
+        return {
+            p: cast("Tensor", self._sums[savefield, p]) for p in self._params if p in self.covered
+        }
 
     def second_moments(self) -> dict[Parameter, Tensor]:
         """Second moments of the entries of the per-sample gradients."""
@@ -232,7 +277,15 @@ class Measurement:
     @cached_property
     def grad_sq_norm(self) -> np.float64:
         r"""$\|\bar g\|^2$ over the parameters whose samples were seen."""
-        return np.float64(sum([s for p, s in zip(self._params, self._grad_squares, strict=True) if p in self.covered]))
+        return np.float64(
+            sum(
+                [
+                    s
+                    for p, s in zip(self._params, self._grad_squares, strict=True)
+                    if p in self.covered
+                ]
+            )
+        )
 
     @cached_property
     def moments(self) -> tuple[np.float64, np.float64, np.float64]:
@@ -246,7 +299,9 @@ class Measurement:
         if math.isfinite(found[0]) or "part_second" not in self._sums:
             return found
         inverses = [np.float64(self._sums[key]) for key in ("part_inverse", "whole_inverse")]
-        return unbiased_moments_of_parts(np.float64(self._sums["part_second"]), self.grad_sq_norm, *inverses)
+        return unbiased_moments_of_parts(
+            np.float64(self._sums["part_second"]), self.grad_sq_norm, *inverses
+        )
 
     @property
     def variance(self) -> float:

@@ -60,7 +60,10 @@ class Observation:
         self.supplied, self.logged = list(supplied), list(logged)
         self._seed, self._output = seed, output
         self._batch_size, self._batch = batch_size, Batch()
-        self._max_samples, self._subsets = max_samples, None if max_samples is None else _subsets(seed())
+        self._max_samples, self._subsets = (
+            max_samples,
+            None if max_samples is None else _subsets(seed()),
+        )
         self._generator: torch.Generator | None = None
         self._backprop: Backprop | None = None
         self._failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
@@ -94,7 +97,17 @@ class Observation:
         cap = None
         if self._max_samples is not None and self._subsets is not None:
             cap = Cap(self._max_samples, considered, self._subsets)
-        backprop = Backprop(loss, considered, None, self._batch, False, seed, defer=True, output=self._output, cap=cap)
+        backprop = Backprop(
+            loss,
+            considered,
+            None,
+            self._batch,
+            False,
+            seed,
+            defer=True,
+            output=self._output,
+            cap=cap,
+        )
         backprop.look()
         return {e.savefield: error for extensions, error in backprop.failures for e in extensions}
 
@@ -117,7 +130,15 @@ class Observation:
         if self._generator is None and any(map(_draws, extensions)):
             self._generator = torch.Generator(loss.device).manual_seed(self._seed())
         backprop = self._backprop = Backprop(
-            loss, extensions, self._generator, self._batch, check, seed, defer=True, output=self._output, cap=cap
+            loss,
+            extensions,
+            self._generator,
+            self._batch,
+            check,
+            seed,
+            defer=True,
+            output=self._output,
+            cap=cap,
         )
         backprop.clock = self.clock
         try:
@@ -141,7 +162,9 @@ class Observation:
             self._failures.append(((*self.supplied, *self.logged), error))
             return {}
         self._failures = backprop.failures
-        self.seconds = {extension.savefield: seconds for extension, seconds in backprop.seconds.items()}
+        self.seconds = {
+            extension.savefield: seconds for extension, seconds in backprop.seconds.items()
+        }
         self.spent = backprop.spent
         self.count = backprop.count
         self.counts = {extension.savefield: count for extension, count in backprop.counts.items()}

@@ -40,7 +40,9 @@ class PartNorms:
         with torch.no_grad():
             values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
             real = values.abs() if values.is_complex() else values
-            norm = torch.linalg.vector_norm(real, dtype=torch.promote_types(real.dtype, torch.float32))
+            norm = torch.linalg.vector_norm(
+                real, dtype=torch.promote_types(real.dtype, torch.float32)
+            )
             self._found[param] = norm.square()
 
     def stop(self) -> dict[Parameter, Tensor]:

@@ -70,8 +70,12 @@ class Preview:
             lines.append(f"{row.quantity:{width}}  {price:>7}  {row.path}{note}")
         lines += [f"({number}) {reason}" for number, reason in enumerate(reasons, start=1)]
         known = "an unknown number of" if self.samples is None else self.samples
-        times = f"{1e3 * self.step:.3g} ms, a logged one {self.logged / self.step:.1f} times as long"
-        lines.append(f"A step of {known} samples takes {times}; the price of what several share is in each.")
+        times = (
+            f"{1e3 * self.step:.3g} ms, a logged one {self.logged / self.step:.1f} times as long"
+        )
+        lines.append(
+            f"A step of {known} samples takes {times}; the price of what several share is in each."
+        )
         return "\n".join(lines)
 
 
@@ -88,7 +92,9 @@ def preview(
         raise MisconfigurationException(
             "`CurvatureCallback.preview` expects a `training_step` that returns a loss, found manual optimization."
         )
-    fields = dict.fromkeys(field for q in quantities for field in (*q.fields, *q.instead) if field in FIELDS)
+    fields = dict.fromkeys(
+        field for q in quantities for field in (*q.fields, *q.instead) if field in FIELDS
+    )
     considered = [FIELDS[name](mc_samples) for name in fields]
     observation = observe(considered)
     with ExitStack() as stack:
@@ -100,7 +106,9 @@ def preview(
         seconds, off, logged = _measured(module, batch, quantities, observation, output, mc_samples)
         if logged < BRIEF:  # what is brief is measured again, warm
             observation.considered = considered
-            seconds, off, logged = _measured(module, batch, quantities, observation, output, mc_samples)
+            seconds, off, logged = _measured(
+                module, batch, quantities, observation, output, mc_samples
+            )
         size = observation.size
         observation.release()
     prices = by_quantity(quantities, seconds)
@@ -123,7 +131,9 @@ def _measured(
     seed = torch.ones_like(loss)
     off = observation.look(loss, seed)
     paths = {q.name: q.path(off) for q in quantities}
-    wanted = dict.fromkeys(field for path in paths.values() for field in path or () if field in FIELDS)
+    wanted = dict.fromkeys(
+        field for path in paths.values() for field in path or () if field in FIELDS
+    )
     observation.logged = [FIELDS[name](mc_samples) for name in wanted]
     observation.clock = clock
     observation.begin(loss, seed, check=False)
@@ -131,12 +141,20 @@ def _measured(
     loss.backward()
     observation.finish()
     for failed, error in [*failures, *observation.failures()]:
-        off |= dict.fromkeys(failed, error) | {q.name: error for q in quantities if failed & {*q.fields}}
+        off |= dict.fromkeys(failed, error) | {
+            q.name: error for q in quantities if failed & {*q.fields}
+        }
     return observation.seconds, off, observation.spent
 
 
-def _price(quantity: Quantity, off: Mapping[str, Exception], prices: Mapping[str, float], step: float) -> float | None:
-    return None if quantity.path(off) is None or quantity.name not in prices else prices[quantity.name] / step
+def _price(
+    quantity: Quantity, off: Mapping[str, Exception], prices: Mapping[str, float], step: float
+) -> float | None:
+    return (
+        None
+        if quantity.path(off) is None or quantity.name not in prices
+        else prices[quantity.name] / step
+    )
 
 
 def _path(quantity: Quantity, off: Mapping[str, Exception]) -> tuple[str, str]:
@@ -144,7 +162,9 @@ def _path(quantity: Quantity, off: Mapping[str, Exception]) -> tuple[str, str]:
     path, error = quantity.path(off), reason(quantity, off)
     if path is None or error is not None:
         several = ", if there are several" if PARTS in (path or ()) else ""
-        return ("not" if path is None else f"{how(path)}{several}"), ("" if error is None else in_short(error))
+        return ("not" if path is None else f"{how(path)}{several}"), (
+            "" if error is None else in_short(error)
+        )
     if EIGENVALUES & {*path}:
         return "Lanczos", ""
     return "Monte-Carlo" if SAMPLED & {*path} else "exact", ""

@@ -36,7 +36,9 @@ def by_quantity(quantities: Sequence[Quantity], seconds: Mapping[str, float]) ->
     return {name: sum(seconds[field] for field in found) for name, found in fields.items() if found}
 
 
-def warning_of_price(quantities: Sequence[Quantity], seconds: Mapping[str, float], total: float, rest: float) -> str:
+def warning_of_price(
+    quantities: Sequence[Quantity], seconds: Mapping[str, float], total: float, rest: float
+) -> str:
     """What to say after the first logged step; empty: nothing.
 
     Args:
@@ -83,7 +85,9 @@ class Budget:
         """Whether a step may be logged; the same for all batches that it accumulates."""
         return self.share is None or step == self._last or step >= self._due
 
-    def add(self, step: int, seconds: float, logged: bool, strategy: Strategy | None = None) -> None:
+    def add(
+        self, step: int, seconds: float, logged: bool, strategy: Strategy | None = None
+    ) -> None:
         """Take notice of a batch.
 
         Args:
@@ -96,7 +100,9 @@ class Budget:
             return
         if logged:
             self._last, self._count = step, self._count + 1
-            self._logged = seconds if self._count <= 2 else _average(self._logged, seconds)  # the first one warms up
+            self._logged = (
+                seconds if self._count <= 2 else _average(self._logged, seconds)
+            )  # the first one warms up
         else:
             self._plain = _average(self._plain, seconds)
         if logged or not math.isfinite(self._interval):

@@ -81,7 +81,9 @@ def publish(
     `LightningModule.log` would write the values again at every later logging step of the epoch.
     """
     tagged = {f"{GROUP}/{name}": torch.scalar_tensor(value) for name, value in values.items()}
-    trainer._logger_connector._callback_metrics.update(tagged)  # the public property first collects those of the epoch
+    trainer._logger_connector._callback_metrics.update(
+        tagged
+    )  # the public property first collects those of the epoch
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
@@ -90,7 +92,10 @@ def publish(
         separator = getattr(logger, "group_separator", "/")
         separator = separator if isinstance(separator, str) else "/"  # of a mock
         metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
-        metrics |= {f"{LAYERS}{separator}{name.replace('/', separator)}": value for name, value in layers.items()}
+        metrics |= {
+            f"{LAYERS}{separator}{name.replace('/', separator)}": value
+            for name, value in layers.items()
+        }
         samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
         images = {} if image is None else {f"{LAYERS}{separator}all": image}
         with events.tolerating():
@@ -99,7 +104,11 @@ def publish(
 
 
 def _write(
-    logger: Logger, step: int, metrics: dict[str, float], samples: Mapping[str, Numbers], images: Mapping[str, Tensor]
+    logger: Logger,
+    step: int,
+    metrics: dict[str, float],
+    samples: Mapping[str, Numbers],
+    images: Mapping[str, Tensor],
 ) -> None:
     """Through the methods of a logger; histograms and images if its experiment takes them."""
     logger.log_metrics(metrics, step)
@@ -115,8 +124,12 @@ def _write(
 
 def _is_plain_tensorboard(logger: Any) -> bool:
     """Whether a logger only hands metrics on to TensorBoard, as Lightning's does in the process that writes."""
-    tensorboard = sys.modules.get("torch.utils.tensorboard")  # 0.1 s to import, for loggers that do not need it
-    if tensorboard is None or not _module_of_log_metrics(logger).endswith("fabric.loggers.tensorboard"):
+    tensorboard = sys.modules.get(
+        "torch.utils.tensorboard"
+    )  # 0.1 s to import, for loggers that do not need it
+    if tensorboard is None or not _module_of_log_metrics(logger).endswith(
+        "fabric.loggers.tensorboard"
+    ):
         return False
     return type(logger.experiment) is tensorboard.SummaryWriter and not logger._prefix
 
@@ -169,7 +182,9 @@ def add_layout(trainer: Trainer, series: Collection[str], events: Events) -> Non
     charts: dict[str, list[object]] = {}
     if set(NORM_BAND) <= set(series):
         charts["sample norms"] = ["Margin", [f"{GROUP}/{name}$" for name in NORM_BAND]]
-    charts |= {name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND}
+    charts |= {
+        name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND
+    }
     for logger in trainer.loggers:
         with events.tolerating():
             add = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)

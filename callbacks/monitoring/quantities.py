@@ -36,12 +36,22 @@ from lightning_curv.callbacks.monitoring.quantiles import quantiles
 from lightning_curv.callbacks.settings import near
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
-from lightning_curv.extensions.spectrum import GGNTraceExact, GGNTraceJointMC, HessianTraceMC, MaxEigenvalue
+from lightning_curv.extensions.spectrum import (
+    GGNTraceExact,
+    GGNTraceJointMC,
+    HessianTraceMC,
+    MaxEigenvalue,
+)
 from lightning_curv.extensions.unevaluated import GradientJacobian, GradientSum
 from lightning_curv.metrics import functional
 
 EPS = 1e-7  # damping of the inverse curvature in the TIC, Cockpit's
-LEVELS = {"sample_norm_p5": 0.05, "sample_norm_median": 0.5, "sample_norm_p95": 0.95, "sample_norm_max": 1.0}
+LEVELS = {
+    "sample_norm_p5": 0.05,
+    "sample_norm_median": 0.5,
+    "sample_norm_p95": 0.95,
+    "sample_norm_max": 1.0,
+}
 
 FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
     "batch_l2": lambda _: BatchL2Grad(),
@@ -56,7 +66,11 @@ FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
     "ggn_max_eigenvalue": lambda _: MaxEigenvalue("ggn"),
     "hessian_max_eigenvalue": lambda _: MaxEigenvalue("hessian"),
 }
-SAMPLED = {"ggn_trace_mc", "diag_ggn_mc", "hessian_trace_mc"}  # exist with at least one Monte-Carlo sample
+SAMPLED = {
+    "ggn_trace_mc",
+    "diag_ggn_mc",
+    "hessian_trace_mc",
+}  # exist with at least one Monte-Carlo sample
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,9 @@ def select(quantities: str | Sequence[str]) -> list[Quantity]:
                 f"{near(str(name), QUANTITIES)}?"
             )
     return [
-        QUANTITIES[name] if name in given else replace(QUANTITIES[name], spacing=SPACING.get(name, 1))
+        QUANTITIES[name]
+        if name in given
+        else replace(QUANTITIES[name], spacing=SPACING.get(name, 1))
         for name in dict.fromkeys(names)
     ]
 
@@ -152,7 +168,10 @@ def named(quantities: str | Sequence[str]) -> set[str]:
 
 
 def _quantity(
-    *fields: str, series: tuple[str, ...] = (), per_layer: bool = True, instead: tuple[str, ...] = ()
+    *fields: str,
+    series: tuple[str, ...] = (),
+    per_layer: bool = True,
+    instead: tuple[str, ...] = (),
 ) -> Callable[[Callable[[Measurement], Any]], Callable[[Measurement], Any]]:
     def add(formula: Callable[[Measurement], Any]) -> Callable[[Measurement], Any]:
         name = formula.__name__
@@ -300,7 +319,9 @@ def inner_product_test(m: Measurement) -> float:
     Bollapragada, Byrd & Nocedal, *Adaptive sampling strategies for stochastic optimization*, SIAM J. Optim. 2018,
     eq. 2.6.
     """
-    return np.sqrt(_ratio(functional.inner_product_test(m.dot_second, m.grad_sq_norm, m.concentration)))
+    return np.sqrt(
+        _ratio(functional.inner_product_test(m.dot_second, m.grad_sq_norm, m.concentration))
+    )
 
 
 @_quantity("batch_l2", "jacobian_grad")
@@ -310,7 +331,9 @@ def orthogonality_test(m: Measurement) -> float:
     The other part: its square and that of the inner product test add up to the norm test's. Bollapragada et al., 2018,
     eq. 3.2.
     """
-    parts = functional.orthogonality_test(m.second_moment, m.dot_second, m.grad_sq_norm, m.concentration)
+    parts = functional.orthogonality_test(
+        m.second_moment, m.dot_second, m.grad_sq_norm, m.concentration
+    )
     return np.sqrt(_ratio(parts))
 
 
@@ -337,7 +360,11 @@ def tic_trace(m: Measurement) -> float:
 def tic_diag(m: Measurement) -> Tensor:
     r"""$\sum_j \sum_n w_n g_{nj}^2 / G_{jj}$, the diagonal approximation; ibid."""
     diagonal = m.mean_of("diag_ggn_mc")
-    terms = [(second / (diagonal[p] + EPS)).sum() for p, second in m.second_moments().items() if p in diagonal]
+    terms = [
+        (second / (diagonal[p] + EPS)).sum()
+        for p, second in m.second_moments().items()
+        if p in diagonal
+    ]
     return torch.stack(terms).sum()
 
 

@@ -95,17 +95,28 @@ class Report:
             divisor: of the accumulated gradients, gives those of the window.
             passes: number of backward passes that share the loss' mean.
         """
-        suffix = "" if len(trainer.optimizers) == 1 else f"/optimizer_{trainer.optimizers.index(optimizer)}"
+        suffix = (
+            ""
+            if len(trainer.optimizers) == 1
+            else f"/optimizer_{trainer.optimizers.index(optimizer)}"
+        )
         lr = optimizer.param_groups[0]["lr"]
 
         def job(params: Sequence[Parameter], name: str) -> Job:
             part = {p: grads[p] for p in params}
             statistics = window.statistics(params, share=1 / passes)
             quantities = [q for q in self._quantities if not name or q.per_layer]
-            fields = dict.fromkeys(field for quantity in quantities for field in (*quantity.fields, *quantity.instead))
-            lost, names = fields.keys() - self._fields.keys(), {quantity.name for quantity in quantities}
+            fields = dict.fromkeys(
+                field for quantity in quantities for field in (*quantity.fields, *quantity.instead)
+            )
+            lost, names = (
+                fields.keys() - self._fields.keys(),
+                {quantity.name for quantity in quantities},
+            )
             pool, with_loss = "sample_norms" in names, "cabs" in names
-            measurement = Measurement(statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss)
+            measurement = Measurement(
+                statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss
+            )
             noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
             return Job(quantities, measurement, noise)
 
@@ -137,7 +148,9 @@ class Report:
 
     def follow_updates(self, pl_module: LightningModule) -> None:
         """After the steps of all optimizers."""
-        names: Mapping[Tensor, str] = {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
+        names: Mapping[Tensor, str] = (
+            {p: name for name, p in pl_module.named_parameters()} if self._updated else {}
+        )
         for suffix, params in self._updated.items():
             size = self._trajectory.update_size(dict(zip(params, params)))
             if size is not None:
@@ -148,13 +161,22 @@ class Report:
         self._trajectory.end_update()
 
     def publish(
-        self, trainer: Trainer, pl_module: LightningModule, events: Events, histograms: bool, prog_bar: Collection[str]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        events: Events,
+        histograms: bool,
+        prog_bar: Collection[str],
     ) -> None:
         """Write the numbers, if there are any."""
         if not self._values:
             return
         found = self._layers
-        layers = {f"{name}/{layer}": v for layer in self._chosen for name, v in found.get(layer, {}).items()}
+        layers = {
+            f"{name}/{layer}": v
+            for layer in self._chosen
+            for name, v in found.get(layer, {}).items()
+        }
         image = heat_map(found) if len(found) > len(self._chosen) else None
         samples = self._histograms if histograms else {}
         publish(trainer, pl_module, events, self._values, layers, samples, image, prog_bar)

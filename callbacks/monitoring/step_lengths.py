@@ -17,7 +17,9 @@ def show_steps(trainer: Trainer) -> None:
     """Let monitors show the learning rate and the momentum that were used, instead of settings that are not."""
     for monitor in trainer.callbacks:  # type: ignore[attr-defined]
         if all(hasattr(monitor, name) and name not in vars(monitor) for name in READERS):
-            vars(monitor).update({name: _of_steps(getattr(monitor, name), trainer) for name in READERS})
+            vars(monitor).update(
+                {name: _of_steps(getattr(monitor, name), trainer) for name in READERS}
+            )
 
 
 def restore_monitors(trainer: Trainer) -> None:
@@ -38,9 +40,13 @@ def _of_steps(read: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
 
 def _as_used(group: Mapping[str, Any], trainer: Trainer) -> Mapping[str, Any]:
     """A parameter group with what the last step used; zeros before the first one."""
-    automatic = [o for o in trainer.optimizers if isinstance(o, SecondOrderOptimizer) and o.relative_lr]
+    automatic = [
+        o for o in trainer.optimizers if isinstance(o, SecondOrderOptimizer) and o.relative_lr
+    ]
     optimizer = next((o for o in automatic if any(group is own for own in o.param_groups)), None)
     if optimizer is None:
         return group
-    rate, momentum = (float(optimizer.last_step.get(name, 0.0)) for name in ("learning_rate", "momentum"))
+    rate, momentum = (
+        float(optimizer.last_step.get(name, 0.0)) for name in ("learning_rate", "momentum")
+    )
     return {**group, "lr": rate * group["lr"], "momentum": momentum}

@@ -8,7 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantities import Quantity
 
-PATHS = {PARTS: "from micro-batches", "ggn_trace_joint_mc": "of the whole batch"}  # other than the first one
+PATHS = {
+    PARTS: "from micro-batches",
+    "ggn_trace_joint_mc": "of the whole batch",
+}  # other than the first one
 # What errors advise to those who call `curvature`, for those who have a Trainer.
 INSIDE = "inside `training_step`"
 ADVICE = {
@@ -55,9 +58,18 @@ def announcement(quantities: Sequence[Quantity], off: Mapping[str, Exception]) -
             logged.setdefault("" if error is None else f" ({how(path)})", []).append(quantity.name)
         if error is not None:
             left.setdefault(in_short(error), []).extend([quantity.name] if path is None else [])
-            hints |= {in_short(off[field]): None for field in quantity.instead if path is None and field == PARTS}
-    shown = ", ".join(f"{', '.join(names)}{suffix}" for suffix, names in logged.items()) or "nothing"
-    clauses = [f"leaves out {', '.join(names)}: {text}" if names else f"because {text}" for text, names in left.items()]
+            hints |= {
+                in_short(off[field]): None
+                for field in quantity.instead
+                if path is None and field == PARTS
+            }
+    shown = (
+        ", ".join(f"{', '.join(names)}{suffix}" for suffix, names in logged.items()) or "nothing"
+    )
+    clauses = [
+        f"leaves out {', '.join(names)}: {text}" if names else f"because {text}"
+        for text, names in left.items()
+    ]
     return f"CurvatureCallback logs {'; '.join([shown, *clauses, *hints])}."
 
 

@@ -51,7 +51,8 @@ class BackwardPass:
         if not params:
             return self
         fields = {
-            name: {p: result for p, result in found.items() if p not in params} for name, found in self.fields.items()
+            name: {p: result for p, result in found.items() if p not in params}
+            for name, found in self.fields.items()
         }
         return replace(self, fields=fields)
 
@@ -74,20 +75,30 @@ class Statistics:
         share: $\alpha$, 1/M if the window's loss is the mean over the passes, 1 if it is their sum.
     """
 
-    def __init__(self, passes: list[BackwardPass], params: Sequence[Parameter], share: float) -> None:
+    def __init__(
+        self, passes: list[BackwardPass], params: Sequence[Parameter], share: float
+    ) -> None:
         self._passes, self._params, self._share = passes, params, share
-        self.covered = frozenset().union(*(backward.covered.intersection(params) for backward in passes))
+        self.covered = frozenset().union(
+            *(backward.covered.intersection(params) for backward in passes)
+        )
 
     @property
     def loss(self) -> Tensor | None:
         r"""$\alpha \sum_m \ell_m$, []."""
-        losses = [wide(backward.loss) / backward.factor for backward in self._passes if backward.loss is not None]
+        losses = [
+            wide(backward.loss) / backward.factor
+            for backward in self._passes
+            if backward.loss is not None
+        ]
         return self._share * torch.stack(losses).sum() if losses else None
 
     @cached_property
     def sq_norms(self) -> Tensor:
         r"""$\|g_n\|^2$, [N], or of those that were chosen."""
-        return _joined([_total(found) * self._sample_factor(backward) ** 2 for backward, found in self._norms])
+        return _joined(
+            [_total(found) * self._sample_factor(backward) ** 2 for backward, found in self._norms]
+        )
 
     @cached_property
     def _norms(self) -> list[tuple[BackwardPass, list[Tensor]]]:
@@ -116,7 +127,11 @@ class Statistics:
     def mean(self, values: Tensor | Numbers) -> Any:
         r"""$\sum_n w_n v_n$, [], for v of the samples whose norms are known."""
         stops = accumulate(self._sizes)
-        means = [values[stop - size : stop].sum() / size for size, stop in zip(self._sizes, stops) if size]
+        means = [
+            values[stop - size : stop].sum() / size
+            for size, stop in zip(self._sizes, stops)
+            if size
+        ]
         return sum(means) / max(len(self._passes), 1)
 
     def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
@@ -146,24 +161,36 @@ class Statistics:
         shared = self._share * len(self._passes) == 1 and len(squares) == len(sizes)
         if not squares or not shared or not all(sizes):
             return math.nan, math.nan, 1.0
-        return torch.stack([wide(square) for square in squares]).mean(), _mean([1 / n for n in sizes if n]), len(sizes)
+        return (
+            torch.stack([wide(square) for square in squares]).mean(),
+            _mean([1 / n for n in sizes if n]),
+            len(sizes),
+        )
 
     def curvatures(self, savefield: str) -> dict[Parameter, Tensor]:
         r"""A curvature of the window's loss, $\alpha \sum_m C_m$; for eigenvalues an upper bound of that."""
-        return self._summed(savefield, lambda backward: self._share * (backward.samples / backward.count(savefield)))
+        return self._summed(
+            savefield, lambda backward: self._share * (backward.samples / backward.count(savefield))
+        )
 
     def _means(self, savefield: str, power: int) -> dict[Parameter, Tensor]:
         """Weighted means over the samples of what is of some power in their gradients, from sums over samples."""
 
         def factor(backward: BackwardPass) -> Tensor | float:
-            return self._sample_factor(backward) ** power / (len(self._passes) * backward.count(savefield))
+            return self._sample_factor(backward) ** power / (
+                len(self._passes) * backward.count(savefield)
+            )
 
         return self._summed(savefield, factor)
 
-    def _summed(self, savefield: str, factor: Callable[[BackwardPass], Tensor | float]) -> dict[Parameter, Tensor]:
+    def _summed(
+        self, savefield: str, factor: Callable[[BackwardPass], Tensor | float]
+    ) -> dict[Parameter, Tensor]:
         """Results times a factor, summed over the passes."""
         total: dict[Parameter, Tensor] = {}
-        for backward, scale in [(backward, factor(backward)) for backward in self._passes if backward.samples]:
+        for backward, scale in [
+            (backward, factor(backward)) for backward in self._passes if backward.samples
+        ]:
             for param, found in backward.fields.get(savefield, {}).items():
                 if param in self.covered:
                     total[param] = total.get(param, 0) + scale * wide(found)
@@ -171,7 +198,9 @@ class Statistics:
 
     def _found(self, savefield: str) -> list[tuple[BackwardPass, list[Any]]]:
         fields = [(backward, backward.fields.get(savefield, {})) for backward in self._passes]
-        pairs = [(backward, [found[p] for p in self._params if p in found]) for backward, found in fields]
+        pairs = [
+            (backward, [found[p] for p in self._params if p in found]) for backward, found in fields
+        ]
         return [(backward, found) for backward, found in pairs if found]
 
     def _sample_factor(self, backward: BackwardPass) -> Tensor | float:
@@ -196,7 +225,9 @@ class Window:
     def forget(self, params: Iterable[Parameter]) -> None:
         """Drop parameters whose gradient was set to zero, and passes that then have nothing left."""
         params = frozenset(params)
-        self._passes = [backward.without(params) for backward in self._passes if not backward.covered <= params]
+        self._passes = [
+            backward.without(params) for backward in self._passes if not backward.covered <= params
+        ]
 
     def statistics(self, params: Iterable[Parameter], share: float) -> Statistics:
         """Combine the passes; see `Statistics`."""

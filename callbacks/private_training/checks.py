@@ -45,14 +45,21 @@ class Checks:
         public_state: Sequence[str],
         gradients: bool,
     ) -> None:
-        self._trainer, self._module, self._mean, self._gradients = trainer, pl_module, mean, gradients
+        self._trainer, self._module, self._mean, self._gradients = (
+            trainer,
+            pl_module,
+            mean,
+            gradients,
+        )
         self._watch = StateWatch(pl_module, optimizer, public_state)
         self._loader: DataLoader | None = None
         self._seen, self._due = 0, 1  # batches with two samples or more; the next one to check
         self._unknown: set[str] = set()  # changed during training steps
         self._began = False
 
-    def before(self, batch: Any, batch_idx: int, size: int | None, loader: DataLoader | None) -> None:
+    def before(
+        self, batch: Any, batch_idx: int, size: int | None, loader: DataLoader | None
+    ) -> None:
         """A batch is about to be trained on."""
         self.between()
         count = samples_in(batch) if size is None else size
@@ -105,7 +112,9 @@ class Checks:
 
     def _look(self, batch: Any, batch_idx: int, size: int | None) -> None:
         if size is not None and size >= 2:
-            steady = refuse_coupled_samples(self._module, batch, batch_idx, size, self._mean, self._gradients)
+            steady = refuse_coupled_samples(
+                self._module, batch, batch_idx, size, self._mean, self._gradients
+            )
             self._watch.allow(steady or set())
 
     @staticmethod
@@ -130,5 +139,11 @@ def samples_in(batch: Any) -> int | None:
     """The number of samples: the length of the first tensor."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
-    entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else ()
+    entries = (
+        batch.values()
+        if isinstance(batch, dict)
+        else batch
+        if isinstance(batch, (list, tuple))
+        else ()
+    )
     return next((size for size in map(samples_in, entries) if size is not None), None)

@@ -40,7 +40,9 @@ class _Pairs(Dataset[Pair]):
         samples = sorted(self._samples(chosen), key=_entries)
         count = len(samples) // 3
         first, rest = samples[:count], (samples[count : 2 * count], samples[2 * count :])
-        randomness = EqualRandomness(len(first) + len(rest[0]))  # augmentation draws the same for the same samples
+        randomness = EqualRandomness(
+            len(first) + len(rest[0])
+        )  # augmentation draws the same for the same samples
         batches = []
         for other in rest:
             with seeded(seed, torch.device("cpu")), randomness:
@@ -99,7 +101,9 @@ def refuse_mixed_batches(
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
-    with seeded(secrets.randbits(31), pl_module.device):  # of the data set, where it augments in this process
+    with seeded(
+        secrets.randbits(31), pl_module.device
+    ):  # of the data set, where it augments in this process
         for first, second in pairs:
             _refuse_mixed(trainer, pl_module, first, second, count, mean)
 
@@ -124,7 +128,9 @@ def _moved(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 
 def _compare_gradients(pl_module: LightningModule, a: Any, b: Any, count: int, mean: bool) -> None:
     size, rows = 2 * count, torch.arange(count)
-    weights = torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(secrets.randbits(63)))
+    weights = torch.randn(
+        size, dtype=torch.float64, generator=torch.Generator().manual_seed(secrets.randbits(63))
+    )
     weights[count:] = 0
     randomness = EqualRandomness(size)
     try:
@@ -132,7 +138,9 @@ def _compare_gradients(pl_module: LightningModule, a: Any, b: Any, count: int, m
             first = observe(pl_module, a, 0, size, [weights], randomness, mean)
             kept.put_back()
             second = observe(pl_module, b, 0, size, [weights], randomness.again(), mean)
-    except UnsupportedError as error:  # training refuses by itself what it has no per-sample gradients of
+    except (
+        UnsupportedError
+    ) as error:  # training refuses by itself what it has no per-sample gradients of
         warnings.warn(
             f"PrivacyCallback cannot check that `collate_fn` and transfer hooks keep samples apart: on {size} samples "
             f"there are no gradients to compare ({error})",
@@ -174,11 +182,15 @@ def same_samples(a: Any, b: Any, count: int, size: int) -> bool:
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return False
-        per_sample = len(a) == size and not any(isinstance(v, Tensor) and v.ndim and len(v) == size for v in a)
+        per_sample = len(a) == size and not any(
+            isinstance(v, Tensor) and v.ndim and len(v) == size for v in a
+        )
         kept = count if per_sample else len(a)
         return all(same_samples(v, w, count, size) for v, w in zip(a[:kept], b[:kept], strict=True))
     if is_dataclass(a):
-        return all(same_samples(getattr(a, f.name), getattr(b, f.name), count, size) for f in fields(a))
+        return all(
+            same_samples(getattr(a, f.name), getattr(b, f.name), count, size) for f in fields(a)
+        )
     return isinstance(a, (int, float, str, bytes, type(None))) and bool(a == b)
 
 

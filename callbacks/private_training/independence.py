@@ -48,7 +48,9 @@ class _Gradients(GraphExtension):
         kept = finite.nonzero().flatten().tolist()
         sums: list[dict[Tensor, Tensor]] = [
             {
-                parameter: jacobian[kept].weighted_total(_like(jacobian, weights[finite.cpu()] * self._scale))
+                parameter: jacobian[kept].weighted_total(
+                    _like(jacobian, weights[finite.cpu()] * self._scale)
+                )
                 for parameter, jacobian in jacobians.items()
                 if kept
             }
@@ -112,7 +114,12 @@ def observe(
 
 
 def refuse_coupled_samples(
-    pl_module: LightningModule, batch: Any, batch_idx: int, size: int, mean: bool, gradients: bool = True
+    pl_module: LightningModule,
+    batch: Any,
+    batch_idx: int,
+    size: int,
+    mean: bool,
+    gradients: bool = True,
 ) -> set[str] | None:
     """Compare the gradients of the samples in the whole batch with those in two random parts of it.
 
@@ -138,7 +145,9 @@ def refuse_coupled_samples(
     order = torch.randperm(size, generator=torch.Generator().manual_seed(secrets.randbits(63)))
     first = _share(size)
     parts = [order[:first].sort().values, order[first:].sort().values]
-    weights = torch.randn(size, generator=torch.Generator().manual_seed(secrets.randbits(63)), dtype=torch.float64)
+    weights = torch.randn(
+        size, generator=torch.Generator().manual_seed(secrets.randbits(63)), dtype=torch.float64
+    )
     masked = [torch.zeros_like(weights).index_copy(0, rows, weights[rows]) for rows in parts]
     if not divides(batch, size):
         return None
@@ -152,7 +161,9 @@ def refuse_coupled_samples(
             kept.put_back()
             part = samples_of(batch, rows, size)
             count, own = len(rows), [weights[rows]]
-            found = _observe_part(pl_module, part, batch_idx, count, own, randomness.again(rows), mean)
+            found = _observe_part(
+                pl_module, part, batch_idx, count, own, randomness.again(rows), mean
+            )
             if found is None:
                 return None
             if gradients:
@@ -191,7 +202,13 @@ def tolerance(pl_module: LightningModule) -> float:
 
 
 def compare(
-    whole: Gradients, part: Gradients, rows: Tensor, number: int, weights: Tensor, mean: bool, allowed: float
+    whole: Gradients,
+    part: Gradients,
+    rows: Tensor,
+    number: int,
+    weights: Tensor,
+    mean: bool,
+    allowed: float,
 ) -> None:
     """Raise if gradients of some samples are others in another batch.
 
@@ -230,7 +247,13 @@ def _distance(a: dict[Tensor, Tensor], b: dict[Tensor, Tensor]) -> float:
     squares = 0.0
     for parameter in {**a, **b}:
         first, second = a.get(parameter), b.get(parameter)
-        difference = first - second if first is not None and second is not None else first if second is None else second
+        difference = (
+            first - second
+            if first is not None and second is not None
+            else first
+            if second is None
+            else second
+        )
         assert difference is not None
         squares += float(difference.double().square().sum())
     return squares**0.5
@@ -288,7 +311,11 @@ def samples_of(batch: Any, rows: Tensor, size: int) -> Any:
             return type(value)(*(cut(entry) for entry in value))
         if isinstance(value, (list, tuple)):
             whole = len(value) == size and not any(isinstance(v, Tensor) and v.ndim for v in value)
-            return type(value)(value[i] for i in chosen) if whole else type(value)(cut(entry) for entry in value)
+            return (
+                type(value)(value[i] for i in chosen)
+                if whole
+                else type(value)(cut(entry) for entry in value)
+            )
         return value
 
     result = cut(batch)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any, cast
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_curv.callbacks.import_names import MisconfigurationException, from_lightning
@@ -65,7 +72,9 @@ def _not_uniform(sampler: Any, size: int) -> str:
     name = f"`{type(sampler).__name__}`"
     if type(sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
         return name
-    source: Any = sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+    source: Any = (
+        sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+    )
     if len(source) != size:
         return f"{name} over {len(source)} of {size} samples"
     if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != size):
@@ -82,14 +91,18 @@ def require_each_sample_once(loader: DataLoader, trainer: Trainer) -> None:
             f"`sampling='epoch'` needs a data set that {processes} processes can share evenly, found {size} samples: "
             "Lightning would repeat some. Leave some out, or use Poisson sampling."
         )
-    own = [name for name in ("__iter__", "_get_iterator", "_index_sampler") if _overrides(loader, name)]
+    own = [
+        name for name in ("__iter__", "_get_iterator", "_index_sampler") if _overrides(loader, name)
+    ]
     if own:
         raise MisconfigurationException(
             "`sampling='epoch'` needs a DataLoader that takes its sampler's samples as they come, found "
             f"`{type(loader).__name__}`, which overrides {', '.join(f'`{name}`' for name in own)}; use a plain "
             "DataLoader, or Poisson sampling."
         )
-    if isinstance(sampler, SequentialSampler) or (isinstance(sampler, DistributedSampler) and not sampler.shuffle):
+    if isinstance(sampler, SequentialSampler) or (
+        isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    ):
         raise MisconfigurationException(
             "`sampling='epoch'` needs a loader that shuffles, found one that keeps the order of the data set; pass "
             "`shuffle=True`, or use Poisson sampling."
@@ -110,7 +123,9 @@ def dataset_size(loader: DataLoader) -> int:
     return len(cast("Sized", loader.dataset))
 
 
-def with_batches(loader: DataLoader, sampler: PoissonBatchSampler, dataset: Dataset | None = None) -> DataLoader:
+def with_batches(
+    loader: DataLoader, sampler: PoissonBatchSampler, dataset: Dataset | None = None
+) -> DataLoader:
     """The same loader with other batches, and with another data set if one is given."""
     return DataLoader(
         loader.dataset if dataset is None else dataset,

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 def private_values(optimizer: DPOptimizer) -> dict[str, float]:
     """Settings, and the norm of the noised gradient."""
-    grads = [p.grad.norm().float() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [
+        p.grad.norm().float()
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.grad is not None
+    ]
     return {
         "privacy/noise_multiplier": optimizer.noise_multiplier or 0.0,
         "privacy/clip_norm": optimizer.clip_norm,

@@ -40,7 +40,9 @@ class PlannedBatches(PoissonBatchSampler):
     def __init__(self, loader: DataLoader, expected: float, **settings: Any) -> None:
         self._loader, self._expected = loader, expected
         size = dataset_size(loader)
-        super().__init__(size, _rate(expected, size), steps=max(1, round(size / expected)), **settings)
+        super().__init__(
+            size, _rate(expected, size), steps=max(1, round(size / expected)), **settings
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         size = dataset_size(self._loader)
@@ -85,13 +87,17 @@ class Plan:
         max_physical_batch_size: int | None = None,
     ) -> None:
         self.max_physical_batch_size = max_physical_batch_size
-        self._accumulate: int | None = None  # what the Trainer accumulated before it was given our parts
+        self._accumulate: int | None = (
+            None  # what the Trainer accumulated before it was given our parts
+        )
         self.trainer, self.poisson, self.max_batch_size = trainer, poisson, max_batch_size
         self._seed, self._position = seed, position
         self.sampler: PlannedBatches | None = None
         self.loader: DataLoader | None = None
         self._batch_size: int | None = None
-        self.adapt: Callable[[DataLoader], DataLoader] = lambda loader: loader  # what an audit adds to Poisson batches
+        self.adapt: Callable[[DataLoader], DataLoader] = lambda loader: (
+            loader
+        )  # what an audit adds to Poisson batches
 
     def convert(self, loader: Any) -> Any:
         """From the user's training loader to the one that is used."""
@@ -147,7 +153,10 @@ class Plan:
                 f"PrivacyCallback needs a constant `accumulate_grad_batches`, found {self.sampler.parts} and then "
                 f"{trainer.accumulate_grad_batches}; leave it as it was when the loader was made."
             )
-        if self.sampler is not None and trainer.num_training_batches % trainer.accumulate_grad_batches:
+        if (
+            self.sampler is not None
+            and trainer.num_training_batches % trainer.accumulate_grad_batches
+        ):
             raise MisconfigurationException(
                 f"`limit_train_batches` must leave whole steps of {trainer.accumulate_grad_batches} accumulated "
                 f"batches, found {trainer.num_training_batches} batches: dropping a part of a Poisson batch is not "
@@ -170,14 +179,20 @@ class Plan:
             return EpochSampling(self._steps_per_epoch)
         if self.max_batch_size is None:
             return PoissonSampling(self.sampler.sampling_rate)
-        return TruncatedPoissonSampling(self.sampler.sampling_rate, self.sampler.population, self.max_batch_size)
+        return TruncatedPoissonSampling(
+            self.sampler.sampling_rate, self.sampler.population, self.max_batch_size
+        )
 
     @property
     def releases(self) -> float:
         """Releases until training ends by itself; may be infinite."""
         trainer, steps = self.trainer, self._steps_per_epoch
         by_steps = trainer.max_steps if trainer.max_steps and trainer.max_steps > 0 else math.inf
-        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
+        epochs = (
+            trainer.max_epochs
+            if trainer.max_epochs is not None and trainer.max_epochs > 0
+            else math.inf
+        )
         planned = min(by_steps, epochs * steps)
         if math.isinf(planned):
             return planned

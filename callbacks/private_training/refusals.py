@@ -42,13 +42,17 @@ def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
         "`fit`, they would forget what was spent; use 'ddp'": (
             "MultiProcessing" in type(trainer.strategy.launcher).__name__
         ),
-        "`overfit_batches=0`, found another value; limit the data set itself": bool(trainer.overfit_batches),  # type: ignore[attr-defined]
+        "`overfit_batches=0`, found another value; limit the data set itself": bool(
+            trainer.overfit_batches
+        ),  # type: ignore[attr-defined]
     }
     for message, refused in refusals.items():
         if refused:
             raise MisconfigurationException(f"PrivacyCallback needs {message}.")
     source = trainer.fit_loop._data_source
-    if source.instance is not None and not source.is_module():  # else it is a hook that may need `setup` first
+    if (
+        source.instance is not None and not source.is_module()
+    ):  # else it is a hook that may need `setup` first
         require_plain_loader(source.instance)
 
 

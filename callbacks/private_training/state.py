@@ -32,7 +32,9 @@ class StateWatch:
         expected: Patterns of names of what else may change.
     """
 
-    def __init__(self, pl_module: LightningModule, optimizer: DPOptimizer, expected: Sequence[str]) -> None:
+    def __init__(
+        self, pl_module: LightningModule, optimizer: DPOptimizer, expected: Sequence[str]
+    ) -> None:
         self._modules = list(pl_module.named_modules())
         self._optimizer, self._expected = optimizer, expected
         self._steady: set[str] = set()
@@ -62,7 +64,9 @@ class StateWatch:
             elif isinstance(tensor, torch.nn.Parameter):
                 print_of = None
             else:  # read again only if its version says so
-                print_of = known[2] if known is not None and known[:2] == now else fingerprint(tensor)
+                print_of = (
+                    known[2] if known is not None and known[:2] == now else fingerprint(tensor)
+                )
             self._seen[name] = *now, print_of
 
     def changed(self) -> set[str]:
@@ -84,7 +88,9 @@ class StateWatch:
 
     def unexpected(self, names: set[str]) -> set[str]:
         """Those that must not change."""
-        expected = {name for name in names if any(fnmatchcase(name, pattern) for pattern in self._expected)}
+        expected = {
+            name for name in names if any(fnmatchcase(name, pattern) for pattern in self._expected)
+        }
         return names - expected - self._steady
 
     def _stepped(self) -> None:
@@ -93,7 +99,11 @@ class StateWatch:
         for name, tensor in self._tensors():
             if id(tensor) in own and name in self._seen:
                 compared = self._seen[name][2] is not None
-                self._seen[name] = id(tensor), tensor._version, fingerprint(tensor) if compared else None
+                self._seen[name] = (
+                    id(tensor),
+                    tensor._version,
+                    fingerprint(tensor) if compared else None,
+                )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self._modules:

@@ -25,9 +25,13 @@ class Kept:
     def __init__(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
         named = [*module.named_parameters(), *module.named_buffers()]
-        self._tensors = {name: (tensor, tensor.detach().clone()) for name, tensor in named if not is_lazy(tensor)}
+        self._tensors = {
+            name: (tensor, tensor.detach().clone()) for name, tensor in named if not is_lazy(tensor)
+        }
         self._grads = [(parameter, parameter.grad) for parameter in module.parameters()]
-        self._metrics = {m: copy.deepcopy(vars(m)) for m in self._modules if hasattr(m, "_defaults")}
+        self._metrics = {
+            m: copy.deepcopy(vars(m)) for m in self._modules if hasattr(m, "_defaults")
+        }
         self._attributes = {m: _attributes(m) for m in self._modules}
         self._contents = [
             (value, copy.copy(value))
@@ -100,4 +104,6 @@ def undisturbed(pl_module: LightningModule) -> Iterator[Kept]:
 
 def _drops(module: nn.Module) -> bool:
     dropout = getattr(module, "dropout", 0.0)  # attention and recurrent layers keep a probability
-    return isinstance(module, nn.modules.dropout._DropoutNd) or (isinstance(dropout, float) and dropout > 0)
+    return isinstance(module, nn.modules.dropout._DropoutNd) or (
+        isinstance(dropout, float) and dropout > 0
+    )

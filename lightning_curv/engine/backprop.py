@@ -124,8 +124,12 @@ class Backprop:
             self._spend(extensions, start)
         if gradient and self._create_graph:
             self._differentiate(passes, gradient)
-            gradient = [extension for extension in gradient if not isinstance(extension, Differentiable)]
-        if gradient and (self._create_graph or any(type(extension) is not SumCheck for extension in gradient)):
+            gradient = [
+                extension for extension in gradient if not isinstance(extension, Differentiable)
+            ]
+        if gradient and (
+            self._create_graph or any(type(extension) is not SumCheck for extension in gradient)
+        ):
             self._listen(gradient)
         if self._hook is not None:
             parameters = (p for found in passes.tape.parameters.values() for p in found)
@@ -139,7 +143,9 @@ class Backprop:
             passes = self._looked()
         with _Failing(self, [e for e in self._extensions if e.needs_likelihood]) as some:
             if some:
-                list(map(attrgetter("flat"), passes.parts))  # differentiates losses that are not known
+                list(
+                    map(attrgetter("flat"), passes.parts)
+                )  # differentiates losses that are not known
 
     def _looked(self) -> Passes:
         self._passes = passes = self._walked()
@@ -155,7 +161,9 @@ class Backprop:
         totals = not passes.samples.partial and any(extension.totals for extension in extensions)
         failed = partial(self.fail, extensions) if self.defers else None
         self._heard = extensions
-        self._listener = Listener(passes, partial(self._evaluate, extensions=extensions), totals, failed)
+        self._listener = Listener(
+            passes, partial(self._evaluate, extensions=extensions), totals, failed
+        )
 
     def run(self, **options: Any) -> None:
         """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.
@@ -165,7 +173,9 @@ class Backprop:
         """
         receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
         if receivers:
-            shared = len(receivers) < len(self._extensions) or any(other is not self for other in _PENDING)
+            shared = len(receivers) < len(self._extensions) or any(
+                other is not self for other in _PENDING
+            )
             truncated_backward.run(self._passes, receivers, shared, **options)
         else:
             Tensor.backward(self._loss, **options)
@@ -198,9 +208,15 @@ class Backprop:
 
     def _leave(self, parameter: Tensor) -> bool:
         """Set a parameter's results, which are then no longer ours; false if none are there, or some are to come."""
-        if self._listener is not None and any(parameter not in self._results.get(e, {}) for e in self._heard):
+        if self._listener is not None and any(
+            parameter not in self._results.get(e, {}) for e in self._heard
+        ):
             return False
-        found = [e for e, results in self._results.items() if parameter in results and type(e) is not SumCheck]
+        found = [
+            e
+            for e, results in self._results.items()
+            if parameter in results and type(e) is not SumCheck
+        ]
         for extension in found:
             setattr(parameter, extension.savefield, self._results[extension].pop(parameter))
         return bool(found)
@@ -208,7 +224,9 @@ class Backprop:
     def _walked(self) -> Passes:
         loss = self._loss
         if loss.grad_fn is None:
-            raise RuntimeError("Expected a loss that was computed from parameters, found a tensor without a graph.")
+            raise RuntimeError(
+                "Expected a loss that was computed from parameters, found a tensor without a graph."
+            )
         self._output = find_output(loss, self._where)
         tape = walk(loss.grad_fn, self._output)
         for use in tape.uses.values():
@@ -223,7 +241,10 @@ class Backprop:
         except UnsupportedError as error:
             if not self.defers:
                 raise
-            self.fail([e for e in self._extensions if _uncovered(tape, e, self._output is not None)], error)
+            self.fail(
+                [e for e in self._extensions if _uncovered(tape, e, self._output is not None)],
+                error,
+            )
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
@@ -231,7 +252,9 @@ class Backprop:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
                 try:
-                    most = self._cap.size if self._cap is not None and self._content(wanting) else None
+                    most = (
+                        self._cap.size if self._cap is not None and self._content(wanting) else None
+                    )
                     passes.separate = bool(independent)
                     passes.samples = find_samples(
                         passes, self._batch, bool(independent), self._check, most, self._private
@@ -284,11 +307,15 @@ class Backprop:
         return self._output is not None or bool(find_summands(self._passes.tape, self._loss).others)
 
     def _differentiate(self, passes: Passes, extensions: list[Extension]) -> None:
-        if found := [extension for extension in extensions if isinstance(extension, Differentiable)]:
+        if found := [
+            extension for extension in extensions if isinstance(extension, Differentiable)
+        ]:
             gradients = gradients_per_sample(passes)
             with torch.enable_grad():
                 for e in found:
-                    self._results[e] = {parameter: e.of_gradients(rows) for parameter, rows in gradients.items()}
+                    self._results[e] = {
+                        parameter: e.of_gradients(rows) for parameter, rows in gradients.items()
+                    }
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1
@@ -299,7 +326,9 @@ class Backprop:
                 results = self._results.setdefault(extension, {})
                 previous = results.get(jacobian.parameter)
                 results[jacobian.parameter] = (
-                    extension.evaluate(jacobian) if previous is None else extension.accumulate(previous, jacobian)
+                    extension.evaluate(jacobian)
+                    if previous is None
+                    else extension.accumulate(previous, jacobian)
                 )
             except Exception as error:
                 if not self.defers:
@@ -328,7 +357,9 @@ class Backprop:
         self.failures.append((tuple(extensions), error))
         self._extensions = [e for e in self._extensions if e not in extensions]
         self._results = {
-            extension: results for extension, results in self._results.items() if extension not in extensions
+            extension: results
+            for extension, results in self._results.items()
+            if extension not in extensions
         }
 
 
@@ -350,14 +381,18 @@ class _Failing:
         return False
 
 
-def _units(extensions: Sequence[AnyExtension], passes: Passes) -> dict[GraphExtension | Source, list[Any]]:
+def _units(
+    extensions: Sequence[AnyExtension], passes: Passes
+) -> dict[GraphExtension | Source, list[Any]]:
     """What shares passes, in the order of the list: what comes first draws the same numbers whatever follows."""
     units: dict[GraphExtension | Source, list[Any]] = {}
     for extension in extensions:
         unit = extension if isinstance(extension, GraphExtension) else extension.source
         unit = unit.on(passes) if hasattr(unit, "on") else unit
         units.setdefault(unit, []).append(extension)
-    if len([unit for unit in units if isinstance(unit, Exact)]) > 1:  # the complete root serves all that need any
+    if (
+        len([unit for unit in units if isinstance(unit, Exact)]) > 1
+    ):  # the complete root serves all that need any
         units[Exact(complete=True)] += units.pop(Exact())
     for unit, group in units.items():
         if len(group) > 1 and not isinstance(unit, GraphExtension):

@@ -56,10 +56,18 @@ class HessianTraceMC(GraphExtension):
         """One number per parameter."""
         params = all_parameters(passes)
         totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
-        with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
+        with (
+            torch.enable_grad(),
+            unheard(),
+            differentiating_twice(),
+            fast_products(passes.multiplies),
+        ):
             product = hessian_product(passes, params)
             for _ in range(self.mc_samples):
-                signs = [torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1) for p in params]
+                signs = [
+                    torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1)
+                    for p in params
+                ]
                 for p, v, image in zip(params, signs, product(signs), strict=True):
                     totals[p] += (v * image).sum() / self.mc_samples
         return totals
@@ -89,7 +97,8 @@ class GGNTraceJointMC(GraphExtension):
         params = all_parameters(passes)
         edges = [get_gradient_edge(p) for p in params]
         totals = {
-            p: torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device) for p in params
+            p: torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            for p in params
         }
         for part in passes.parts:
             for _ in range(self.mc_samples):
@@ -128,7 +137,10 @@ class MaxEigenvalue(GraphExtension):
     batchwise = True
 
     def __init__(
-        self, matrix: Literal["hessian", "ggn"] = "hessian", products: int = 20, tolerance: float = 1e-3
+        self,
+        matrix: Literal["hessian", "ggn"] = "hessian",
+        products: int = 20,
+        tolerance: float = 1e-3,
     ) -> None:
         self.savefield = f"{matrix}_max_eigenvalue"
         self.matrix, self.products, self.tolerance = matrix, products, tolerance
@@ -138,16 +150,25 @@ class MaxEigenvalue(GraphExtension):
         """The same value for all parameters."""
         params = all_parameters(passes)
         start = [
-            torch.randn(p.shape, dtype=p.dtype, device=p.device, generator=passes.generator).contiguous()
+            torch.randn(
+                p.shape, dtype=p.dtype, device=p.device, generator=passes.generator
+            ).contiguous()
             for p in params
         ]
-        with torch.enable_grad(), unheard(), differentiating_twice(), fast_products(passes.multiplies):
+        with (
+            torch.enable_grad(),
+            unheard(),
+            differentiating_twice(),
+            fast_products(passes.multiplies),
+        ):
             product = (hessian_product if self.matrix == "hessian" else ggn_product)(passes, params)
             value = largest_eigenvalue(product, start, self.products, self.tolerance)
         return {p: passes.seed.new_tensor(value) for p in params}
 
 
-def largest_eigenvalue(product: Product, start: list[Tensor], products: int, tolerance: float) -> float:
+def largest_eigenvalue(
+    product: Product, start: list[Tensor], products: int, tolerance: float
+) -> float:
     """Largest Ritz value of a symmetric matrix after at most that many products with it."""
     norm = _dot(start, start) ** 0.5
     current, previous = [x / norm for x in start], [torch.zeros_like(x) for x in start]
@@ -178,4 +199,6 @@ def _largest(diagonal: list[float], beside: list[float]) -> float:
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return float(torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum())
+    return float(
+        torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum()
+    )

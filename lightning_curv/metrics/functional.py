@@ -16,7 +16,9 @@ from torch import Tensor
 Number = TypeVar("Number", Tensor, float)
 
 
-def unbiased_moments(second_moment: Number, grad_sq_norm: Number, concentration: Number) -> tuple[Number, Number]:
+def unbiased_moments(
+    second_moment: Number, grad_sq_norm: Number, concentration: Number
+) -> tuple[Number, Number]:
     r"""Trace of the gradient covariance and squared norm of the true gradient, both unbiased.
 
     For independent samples with weights $w_n$, $\sum_n w_n = 1$, and $\bar g = \sum_n w_n g_n$,
@@ -78,7 +80,9 @@ def unbiased_moments_of_parts(
     return trace, grad_sq_norm - trace * whole_inverse
 
 
-def gradient_diversity(second_moment: Number, grad_sq_norm: Number, concentration: Number) -> tuple[Number, Number]:
+def gradient_diversity(
+    second_moment: Number, grad_sq_norm: Number, concentration: Number
+) -> tuple[Number, Number]:
     r"""Numerator and denominator of $\sum_n \|g_n\|^2 / \|\sum_n g_n\|^2$, each divided by $N^2$.
 
     From $1/N$ (equal gradients) upwards; batches up to $N$ times this speed training up. Yin et al., "Gradient
@@ -99,7 +103,9 @@ def gradient_diversity(second_moment: Number, grad_sq_norm: Number, concentratio
     return second_moment * concentration, grad_sq_norm
 
 
-def norm_test(second_moment: Number, grad_sq_norm: Number, concentration: Number) -> tuple[Number, Number]:
+def norm_test(
+    second_moment: Number, grad_sq_norm: Number, concentration: Number
+) -> tuple[Number, Number]:
     r"""Numerator and denominator of $c\,\widehat{\mathrm{tr}\,\Sigma} / \|\bar g\|^2$, squared error of the gradient.
 
     Where the root of the ratio is above a θ of the user's choice the batch should grow. Byrd et al., "Sample Size
@@ -121,7 +127,9 @@ def norm_test(second_moment: Number, grad_sq_norm: Number, concentration: Number
     return variance * concentration, grad_sq_norm
 
 
-def inner_product_test(dot_second_moment: Number, grad_sq_norm: Number, concentration: Number) -> tuple[Number, Number]:
+def inner_product_test(
+    dot_second_moment: Number, grad_sq_norm: Number, concentration: Number
+) -> tuple[Number, Number]:
     r"""Numerator and denominator of $c\,\widehat{\mathrm{Var}}(g_n \cdot \bar g) / \|\bar g\|^4$.
 
     The part of the error of `norm_test` that lies along $\bar g$. Bollapragada, Byrd & Nocedal, "Adaptive Sampling
@@ -169,7 +177,9 @@ def orthogonality_test(
     return orthogonal * concentration / (1 - concentration), grad_sq_norm
 
 
-def entry_moments(mean: Tensor, second_moment: Tensor, concentration: float) -> tuple[Tensor, Tensor]:
+def entry_moments(
+    mean: Tensor, second_moment: Tensor, concentration: float
+) -> tuple[Tensor, Tensor]:
     r"""Squares of the gradient's entries and unbiased variances of the samples' entries.
 
     Their ratio is the gradient signal-to-noise ratio (Liu et al., "Understanding Why Neural Networks Generalize Well

@@ -28,7 +28,16 @@ from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.graph.tape import Tape, leaf_of, nodes_below
 from lightning_curv.passes.owned import Samples
 from lightning_curv.recording.provenance import Roots, roots_of
-from lightning_curv.recording.records import CONSTANT, PURE, Mapped, Operand, Use, edge_of, marks, shape_at
+from lightning_curv.recording.records import (
+    CONSTANT,
+    PURE,
+    Mapped,
+    Operand,
+    Use,
+    edge_of,
+    marks,
+    shape_at,
+)
 from lightning_curv.rules.fallback import FallbackWarning
 from lightning_curv.samples.batch import Batch, sample_axes
 from lightning_curv.samples.coupling import Undecided, differ, separable
@@ -97,7 +106,12 @@ def _refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     Raises:
         UnsupportedError: One does.
     """
-    read = [(use.name, roots) for use in tape.uses.values() for k, roots in use.roots.items() if k not in use.operands]
+    read = [
+        (use.name, roots)
+        for use in tape.uses.values()
+        for k, roots in use.roots.items()
+        if k not in use.operands
+    ]
     read += [(call.name, call.roots) for call in tape.losses.values()]
     read += [(op.name, op.roots) for op in tape.mapped]
     for name, roots in read:
@@ -146,7 +160,11 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | N
     names = sorted(set(names_of([parameter for parameter, _ in slow])))
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     ops = ", ".join(sorted({op for _, op in slow})[:3])
-    price = f"the {count} samples" if most is None or most >= count else f"{most} of the {count} samples"
+    price = (
+        f"the {count} samples"
+        if most is None or most >= count
+        else f"{most} of the {count} samples"
+    )
     warnings.warn(
         f"Parameters {some} are used by ops without a rule for this use of them ({ops}): their quantities are exact "
         f"but slow, every column takes a pass through such an op for each of {price}. A rule for the op "
@@ -165,7 +183,9 @@ def _in_order(roots: Roots, count: int) -> bool:
     numbers = roots.numbers.get(count)
     if numbers is None or roots.data:
         return False
-    return numbers.ndim > 0 and numbers.numel() == len(numbers) and _counts(numbers.flatten(), count)
+    return (
+        numbers.ndim > 0 and numbers.numel() == len(numbers) and _counts(numbers.flatten(), count)
+    )
 
 
 def _counts(numbers: Tensor, count: int) -> bool:
@@ -187,10 +207,20 @@ def _agrees_with_target(head: Head, owners: RowOwners) -> bool:
 def _told_by_target(head: Head, count: int) -> Owners | None:
     """Who owns the rows of a head, as the targets of the loss call tell, whose rows were moved; ``None``: no such."""
     target = None if head.call is None else head.call.arguments.get("target")
-    if head.call is None or not isinstance(target, Tensor) or not target.ndim or len(head.like) != len(target):
+    if (
+        head.call is None
+        or not isinstance(target, Tensor)
+        or not target.ndim
+        or len(head.like) != len(target)
+    ):
         return None
     numbers = (head.call.roots.numbers or {}).get(count)
-    if numbers is None or not numbers.ndim or numbers.numel() != len(numbers) or len(numbers) != len(target):
+    if (
+        numbers is None
+        or not numbers.ndim
+        or numbers.numel() != len(numbers)
+        or len(numbers) != len(target)
+    ):
         return None
     return owners_of(numbers.reshape(-1, *[1] * (head.like.ndim - 1)), head.like.shape, count)
 
@@ -210,7 +240,9 @@ def _top(heads: Sequence[Node]) -> Iterator[Node]:
 def _of_parameters(node: Node) -> bool:
     """Whether a value was computed from parameters and constants alone."""
     mark = marks(node)
-    return isinstance(leaf_of(node), torch.nn.Parameter) or (mark is not None and mark.origin in (PURE, CONSTANT))
+    return isinstance(leaf_of(node), torch.nn.Parameter) or (
+        mark is not None and mark.origin in (PURE, CONSTANT)
+    )
 
 
 def _single(use: Use, name: str) -> bool:
@@ -256,16 +288,28 @@ def _refuse_other_rows(name: str, told: Owners, finding: Finding, shape: torch.S
         Mixed: They do.
     """
     if finding.owners is not None and differ(told.owner(shape), finding.owners.owner(shape)):
-        raise Mixed(f"in `{name}`, whose rows arrive at summands of the loss that belong to other samples")
+        raise Mixed(
+            f"in `{name}`, whose rows arrive at summands of the loss that belong to other samples"
+        )
 
 
 class _Finder:
     """One search for the samples of a graph."""
 
     def __init__(
-        self, passes: Passes, batch: Batch, independent: bool, most: int | None = None, strict: bool = False
+        self,
+        passes: Passes,
+        batch: Batch,
+        independent: bool,
+        most: int | None = None,
+        strict: bool = False,
     ) -> None:
-        self.passes, self.tape, self.batch, self.independent = passes, passes.tape, batch, independent
+        self.passes, self.tape, self.batch, self.independent = (
+            passes,
+            passes.tape,
+            batch,
+            independent,
+        )
         self.most, self.strict = most, strict
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
         self.axes = {node: sample_axes(use) for node, use in self.uses.items()}
@@ -287,7 +331,9 @@ class _Finder:
         if (found := self._attempt(default)) is not None:
             return found
         reason = self.reason
-        agreeing = [found for count in others if count > 1 and (found := self._attempt(count)) is not None]
+        agreeing = [
+            found for count in others if count > 1 and (found := self._attempt(count)) is not None
+        ]
         if len(agreeing) == 1:
             return agreeing[0]
         if agreeing:
@@ -310,8 +356,12 @@ class _Finder:
         """
         for head in self.heads:
             node, mark = head.edge.node, marks(head.edge.node)
-            if isinstance(leaf_of(node), torch.nn.Parameter) or (mark is not None and mark.origin == PURE):
-                found = [leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None]
+            if isinstance(leaf_of(node), torch.nn.Parameter) or (
+                mark is not None and mark.origin == PURE
+            ):
+                found = [
+                    leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None
+                ]
                 self._refuse_scales()
                 raise UnsupportedError(
                     "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on no "
@@ -329,7 +379,9 @@ class _Finder:
             factors = [after for after, _ in node.next_functions if after is not None]
             scales = [factor for factor in factors if _of_parameters(factor)]
             if name_of(node) in ("Div", "Mul") and scales and len(scales) < len(factors):
-                parameter = next(leaf for below in nodes_below(scales[0]) if (leaf := leaf_of(below)) is not None)
+                parameter = next(
+                    leaf for below in nodes_below(scales[0]) if (leaf := leaf_of(below)) is not None
+                )
                 raise UnsupportedError(
                     "Per-sample quantities need a loss that is a sum over samples, found parameter "
                     f"{describe(parameter)} that multiplies a loss whose samples were averaged before: what each of "
@@ -363,7 +415,9 @@ class _Finder:
     def _from_nothing(self) -> bool:
         """Whether the loss depends on nothing from outside: on points that recorded code has made, perhaps."""
         tape = self.tape
-        read = [roots for use in self.uses.values() for roots in use.roots.values()] + [*tape.read.values()]
+        read = [roots for use in self.uses.values() for roots in use.roots.values()] + [
+            *tape.read.values()
+        ]
         read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
         return all(roots.constant for roots in (*read, *map(roots_of, tape.leaves)))
 
@@ -372,11 +426,21 @@ class _Finder:
 
         Such as the inputs of a frozen network, beside a prompt.
         """
-        read = [node for node, roots in self.tape.read.items() if self.batch.holds(roots) and _in_order(roots, count)]
-        edges = [GradientEdge(node, 0) for node in read if shape_at(GradientEdge(node, 0))[:1] == (count,)]
+        read = [
+            node
+            for node, roots in self.tape.read.items()
+            if self.batch.holds(roots) and _in_order(roots, count)
+        ]
+        edges = [
+            GradientEdge(node, 0)
+            for node in read
+            if shape_at(GradientEdge(node, 0))[:1] == (count,)
+        ]
         if not edges or count <= 1:
             return False
-        found = Probe(self.passes, heads, count).findings([Place.anywhere(edge, count) for edge in edges])
+        found = Probe(self.passes, heads, count).findings(
+            [Place.anywhere(edge, count) for edge in edges]
+        )
         arrived = [finding.owners for finding in found if not finding.silent]
         return bool(arrived) and all(owners == BatchAxis(count) for owners in arrived)
 
@@ -390,12 +454,26 @@ class _Finder:
         if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
             return True
         told = [(_told_by_target(head, count), owners, head.like.shape) for head, owners in heads]
-        if all(target is not None and not differ(target.owner(s), owners.owner(s)) for target, owners, s in told):
+        if all(
+            target is not None and not differ(target.owner(s), owners.owner(s))
+            for target, owners, s in told
+        ):
             return True
-        single = [isinstance(o, BatchAxis) and head.like.shape[o.axis] == count for head, o in heads if head.like.ndim]
-        if heads and self.tape.mapped and all(self._told_by_map(op, count) is not None for op in self.tape.mapped):
+        single = [
+            isinstance(o, BatchAxis) and head.like.shape[o.axis] == count
+            for head, o in heads
+            if head.like.ndim
+        ]
+        if (
+            heads
+            and self.tape.mapped
+            and all(self._told_by_map(op, count) is not None for op in self.tape.mapped)
+        ):
             return True
-        read = [[roots for name, roots in use.roots.items() if name not in use.operands] for use in self.uses.values()]
+        read = [
+            [roots for name, roots in use.roots.items() if name not in use.operands]
+            for use in self.uses.values()
+        ]
         read += [[op.roots] for op in self.tape.mapped]
         if all(single) and not self.blind and self._from_nothing():
             return True
@@ -407,14 +485,21 @@ class _Finder:
             for node, use in self.uses.items()
             if node not in self.silent
             and any(
-                k not in use.operands and roots.tensors and self.batch.holds(roots) for k, roots in use.roots.items()
+                k not in use.operands and roots.tensors and self.batch.holds(roots)
+                for k, roots in use.roots.items()
             )
         ]
-        return bool(outside) and not self.blind and all(self._anchor(n, use, count) is not None for n, use in outside)
+        return (
+            bool(outside)
+            and not self.blind
+            and all(self._anchor(n, use, count) is not None for n, use in outside)
+        )
 
     def _unknown_order(self, read: Sequence[Roots], count: int) -> bool:
         """Whether all rows of the batch that an op reads were moved by something unknown."""
-        unknown = [roots for roots in read if roots.numbers is not None and count not in roots.numbers]
+        unknown = [
+            roots for roots in read if roots.numbers is not None and count not in roots.numbers
+        ]
         known = [roots for roots in read if roots.numbers is None or count in roots.numbers]
         told = unknown and any(map(self.batch.holds, known))
         return not told and any(map(self.batch.holds, unknown))
@@ -428,7 +513,9 @@ class _Finder:
         groups: list[set[Node]] = []
         for head in heads:
             nodes = [*nodes_below(head.edge.node)]
-            if len(heads) > 1 and not any(isinstance(leaf_of(node), torch.nn.Parameter) for node in nodes):
+            if len(heads) > 1 and not any(
+                isinstance(leaf_of(node), torch.nn.Parameter) for node in nodes
+            ):
                 continue
             below = {node for node in nodes if node in keys}
             apart = [group for group in groups if not group & below]
@@ -440,7 +527,11 @@ class _Finder:
         if count <= 1:
             yield [(head, BatchAxis(count)) for head in self.heads]
             return
-        told = [(head, owners) for head in self.heads if (owners := _told_by_target(head, count)) is not None]
+        told = [
+            (head, owners)
+            for head in self.heads
+            if (owners := _told_by_target(head, count)) is not None
+        ]
         if len(told) == len(self.heads):
             yield told
         options = [(head, batch_axes(head.like.shape, head.axes, count)) for head in self.heads]
@@ -482,7 +573,11 @@ class _Finder:
 
         Heads that are inputs of known loss functions stay, if that does not agree all that have N rows.
         """
-        rows = [head for head in self.heads if head.like.ndim and batch_axes(head.like.shape, head.axes, count)]
+        rows = [
+            head
+            for head in self.heads
+            if head.like.ndim and batch_axes(head.like.shape, head.axes, count)
+        ]
         calls = [head for head in rows if head.call is not None]
         for kept in [calls, rows] if len(calls) < len(rows) < len(self.heads) else [calls]:
             yield from self._beside(kept, count)
@@ -506,7 +601,10 @@ class _Finder:
                 self.reason = f"in the loss, which cannot be looked into: {error}"
                 return
             if apart:
-                yield [*((head, found[0]) for head, found in zip(kept, calls, strict=True)), *outputs]
+                yield [
+                    *((head, found[0]) for head, found in zip(kept, calls, strict=True)),
+                    *outputs,
+                ]
             else:
                 self.reason = "in the loss, above the outputs of the network"
 
@@ -537,18 +635,32 @@ class _Finder:
                 return found
         return None
 
-    def _in_order(self, node: Node | Join, use: Use, shape: torch.Size, roots: Roots, count: int) -> BatchAxis | None:
+    def _in_order(
+        self, node: Node | Join, use: Use, shape: torch.Size, roots: Roots, count: int
+    ) -> BatchAxis | None:
         """The first axis, if the rows of the batch are on it; else the first axis of N of a tensor read as it is."""
         rows = len(use.shape) > 0 and shape[0] == use.shape[0]
-        if rows and count and use.shape[0] % count == 0 and 0 in self.axes[node] and _in_order(roots, count):
+        if (
+            rows
+            and count
+            and use.shape[0] % count == 0
+            and 0 in self.axes[node]
+            and _in_order(roots, count)
+        ):
             return BatchAxis(count)
-        as_it_is = [root.shape for root in roots.tensors] == [tuple(shape)] and not roots.data and not roots.routed
+        as_it_is = (
+            [root.shape for root in roots.tensors] == [tuple(shape)]
+            and not roots.data
+            and not roots.routed
+        )
         axis = shape.index(count) if as_it_is and count in shape else 0
         if axis and axis in self.axes[node] and use.shape[axis : axis + 1] == (count,):
             return BatchAxis(count, axis)
         return None
 
-    def _numbered(self, node: Node | Join, use: Use, shape: torch.Size, numbers: Tensor, count: int) -> Owners | None:
+    def _numbered(
+        self, node: Node | Join, use: Use, shape: torch.Size, numbers: Tensor, count: int
+    ) -> Owners | None:
         """The same axes as in what it reads, if all are among its own; or all of it, if it reads one sample only."""
         owners = owners_of(numbers, shape, count)
         axes = (owners.axis,) if isinstance(owners, BatchAxis) else owners.axes
@@ -571,16 +683,31 @@ class _Finder:
             head = Head(call.input, call.arguments["input"], call)
             axes = batch_axes(head.like.shape, head.axes, count)
             places.append(Place(call.input, head.like.shape, axes, [(axis,) for axis in head.axes]))
-        told = [(op, said) for op in self.tape.mapped if (said := self._told_by_map(op, count)) is not None]
+        told = [
+            (op, said)
+            for op in self.tape.mapped
+            if (said := self._told_by_map(op, count)) is not None
+        ]
         places += [Place.anywhere(op.edge, count) for op, _ in told]
         findings = probe.findings(places)
-        findings, of_mapped = findings[: len(places) - len(told)], findings[len(places) - len(told) :]
+        findings, of_mapped = (
+            findings[: len(places) - len(told)],
+            findings[len(places) - len(told) :],
+        )
         for (op, expected), finding in zip(told, of_mapped, strict=True):
             if not finding.silent:  # as what is above the heads
                 _refuse_other_rows(op.name, expected, finding, op.like.shape)
-        self.silent = {node for node, finding in zip(nodes, findings, strict=False) if finding.silent}
-        uses, losses = dict(zip(nodes, findings, strict=False)), dict(zip(calls, findings[len(nodes) :], strict=True))
-        if self.independent and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None:
+        self.silent = {
+            node for node, finding in zip(nodes, findings, strict=False) if finding.silent
+        }
+        uses, losses = (
+            dict(zip(nodes, findings, strict=False)),
+            dict(zip(calls, findings[len(nodes) :], strict=True)),
+        )
+        if (
+            self.independent
+            and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None
+        ):
             raise Mixed(f"in the input of `{calls[node].name}`")
         self._refuse_undefined(uses)
         joins, dropped = self._joins(heads, uses, probe, count)
@@ -592,11 +719,21 @@ class _Finder:
             if key not in dropped:
                 assert finding.owners is not None
                 owners[key] = _by_group(self.uses[key], finding.owners)
-        found = {node: by_edge.get(call.input[:2]) or losses[node].owners for node, call in self.tape.losses.items()}
-        found |= self._above(heads, [node for node, finding in losses.items() if not finding.reached], count)
+        found = {
+            node: by_edge.get(call.input[:2]) or losses[node].owners
+            for node, call in self.tape.losses.items()
+        }
+        found |= self._above(
+            heads, [node for node, finding in losses.items() if not finding.reached], count
+        )
         placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
         owners.update(joins.items())
-        apart = self.strict and not joins and not dropped and samples_cannot_meet(self.tape, heads, owners)
+        apart = (
+            self.strict
+            and not joins
+            and not dropped
+            and samples_cannot_meet(self.tape, heads, owners)
+        )
         return Found(Samples(count, owners, placed), joins, dropped, apart)
 
     def _refuse_undefined(self, found: Mapping[Node | Join, Finding]) -> None:
@@ -607,7 +744,10 @@ class _Finder:
         """
         for node, finding in found.items():
             read = self.uses[node].arguments.values() if self.strict and finding.options else ()
-            if any(isinstance(v, Tensor) and v.is_floating_point() and not bool(v.isfinite().all()) for v in read):
+            if any(
+                isinstance(v, Tensor) and v.is_floating_point() and not bool(v.isfinite().all())
+                for v in read
+            ):
                 raise Mixed(
                     f"or not: what `{self.uses[node].name}` reads is not finite, and whose it is cannot be told"
                 )
@@ -623,7 +763,9 @@ class _Finder:
         if isinstance(anchor, RowOwners):
             _refuse_other_rows(use.name, anchor, finding, use.shape)
 
-    def _above(self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int) -> dict[Node, Owners]:
+    def _above(
+        self, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int
+    ) -> dict[Node, Owners]:
         """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.
 
         Raises:
@@ -634,8 +776,14 @@ class _Finder:
         records = [self.tape.losses[node] for node in calls]
         inputs = [Head(call.input, call.arguments["input"], call) for call in records]
         found = forward_owners(self.passes, inputs, heads, count)
-        if found is None and self.passes.output is not None and all(len(head.like) == count for head in inputs):
-            return {node: BatchAxis(count) for node in calls}  # beside `output=`, whose leading axis holds the samples
+        if (
+            found is None
+            and self.passes.output is not None
+            and all(len(head.like) == count for head in inputs)
+        ):
+            return {
+                node: BatchAxis(count) for node in calls
+            }  # beside `output=`, whose leading axis holds the samples
         if found is None:
             raise Mixed(f"in the input of `{records[0].name}`")
         return dict(zip(calls, found, strict=True))
@@ -656,17 +804,28 @@ class _Finder:
         return Place(edge, use.shape, axes, rows if use.rule.outputs is None else [])
 
     def _joins(
-        self, heads: Sequence[tuple[Head, Owners]], uses: Mapping[Node | Join, Finding], probe: Probe, count: int
+        self,
+        heads: Sequence[tuple[Head, Owners]],
+        uses: Mapping[Node | Join, Finding],
+        probe: Probe,
+        count: int,
     ) -> tuple[dict[Join, Owners], list[Node]]:
         """Where what depends on no sample meets the samples, and the ops that are no uses of their own then."""
-        unplaced = [node for node, finding in uses.items() if finding.mixed or not self._has_rule(node, finding)]
+        unplaced = [
+            node
+            for node, finding in uses.items()
+            if finding.mixed or not self._has_rule(node, finding)
+        ]
         strays = dict.fromkeys(edge_of(parameter).node for parameter, _ in self.tape.stray)
         slow = [(parameter, op) for parameter, op in self.tape.stray]
         if not unplaced and not strays:
             return {}, []
         here: dict[Join, Owners] = {}
         mixed: list[Node] = []
-        anywhere = [Place.anywhere(GradientEdge(node_of(n), self.uses[n].output_nr), count) for n in unplaced]
+        anywhere = [
+            Place.anywhere(GradientEdge(node_of(n), self.uses[n].output_nr), count)
+            for n in unplaced
+        ]
         for node, finding in zip(unplaced, probe.findings(anywhere), strict=True):
             use = self.uses[node]
             if finding.owners is not None:
@@ -674,17 +833,27 @@ class _Finder:
                 direct = {after[:2] for after in node_of(node).next_functions}
                 slow += [(parameter, use.name) for parameter in self.tape.parameters[node]]
                 for operand in use.operands.values():
-                    join = Join(node_of(node), use.output_nr, operand.edge, None if operand.edge[:2] in direct else use)
+                    join = Join(
+                        node_of(node),
+                        use.output_nr,
+                        operand.edge,
+                        None if operand.edge[:2] in direct else use,
+                    )
                     here[join] = finding.owners
                 continue
-            if any(self.batch.holds(roots) and not _single(use, name) for name, roots in use.roots.items()):
+            if any(
+                self.batch.holds(roots) and not _single(use, name)
+                for name, roots in use.roots.items()
+            ):
                 raise Mixed(
                     f"in what is computed from the output of `{use.name}` (if its input is the same for all samples, "
                     "let the module hold it as a buffer)"
                 )
             mixed.append(node_of(node))
         if mixed or strays:
-            here |= find_joins(self.tape, [head for head, _ in heads], mixed, strays, probe, self.batch.holds)
+            here |= find_joins(
+                self.tape, [head for head, _ in heads], mixed, strays, probe, self.batch.holds
+            )
         if slow:
             _warn_of_price(slow, count, self.most)
         return here, [node_of(node) for node in unplaced]
@@ -720,19 +889,36 @@ class _Finder:
 
     def _assumed(self, count: int) -> Samples | None:
         """Owners by shapes alone, for quantities that take coupled samples as they are."""
-        uses = {n: batch_axes(u.shape, self.axes[n], count, rows=False) for n, u in self.uses.items() if self.axes[n]}
+        uses = {
+            n: batch_axes(u.shape, self.axes[n], count, rows=False)
+            for n, u in self.uses.items()
+            if self.axes[n]
+        }
         heads = {
-            node: batch_axes(call.arguments["input"].shape, [0] if call.arguments["input"].ndim else [], count)
+            node: batch_axes(
+                call.arguments["input"].shape, [0] if call.arguments["input"].ndim else [], count
+            )
             for node, call in self.tape.losses.items()
         }
-        if self.tape.stray or len(uses) < len(self.uses) or not all(uses.values()) or not all(heads.values()):
+        if (
+            self.tape.stray
+            or len(uses) < len(self.uses)
+            or not all(uses.values())
+            or not all(heads.values())
+        ):
             return None
-        return Samples(count, {n: found[0] for n, found in uses.items()}, {n: h[0] for n, h in heads.items()})
+        return Samples(
+            count, {n: found[0] for n, found in uses.items()}, {n: h[0] for n, h in heads.items()}
+        )
 
     def _message(self, count: int, reason: str) -> str:
         shapes = Counter(f"{use.name}: {tuple(use.shape)}" for use in self.uses.values())
         some = ", ".join(shape for shape, _ in shapes.most_common(4))
-        where = f"samples mix {reason}" if reason else "no axis of the loss or of the network's outputs has them"
+        where = (
+            f"samples mix {reason}"
+            if reason
+            else "no axis of the loss or of the network's outputs has them"
+        )
         known = "`batch_size` says" if self.batch.size is not None else "The batch has"
         return (
             f"Per-sample quantities need samples that do not influence each other. {known} {count} samples, but "

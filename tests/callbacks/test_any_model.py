@@ -41,7 +41,13 @@ class Values(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         metrics = trainer.callback_metrics
-        self.rows.append({k.removeprefix("curvature/"): float(v) for k, v in metrics.items() if k.startswith("curv")})
+        self.rows.append(
+            {
+                k.removeprefix("curvature/"): float(v)
+                for k, v in metrics.items()
+                if k.startswith("curv")
+            }
+        )
 
 
 def run(module, *callbacks, batches=2, **settings):
@@ -49,8 +55,17 @@ def run(module, *callbacks, batches=2, **settings):
     net = module if isinstance(module, pl.LightningModule) else module()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(net, *callbacks, values, epochs=1, loader=[net.batch(seed) for seed in range(batches)], **settings)
-    values.said = [str(warning.message) for warning in caught if "CurvatureCallback" in str(warning.message)]
+        fit(
+            net,
+            *callbacks,
+            values,
+            epochs=1,
+            loader=[net.batch(seed) for seed in range(batches)],
+            **settings,
+        )
+    values.said = [
+        str(warning.message) for warning in caught if "CurvatureCallback" in str(warning.message)
+    ]
     values.net = net
     return values
 
@@ -64,7 +79,12 @@ def gradient(net, params, batch):
             Wrapped(net), {f"net.{k}": v for k, v in {**state, **leaves}.items()}, (batch,)
         )
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(found, leaves.values())])
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).flatten()
+            for g, p in zip(found, leaves.values())
+        ]
+    )
 
 
 class Wrapped(nn.Module):
@@ -88,11 +108,15 @@ def test_the_defaults_run_log_right_values_and_say_one_sentence(name):
         if coupled:
             assert not OF_SAMPLES & row.keys()
             continue
-        rows = torch.stack([gradient(watched.net, params, watched.net.one(batch, n)) for n in range(N)])
+        rows = torch.stack(
+            [gradient(watched.net, params, watched.net.one(batch, n)) for n in range(N)]
+        )
         norms, trace = rows.norm(dim=1), rows.var(0).sum()
         truth = {"grad_variance": trace, "grad_signal": mean @ mean - trace / N}
         truth |= {name: norms.quantile(level) for name, level in NORMS.items()}
-        assert {key: row[key] for key in truth} == pytest.approx({key: float(value) for key, value in truth.items()})
+        assert {key: row[key] for key in truth} == pytest.approx(
+            {key: float(value) for key, value in truth.items()}
+        )
     lost = {q for q in DEFAULT if q != "sample_norms"} - watched.rows[-1].keys()
     assert len(watched.said) == (1 if coupled or "ggn_trace" in lost else 0)
     if watched.said:
@@ -108,7 +132,9 @@ def test_where_samples_are_coupled_the_noise_comes_from_micro_batches(kind):
     assert len(values.said) == 1
     assert "noise_scale, suggested_batch_size (from micro-batches)" in values.said[0]
     for start, row in ((0, values.rows[1]), (2, values.rows[3])):
-        parts = [gradient(values.net, values.params[i], values.batches[i]) for i in (start, start + 1)]
+        parts = [
+            gradient(values.net, values.params[i], values.batches[i]) for i in (start, start + 1)
+        ]
         small, large = sum(float(g @ g) for g in parts) / 2, float(sum(parts).square().sum()) / 4
         trace = (small - large) / (1 / N - 1 / (2 * N))  # McCandlish et al., 2018, appendix A.1
         signal = (2 * N * large - N * small) / (2 * N - N)
@@ -121,7 +147,12 @@ def test_where_samples_are_coupled_the_noise_comes_from_micro_batches(kind):
 def test_where_samples_are_coupled_the_noise_comes_from_processes(tmp_path, accumulate):
     size, net, initial = 3, Normed().double(), dict(Normed().double().named_parameters())
     total = 2 * accumulate * size
-    settings = {"accumulate_grad_batches": accumulate, "strategy": "ddp_spawn", "devices": 2, "size": total}
+    settings = {
+        "accumulate_grad_batches": accumulate,
+        "strategy": "ddp_spawn",
+        "devices": 2,
+        "size": total,
+    }
     fit(net, CurvatureCallback(), tmp_path=tmp_path, epochs=1, batch_size=size, **settings)
     order = torch.tensor(list(DistributedSampler(range(total), num_replicas=1, rank=0)))
     x, y = data(total).tensors
@@ -130,7 +161,9 @@ def test_where_samples_are_coupled_the_noise_comes_from_processes(tmp_path, accu
     mean, count = parts.mean(0), len(parts)
     trace = size * parts.var(0).sum()
     assert series(tmp_path, "grad_variance") == pytest.approx({0: float(trace)}, rel=1e-5)
-    assert series(tmp_path, "grad_signal") == pytest.approx({0: float(mean @ mean - trace / (count * size))}, rel=1e-5)
+    assert series(tmp_path, "grad_signal") == pytest.approx(
+        {0: float(mean @ mean - trace / (count * size))}, rel=1e-5
+    )
 
 
 def test_the_noise_of_parts_per_layer_adds_up():
@@ -188,9 +221,13 @@ def test_the_trace_of_the_whole_batch_converges(kind):
         net.net.forward = lambda x: next(parts)
         return net.loss(batch)
 
-    jacobian = torch.cat([j.flatten(2).flatten(0, 1) for j in torch.func.jacrev(outputs)(params).values()], 1)
+    jacobian = torch.cat(
+        [j.flatten(2).flatten(0, 1) for j in torch.func.jacrev(outputs)(params).values()], 1
+    )
     found = outputs(params).detach()
-    values_of_h, vectors = torch.linalg.eigh(torch.func.hessian(loss)(found).reshape(found.numel(), -1))
+    values_of_h, vectors = torch.linalg.eigh(
+        torch.func.hessian(loss)(found).reshape(found.numel(), -1)
+    )
     hessian = vectors @ values_of_h.clamp(min=0).diag() @ vectors.T
     trace = float(torch.trace(jacobian.T @ hessian @ jacobian))
     assert values.rows[0]["ggn_trace"] == pytest.approx(trace, rel=0.1)
@@ -210,7 +247,11 @@ def test_what_was_named_is_an_error_before_the_first_step():
         run(net, CurvatureCallback(["default", "norm_test"], every_n_steps=50), batches=1)
     for p, q in zip(net.parameters(), before):
         assert torch.equal(p, q)
-    values = run(Normed, CurvatureCallback(["default", "norm_test"], every_n_steps=50, strict=False), batches=1)
+    values = run(
+        Normed,
+        CurvatureCallback(["default", "norm_test"], every_n_steps=50, strict=False),
+        batches=1,
+    )
     assert "norm_test" in values.said[0].partition("leaves out")[2]
 
 
@@ -220,7 +261,9 @@ def test_the_warning_comes_before_the_first_step_and_not_at_the_first_logged_one
     assert not values.rows[0]
 
 
-@pytest.mark.parametrize(("owner", "quantities"), [(BatchL2Grad, "default"), (GradientJacobian, "all")])
+@pytest.mark.parametrize(
+    ("owner", "quantities"), [(BatchL2Grad, "default"), (GradientJacobian, "all")]
+)
 def test_an_unforeseen_error_of_ours_does_not_end_the_run(monkeypatch, owner, quantities):
     plain = run(Quantiles)
     monkeypatch.setattr(owner, "evaluate", fail)
@@ -236,7 +279,12 @@ def fail(*args, **kwargs):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(Measurement, "signal"), (report, "measure"), (Observation, "look"), (report.Report, "follow_updates")],
+    [
+        (Measurement, "signal"),
+        (report, "measure"),
+        (Observation, "look"),
+        (report.Report, "follow_updates"),
+    ],
 )
 def test_errors_between_the_passes_do_not_end_the_run_either(monkeypatch, owner, name):
     plain = run(Quantiles)

@@ -29,8 +29,12 @@ from lightning_curv import CurvatureCallback, record
 from lightning_curv.engine.backprop import Backprop
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning"),  # they are, for speed
-    pytest.mark.filterwarnings("ignore:(?s).*(deprecated in v4|LightningCLI's args)"),  # Lightning and jsonargparse
+    pytest.mark.filterwarnings(
+        "ignore:At step .* are too small:UserWarning"
+    ),  # they are, for speed
+    pytest.mark.filterwarnings(
+        "ignore:(?s).*(deprecated in v4|LightningCLI's args)"
+    ),  # Lightning and jsonargparse
 ]
 
 
@@ -66,7 +70,13 @@ def test_logged_values_equal_autograd_under_a_gradient_scaler(tmp_path):
 
 def test_ggn_trace_converges_to_the_exact_trace(tmp_path):
     net = Net()
-    fit(net, CurvatureCallback(["ggn_trace"], mc_samples=1000), tmp_path=tmp_path, accumulate_grad_batches=2, epochs=1)
+    fit(
+        net,
+        CurvatureCallback(["ggn_trace"], mc_samples=1000),
+        tmp_path=tmp_path,
+        accumulate_grad_batches=2,
+        epochs=1,
+    )
     for step, value in series(tmp_path, "ggn_trace").items():
         assert value == pytest.approx(exact_ggn_trace(net, step), rel=0.05)
 
@@ -85,7 +95,12 @@ def test_tags_steps_and_histogram(tmp_path):
 
 @pytest.mark.parametrize(("every_n_steps", "steps"), [(3, [2, 5]), (0, []), (None, [1, 3, 5, 7])])
 def test_schedule(tmp_path, every_n_steps, steps):
-    fit(Net(), CurvatureCallback(every_n_steps=every_n_steps), tmp_path=tmp_path, log_every_n_steps=2)
+    fit(
+        Net(),
+        CurvatureCallback(every_n_steps=every_n_steps),
+        tmp_path=tmp_path,
+        log_every_n_steps=2,
+    )
     assert list(series(tmp_path, "grad_norm")) == steps
 
 
@@ -107,8 +122,12 @@ def test_the_default_trace_is_rarer_after_the_start(tmp_path, quantities, every_
 def test_a_step_that_needs_nothing_costs_nothing(monkeypatch):
     entered, hooked, steps = [], [], []
     enter, before = record.__enter__, Backprop.before
-    monkeypatch.setattr(record, "__enter__", lambda self: (entered.append(len(steps)), enter(self))[1])
-    monkeypatch.setattr(Backprop, "before", lambda self: (hooked.append(len(steps)), before(self))[1])
+    monkeypatch.setattr(
+        record, "__enter__", lambda self: (entered.append(len(steps)), enter(self))[1]
+    )
+    monkeypatch.setattr(
+        Backprop, "before", lambda self: (hooked.append(len(steps)), before(self))[1]
+    )
 
     class Watch(pl.Callback):
         def on_before_backward(self, trainer, pl_module, loss):
@@ -117,7 +136,9 @@ def test_a_step_that_needs_nothing_costs_nothing(monkeypatch):
             if not monitored:
                 assert not any(recorded(node) for node in nodes_below(loss.grad_fn))
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in pl_module.modules())
-            assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in pl_module.parameters())
+            assert not any(
+                p._backward_hooks or p._post_accumulate_grad_hooks for p in pl_module.parameters()
+            )
 
         def on_train_batch_end(self, *args):
             assert torch.overrides._get_current_function_mode() is None
@@ -146,7 +167,9 @@ def test_batches_too_small_for_the_noise_scale_are_announced_once(tmp_path):
     def noise(output, y):  # its gradient has mean zero
         return F.mse_loss(output, torch.randn_like(output)) - output.square().mean()
 
-    with pytest.warns(UserWarning, match=r"At step \d+ the batches of 6 samples are too small") as caught:
+    with pytest.warns(
+        UserWarning, match=r"At step \d+ the batches of 6 samples are too small"
+    ) as caught:
         fit(Net(loss=noise), CurvatureCallback(mc_samples=0, ema=0.0), tmp_path=tmp_path, epochs=8)
     assert sum("too small" in str(warning.message) for warning in caught) == 1
     signal, scale = series(tmp_path, "grad_signal"), series(tmp_path, "noise_scale")
@@ -156,11 +179,18 @@ def test_batches_too_small_for_the_noise_scale_are_announced_once(tmp_path):
 
 def test_two_callbacks_side_by_side(tmp_path):
     net = Net()
-    fit(net, CurvatureCallback(every_n_steps=2), CurvatureCallback(every_n_steps=3), tmp_path=tmp_path)
+    fit(
+        net,
+        CurvatureCallback(every_n_steps=2),
+        CurvatureCallback(every_n_steps=3),
+        tmp_path=tmp_path,
+    )
     logged = events(tmp_path).Scalars("curvature/grad_variance")
     assert sorted(event.step for event in logged) == [1, 2, 3, 5, 5, 7]
     for event in logged:
-        assert event.value == pytest.approx(per_sample_gradients(net, event.step).var(0).sum().item(), rel=1e-5)
+        assert event.value == pytest.approx(
+            per_sample_gradients(net, event.step).var(0).sum().item(), rel=1e-5
+        )
     assert_nothing_left_behind(net)
 
 
@@ -182,7 +212,9 @@ def test_each_optimizer_has_its_own_series(tmp_path):
     gradients = [per_sample_gradients(net, step) for step in range(8)]
     for index, columns in enumerate((slice(0, 30), slice(30, None))):
         logged = series(tmp_path, f"grad_variance/optimizer_{index}")
-        assert list(logged.values()) == pytest.approx([g[:, columns].var(0).sum().item() for g in gradients], rel=1e-5)
+        assert list(logged.values()) == pytest.approx(
+            [g[:, columns].var(0).sum().item() for g in gradients], rel=1e-5
+        )
 
 
 def test_gradients_accumulated_over_unlogged_batches_are_left_out(tmp_path):
@@ -216,7 +248,9 @@ def test_a_loss_without_second_derivative_has_everything_but_the_trace(tmp_path)
     def once(output, y):
         return by_hand(output, y) + Once.apply(output) / len(output)
 
-    with pytest.raises(RuntimeError, match=r"second derivative.*ggn_trace.*`mc_samples=0` leaves out the GGN trace"):
+    with pytest.raises(
+        RuntimeError, match=r"second derivative.*ggn_trace.*`mc_samples=0` leaves out the GGN trace"
+    ):
         fit(Net(loss=once), CurvatureCallback(WITH_TRACE))
     net = Net(loss=once)
     fit(net, CurvatureCallback(mc_samples=0), tmp_path=tmp_path)

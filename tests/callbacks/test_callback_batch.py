@@ -23,7 +23,9 @@ from lightning_curv.errors import UnsupportedError
 from lightning_curv.optimizers import DPOptimizer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning"),  # they are, for speed
+    pytest.mark.filterwarnings(
+        "ignore:At step .* are too small:UserWarning"
+    ),  # they are, for speed
     pytest.mark.filterwarnings("ignore:Parameters .* are used by ops without a rule"),
     pytest.mark.filterwarnings("ignore:.*deprecated in v4"),
     pytest.mark.filterwarnings("ignore:(?s).*does not have a deterministic"),
@@ -42,7 +44,9 @@ class Step(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        self.seen.append((step, {name: p.detach().clone() for name, p in self.named_parameters()}, batch))
+        self.seen.append(
+            (step, {name: p.detach().clone() for name, p in self.named_parameters()}, batch)
+        )
         return self.loss(batch)
 
     def loss(self, batch):
@@ -76,9 +80,13 @@ class Tables(Step):
 
     def __init__(self):
         super().__init__()
-        table = torch.randn(6, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        table = torch.randn(
+            6, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+        )
         self.tables = SimpleNamespace(classes=table)  # as many rows as a batch has samples
-        self.embed = nn.Sequential(nn.Linear(FEATURES, 3), nn.Tanh(), nn.Linear(3, CLASSES, bias=False))
+        self.embed = nn.Sequential(
+            nn.Linear(FEATURES, 3), nn.Tanh(), nn.Linear(3, CLASSES, bias=False)
+        )
 
     def loss(self, batch):
         return F.cross_entropy(self.net(batch[0]) @ self.embed(self.tables.classes).T, batch[1])
@@ -92,8 +100,16 @@ def random(*shape, classes=None, seed=0):
 
 
 def fit(net, callback, batches, tmp_path=None, **options):
-    settings = {"accelerator": "cpu", "precision": "64-true", "max_epochs": 1, "log_every_n_steps": 1, **CONSTANT}
-    settings["logger"] = TensorBoardLogger(tmp_path, name="", version="") if tmp_path is not None else False
+    settings = {
+        "accelerator": "cpu",
+        "precision": "64-true",
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+        **CONSTANT,
+    }
+    settings["logger"] = (
+        TensorBoardLogger(tmp_path, name="", version="") if tmp_path is not None else False
+    )
     if isinstance(batches, list):
         batches = DataLoader(batches, batch_size=None)
     pl.Trainer(callbacks=[callback], **(settings | options)).fit(net, batches)
@@ -112,7 +128,9 @@ def assert_true(net, tmp_path, samples, steps=None):
         for _, params, batch in (seen for seen in net.seen if seen[0] == step):
             for sample in samples(batch):
                 leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-                gradient = torch.autograd.grad(torch.func.functional_call(net, leaves, (sample,)), leaves.values())
+                gradient = torch.autograd.grad(
+                    torch.func.functional_call(net, leaves, (sample,)), leaves.values()
+                )
                 rows.append(torch.cat([g.flatten() for g in gradient]))
         values = expected(torch.stack(rows))
         for name, value in values.items():
@@ -155,7 +173,16 @@ CYCLE["self"] = CYCLE
 
 @pytest.mark.parametrize(
     "batch",
-    [X, (X, Y), [X, [Y]], {"x": X, "more": {"y": (Y,)}}, Item(X, Y), [Item(X, Y)], X[:1], (X[:0], Y[:0])],
+    [
+        X,
+        (X, Y),
+        [X, [Y]],
+        {"x": X, "more": {"y": (Y,)}},
+        Item(X, Y),
+        [Item(X, Y)],
+        X[:1],
+        (X[:0], Y[:0]),
+    ],
     ids=lambda batch: type(batch).__name__,
 )
 def test_the_size_is_the_one_that_lightning_extracts(batch):
@@ -204,7 +231,9 @@ def test_a_size_of_the_user_is_taken_as_it_is():
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, "six", True])
 def test_a_size_must_be_a_number_or_a_function(size):
-    with pytest.raises(ValueError, match=f"`batch_size` must be None, a positive number or a function.*{size!r}"):
+    with pytest.raises(
+        ValueError, match=f"`batch_size` must be None, a positive number or a function.*{size!r}"
+    ):
         CurvatureCallback(batch_size=size)
     with pytest.raises(ValueError, match="`batch_size` must give the number of samples"):
         describe_batch((X, Y), lambda batch: 2.5)
@@ -214,13 +243,21 @@ def test_a_size_must_be_a_number_or_a_function(size):
 
 
 def sequences_first(n=5):
-    return [(random(TIMES, n, FEATURES, seed=s), random(TIMES, n, classes=CLASSES, seed=s)) for s in range(3)]
+    return [
+        (random(TIMES, n, FEATURES, seed=s), random(TIMES, n, classes=CLASSES, seed=s))
+        for s in range(3)
+    ]
 
 
 @pytest.mark.parametrize("n", [5, 2])
 def test_sequences_first_with_a_function_for_the_size(tmp_path, n):
     net = SequenceFirst()
-    fit(net, CurvatureCallback(batch_size=lambda batch: batch[0].shape[1]), sequences_first(n), tmp_path)
+    fit(
+        net,
+        CurvatureCallback(batch_size=lambda batch: batch[0].shape[1]),
+        sequences_first(n),
+        tmp_path,
+    )
     assert_true(net, tmp_path, along(1))
 
 
@@ -234,7 +271,10 @@ def test_sequences_first_with_a_number_or_without(tmp_path, size):
 
 @pytest.mark.parametrize("times", [2, 4, 7])
 def test_networks_that_work_token_by_token(tmp_path, times):
-    batches = [(random(4, times, FEATURES, seed=s), random(4, times, classes=CLASSES, seed=s)) for s in range(2)]
+    batches = [
+        (random(4, times, FEATURES, seed=s), random(4, times, classes=CLASSES, seed=s))
+        for s in range(2)
+    ]
     net = Step()
     fit(net, CurvatureCallback(), batches, tmp_path)
     assert_true(net, tmp_path, along(0))
@@ -269,10 +309,18 @@ def test_nested_dicts(tmp_path):
             return F.cross_entropy(self.net(batch["views"]["x"]), batch["y"])
 
     def samples(batch):
-        return [{"views": {"x": batch["views"]["x"][n : n + 1]}, "y": batch["y"][n : n + 1]} for n in range(6)]
+        return [
+            {"views": {"x": batch["views"]["x"][n : n + 1]}, "y": batch["y"][n : n + 1]}
+            for n in range(6)
+        ]
 
     net, y = Nested(), random(6, classes=CLASSES)
-    fit(net, CurvatureCallback(), [{"views": {"x": random(6, FEATURES)}, "y": y, "epoch": 3, "name": "a"}], tmp_path)
+    fit(
+        net,
+        CurvatureCallback(),
+        [{"views": {"x": random(6, FEATURES)}, "y": y, "epoch": 3, "name": "a"}],
+        tmp_path,
+    )
     assert_true(net, tmp_path, samples)
 
 
@@ -282,10 +330,18 @@ def test_two_loaders_of_which_one_is_used(tmp_path):
             return F.cross_entropy(self.net(batch["second"][0]), batch["second"][1])
 
     def loader(n):
-        return DataLoader([(random(n, FEATURES, seed=s), random(n, classes=CLASSES, seed=s)) for s in range(2)], None)
+        return DataLoader(
+            [(random(n, FEATURES, seed=s), random(n, classes=CLASSES, seed=s)) for s in range(2)],
+            None,
+        )
 
     net = Second()
-    fit(net, CurvatureCallback(), CombinedLoader({"first": loader(4), "second": loader(6)}), tmp_path)
+    fit(
+        net,
+        CurvatureCallback(),
+        CombinedLoader({"first": loader(4), "second": loader(6)}),
+        tmp_path,
+    )
     assert_true(net, tmp_path, lambda b: [{"second": (x, y)} for x, y in along(0)(b["second"])])
 
 
@@ -300,7 +356,9 @@ def test_an_iterator_of_batches(tmp_path, size):
     net = Iterating()
     fit(net, CurvatureCallback(batch_size=size), batches, tmp_path)
     assert_true(net, tmp_path, along(0))
-    with pytest.raises(ValueError, match="a number where `training_step` takes a `dataloader_iter`"):
+    with pytest.raises(
+        ValueError, match="a number where `training_step` takes a `dataloader_iter`"
+    ):
         fit(Iterating(), CurvatureCallback(batch_size=len), batches)
 
 
@@ -337,7 +395,11 @@ def test_a_table_of_the_batch_is_data():
 
     fit(Tables(), CurvatureCallback(), pairs())
     with pytest.raises(UnsupportedError, match="samples mix"):
-        fit(Given(), CurvatureCallback(["grad_variance"]), [(*batch, random(6, FEATURES)) for batch in pairs()])
+        fit(
+            Given(),
+            CurvatureCallback(["grad_variance"]),
+            [(*batch, random(6, FEATURES)) for batch in pairs()],
+        )
 
 
 def test_a_batch_that_is_not_read_says_nothing(tmp_path):
@@ -345,7 +407,9 @@ def test_a_batch_that_is_not_read_says_nothing(tmp_path):
 
     class Replay(Step):
         def training_step(self, batch, batch_idx):
-            return super().training_step((self.replay[0].clone(), self.replay[1].clone()), batch_idx)
+            return super().training_step(
+                (self.replay[0].clone(), self.replay[1].clone()), batch_idx
+            )
 
     net = Replay()
     net.replay = pairs()[0][0], pairs()[0][1] % CLASSES
@@ -367,13 +431,17 @@ def test_several_losses_in_manual_optimization(tmp_path):
             optimizer.step()
 
     net = Manual()
-    callback = CurvatureCallback(["grad_norm", "sample_norms"], batch_size=lambda batch: batch[0].shape[1])
+    callback = CurvatureCallback(
+        ["grad_norm", "sample_norms"], batch_size=lambda batch: batch[0].shape[1]
+    )
     fit(net, callback, sequences_first(), tmp_path)
     for step, params, batch in net.seen:
         norms = []
         for sample in along(1)(batch):
             leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
-            gradient = torch.autograd.grad(torch.func.functional_call(net, leaves, (sample,)), leaves.values())
+            gradient = torch.autograd.grad(
+                torch.func.functional_call(net, leaves, (sample,)), leaves.values()
+            )
             norms.append(torch.cat([g.flatten() for g in gradient]).norm().item())
         assert series(tmp_path, "sample_norm_max")[step] == pytest.approx(max(norms))
 
@@ -385,7 +453,11 @@ def test_a_wrong_size_is_refused_by_name():
 
 def test_a_number_does_not_fit_a_smaller_last_batch():
     with pytest.raises(UnsupportedError, match="`batch_size` says 3 samples"):
-        fit(Model(), CurvatureCallback(batch_size=3), DataLoader(random(5, 5, classes=CLASSES), batch_size=3))
+        fit(
+            Model(),
+            CurvatureCallback(batch_size=3),
+            DataLoader(random(5, 5, classes=CLASSES), batch_size=3),
+        )
 
 
 def test_optimizers_get_the_quantities_of_these_samples():
@@ -399,22 +471,30 @@ def test_optimizers_get_the_quantities_of_these_samples():
             sizes.extend(len(p.batch_l2) for p in self.parameters())
 
     sizes = []
-    fit(Supplied(), CurvatureCallback(batch_size=lambda batch: batch[0].shape[1]), sequences_first())
+    fit(
+        Supplied(), CurvatureCallback(batch_size=lambda batch: batch[0].shape[1]), sequences_first()
+    )
     assert sizes == [5] * 12
 
 
 def test_private_steps_know_the_batch():
     class Private(Tables):
         def configure_optimizers(self):
-            return DPOptimizer(torch.optim.SGD(self.parameters(), lr=0.1), clip_norm=0.5, noise_multiplier=0.0)
+            return DPOptimizer(
+                torch.optim.SGD(self.parameters(), lr=0.1), clip_norm=0.5, noise_multiplier=0.0
+            )
 
     net = Private().double()
-    loader = DataLoader(list(zip(random(12, FEATURES), random(12, classes=6))), batch_size=6, shuffle=True)
+    loader = DataLoader(
+        list(zip(random(12, FEATURES), random(12, classes=6))), batch_size=6, shuffle=True
+    )
     fit(net, PrivacyCallback(sampling="epoch"), loader)
     (*_, (_, params, batch)) = net.seen
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     for sample in along(0)(batch):
-        gradient = torch.autograd.grad(torch.func.functional_call(net, leaves, (sample,)), leaves.values())
+        gradient = torch.autograd.grad(
+            torch.func.functional_call(net, leaves, (sample,)), leaves.values()
+        )
         norm = torch.stack([g.norm() for g in gradient]).norm()
         for p, g in zip(params.values(), gradient):
             p -= 0.1 / 6 * g * (0.5 / norm).clamp(max=1)

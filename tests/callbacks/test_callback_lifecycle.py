@@ -33,13 +33,21 @@ from lightning_curv import CurvatureCallback, KFACOptimizer
 from lightning_curv.engine.sum_check import SumCheck
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning"),  # they are, for speed
-    pytest.mark.filterwarnings("ignore:(?s).*(deprecated in v4|LightningCLI's args)"),  # Lightning and jsonargparse
+    pytest.mark.filterwarnings(
+        "ignore:At step .* are too small:UserWarning"
+    ),  # they are, for speed
+    pytest.mark.filterwarnings(
+        "ignore:(?s).*(deprecated in v4|LightningCLI's args)"
+    ),  # Lightning and jsonargparse
 ]
 
 
-@pytest.mark.parametrize("where", ["training_step", "on_before_backward", "on_after_backward", "optimizer_step"])
-def test_an_exception_in_the_middle_of_a_step_leaves_nothing_and_a_second_fit_works(tmp_path, where):
+@pytest.mark.parametrize(
+    "where", ["training_step", "on_before_backward", "on_after_backward", "optimizer_step"]
+)
+def test_an_exception_in_the_middle_of_a_step_leaves_nothing_and_a_second_fit_works(
+    tmp_path, where
+):
     def fail(*args, **kwargs):
         raise ZeroDivisionError("on purpose")
 
@@ -78,7 +86,9 @@ def test_unsupported_model_raises_or_warns_once():
     with pytest.raises(RuntimeError, match=r"(?i)batch.?norm"):
         fit(Normed(), CurvatureCallback(["default", "sample_norms"]))
     net = Normed()
-    with pytest.warns(UserWarning, match="CurvatureCallback logs .* leaves out sample_norms") as caught:
+    with pytest.warns(
+        UserWarning, match="CurvatureCallback logs .* leaves out sample_norms"
+    ) as caught:
         trainer = fit(net, CurvatureCallback())
     assert sum("CurvatureCallback" in str(warning.message) for warning in caught) == 1
     logged = {name for name in trainer.callback_metrics if name.startswith("curvature")}
@@ -95,7 +105,9 @@ def test_a_failed_check_raises_or_trains_on_without_logging(monkeypatch):
         fit(Net(), CurvatureCallback(["grad_variance"]))
     plain, watched = Net(optimizer=kfac), Net(optimizer=kfac)
     fit(plain, CurvatureCallback(every_n_steps=0))
-    with pytest.warns(UserWarning, match="CurvatureCallback stops logging .*grad_variance.*: on purpose"):
+    with pytest.warns(
+        UserWarning, match="CurvatureCallback stops logging .*grad_variance.*: on purpose"
+    ):
         fit(watched, CurvatureCallback())
     assert_same_parameters(plain, watched)
     assert_nothing_left_behind(watched)
@@ -110,7 +122,9 @@ def test_fast_dev_run_and_other_loggers(tmp_path):
 
 
 def test_early_stopping_can_watch_a_quantity():
-    stop = pl.callbacks.EarlyStopping("curvature/grad_norm", stopping_threshold=1e9, check_on_train_epoch_end=True)
+    stop = pl.callbacks.EarlyStopping(
+        "curvature/grad_norm", stopping_threshold=1e9, check_on_train_epoch_end=True
+    )
     trainer = fit(Net(), CurvatureCallback(), stop, epochs=5)
     assert trainer.current_epoch == 1
 
@@ -128,11 +142,19 @@ def test_resumed_run_continues_the_series(tmp_path):
         precision="64-true",
         **CONSTANT,
     )
-    strictly = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
-    trainer.fit(part, DataLoader(data(), batch_size=6), ckpt_path=tmp_path / "checkpoint", **strictly)
+    strictly = (
+        {"weights_only": True}
+        if "weights_only" in inspect.signature(trainer.fit).parameters
+        else {}
+    )
+    trainer.fit(
+        part, DataLoader(data(), batch_size=6), ckpt_path=tmp_path / "checkpoint", **strictly
+    )
     for name in ("ggn_trace", "grad_variance", "noise_scale"):
         resumed = series(tmp_path / "second", name)
-        assert resumed == {step: value for step, value in series(tmp_path / "whole", name).items() if step >= 4}
+        assert resumed == {
+            step: value for step, value in series(tmp_path / "whole", name).items() if step >= 4
+        }
         assert resumed
 
 
@@ -155,8 +177,22 @@ def test_values_of_two_processes_equal_those_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     x, y = data().tensors
     batches = torch.tensor(list(DistributedSampler(data(), num_replicas=1, rank=0))).split(6)
-    fit(Net(), CurvatureCallback(mc_samples=0), tmp_path=one, epochs=1, loader=[(x[i], y[i]) for i in batches])
-    fit(Net(), CurvatureCallback(mc_samples=0), tmp_path=two, epochs=1, batch_size=3, strategy="ddp_spawn", devices=2)
+    fit(
+        Net(),
+        CurvatureCallback(mc_samples=0),
+        tmp_path=one,
+        epochs=1,
+        loader=[(x[i], y[i]) for i in batches],
+    )
+    fit(
+        Net(),
+        CurvatureCallback(mc_samples=0),
+        tmp_path=two,
+        epochs=1,
+        batch_size=3,
+        strategy="ddp_spawn",
+        devices=2,
+    )
     for name in ("grad_norm", "grad_variance", "grad_signal", "noise_scale"):
         assert series(two, name) == pytest.approx(series(one, name), rel=1e-5)
         assert series(two, name)
@@ -233,7 +269,9 @@ def test_lightning_cli_builds_callback_and_optimizer_from_yaml(tmp_path, import_
 
     (tmp_path / "config.yaml").write_text(CONFIG)
     arguments = ["fit", f"--config={tmp_path / 'config.yaml'}", "--optimizer.damping=0.2"]
-    trainer = cli.LightningCLI(Model, args=arguments, save_config_callback=None, seed_everything_default=False).trainer
+    trainer = cli.LightningCLI(
+        Model, args=arguments, save_config_callback=None, seed_everything_default=False
+    ).trainer
     [optimizer] = trainer.optimizers
     assert type(optimizer) is KFACOptimizer
     assert optimizer.steps == 4
@@ -261,11 +299,15 @@ def test_strategies_that_shard_parameters_are_refused_by_name(name):
         pass
 
     Sharded.__name__ = name
-    with pytest.raises(MisconfigurationException, match=f"whole parameters in every process, found {name}; use"):
+    with pytest.raises(
+        MisconfigurationException, match=f"whole parameters in every process, found {name}; use"
+    ):
         fit(Net(), CurvatureCallback(), strategy=Sharded(torch.device("cpu")), accelerator="auto")
 
 
 def test_model_parallel_is_refused_before_anything_is_sharded():
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), logger=False, **CONSTANT)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), logger=False, **CONSTANT
+    )
     with pytest.raises(MisconfigurationException, match="found ModelParallelStrategy"):
         CurvatureCallback().setup(trainer, Net(), "fit")

@@ -24,7 +24,9 @@ from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
 from lightning_curv.extensions import GGNTraceMC, JacobianMC, SumGradSquared
 from lightning_curv.extensions.spectrum import HessianTraceMC
 
-pytestmark = pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning")  # they are, for speed
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:At step .* are too small:UserWarning"
+)  # they are, for speed
 QUANTITIES = ["default", "mean_gsnr", "hessian_trace"]
 FAILING = {
     "mean_gsnr": (SumGradSquared, "evaluate"),
@@ -55,7 +57,9 @@ def test_out_of_memory_in_a_quantity_turns_off_that_quantity_alone(monkeypatch, 
     run_out_of_memory(monkeypatch, *FAILING[name], held)
     gc.disable()
     try:
-        with pytest.warns(UserWarning, match=f"CurvatureCallback stops logging {name}: out of memory") as caught:
+        with pytest.warns(
+            UserWarning, match=f"CurvatureCallback stops logging {name}: out of memory"
+        ) as caught:
             fit(watched, CurvatureCallback(QUANTITIES, strict=False), tmp_path=tmp_path / "watched")
         assert [reference() for reference in held] == [None]
     finally:
@@ -73,7 +77,9 @@ def test_out_of_memory_in_a_quantity_turns_off_that_quantity_alone(monkeypatch, 
 def test_out_of_memory_stops_a_strict_run_with_the_name_of_the_quantity(monkeypatch, name):
     net = Net()
     run_out_of_memory(monkeypatch, *FAILING[name], [])
-    with pytest.raises(torch.OutOfMemoryError, match=f"out of memory on purpose .*needs this for {name}"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=f"out of memory on purpose .*needs this for {name}"
+    ):
         fit(net, CurvatureCallback([*QUANTITIES, name]))
     assert_nothing_left_behind(net)
 
@@ -132,13 +138,19 @@ def test_a_batch_with_nan_or_inf_is_skipped_and_poisons_nothing(tmp_path, value)
     without = [batches[0], *batches[2:]]
     nets = [Net(optimizer=kfac), Net(optimizer=kfac), Net(optimizer=kfac)]
     fit(nets[0], CurvatureCallback(every_n_steps=0), loader=batches, epochs=1)
-    with pytest.warns(RuntimeWarning, match=r"inf or NaN in the gradients of .*net\.0\.weight.*; this step is skipped"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"inf or NaN in the gradients of .*net\.0\.weight.*; this step is skipped",
+    ):
         fit(nets[1], CurvatureCallback(), loader=batches, epochs=1, tmp_path=tmp_path)
     assert_same_parameters(*nets[:2])
     assert finite(nets[1])
     fit(nets[2], CurvatureCallback(), loader=without, epochs=1, tmp_path=tmp_path / "without")
     assert series(tmp_path, "grad_norm").keys() == {0, 2, 3}
-    last, other = (list(series(folder, "noise_scale").items())[-1:] for folder in (tmp_path, tmp_path / "without"))
+    last, other = (
+        list(series(folder, "noise_scale").items())[-1:]
+        for folder in (tmp_path, tmp_path / "without")
+    )
     assert bool(last) == bool(other)
 
 
@@ -161,18 +173,24 @@ class Tampered(Net):
 
 def test_a_gradient_with_nan_is_skipped_and_its_layer_named():
     net = Tampered("gradient", optimizer=kfac)
-    with pytest.warns(RuntimeWarning, match=r"inf or NaN in the gradients of `net\.0\.weight`; this step is skipped"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"inf or NaN in the gradients of `net\.0\.weight`; this step is skipped",
+    ):
         fit(net, CurvatureCallback(), epochs=1)
     assert finite(net)
     assert net.trainer.optimizers[0].steps == 3
 
 
-@pytest.mark.parametrize("build", [kfac, lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, eigen=True), DiagGGNOptimizer])
+@pytest.mark.parametrize(
+    "build", [kfac, lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, eigen=True), DiagGGNOptimizer]
+)
 def test_an_infinite_factor_keeps_the_last_good_one_and_names_the_layer(build):
     """Activations of 1e200 have a second moment of infinity, the cotangents of the last layer are finite."""
     net = Tampered("huge", optimizer=build)
     with pytest.warns(
-        RuntimeWarning, match=r"inf or NaN in the (curvature|gradients|preconditioned gradients) of .*net\.3"
+        RuntimeWarning,
+        match=r"inf or NaN in the (curvature|gradients|preconditioned gradients) of .*net\.3",
     ):
         fit(net, CurvatureCallback(mc_samples=0), epochs=1)
     assert finite(net)
@@ -182,7 +200,9 @@ def test_an_infinite_factor_keeps_the_last_good_one_and_names_the_layer(build):
                 assert not isinstance(tensor, torch.Tensor) or tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("build", [kfac, lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, eigen=True), KFACOptimizer])
+@pytest.mark.parametrize(
+    "build", [kfac, lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, eigen=True), KFACOptimizer]
+)
 def test_singular_factors_and_a_layer_without_gradient(build):
     """Inputs that are constant, a unit that is never active, and a last layer that starts at zero."""
     net = Net(optimizer=build)

@@ -5,7 +5,12 @@ import warnings
 import pytest
 import torch
 from monitoring import Net, assert_same_parameters, data, fit, kfac
-from pytorch_lightning.callbacks import BackboneFinetuning, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -62,7 +67,13 @@ def test_a_monitor_shows_the_schedule_too(tmp_path):
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     logger, net = Seen(tmp_path), Scheduled()
-    fit(net, CurvatureCallback(every_n_steps=0), LearningRateMonitor("step"), logger=logger, epochs=1)
+    fit(
+        net,
+        CurvatureCallback(every_n_steps=0),
+        LearningRateMonitor("step"),
+        logger=logger,
+        epochs=1,
+    )
     rates = [row["lr-KFACOptimizer"] for row in logger.rows if "lr-KFACOptimizer" in row]
     assert len(rates) == 4
     assert all(0 <= rate != 0.5 for rate in rates)
@@ -77,8 +88,15 @@ def test_an_absolute_rate_beside_the_automatic_one_is_named():
         def configure_optimizers(self):
             return KFACOptimizer(self.net[3].parameters())
 
-    with pytest.warns(RuntimeWarning, match=r"0\.001, that of a parameter group, is taken as a factor") as caught:
-        fit(Backbone(), CurvatureCallback(), BackboneFinetuning(1, backbone_initial_lr=1e-3), epochs=4)
+    with pytest.warns(
+        RuntimeWarning, match=r"0\.001, that of a parameter group, is taken as a factor"
+    ) as caught:
+        fit(
+            Backbone(),
+            CurvatureCallback(),
+            BackboneFinetuning(1, backbone_initial_lr=1e-3),
+            epochs=4,
+        )
     assert sum("taken as a factor" in str(warning.message) for warning in caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -94,7 +112,13 @@ def test_a_series_that_is_watched_exists_at_the_end_of_every_epoch(tmp_path, mak
     watching = make(monitor="curvature/grad_norm", **where)
     settings = {"log_every_n_steps": 50, "accumulate_grad_batches": accumulate}
     watched, plain = Net(), Net()
-    trainer = fit(watched, CurvatureCallback(), watching, **settings, enable_checkpointing=make is ModelCheckpoint)
+    trainer = fit(
+        watched,
+        CurvatureCallback(),
+        watching,
+        **settings,
+        enable_checkpointing=make is ModelCheckpoint,
+    )
     assert trainer.callback_metrics["curvature/grad_norm"] > 0
     fit(plain, **settings)
     assert_same_parameters(plain, watched)
@@ -111,7 +135,9 @@ def test_a_series_that_is_watched_exists_at_every_validation():
             return DataLoader(data(), batch_size=6)
 
     stop = EarlyStopping("curvature/grad_norm")
-    trainer = fit(Validated(), CurvatureCallback(), stop, log_every_n_steps=50, val_check_interval=2)
+    trainer = fit(
+        Validated(), CurvatureCallback(), stop, log_every_n_steps=50, val_check_interval=2
+    )
     assert stop.best_score > 0
     assert trainer.global_step == 8
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import needs
 
 NAMES = ("pytorch_lightning", "lightning.pytorch")
 MODEL = """
@@ -28,7 +29,9 @@ print(rank_zero.log.name)
 
 
 def run_python(code):
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert not result.returncode, result.stderr
     return result.stdout.split()
 
@@ -42,7 +45,7 @@ def test_the_engine_and_the_optimizers_import_no_lightning():
 @pytest.mark.parametrize("ours_first", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_logger_of_the_users_lightning_stays(name, ours_first):
-    pytest.importorskip(name)
+    needs(name)
     lines = [f"import {name} as L", "from lightning_curv import CurvatureCallback, PrivacyCallback"]
     code = "\n".join([*(reversed(lines) if ours_first else lines), MODEL, LOGGER])
     assert run_python(code)[-1] == f"{name}.utilities.rank_zero"
@@ -50,7 +53,7 @@ def test_the_logger_of_the_users_lightning_stays(name, ours_first):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_other_copy_of_lightning_is_not_imported(name):
-    pytest.importorskip(name)
+    needs(name)
     (other,) = {*NAMES} - {name}
     code = f"import {name}, sys; before = {other!r} in sys.modules; import lightning_curv; "
     code += f"lightning_curv.CurvatureCallback; print(before, {other!r} in sys.modules)"
@@ -60,7 +63,7 @@ def test_the_other_copy_of_lightning_is_not_imported(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_classes_follow_a_copy_that_is_imported_later(name):
-    pytest.importorskip(name)
+    needs(name)
     (other,) = {*NAMES} - {name}
     code = f"""
 import {other}

@@ -52,7 +52,11 @@ def run(logger, **settings):
         warnings.simplefilter("always")
         net = Net()
         trainer = fit(net, CurvatureCallback(layout=True), logger=logger, epochs=1, **settings)
-    return net, trainer, [str(w.message) for w in caught if "cannot write to a logger" in str(w.message)]
+    return (
+        net,
+        trainer,
+        [str(w.message) for w in caught if "cannot write to a logger" in str(w.message)],
+    )
 
 
 def test_a_minimal_logger_gets_the_values():
@@ -69,7 +73,12 @@ def test_a_minimal_logger_gets_the_values():
 def test_a_logger_whose_experiment_fails_gets_the_values_and_one_warning():
     logger = Typed()
     _, _, said = run(logger)
-    assert [step for metrics, step in logger.seen if "curvature/grad_norm" in metrics] == [0, 1, 2, 3]
+    assert [step for metrics, step in logger.seen if "curvature/grad_norm" in metrics] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert len(said) == 1
 
 

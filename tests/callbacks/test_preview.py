@@ -40,7 +40,10 @@ def test_other_paths_and_what_is_not_to_be_had_are_named(kind):
     assert rows["sample_norms"].path == "not"
     assert rows["noise_scale"].path == "from micro-batches, if there are several"
     assert rows["ggn_trace"].path == "of the whole batch"
-    assert all("influence each other" in rows[name].reason for name in ("sample_norms", "noise_scale", "ggn_trace"))
+    assert all(
+        "influence each other" in rows[name].reason
+        for name in ("sample_norms", "noise_scale", "ggn_trace")
+    )
     assert rows["ggn_trace"].price > 0
 
 
@@ -79,7 +82,9 @@ def test_what_has_no_preview_says_so():
 
 def doctor(*arguments):
     command = [sys.executable, "-m", "lightning_curv", "doctor", *arguments]
-    return subprocess.run(command, cwd=ROOT / "tests" / "support", capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT / "tests" / "support", capture_output=True, text=True, check=False
+    )
 
 
 def test_the_doctor_prints_versions_and_the_table():

@@ -36,12 +36,17 @@ def test_the_warning_names_the_prices_in_steps():
 
 
 def test_the_defaults_say_nothing_of_prices():
-    assert not warning_of_price(chosen("grad_norm", "ggn_trace"), {"ggn_trace_mc": 9.0}, total=9.0, rest=0.1)
+    assert not warning_of_price(
+        chosen("grad_norm", "ggn_trace"), {"ggn_trace_mc": 9.0}, total=9.0, rest=0.1
+    )
     assert not run(Quantiles(), CurvatureCallback())
 
 
 def test_what_several_share_is_in_the_price_of_each():
-    found = by_quantity(chosen("grad_norm", "grad_variance", "mean_gsnr"), {"batch_l2": 1.0, "sum_grad_squared": 2.0})
+    found = by_quantity(
+        chosen("grad_norm", "grad_variance", "mean_gsnr"),
+        {"batch_l2": 1.0, "sum_grad_squared": 2.0},
+    )
     assert found == {"grad_variance": 1.0, "mean_gsnr": 3.0}
 
 
@@ -97,5 +102,7 @@ def test_a_run_with_a_budget_logs_more_rarely_and_ends_with_the_same_parameters(
 
 
 def test_a_wrong_budget_is_refused():
-    with pytest.raises(ValueError, match=r"`budget` must be None or a share of the time in \(0, 1\), found 2"):
+    with pytest.raises(
+        ValueError, match=r"`budget` must be None or a share of the time in \(0, 1\), found 2"
+    ):
         CurvatureCallback(budget=2)

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_curv import CurvatureCallback
 
-pytestmark = pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning")  # they are, for speed
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:At step .* are too small:UserWarning"
+)  # they are, for speed
 
 
 class InPlace(Net):
@@ -32,7 +34,9 @@ class Checkpointed(Net):
     def forward(self, x):
         if self._trainer is None or not self.trainer.training:  # brute force
             return self.net(x)
-        hidden = checkpoint(self.net[:3], x.requires_grad_(self.reentrant), use_reentrant=self.reentrant)
+        hidden = checkpoint(
+            self.net[:3], x.requires_grad_(self.reentrant), use_reentrant=self.reentrant
+        )
         return self.net[3](hidden)
 
 
@@ -61,7 +65,13 @@ class Tied(Net):
         self.net[3].weight = self.net[1].weight
 
 
-MODELS = {"in place": InPlace, "checkpoint": Checkpointed, "frozen": Frozen, "unused": Unused, "tied": Tied}
+MODELS = {
+    "in place": InPlace,
+    "checkpoint": Checkpointed,
+    "frozen": Frozen,
+    "unused": Unused,
+    "tied": Tied,
+}
 
 
 @pytest.mark.parametrize("optimizer", [sgd, kfac])
@@ -72,7 +82,11 @@ def test_values_are_true_and_parameters_as_without(tmp_path, model, optimizer):
     fit(nets[1], CurvatureCallback(), tmp_path=tmp_path)
     assert_same_parameters(*nets)
     assert_nothing_left_behind(nets[1])
-    trained = {name for name, p in nets[1].named_parameters() if p.requires_grad and not name.startswith("unused")}
+    trained = {
+        name
+        for name, p in nets[1].named_parameters()
+        if p.requires_grad and not name.startswith("unused")
+    }
     for i, (step, params, batch) in enumerate(nets[1].seen):
         nets[1].seen[i] = step, {name: p for name, p in params.items() if name in trained}, batch
     assert_logged_values_are_true(nets[1], tmp_path, range(8))
@@ -80,7 +94,9 @@ def test_values_are_true_and_parameters_as_without(tmp_path, model, optimizer):
 
 def test_reentrant_checkpoints_are_refused():
     net = Reentrant()
-    with pytest.raises(NotImplementedError, match=r"CheckpointFunctionBackward.*use_reentrant=False"):
+    with pytest.raises(
+        NotImplementedError, match=r"CheckpointFunctionBackward.*use_reentrant=False"
+    ):
         fit(net, CurvatureCallback(["grad_variance"]))
     assert_nothing_left_behind(net)
     with pytest.warns(UserWarning, match="leaves out .*CheckpointFunctionBackward"):
@@ -139,7 +155,12 @@ def test_compiled_steps_stay_compiled_and_are_not_compiled_again(tmp_path, where
         compilations.clear()
         runs.clear()
         net = compiled_net(where, backend)
-        fit(net, CurvatureCallback(every_n_steps=3 * monitored), tmp_path=tmp_path / str(monitored), epochs=3)
+        fit(
+            net,
+            CurvatureCallback(every_n_steps=3 * monitored),
+            tmp_path=tmp_path / str(monitored),
+            epochs=3,
+        )
         found[monitored] = len(compilations), len(runs)
         assert_same_parameters(plain, net)
     (graphs, runs_without), (graphs_monitored, runs_monitored) = found[False], found[True]

@@ -56,7 +56,10 @@ class Autoencoder(Kind):
     """The evidence lower bound of a variational autoencoder, with its Kullback-Leibler term."""
 
     def build(self):
-        self.encoder, self.decoder = nn.Linear(5, 4), nn.Sequential(nn.Linear(2, 6), nn.Softplus(), nn.Linear(6, 5))
+        self.encoder, self.decoder = (
+            nn.Linear(5, 4),
+            nn.Sequential(nn.Linear(2, 6), nn.Softplus(), nn.Linear(6, 5)),
+        )
 
     def batch(self, seed):
         return [random(N, 5, seed=seed), random(N, 2, seed=seed + 50)]
@@ -118,11 +121,17 @@ class Packed(Kind):
         self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 1)
 
     def batch(self, seed):
-        return [random(N, 5, 3, seed=seed), torch.tensor([5, 2, 3, 4, 1, 3]), random(N, 1, seed=seed + 50)]
+        return [
+            random(N, 5, 3, seed=seed),
+            torch.tensor([5, 2, 3, 4, 1, 3]),
+            random(N, 1, seed=seed + 50),
+        ]
 
     def loss(self, batch):
         x, lengths, y = batch
-        _, (last, _) = self.lstm(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))
+        _, (last, _) = self.lstm(
+            pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        )
         return F.mse_loss(self.head(last[-1]), y)
 
 
@@ -138,12 +147,22 @@ class Graphs(Kind):
         start = (sizes.cumsum(0) - sizes)[graph]
         nodes = torch.arange(len(graph))
         following = start + (nodes - start + 1) % sizes[graph]  # a ring
-        return [random(len(graph), 3, seed=seed), torch.stack([nodes, following]), graph, random(N, 1, seed=seed + 50)]
+        return [
+            random(len(graph), 3, seed=seed),
+            torch.stack([nodes, following]),
+            graph,
+            random(N, 1, seed=seed + 50),
+        ]
 
     def one(self, batch, n):
         x, (source, target), graph, y = batch
         mine, first = graph == n, int((graph < n).sum())
-        return [x[mine], torch.stack([source[mine] - first, target[mine] - first]), graph[mine] - n, y[n : n + 1]]
+        return [
+            x[mine],
+            torch.stack([source[mine] - first, target[mine] - first]),
+            graph[mine] - n,
+            y[n : n + 1],
+        ]
 
     def loss(self, batch):
         x, (source, target), graph, y = batch
@@ -156,7 +175,10 @@ class Masked(Kind):
     """A masked language model, whose loss leaves out all other tokens: as many masked ones in every sample."""
 
     def build(self):
-        self.embedding, self.attend = nn.Embedding(9, 8), nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)
+        self.embedding, self.attend = (
+            nn.Embedding(9, 8),
+            nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True),
+        )
         self.head = nn.Linear(8, 9)
 
     def batch(self, seed):
@@ -178,5 +200,14 @@ def normed_batch():
 
 KINDS = {
     kind.__name__: kind
-    for kind in (Quantiles, Autoencoder, Contrastive, ContrastiveByHand, Normed, Packed, Graphs, Masked)
+    for kind in (
+        Quantiles,
+        Autoencoder,
+        Contrastive,
+        ContrastiveByHand,
+        Normed,
+        Packed,
+        Graphs,
+        Masked,
+    )
 }
