@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: the address of the repository, and the README without relative links.
 
-The address is that of the repository whose release workflow builds the package, so that a fork's package leads to the
-fork. A build elsewhere has none: then links to files of the repository, and pictures, are left out of the README.
+The address is that of the repository whose release workflow builds the package, so that a fork's
+package leads to the fork. A build elsewhere has none: then links to files of the repository, and
+pictures, are left out of the README.
 """
 
 import os
@@ -31,7 +32,9 @@ def long_description(readme: str, repository: str | None) -> str:
     """The README without relative links: to files in the repository, or just their text."""
     relative = r"\]\((?!https?://|#)([^)]+)\)"
     if repository is None:
-        return re.sub(rf"\[([^\]]*){relative}", r"\1", re.sub(rf"!\[[^\]]*{relative}\n*", "", readme))
+        return re.sub(
+            rf"\[([^\]]*){relative}", r"\1", re.sub(rf"!\[[^\]]*{relative}\n*", "", readme)
+        )
     readme = re.sub(rf"(!\[[^\]]*){relative}", rf"\1]({repository}/raw/main/\2)", readme)
     return re.sub(relative, rf"]({repository}/blob/main/\1)", readme)
 
@@ -39,7 +42,9 @@ def long_description(readme: str, repository: str | None) -> str:
 if __name__ == "__main__":
     urls = project_urls(dict(os.environ))
     setup(
-        long_description=long_description((ROOT / "README.md").read_text(encoding="utf-8"), urls.get("Repository")),
+        long_description=long_description(
+            (ROOT / "README.md").read_text(encoding="utf-8"), urls.get("Repository")
+        ),
         long_description_content_type="text/markdown",
         project_urls=urls,
     )

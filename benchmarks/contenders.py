@@ -1,8 +1,8 @@
 """One training step of every contender: ours, the plain gradient, BackPACK, `torch.func`, curvlinops, Opacus.
 
-A maker takes a network, its data and the names of quantities, and returns the step: forward pass, loss, backward pass
-and the quantities. It returns `None` where the contender has no such quantity, and raises `ImportError` where it is not
-installed.
+A maker takes a network, its data and the names of quantities, and returns the step: forward pass,
+loss, backward pass and the quantities. It returns `None` where the contender has no such quantity,
+and raises `ImportError` where it is not installed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,14 @@ class Comparison:
     beside: dict[str, Names] = field(default_factory=dict)
 
 
-_GGN = ("DiagGGNExact", "DiagGGNMC", "BatchDiagGGNExact", "BatchDiagGGNMC", "SqrtGGNExact", "SqrtGGNMC")
+_GGN = (
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+)
 _KRONECKER = ("KFAC", "KFLR", "KFRA", "GGNMP")
 _HESSIAN = ("DiagHessian", "BatchDiagHessian", "HMP", "PCHMP")
 COMPARISONS = {
@@ -52,11 +59,15 @@ COMPARISONS = {
     **{name: Comparison((name,), smooth=True) for name in _HESSIAN},
     "first order together": Comparison(FIRST_ORDER, beside={name: (name,) for name in FIRST_ORDER}),
     "DiagHessian, ReLU": Comparison(("DiagHessian",), beside={"DiagGGNExact": ("DiagGGNExact",)}),
-    "BatchDiagHessian, ReLU": Comparison(("BatchDiagHessian",), beside={"BatchDiagGGNExact": ("BatchDiagGGNExact",)}),
+    "BatchDiagHessian, ReLU": Comparison(
+        ("BatchDiagHessian",), beside={"BatchDiagGGNExact": ("BatchDiagGGNExact",)}
+    ),
     "HMP, ReLU": Comparison(("HMP",), beside={"GGNMP": ("GGNMP",)}),
     "record()": Comparison(()),
 }
-FIELDS = [getattr(lightning_curv, name)().savefield for c in COMPARISONS.values() for name in c.names]
+FIELDS = [
+    getattr(lightning_curv, name)().savefield for c in COMPARISONS.values() for name in c.names
+]
 
 
 def plain(net: nn.Module, x: Tensor, y: Tensor, names: Names = ()) -> Step:
@@ -134,7 +145,9 @@ def curvlinops(net: nn.Module, x: Tensor, y: Tensor, names: Names) -> Step | Non
     }
     parameters = [p for layer in layers for p in layer.parameters()]
     loss = nn.CrossEntropyLoss()
-    return lambda: KFACLinearOperator(net, loss, parameters, [(x, y)], **arguments).compute_kronecker_factors()
+    return lambda: KFACLinearOperator(
+        net, loss, parameters, [(x, y)], **arguments
+    ).compute_kronecker_factors()
 
 
 def opacus(net: nn.Module, x: Tensor, y: Tensor, names: Names) -> Step | None:

@@ -2,10 +2,11 @@
 
     python benchmarks/density.py [folder ...]
 
-Without folders: those of the package. Code lines hold a token that is neither comment nor docstring; `tokens` are those
-per code line, a string being one; `names` is the mean length of the names that functions bind, arguments aside;
-`comments` are the lines with a comment relative to code lines; `long` those with more than 100 characters. No number
-must be reached: compare those before a change with those after it.
+Without folders: those of the package. Code lines hold a token that is neither comment nor
+docstring; `tokens` are those per code line, a string being one; `names` is the mean length of the
+names that functions bind, arguments aside; `comments` are the lines with a comment relative to code
+lines; `long` those with more than 100 characters. No number must be reached: compare those before a
+change with those after it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = ("lightning_curv", "optimizers", "callbacks")
 LONG = 100  # characters
-LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING}
+LAYOUT = {
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.ENCODING,
+}
 # From Python 3.12 on, an f-string comes in parts.
 FSTRING_START, FSTRING_END = (getattr(tokenize, f"FSTRING_{end}", None) for end in ("START", "END"))
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -40,7 +48,9 @@ class Density:
     names: list[str] = field(default_factory=list)
 
     def __add__(self, other: Density) -> Density:
-        return Density(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        return Density(
+            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        )
 
     def row(self, title: str) -> str:
         """One line of the table."""
@@ -71,7 +81,15 @@ def density(source: str, package: bool = False) -> Density:
             tokens += 1
             code_lines.update(range(line, token.end[0] + 1))
     long_lines = sum(len(line) > LONG for line in source.splitlines())
-    return Density(1, int(package), len(code_lines), tokens, len(comment_lines), long_lines, list(_local_names(tree)))
+    return Density(
+        1,
+        int(package),
+        len(code_lines),
+        tokens,
+        len(comment_lines),
+        long_lines,
+        list(_local_names(tree)),
+    )
 
 
 def _docstring_lines(tree: ast.Module) -> Iterator[int]:
@@ -87,7 +105,11 @@ def _local_names(tree: ast.Module) -> Iterator[str]:
     while pending:
         node = pending.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            bound = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            bound = {
+                n.id
+                for n in ast.walk(node)
+                if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+            }
             yield from bound - {"_"}
         else:
             pending.extend(ast.iter_child_nodes(node))
@@ -102,9 +124,13 @@ def room(folder: Path) -> Density:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path, default=[ROOT / name for name in ROOMS])
-    print(f"{'':24}{'files':>7}{'packages':>10}{'code lines':>12}{'tokens':>8}{'names':>7}{'comments':>10}{'long':>6}")
+    print(
+        f"{'':24}{'files':>7}{'packages':>10}{'code lines':>12}{'tokens':>8}{'names':>7}{'comments':>10}{'long':>6}"
+    )
     total = Density()
     for folder in parser.parse_args().folders:
         found = room(folder)

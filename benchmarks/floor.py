@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/floor.py [--networks mlp 2c2d 3c3d] [--repeats 9]
 
-The floor of a quantity is the plain step as measured, plus the products of matrices that the quantity adds at the rate
-of one large product. Squares, copies of patches, sums, normalisations, the recurrence of an LSTM and Python count as
-nothing. Where the results do not fit into memory that the process has used before, their first touch comes on top, at
-the rate at which fresh memory in huge pages is filled.
+The floor of a quantity is the plain step as measured, plus the products of matrices that the
+quantity adds at the rate of one large product. Squares, copies of patches, sums, normalisations,
+the recurrence of an LSTM and Python count as nothing. Where the results do not fit into memory that
+the process has used before, their first touch comes on top, at the rate at which fresh memory in
+huge pages is filled.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ from lightning_curv.kernels.onednn import mm
 from lightning_curv.terms.chunks import Matrices
 from lightning_curv.terms.jacobian import Jacobian
 
-QUANTITIES = ("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance", "DiagGGNMC", "KFAC", "DiagGGNExact")
+QUANTITIES = (
+    "BatchGrad",
+    "BatchL2Grad",
+    "SumGradSquared",
+    "Variance",
+    "DiagGGNMC",
+    "KFAC",
+    "DiagGGNExact",
+)
 
 
 class Work(Extension):
@@ -42,10 +51,17 @@ class Work(Extension):
         """A multiplication and an addition are two operations; those of embeddings and normalisations do not count."""
         size, samples = jacobian.parameter.numel(), jacobian.samples
         work: Counter[str] = Counter({"BatchGrad bytes": 4 * samples * size})
-        work.update({f"{name} bytes": 4 * size for name in ("SumGradSquared", "Variance", "DiagGGNMC", "DiagGGNExact")})
+        work.update(
+            {
+                f"{name} bytes": 4 * size
+                for name in ("SumGradSquared", "Variance", "DiagGGNMC", "DiagGGNExact")
+            }
+        )
         (term,) = jacobian.terms
         m = Matrices(term)
-        both, out, inp, positions = (m.size(letters) for letters in (m.both, m.outputs, m.inputs, m.shared))
+        both, out, inp, positions = (
+            m.size(letters) for letters in (m.both, m.outputs, m.inputs, m.shared)
+        )
         if term.x is None:
             return work + Counter({"KFAC bytes": 4 * out**2})
         if term.classes or not m.inputs:
@@ -54,7 +70,9 @@ class Work(Extension):
         work["product"] = product
         if term.shared:
             work["BatchGrad"] = product
-            work["BatchL2Grad"] = product if jacobian.forms_norms else 2 * rows * positions * (out + inp)
+            work["BatchL2Grad"] = (
+                product if jacobian.forms_norms else 2 * rows * positions * (out + inp)
+            )
         work["KFAC"] = rows * (out**2 + inp**2)  # half of the products: they are symmetric
         work["KFAC bytes"] = 4 * both * (out**2 + inp**2)
         return work
@@ -75,7 +93,9 @@ def count(net: nn.Module, x: Tensor, y: Tensor) -> Counter[str]:
     total["SumGradSquared"] = total["Variance"] = product
     total["DiagGGNMC"] = backwards + product
     total["KFAC"] += backwards
-    shared = total["BatchGrad"]  # by sample and column; where nothing is shared the squares are summed first
+    shared = total[
+        "BatchGrad"
+    ]  # by sample and column; where nothing is shared the squares are summed first
     total["DiagGGNExact"] = columns * (backwards + shared) + product - shared
     return total
 
@@ -96,7 +116,9 @@ def rates() -> tuple[float, float]:
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["mlp", "3c3d"])
     parser.add_argument("--limit", type=float, default=3, help="seconds that one step may take")
     parser.add_argument("--repeats", type=int, default=9)
@@ -117,7 +139,10 @@ def main() -> None:
         for name in QUANTITIES:
             models = copy.deepcopy(net), copy.deepcopy(net)
             steps = plain(models[0], x, y), ours(models[1], x, y, (name,))
-            contenders = [Contender(step, partial(clear, model)) for step, model in zip(steps, models, strict=True)]
+            contenders = [
+                Contender(step, partial(clear, model))
+                for step, model in zip(steps, models, strict=True)
+            ]
             compare(dict(zip("ab", contenders, strict=True)), options.repeats, options.limit)
             if any(contender.skipped for contender in contenders):
                 continue
@@ -126,7 +151,10 @@ def main() -> None:
             touched = floor + work[f"{name} bytes"] / fresh / median(base)
             ratio = median(b / a for a, b in zip(base, found, strict=True))
             counted = f"{work['plain'] / 1e9:.2f} | {work[name] / 1e9:.2f} | {work[f'{name} bytes'] / 1e6:.1f}"
-            print(f"| {network} | {name} | {counted} | {floor:.2f} | {touched:.2f} | {ratio:.2f} |", flush=True)
+            print(
+                f"| {network} | {name} | {counted} | {floor:.2f} | {touched:.2f} | {ratio:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

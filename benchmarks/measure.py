@@ -1,9 +1,10 @@
 """Time and memory of steps that take turns in one process.
 
-Time is the process' own (user and system), which other processes on the machine do not add to; on a GPU it is the wall
-clock between two synchronizations. Memory is counted at the allocator of torch: the largest sum of live bytes during a
-step, above what was alive before it. So counted it is the same in every run, and does not depend on what the operating
-system gives back when; buffers that kernels get around the allocator are not in it.
+Time is the process' own (user and system), which other processes on the machine do not add to; on a
+GPU it is the wall clock between two synchronizations. Memory is counted at the allocator of torch:
+the largest sum of live bytes during a step, above what was alive before it. So counted it is the
+same in every run, and does not depend on what the operating system gives back when; buffers that
+kernels get around the allocator are not in it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Contender:
         return {"seconds": [float(f"{s:.4g}") for s in self.seconds], "bytes": self.bytes}
 
 
-def compare(contenders: dict[str, Contender], rounds: int, limit: float, device: str = "cpu") -> None:
+def compare(
+    contenders: dict[str, Contender], rounds: int, limit: float, device: str = "cpu"
+) -> None:
     """Measure contenders in turn; each round starts with the next one.
 
     Args:
@@ -77,7 +80,9 @@ def compare(contenders: dict[str, Contender], rounds: int, limit: float, device:
         gc.collect()
         names = list(calls)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            clocked(contenders[name], device)  # with what others have left of the caches and of the memory: not counted
+            clocked(
+                contenders[name], device
+            )  # with what others have left of the caches and of the memory: not counted
             times = [clocked(contenders[name], device) for _ in range(calls[name])]
             contenders[name].seconds.append(sum(times) / len(times))
 
@@ -86,11 +91,19 @@ def reason(error: Exception) -> str:
     """Why a step could not be measured, in one line."""
     if isinstance(error, NotImplementedError):
         return "unsupported"
-    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+    if (
+        isinstance(error, MemoryError)
+        or "allocate memory" in str(error)
+        or "out of memory" in str(error)
+    ):
         return "out of memory"
     if isinstance(error, TimeoutError):
         return str(error)
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}" if str(error) else type(error).__name__
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+        if str(error)
+        else type(error).__name__
+    )
 
 
 @contextmanager
@@ -128,8 +141,8 @@ def clocked(contender: Contender, device: str) -> float:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, up to blocks of 32 MiB and 1 GiB in all.
 
-    Otherwise it gives some back to the system, depending on how blocks happen to lie, and to map them anew takes up to
-    a fifth of a step, of one contender in one run and of another in the next.
+    Otherwise it gives some back to the system, depending on how blocks happen to lie, and to map
+    them anew takes up to a fifth of a step, of one contender in one run and of another in the next.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**30)):

@@ -1,10 +1,12 @@
 """Every quantity on many architectures, compared with plain autograd: which are right, refused, wrong or crash?
 
-    OMP_NUM_THREADS=1 python benchmarks/models.py [--suite transformers] [--only bert gpt2 ...] [--out results.json]
+    OMP_NUM_THREADS=1 python benchmarks/models.py [--suite transformers] [--only bert gpt2 ...]
+    [--out results.json]
 
-The networks are tiny and have random weights; nothing is downloaded. Networks whose package is missing are skipped;
-``pip install -e ".[models]"`` brings the packages. See `zoo/` for the rows, the references and the judgement.
-Ends with an error if a quantity was wrong or crashed, and, where ``CI=true`` is set, if a package was missing.
+The networks are tiny and have random weights; nothing is downloaded. Networks whose package is
+missing are skipped; ``pip install -e ".[models]"`` brings the packages. See `zoo/` for the rows,
+the references and the judgement. Ends with an error if a quantity was wrong or crashed, and, where
+``CI=true`` is set, if a package was missing.
 """
 
 from __future__ import annotations
@@ -61,14 +63,24 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of networks; may hold * and ?")
-    parser.add_argument("--suite", nargs="+", choices=sorted({network.suite for network in NETWORKS}))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="names of networks; may hold * and ?"
+    )
+    parser.add_argument(
+        "--suite", nargs="+", choices=sorted({network.suite for network in NETWORKS})
+    )
     parser.add_argument("--quantities", nargs="+", choices=list(CHECKS), default=list(CHECKS))
     parser.add_argument("--seconds", type=float, default=20, help="limit of one backward pass")
     parser.add_argument("--out", type=Path, help="where to write the cells, as JSON")
-    parser.add_argument("--resume", action="store_true", help="keep the networks that are in the file already")
-    parser.add_argument("--alone", action="store_true", help="a backward pass for every quantity (slower)")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the networks that are in the file already"
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="a backward pass for every quantity (slower)"
+    )
     return parser.parse_args()
 
 
@@ -79,7 +91,9 @@ def _chosen(arguments: argparse.Namespace) -> Iterator[tuple[Network, int]]:
             continue
         for samples in network.samples:
             names = (network.name, _name(network, samples))
-            if not arguments.only or any(fnmatch.fnmatch(n, pattern) for n in names for pattern in arguments.only):
+            if not arguments.only or any(
+                fnmatch.fnmatch(n, pattern) for n in names for pattern in arguments.only
+            ):
                 yield network, samples
 
 
@@ -107,7 +121,10 @@ def _known(path: Path | None) -> list[Cell]:
 
 def _summarize(found: list[Cell]) -> None:
     """Tables of counts, per suite and per quantity, and the reasons of refusals."""
-    for title, key in (("suite", lambda cell: cell.suite), ("quantity", lambda cell: cell.quantity)):
+    for title, key in (
+        ("suite", lambda cell: cell.suite),
+        ("quantity", lambda cell: cell.quantity),
+    ):
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for cell in found:
             counts[key(cell)][_outcome(cell)] += 1
@@ -125,13 +142,17 @@ def _summarize(found: list[Cell]) -> None:
         print(
             f"\nRefused, {cause} ({'justified' if justified else 'unjustified'}): {len(refused)} cells of {len(models)}"
         )
-        print(f"  {', '.join(models)}\n  {refused[0].quantity} of {refused[0].model}: {refused[0].message}")
+        print(
+            f"  {', '.join(models)}\n  {refused[0].quantity} of {refused[0].model}: {refused[0].message}"
+        )
     bad: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
     for cell in found:
         if cell.outcome in ("wrong", "crash", "slow", "unverified", "skipped"):
             bad[cell.model, cell.outcome, cell.message[:60]].append(cell)
     for (model, outcome, _), alike in bad.items():
-        print(f"\n{model}: {outcome}: {', '.join(cell.quantity for cell in alike)}\n  {alike[0].message[:300]}")
+        print(
+            f"\n{model}: {outcome}: {', '.join(cell.quantity for cell in alike)}\n  {alike[0].message[:300]}"
+        )
 
 
 def _outcome(cell: Cell) -> str:

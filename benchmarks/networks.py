@@ -32,7 +32,9 @@ def logistic(_: Activation) -> nn.Sequential:
 
 
 def mlp(act: Activation = nn.ReLU) -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 512), act(), nn.Linear(512, 256), act(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 512), act(), nn.Linear(512, 256), act(), nn.Linear(256, 10)
+    )
 
 
 def cnn_2c2d(act: Activation = nn.ReLU) -> nn.Sequential:
@@ -50,7 +52,14 @@ def cnn_3c3d(act: Activation = nn.ReLU) -> nn.Sequential:
         *(nn.Conv2d(3, 64, 5), act(), nn.MaxPool2d(3, 2, 1)),
         *(nn.Conv2d(64, 96, 3), act(), nn.MaxPool2d(3, 2, 1)),
         *(nn.Conv2d(96, 128, 3, padding=1), act(), nn.MaxPool2d(3, 2, 1)),
-        *(nn.Flatten(), nn.Linear(1152, 512), act(), nn.Linear(512, 256), act(), nn.Linear(256, 10)),
+        *(
+            nn.Flatten(),
+            nn.Linear(1152, 512),
+            act(),
+            nn.Linear(512, 256),
+            act(),
+            nn.Linear(256, 10),
+        ),
     )
 
 
@@ -58,9 +67,26 @@ def all_cnn_c(act: Activation = nn.ReLU) -> nn.Sequential:
     """Springenberg et al., *Striving for simplicity*, 2015, for 100 classes: nine convolutions, no dropout."""
     return nn.Sequential(
         *(nn.Conv2d(3, 96, 3, padding=1), act(), nn.Conv2d(96, 96, 3, padding=1), act()),
-        *(nn.Conv2d(96, 96, 3, padding=1, stride=2), act(), nn.Conv2d(96, 192, 3, padding=1), act()),
-        *(nn.Conv2d(192, 192, 3, padding=1), act(), nn.Conv2d(192, 192, 3, padding=1, stride=2), act()),
-        *(nn.Conv2d(192, 192, 3), act(), nn.Conv2d(192, 192, 1), act(), nn.Conv2d(192, 100, 1), act()),
+        *(
+            nn.Conv2d(96, 96, 3, padding=1, stride=2),
+            act(),
+            nn.Conv2d(96, 192, 3, padding=1),
+            act(),
+        ),
+        *(
+            nn.Conv2d(192, 192, 3, padding=1),
+            act(),
+            nn.Conv2d(192, 192, 3, padding=1, stride=2),
+            act(),
+        ),
+        *(
+            nn.Conv2d(192, 192, 3),
+            act(),
+            nn.Conv2d(192, 192, 1),
+            act(),
+            nn.Conv2d(192, 100, 1),
+            act(),
+        ),
         *(nn.AvgPool2d(6), nn.Flatten()),
     )
 
@@ -74,7 +100,9 @@ def transformer(_: Activation) -> nn.Module:
 
 def lstm(_: Activation) -> nn.Sequential:
     embedding, layer = nn.Embedding(VOCABULARY, 128), nn.LSTM(128, 128, batch_first=True)
-    return nn.Sequential(embedding, layer, FirstOutput(), nn.Linear(128, VOCABULARY), ClassesSecond())
+    return nn.Sequential(
+        embedding, layer, FirstOutput(), nn.Linear(128, VOCABULARY), ClassesSecond()
+    )
 
 
 def images(classes: int, *shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -110,7 +138,9 @@ NETWORKS = {
     "mlp": Network("MLP 784-512-256-10", mlp, images(10, 1, 28, 28), 256, rectified=True),
     "2c2d": Network("2C2D", cnn_2c2d, images(10, 1, 28, 28), 128, rectified=True),
     "3c3d": Network("3C3D", cnn_3c3d, images(10, 3, 32, 32), 64, rectified=True),
-    "allcnnc": Network("All-CNN-C, 100 classes", all_cnn_c, images(100, 3, 32, 32), 16, rectified=True),
+    "allcnnc": Network(
+        "All-CNN-C, 100 classes", all_cnn_c, images(100, 3, 32, 32), 16, rectified=True
+    ),
     "transformer": Network("transformer, 4 layers, d = 128, T = 64", transformer, tokens, 32),
     "lstm": Network("LSTM 128, T = 64", lstm, tokens, 32),
 }

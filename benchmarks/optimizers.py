@@ -1,10 +1,12 @@
 """Second-order optimizers against tuned first-order ones: curves over steps and CPU time.
 
-    OMP_NUM_THREADS=1 python benchmarks/optimizers.py digits regression lenet transformer autoencoder
+    OMP_NUM_THREADS=1 python benchmarks/optimizers.py digits regression lenet transformer
+    autoencoder
 
-Runs three seeds of each workload, stores the curves in `benchmarks/results/`, prints the table of `docs/optimizers.md`
-and draws `docs/images/optimizers.png` from everything stored. `--grid` tunes the baseline's learning rate again.
-Times are process time on one thread and leave out the measurements; the steps of the methods are interleaved.
+Runs three seeds of each workload, stores the curves in `benchmarks/results/`, prints the table of
+`docs/optimizers.md` and draws `docs/images/optimizers.png` from everything stored. `--grid` tunes
+the baseline's learning rate again. Times are process time on one thread and leave out the
+measurements; the steps of the methods are interleaved.
 """
 
 import argparse
@@ -64,9 +66,18 @@ def train(
         if schedule is not None:
             schedule.step()
         seconds += time.process_time() - start
-        if step % (workload.marks if second_order else max(workload.marks, count // 100)) == 0 or step == steps:
+        if (
+            step % (workload.marks if second_order else max(workload.marks, count // 100)) == 0
+            or step == steps
+        ):
             with torch.no_grad():
-                curve.append({"step": step, "seconds": seconds, **workload.measure(net, train_data, test_data)})
+                curve.append(
+                    {
+                        "step": step,
+                        "seconds": seconds,
+                        **workload.measure(net, train_data, test_data),
+                    }
+                )
         yield step / steps, curve
         if step == steps:
             return
@@ -95,9 +106,15 @@ def report(name: str, results: dict[str, list[Curve]]) -> None:
     """Print steps and time to the baseline's final metric, per method the mean over the seeds."""
     ends = [metric(curve[-1]) for curve in results["baseline"]]
     target = sum(ends) / len(ends)
-    print(f"\n{name}: target {target:.4g} (mean of the baseline's {', '.join(f'{end:.4g}' for end in ends)})")
+    print(
+        f"\n{name}: target {target:.4g} (mean of the baseline's {', '.join(f'{end:.4g}' for end in ends)})"
+    )
     for method, curves in results.items():
-        reached = [first(curve, target) for curve in curves] if method != "baseline" else [c[-1] for c in curves]
+        reached = (
+            [first(curve, target) for curve in curves]
+            if method != "baseline"
+            else [c[-1] for c in curves]
+        )
         finals = ", ".join(f"{metric(curve[-1]):.4g}" for curve in curves)
         accuracy = [f"{curve[-1]['accuracy']:.3f}" for curve in curves if "accuracy" in curve[-1]]
         if all(reached):
@@ -105,9 +122,13 @@ def report(name: str, results: dict[str, list[Curve]]) -> None:
             seconds = sum(point["seconds"] for point in reached if point) / len(reached)
             to_target = f"{steps:.0f} steps, {seconds:.2f} s"
         else:
-            to_target = f"reached by {sum(point is not None for point in reached)} of {len(reached)}"
+            to_target = (
+                f"reached by {sum(point is not None for point in reached)} of {len(reached)}"
+            )
         last = curves[0][-1]
-        print(f"  {method:9} {to_target:24} after {last['step']:.0f} steps: {finals} {' '.join(accuracy)}")
+        print(
+            f"  {method:9} {to_target:24} after {last['step']:.0f} steps: {finals} {' '.join(accuracy)}"
+        )
 
 
 def draw() -> None:
@@ -117,16 +138,29 @@ def draw() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    stored = {name: RESULTS / f"{name}.json" for name in WORKLOADS if (RESULTS / f"{name}.json").exists()}
-    figure, axes = plt.subplots(len(stored), 2, figsize=(11, 3.1 * len(stored)), squeeze=False, layout="constrained")
+    stored = {
+        name: RESULTS / f"{name}.json" for name in WORKLOADS if (RESULTS / f"{name}.json").exists()
+    }
+    figure, axes = plt.subplots(
+        len(stored), 2, figsize=(11, 3.1 * len(stored)), squeeze=False, layout="constrained"
+    )
     for row, (name, path) in zip(axes, stored.items(), strict=True):
         for method, curves in json.loads(path.read_text()).items():
-            label = f"{WORKLOADS[name].baseline[0]}, tuned, cosine" if method == "baseline" else method
+            label = (
+                f"{WORKLOADS[name].baseline[0]}, tuned, cosine" if method == "baseline" else method
+            )
             for number, curve in enumerate(curves):
                 for axis, key in zip(row, ("step", "seconds"), strict=True):
-                    colour = {"baseline": "0.5", "KFAC": "C0", "EKFAC": "C1", "DiagGGN": "C2"}[method]
+                    colour = {"baseline": "0.5", "KFAC": "C0", "EKFAC": "C1", "DiagGGN": "C2"}[
+                        method
+                    ]
                     points = [(point[key], metric(point)) for point in curve]
-                    axis.loglog(*zip(*points, strict=True), color=colour, label=None if number else label, lw=1.2)
+                    axis.loglog(
+                        *zip(*points, strict=True),
+                        color=colour,
+                        label=None if number else label,
+                        lw=1.2,
+                    )
         for axis, unit in zip(row, ("steps", "CPU seconds"), strict=True):
             axis.set(xlabel=unit, ylabel=WORKLOADS[name].metric)
             axis.grid(alpha=0.3, which="both", lw=0.4)
@@ -137,11 +171,17 @@ def draw() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workloads", nargs="*", metavar="workload", default=[])
-    parser.add_argument("--methods", nargs="+", default=["baseline", "KFAC"], choices=["baseline", *SECOND_ORDER])
+    parser.add_argument(
+        "--methods", nargs="+", default=["baseline", "KFAC"], choices=["baseline", *SECOND_ORDER]
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--grid", action="store_true", help="tune the learning rate of the baseline instead")
+    parser.add_argument(
+        "--grid", action="store_true", help="tune the learning rate of the baseline instead"
+    )
     parser.add_argument("--steps", type=int, help="of the baseline, with --grid")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -151,7 +191,9 @@ def main() -> None:
         workload, path = WORKLOADS[name], RESULTS / f"{name}.json"
         if arguments.grid:
             for lr in workload.grid:
-                curves = interleaved({"baseline": train(workload, "baseline", 0, lr, arguments.steps)})
+                curves = interleaved(
+                    {"baseline": train(workload, "baseline", 0, lr, arguments.steps)}
+                )
                 print(name, lr, metric(curves["baseline"][-1]), flush=True)
             continue
         results = json.loads(path.read_text()) if path.exists() else {}
@@ -159,7 +201,9 @@ def main() -> None:
             interleaved({method: train(workload, method, seed) for method in arguments.methods})
             for seed in range(arguments.seeds)
         ]
-        results.update({method: [curves[method] for curves in found] for method in arguments.methods})
+        results.update(
+            {method: [curves[method] for curves in found] for method in arguments.methods}
+        )
         path.write_text(json.dumps(results))
         if "baseline" in results:
             report(name, results)

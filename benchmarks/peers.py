@@ -1,13 +1,15 @@
 """This project beside the plain gradient, BackPACK, `torch.func`, curvlinops and Opacus: time and memory of one step.
 
     OMP_NUM_THREADS=1 python benchmarks/peers.py                                # everything; an hour or more
-    OMP_NUM_THREADS=1 python benchmarks/peers.py --networks mlp --quantities KFAC Variance --peers BackPACK
+    OMP_NUM_THREADS=1 python benchmarks/peers.py --networks mlp --quantities KFAC Variance --peers
+    BackPACK
     python benchmarks/peers.py --report                                         # tables and picture from saved results
 
-All contenders of a quantity take turns in one process on one thread; the tables show medians over rounds of ratios
-within a round. A step is forward pass, loss, backward pass and the quantity, and for products one product with every
-parameter's block. Peers that are not installed, or do not have a quantity, are named. Results are merged into
-``benchmarks/results/peers.json`` (``peers_cuda.json``), and the tables of ``docs/performance.md`` are written from it.
+All contenders of a quantity take turns in one process on one thread; the tables show medians over
+rounds of ratios within a round. A step is forward pass, loss, backward pass and the quantity, and
+for products one product with every parameter's block. Peers that are not installed, or do not have
+a quantity, are named. Results are merged into ``benchmarks/results/peers.json``
+(``peers_cuda.json``), and the tables of ``docs/performance.md`` are written from it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from torch import nn
 RESULTS = Path(__file__).parent / "results"
 
 
-def measure(network: str, comparison: Comparison, peers: list[str], options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    network: str, comparison: Comparison, peers: list[str], options: argparse.Namespace
+) -> dict[str, Any]:
     """The contenders of one quantity on one network."""
     torch.manual_seed(0)
     chosen = NETWORKS[network]
@@ -47,7 +51,9 @@ def measure(network: str, comparison: Comparison, peers: list[str], options: arg
         model = copy.deepcopy(net)
         if (step := make(model, x, y)) is not None:
             contenders[name] = Contender(step, partial(clear, model))
-    rounds = options.repeats if comparison.names else 5 * options.repeats  # what is small needs more rounds
+    rounds = (
+        options.repeats if comparison.names else 5 * options.repeats
+    )  # what is small needs more rounds
     compare(contenders, rounds, options.limit, options.device)
     if contenders["plain"].skipped:
         raise RuntimeError(f"{network}: the plain step failed: {contenders['plain'].skipped}")
@@ -61,9 +67,13 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--quantities", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), metavar="NAME")
+    parser.add_argument(
+        "--quantities", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), metavar="NAME"
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
     parser.add_argument("--limit", type=float, default=20, help="seconds that one step may take")
@@ -71,21 +81,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="N, if not the network's own")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--results", type=Path, help="the file to merge into")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write tables and picture")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing, write tables and picture"
+    )
     options = parser.parse_args()
-    options.results = options.results or RESULTS / ("peers_cuda.json" if options.device == "cuda" else "peers.json")
+    options.results = options.results or RESULTS / (
+        "peers_cuda.json" if options.device == "cuda" else "peers.json"
+    )
     return options
 
 
 def main() -> None:
     options = parse()
-    saved = json.loads(options.results.read_text()) if options.results.exists() else {"networks": {}}
+    saved = (
+        json.loads(options.results.read_text()) if options.results.exists() else {"networks": {}}
+    )
     if not options.report:
         warnings.filterwarnings("ignore")
         torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         size = int(options.memory * 2**30)
-        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1])
+        )
         peers = installed(options.peers)
         saved["environment"] = environment(options.device)
         for network in options.networks:

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/privacy.py [--repeats 9] [--no-opacus] [--only CNN]
 
-Opacus' two modes are measured beside it where it is installed. How time and memory are measured: `measure.py`. What a
-step frees is kept for the next one: see `keep_freed_memory`.
+Opacus' two modes are measured beside it where it is installed. How time and memory are measured:
+`measure.py`. What a step frees is kept for the next one: see `keep_freed_memory`.
 """
 
 import argparse
@@ -29,7 +29,9 @@ class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(1000, 256)
-        self.net = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.LayerNorm(256), nn.Linear(256, 256), nn.ReLU())
+        self.net = nn.Sequential(
+            nn.Linear(256, 256), nn.ReLU(), nn.LayerNorm(256), nn.Linear(256, 256), nn.ReLU()
+        )
         self.head = nn.Linear(256, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +128,11 @@ def opacus(model: nn.Module, X: Tensor, y: Tensor, mode: str) -> Callable[[], No
         poisson_sampling=False,
         grad_sample_mode=mode,
     )
-    wrapped, optimizer, criterion = made[0], made[1], made[2] if len(made) == 4 else nn.CrossEntropyLoss()
+    wrapped, optimizer, criterion = (
+        made[0],
+        made[1],
+        made[2] if len(made) == 4 else nn.CrossEntropyLoss(),
+    )
 
     def step() -> None:
         optimizer.zero_grad()
@@ -151,7 +157,10 @@ def main() -> None:
         torch.manual_seed(0)
         model, X = make(), draw()
         y = torch.randint(10, (len(X),))
-        steps = {"plain": plain(copy.deepcopy(model), X, y), "private": private(copy.deepcopy(model), X, y)}
+        steps = {
+            "plain": plain(copy.deepcopy(model), X, y),
+            "private": private(copy.deepcopy(model), X, y),
+        }
         for mode in () if arguments.no_opacus else ("hooks", "ghost"):
             try:
                 steps[f"opacus {mode}"] = opacus(copy.deepcopy(model), X, y, mode)
@@ -161,13 +170,19 @@ def main() -> None:
                 print(f"opacus {mode}: {str(error).splitlines()[0][:100]}")
         contenders = {key: Contender(step, lambda: None) for key, step in steps.items()}
         compare(contenders, arguments.repeats, limit=60.0)
-        for contender in contenders.values():  # what is alive all the time: parameters, gradients, the batch
+        for (
+            contender
+        ) in contenders.values():  # what is alive all the time: parameters, gradients, the batch
             contender.bytes += 2 * sum(p.nbytes for p in model.parameters()) + X.nbytes
         base = contenders["plain"]
-        print(f"{name}: plain {1e3 * statistics.median(base.seconds):.1f} ms, {base.bytes / 2**20:.0f} MiB")
+        print(
+            f"{name}: plain {1e3 * statistics.median(base.seconds):.1f} ms, {base.bytes / 2**20:.0f} MiB"
+        )
         print(f"    {'allowed':<14} time {allowed:.2f}x  memory 1.50x")
         for key, found in list(contenders.items())[1:]:
-            ratio = statistics.median(s / b for s, b in zip(found.seconds, base.seconds, strict=True))
+            ratio = statistics.median(
+                s / b for s, b in zip(found.seconds, base.seconds, strict=True)
+            )
             print(f"    {key:<14} time {ratio:.2f}x  memory {found.bytes / base.bytes:.2f}x")
 
 

@@ -1,7 +1,8 @@
 """Products behind the quantities, alternatives side by side: ``python benchmarks/products.py``.
 
-One thread, process time, medians, in milliseconds. Shapes are those of convolutions of 3C3D, of 2C2D and of the
-network in `privacy.py`, of the MLP at N = 256, and of the LSTM of `networks.py` at N = 32.
+One thread, process time, medians, in milliseconds. Shapes are those of convolutions of 3C3D, of
+2C2D and of the network in `privacy.py`, of the MLP at N = 256, and of the LSTM of `networks.py` at
+N = 32.
 """
 
 from __future__ import annotations
@@ -61,9 +62,14 @@ def every(products: Iterable[Tensor]) -> None:
         pass
 
 
-def layer(samples: int, channels: int, size: int, out: int, kernel: int) -> dict[str, Callable[[], object]]:
+def layer(
+    samples: int, channels: int, size: int, out: int, kernel: int
+) -> dict[str, Callable[[], object]]:
     """Alternatives for one convolution."""
-    image, weight = torch.randn(samples, channels, size, size), torch.randn(out, channels, kernel, kernel)
+    image, weight = (
+        torch.randn(samples, channels, size, size),
+        torch.randn(out, channels, kernel, kernel),
+    )
     view = patches(image, weight, (1, 1), (1, 1), 1)[:, 0]
     x = view.flatten(4).flatten(1, 3)
     g, features = torch.randn(samples, out, x.shape[2]), x.transpose(0, 1).flatten(1)
@@ -79,14 +85,20 @@ def layer(samples: int, channels: int, size: int, out: int, kernel: int) -> dict
     return {
         "patches: F.unfold": lambda: F.unfold(image, kernel),
         "patches: copy of a view, positions last": lambda: view.contiguous(),
-        "patches: copy of a view, positions first": lambda: view.permute(0, 4, 5, 1, 2, 3).contiguous(),
+        "patches: copy of a view, positions first": lambda: view.permute(
+            0, 4, 5, 1, 2, 3
+        ).contiguous(),
         "per sample, o × i: one batched product": lambda: g @ x.mT,
         "per sample, i × o: one batched product": lambda: x @ g.mT,
         "per sample, o × i: one at a time": lambda: every(one_by_one(g, x.mT)),
         "per sample, i × o: one at a time": lambda: every(one_by_one(x, g.mT)),
         "per sample: one gradient, samples as groups": lambda: grouped(samples),
-        "per sample: the same in pieces of 2 MiB": lambda: grouped(max(1, CHUNK_BYTES // weight.nbytes)),
-        "per sample: convolution by the cotangents": lambda: F.conv2d(image.transpose(0, 1), g_images, groups=samples),
+        "per sample: the same in pieces of 2 MiB": lambda: grouped(
+            max(1, CHUNK_BYTES // weight.nbytes)
+        ),
+        "per sample: convolution by the cotangents": lambda: F.conv2d(
+            image.transpose(0, 1), g_images, groups=samples
+        ),
         "per-sample squares: one batched product": lambda: (g @ x.mT).square_().sum(0),
         "per-sample squares: one sample at a time": lambda: squares(g, x),
         "input factor: torch.mm": lambda: features @ features.mT,
@@ -102,15 +114,22 @@ def recurrence(samples: int = 32, width: int = 128) -> dict[str, Callable[[], ob
         output, _ = lstm(x)
     use = marks(output.grad_fn.next_functions[0][0]).use
     g, whole = torch.randn_like(output), torch.randn(1, *use.shape)
-    p, scale = torch.randn(samples, VOCABULARY, POSITIONS).softmax(1), torch.ones(samples, 1, POSITIONS)
+    p, scale = (
+        torch.randn(samples, VOCABULARY, POSITIONS).softmax(1),
+        torch.ones(samples, 1, POSITIONS),
+    )
     rows, generator = p.movedim(1, 2).flatten(0, 1), torch.Generator().manual_seed(0)
     return {
         "torch.lstm, forward": lambda: lstm(x),
-        "torch.lstm, backward": lambda: torch.autograd.grad(output, [*lstm.parameters()], g, retain_graph=True),
+        "torch.lstm, backward": lambda: torch.autograd.grad(
+            output, [*lstm.parameters()], g, retain_graph=True
+        ),
         "terms: every step written out": lambda: apply_rule(use, 0, whole, {"input": x}),
         "terms: in closed form": lambda: apply_rule(use, 0, whole),
         "classes: torch.multinomial": lambda: torch.multinomial(rows, 1, generator=generator),
-        "classes: one number per row, all of `sample`": lambda: Categorical(p, scale, 1).sample(generator),
+        "classes: one number per row, all of `sample`": lambda: Categorical(p, scale, 1).sample(
+            generator
+        ),
     }
 
 
@@ -147,12 +166,17 @@ def moments() -> dict[str, Callable[[], object]]:
     """Alternatives for what follows the products of a linear layer."""
     g, a, b = torch.randn(256, 512), torch.rand(512 * 784), torch.rand(512 * 784)
     features, columns = torch.randn(784, 256), torch.randn(9, 256, 512)
-    x, likelihood = torch.randn(256, 784), Categorical(torch.rand(512, 10).softmax(1), torch.ones(512, 1), 1)
+    x, likelihood = (
+        torch.randn(256, 784),
+        Categorical(torch.rand(512, 10).softmax(1), torch.ones(512, 1), 1),
+    )
     return {
         "roots of the Hessian, 512 × 10: fewest": lambda: every(likelihood.fewest_columns(512)),
         "roots of the Hessian, 512 × 10: one per class": lambda: every(likelihood.columns(512)),
         "outer products, 256 × 512 × 784: pages of 4 KiB": lambda: g[:, :, None] * x[:, None],
-        "outer products, 256 × 512 × 784: huge pages": lambda: huge_pages.multiply(g[:, :, None], x[:, None]),
+        "outer products, 256 × 512 × 784: huge pages": lambda: huge_pages.multiply(
+            g[:, :, None], x[:, None]
+        ),
         "squares of 9 columns: at once": lambda: columns.square().sum(0),
         "squares of 9 columns: one after the other": lambda: squares_of_columns(columns),
         "variance of 256 × 512: torch.var": lambda: g.var(0, correction=0),

@@ -21,7 +21,9 @@ def time_ratio(cells: Cells, other: str, own: str = "ours") -> float | None:
     """Median over the rounds of the ratio of the times."""
     if "seconds" not in cells.get(own, {}) or "seconds" not in cells.get(other, {}):
         return None
-    return median(a / b for a, b in zip(cells[own]["seconds"], cells[other]["seconds"], strict=True))
+    return median(
+        a / b for a, b in zip(cells[own]["seconds"], cells[other]["seconds"], strict=True)
+    )
 
 
 def memory_ratio(cells: Cells, other: str, own: str = "ours") -> float | None:
@@ -38,9 +40,13 @@ def line(cells: Cells) -> str:
         if "skipped" in cell:
             parts.append(f"{name}: {cell['skipped']}")
         elif name == "plain":
-            parts.append(f"plain {1e3 * median(cell['seconds']):.4g} ms {cell['bytes'] / 2**20:.1f} MiB")
+            parts.append(
+                f"plain {1e3 * median(cell['seconds']):.4g} ms {cell['bytes'] / 2**20:.1f} MiB"
+            )
         else:
-            parts.append(f"{name} {time_ratio(cells, 'plain', name):.2f}x {cell['bytes'] / 2**20:.1f} MiB")
+            parts.append(
+                f"{name} {time_ratio(cells, 'plain', name):.2f}x {cell['bytes'] / 2**20:.1f} MiB"
+            )
     return " | ".join(parts)
 
 
@@ -56,7 +62,11 @@ def table(network: str, comparisons: dict[str, Cells]) -> Iterator[str]:
     yield f"**{NETWORKS[network].title}**, N = {NETWORKS[network].samples}"
     yield ""
     head = ["quantity", "× plain step", "× its memory", *(f"× {peer}" for peer in peers)]
-    yield "| " + " | ".join([*head, "× BackPACK's memory"][: len(head) + ("BackPACK" in peers)]) + " |"
+    yield (
+        "| "
+        + " | ".join([*head, "× BackPACK's memory"][: len(head) + ("BackPACK" in peers)])
+        + " |"
+    )
     yield "|---" * (len(head) + ("BackPACK" in peers)) + "|"
     for name in COMPARISONS:
         if (cells := comparisons.get(name)) is None:
@@ -98,7 +108,9 @@ class Target:
 def targets(networks: dict[str, dict[str, Cells]]) -> Iterator[Target]:
     """Everything that is asked for, and what was measured."""
 
-    def collect(ratio: Any, other: str, quantities: Any = COMPARISONS, only: Any = NETWORKS) -> dict[Any, float]:
+    def collect(
+        ratio: Any, other: str, quantities: Any = COMPARISONS, only: Any = NETWORKS
+    ) -> dict[Any, float]:
         found = {
             (network, name): ratio(cells, other)
             for network, comparisons in networks.items()
@@ -109,20 +121,34 @@ def targets(networks: dict[str, dict[str, Cells]]) -> Iterator[Target]:
 
     faster = collect(time_ratio, "BackPACK")
     yield Target("time / BackPACK", faster, 1.0)
-    yield Target("geometric mean of these", {("all", "cells"): geometric_mean(faster.values())} if faster else {}, 0.5)
+    yield Target(
+        "geometric mean of these",
+        {("all", "cells"): geometric_mean(faster.values())} if faster else {},
+        0.5,
+    )
     yield Target("memory / BackPACK", collect(memory_ratio, "BackPACK"), 1.0)
     reduced = [q for q in COMPARISONS if q in FIRST_ORDER[1:] or q.startswith("DiagGGN")]
     small = collect(memory_ratio, "BackPACK", reduced, ("3c3d", "lstm"))
     yield Target("memory / BackPACK, reduced quantities, 3C3D and sequences", small, 0.5)
     yield Target("time / vmap(grad), BatchGrad", collect(time_ratio, "vmap(grad)"), 0.8)
     yield Target("time / curvlinops, KFAC and KFLR", collect(time_ratio, "curvlinops"), 0.7)
-    yield Target("time / plain step, BatchL2Grad", collect(time_ratio, "plain", ["BatchL2Grad"]), 1.15)
+    yield Target(
+        "time / plain step, BatchL2Grad", collect(time_ratio, "plain", ["BatchL2Grad"]), 1.15
+    )
     squares = ["SumGradSquared", "Variance"]
     for network, bound in {"3c3d": 1.8, "mlp": 1.5}.items():
         values = collect(time_ratio, "plain", squares, [network])
-        yield Target(f"time / plain step, SumGradSquared and Variance, {NETWORKS[network].title}", values, bound)
+        yield Target(
+            f"time / plain step, SumGradSquared and Variance, {NETWORKS[network].title}",
+            values,
+            bound,
+        )
     yield Target("time / plain step, DiagGGNMC", collect(time_ratio, "plain", ["DiagGGNMC"]), 1.7)
-    for name, network, bound in (("KFAC", "mlp", 2.0), ("KFAC", "3c3d", 2.5), ("DiagGGNExact", "3c3d", 6.0)):
+    for name, network, bound in (
+        ("KFAC", "mlp", 2.0),
+        ("KFAC", "3c3d", 2.5),
+        ("DiagGGNExact", "3c3d", 6.0),
+    ):
         values = collect(time_ratio, "plain", [name], [network])
         yield Target(f"time / plain step, {name}, {NETWORKS[network].title}", values, bound)
     for name, cells in COMPARISONS.items():
@@ -132,12 +158,20 @@ def targets(networks: dict[str, dict[str, Cells]]) -> Iterator[Target]:
     together = {}
     for network, comparisons in networks.items():
         if cells := comparisons.get("first order together"):
-            ratios = [ratio for name in FIRST_ORDER if (ratio := time_ratio(cells, name)) is not None]
+            ratios = [
+                ratio for name in FIRST_ORDER if (ratio := time_ratio(cells, name)) is not None
+            ]
             together |= {(network, "together"): min(ratios)} if ratios else {}
     yield Target("time / dearest alone, all first-order quantities together", together, 1.3)
     images = ("logistic", "mlp", "2c2d", "3c3d", "allcnnc")
-    yield Target("time / plain step, `record()`, CNNs", collect(time_ratio, "plain", ["record()"], images[2:]), 1.02)
-    yield Target("the same, transformer", collect(time_ratio, "plain", ["record()"], ["transformer"]), 1.08)
+    yield Target(
+        "time / plain step, `record()`, CNNs",
+        collect(time_ratio, "plain", ["record()"], images[2:]),
+        1.02,
+    )
+    yield Target(
+        "the same, transformer", collect(time_ratio, "plain", ["record()"], ["transformer"]), 1.08
+    )
 
 
 def write(saved: dict[str, Any], device: str) -> None:
@@ -159,7 +193,9 @@ def replace_in_page(name: str, text: str) -> None:
     """Put a text between two marks of the page."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     page = PAGE.read_text()
-    PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n\n{end}", page, flags=re.DOTALL))
+    PAGE.write_text(
+        re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{text}\n\n{end}", page, flags=re.DOTALL)
+    )
 
 
 def draw(networks: dict[str, dict[str, Cells]]) -> None:
@@ -177,8 +213,12 @@ def draw(networks: dict[str, dict[str, Cells]]) -> None:
     shown = {network: comparisons for network, comparisons in shown.items() if comparisons}
     if not shown:
         return
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3 * len(shown), 5), sharey=True, squeeze=False)
-    names = [name for name in COMPARISONS if any(name in comparisons for comparisons in shown.values())][::-1]
+    figure, axes = pyplot.subplots(
+        1, len(shown), figsize=(3 * len(shown), 5), sharey=True, squeeze=False
+    )
+    names = [
+        name for name in COMPARISONS if any(name in comparisons for comparisons in shown.values())
+    ][::-1]
     for ax, (network, comparisons) in zip(axes[0], shown.items(), strict=True):
         for ratio, mark, label in ((time_ratio, "o", "time"), (memory_ratio, "x", "memory")):
             points = [(ratio(comparisons[n], "BackPACK"), names.index(n)) for n in comparisons]

@@ -1,12 +1,14 @@
 """How time and memory of the quantities grow with the number of samples N and of classes C.
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--quantities Variance DiagGGNExact] [--repeats 7]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--quantities Variance DiagGGNExact] [--repeats
+    7]
 
-A small network of two convolutions and a linear layer; everything takes turns in one process on one thread as in
-`peers`. Prints the slopes of straight lines through the logarithms (1: linear, 0: constant) over the larger half of the
-sizes, and draws them into ``docs/images/scaling.png``. Memory is what a step takes beyond the plain step: the quantity
-itself and everything that leads to it. It is measured with a budget for intermediate results (`--budget`) that the
-smallest N already uses up; below the budget nothing is cut into pieces.
+A small network of two convolutions and a linear layer; everything takes turns in one process on one
+thread as in `peers`. Prints the slopes of straight lines through the logarithms (1: linear, 0:
+constant) over the larger half of the sizes, and draws them into ``docs/images/scaling.png``. Memory
+is what a step takes beyond the plain step: the quantity itself and everything that leads to it. It
+is measured with a budget for intermediate results (`--budget`) that the smallest N already uses up;
+below the budget nothing is cut into pieces.
 """
 
 from __future__ import annotations
@@ -32,7 +34,15 @@ from lightning_curv.terms import jacobian
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"N": (16, 32, 64, 128, 256), "C": (5, 10, 20, 40, 80)}
-QUANTITIES = ("BatchL2Grad", "SumGradSquared", "Variance", "DiagGGNMC", "KFAC", "DiagGGNExact", "KFLR")
+QUANTITIES = (
+    "BatchL2Grad",
+    "SumGradSquared",
+    "Variance",
+    "DiagGGNMC",
+    "KFAC",
+    "DiagGGNExact",
+    "KFLR",
+)
 EXACT = ("DiagGGNExact", "KFLR")  # these have C columns
 
 
@@ -52,7 +62,9 @@ def contenders(samples: int, classes: int, names: list[str]) -> dict[str, Conten
     return found
 
 
-def measure(letter: str, names: list[str], repeats: int, limit: float) -> dict[str, list[dict[str, float]]]:
+def measure(
+    letter: str, names: list[str], repeats: int, limit: float
+) -> dict[str, list[dict[str, float]]]:
     """Seconds and bytes of every quantity at every size."""
     results: dict[str, list[dict[str, float]]] = {}
     for size in SIZES[letter]:
@@ -69,7 +81,12 @@ def measure(letter: str, names: list[str], repeats: int, limit: float) -> dict[s
 
 def memory(names: list[str], budget: int) -> dict[str, list[dict[str, float]]]:
     """Bytes of every quantity for growing N, with no more than ``budget`` bytes for intermediate results."""
-    constants = [(m, n, v) for m in (jacobian, kronecker, passes) for n, v in vars(m).items() if n.endswith("_BYTES")]
+    constants = [
+        (m, n, v)
+        for m in (jacobian, kronecker, passes)
+        for n, v in vars(m).items()
+        if n.endswith("_BYTES")
+    ]
     for module, name, value in constants:
         setattr(module, name, min(value, budget))
     try:
@@ -86,7 +103,9 @@ def slope(sizes: list[float], values: list[float]) -> float:
     return sum((a - mean) * b for a, b in zip(x, y, strict=True)) / sum((a - mean) ** 2 for a in x)
 
 
-def curves(results: dict[str, list[dict[str, float]]], name: str) -> tuple[list[float], list[float], list[float]]:
+def curves(
+    results: dict[str, list[dict[str, float]]], name: str
+) -> tuple[list[float], list[float], list[float]]:
     """Sizes, seconds, and bytes beyond the plain step."""
     base = {row["size"]: row["bytes"] for row in results["plain"]}
     rows = results[name]
@@ -99,7 +118,10 @@ def curves(results: dict[str, list[dict[str, float]]], name: str) -> tuple[list[
 
 def table(saved: dict[str, Any]) -> str:
     """Slopes over the larger half of the sizes."""
-    lines = ["| quantity | time in N | memory beyond the plain step in N | time in C |", "|---|---|---|---|"]
+    lines = [
+        "| quantity | time in N | memory beyond the plain step in N | time in C |",
+        "|---|---|---|---|",
+    ]
     for name in saved["N"]:
         sizes, seconds, _ = curves(saved["N"], name)
         bytes_ = curves(saved["memory"], name)[2]
@@ -139,12 +161,21 @@ def draw(saved: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quantities", nargs="+", default=list(QUANTITIES))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--limit", type=float, default=20)
-    parser.add_argument("--budget", type=float, default=0.5, help="MiB for intermediate results, where memory counts")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write table and picture")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=0.5,
+        help="MiB for intermediate results, where memory counts",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing, write table and picture"
+    )
     options = parser.parse_args()
     path = ROOT / "benchmarks/results/peers_scaling.json"
     if options.report:

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/sensitivity.py --cases 2000 [--seed 0] [--only lstm]
 
-A case is a model, a loss, a precision, a clipping rule and a batch S; ‖Σ(S ∪ {x}) - Σ(S)‖ is compared with what
-`docs/privacy.md` states, C (1 + ρ N), while a search by hill climbing changes x and the rest of the batch to enlarge
-it. Prints how far it is, every violation, and the largest changes; ends with an error if there was a violation.
+A case is a model, a loss, a precision, a clipping rule and a batch S; ‖Σ(S ∪ {x}) - Σ(S)‖ is
+compared with what `docs/privacy.md` states, C (1 + ρ N), while a search by hill climbing changes x
+and the rest of the batch to enlarge it. Prints how far it is, every violation, and the largest
+changes; ends with an error if there was a violation.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ ROUNDING = {"float64": 2.0**-49, "float32": 2.0**-20, "bf16": 2.0**-8, "fp16": 2
 def rounding(count: int, precision: str) -> float:
     """The stated bound on what rounding adds to a sample's share, relative to C, with N samples.
 
-    Sixteen units of the type of the sum. In half precision what torch computes for the other samples may change in its
-    last digit with N: one unit of that type.
+    Sixteen units of the type of the sum. In half precision what torch computes for the other
+    samples may change in its last digit with N: one unit of that type.
     """
     return count * ROUNDING[precision.split("-")[0]]
 
@@ -103,7 +104,10 @@ class Centred(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.head = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, CLASSES, bias=False)
+        self.first, self.head = (
+            nn.Linear(WIDTH, WIDTH, bias=False),
+            nn.Linear(WIDTH, CLASSES, bias=False),
+        )
         self.register_buffer("place", torch.randn(4, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,7 +137,10 @@ class Ragged(nn.Module):
         self.layers = nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, CLASSES))
 
     def forward(self, x: Tensor) -> Tensor:
-        kept = torch.arange(4) < 1 + (x[:, 0, 0].nan_to_num().abs().clamp(max=30) * 7).long()[:, None] % 4
+        kept = (
+            torch.arange(4)
+            < 1 + (x[:, 0, 0].nan_to_num().abs().clamp(max=30) * 7).long()[:, None] % 4
+        )
         rows = self.layers(x[kept])
         owner = torch.arange(len(x))[:, None].expand(-1, 4)[kept]
         return rows.new_zeros(len(x), CLASSES).index_add(0, owner, rows)
@@ -144,14 +151,19 @@ class Views(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind, self.layers = kind, nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, CLASSES))
+        self.kind, self.layers = (
+            kind,
+            nn.Sequential(nn.Linear(WIDTH, 6), nn.Tanh(), nn.Linear(6, CLASSES)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "major":
             first, second = self.layers(torch.cat([x, 0.9 * x])).chunk(2)
             return first + second
         if self.kind == "minor":
-            return self.layers(torch.stack([x, 0.9 * x], 1).flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
+            return (
+                self.layers(torch.stack([x, 0.9 * x], 1).flatten(0, 1)).unflatten(0, (-1, 2)).sum(1)
+            )
         return self.layers(x.repeat_interleave(2, 0)).unflatten(0, (-1, 2)).sum(1)
 
 
@@ -174,11 +186,20 @@ def transformer() -> nn.Module:
 FLAT, SEQUENCE, IMAGE, TOKENS = (WIDTH,), (4, WIDTH), (2, 4, 4), ()
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(WIDTH, 16), nn.Tanh(), nn.Linear(16, CLASSES)), FLAT),
-    "norm": (lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, CLASSES)), FLAT),
+    "norm": (
+        lambda: nn.Sequential(
+            nn.Linear(WIDTH, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, CLASSES)
+        ),
+        FLAT,
+    ),
     "gate": (Gate, FLAT),
     "cnn": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64, CLASSES),
         ),
         IMAGE,
     ),
@@ -303,7 +324,9 @@ class Sum:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"float64": torch.float64, "bf16-true": torch.bfloat16}.get(self.case.precision, torch.float32)
+        return {"float64": torch.float64, "bf16-true": torch.bfloat16}.get(
+            self.case.precision, torch.float32
+        )
 
     def draw(self, count: int) -> Batch:
         """A batch."""
@@ -363,12 +386,18 @@ def _moved(batch: Batch, place: int, source: random.Random, hard: str = "") -> B
     x, count = moved[0], len(batch[0])
     others = [i for i in range(count) if i != place]
     rows = source.choice([[place], [place], others])
-    kind = source.choice(["scale", "scale", "direction", "entry", "pair", "equal", "target", "same", "level"])
+    kind = source.choice(
+        ["scale", "scale", "direction", "entry", "pair", "equal", "target", "same", "level"]
+    )
     kind = source.choice([kind, hard]) if hard else kind
     if kind == "target" or not x.is_floating_point():
         moved[-1][rows] = source.randrange(CLASSES)
         if not x.is_floating_point():
-            x[rows] = torch.randint(CLASSES, x[rows].shape) if kind != "same" else source.randrange(CLASSES)
+            x[rows] = (
+                torch.randint(CLASSES, x[rows].shape)
+                if kind != "same"
+                else source.randrange(CLASSES)
+            )
     elif kind == "scale":
         x[rows] *= source.choice(SCALES)
     elif kind == "direction":
@@ -378,7 +407,9 @@ def _moved(batch: Batch, place: int, source: random.Random, hard: str = "") -> B
         x.view(count, -1)[rows, spot] = source.choice((-1, 1)) * source.choice(SCALES)
     elif kind == "pair":  # a huge input beside one that saturates
         huge = source.randrange(2, x[0].numel())
-        x.view(count, -1)[rows, huge] = 10 ** source.choice((source.uniform(0, 36), source.uniform(17, 19)))
+        x.view(count, -1)[rows, huge] = 10 ** source.choice(
+            (source.uniform(0, 36), source.uniform(17, 19))
+        )
         x.view(count, -1)[rows, 1] = source.choice((source.uniform(0, 50), -source.uniform(45, 90)))
     elif kind == "level":
         x[rows] = source.choice(SCALES) + 0.1 * torch.randn_like(x[rows])
@@ -409,14 +440,24 @@ def main() -> None:
         if case.violated:
             print("VIOLATION", describe(case), flush=True)
         if i % 100 == 0 or i == arguments.cases:
-            violations, refused = sum(c.violated for c in found), sum(bool(c.refused) for c in found)
+            violations, refused = (
+                sum(c.violated for c in found),
+                sum(bool(c.refused) for c in found),
+            )
             seconds = time.time() - start
-            print(f"{i} cases, {seconds:.0f} s: {violations} violations, {refused} refused", flush=True)
+            print(
+                f"{i} cases, {seconds:.0f} s: {violations} violations, {refused} refused",
+                flush=True,
+            )
     print("The largest:")
     compared = [case for case in found if case.evaluations and not case.refused]
-    for case in sorted(compared, key=lambda c: (c.change - 1) / rounding(c.count, c.precision))[-10:]:
+    for case in sorted(compared, key=lambda c: (c.change - 1) / rounding(c.count, c.precision))[
+        -10:
+    ]:
         print("   ", describe(case))
-    for (model, reason), number in Counter((c.model, c.refused[:150]) for c in found if c.refused).most_common(12):
+    for (model, reason), number in Counter(
+        (c.model, c.refused[:150]) for c in found if c.refused
+    ).most_common(12):
         print(f"    refused {number} times: {model}: {reason}")
     sys.exit(any(case.violated for case in found))
 

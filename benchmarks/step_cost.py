@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_cost.py
 
-Prints the mean process time of forward, backward and update over 40 steps past the burn-in, as a multiple of SGD's, and
-the longest step over the median one.
+Prints the mean process time of forward, backward and update over 40 steps past the burn-in, as a
+multiple of SGD's, and the longest step over the median one.
 """
 
 import statistics
@@ -20,7 +20,9 @@ from lightning_curv import DiagGGNOptimizer, KFACOptimizer, curvature
 FIXED: dict[str, Any] = {"lr": 0.3, "damping": 0.03}
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "every 10 steps": lambda p: KFACOptimizer(p, **FIXED, factor_interval=10),
-    "every 10 steps, all positions": lambda p: KFACOptimizer(p, **FIXED, factor_interval=10, positions=None),
+    "every 10 steps, all positions": lambda p: KFACOptimizer(
+        p, **FIXED, factor_interval=10, positions=None
+    ),
     "every step": lambda p: KFACOptimizer(p, **FIXED, factor_interval=1, inverse_interval=1),
     "automatic": lambda p: KFACOptimizer(p),
     "diagonal": lambda p: DiagGGNOptimizer(p),
@@ -34,7 +36,13 @@ def mlp() -> tuple[nn.Module, Tensor]:
 
 def cnn() -> tuple[nn.Module, Tensor]:
     layers = [nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)]
-    layers += [nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1568, 10)]
+    layers += [
+        nn.Conv2d(16, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1568, 10),
+    ]
     return nn.Sequential(*layers), torch.rand(64, 1, 28, 28)
 
 
@@ -70,7 +78,10 @@ def seconds(step: Callable[[], None]) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    for title, make in {"MLP 784-512-256-10, batch 256": mlp, "CNN 16-32 5×5, batch 64": cnn}.items():
+    for title, make in {
+        "MLP 784-512-256-10, batch 256": mlp,
+        "CNN 16-32 5×5, batch 64": cnn,
+    }.items():
         print(title)
         for name in OPTIMIZERS:
             sgd, other = stepper(make, "SGD"), stepper(make, name)
@@ -78,8 +89,13 @@ def main() -> None:
                 sgd(), other()
             pairs = [(seconds(sgd), seconds(other)) for _ in range(40)]
             base, mine = (list(times) for times in zip(*pairs, strict=True))
-            ratio, peak = statistics.mean(mine) / statistics.mean(base), max(mine) / statistics.median(mine)
-            print(f"  {name:30} {ratio:.2f}× SGD ({statistics.mean(base) * 1e3:.1f} ms), peak {peak:.1f}× median")
+            ratio, peak = (
+                statistics.mean(mine) / statistics.mean(base),
+                max(mine) / statistics.median(mine),
+            )
+            print(
+                f"  {name:30} {ratio:.2f}× SGD ({statistics.mean(base) * 1e3:.1f} ms), peak {peak:.1f}× median"
+            )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,11 @@ class Workload:
         size = self.batch or len(inputs)
         generator = torch.Generator().manual_seed(seed)
         while True:
-            order = torch.randperm(len(inputs), generator=generator) if self.batch else torch.arange(len(inputs))
+            order = (
+                torch.randperm(len(inputs), generator=generator)
+                if self.batch
+                else torch.arange(len(inputs))
+            )
             for chosen in order[: len(order) // size * size].split(size):
                 yield inputs[chosen], targets[chosen]
 
@@ -92,7 +96,10 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in self.qkv(self.norm(x)).chunk(3, dim=-1)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -113,10 +120,14 @@ class FeedForward(nn.Module):
 class Characters(nn.Module):
     """Decoder-only character transformer."""
 
-    def __init__(self, vocabulary: int, width: int = 64, layers: int = 2, context: int = 64) -> None:
+    def __init__(
+        self, vocabulary: int, width: int = 64, layers: int = 2, context: int = 64
+    ) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(m for _ in range(layers) for m in (Attention(width, 4), FeedForward(width))))
+        self.blocks = nn.Sequential(
+            *(m for _ in range(layers) for m in (Attention(width, 4), FeedForward(width)))
+        )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -196,7 +207,9 @@ def classification(net: nn.Module, train: Batch, test: Batch) -> dict[str, float
 
 def text_loss(net: nn.Module, train: Batch, test: Batch) -> dict[str, float]:
     part = (train[0][:512], train[1][:512])
-    return {name: float(token_loss(net(x), y)) for name, (x, y) in (("train", part), ("test", test))}
+    return {
+        name: float(token_loss(net(x), y)) for name, (x, y) in (("train", part), ("test", test))
+    }
 
 
 def pixel_loss(outputs: Tensor, images: Tensor) -> Tensor:

@@ -38,25 +38,30 @@ def privacy_audit(
 ) -> PrivacyAudit:
     r"""Train a model once, with canaries among its samples, and look for them in what was released.
 
-    The set-up is that of the run that is to be audited: its module, its loader, and a Trainer with its
-    `PrivacyCallback`. m canaries are thrown a fair coin each; those it chose are trained on as samples of the data set
-    are: drawn by the same sampler, clipped, noised and accounted by the same step. An auditor who sees the released
-    steps then guesses the coins. More right guesses than (ε, δ)-differential privacy allows refute the claim, with a
-    stated confidence. Steinke, Nasr & Jagielski, *Privacy Auditing with One (1) Training Run*, NeurIPS 2023.
+    The set-up is that of the run that is to be audited: its module, its loader, and a Trainer with
+    its `PrivacyCallback`. m canaries are thrown a fair coin each; those it chose are trained on as
+    samples of the data set
+    are: drawn by the same sampler, clipped, noised and accounted by the same step. An auditor who
+        sees the released
+    steps then guesses the coins. More right guesses than (ε, δ)-differential privacy allows refute
+    the claim, with a stated confidence. Steinke, Nasr & Jagielski, *Privacy Auditing with One (1)
+    Training Run*, NeurIPS 2023.
 
-    An audit that finds nothing proves nothing: the guarantee rests on the proof, the audit on the worst samples that it
-    tried. The trained weights have seen the canaries and are for the audit only; so is the account of the callback.
+    An audit that finds nothing proves nothing: the guarantee rests on the proof, the audit on the
+    worst samples that it tried. The trained weights have seen the canaries and are for the audit
+    only; so is the account of the callback.
 
     Args:
         trainer: With a `PrivacyCallback`; one process.
         model: Its optimizer is a `DPOptimizer`. It is trained.
         train_dataloaders: As for ``trainer.fit``.
-        canaries: Their number m: gradients of one entry each, longer than C (`GradientCanaries`), the worst case for
-            the steps. Or a data set of m samples like those of the loader, for example with wrong labels: input
-            canaries, which test the forward pass and the loss too. Their score is how far training lowered their loss,
-            which is much weaker.
+        canaries: Their number m: gradients of one entry each, longer than C (`GradientCanaries`),
+            the worst case for the steps. Or a data set of m samples like those of the loader, for
+            example with wrong labels: input canaries, which test the forward pass and the loss too.
+            Their score is how far training lowered their loss, which is much weaker.
         confidence: An (ε, δ)-private run is refuted with a probability of at most 1 - confidence.
-        guesses: Numbers of guesses, each a trial, fixed before the run; the confidence is shared among them.
+        guesses: Numbers of guesses, each a trial, fixed before the run; the confidence is shared
+            among them.
         norm: Norm of the gradient canaries in units of C.
         seed: Of coins and canaries; default: from the operating system's entropy.
         fit: Further arguments of ``trainer.fit``.
@@ -64,11 +69,13 @@ def privacy_audit(
     Returns:
         ε that was shown beside ε that was claimed; ``print`` and ``.plot()`` show it.
 
-    Cost: per step a backward pass through one linear op per large parameter; for input canaries a forward pass of each
+    Cost: per step a backward pass through one linear op per large parameter; for input canaries a
+        forward pass of each
     before and after training.
 
     Raises:
-        MisconfigurationException: There is no `PrivacyCallback`, or not Poisson sampling, or several processes.
+        MisconfigurationException: There is no `PrivacyCallback`, or not Poisson sampling, or
+            several processes.
 
     Example:
         >>> import torch, lightning_curv, pytorch_lightning as pl

@@ -54,8 +54,8 @@ Extensions = Sequence[AnyExtension]
 class CurvatureCallback(Callback):
     r"""Feed second-order optimizers and log gradient noise and curvature, on an unmodified `LightningModule`.
 
-    On the steps that need it, and only on those, `training_step` is recorded and the user's own backward pass also
-    computes
+    On the steps that need it, and only on those, `training_step` is recorded and the user's own
+    backward pass also computes
 
     - what each optimizer asks for by `optimizer.required_extensions()`, left on the parameters until the batch ends;
     - on logging steps, the series below. No per-sample gradient is materialised.
@@ -70,13 +70,15 @@ class CurvatureCallback(Callback):
       a warning, while the average of $\|G\|^2$ is not positive
     - ``curvature/suggested_batch_size``: the power of two next to the noise scale
     - ``curvature/ggn_trace``: trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate; needs a loss that
-      can be differentiated twice; not with ``mc_samples=0``. It takes a backward pass of its own: from step 20 on at
-      most every tenth step, unless ``quantities`` names it
+      can be differentiated twice; not with ``mc_samples=0``. It takes a backward pass of its own:
+      from step 20 on at most every tenth step, unless ``quantities`` names it
 
-    Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``, ``hessian_max_eigenvalue``,
-    ``mean_gsnr``, ``grad_diversity``, ``norm_test``, ``inner_product_test``, ``orthogonality_test``, ``cabs``,
-    ``early_stopping``, ``tic_trace``, ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources
-    are in `lightning_curv.callbacks.monitoring.quantities` and `lightning_curv.callbacks.monitoring.trajectory`.
+    Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``,
+    ``hessian_max_eigenvalue``, ``mean_gsnr``, ``grad_diversity``, ``norm_test``,
+    ``inner_product_test``, ``orthogonality_test``, ``cabs``, ``early_stopping``, ``tic_trace``,
+    ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources are in
+    `lightning_curv.callbacks.monitoring.quantities` and
+    `lightning_curv.callbacks.monitoring.trajectory`.
 
     What is there by default and cannot be computed for a model is left out, with one warning before the first step.
     Where samples influence each other (BatchNorm in training mode, a contrastive loss) or have no rows of their own,
@@ -92,31 +94,36 @@ class CurvatureCallback(Callback):
     In distributed training all are those of the global batch, by one reduction per logged step; what is promised and
     refused is listed in `docs/guarantees.md`.
 
-    With gradient accumulation the optimizers average the curvature of the micro-batches, each that of the loss as
-    `training_step` returned it: the curvature of the accumulated mean. In manual optimization they get that of the last
-    `manual_backward`; if it is one of K that share a mean, set `optimizer.curvature_scale = K`.
+    With gradient accumulation the optimizers average the curvature of the micro-batches, each that
+    of the loss as `training_step` returned it: the curvature of the accumulated mean. In manual
+    optimization they get that of the last `manual_backward`; if it is one of K that share a mean,
+    set `optimizer.curvature_scale = K`.
 
-    Where an op has no rule, a per-sample quantity costs a pass through this op for every sample, of which a warning
-    tells once. `max_samples=S` caps that price for the series of this callback: of a batch of N > S samples, and of
-    every micro-batch and process alone, S are drawn uniformly without replacement and only these are measured. Moments,
-    variances, diversity, the squares of the three tests, CABS and GGN traces are then unbiased estimates of their
-    values for the whole batch; norms, their quantiles and histogram are those of the S samples; what is a ratio of
-    estimates is not unbiased (`lightning_curv.callbacks.monitoring.quantities`). The gradient itself, Hessian traces
-    and eigenvalues take no samples apart and are those of the whole batch. So is all that optimizers and `extensions`
-    ask for, and with it what shares a backward pass with these. The check of the first logged step, whether the
-    gradients of the samples add up to the gradient, needs all of them and is left out.
+    Where an op has no rule, a per-sample quantity costs a pass through this op for every sample, of
+    which a warning tells once. `max_samples=S` caps that price for the series of this callback: of
+    a batch of N > S samples, and of every micro-batch and process alone, S are drawn uniformly
+    without replacement and only these are measured. Moments, variances, diversity, the squares of
+    the three tests, CABS and GGN traces are then unbiased estimates of their values for the whole
+    batch; norms, their quantiles and histogram are those of the S samples; what is a ratio of
+    estimates is not unbiased (`lightning_curv.callbacks.monitoring.quantities`). The gradient
+    itself, Hessian traces and eigenvalues take no samples apart and are those of the whole batch.
+    So is all that optimizers and `extensions` ask for, and with it what shares a backward pass with
+    these. The check of the first logged step, whether the gradients of the samples add up to the
+    gradient, needs all of them and is left out.
 
-    The parameters that training ends with are bit-identical with and without the callback: random labels are drawn from
-    a generator of its own, seeded anew for every batch, so that a resumed run draws the same.
+    The parameters that training ends with are bit-identical with and without the callback: random
+    labels are drawn from a generator of its own, seeded anew for every batch, so that a resumed run
+    draws the same.
 
     Args:
-        quantities: what to log: "default", "all", or names, among which "default" stands for those of the table. The
-            four sample norms are `sample_norms`.
-        every_n_steps: optimizer steps between two logged ones; `None` is the Trainer's `log_every_n_steps`, 0 logs
-            nothing. `fast_dev_run` logs every step.
-        layers: series `curvature_layers/<quantity>/<layer>` for up to `max_layers` layers, chosen once at the start:
-            True for the first ones, "topk" for those with most parameters, or a regular expression that is searched in
-            their names. All layers, if there are more, make one heat-map image per logged step.
+        quantities: what to log: "default", "all", or names, among which "default" stands for those
+            of the table. The four sample norms are `sample_norms`.
+        every_n_steps: optimizer steps between two logged ones; `None` is the Trainer's
+            `log_every_n_steps`, 0 logs nothing. `fast_dev_run` logs every step.
+        layers: series `curvature_layers/<quantity>/<layer>` for up to `max_layers` layers, chosen
+            once at the start: True for the first ones, "topk" for those with most parameters, or a
+            regular expression that is searched in their names. All layers, if there are more, make
+            one heat-map image per logged step.
         histograms: write the histogram of the per-sample norms to loggers that take one.
         mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses without a second
             derivative.
@@ -428,7 +435,8 @@ class CurvatureCallback(Callback):
         }
         if not grads:
             return
-        # Lightning divides by the full number of passes, but the last window of an epoch may hold fewer.
+        # Lightning divides by the full number of passes, but the last window of an epoch may hold
+        # fewer.
         passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
         divisor = passes / trainer.accumulate_grad_batches
         if self._report:

@@ -49,9 +49,9 @@ class PrivacyCallback(Callback):
     `training_step`, its scalar loss and the DataLoader stay as they are. The callback
 
     - draws Poisson batches from the loader's data set: every sample takes part in a step with probability
-      q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of the loader as written; each
-      batch is split into exactly ``accumulate_grad_batches`` parts, so that `global_step`, schedulers and the length
-      of an epoch are what they were;
+      q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of the loader
+      as written; each batch is split into exactly ``accumulate_grad_batches`` parts, so that
+      `global_step`, schedulers and the length of an epoch are what they were;
     - listens to the user's own backward passes, so that the optimizer clips and adds noise;
     - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate, sizes and length of
       the run are read at every step. Training stops before a step that would exceed the budget;
@@ -59,11 +59,13 @@ class PrivacyCallback(Callback):
     and
       that nothing else learns from them.
 
-    The guarantee is (ε, δ)-differential privacy of all weights that training ends with and passes through, for
-    neighbouring data sets that differ by one sample; `summary` says in which way. It does not cover statistics of the
-    training data that you log or select by (a checkpoint by training loss). See `docs/privacy.md`.
+    The guarantee is (ε, δ)-differential privacy of all weights that training ends with and passes
+    through, for neighbouring data sets that differ by one sample; `summary` says in which way. It
+    does not cover statistics of the training data that you log or select by (a checkpoint by
+    training loss). See `docs/privacy.md`.
 
-    The account goes on over further fits, Trainers and checkpoints; each draws fresh batches and fresh noise.
+    The account goes on over further fits, Trainers and checkpoints; each draws fresh batches and
+    fresh noise.
 
     - ``privacy/epsilon``: ε spent, on the progress bar too
     - ``privacy/noise_multiplier``: σ
@@ -76,34 +78,40 @@ class PrivacyCallback(Callback):
     Args:
         epsilon: The budget ε; gives σ when the optimizer has none. ``None``: no budget.
         delta: δ, well below 1 / N.
-        sampling: ``"poisson"``; ``"truncated_poisson"``, of whose batches at most ``max_batch_size`` samples are kept;
-            ``"epoch"``, the shuffled loader as it is, accounted as one Gaussian mechanism per epoch without
-            amplification, for neighbours of which one has a sample zeroed out.
+        sampling: ``"poisson"``; ``"truncated_poisson"``, of whose batches at most
+            ``max_batch_size`` samples are kept; ``"epoch"``, the shuffled loader as it is,
+            accounted as one Gaussian mechanism per epoch without amplification, for neighbours of
+            which one has a sample zeroed out.
         max_batch_size: Samples of the largest truncated batch, all processes and parts together.
-        max_physical_batch_size: Samples that a process has in memory at once. The loader's batches may then be as large
-            as the logical batch should be; each is split by size, its parts filled one after the other, and the Trainer
-            accumulates them: its own `accumulate_grad_batches` becomes the number of parts that suffice for all but one
-            in 10⁹ batches, of whose last part is larger. Empty parts cost a sample each. Whatever the Trainer counts in
-            batches (`limit_train_batches`, `val_check_interval`) counts parts.
+        max_physical_batch_size: Samples that a process has in memory at once. The loader's batches
+            may then be as large as the logical batch should be; each is split by size, its parts
+            filled one after the other, and the Trainer accumulates them: its own
+            `accumulate_grad_batches` becomes the number of parts that suffice for all but one in
+            10⁹ batches, of whose last part is larger. Empty parts cost a sample each. Whatever the
+            Trainer counts in batches (`limit_train_batches`, `val_check_interval`) counts parts.
         accountant: ``"pld"`` or ``"rdp"``.
-        on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and go on.
-        every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes up to a second).
-        seed: Of the batches. It must be secret; default: from the operating system's entropy. Once a checkpoint was
-            loaded, batches come from fresh entropy all the same.
-        check_independence: Compare gradients of samples in a batch with those in random parts of it, on the 1st, 2nd,
-            5th, 10th, ... step; and what `collate_fn` and transfer hooks make of samples in different batches, for each
-            loader. Random numbers of a sample are equal in all of them. ``False`` is for losses of which you know that
-            samples do not influence each other, although random numbers that do not come from torch make it seem so.
+        on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and
+            go on.
+        every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes
+            up to a second).
+        seed: Of the batches. It must be secret; default: from the operating system's entropy. Once
+            a checkpoint was loaded, batches come from fresh entropy all the same.
+        check_independence: Compare gradients of samples in a batch with those in random parts of
+            it, on the 1st, 2nd, 5th, 10th, ... step; and what `collate_fn` and transfer hooks make
+            of samples in different batches, for each loader. Random numbers of a sample are equal
+            in all of them. ``False`` is for losses of which you know that samples do not influence
+            each other, although random numbers that do not come from torch make it seem so.
         log_non_private: Log statistics of the samples.
-        public_state: Patterns of names (``"target.*"``) of parameters and buffers that other code changes without
-            looking at the data: moving averages of weights, clamped weights.
-        exact_resume: Save the state of batches and noise in checkpoints and go on with it, so that a run resumes bit
-            for bit. Two runs that go on from one checkpoint then use the same noise, and the difference of their
-            weights has none: no ε holds for both together. Only where exactly one run goes on, and checkpoints are
-            kept secret.
+        public_state: Patterns of names (``"target.*"``) of parameters and buffers that other code
+            changes without looking at the data: moving averages of weights, clamped weights.
+        exact_resume: Save the state of batches and noise in checkpoints and go on with it, so that
+            a run resumes bit for bit. Two runs that go on from one checkpoint then use the same
+            noise, and the difference of their weights has none: no ε holds for both together. Only
+            where exactly one run goes on, and checkpoints are kept secret.
 
     Raises:
-        MisconfigurationException: In `fit`: something in the set-up is not private; the message says what to do.
+        MisconfigurationException: In `fit`: something in the set-up is not private; the message
+            says what to do.
 
     Example:
         >>> PrivacyCallback(epsilon=3.0, delta=1e-5).sampling
@@ -194,7 +202,8 @@ class PrivacyCallback(Callback):
         self.noise_multiplier = state_dict["noise_multiplier"]
         self.accountant.load_state_dict(state_dict)
         self._resumes = self.exact_resume
-        # without entropy of its own, every continuation of this checkpoint would draw the same batches
+        # without entropy of its own, every continuation of this checkpoint would draw the same
+        # batches
         self._entropy = state_dict["entropy"] if self._resumes else None
         self._next = state_dict["next"] if self._resumes else 0
 

@@ -115,7 +115,8 @@ def is_compiled(pl_module: LightningModule) -> bool:
 
 def eager() -> AbstractContextManager[Any]:
     """Run compiled modules eagerly."""
-    # Inside a compiled region no torch function is seen. The stance leaves compiled code valid for the next steps.
+    # Inside a compiled region no torch function is seen. The stance leaves compiled code valid for
+    # the next steps.
     if "torch._dynamo" in sys.modules:
         return torch.compiler.set_stance("force_eager")
     return nullcontext()

@@ -16,7 +16,16 @@ from lightning_curv.samples.batch import Batch
 
 BatchSize = Callable[[Any], int] | int | None
 _VALUES = (Number, str, bytes, type(None), torch.dtype, torch.device)
-_NO_DATA = (torch.Size, torch.Generator, nn.Module, ReferenceType, type, FunctionType, MethodType, BuiltinFunctionType)
+_NO_DATA = (
+    torch.Size,
+    torch.Generator,
+    nn.Module,
+    ReferenceType,
+    type,
+    FunctionType,
+    MethodType,
+    BuiltinFunctionType,
+)
 
 
 def describe_batch(batch: Any, size: BatchSize = None) -> Batch:
@@ -24,14 +33,16 @@ def describe_batch(batch: Any, size: BatchSize = None) -> Batch:
 
     Args:
         batch: what `training_step` gets, before it runs.
-        size: the number of samples or a function of the batch; `None`: the one that Lightning extracts, the leading
-            size of the first tensor. Where tensors have several, it is not known.
+        size: the number of samples or a function of the batch; `None`: the one that Lightning
+            extracts, the leading size of the first tensor. Where tensors have several, it is not
+            known.
 
     Returns:
         Its tensors are left out if it also holds data of other kinds, such as texts or arrays.
 
     Raises:
-        ValueError: `size` is a function, but the batch is an iterator over batches; or it gives no number.
+        ValueError: `size` is a function, but the batch is an iterator over batches; or it gives no
+            number.
     """
     if isinstance(batch, Iterator):
         if callable(size):
@@ -52,7 +63,9 @@ def _number(size: Any) -> int:
     if isinstance(size, Tensor) and size.numel() == 1:
         size = size.item()
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ValueError(f"`batch_size` must give the number of samples in a batch, found {size!r}.")
+        raise ValueError(
+            f"`batch_size` must give the number of samples in a batch, found {size!r}."
+        )
     return size
 
 
@@ -78,7 +91,11 @@ def _entries(value: Any) -> list[Any] | None:
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         entries = list(value)
-        return None if len(entries) > 1 and all(isinstance(entry, _VALUES) for entry in entries) else entries
+        return (
+            None
+            if len(entries) > 1 and all(isinstance(entry, _VALUES) for entry in entries)
+            else entries
+        )
     if is_dataclass(value):
         return [getattr(value, field.name) for field in fields(value)]
     return list(vars(value).values()) if hasattr(value, "__dict__") else None

@@ -32,7 +32,9 @@ def on_config(config: Any) -> None:
     atexit.register(shutil.rmtree, copy)
     for folder in ("lightning_curv", "optimizers", "callbacks"):
         inside = copy / "lightning_curv" / (folder if folder != "lightning_curv" else "")
-        shutil.copytree(ROOT / folder, inside, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        shutil.copytree(
+            ROOT / folder, inside, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+        )
     for path in copy.rglob("*.py"):
         path.write_text(_in_markdown(path.read_text()))
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(copy)]
@@ -42,7 +44,9 @@ def _in_markdown(source: str) -> str:
     """Mathematics between dollars instead of in roles and directives, and examples as code."""
     source = re.sub(r":math:`([^`]*)`", r"$\1$", source)
     source = re.sub(r"^( *)\.\. math:: (.*)$", r"\1$$\2$$", source, flags=re.MULTILINE)
-    source = re.sub(r"^( *)\.\. math::\n((?:\1    .*\n)+)", r"\1$$\n\2\1$$\n", source, flags=re.MULTILINE)
+    source = re.sub(
+        r"^( *)\.\. math::\n((?:\1    .*\n)+)", r"\1$$\n\2\1$$\n", source, flags=re.MULTILINE
+    )
     return re.sub(r"^( +)Example:$", r"\1Examples:", source, flags=re.MULTILINE)
 
 
@@ -56,7 +60,9 @@ def on_files(files: Files, config: Any) -> Files:
 def _moved(text: str) -> str:
     """Links of a page in the root, as seen from docs/."""
     text = text.replace("](docs/", "](").replace('src="docs/', 'src="')
-    text = re.sub(r"\]\((?!https?:|#)(examples/|benchmarks/|LICENSE|CITATION|[A-Z_]+\.md)", r"](../\1", text)
+    text = re.sub(
+        r"\]\((?!https?:|#)(examples/|benchmarks/|LICENSE|CITATION|[A-Z_]+\.md)", r"](../\1", text
+    )
     return re.sub(r"\]\(\.\./([A-Z_]+\.md)", lambda m: f"]({PAGES[m[1]]}", text)
 
 
@@ -80,6 +86,9 @@ def _source(name: str) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """LaTeX to MathML, which browsers draw by themselves."""
-    inline, block = (r'<span class="arithmatex">\\\((.*?)\\\)</span>', r'<div class="arithmatex">\\\[(.*?)\\\]</div>')
+    inline, block = (
+        r'<span class="arithmatex">\\\((.*?)\\\)</span>',
+        r'<div class="arithmatex">\\\[(.*?)\\\]</div>',
+    )
     html = re.sub(inline, lambda m: convert(unescape(m[1])), html, flags=re.DOTALL)
     return re.sub(block, lambda m: convert(unescape(m[1]), display="block"), html, flags=re.DOTALL)

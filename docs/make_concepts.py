@@ -41,7 +41,9 @@ def problem() -> tuple[nn.Sequential, Tensor, Tensor]:
     return net, X[chosen], y[chosen]
 
 
-def show(axis: Axes, matrix: Tensor, title: str, limit: float | None = None, lines: Sequence[int] = ()) -> None:
+def show(
+    axis: Axes, matrix: Tensor, title: str, limit: float | None = None, lines: Sequence[int] = ()
+) -> None:
     """A matrix, red where positive and blue where negative, with lines between the parameters."""
     limit = limit or float(matrix.abs().max())
     axis.imshow(matrix.detach(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -54,7 +56,10 @@ def show(axis: Axes, matrix: Tensor, title: str, limit: float | None = None, lin
 
 def label(axis: Axes, net: nn.Module, rows: bool = True) -> None:
     """Names of the parameters beside their rows and below their columns."""
-    names = [name.replace("0.", "layer 1 ").replace("2.", "layer 2 ") for name, _ in net.named_parameters()]
+    names = [
+        name.replace("0.", "layer 1 ").replace("2.", "layer 2 ")
+        for name, _ in net.named_parameters()
+    ]
     sizes = [p.numel() for p in net.parameters()]
     middles = [sum(sizes[:i]) + size / 2 - 0.5 for i, size in enumerate(sizes)]
     axis.set_xticks(middles, names, rotation=30, ha="right", fontsize=8)
@@ -81,7 +86,12 @@ def gradients(net: nn.Module, X: Tensor, y: Tensor) -> None:
     figure, (top, middle, bottom) = plt.subplots(
         3, 1, figsize=(9, 5.2), height_ratios=[12, 1.4, 1.4], layout="constrained"
     )
-    show(top, samples, "grad_batch: one row per sample, one column per parameter entry", lines=edges(net))
+    show(
+        top,
+        samples,
+        "grad_batch: one row per sample, one column per parameter entry",
+        lines=edges(net),
+    )
     show(middle, total[None], "grad: the sum of the rows", lines=edges(net))
     show(bottom, variance[None], "variance: how much the rows differ", lines=edges(net))
     top.set(aspect="auto", ylabel="samples")
@@ -98,7 +108,9 @@ def ggn(net: nn.Module, X: Tensor, y: Tensor) -> Tensor:
     matrix = root.T @ root
     limit = float(matrix.abs().max()) / 2
     blocks = torch.block_diag(*(block for block in diagonal_blocks(net, matrix)))
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.9), layout="constrained", width_ratios=[1, 1, 1, 1])
+    figure, axes = plt.subplots(
+        1, 4, figsize=(13, 3.9), layout="constrained", width_ratios=[1, 1, 1, 1]
+    )
     show(axes[0], root, "V: sqrt_ggn_exact", lines=edges(net))
     axes[0].set(aspect="auto", ylabel="samples × classes")
     label(axes[0], net, rows=False)
@@ -124,7 +136,9 @@ def kronecker(net: nn.Module, X: Tensor, y: Tensor, matrix: Tensor) -> None:
     with curvature(KFLR(), KFAC(mc_samples=1), generator=generator):
         F.cross_entropy(net(X), y).backward()
     (B, A), limit = weight.kflr, float(exact.abs().max())
-    figure, axes = plt.subplots(1, 5, figsize=(13, 3), layout="constrained", width_ratios=[1, 0.6, 0.5, 1, 1])
+    figure, axes = plt.subplots(
+        1, 5, figsize=(13, 3), layout="constrained", width_ratios=[1, 0.6, 0.5, 1, 1]
+    )
     show(axes[0], exact, "block of layer 1's weight", limit)
     show(axes[1], B, "B: outputs")
     show(axes[2], A, "A: inputs")

@@ -2,8 +2,8 @@
 
     python docs/make_dashboard.py [--chromium chromium]
 
-Chromium is controlled by its DevTools protocol, so that nothing but the browser is needed beyond the package's own
-dependencies.
+Chromium is controlled by its DevTools protocol, so that nothing but the browser is needed beyond
+the package's own dependencies.
 """
 
 import argparse
@@ -25,11 +25,20 @@ import aiohttp
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-SCALARS = ("train/loss", "curvature/noise_scale", "curvature/suggested_batch_size", "curvature/ggn_trace")
+SCALARS = (
+    "train/loss",
+    "curvature/noise_scale",
+    "curvature/suggested_batch_size",
+    "curvature/ggn_trace",
+)
 SCALARS += ("curvature/sample_norm_median",)
 CARDS = [{"plugin": "scalars", "tag": tag} for tag in SCALARS]
 CARDS += [
-    {"plugin": "histograms", "tag": "curvature/sample_norms", "runId": "defaultExperimentId/noise_scale/version_0"}
+    {
+        "plugin": "histograms",
+        "tag": "curvature/sample_norms",
+        "runId": "defaultExperimentId/noise_scale/version_0",
+    }
 ]
 SETTINGS = {
     "timeSeriesSettingsPaneOpened": False,
@@ -95,7 +104,9 @@ async def photograph(port: int, address: str) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chromium", default="chromium")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -104,12 +115,21 @@ def main() -> None:
         port, debugging = free_port(), free_port()
         board = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", str(port)]
         browser = [
-            *(options.chromium, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+            *(
+                options.chromium,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+            ),
             *("--enable-unsafe-swiftshader", f"--user-data-dir={folder}/profile"),
             *(f"--remote-debugging-port={debugging}", "--remote-allow-origins=*", "about:blank"),
         ]
         address = f"http://localhost:{port}"
-        with serving(board, f"{address}/data/runs"), serving(browser, f"http://localhost:{debugging}/json/version"):
+        with (
+            serving(board, f"{address}/data/runs"),
+            serving(browser, f"http://localhost:{debugging}/json/version"),
+        ):
             picture = asyncio.run(photograph(debugging, address))
     image = Image.open(io.BytesIO(picture)).convert("RGB").quantize(128)
     image.save(Path(__file__).with_name("images") / "dashboard.png", optimize=True)

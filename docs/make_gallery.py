@@ -15,12 +15,16 @@ ROOT = Path(__file__).parents[1]
 
 def main() -> None:
     """Run the examples with these names, or all."""
-    names = sys.argv[1:] or sorted(path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "shared")
+    names = sys.argv[1:] or sorted(
+        path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "shared"
+    )
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / "out.png"
             script = ROOT / "examples" / f"{name}.py"
-            subprocess.run([sys.executable, str(script), "--out", str(picture)], check=True, cwd=folder)
+            subprocess.run(
+                [sys.executable, str(script), "--out", str(picture)], check=True, cwd=folder
+            )
             image = Image.open(picture).convert("RGB").quantize(128)
             image.save(ROOT / "docs" / "images" / "examples" / f"{name}.png", optimize=True)
 

@@ -2,9 +2,9 @@
 
     python examples/all_extensions.py
 
-Nothing here needs Lightning, and the model is any `nn.Module`. In the printed shapes N is the number of samples, C of
-classes, M of Monte-Carlo draws, V of vectors, A and B are Kronecker factors of a layer's inputs and outputs (a bias has
-only B), and *p stands for the parameter's own shape.
+Nothing here needs Lightning, and the model is any `nn.Module`. In the printed shapes N is the
+number of samples, C of classes, M of Monte-Carlo draws, V of vectors, A and B are Kronecker factors
+of a layer's inputs and outputs (a bias has only B), and *p stands for the parameter's own shape.
 """
 
 from collections import OrderedDict
@@ -87,7 +87,9 @@ def shape(field: Any, parameter: Tensor) -> str:
     """The shape of a tensor, of each of several Kronecker factors, or of a product with three vectors."""
     if isinstance(field, list):
         return " ⊗ ".join(shape(factor, parameter) for factor in field)
-    return str(list(field(torch.randn(3, *parameter.shape)).shape if callable(field) else field.shape))
+    return str(
+        list(field(torch.randn(3, *parameter.shape)).shape if callable(field) else field.shape)
+    )
 
 
 def show(model: nn.Module, title: str, shapes: Shapes) -> None:
@@ -144,25 +146,33 @@ def main() -> None:
         F.cross_entropy(model(X), y).backward()
     show(model, "Generalized Gauss-Newton matrix: diagonals and square roots", GAUSS_NEWTON)
 
-    # 3. The way of BackPACK: extend once, run the forward pass anywhere, choose quantities around `backward`.
+    # 3. The way of BackPACK: extend once, run the forward pass anywhere, choose quantities around
+    # `backward`.
     model, lossfunc = extend(model), extend(nn.CrossEntropyLoss())
     loss = lossfunc(model(X), y)
     with curvature(*KRONECKER):
         loss.backward()
     show(model, "Generalized Gauss-Newton matrix: Kronecker factors of each block", KRONECKER)
 
-    # 4. The Hessian: its diagonal, and products with the block of each parameter, `p.hmp(V)`, which keep the graph.
+    # 4. The Hessian: its diagonal, and products with the block of each parameter, `p.hmp(V)`, which
+    # keep the graph.
     model.zero_grad()  # each backward pass overwrites the quantities, but adds to the gradient
     with curvature(*HESSIAN, *PRODUCTS):
         lossfunc(model(X), y).backward()
     show(model, "Hessian: diagonal", HESSIAN)
-    show(model, "Products with the block of the Hessian, the GGN, the positive-curvature Hessian", PRODUCTS)
+    show(
+        model,
+        "Products with the block of the Hessian, the GGN, the positive-curvature Hessian",
+        PRODUCTS,
+    )
 
     weight = model.conv.weight
     differences = {
         "sum of the per-sample gradients - gradient": weight.grad_batch.sum(0) - weight.grad,
-        "their squared norms - batch_l2": weight.grad_batch.flatten(1).square().sum(1) - weight.batch_l2,
-        "squares of the GGN root - GGN diagonal": weight.sqrt_ggn_exact.square().sum((0, 1)) - weight.diag_ggn_exact,
+        "their squared norms - batch_l2": weight.grad_batch.flatten(1).square().sum(1)
+        - weight.batch_l2,
+        "squares of the GGN root - GGN diagonal": weight.sqrt_ggn_exact.square().sum((0, 1))
+        - weight.diag_ggn_exact,
     }
     print("\nThree identities on the first weight, zero up to rounding")
     for name, difference in differences.items():

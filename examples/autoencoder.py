@@ -2,9 +2,9 @@
 
     python examples/autoencoder.py
 
-784-1000-500-250-30 and back on 5,000 digits, a classic of second-order optimization. KFAC chooses learning rate,
-momentum and damping itself; Adam has a tuned learning rate and cosine decay. `--quick` takes a smaller network and the
-digits of scikit-learn.
+784-1000-500-250-30 and back on 5,000 digits, a classic of second-order optimization. KFAC chooses
+learning rate, momentum and damping itself; Adam has a tuned learning rate and cosine decay.
+`--quick` takes a smaller network and the digits of scikit-learn.
 """
 
 import time
@@ -40,12 +40,16 @@ class Autoencoder(pl.LightningModule):
         self.started, self.curve = time.process_time(), []
 
     def loss(self, images: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self.net(images), images, reduction="sum") / len(images)
+        return F.binary_cross_entropy_with_logits(self.net(images), images, reduction="sum") / len(
+            images
+        )
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         (images,) = batch
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if isinstance(optimizer, KFACOptimizer):  # optional: the damping adapts to how well the loss was predicted
+        if isinstance(
+            optimizer, KFACOptimizer
+        ):  # optional: the damping adapts to how well the loss was predicted
             optimizer.loss_fn = lambda: self.loss(images)
         return self.loss(images)
 
@@ -82,10 +86,17 @@ def main() -> None:
     options = shared.parser(__doc__).parse_args()
     torch.set_flush_denormal(True)
     data = images(options.quick)
-    sizes, batch_size = ((64, 128, 64, 32, 8), 256) if options.quick else ((784, 1000, 500, 250, 30), 500)
-    runs = {"KFAC": (kfac, 80 if options.quick else 200), "Adam": (adam, 80 if options.quick else 1000)}
+    sizes, batch_size = (
+        ((64, 128, 64, 32, 8), 256) if options.quick else ((784, 1000, 500, 250, 30), 500)
+    )
+    runs = {
+        "KFAC": (kfac, 80 if options.quick else 200),
+        "Adam": (adam, 80 if options.quick else 1000),
+    }
 
-    figure, (by_step, by_time, pictures) = shared.plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, (by_step, by_time, pictures) = shared.plt.subplots(
+        1, 3, figsize=(12, 3.6), layout="constrained"
+    )
     rows = [data[:8]]
     for name, (optimizer, steps) in runs.items():
         pl.seed_everything(0, verbose=False)
@@ -100,7 +111,9 @@ def main() -> None:
         batches = DataLoader(TensorDataset(data), batch_size, shuffle=True, drop_last=True)
         trainer.fit(model, batches, DataLoader(TensorDataset(data), len(data)))
         at_step, seconds, errors = zip(*model.curve)
-        print(f"{name}: squared error per image {errors[-1]:.3f} after {steps} steps, {seconds[-1]:.0f} CPU s")
+        print(
+            f"{name}: squared error per image {errors[-1]:.3f} after {steps} steps, {seconds[-1]:.0f} CPU s"
+        )
         by_step.semilogy(at_step, errors, lw=2, label=name)
         by_time.semilogy(seconds, errors, lw=2, label=name)
         rows.append(model.net(data[:8]).sigmoid().detach())
@@ -109,7 +122,10 @@ def main() -> None:
     by_time.set(title="the same", xlabel="CPU seconds")
     by_step.legend()
     side = int(data.shape[1] ** 0.5)
-    pictures.imshow(torch.stack(rows).view(3, 8, side, side).transpose(1, 2).reshape(3 * side, -1), cmap="gray_r")
+    pictures.imshow(
+        torch.stack(rows).view(3, 8, side, side).transpose(1, 2).reshape(3 * side, -1),
+        cmap="gray_r",
+    )
     pictures.set(title="digits, and what is left of them", xticks=[])
     pictures.set_yticks([side * (i + 0.5) for i in range(3)], ["data", *runs])
     pictures.grid(visible=False)

@@ -4,9 +4,10 @@
     python examples/cli.py --optimizer.init_args.lr=0.05 --trainer.max_epochs=2
     python examples/cli.py --optimizer=lightning_curv.DiagGGNOptimizer
 
-The settings are in `cli.yaml` beside this file; later arguments override it, `--print_config` prints them all, and
-`--optimizer.help=lightning_curv.KFACOptimizer` prints the arguments of the optimizer with their documentation. Needs
-`jsonargparse[signatures]`, which comes with the extra "examples".
+The settings are in `cli.yaml` beside this file; later arguments override it, `--print_config`
+prints them all, and `--optimizer.help=lightning_curv.KFACOptimizer` prints the arguments of the
+optimizer with their documentation. Needs `jsonargparse[signatures]`, which comes with the extra
+"examples".
 """
 
 import sys
@@ -29,7 +30,9 @@ class Digits(pl.LightningModule):
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10)
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -74,7 +77,9 @@ def main() -> None:
     names = "train/loss", "curvature/noise_scale", "curvature/norm_test", "curvature/ggn_trace"
     figure, axes = shared.plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
     for axis, name in zip(axes, names):
-        print(f"{name}: {history[name][1][0]:.3g} at the start, {history[name][1][-1]:.3g} at the end")
+        print(
+            f"{name}: {history[name][1][0]:.3g} at the start, {history[name][1][-1]:.3g} at the end"
+        )
         shared.draw(axis, history[name])
         axis.set(title=name, xlabel="step", yscale="log")
     shared.save(figure, options.out)

@@ -2,9 +2,10 @@
 
     python examples/custom_extension.py
 
-An extension is a function of a parameter's per-sample Jacobian; it then works for every layer that there is. This one
-is ḡ² / (ḡ² + Var g), 1 where all samples agree and 1/N where they are mere noise. A small callback collects it for the
-first layer, whose weights lie on the pixels, so that agreement is a picture.
+An extension is a function of a parameter's per-sample Jacobian; it then works for every layer that
+there is. This one is ḡ² / (ḡ² + Var g), 1 where all samples agree and 1/N where they are mere
+noise. A small callback collects it for the first layer, whose weights lie on the pixels, so that
+agreement is a picture.
 """
 
 import pytorch_lightning as pl
@@ -32,7 +33,9 @@ class Collect(pl.Callback):
     def __init__(self) -> None:
         self.pictures: list[Tensor] = []
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: object) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: object
+    ) -> None:
         weight = pl_module.net[1].weight
         if hasattr(weight, "agreement"):
             self.pictures.append(weight.agreement.mean(0).view(28, 28))
@@ -60,7 +63,9 @@ def main() -> None:
     trainer.fit(Digits(), shared.loaders(batch_size=500)[0])
 
     phases = [2**i for i in range(7) if 2 ** (i + 1) <= len(collect.pictures)]
-    figure, axes = shared.plt.subplots(1, len(phases), figsize=(2 * len(phases), 2.6), layout="constrained")
+    figure, axes = shared.plt.subplots(
+        1, len(phases), figsize=(2 * len(phases), 2.6), layout="constrained"
+    )
     for axis, first in zip(axes, phases):
         mean = torch.stack(collect.pictures[first - 1 : 2 * first - 1]).mean(0)
         print(f"steps {first:3d} to {2 * first - 1:3d}: mean agreement {mean.mean():.4f}")

@@ -2,8 +2,8 @@
 
     python examples/dp_mnist.py
 
-The model, its training step and the DataLoader are plain Lightning; the two lines that matter are marked. The digits
-are scaled by constants that are not taken from the data.
+The model, its training step and the DataLoader are plain Lightning; the two lines that matter are
+marked. The digits are scaled by constants that are not taken from the data.
 """
 
 import pytorch_lightning as pl
@@ -67,10 +67,17 @@ def main() -> None:
         accuracy, used = train(epsilon, options.delta, options.epochs, options.batch_size)
         spent.append(used)
         accuracies.append(100 * accuracy)
-        print(f"held-out accuracy {100 * accuracy:.1f}% at ε = {used:.2f}, δ = {options.delta:g}", flush=True)
+        print(
+            f"held-out accuracy {100 * accuracy:.1f}% at ε = {used:.2f}, δ = {options.delta:g}",
+            flush=True,
+        )
     figure, axes = shared.plt.subplots(figsize=(5, 3.2), layout="constrained")
     axes.plot(spent, accuracies, "o-")
-    axes.set(xlabel=f"ε (δ = {options.delta:g})", ylabel="held-out accuracy [%]", title="4,000 digits, DP-SGD")
+    axes.set(
+        xlabel=f"ε (δ = {options.delta:g})",
+        ylabel="held-out accuracy [%]",
+        title="4,000 digits, DP-SGD",
+    )
     shared.save(figure, options.out)
 
 

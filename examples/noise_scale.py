@@ -2,10 +2,11 @@
 
     python examples/noise_scale.py
 
-The noise scale is the number of samples at which the noise of a mini-batch gradient is as large as the gradient. Far
-below it a batch twice as large saves almost half of the steps; far above it the additional samples are wasted. Early in
-training all samples agree, and small batches do; later they disagree. One callback logs it, on an ordinary module with
-an ordinary optimizer. TensorBoard shows the same: `tensorboard --logdir lightning_logs`.
+The noise scale is the number of samples at which the noise of a mini-batch gradient is as large as
+the gradient. Far below it a batch twice as large saves almost half of the steps; far above it the
+additional samples are wasted. Early in training all samples agree, and small batches do; later they
+disagree. One callback logs it, on an ordinary module with an ordinary optimizer. TensorBoard shows
+the same: `tensorboard --logdir lightning_logs`.
 """
 
 import pytorch_lightning as pl

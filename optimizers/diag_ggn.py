@@ -9,42 +9,53 @@ from lightning_curv.optimizers.curvature.base import ParamGroup
 from lightning_curv.optimizers.curvature.diagonal import DiagonalCurvature
 from lightning_curv.optimizers.curvature.empirical import curved
 from lightning_curv.optimizers.second_order import SecondOrderOptimizer
-from lightning_curv.optimizers.settings import require_choice, require_count, require_fraction, require_positive
+from lightning_curv.optimizers.settings import (
+    require_choice,
+    require_count,
+    require_fraction,
+    require_positive,
+)
 from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
-from lightning_curv.optimizers.step_size.rules import ElementwiseClip, QuadraticModel, StepRule, TrustClip
+from lightning_curv.optimizers.step_size.rules import (
+    ElementwiseClip,
+    QuadraticModel,
+    StepRule,
+    TrustClip,
+)
 
 
 class DiagGGNOptimizer(SecondOrderOptimizer):
     r"""Diagonal Gauss-Newton with running means of gradient and curvature and a bounded step.
 
-    With bias-corrected running means $\hat g$ of the gradient and $\hat h$ of the diagonal of the generalized
-    Gauss-Newton matrix,
+    With bias-corrected running means $\hat g$ of the gradient and $\hat h$ of the diagonal of the
+    generalized Gauss-Newton matrix,
 
     $$d = \hat g / (\hat h + \lambda), \qquad \theta \leftarrow (1 - \eta_t w) \theta - \eta_t \, \mathrm{bound}(d).$$
 
-    `bound="trust"` multiplies all of $d$ by $\min(1, \sqrt{\kappa / (\eta_0^2 \sum_j \hat h_j d_j^2)})$,
-    `bound="elementwise"` clips each element to $\pm \rho$. $\eta_0$ is the learning rate the optimizer was built with
-    and $\eta_t$ the scheduled one, so that a schedule acts after the bound. Parameters without a diagonal take Adam
-    steps at `fallback_lr` $\eta_t / \eta_0$.
+    `bound="trust"` multiplies all of $d$ by
+    $\min(1, \sqrt{\kappa / (\eta_0^2 \sum_j \hat h_j d_j^2)})$, `bound="elementwise"` clips each
+    element to $\pm \rho$. $\eta_0$ is the learning rate the optimizer was built with and $\eta_t$
+    the scheduled one, so that a schedule acts after the bound. Parameters without a diagonal take
+    Adam steps at `fallback_lr` $\eta_t / \eta_0$.
 
     The defaults suit networks trained on a mean cross-entropy.
 
     Args:
         params: parameters, or dicts of parameter groups.
-        lr: learning rate $\eta$, per group; about 0.03 with `bound="elementwise"`. "auto": learning rate and momentum
-            from the quadratic model, as in `KFACOptimizer`; `bound` is not used.
-        damping: $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss. "auto": relative to
-            the mean of the diagonal, as in `KFACOptimizer`.
+        lr: learning rate $\eta$, per group; about 0.03 with `bound="elementwise"`. "auto": learning
+            rate and momentum from the quadratic model, as in `KFACOptimizer`; `bound` is not used.
+        damping: $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
+            "auto": relative to the mean of the diagonal, as in `KFACOptimizer`.
         betas: decays in [0, 1) of the running means of gradient and diagonal, per group.
         weight_decay: $w$, decoupled, per group.
         interval: measure the diagonal every so many steps.
         bound: "trust", "elementwise" or None.
         kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric.
         max_update: $\rho$, bound on each element of $d$.
-        curvature: "mc" draws targets from the model, "exact" propagates one column per output. Where the loss has no
-            second derivative or is piecewise linear, both take the gradients of the samples, divided by the root of
-            the loss, and warn.
+        curvature: "mc" draws targets from the model, "exact" propagates one column per output.
+            Where the loss has no second derivative or is piecewise linear, both take the gradients
+            of the samples, divided by the root of the loss, and warn.
         mc_samples: targets drawn per example if `curvature="mc"`.
         fallback_lr: Adam's learning rate for parameters without a diagonal, per group.
 
@@ -52,9 +63,11 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         ValueError: a setting is out of range.
         TypeError: a parameter is complex or sparse.
 
-    Cost: elementwise time beside the diagonal's measurement; memory for two copies of the parameters.
+    Cost: elementwise time beside the diagonal's measurement; memory for two copies of the
+        parameters.
 
-    Source: F. Dangel, F. Kunstner, P. Hennig, *BackPACK: Packing more into Backprop*, ICLR 2020, section 4; the
+    Source: F. Dangel, F. Kunstner, P. Hennig, *BackPACK: Packing more into Backprop*, ICLR 2020,
+        section 4; the
     elementwise bound: H. Liu et al., *Sophia*, ICLR 2024, algorithm 3.
     """
 
@@ -82,7 +95,9 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         rule: StepRule = TrustClip(kl_clip if bound == "trust" else None)
         if bound == "elementwise":
             rule = ElementwiseClip(max_update)
-        extension: Extension = DiagGGNMC(mc_samples=mc_samples) if curvature == "mc" else DiagGGNExact()
+        extension: Extension = (
+            DiagGGNMC(mc_samples=mc_samples) if curvature == "mc" else DiagGGNExact()
+        )
         columns: Extension = JacobianMC(mc_samples) if curvature == "mc" else JacobianExact()
         curved(extension, columns)
         if lr == "auto":

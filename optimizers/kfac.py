@@ -10,7 +10,12 @@ from lightning_curv.optimizers.curvature.eigenbasis import EigenCurvature
 from lightning_curv.optimizers.curvature.empirical import JacobianEmpirical, curved
 from lightning_curv.optimizers.curvature.kronecker import KroneckerCurvature
 from lightning_curv.optimizers.second_order import SecondOrderOptimizer
-from lightning_curv.optimizers.settings import require_choice, require_count, require_fraction, require_positive
+from lightning_curv.optimizers.settings import (
+    require_choice,
+    require_count,
+    require_fraction,
+    require_positive,
+)
 from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
 from lightning_curv.optimizers.step_size.rules import QuadraticModel, StepRule, TrustClip
@@ -19,67 +24,85 @@ from lightning_curv.optimizers.step_size.rules import QuadraticModel, StepRule, 
 class KFACOptimizer(SecondOrderOptimizer):
     r"""Kronecker-factored approximate curvature that chooses its own step and damping.
 
-    The generalized Gauss-Newton block of each layer is approximated by $C = \bigotimes_i F_i$, one factor per axis of
-    the weight (a linear or convolution layer: $B \otimes A$, its bias included as one more input), each a running mean
-    over batches. A step moves along $d = \bigotimes_i (F_i + \gamma_i I)^{-1} g$.
+    The generalized Gauss-Newton block of each layer is approximated by $C = \bigotimes_i F_i$, one
+    factor per axis of the weight (a linear or convolution layer: $B \otimes A$, its bias included
+    as one more input), each a running mean over batches. A step moves along
+    $d = \bigotimes_i (F_i + \gamma_i I)^{-1} g$.
 
-    `lr="auto"`: the update is $\delta = \eta_t (-\alpha d + \beta \delta_{\text{last}})$ with the $\alpha, \beta$ that
-    minimize the quadratic model $g^\top \delta + \tfrac12 \delta^\top (G + \lambda) \delta$ of the loss; $G$ is the
-    generalized Gauss-Newton matrix of this batch itself, by per-sample dot products with what its backward pass
-    recorded. $d$ is then made of a running mean of the gradients: along the gradient of a single batch that batch
-    promises more than the loss will hold, its noise being part of both. Where every step has the same batch there is no
-    noise, and $d$ is made of the gradient itself. $\eta_t$ is 1 unless a schedule or a parameter group says otherwise.
+    `lr="auto"`: the update is $\delta = \eta_t (-\alpha d + \beta \delta_{\text{last}})$ with the
+        $\alpha, \beta$ that
+    minimize the quadratic model $g^\top \delta + \tfrac12 \delta^\top (G + \lambda) \delta$ of the
+    loss; $G$ is the generalized Gauss-Newton matrix of this batch itself, by per-sample dot
+    products with what its backward pass recorded. $d$ is then made of a running mean of the
+    gradients: along the gradient of a single batch that batch promises more than the loss will
+    hold, its noise being part of both. Where every step has the same batch there is no noise, and
+    $d$ is made of the gradient itself. $\eta_t$ is 1 unless a schedule or a parameter group says
+    otherwise.
 
     A number $\eta$ as `lr`: $\delta = -\eta_t \nu d + \mu \delta_{\text{last}}$ with
-    $\nu = \min(1, \sqrt{\kappa / (\eta_0^2 \sum d^\top g)})$ and $\eta_0$ the learning rate the optimizer was built
-    with, so that a schedule acts after this trust-region clip.
+    $\nu = \min(1, \sqrt{\kappa / (\eta_0^2 \sum d^\top g)})$ and $\eta_0$ the learning rate the
+    optimizer was built with, so that a schedule acts after this trust-region clip.
 
-    The damping $\lambda$ of a block is split by the traces of the factors, $\prod_i \gamma_i = \lambda$. "auto" damps
-    in the coordinates (inputs − mean, 1) of a layer with bias and sets $\lambda = c \, \bar\mu + \lambda_0$:
-    $\bar\mu$ is the mean eigenvalue of the block, $\lambda_0$ the least damping of the loss (`LossLimits`), and $c$ is
-    adapted by Levenberg and Marquardt's rule if `step` is given `loss_fn`, or `optimizer.loss_fn` is set; otherwise it
+    The damping $\lambda$ of a block is split by the traces of the factors,
+    $\prod_i \gamma_i = \lambda$. "auto" damps in the coordinates (inputs − mean, 1) of a layer with
+    bias and sets $\lambda = c \, \bar\mu + \lambda_0$: $\bar\mu$ is the mean eigenvalue of the
+    block, $\lambda_0$ the least damping of the loss (`LossLimits`), and $c$ is adapted by Levenberg
+    and Marquardt's rule if `step` is given `loss_fn`, or `optimizer.loss_fn` is set; otherwise it
     decays to 0.01.
 
-    Parameters without curvature take Adam steps at `fallback_lr` $\eta_t / \eta_0$; `summary()` says which.
+    Parameters without curvature take Adam steps at `fallback_lr` $\eta_t / \eta_0$; `summary()`
+    says which.
 
     Args:
         params: parameters, or dicts of parameter groups.
-        lr: "auto", or the learning rate $\eta$, per group. Values that schedulers set are relative to this one.
-        damping: "auto", or $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
+        lr: "auto", or the learning rate $\eta$, per group. Values that schedulers set are relative
+            to this one.
+        damping: "auto", or $\lambda$, per group, in the unit of the loss' curvature: scale it with
+            the loss.
         momentum: $\mu$ in [0, 1), per group; not used with `lr="auto"`.
-        weight_decay: $w$, decoupled, per group: parameters shrink by $\eta_t w$, with `lr="auto"` by $\alpha \eta_t w$.
+        weight_decay: $w$, decoupled, per group: parameters shrink by $\eta_t w$, with `lr="auto"`
+            by $\alpha \eta_t w$.
         factor_decay: decay in [0, 1) of the running means of the factors, per group.
-        gradient_decay: decay in [0, 1) of the running mean of the gradients, per group; not used with a number as `lr`.
+        gradient_decay: decay in [0, 1) of the running mean of the gradients, per group; not used
+            with a number as `lr`.
         factor_interval: measure factors every so many steps.
-        inverse_interval: refresh each inverse every so many steps, spread over the steps; more often in the first 20.
-        kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for no bound; not used
-            with `lr="auto"`.
-        curvature: "mc" draws targets from the model, "exact" propagates one column per output, "empirical" takes the
-            gradients themselves. Where the loss has no second derivative or is piecewise linear, the others take the
-            gradients too, divided by the root of the loss, and warn.
+        inverse_interval: refresh each inverse every so many steps, spread over the steps; more
+            often in the first 20.
+        kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for
+            no bound; not used with `lr="auto"`.
+        curvature: "mc" draws targets from the model, "exact" propagates one column per output,
+            "empirical" takes the gradients themselves. Where the loss has no second derivative or
+            is piecewise linear, the others take the gradients too, divided by the root of the loss,
+            and warn.
         mc_samples: targets drawn per example if `curvature="mc"`.
         weight_sharing: "expand" or "reduce", how factors treat convolutions and sequences.
         eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
-        positions: of a convolution, drawn anew for every batch, that its factors are computed from; None: all.
-        split_factors: larger factors are replaced by diagonal blocks of about this many rows, in coordinates in which
-            the mean of the inputs of a layer with bias stays exact; None: none are. "auto": 144, so that
-            preconditioning costs no more than a backward pass; 1,000 with `lr="auto"`, whose step costs more anyway.
+        positions: of a convolution, drawn anew for every batch, that its factors are computed from;
+            None: all.
+        split_factors: larger factors are replaced by diagonal blocks of about this many rows, in
+            coordinates in which the mean of the inputs of a layer with bias stays exact; None: none
+            are. "auto": 144, so that preconditioning costs no more than a backward pass; 1,000 with
+            `lr="auto"`, whose step costs more anyway.
         max_factor_size: factors with more rows are replaced by their diagonal.
-        shard_inverses: in distributed training every inverse is computed by one process. False sends it to all when it
-            is renewed; True keeps it there, one copy in all processes together, and sends the preconditioned gradients
-            in every step. Checkpoints then lack the inverses, which the first step after a restart computes anew.
+        shard_inverses: in distributed training every inverse is computed by one process. False
+            sends it to all when it is renewed; True keeps it there, one copy in all processes
+            together, and sends the preconditioned gradients in every step. Checkpoints then lack
+            the inverses, which the first step after a restart computes anew.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
 
     Attributes:
-        last_step: learning rate, momentum, damping $c$ and reduction ratio of the last step, for logs.
+        last_step: learning rate, momentum, damping $c$ and reduction ratio of the last step, for
+            logs.
 
     Raises:
         ValueError: a setting is out of range.
         TypeError: a parameter is complex or sparse.
 
-    Cost: per step $|\theta| \sum_i d_i$ time; one more backward pass, without parameter gradients, when curvature is
-    measured, and on every step, with about a forward pass on top, if `lr="auto"`; $d_i^3$ per inversion. Memory: two
-    copies of all factors, two of the parameters, and the activations of the batch until `step`.
+    Cost: per step $|\theta| \sum_i d_i$ time; one more backward pass, without parameter gradients,
+        when curvature is
+    measured, and on every step, with about a forward pass on top, if `lr="auto"`; $d_i^3$ per
+    inversion. Memory: two copies of all factors, two of the parameters, and the activations of the
+    batch until `step`.
 
     Example:
         >>> import torch
@@ -93,9 +116,11 @@ class KFACOptimizer(SecondOrderOptimizer):
         >>> round(layer.weight.item(), 3), round(layer.bias.item(), 3)  # least squares, solved in one step
         (3.0, 1.0)
 
-    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
-    ICML 2015; convolutions: R. Grosse, J. Martens, ICML 2016; the clip: J. Ba, R. Grosse, J. Martens, *Distributed
-    Second-Order Optimization using Kronecker-Factored Approximations*, ICLR 2017, section 5.
+    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature*,
+    ICML 2015; convolutions: R. Grosse, J. Martens, ICML 2016; the clip: J. Ba, R. Grosse, J.
+    Martens, *Distributed Second-Order Optimization using Kronecker-Factored Approximations*, ICLR
+    2017, section 5.
     """
 
     def __init__(
@@ -121,7 +146,9 @@ class KFACOptimizer(SecondOrderOptimizer):
         fallback_lr: float = 1e-3,
     ) -> None:
         if shard_inverses and eigen:
-            raise ValueError("`shard_inverses=True` needs `eigen=False`: every process measures in the eigenbasis.")
+            raise ValueError(
+                "`shard_inverses=True` needs `eigen=False`: every process measures in the eigenbasis."
+            )
         require_count("factor_interval", factor_interval)
         require_count("inverse_interval", inverse_interval)
         require_count("mc_samples", mc_samples)
@@ -156,7 +183,14 @@ class KFACOptimizer(SecondOrderOptimizer):
                 "gradient_decay": gradient_decay if lr == "auto" else 0.0,
                 "fallback_lr": fallback_lr,
             },
-            curvature=model(extension, KFLR(weight_sharing), positions, max_factor_size, split_factors, shard_inverses),
+            curvature=model(
+                extension,
+                KFLR(weight_sharing),
+                positions,
+                max_factor_size,
+                split_factors,
+                shard_inverses,
+            ),
             schedule=Schedule(measure=factor_interval, invert=inverse_interval),
             step_rule=rule,
             adaptation=LevenbergMarquardt(),

@@ -36,25 +36,29 @@ SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "curvature_scale
 class SecondOrderOptimizer(Optimizer):
     r"""Gradient descent preconditioned by curvature × damping × step, three objects that know nothing of each other.
 
-    Updates come from `step_rule` for the directions that `curvature` makes of the gradients with the damping of the
-    group; decoupled weight decay comes on top.
+    Updates come from `step_rule` for the directions that `curvature` makes of the gradients with
+    the damping of the group; decoupled weight decay comes on top.
 
-    A parameter without curvature moves by Adam's direction at `fallback_lr` $\cdot \, \eta_t / \eta_0$ instead.
-    Frozen parameters and those without a gradient are left alone. A step with inf or NaN is rejected with a warning.
+    A parameter without curvature moves by Adam's direction at `fallback_lr`
+    $\cdot \, \eta_t / \eta_0$ instead. Frozen parameters and those without a gradient are left
+    alone. A step with inf or NaN is rejected with a warning.
 
     Args:
         params: parameters, or dicts of parameter groups with settings of their own.
-        defaults: settings of the groups; at least `lr`, `damping`, `weight_decay` and `fallback_lr`.
+        defaults: settings of the groups; at least `lr`, `damping`, `weight_decay` and
+            `fallback_lr`.
         curvature: what preconditions a gradient.
         schedule: when curvature is measured and inverted.
         step_rule: how far to go.
         adaptation: of the relative damping, where a group's `damping` is "auto".
 
     Attributes:
-        loss_fn: what `step` takes as `loss_fn` if it is not given any; set it where `step` is called by others.
+        loss_fn: what `step` takes as `loss_fn` if it is not given any; set it where `step` is
+            called by others.
         last_step: numbers of the last step, for logs.
-        curvature_scale: what the mean curvature of the backward passes of a step lacks to be that of the loss whose
-            gradient the parameters carry. Set it to the number of micro-batches whose gradients were accumulated.
+        curvature_scale: what the mean curvature of the backward passes of a step lacks to be that
+            of the loss whose gradient the parameters carry. Set it to the number of micro-batches
+            whose gradients were accumulated.
     """
 
     def __init__(
@@ -163,15 +167,17 @@ class SecondOrderOptimizer(Optimizer):
 
         Args:
             closure: recomputes loss, gradients and curvature; called once, before anything else.
-            loss_fn: computes the loss of this step's batch once more, without gradients and without side effects (on
-                running statistics, logs). Every fifth step calls it before and after the update, both times with the
-                same random numbers, to adapt the damping; without it the damping stays relative but is not adapted.
+            loss_fn: computes the loss of this step's batch once more, without gradients and without
+                side effects (on running statistics, logs). Every fifth step calls it before and
+                after the update, both times with the same random numbers, to adapt the damping;
+                without it the damping stays relative but is not adapted.
 
         Returns:
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: curvature is due and no parameter has any that was not used before; a gradient is sparse.
+            RuntimeError: curvature is due and no parameter has any that was not used before; a
+                gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -192,9 +198,9 @@ class SecondOrderOptimizer(Optimizer):
     def accumulate(self) -> None:
         """Take in the curvature of a micro-batch whose gradient is not all of the step's.
 
-        Call it after the backward pass of every micro-batch but the last; `step` averages the curvature over all of
-        them. So does the quadratic model of `lr="auto"`, for which inputs and cotangents of all layers are kept until
-        then.
+        Call it after the backward pass of every micro-batch but the last; `step` averages the
+        curvature over all of them. So does the quadratic model of `lr="auto"`, for which inputs and
+        cotangents of all layers are kept until then.
 
         Raises:
             RuntimeError: curvature is due and no parameter has any that was not used before.
@@ -352,8 +358,8 @@ class SecondOrderOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, every tensor in the dtype that it was saved in.
 
-        The state of another optimizer says nothing about curvature, and its settings mean something else: it is left
-        out with a warning.
+        The state of another optimizer says nothing about curvature, and its settings mean something
+        else: it is left out with a warning.
         """
         if "steps" not in state_dict:
             warn(

@@ -30,4 +30,6 @@ def require_count(name: str, value: int) -> None:
 def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Refuse what is not among the choices."""
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}.")
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}."
+        )

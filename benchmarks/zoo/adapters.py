@@ -10,7 +10,8 @@ import torch
 from zoo.network import Network, Problem, settled
 from zoo.tiny import Make, causal, classified, counts, pictures, tiny
 
-BASES: dict[str, tuple[str, Make, str, dict[str, Any]]] = {  # architecture, batch, kind of task, sizes
+# architecture, batch, kind of task, sizes
+BASES: dict[str, tuple[str, Make, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", causal, "CAUSAL_LM", {"num_key_value_heads": 2}),
     "gpt2": ("GPT2LMHeadModel", causal, "CAUSAL_LM", {}),
     "bert": ("BertForSequenceClassification", classified, "SEQ_CLS", {}),
@@ -43,18 +44,37 @@ def adapted(base: str, method: str, settings: dict[str, Any], samples: int) -> P
 
 
 def row(
-    name: str, base: str, method: str, *, penalty: bool = False, samples: tuple[int, ...] = (3,), **settings: Any
+    name: str,
+    base: str,
+    method: str,
+    *,
+    penalty: bool = False,
+    samples: tuple[int, ...] = (3,),
+    **settings: Any,
 ) -> Network:
     """A row: name, base, configuration class, and what differs from its defaults."""
     return Network(
-        f"{name}-{base}", "peft", partial(adapted, base, method, settings), "peft", penalty=penalty, samples=samples
+        f"{name}-{base}",
+        "peft",
+        partial(adapted, base, method, settings),
+        "peft",
+        penalty=penalty,
+        samples=samples,
     )
 
 
 def on(base: str, name: str, method: str, **settings: Any) -> Network:
     """The same, for methods that change layers."""
     penalty, samples = settings.pop("penalty", False), settings.pop("samples", (3,))
-    return row(name, base, method, penalty=penalty, samples=samples, target_modules=TARGETS[base], **settings)
+    return row(
+        name,
+        base,
+        method,
+        penalty=penalty,
+        samples=samples,
+        target_modules=TARGETS[base],
+        **settings,
+    )
 
 
 PROMPT = {"num_virtual_tokens": 2}

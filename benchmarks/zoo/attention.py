@@ -15,8 +15,8 @@ class Attention(nn.Module):
     """Self-attention on [N, T, D] with a bias of the positions.
 
     Args:
-        bias: ``none``, ``sum`` (added to the scores), ``mask`` (handed to scaled_dot_product_attention),
-           or ``log`` (Swin
+        bias: ``none``, ``sum`` (added to the scores), ``mask`` (handed to
+           scaled_dot_product_attention), or ``log`` (Swin
             V2: cosine similarity, the bias from a perceptron on the distances).
         across: attention between channels, as in XCiT, instead of positions.
     """
@@ -31,9 +31,13 @@ class Attention(nn.Module):
         if bias in ("sum", "mask"):
             self.table = nn.Parameter(torch.randn((2 * side - 1) ** 2, HEADS))
         if bias == "log":
-            grid = torch.cartesian_prod(torch.arange(1 - side, side), torch.arange(1 - side, side)).double()
+            grid = torch.cartesian_prod(
+                torch.arange(1 - side, side), torch.arange(1 - side, side)
+            ).double()
             self.register_buffer("grid", grid.sign() * grid.abs().log1p())
-            self.perceptron = nn.Sequential(nn.Linear(2, 6), nn.ReLU(inplace=True), nn.Linear(6, HEADS, bias=False))
+            self.perceptron = nn.Sequential(
+                nn.Linear(2, 6), nn.ReLU(inplace=True), nn.Linear(6, HEADS, bias=False)
+            )
         if bias == "log" or across:
             self.temperature = nn.Parameter(torch.ones(HEADS, 1, 1))
 
@@ -56,7 +60,9 @@ class Attention(nn.Module):
             scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * scale
             scores = scores + 16 * self._table(self.perceptron(self.grid)).sigmoid()
         else:
-            scores = q @ k.mT * q.shape[-1] ** -0.5 + (self._table(self.table) if self.bias == "sum" else 0)
+            scores = q @ k.mT * q.shape[-1] ** -0.5 + (
+                self._table(self.table) if self.bias == "sum" else 0
+            )
         if mask is None:
             return scores
         windows = len(mask)
@@ -113,8 +119,14 @@ class Tokens(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, WIDTH, 2, stride=2)
         self.special = nn.Parameter(torch.zeros(1, 1, WIDTH)) if special else None
-        self.positions = nn.Parameter(torch.zeros(1, SIDE**2 + special, WIDTH)) if positions else None
-        self.blocks, self.norm, self.head = nn.Sequential(*blocks), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.positions = (
+            nn.Parameter(torch.zeros(1, SIDE**2 + special, WIDTH)) if positions else None
+        )
+        self.blocks, self.norm, self.head = (
+            nn.Sequential(*blocks),
+            nn.LayerNorm(WIDTH),
+            nn.Linear(WIDTH, CLASSES),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
@@ -137,7 +149,9 @@ def block(mix: nn.Module, scaled: int = 0) -> nn.Module:
 
 def after(mix: nn.Module) -> nn.Module:
     """The same with the norms behind, as in Swin V2."""
-    return nn.Sequential(Residual(mix, nn.LayerNorm(WIDTH)), Residual(perceptron(), nn.LayerNorm(WIDTH)))
+    return nn.Sequential(
+        Residual(mix, nn.LayerNorm(WIDTH)), Residual(perceptron(), nn.LayerNorm(WIDTH))
+    )
 
 
 def mixer() -> nn.Module:
@@ -145,7 +159,8 @@ def mixer() -> nn.Module:
     tokens = SIDE**2
     turn = Lambda(lambda x: x.transpose(1, 2))
     return Tokens(
-        block(nn.Sequential(turn, nn.Linear(tokens, 6), nn.GELU(), nn.Linear(6, tokens), turn)), positions=False
+        block(nn.Sequential(turn, nn.Linear(tokens, 6), nn.GELU(), nn.Linear(6, tokens), turn)),
+        positions=False,
     )
 
 
@@ -153,11 +168,16 @@ def gmlp() -> nn.Module:
     """A spatial gate: one half of the features, mixed over the tokens, times the other."""
     gate = Lambda(lambda x: x.chunk(2, -1)[1])
     mixed = nn.Sequential(
-        gate, nn.LayerNorm(8), Lambda(lambda x: x.mT), nn.Linear(SIDE**2, SIDE**2), Lambda(lambda x: x.mT)
+        gate,
+        nn.LayerNorm(8),
+        Lambda(lambda x: x.mT),
+        nn.Linear(SIDE**2, SIDE**2),
+        Lambda(lambda x: x.mT),
     )
     halves = Parallel(torch.mul, Lambda(lambda x: x.chunk(2, -1)[0]), mixed)
     return Tokens(
-        Residual(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), halves, nn.Linear(8, WIDTH)), positions=False
+        Residual(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 16), nn.GELU(), halves, nn.Linear(8, WIDTH)),
+        positions=False,
     )
 
 
@@ -173,7 +193,12 @@ class ClassAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         token = self.token.expand(len(x), -1, -1)
-        return token + self.ask(token, torch.cat([token, x], 1), torch.cat([token, x], 1), need_weights=False)[0]
+        return (
+            token
+            + self.ask(
+                token, torch.cat([token, x], 1), torch.cat([token, x], 1), need_weights=False
+            )[0]
+        )
 
 
 def torch_encoder(batch_first: bool) -> nn.Module:

@@ -55,7 +55,12 @@ def concatenated(*tensors: Tensor) -> Tensor:
 
 
 def conv(
-    inp: int, out: int, size: int = 3, norm: Norm = group_norm, act: nn.Module | None = None, **how: int
+    inp: int,
+    out: int,
+    size: int = 3,
+    norm: Norm = group_norm,
+    act: nn.Module | None = None,
+    **how: int,
 ) -> nn.Module:
     """Convolution, norm and activation."""
     convolution = nn.Conv2d(inp, out, size, padding=size // 2, bias=False, **how)
@@ -74,14 +79,20 @@ def convolutional(*layers: nn.Module) -> nn.Module:
 
 def squeeze_excite(act: nn.Module, gate: nn.Module) -> nn.Module:
     """Channels weighted by their means."""
-    weights = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(WIDTH, 4, 1), act, nn.Conv2d(4, WIDTH, 1), gate)
+    weights = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(WIDTH, 4, 1), act, nn.Conv2d(4, WIDTH, 1), gate
+    )
     return Parallel(torch.mul, nn.Identity(), weights)
 
 
 def resnet(norm: Norm) -> nn.Module:
     """Two residual blocks, one with a projection."""
-    block = nn.Sequential(conv(WIDTH, WIDTH, norm=norm), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), norm(WIDTH))
-    wide = nn.Sequential(conv(WIDTH, 16, norm=norm, stride=2), nn.Conv2d(16, 16, 3, padding=1), norm(16))
+    block = nn.Sequential(
+        conv(WIDTH, WIDTH, norm=norm), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), norm(WIDTH)
+    )
+    wide = nn.Sequential(
+        conv(WIDTH, 16, norm=norm, stride=2), nn.Conv2d(16, 16, 3, padding=1), norm(16)
+    )
     down = nn.Sequential(nn.Conv2d(WIDTH, 16, 1, stride=2), norm(16))
     return nn.Sequential(
         conv(3, WIDTH, norm=norm),
@@ -95,17 +106,30 @@ def resnet(norm: Norm) -> nn.Module:
 
 def densenet() -> nn.Module:
     """Every layer sees those before it."""
-    grow = [Parallel(concatenated, nn.Identity(), conv(WIDTH + 4 * i, 4, norm=nn.BatchNorm2d)) for i in range(2)]
+    grow = [
+        Parallel(concatenated, nn.Identity(), conv(WIDTH + 4 * i, 4, norm=nn.BatchNorm2d))
+        for i in range(2)
+    ]
     return nn.Sequential(conv(3, WIDTH, norm=nn.BatchNorm2d), *grow, nn.AvgPool2d(2), head(16))
 
 
 def squeezenet() -> nn.Module:
     """Fire modules; classes by a convolution."""
-    wide = [nn.Sequential(nn.Conv2d(4, WIDTH, k, padding=k // 2), nn.ReLU(inplace=True)) for k in (1, 3)]
-    fire = nn.Sequential(nn.Conv2d(WIDTH, 4, 1), nn.ReLU(inplace=True), Parallel(concatenated, *wide))
-    end = nn.Sequential(nn.Conv2d(16, CLASSES, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    wide = [
+        nn.Sequential(nn.Conv2d(4, WIDTH, k, padding=k // 2), nn.ReLU(inplace=True)) for k in (1, 3)
+    ]
+    fire = nn.Sequential(
+        nn.Conv2d(WIDTH, 4, 1), nn.ReLU(inplace=True), Parallel(concatenated, *wide)
+    )
+    end = nn.Sequential(
+        nn.Conv2d(16, CLASSES, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     return nn.Sequential(
-        nn.Conv2d(3, WIDTH, 3, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(2, ceil_mode=True), fire, end
+        nn.Conv2d(3, WIDTH, 3, stride=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2, ceil_mode=True),
+        fire,
+        end,
     )
 
 
@@ -133,7 +157,11 @@ def convnext(width: int = WIDTH) -> nn.Module:
         scaled=width,
     )  # fmt: skip
     pool = Lambda(lambda x: x.mean((1, 2)))
-    stem = nn.Sequential(nn.Conv2d(3, width, 2, stride=2), Lambda(lambda x: x.permute(0, 2, 3, 1)), nn.LayerNorm(width))
+    stem = nn.Sequential(
+        nn.Conv2d(3, width, 2, stride=2),
+        Lambda(lambda x: x.permute(0, 2, 3, 1)),
+        nn.LayerNorm(width),
+    )
     return nn.Sequential(stem, block, pool, nn.LayerNorm(width), nn.Linear(width, CLASSES))
 
 
@@ -146,7 +174,9 @@ def poolformer() -> nn.Module:
 
 def convmixer() -> nn.Module:
     """Depthwise and pointwise convolutions with BatchNorm after the activation."""
-    depth = Residual(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), nn.GELU(), nn.BatchNorm2d(WIDTH))
+    depth = Residual(
+        nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), nn.GELU(), nn.BatchNorm2d(WIDTH)
+    )
     return convolutional(depth, nn.Conv2d(WIDTH, WIDTH, 1), nn.GELU(), nn.BatchNorm2d(WIDTH))
 
 
@@ -155,7 +185,9 @@ class StandardizedConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         variance, mean = torch.var_mean(self.weight, (1, 2, 3), unbiased=False, keepdim=True)
-        return F.conv2d(x, (self.weight - mean) / (variance + 1e-5).sqrt(), self.bias, padding=self.padding)
+        return F.conv2d(
+            x, (self.weight - mean) / (variance + 1e-5).sqrt(), self.bias, padding=self.padding
+        )
 
 
 class UNet(nn.Module):
@@ -164,7 +196,10 @@ class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.down = conv(3, WIDTH), nn.Sequential(nn.MaxPool2d(2), conv(WIDTH, 16))
-        self.up, self.last = nn.ConvTranspose2d(16, WIDTH, 2, stride=2), nn.Conv2d(2 * WIDTH, CLASSES, 1)
+        self.up, self.last = (
+            nn.ConvTranspose2d(16, WIDTH, 2, stride=2),
+            nn.Conv2d(2 * WIDTH, CLASSES, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -185,9 +220,13 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         large = self.first(x)
         small = self.sides[1](self.down(large))
-        return self.last(self.sides[0](large) + F.interpolate(small, scale_factor=2, mode="bilinear"))
+        return self.last(
+            self.sides[0](large) + F.interpolate(small, scale_factor=2, mode="bilinear")
+        )
 
 
 def autoencoder() -> nn.Module:
     """Pictures from pictures."""
-    return nn.Sequential(conv(3, WIDTH, stride=2), nn.ConvTranspose2d(WIDTH, 3, 4, stride=2, padding=1), nn.Sigmoid())
+    return nn.Sequential(
+        conv(3, WIDTH, stride=2), nn.ConvTranspose2d(WIDTH, 3, 4, stride=2, padding=1), nn.Sigmoid()
+    )

@@ -24,7 +24,9 @@ def graphs(sizes: tuple[int, ...], only: int | None = None) -> Batch:
     for place, graph in enumerate(chosen):
         size, offset = sizes[graph], sum(map(len, nodes))
         ring = torch.arange(size)
-        pairs = torch.cat([torch.stack([ring, (ring + 1) % size]), torch.tensor([[0], [size // 2]])], 1)
+        pairs = torch.cat(
+            [torch.stack([ring, (ring + 1) % size]), torch.tensor([[0], [size // 2]])], 1
+        )
         edges.append(torch.cat([pairs, pairs.flip(0)], 1) + offset)
         nodes.append(features[starts[graph] : starts[graph] + size])
         owner.append(torch.full((size,), place))
@@ -58,15 +60,21 @@ class GAT(nn.Module):
     def __init__(self, inp: int, out: int, heads: int = 2) -> None:
         super().__init__()
         self.linear = nn.Linear(inp, out, bias=False)
-        self.source, self.target = (nn.Parameter(torch.randn(1, heads, out // heads)) for _ in range(2))
+        self.source, self.target = (
+            nn.Parameter(torch.randn(1, heads, out // heads)) for _ in range(2)
+        )
         self.heads = heads
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         source, target = edges
         z = self.linear(x).unflatten(-1, (self.heads, -1))
-        scores = F.leaky_relu(((z * self.source).sum(-1))[source] + ((z * self.target).sum(-1))[target], 0.2)
+        scores = F.leaky_relu(
+            ((z * self.source).sum(-1))[source] + ((z * self.target).sum(-1))[target], 0.2
+        )
         index = target[:, None].expand_as(scores)
-        top = scores.new_zeros(len(x), self.heads).scatter_reduce(0, index, scores.detach(), "amax", include_self=False)
+        top = scores.new_zeros(len(x), self.heads).scatter_reduce(
+            0, index, scores.detach(), "amax", include_self=False
+        )
         weight = (scores - top[target]).exp()
         weight = weight / collect(weight, target, len(x))[target]
         return collect(z[source] * weight[..., None], target, len(x)).flatten(1)
@@ -120,7 +128,11 @@ class Graph(nn.Module):
 
     def __init__(self, layer: Callable[[int, int], nn.Module], mean: bool, norm: bool) -> None:
         super().__init__()
-        self.first, self.second, self.head = layer(FEATURES, WIDTH), layer(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.first, self.second, self.head = (
+            layer(FEATURES, WIDTH),
+            layer(WIDTH, WIDTH),
+            nn.Linear(WIDTH, CLASSES),
+        )
         self.norm, self.mean = nn.LayerNorm(WIDTH) if norm else nn.Identity(), mean
 
     def forward(self, x: Tensor, edges: Tensor, owner: Tensor) -> Tensor:
@@ -135,12 +147,18 @@ def of_graphs(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch["x"], batch["edges"], batch["owner"]), batch["y"])
 
 
-def problem(layer: type[nn.Module], sizes: tuple[int, ...], mean: bool, norm: bool, samples: int) -> Problem:
+def problem(
+    layer: type[nn.Module], sizes: tuple[int, ...], mean: bool, norm: bool, samples: int
+) -> Problem:
     """Graphs to classify."""
     torch.manual_seed(0)
     chosen = sizes[:samples]
     return Problem(
-        settled(Graph(layer, mean, norm)), graphs(chosen), samples, of_graphs, lambda _, n: graphs(chosen, n)
+        settled(Graph(layer, mean, norm)),
+        graphs(chosen),
+        samples,
+        of_graphs,
+        lambda _, n: graphs(chosen, n),
     )
 
 

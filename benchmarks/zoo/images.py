@@ -21,7 +21,11 @@ def segmented(config: Any, samples: int) -> Batch:
 
 def clip(config: Any, samples: int) -> Batch:
     """Pairs of a picture and a text."""
-    return {**tokens(config.text_config, samples), "pixel_values": randn(samples, 3, 8, 8), "return_loss": True}
+    return {
+        **tokens(config.text_config, samples),
+        "pixel_values": randn(samples, 3, 8, 8),
+        "return_loss": True,
+    }
 
 
 def masked_patches(config: Any, samples: int) -> Batch:
@@ -49,7 +53,10 @@ def asked(config: Any, samples: int) -> Batch:
 
 def regions(config: Any, samples: int) -> Batch:
     """A text and features of regions of a picture."""
-    return {**classified(config, samples), "visual_embeds": randn(samples, 3, config.visual_embedding_dim)}
+    return {
+        **classified(config, samples),
+        "visual_embeds": randn(samples, 3, config.visual_embedding_dim),
+    }
 
 
 IMAGES = [
@@ -204,8 +211,15 @@ FORECAST = {
     "num_time_features": 2,
     "scaling": "mean",
 }
-PATCHES = {"num_input_channels": 2, "context_length": 12, "patch_length": 4, "patch_stride": 4, "prediction_length": 3}
-# Autoformer's delays are repeated for all heads in another order than that of the heads: samples influence each other.
+PATCHES = {
+    "num_input_channels": 2,
+    "context_length": 12,
+    "patch_length": 4,
+    "patch_stride": 4,
+    "prediction_length": 3,
+}
+# Autoformer's delays are repeated for all heads in another order than that of the heads: samples
+# influence each other.
 SERIES = [
     hf("time_series_transformer", "TimeSeriesTransformerForPrediction", series, **FORECAST),
     hf("informer", "InformerForPrediction", series, **FORECAST),

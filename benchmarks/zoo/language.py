@@ -130,7 +130,8 @@ DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
             "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
                "qk_nope_head_dim": 4,
             "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 2}  # fmt: skip
-# By default experts are computed by a kernel that has no float64; "eager" ones select rows, one expert after another.
+# By default experts are computed by a kernel that has no float64; "eager" ones select rows, one
+# expert after another.
 MIXTURES = [
     hf("mixtral", "MixtralForCausalLM", causal, num_local_experts=4, dtype=torch.float32),
     hf("mixtral-eager", "MixtralForCausalLM", causal, num_local_experts=4, experts_implementation="eager",

@@ -19,17 +19,24 @@ def own_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def rows(batch: Batch, n: int) -> Batch:
     """Sample ``n`` of a batch of tensors whose first axis holds the samples."""
-    return {key: value[n : n + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value[n : n + 1] if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }
 
 
 def twice(batch: Batch, n: int) -> Batch:
     """Sample ``n`` two times: the same mean loss, for networks whose gradients torch gets wrong on a single sample."""
-    return {key: value[[n, n]] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value[[n, n]] if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
 
 
 def copied(batch: Batch) -> Batch:
     """Another batch like this one, for models that change theirs."""
-    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()
+    }
 
 
 @dataclass
@@ -42,8 +49,8 @@ class Problem:
         samples: how many are in the batch.
         loss: of the model on a batch.
         alone: sample ``n`` as a batch of its own.
-        counts: what samples may weigh in the loss; those that agree with the loss' value are found by trial. Samples
-            that weigh the same and samples that are added up need not be named.
+        counts: what samples may weigh in the loss; those that agree with the loss' value are found
+            by trial. Samples that weigh the same and samples that are added up need not be named.
     """
 
     model: nn.Module
@@ -78,8 +85,10 @@ class Network:
         suite: ``transformers``, ``peft``, ``vision`` or ``graphs``.
         make: makes the problem for a number of samples.
         package: what must be installed.
-        coupled: whether the samples influence each other by design, so that per-sample quantities are to be refused.
-        penalty: whether the loss has a term that belongs to no sample, so that per-sample quantities are to be refused.
+        coupled: whether the samples influence each other by design, so that per-sample quantities
+            are to be refused.
+        penalty: whether the loss has a term that belongs to no sample, so that per-sample
+            quantities are to be refused.
         samples: numbers of samples to run with; the first is the usual one.
     """
 

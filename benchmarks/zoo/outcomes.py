@@ -32,7 +32,8 @@ class Cell:
         model: name of the network.
         suite: that it belongs to.
         quantity: name of the extension.
-        outcome: ``right``, ``refused``, ``wrong``, ``crash``, ``slow``, ``unverified`` or ``skipped``.
+        outcome: ``right``, ``refused``, ``wrong``, ``crash``, ``slow``, ``unverified`` or
+            ``skipped``.
         cause: of a refusal.
         justified: whether a refusal is the right answer.
         message: first lines of the error, or what is wrong.
@@ -69,7 +70,11 @@ def _entries(wanted: Callable[[Reference], dict[str, Tensor]]) -> Check:
             found = found(reference.vector(name))
         if found.shape != values[name].shape:
             return math.inf, 0, 0
-        return largest(found - values[name]), largest(values[name]), max(map(largest, values.values()))
+        return (
+            largest(found - values[name]),
+            largest(values[name]),
+            max(map(largest, values.values())),
+        )
 
     return check
 
@@ -89,8 +94,12 @@ CHECKS: dict[str, Check] = {
     "BatchL2Grad": _entries(
         lambda r: {name: g.reshape(len(g), -1).square().sum(1) for name, g in r.grad_batch.items()}
     ),
-    "Variance": _entries(lambda r: {name: g.var(0, unbiased=False) for name, g in r.grad_batch.items()}),
-    "SumGradSquared": _entries(lambda r: {name: g.square().sum(0) for name, g in r.grad_batch.items()}),
+    "Variance": _entries(
+        lambda r: {name: g.var(0, unbiased=False) for name, g in r.grad_batch.items()}
+    ),
+    "SumGradSquared": _entries(
+        lambda r: {name: g.square().sum(0) for name, g in r.grad_batch.items()}
+    ),
     "DiagGGNExact": _entries(lambda r: r.diag_ggn),
     "DiagGGNMC": _finite,
     "KFAC": _finite,
@@ -98,7 +107,8 @@ CHECKS: dict[str, Check] = {
     "GGNMP": _entries(lambda r: r.ggnmp),
     "HMP": _entries(lambda r: r.hmp),
 }
-# Quantities of one group share a backward pass. `BatchGrad` is alone: others would read their values off its result.
+# Quantities of one group share a backward pass. `BatchGrad` is alone: others would read their
+# values off its result.
 GROUPS = (
     ("BatchGrad",),
     ("BatchL2Grad", "Variance", "SumGradSquared"),
@@ -122,7 +132,9 @@ def cause_of(message: str) -> str:
     return next((cause for cause, pattern in CAUSES.items() if re.search(pattern, message)), OTHER)
 
 
-def cells(network: Network, samples: int, quantities: Sequence[str], limit: float, alone: bool = False) -> list[Cell]:
+def cells(
+    network: Network, samples: int, quantities: Sequence[str], limit: float, alone: bool = False
+) -> list[Cell]:
     """All quantities of one network."""
     name = network.name if samples == network.samples[0] else f"{network.name} N={samples}"
     try:
@@ -138,7 +150,10 @@ def cells(network: Network, samples: int, quantities: Sequence[str], limit: floa
         for part in [[q] for q in wanted] if alone else [wanted] * bool(wanted):
             if time.perf_counter() > deadline:
                 found += [
-                    Cell(name, network.suite, q, "skipped", message=f"> {PASSES * limit:g} s before") for q in part
+                    Cell(
+                        name, network.suite, q, "skipped", message=f"> {PASSES * limit:g} s before"
+                    )
+                    for q in part
                 ]
             else:
                 found += _group(network, name, problem, reference, part, limit)
@@ -146,7 +161,12 @@ def cells(network: Network, samples: int, quantities: Sequence[str], limit: floa
 
 
 def _group(
-    network: Network, name: str, problem: Problem, reference: Reference, quantities: Sequence[str], limit: float
+    network: Network,
+    name: str,
+    problem: Problem,
+    reference: Reference,
+    quantities: Sequence[str],
+    limit: float,
 ) -> list[Cell]:
     """Quantities of one backward pass; if it fails, each on its own."""
     run = _Run(network, name, problem, reference, limit)
@@ -190,15 +210,26 @@ class _Run:
                     self._judge(cell, quantity, values)
             finally:
                 self._clear(extensions)
-        slow = [str(w.message) for w in caught if "lightning_curv" in w.filename or "allback" in str(w.message)]
+        slow = [
+            str(w.message)
+            for w in caught
+            if "lightning_curv" in w.filename or "allback" in str(w.message)
+        ]
         for cell in found:
             cell.seconds, cell.warning = time.perf_counter() - start, slow[0][:300] if slow else ""
         return found
 
     def _values(self, extension: Any) -> dict[str, Any]:
         """What the extension left on the parameters; products are carried out."""
-        names = self.reference.chosen if type(extension).__name__ in PRODUCTS else self.reference.parameters
-        found = {name: getattr(self.reference.parameters[name], extension.savefield, None) for name in names}
+        names = (
+            self.reference.chosen
+            if type(extension).__name__ in PRODUCTS
+            else self.reference.parameters
+        )
+        found = {
+            name: getattr(self.reference.parameters[name], extension.savefield, None)
+            for name in names
+        }
         return {
             name: f(self.reference.vector(name)) if callable(f) and not isinstance(f, Tensor) else f
             for name, f in found.items()
@@ -210,7 +241,10 @@ class _Run:
             cell.outcome, cell.message = "wrong", "a value where samples influence each other"
             return
         if self.reference.hidden:
-            cell.outcome, cell.message = "wrong", f"nothing on {self.reference.hidden[0]}, which has a gradient"
+            cell.outcome, cell.message = (
+                "wrong",
+                f"nothing on {self.reference.hidden[0]}, which has a gradient",
+            )
             return
         worst = 0.0
         try:
@@ -224,7 +258,9 @@ class _Run:
                     if not error <= max(1, worst):
                         worst = error if error == error else math.inf
                         cell.outcome = "wrong"
-                        cell.message = f"{name}: off by {distance:.3g} of {size:.3g} (largest {scale:.3g})"
+                        cell.message = (
+                            f"{name}: off by {distance:.3g} of {size:.3g} (largest {scale:.3g})"
+                        )
         except NoReferenceError as error:
             cell.outcome, cell.message = "unverified", str(error)
         except Exception as error:
@@ -246,7 +282,9 @@ class _Run:
             return True
         if cause in (COUPLED, OTHER):
             needs_samples = not quantity.startswith(PRODUCTS)
-            return needs_samples and (self.network.penalty or (self.network.coupled and cause == COUPLED))
+            return needs_samples and (
+                self.network.penalty or (self.network.coupled and cause == COUPLED)
+            )
         return cause == NO_SECOND
 
     def _clear(self, extensions: Sequence[Any]) -> None:

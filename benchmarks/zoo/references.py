@@ -1,9 +1,10 @@
 """What the quantities are by definition, in plain autograd: the library is not used here.
 
-Per-sample gradients are N backward passes, of each sample as a batch of its own. The columns of the GGN are those of
-the square root of the loss' Hessian, one backward pass each: at the inputs of known loss functions, or else at the
-outputs of the last modules with parameters. Products with the Hessian are double
-backward passes, or central differences of gradients where torch has no second derivative. Attention is the plain one.
+Per-sample gradients are N backward passes, of each sample as a batch of its own. The columns of the
+GGN are those of the square root of the loss' Hessian, one backward pass each: at the inputs of
+known loss functions, or else at the outputs of the last modules with parameters. Products with the
+Hessian are double backward passes, or central differences of gradients where torch has no second
+derivative. Attention is the plain one.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ class _LossInputs(TorchFunctionMode):
         self.found: list[Tensor] = []
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in LOSSES:
@@ -67,7 +72,9 @@ class _Outputs:
     """The outputs of all modules with parameters of their own."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [module for module in model.modules() if [*module.parameters(recurse=False)]]
+        self._modules = [
+            module for module in model.modules() if [*module.parameters(recurse=False)]
+        ]
         self.found: dict[Any, Tensor] = {}  # by their nodes
 
     def __enter__(self) -> _Outputs:
@@ -131,17 +138,22 @@ class Reference:
         problem: the network, its batch and its loss.
         parameters: those that the loss depends on, by name.
         tolerance: how much may be off, of the largest entry.
-        hidden: names of those whose gradients appear only when a backward pass is run, inside of some op.
+        hidden: names of those whose gradients appear only when a backward pass is run, inside of
+            some op.
         chosen: names of some of them, for products.
     """
 
     def __init__(self, problem: Problem, products: int = 6) -> None:
         self.problem = problem
         single = any(p.dtype == torch.float32 for p in problem.parameters.values())
-        self.tolerance = 3e-3 if single else 1e-5  # networks in float64 compute in float32 here and there
+        self.tolerance = (
+            3e-3 if single else 1e-5
+        )  # networks in float64 compute in float32 here and there
         loss, self._inputs = self._forward()
         self._loss = loss
-        whole = torch.autograd.grad(loss, list(problem.parameters.values()), retain_graph=True, allow_unused=True)
+        whole = torch.autograd.grad(
+            loss, list(problem.parameters.values()), retain_graph=True, allow_unused=True
+        )
         self.gradient = {name: g for name, g in zip(problem.parameters, whole) if g is not None}
         for name, g in self.gradient.items():
             if not g.isfinite().all():
@@ -150,22 +162,34 @@ class Reference:
         self.hidden = self._hidden()
         self._largest = max(map(largest, self.gradient.values()))
         names = list(self.parameters)
-        self.chosen = [names[i * len(names) // products] for i in range(products)] if len(names) > products else names
+        self.chosen = (
+            [names[i * len(names) // products] for i in range(products)]
+            if len(names) > products
+            else names
+        )
 
     def _forward(self) -> tuple[Tensor, list[Tensor]]:
-        with sdpa_kernel(SDPBackend.MATH), _LossInputs() as inputs, _Outputs(self.problem.model) as self._outputs:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            _LossInputs() as inputs,
+            _Outputs(self.problem.model) as self._outputs,
+        ):
             return self.problem(), inputs.found
 
     def _hidden(self) -> list[str]:
         """Names of parameters that some op runs a backward pass of its own for."""
         self._loss.backward(retain_graph=True)
         found = [
-            name for name, p in self.problem.parameters.items() if p.grad is not None and name not in self.gradient
+            name
+            for name, p in self.problem.parameters.items()
+            if p.grad is not None and name not in self.gradient
         ]
         self.problem.model.zero_grad(set_to_none=True)
         return found
 
-    def _derivative(self, output: Tensor | Sequence[Tensor], cotangent: Any = None, batched: bool = False) -> Any:
+    def _derivative(
+        self, output: Tensor | Sequence[Tensor], cotangent: Any = None, batched: bool = False
+    ) -> Any:
         """Gradients by all parameters, in their order."""
         gradients = torch.autograd.grad(
             output,
@@ -201,18 +225,25 @@ class Reference:
         }
         for name, g in found.items():
             if largest(g.sum(0) - self.gradient[name]) > self.tolerance * self._largest:
-                raise NoReferenceError(f"gradients of samples on their own do not add up to the gradient of {name}")
+                raise NoReferenceError(
+                    f"gradients of samples on their own do not add up to the gradient of {name}"
+                )
         return found
 
     def _shares(self, losses: list[float]) -> list[float]:
         """What every sample's loss weighs in the loss of the batch."""
         count = len(losses)
-        candidates = [[c / max(sum(counts), 1) for c in counts] for counts in [[1] * count, *self.problem.counts]]
+        candidates = [
+            [c / max(sum(counts), 1) for c in counts]
+            for counts in [[1] * count, *self.problem.counts]
+        ]
         for shares in [*candidates, [1.0] * count]:
             total = sum(share * loss for share, loss in zip(shares, losses) if share)
             if abs(total - float(self._loss)) < 0.1 * self.tolerance * max(1, abs(total)):
                 return shares
-        raise NoReferenceError(f"losses of samples on their own do not make up the loss: {losses}, {float(self._loss)}")
+        raise NoReferenceError(
+            f"losses of samples on their own do not make up the loss: {losses}, {float(self._loss)}"
+        )
 
     @cached_property
     def columns(self) -> dict[str, Tensor]:
@@ -225,7 +256,9 @@ class Reference:
         gradient = torch.cat([g.flatten() for g in self._by_inputs(self._loss, create_graph=True)])
         if not gradient.requires_grad:
             raise NoReferenceError("the loss is linear")
-        hessian = torch.stack([torch.cat([h.flatten() for h in self._by_inputs(entry)]) for entry in gradient])
+        hessian = torch.stack(
+            [torch.cat([h.flatten() for h in self._by_inputs(entry)]) for entry in gradient]
+        )
         values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
         if values.abs().max() < 1e-12:
             raise NoReferenceError("the loss has no curvature to speak of")
@@ -235,7 +268,9 @@ class Reference:
         try:
             found = self._derivative(self._inputs, cotangents, batched=True)
         except RuntimeError:
-            rows = [self._derivative(self._inputs, [g[v] for g in cotangents]) for v in range(len(root))]
+            rows = [
+                self._derivative(self._inputs, [g[v] for g in cotangents]) for v in range(len(root))
+            ]
             found = [torch.stack(row) for row in zip(*rows)]
         return dict(zip(self.parameters, found))
 
@@ -266,7 +301,9 @@ class Reference:
     @cached_property
     def ggnmp(self) -> dict[str, Tensor]:
         """Blocks of the GGN times vectors."""
-        flat = {name: self.columns[name].reshape(len(self.columns[name]), -1) for name in self.chosen}
+        flat = {
+            name: self.columns[name].reshape(len(self.columns[name]), -1) for name in self.chosen
+        }
         return {
             name: (g.T @ (g @ self.vector(name).flatten())).view(self.columns[name].shape[1:])
             for name, g in flat.items()
@@ -279,9 +316,9 @@ class Reference:
         try:
             gradients = torch.autograd.grad(self._loss, parameters, create_graph=True)
             return {
-                name: torch.autograd.grad(g, p, self.vector(name), retain_graph=True, materialize_grads=True)[
-                    0
-                ].detach()
+                name: torch.autograd.grad(
+                    g, p, self.vector(name), retain_graph=True, materialize_grads=True
+                )[0].detach()
                 if g.requires_grad
                 else torch.zeros_like(p)
                 for name, p, g in zip(self.chosen, parameters, gradients)

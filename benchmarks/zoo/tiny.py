@@ -16,19 +16,44 @@ LENGTHS = (5, 3, 4, 2, 5)  # of the first samples
 SIZES = {  # of whatever a configuration has of these
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "projection_size", "dim", "emb_dim", "embed_dim", "embedding_size"), 16
+        (
+            "hidden_size",
+            "d_model",
+            "n_embd",
+            "projection_size",
+            "dim",
+            "emb_dim",
+            "embed_dim",
+            "embedding_size",
+        ),
+        16,
     ),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2
+    ),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("head_dim", "d_kv", "rotary_dim", "d_head"), 8),
     **dict.fromkeys(("num_key_value_heads",), 1),
     **dict.fromkeys(
-        ("intermediate_size", "d_ff", "dff", "d_inner", "n_inner", "hidden_dim", "ffn_dim", "ffn_hidden_size"), 24
+        (
+            "intermediate_size",
+            "d_ff",
+            "dff",
+            "d_inner",
+            "n_inner",
+            "hidden_dim",
+            "ffn_dim",
+            "ffn_hidden_size",
+        ),
+        24,
     ),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "word_embed_proj_dim"), 24),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"), 40),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"),
+        40,
+    ),
     "word_embed_proj_dim": 16,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -47,7 +72,9 @@ def tiny(architecture: str, **settings: Any) -> nn.Module:
 
     model = getattr(transformers, architecture)
     dtype, training = settings.pop("dtype", torch.float64), settings.pop("training", False)
-    config = model.config_class(**{**shrunk(model.config_class().to_dict()), "num_labels": CLASSES, **settings})
+    config = model.config_class(
+        **{**shrunk(model.config_class().to_dict()), "num_labels": CLASSES, **settings}
+    )
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 1
     return settled(model(config), dtype).train(training)
@@ -73,7 +100,10 @@ def problem(architecture: str, batch: Make, settings: dict[str, Any], samples: i
 
 def typed(batch: Batch, dtype: torch.dtype) -> Batch:
     """The batch with real numbers of a type."""
-    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    return {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in batch.items()
+    }
 
 
 def hf(name: str, architecture: str, batch: Make, *, coupled: bool = False, samples: tuple[int, ...] = (3,),
@@ -132,7 +162,11 @@ def classified(config: Any, samples: int, steps: int = STEPS) -> Batch:
 def answered(config: Any, samples: int) -> Batch:
     """Where an answer begins and ends."""
     batch = tokens(config, samples)
-    return {**batch, "start_positions": torch.zeros(samples).long(), "end_positions": lengths(samples) - 1}
+    return {
+        **batch,
+        "start_positions": torch.zeros(samples).long(),
+        "end_positions": lengths(samples) - 1,
+    }
 
 
 def translated(config: Any, samples: int) -> Batch:
@@ -144,4 +178,7 @@ def translated(config: Any, samples: int) -> Batch:
 
 def pictures(config: Any, samples: int, size: int = 8) -> Batch:
     """A class for every picture."""
-    return {"pixel_values": randn(samples, 3, size, size), "labels": torch.arange(samples) % CLASSES}
+    return {
+        "pixel_values": randn(samples, 3, size, size),
+        "labels": torch.arange(samples) % CLASSES,
+    }

@@ -22,7 +22,9 @@ def classification(model: nn.Module, batch: Batch) -> Tensor:
 def several_labels(model: nn.Module, batch: Batch) -> Tensor:
     """Binary cross-entropy of every class."""
     logits = model(batch["x"])
-    return F.binary_cross_entropy_with_logits(logits, F.one_hot(batch["y"], CLASSES).to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(
+        logits, F.one_hot(batch["y"], CLASSES).to(logits.dtype)
+    )
 
 
 def reconstruction(model: nn.Module, batch: Batch) -> Tensor:

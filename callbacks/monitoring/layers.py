@@ -22,8 +22,8 @@ def choose(module: nn.Module, layers: bool | str, most: int) -> list[str]:
 
     Args:
         module: the model.
-        layers: True for the first ones, "topk" for those with most parameters, or a regular expression that is searched
-            in the name.
+        layers: True for the first ones, "topk" for those with most parameters, or a regular
+            expression that is searched in the name.
         most: the cap.
     """
     found = parameters_by_layer(module)

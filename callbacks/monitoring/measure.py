@@ -85,7 +85,8 @@ class Job:
 def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
     """The values of every job by series; those that are not finite are left out.
 
-    One reduction over processes, and one transfer from the device unless there are quantities of single entries.
+    One reduction over processes, and one transfer from the device unless there are quantities of
+    single entries.
     """
     measurements = [job.measurement for job in jobs]
     _reduce(measurements, strategy)

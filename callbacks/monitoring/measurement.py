@@ -33,7 +33,8 @@ class Measurement:
 
     Args:
         statistics: of this process' samples.
-        grads: accumulated gradient of each parameter, synchronised over processes and without a scaler's factor.
+        grads: accumulated gradient of each parameter, synchronised over processes and without a
+            scaler's factor.
         divisor: of the accumulated gradient, gives the gradient of the window.
         lr: learning rate.
         strategy: averages over processes.
@@ -204,9 +205,10 @@ class Measurement:
     def second_moment(self) -> np.float64:
         r"""$\sum_n w_n \|g_n\|^2$, from some samples $\|\bar g\|^2 + \sum_n w_n \|g_n - \bar g\|^2$.
 
-        In all samples the two are equal, and the second is unbiased for every subset size: it is the estimate by
-        $\|g_n\|^2 - 2\,g_n \cdot \bar g$ of a sum whose part $g_n \cdot \bar g$ is known. It varies less, and makes no
-        variance negative. Cochran, *Sampling techniques*, 3rd edition, 1977, theorem 7.1.
+        In all samples the two are equal, and the second is unbiased for every subset size: it is
+        the estimate by $\|g_n\|^2 - 2\,g_n \cdot \bar g$ of a sum whose part $g_n \cdot \bar g$ is
+        known. It varies less, and makes no variance negative. Cochran, *Sampling techniques*, 3rd
+        edition, 1977, theorem 7.1.
         """
         return np.float64(self._sums["second_moment"]) - 2 * self._excess
 

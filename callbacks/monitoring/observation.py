@@ -116,8 +116,9 @@ class Observation:
 
         Args:
             loss: the root of the pass, or a tensor below it.
-            seed: the gradient there of the loss as the user returned it: curvature is that of this loss, not of what
-                Lightning scaled. First-order quantities come from the user's own pass and carry its factor.
+            seed: the gradient there of the loss as the user returned it: curvature is that of this
+                loss, not of what Lightning scaled. First-order quantities come from the user's own
+                pass and carry its factor.
             check: do the per-sample gradients add up to the gradient?
         """
         fields = {extension.savefield for extension in self.supplied}

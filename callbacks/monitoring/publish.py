@@ -29,8 +29,8 @@ NORM_BAND = ["sample_norm_median", "sample_norm_p5", "sample_norm_p95"]
 class Events:
     """What is on its way to TensorBoard's files: one event per logged step, written some at a time.
 
-    Alone, each costs more than twice as much: between two steps, the code that makes and writes it leaves the
-    processor's caches.
+    Alone, each costs more than twice as much: between two steps, the code that makes and writes it
+    leaves the processor's caches.
     """
 
     def __init__(self) -> None:

@@ -17,8 +17,8 @@ SIZE = 256  # samples per process up to which nothing is lost
 def shared_sketch(values: Tensor, rank: int, world: int) -> Tensor:
     """Zeros but for this process' row, [world, 1 + `SIZE`]: the sum over processes has the row of each.
 
-    A row is the number of values and the values in ascending order; of more than `SIZE` these are as many order
-    statistics, equally spaced from the least to the largest.
+    A row is the number of values and the values in ascending order; of more than `SIZE` these are
+    as many order statistics, equally spaced from the least to the largest.
 
     Args:
         values: of this process' samples, [N].
@@ -70,4 +70,8 @@ def _between(values: Numbers, position: float) -> float:
 
 def at(ordered: Tensor, position: Tensor) -> Tensor:
     """Values between the entries of a tensor, by linear interpolation."""
-    return torch.lerp(ordered[position.floor().long()], ordered[position.ceil().long()], position.frac().to(ordered))
+    return torch.lerp(
+        ordered[position.floor().long()],
+        ordered[position.ceil().long()],
+        position.frac().to(ordered),
+    )

@@ -1,23 +1,26 @@
 r"""What `CurvatureCallback` can log: one function per quantity, with its formula and source.
 
-Notation: $g_1, \dots, g_B$ are the gradients of the samples of an optimizer step and $\bar g$ is their mean, the
-gradient. With accumulated micro-batches of different sizes the samples have weights $w_n$ instead of $1/B$, and
-$c = \sum_n w_n^2$ stands for $1/B$. The unbiased trace of the covariance of the $g_n$ is
+Notation: $g_1, \dots, g_B$ are the gradients of the samples of an optimizer step and $\bar g$ is
+    their mean, the
+gradient. With accumulated micro-batches of different sizes the samples have weights $w_n$ instead
+of $1/B$, and $c = \sum_n w_n^2$ stands for $1/B$. The unbiased trace of the covariance of the $g_n$
+is
 
 $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 - c} .$$
 
-With `max_samples=S` a random subset $\mathcal S$ of the samples is measured, while the gradient $\bar g$, and c, are
-those of all of them. Every sum $\sum_n w_n v_n$ is then estimated with weights $w_n N / S$, and around what is known of
-it:
+With `max_samples=S` a random subset $\mathcal S$ of the samples is measured, while the gradient
+$\bar g$, and c, are those of all of them. Every sum $\sum_n w_n v_n$ is then estimated with weights
+$w_n N / S$, and around what is known of it:
 
 $$\sum_n w_n \|g_n\|^2 \approx \|\bar g\|^2 + \frac NS \sum_{n \in \mathcal S} w_n \|g_n - \bar g\|^2 ,$$
 
-$\sum_n w_n (g_n \cdot \bar g)^2$ and the variances of entries likewise. The expectation over the subsets is the value
-of the batch for every $S \ge 1$, so that $\widehat{\mathrm{tr}\,\Sigma}$ and what is linear in it stay unbiased for the
-gradient's distribution too; no variance is negative. GGN traces are N / S times those of the subset. Ratios of
-estimates are not unbiased: `mean_gsnr` and `early_stopping` divide by variances of single entries, which makes the
-first too large (for normal entries by S / (S - 2), where N is much larger) and needs S well above 2; `tic_trace` and
-`tic_diag` divide by a curvature of the same samples.
+$\sum_n w_n (g_n \cdot \bar g)^2$ and the variances of entries likewise. The expectation over the
+subsets is the value of the batch for every $S \ge 1$, so that $\widehat{\mathrm{tr}\,\Sigma}$ and
+what is linear in it stay unbiased for the gradient's distribution too; no variance is negative. GGN
+traces are N / S times those of the subset. Ratios of estimates are not unbiased: `mean_gsnr` and
+`early_stopping` divide by variances of single entries, which makes the first too large (for normal
+entries by S / (S - 2), where N is much larger) and needs S well above 2; `tic_trace` and `tic_diag`
+divide by a curvature of the same samples.
 """
 
 from __future__ import annotations
@@ -203,8 +206,9 @@ def grad_norm(m: Measurement) -> float:
 def sample_norms(m: Measurement) -> list[float]:
     r"""Quantiles 5 %, 50 %, 95 % and the maximum of the $\|g_n\|$, and their histogram.
 
-    With `max_samples` those of the samples that were drawn, whose maximum is at most that of the batch.
-    Over several processes exact up to 256 samples in each, interpolated between as many order statistics above.
+    With `max_samples` those of the samples that were drawn, whose maximum is at most that of the
+    batch. Over several processes exact up to 256 samples in each, interpolated between as many
+    order statistics above.
     """
     return quantiles(m.norms, m.norm_weights, [*LEVELS.values()])
 
@@ -223,15 +227,17 @@ def grad_variance(m: Measurement) -> float:
 def grad_signal(m: Measurement) -> float:
     r"""$\widehat{\|G\|^2} = \|\bar g\|^2 - c\,\widehat{\mathrm{tr}\,\Sigma}$: squared norm without noise, unbiased.
 
-    Negative now and then where the batches are too small to resolve it. McCandlish et al., *An empirical model of
-    large-batch training*, arXiv:1812.06162, 2018, appendix A with small batches of one sample.
+    Negative now and then where the batches are too small to resolve it. McCandlish et al., *An
+    empirical model of large-batch training*, arXiv:1812.06162, 2018, appendix A with small batches
+    of one sample.
     """
     return m.signal
 
 
-# The simple noise scale tr(Σ) / ‖G‖² (McCandlish et al., 2018, eq. 2.9), numerator and denominator averaged over the
-# course before the ratio is taken, and the power of two next to it: there a step and an example are worth the same, as
-# twice the least number of either are needed (ibid., section 2.3). See `RunningNoiseScale`.
+# The simple noise scale tr(Σ) / ‖G‖² (McCandlish et al., 2018, eq. 2.9), numerator and denominator
+# averaged over the course before the ratio is taken, and the power of two next to it: there a step
+# and an example are worth the same, as twice the least number of either are needed (ibid., section
+# 2.3). See `RunningNoiseScale`.
 _of_the_course("noise_scale")
 _of_the_course("suggested_batch_size")
 
@@ -273,8 +279,8 @@ def hessian_max_eigenvalue(m: Measurement) -> float:
 def mean_gsnr(m: Measurement) -> Tensor:
     r"""Mean over the entries of $\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$; entries without variance are left out.
 
-    Gradient signal-to-noise ratio; pure noise has $1/B$. Liu et al., *Understanding why neural networks generalize well
-    through GSNR of parameters*, ICLR 2020, eq. 3.
+    Gradient signal-to-noise ratio; pure noise has $1/B$. Liu et al., *Understanding why neural
+    networks generalize well through GSNR of parameters*, ICLR 2020, eq. 3.
     """
     totals, counts = [], []
     for square, variance in m.entry_moments():
@@ -287,8 +293,8 @@ def mean_gsnr(m: Measurement) -> Tensor:
 def early_stopping(m: Measurement) -> Tensor:
     r"""$1 - B\,\mathrm{mean}_j\,\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$: positive where the gradient is mere noise.
 
-    The evidence-based criterion; meant for plain SGD. Mahsereci et al., *Early stopping without a validation set*,
-    arXiv:1703.09580, 2017, eq. 7.
+    The evidence-based criterion; meant for plain SGD. Mahsereci et al., *Early stopping without a
+    validation set*, arXiv:1703.09580, 2017, eq. 7.
     """
     return 1 - mean_gsnr(m) / m.concentration
 
@@ -297,7 +303,8 @@ def early_stopping(m: Measurement) -> Tensor:
 def grad_diversity(m: Measurement) -> float:
     r"""$\sum_n \|g_n\|^2 / \|\sum_n g_n\|^2$, from $1/B$ (equal gradients) upwards.
 
-    Batches up to $B$ times this speed training up. Yin et al., *Gradient diversity*, AISTATS 2018, definition 1.
+    Batches up to $B$ times this speed training up. Yin et al., *Gradient diversity*, AISTATS 2018,
+    definition 1.
     """
     return _ratio(functional.gradient_diversity(*m.moments))
 
@@ -306,8 +313,8 @@ def grad_diversity(m: Measurement) -> float:
 def norm_test(m: Measurement) -> float:
     r"""$\sqrt{c\,\widehat{\mathrm{tr}\,\Sigma}} / \|\bar g\|$, relative error of the gradient.
 
-    Above a θ of the user's choice the batch should grow. Byrd et al., *Sample size selection in optimization methods
-    for machine learning*, Math. Programming 2012, eq. 3.5.
+    Above a θ of the user's choice the batch should grow. Byrd et al., *Sample size selection in
+    optimization methods for machine learning*, Math. Programming 2012, eq. 3.5.
     """
     return np.sqrt(_ratio(functional.norm_test(*m.moments)))
 
@@ -316,8 +323,8 @@ def norm_test(m: Measurement) -> float:
 def inner_product_test(m: Measurement) -> float:
     r"""$\sqrt{c\,\widehat{\mathrm{Var}}(g_n \cdot \bar g)} / \|\bar g\|^2$: the part of the error along $\bar g$.
 
-    Bollapragada, Byrd & Nocedal, *Adaptive sampling strategies for stochastic optimization*, SIAM J. Optim. 2018,
-    eq. 2.6.
+    Bollapragada, Byrd & Nocedal, *Adaptive sampling strategies for stochastic optimization*, SIAM
+    J. Optim. 2018, eq. 2.6.
     """
     return np.sqrt(
         _ratio(functional.inner_product_test(m.dot_second, m.grad_sq_norm, m.concentration))
@@ -328,8 +335,8 @@ def inner_product_test(m: Measurement) -> float:
 def orthogonality_test(m: Measurement) -> float:
     r"""Root of the mean square of the $g_n$ orthogonal to $\bar g$, times $\sqrt{c / (1 - c)}$, over $\|\bar g\|$.
 
-    The other part: its square and that of the inner product test add up to the norm test's. Bollapragada et al., 2018,
-    eq. 3.2.
+    The other part: its square and that of the inner product test add up to the norm test's.
+    Bollapragada et al., 2018, eq. 3.2.
     """
     parts = functional.orthogonality_test(
         m.second_moment, m.dot_second, m.grad_sq_norm, m.concentration
@@ -350,8 +357,8 @@ def cabs(m: Measurement) -> float:
 def tic_trace(m: Measurement) -> float:
     r"""$\sum_n w_n \|g_n\|^2 / \mathrm{tr}\,G$, a scalar approximation of the Takeuchi information criterion.
 
-    Thomas et al., *On the interplay between noise and curvature and its effect on optimization and generalization*,
-    AISTATS 2020, section 4.
+    Thomas et al., *On the interplay between noise and curvature and its effect on optimization and
+    generalization*, AISTATS 2020, section 4.
     """
     return m.second_moment / (m.sum_of("ggn_trace_mc") + EPS)
 

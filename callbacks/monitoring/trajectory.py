@@ -15,16 +15,19 @@ Key = TypeVar("Key", Parameter, str)
 
 def distance(one: Mapping[Key, Tensor], other: Mapping[Key, Tensor]) -> Tensor:
     r"""$\|\theta - \theta'\|$, []."""
-    return torch.stack([(p.detach() - other[q]).norm().double() for q, p in one.items() if q in other]).norm()
+    return torch.stack(
+        [(p.detach() - other[q]).norm().double() for q, p in one.items() if q in other]
+    ).norm()
 
 
 def alpha(update: Values, before: Values, after: Values) -> Tensor:
     r"""Where an update ends in the parabola along it: -1 at its start, 0 at the minimum, 1 at the mirrored point.
 
-    $\alpha = -f'(1) / f'(0)$ with the slopes $f'(0) = g_t \cdot d$ and $f'(1) = g_{t+1} \cdot d$ of the gradients
-    before and after the update $d = \theta_{t+1} - \theta_t$: a parabola with these slopes has its minimum at
-    $f'(0) / (f'(0) - f'(1))$. Schneider, Dangel & Hennig, *Cockpit*, NeurIPS 2021, section 2.1, fit the losses too;
-    those of two different batches differ mostly by the samples that are in them.
+    $\alpha = -f'(1) / f'(0)$ with the slopes $f'(0) = g_t \cdot d$ and $f'(1) = g_{t+1} \cdot d$ of
+    the gradients before and after the update $d = \theta_{t+1} - \theta_t$: a parabola with these
+    slopes has its minimum at $f'(0) / (f'(0) - f'(1))$. Schneider, Dangel & Hennig, *Cockpit*,
+    NeurIPS 2021, section 2.1, fit the losses too; those of two different batches differ mostly by
+    the samples that are in them.
 
     Args:
         update: d.
@@ -36,7 +39,9 @@ def alpha(update: Values, before: Values, after: Values) -> Tensor:
     """
 
     def slope(gradient: Values) -> Tensor:
-        return torch.stack([(gradient[p] * d).sum(dtype=torch.float64) for p, d in update.items()]).sum()
+        return torch.stack(
+            [(gradient[p] * d).sum(dtype=torch.float64) for p, d in update.items()]
+        ).sum()
 
     return -slope(after) / slope(before)
 

@@ -60,18 +60,20 @@ class BackwardPass:
 class Statistics:
     r"""Statistics of the samples of a window, for some parameters.
 
-    The gradient of the window is $\bar g = \alpha \sum_{mn} u_{mn}$ with the shares $u_{mn}$ that pass $m$ of $M$
-    found for its $N_m$ samples. A sample's gradient is $g_{mn} = \alpha M N_m u_{mn}$ and its weight
-    $w_{mn} = 1 / (M N_m)$, so that $\bar g$ is the weighted mean.
+    The gradient of the window is $\bar g = \alpha \sum_{mn} u_{mn}$ with the shares $u_{mn}$ that
+    pass $m$ of $M$ found for its $N_m$ samples. A sample's gradient is
+    $g_{mn} = \alpha M N_m u_{mn}$ and its weight $w_{mn} = 1 / (M N_m)$, so that $\bar g$ is the
+    weighted mean.
 
-    Where a pass has results of $S_m < N_m$ samples, drawn uniformly without replacement, each of these stands for
-    $N_m / S_m$ samples: sums over samples with weights $1 / (M S_m)$, and curvatures times $N_m / S_m$, have the value
-    of all samples as their expectation (Horvitz & Thompson, *A generalization of sampling without replacement from a
-    finite universe*, JASA 1952).
+    Where a pass has results of $S_m < N_m$ samples, drawn uniformly without replacement, each of
+    these stands for $N_m / S_m$ samples: sums over samples with weights $1 / (M S_m)$, and
+    curvatures times $N_m / S_m$, have the value of all samples as their expectation (Horvitz &
+    Thompson, *A generalization of sampling without replacement from a finite universe*, JASA 1952).
 
     Args:
         passes: those of the window that saw any of the parameters.
-        params: restrict the statistics to these, in this order: sums over them then do not depend on the backward pass.
+        params: restrict the statistics to these, in this order: sums over them then do not depend
+            on the backward pass.
         share: $\alpha$, 1/M if the window's loss is the mean over the passes, 1 if it is their sum.
     """
 

@@ -27,26 +27,34 @@ class Budget:
 
         Args:
             noise_multiplier: σ of the release.
-            planned: Releases until the run ends by itself, as far as is known now: so many are asked for at first.
+            planned: Releases until the run ends by itself, as far as is known now: so many are
+                asked for at first.
 
-        Cost: where neither rate nor noise change, about twelve compositions per run; where they change at every step,
-            one per step, tens of milliseconds.
+        Cost: where neither rate nor noise change, about twelve compositions per run; where they
+            change at every step, one per step, tens of milliseconds.
         """
         if self.epsilon is None:
             return True
         now = self.accountant.sampling, noise_multiplier
-        if now != self._valid_for:  # noise that changes at every step would be asked for the whole run every time
+        if (
+            now != self._valid_for
+        ):  # noise that changes at every step would be asked for the whole run every time
             self._asked = 0 if self._valid_for is None else 1
             self._left, self._valid_for = 0, now
         if self._left <= 0:
             count = min(2 * self._asked, planned) if self._asked else planned
-            self._left = self.accountant.releases_left(self.epsilon, self.delta, noise_multiplier, max(count, 1))
+            self._left = self.accountant.releases_left(
+                self.epsilon, self.delta, noise_multiplier, max(count, 1)
+            )
             self._asked = max(self._left, 1)
         return self._left > 0
 
     def checked(self, noise_multiplier: float) -> bool:
         """Whether `allows` was asked for a release with this noise."""
-        return self.epsilon is None or self._valid_for == (self.accountant.sampling, noise_multiplier)
+        return self.epsilon is None or self._valid_for == (
+            self.accountant.sampling,
+            noise_multiplier,
+        )
 
     def spend(self) -> None:
         """A release was made."""

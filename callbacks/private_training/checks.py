@@ -23,9 +23,10 @@ _FIRST_ROUNDS = 3  # pairs of batches of a loader that are compared at first
 class Checks:
     """When to check what, during one `fit`.
 
-    The engine proves at every backward pass which sample owns which row. What it cannot see, dependence without a
-    gradient (counts, maxima, detached statistics), is looked for on batches: the 1st, 2nd, 5th, 10th, 20th, ... one
-    that has two samples, and every one that changes a parameter or buffer in a way that is not known yet.
+    The engine proves at every backward pass which sample owns which row. What it cannot see,
+    dependence without a gradient (counts, maxima, detached statistics), is looked for on batches:
+    the 1st, 2nd, 5th, 10th, 20th, ... one that has two samples, and every one that changes a
+    parameter or buffer in a way that is not known yet.
 
     Args:
         trainer: The Trainer.

@@ -36,7 +36,8 @@ class _Pairs(Dataset[Pair]):
 
     def __getitem__(self, indices: tuple[list[int], int]) -> Pair:
         chosen, seed = indices
-        # the smallest are shared, and the largest are in one batch only: padding differs where sizes do
+        # the smallest are shared, and the largest are in one batch only: padding differs where
+        # sizes do
         samples = sorted(self._samples(chosen), key=_entries)
         count = len(samples) // 3
         first, rest = samples[:count], (samples[count : 2 * count], samples[2 * count :])
@@ -71,9 +72,10 @@ def refuse_mixed_batches(
 ) -> None:
     """Compare batches that share some samples: what these become must not depend on the others.
 
-    Batches are collated and moved to the device by the user's own `collate_fn` and transfer hooks, with equal random
-    numbers. Where what the shared samples become is not the same, by padding for instance, or cannot be told because
-    there is no row per sample, their gradients in `training_step` decide.
+    Batches are collated and moved to the device by the user's own `collate_fn` and transfer hooks,
+    with equal random numbers. Where what the shared samples become is not the same, by padding for
+    instance, or cannot be told because there is no row per sample, their gradients in
+    `training_step` decide.
 
     Args:
         trainer: The Trainer.

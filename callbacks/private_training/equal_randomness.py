@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class EqualRandomness(TorchDispatchMode):
     """Keeps the random tensors of a first run, and gives them out again in others.
 
-    Every random op of torch is seen, inside of other functions too. The k-th one of a later run returns what the k-th
-    one of the first run has drawn; where the first has rows of all samples, only those of the samples of the later run.
-    An op that draws from values (``torch.bernoulli(p)``) returns what was drawn from the same values only, else it
-    draws anew, so that values that depend on other samples are not hidden. ``torch.randperm`` always draws anew.
-    Batches that are padded to different lengths share the entries that both have.
+    Every random op of torch is seen, inside of other functions too. The k-th one of a later run
+    returns what the k-th one of the first run has drawn; where the first has rows of all samples,
+    only those of the samples of the later run. An op that draws from values
+    (``torch.bernoulli(p)``) returns what was drawn from the same values only, else it draws anew,
+    so that values that depend on other samples are not hidden. ``torch.randperm`` always draws
+    anew. Batches that are padded to different lengths share the entries that both have.
 
     Args:
         size: Number of samples of the first run.
@@ -37,7 +38,9 @@ class EqualRandomness(TorchDispatchMode):
         self._rows, self._position = torch.arange(self._size) if rows is None else rows, 0
         return self
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         random_op = torch.Tag.nondeterministic_seeded in func.tags and "randperm" not in str(func)
         if not random_op or not isinstance(result, Tensor):
@@ -51,12 +54,16 @@ class EqualRandomness(TorchDispatchMode):
             self._give_out(*self._draws[position], result, values)
         return result
 
-    def _give_out(self, drawn: Tensor, before: list[Tensor], result: Tensor, values: list[Tensor]) -> None:
+    def _give_out(
+        self, drawn: Tensor, before: list[Tensor], result: Tensor, values: list[Tensor]
+    ) -> None:
         """Overwrite what was drawn now by what was drawn in the first run, from the same values."""
         known = self._of_rows(drawn, result.shape)
         if known is None or known.dtype != result.dtype or len(values) != len(before):
             return
-        shared = tuple(slice(0, min(sizes)) for sizes in zip(known.shape, result.shape, strict=True))
+        shared = tuple(
+            slice(0, min(sizes)) for sizes in zip(known.shape, result.shape, strict=True)
+        )
         same = torch.ones_like(result[shared], dtype=torch.bool)
         for earlier, value in zip(before, values, strict=True):
             expected = self._of_rows(earlier, value.shape)
@@ -84,7 +91,11 @@ def _drawn_from(func: Any, args: Sequence[Any]) -> list[Tensor]:
     """The tensors whose values decide about what is drawn."""
     if "_like" in str(func):
         return []
-    written = {i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write}
+    written = {
+        i
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    }
     return [a for i, a in enumerate(args) if isinstance(a, Tensor) and i not in written]
 
 

@@ -70,7 +70,8 @@ class Gradients:
 
     Attributes:
         norms: ‖g_i‖, ``[N]``.
-        sums: Σ w_i g_i by parameter over the samples whose gradient is finite, for each vector of weights w.
+        sums: Σ w_i g_i by parameter over the samples whose gradient is finite, for each vector of
+            weights w.
     """
 
     norms: Tensor
@@ -123,9 +124,10 @@ def refuse_coupled_samples(
 ) -> set[str] | None:
     """Compare the gradients of the samples in the whole batch with those in two random parts of it.
 
-    Every sample is missing in one of the parts. Compared are the norm of every sample's gradient, and a weighted sum of
-    the gradients of each part, with random weights: all entries count. Random numbers of a sample are equal in all
-    runs, dropout and logging are off, and everything that a training step changes is put back.
+    Every sample is missing in one of the parts. Compared are the norm of every sample's gradient,
+    and a weighted sum of the gradients of each part, with random weights: all entries count. Random
+    numbers of a sample are equal in all runs, dropout and logging are off, and everything that a
+    training step changes is put back.
 
     Args:
         pl_module: Its `training_step` is called three times.
@@ -136,11 +138,12 @@ def refuse_coupled_samples(
         gradients: Whether to compare gradients; else only parameters and buffers.
 
     Returns:
-        The names of parameters and buffers that the step changes in the same way whatever the batch holds; ``None``:
-        the batch cannot be divided, or there is no loss.
+        The names of parameters and buffers that the step changes in the same way whatever the batch
+        holds; ``None``: the batch cannot be divided, or there is no loss.
 
     Raises:
-        MisconfigurationException: Gradients differ, or a parameter or buffer is changed by what the batch holds.
+        MisconfigurationException: Gradients differ, or a parameter or buffer is changed by what the
+            batch holds.
     """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(secrets.randbits(63)))
     first = _share(size)
@@ -175,8 +178,9 @@ def refuse_coupled_samples(
 def _share(size: int) -> int:
     """About half of the samples, in a number that has no divisor in common with theirs.
 
-    A loss that is divided by a count over the batch, such as that of a class, is the same in a part where the count
-    happens to shrink like the number of samples. So it cannot, unless the count is none or all of them.
+    A loss that is divided by a count over the batch, such as that of a class, is the same in a part
+    where the count happens to shrink like the number of samples. So it cannot, unless the count is
+    none or all of them.
     """
     return next(share for share in range(size // 2, 0, -1) if math.gcd(share, size) == 1)
 

@@ -64,8 +64,9 @@ def _rate(expected: float, size: int) -> float:
 class Plan:
     """How a Trainer draws and counts private batches.
 
-    One release is what the accountant counts: a step of Poisson batches, or a whole epoch of the user's own batches.
-    Whatever depends on the loader or on the length of the run is read when it is asked for: both may change.
+    One release is what the accountant counts: a step of Poisson batches, or a whole epoch of the
+    user's own batches. Whatever depends on the loader or on the length of the run is read when it
+    is asked for: both may change.
 
     Args:
         trainer: The Trainer.
@@ -73,8 +74,9 @@ class Plan:
         max_batch_size: Of larger Poisson batches this many samples are kept.
         seed: Gives the seed of the batches, once it is needed: a checkpoint may bring it.
         position: The number of the next step to be drawn, which no other step under this seed has.
-        max_physical_batch_size: The samples that a process has in memory at once: batches come in as many parts as
-            that takes, and the Trainer accumulates them. Default: as many as the Trainer accumulates.
+        max_physical_batch_size: The samples that a process has in memory at once: batches come in
+            as many parts as that takes, and the Trainer accumulates them. Default: as many as the
+            Trainer accumulates.
     """
 
     def __init__(

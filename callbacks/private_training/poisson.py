@@ -13,26 +13,28 @@ from torch.utils.data import Sampler
 class PoissonBatchSampler(Sampler[list[int]]):
     """Batches of indices, each optimizer step's batch in a fixed number of parts.
 
-    A step's batch is a function of the seed and the step's number alone: nothing needs to be saved to resume, all
-    processes draw the same global batch, and each takes its share. The parts of a batch may be empty: then they hold
-    ``0``, a sample that stands in, and `part_size` says that it does not count.
+    A step's batch is a function of the seed and the step's number alone: nothing needs to be saved
+    to resume, all processes draw the same global batch, and each takes its share. The parts of a
+    batch may be empty: then they hold ``0``, a sample that stands in, and `part_size` says that it
+    does not count.
 
     Args:
         dataset_size: Number of samples.
         sampling_rate: Probability that a sample takes part in a step.
         steps: Optimizer steps per epoch.
         parts: Parts of a batch (accumulated batches).
-        seed: Secret: whoever knows it knows which samples took part. Default: from the system's entropy.
+        seed: Secret: whoever knows it knows which samples took part. Default: from the system's
+            entropy.
         rank: This process.
         world_size: Number of processes.
         max_batch_size: Of larger batches this many samples are kept, drawn uniformly.
-        part_size: Samples of a part: each is filled before the next one begins, and the last one takes what is left.
-            Default: parts of equal size.
+        part_size: Samples of a part: each is filled before the next one begins, and the last one
+            takes what is left. Default: parts of equal size.
         position: The number of the next step, asked when an epoch begins.
 
     Attributes:
-        guests: Samples beyond the data set that are drawn as all others are, numbered from ``dataset_size`` on (the
-            canaries of an audit): whether each is loaded, ``[guests]``.
+        guests: Samples beyond the data set that are drawn as all others are, numbered from
+            ``dataset_size`` on (the canaries of an audit): whether each is loaded, ``[guests]``.
 
     Example:
         >>> sampler = PoissonBatchSampler(100, sampling_rate=0.05, steps=3, parts=2, seed=1)
@@ -53,7 +55,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
         part_size: int | None = None,
         position: Callable[[], int] = int,
     ) -> None:
-        self.dataset_size, self.sampling_rate, self.steps, self.parts = dataset_size, sampling_rate, steps, parts
+        self.dataset_size, self.sampling_rate, self.steps, self.parts = (
+            dataset_size,
+            sampling_rate,
+            steps,
+            parts,
+        )
         self.seed = secrets.randbits(128) if seed is None else seed
         self.rank, self.world_size, self.max_batch_size = rank, world_size, max_batch_size
         self.full_part = part_size
@@ -80,7 +87,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         if step not in self._drawn:
             if len(self._drawn) > 64:  # loaders read ahead
                 self._drawn.pop(next(iter(self._drawn)))
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, step])))
+            generator = np.random.Generator(
+                np.random.PCG64(np.random.SeedSequence([self.seed, step]))
+            )
             chosen = np.flatnonzero(generator.random(self.population) < self.sampling_rate)
             if self.max_batch_size is not None and len(chosen) > self.max_batch_size:
                 chosen = generator.choice(chosen, self.max_batch_size, replace=False)
@@ -125,6 +134,8 @@ def enough_parts(expected: float, part_size: int) -> int:
     parts = math.ceil(expected / part_size)
     while True:
         largest = parts * part_size + 1
-        if largest > expected and largest - expected - largest * math.log(largest / expected) < math.log(1e-9):
+        if largest > expected and largest - expected - largest * math.log(
+            largest / expected
+        ) < math.log(1e-9):
             return parts
         parts += 1

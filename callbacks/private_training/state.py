@@ -22,9 +22,9 @@ _Seen = tuple[int, int, Tensor | None]  # identity, version, fingerprint
 class StateWatch:
     """Compares the parameters and buffers of a module with what they were.
 
-    A change is found by the version that torch counts for every tensor, and that of a buffer by its values too: writing
-    back what was there is no change. Changes through ``.data`` have no version; they are found where values of all
-    tensors are compared.
+    A change is found by the version that torch counts for every tensor, and that of a buffer by its
+    values too: writing back what was there is no change. Changes through ``.data`` have no version;
+    they are found where values of all tensors are compared.
 
     Args:
         pl_module: The module.

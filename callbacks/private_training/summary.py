@@ -39,16 +39,25 @@ def summary_table(
     facts = {
         "epsilon": f"{accountant.epsilon(delta):.4g} ({limit})",
         "delta": f"{delta:g}",
-        "relation": "not known before the first batch" if known is None else f"{known.relation}: {known.neighbours}",
+        "relation": "not known before the first batch"
+        if known is None
+        else f"{known.relation}: {known.neighbours}",
         "released": "all weights during and after training",
         "accountant": f"dp-accounting, {accountant.method.upper()}",
-        "clip norm C": "not known before the first batch" if clip_norm is None else f"{clip_norm:.4g}",
+        "clip norm C": "not known before the first batch"
+        if clip_norm is None
+        else f"{clip_norm:.4g}",
     }
     rows = [("sampling", "rate q", "noise multiplier", "releases")]
-    rows += [(*_drawn(how), f"{sigma:.4g}", f"{count} {_unit(how)}") for how, sigma, count in history]
+    rows += [
+        (*_drawn(how), f"{sigma:.4g}", f"{count} {_unit(how)}") for how, sigma, count in history
+    ]
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
-    lines += ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return "\n".join(lines)
 
 

@@ -13,9 +13,10 @@ NEVER = -1e30  # the logarithm of no probability, finite so that it has derivati
 def alignments(node: Any, log_probs: Tensor) -> Tensor:
     r"""The formula of a node of ``F.ctc_loss``: :math:`-\log \sum_{\pi} \prod_t p_t(\pi_t)` over alignments π, ``[N]``.
 
-    The sum is taken forward in time over the labels with blanks between them (Graves et al., *Connectionist temporal
-    classification*, ICML 2006, eq. 6-8). The kernel's gradient is right for probabilities that add up to one, and of
-    any others it is that of the loss plus their sum, so this is added, less its value.
+    The sum is taken forward in time over the labels with blanks between them (Graves et al.,
+    *Connectionist temporal classification*, ICML 2006, eq. 6-8). The kernel's gradient is right for
+    probabilities that add up to one, and of any others it is that of the loss plus their sum, so
+    this is added, less its value.
 
     Args:
         node: The node.

@@ -1,6 +1,7 @@
 """Fused ops that have no second derivative in torch, written in ops that have one.
 
-A formula is a function of the op's node, for what that has saved of the call, and of the op's differentiable inputs.
+A formula is a function of the op's node, for what that has saved of the call, and of the op's
+differentiable inputs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def _pair_distances(node: Any, x: Tensor) -> Tensor:
 
 def _margins(node: Any, x: Tensor) -> Tensor:
     x, target = x.reshape(-1, x.shape[-1]), node._saved_target.reshape(-1, 1)
-    losses = (node._saved_margin - x.gather(1, target) + x).clamp(min=0).scatter(1, target, 0) ** node._saved_p
+    losses = (node._saved_margin - x.gather(1, target) + x).clamp(min=0).scatter(
+        1, target, 0
+    ) ** node._saved_p
     if node._saved_weight is not None:
         losses = losses * node._saved_weight[target]
     return _reduced(losses.sum(1) / x.shape[1], node)
@@ -66,15 +69,20 @@ def _bags(node: Any, weight: Tensor | None, each: Tensor | None) -> Tensor | Non
     if node._saved_sparse or node._saved_scale_grad_by_freq or weight is None:
         return None
     if node._saved_mode == 2:  # the largest entry of every bag and feature
-        return weight.gather(0, node._saved_result3.clamp(min=0)).masked_fill((counts == 0)[:, None], 0)
+        return weight.gather(0, node._saved_result3.clamp(min=0)).masked_fill(
+            (counts == 0)[:, None], 0
+        )
     rows = weight[indices] if each is None else weight[indices] * each[:, None]
     rows = rows.masked_fill((indices == node._saved_padding_idx)[:, None], 0)
-    bag = torch.bucketize(torch.arange(len(indices), device=offsets.device), offsets, right=True) - 1
+    bag = (
+        torch.bucketize(torch.arange(len(indices), device=offsets.device), offsets, right=True) - 1
+    )
     total = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, bag, rows)
     return total / counts.clamp(min=1)[:, None] if node._saved_mode == 1 else total
 
 
-# node name -> the op on its differentiable inputs, and the names under which the node has saved these
+# node name -> the op on its differentiable inputs, and the names under which the node has saved
+# these
 FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
     "HardsigmoidBackward0": (_hardsigmoid, ("self",)),
     "LogitBackward0": (_logit, ("self",)),
@@ -85,9 +93,18 @@ FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
     "CtcLossBackward0": (alignments, ("log_probs",)),
     "CtcLossBackward1": (alignments, ("log_probs",)),
     "EmbeddingBagBackward0": (_bags, ("weight", "per_sample_weights")),
-    "ScaledDotProductFlashAttentionForCpuBackward0": (attention("attn_mask"), ("query", "key", "value")),
+    "ScaledDotProductFlashAttentionForCpuBackward0": (
+        attention("attn_mask"),
+        ("query", "key", "value"),
+    ),
     "ScaledDotProductFlashAttentionBackward0": (attention(), ("query", "key", "value")),
     "ScaledDotProductCudnnAttentionBackward0": (attention("attn_bias"), ("query", "key", "value")),
-    "ScaledDotProductEfficientAttentionBackward0": (attention(), ("query", "key", "value", "attn_bias")),
-    "ScaledDotProductFusedAttentionOverrideableBackward0": (attention(), ("query", "key", "value", "attn_bias")),
+    "ScaledDotProductEfficientAttentionBackward0": (
+        attention(),
+        ("query", "key", "value", "attn_bias"),
+    ),
+    "ScaledDotProductFusedAttentionOverrideableBackward0": (
+        attention(),
+        ("query", "key", "value", "attn_bias"),
+    ),
 }

@@ -16,7 +16,9 @@ def attention(mask: str | None = None) -> Callable[..., Tensor | None]:
         mask: The name of a saved mask that the node does not differentiate.
     """
 
-    def formula(node: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def formula(
+        node: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+    ) -> Tensor | None:
         if node._saved_dropout_p > 0:
             return None  # the kernel's random numbers are not known
         bias = getattr(node, f"_saved_{mask}") if mask else bias
@@ -26,7 +28,12 @@ def attention(mask: str | None = None) -> Callable[..., Tensor | None]:
 
 
 def scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
 ) -> Tensor:
     """softmax(scale · Q Kᵀ + bias) V; a query without keys gives 0.
 
@@ -38,16 +45,25 @@ def scaled_dot_product(
         is_causal: Queries see no keys of later positions.
         scale: By default one over the root of E.
     """
-    dtype, precise = query.dtype, torch.promote_types(query.dtype, torch.float32)  # kernels accumulate so
+    dtype, precise = (
+        query.dtype,
+        torch.promote_types(query.dtype, torch.float32),
+    )  # kernels accumulate so
     query, key, value = (x.to(precise) for x in (query, key, value))
     groups = query.shape[1] // max(1, key.shape[1])
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
-        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.to(precise)
+        scores = (
+            scores.masked_fill(~bias, -torch.inf)
+            if bias.dtype == torch.bool
+            else scores + bias.to(precise)
+        )
     if is_causal:
-        scores = scores.masked_fill(scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(
+            scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf
+        )
     lonely = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(lonely, 0).softmax(-1).masked_fill(lonely, 0)
     return (weights @ value).to(dtype)

@@ -1,7 +1,8 @@
 """Passes through the graph that are differentiated again: nothing in them may lack a second derivative.
 
-Hooks replace the gradients of fused ops by those of their `FORMULAS`, and refuse what leaves no graph. They are there
-during our own passes alone: the forward pass and every pass of the user's stay torch's own, bit for bit.
+Hooks replace the gradients of fused ops by those of their `FORMULAS`, and refuse what leaves no
+graph. They are there during our own passes alone: the forward pass and every pass of the user's
+stay torch's own, bit for bit.
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ def differentiable(nodes: Iterable[Node]) -> Iterator[None]:
     """In this context passes with a graph of their own (``create_graph``) use the formulas of these nodes.
 
     Raises:
-        UnsupportedError: The backward function of a ``torch.autograd.Function`` leaves no graph: what torch makes of it
-            is a second derivative of zero.
+        UnsupportedError: The backward function of a ``torch.autograd.Function`` leaves no graph:
+            what torch makes of it is a second derivative of zero.
     """
     handles = []
     for node in nodes:
         if node.name() in FORMULAS:
             handles.append(node.register_hook(_Replacing(node)))
         elif isinstance(node, BackwardCFunction):
-            handles += [node.register_prehook(_required), node.register_hook(partial(_refuse_lost, node.name()))]
+            handles += [
+                node.register_prehook(_required),
+                node.register_hook(partial(_refuse_lost, node.name())),
+            ]
     try:
         yield
     finally:
@@ -62,12 +66,16 @@ def _required(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...
     if not torch.is_grad_enabled():
         return None
     return tuple(
-        g if g is None or g.requires_grad or not g.is_floating_point() else g.detach().requires_grad_()
+        g
+        if g is None or g.requires_grad or not g.is_floating_point()
+        else g.detach().requires_grad_()
         for g in cotangents
     )
 
 
-def _refuse_lost(name: str, found: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]) -> None:
+def _refuse_lost(
+    name: str, found: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> None:
     """Gradients are linear in the cotangents; torch drops the graph of a ``once_differentiable`` function silently."""
     if not torch.is_grad_enabled():
         return
@@ -110,7 +118,9 @@ class _Replacing:
             except CheckpointError:  # it gives what was saved once per pass
                 return _in_own_pass(partial(self._gradients, found, g))
 
-    def _gradients(self, found: Sequence[Tensor | None], cotangent: Tensor) -> tuple[Tensor | None, ...] | None:
+    def _gradients(
+        self, found: Sequence[Tensor | None], cotangent: Tensor
+    ) -> tuple[Tensor | None, ...] | None:
         formula, names = FORMULAS[self._node.name()]
         saved = [self._saved(name, g, cotangent) for name, g in zip(names, found, strict=False)]
         # inputs may be one and the same tensor: each gets a node of its own
@@ -120,7 +130,9 @@ class _Replacing:
             return None
         wanted = [i for i, g in enumerate(found) if g is not None]
         by = [cast("Tensor", inputs[i]) for i in wanted]
-        gradients = torch.autograd.grad(output, by, cotangent, create_graph=True, materialize_grads=True)
+        gradients = torch.autograd.grad(
+            output, by, cotangent, create_graph=True, materialize_grads=True
+        )
         replaced = dict(zip(wanted, gradients, strict=True))
         return tuple(replaced.get(i) for i in range(len(found)))
 

@@ -1,8 +1,8 @@
 """Weight normalization with the right second derivative.
 
-torch's own graph of ``torch._weight_norm`` takes the norm as given when it is differentiated twice, so its Hessian is
-wrong (and not even symmetric). Under `record` the op leaves another node: values and first derivatives are torch's, bit
-for bit.
+torch's own graph of ``torch._weight_norm`` takes the norm as given when it is differentiated twice,
+so its Hessian is wrong (and not even symmetric). Under `record` the op leaves another node: values
+and first derivatives are torch's, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class WeightNorm(torch.autograd.Function):
         return torch._weight_norm_interface(v, g, dim)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+    ) -> None:
         v, g, ctx.dim = inputs
         ctx.save_for_backward(v, g, output[1])
         ctx.mark_non_differentiable(output[1])
@@ -32,7 +34,9 @@ class WeightNorm(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         v, g, norms = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            first = torch.ops.aten._weight_norm_interface_backward(cotangent.contiguous(), v, g, norms, ctx.dim)
+            first = torch.ops.aten._weight_norm_interface_backward(
+                cotangent.contiguous(), v, g, norms, ctx.dim
+            )
             return (*first, None)
         axes = [axis for axis in range(v.ndim) if axis != ctx.dim]
         norms = torch.linalg.vector_norm(v, dim=axes, keepdim=True)

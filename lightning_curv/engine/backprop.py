@@ -39,24 +39,28 @@ _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
 class Backprop:
     """The quantities of one backward pass.
 
-    Call `before`, then `run` or a backward pass of the user's, then `after`. `curvature` does so around
-    ``loss.backward()``.
+    Call `before`, then `run` or a backward pass of the user's, then `after`. `curvature` does so
+    around ``loss.backward()``.
 
     Args:
         loss: The root of the backward pass.
         extensions: What to compute.
-        generator: Draws the targets of Monte-Carlo quantities; by default one that leaves the global state alone.
+        generator: Draws the targets of Monte-Carlo quantities; by default one that leaves the
+            global state alone.
         batch_size: N, or all that is known of the batch.
-        check: Compare the per-sample gradients with the gradient, and verify that samples do not mix.
+        check: Compare the per-sample gradients with the gradient, and verify that samples do not
+            mix.
         gradient: The gradient that the backward pass starts with (non-scalar roots).
-        defer: Go on without an extension that fails, in `before` or during the backward pass, and list it in `failures`
-            instead of raising.
+        defer: Go on without an extension that fails, in `before` or during the backward pass, and
+            list it in `failures` instead of raising.
         output: Where the curvature of the loss enters instead of at known loss functions.
-        hook: Gets every parameter, or its module, when its results are set: those of the backward pass during it.
+        hook: Gets every parameter, or its module, when its results are set: those of the backward
+            pass during it.
         create_graph: Whether first-order quantities are to be differentiable.
-        cap: How many samples are enough for some extensions, those of the sources `Gradient`, `Exact` and `Sampled`.
-            Where all that share a source are content, their results are those of a random subset, sums not scaled up;
-            where one is not, all get the whole batch, whose passes are made anyway.
+        cap: How many samples are enough for some extensions, those of the sources `Gradient`,
+            `Exact` and `Sampled`. Where all that share a source are content, their results are
+            those of a random subset, sums not scaled up; where one is not, all get the whole batch,
+            whose passes are made anyway.
 
     Attributes:
         failures: What was gone on without, and why.

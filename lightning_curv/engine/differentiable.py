@@ -1,7 +1,9 @@
 """Per-sample gradients with a graph of their own, for ``loss.backward(create_graph=True)``.
 
-Recorded inputs are detached, and terms are contractions of values. Here autograd makes every per-sample gradient
-itself: the cotangent at the output of an op, all other samples set to zero, is backpropagated through the op alone.
+Recorded inputs are detached, and terms are contractions of values. Here autograd makes every
+per-sample gradient
+itself: the cotangent at the output of an op, all other samples set to zero, is backpropagated
+    through the op alone.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from lightning_curv.samples.finder import owner_of_rows
 def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
     """The per-sample gradients of every parameter, ``[N, *p]``, with a graph.
 
-    Cost: one more backward pass with a graph, and per op N times the part of a pass that is the gradient by its
+    Cost: one more backward pass with a graph, and per op N times the part of a pass that is the
+        gradient by its
     parameters; the graph holds N cotangents per op, each of the size of the op's output.
 
     Raises:
@@ -40,7 +43,9 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
     gradients: dict[Tensor, Tensor] = {}
     with torch.enable_grad(), unheard(), differentiating_twice():
         edges = [GradientEdge(node_of(key), use.output_nr) for key, use in uses.items()]
-        cotangents = torch.autograd.grad([passes.loss], edges, [passes.seed], create_graph=True, allow_unused=True)
+        cotangents = torch.autograd.grad(
+            [passes.loss], edges, [passes.seed], create_graph=True, allow_unused=True
+        )
         for (node, use), g in zip(uses.items(), cotangents, strict=True):
             for parameter, rows in _of_use(passes, node, use, g) if g is not None else ():
                 before = gradients.get(parameter)
@@ -48,7 +53,9 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
     return gradients
 
 
-def _of_use(passes: Passes, key: Node | Join, use: Use, g: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _of_use(
+    passes: Passes, key: Node | Join, use: Use, g: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
     """What one op adds to the per-sample gradients of its parameters."""
     of_row = owner_of_rows(use, passes.samples.uses[key]).to(g.device)
     parameters, edge = passes.tape.parameters[key], GradientEdge(node_of(key), use.output_nr)
@@ -67,8 +74,8 @@ def _of_use(passes: Passes, key: Node | Join, use: Use, g: Tensor) -> Iterator[t
 def _only(key: Node | Join, use: Use, seed: Tensor) -> Iterator[None]:
     """Context in which an op gets ``seed``, after all hooks of its output, and its data gets nothing.
 
-    Below the data the parameters of the op may be used again. No node of the data is between the op and a parameter:
-    such a parameter would be reached without a recorded op, which is refused.
+    Below the data the parameters of the op may be used again. No node of the data is between the op
+    and a parameter: such a parameter would be reached without a recorded op, which is refused.
     """
 
     def start(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -76,8 +83,13 @@ def _only(key: Node | Join, use: Use, seed: Tensor) -> Iterator[None]:
 
     data = {edge.node for edge in use.inputs.values()}
     if isinstance(key, Join):
-        data = {after for after, _ in key.node.next_functions if after is not None} - {key.edge.node}
-    handles = [node_of(key).register_prehook(start), *(below.register_prehook(_nothing) for below in data)]
+        data = {after for after, _ in key.node.next_functions if after is not None} - {
+            key.edge.node
+        }
+    handles = [
+        node_of(key).register_prehook(start),
+        *(below.register_prehook(_nothing) for below in data),
+    ]
     try:
         yield
     finally:

@@ -18,9 +18,10 @@ ExtensionHook = Callable[[Any], object]
 class Handover:
     """Leaves a parameter's quantities once the pass has added to its ``.grad``, and calls the hook.
 
-    A parameter of a module that was extended is handed over with the module, when all that the loss reaches of the
-    module's own parameters have their quantities; every other parameter by itself. Of several modules that hold it the
-    first one owns a parameter; modules that own none are not called.
+    A parameter of a module that was extended is handed over with the module, when all that the loss
+    reaches of the module's own parameters have their quantities; every other parameter by itself.
+    Of several modules that hold it the first one owns a parameter; modules that own none are not
+    called.
 
     Args:
         hook: The user's function of a module or of a parameter.
@@ -28,20 +29,26 @@ class Handover:
         leave: Sets the quantities of a parameter; false if it has none, or some are still to come.
     """
 
-    def __init__(self, hook: ExtensionHook, parameters: Iterable[Tensor], leave: Callable[[Tensor], bool]) -> None:
+    def __init__(
+        self, hook: ExtensionHook, parameters: Iterable[Tensor], leave: Callable[[Tensor], bool]
+    ) -> None:
         self._hook, self._leave = hook, leave
         self._left = dict.fromkeys(parameters)
         self._holders: dict[Tensor, list[nn.Module]] = {}
         self._waiting: dict[nn.Module, set[Tensor]] = {}
         self._begun: set[nn.Module] = set()
         for module in extended():
-            held: set[Tensor] = {p for p in module._parameters.values() if p is not None and p in self._left}
+            held: set[Tensor] = {
+                p for p in module._parameters.values() if p is not None and p in self._left
+            }
             if any(p not in self._holders for p in held):
                 self._waiting[module] = held
                 for parameter in held:
                     self._holders.setdefault(parameter, []).append(module)
         edges = ((p, torch.autograd.graph.get_gradient_edge(p)) for p in self._left)
-        self._handles = [edge.node.register_hook(partial(self._accumulated, p)) for p, edge in edges]
+        self._handles = [
+            edge.node.register_hook(partial(self._accumulated, p)) for p, edge in edges
+        ]
 
     def stop(self) -> None:
         """Remove all hooks."""

@@ -9,7 +9,9 @@ from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.graph.tape import Tape
 
 
-def refuse_uncovered(tape: Tape, extensions: Sequence[Extension | GraphExtension], output: bool = False) -> None:
+def refuse_uncovered(
+    tape: Tape, extensions: Sequence[Extension | GraphExtension], output: bool = False
+) -> None:
     """Raise `UnsupportedError` if some extension would be wrong on the recorded graph.
 
     Args:

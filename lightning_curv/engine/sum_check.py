@@ -12,8 +12,8 @@ from lightning_curv.terms.jacobian import Jacobian
 class SumCheck(Extension):
     """Compares the sum of the per-sample gradients with what the backward pass adds to ``.grad``.
 
-    Rounding errors of a gradient that cancels are as large as what arrived from above: they are measured by the largest
-    gradient so far. One object serves one backward pass.
+    Rounding errors of a gradient that cancels are as large as what arrived from above: they are
+    measured by the largest gradient so far. One object serves one backward pass.
     """
 
     savefield = "gradient_sum"
@@ -27,7 +27,10 @@ class SumCheck(Extension):
         if jacobian.gradient is None:
             return
         total, whole = jacobian.total()[0], jacobian.gradient.to_dense()
-        sizes = [term.g.norm() * (1 if term.x is None or term.classes else term.x.norm()) for term in jacobian.terms]
+        sizes = [
+            term.g.norm() * (1 if term.x is None or term.classes else term.x.norm())
+            for term in jacobian.terms
+        ]
         eps = torch.finfo(whole.dtype).eps
         whole = whole.to(total.dtype)
         self._largest = max(self._largest, float(whole.norm()))

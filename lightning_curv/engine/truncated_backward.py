@@ -17,13 +17,16 @@ from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.term import Term
 
 
-def run(passes: Passes, receivers: Sequence[GradientReceiver], shared: bool, **options: Any) -> None:
+def run(
+    passes: Passes, receivers: Sequence[GradientReceiver], shared: bool, **options: Any
+) -> None:
     """Give the per-sample Jacobians of the loss to the receivers, and other leaves their gradients.
 
     Args:
         passes: The graph.
         receivers: Stand in for the gradients of the parameters that they receive.
-        shared: Whether somebody else needs the whole pass: it then runs too, the gradients included.
+        shared: Whether somebody else needs the whole pass: it then runs too, the gradients
+            included.
         options: Arguments of ``Tensor.backward``.
 
     Raises:
@@ -55,7 +58,10 @@ def _by_scale(receivers: Sequence[GradientReceiver]) -> list[list[GradientReceiv
 
 @torch.no_grad()
 def _receive(
-    passes: Passes, receivers: Sequence[GradientReceiver], found: dict[Any, list[Tensor]], keep_graph: bool
+    passes: Passes,
+    receivers: Sequence[GradientReceiver],
+    found: dict[Any, list[Tensor]],
+    keep_graph: bool,
 ) -> None:
     for receiver in receivers:
         receiver.begin(passes.samples.count)

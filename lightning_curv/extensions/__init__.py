@@ -1,6 +1,13 @@
 """Extensions: one small class per quantity, each a function of a parameter's per-sample Jacobian."""
 
-from lightning_curv.extensions.base import Differentiable, Exact, Extension, Gradient, GraphExtension, Sampled
+from lightning_curv.extensions.base import (
+    Differentiable,
+    Exact,
+    Extension,
+    Gradient,
+    GraphExtension,
+    Sampled,
+)
 from lightning_curv.extensions.block_products import GGNMP, HMP, PCHMP
 from lightning_curv.extensions.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from lightning_curv.extensions.ggn import (

@@ -17,16 +17,19 @@ __all__ = ["Exact", "Extension", "Gradient", "GraphExtension", "Sampled", "Sourc
 class Extension(ABC):
     """A quantity that a backward pass leaves on every parameter.
 
-    A subclass sets three attributes and writes one function of a `Jacobian`. Extensions with the same ``source`` share
-    the backward pass.
+    A subclass sets three attributes and writes one function of a `Jacobian`. Extensions with the
+    same ``source`` share the backward pass.
 
     Attributes:
         savefield: Name of the parameter's attribute that receives the result.
         source: Which columns are backpropagated: `Gradient`, `Exact` or `Sampled`.
-        independent: Whether the quantity exists only where the samples of a batch do not influence each other.
+        independent: Whether the quantity exists only where the samples of a batch do not influence
+            each other.
         needs_samples: Whether it needs to know which sample owns each row.
-        totals: Whether it needs `Jacobian.total`: the gradient, if that is the source, is then waited for.
-        forms: Whether all of J is formed in memory: it is evaluated first, so that others find J there.
+        totals: Whether it needs `Jacobian.total`: the gradient, if that is the source, is then
+            waited for.
+        forms: Whether all of J is formed in memory: it is evaluated first, so that others find J
+            there.
 
     Example:
         The largest absolute per-sample gradient entry, a quantity of one's own:
@@ -99,9 +102,11 @@ class GraphExtension(ABC):
 
     Attributes:
         savefield: Name of the parameter's attribute that receives the result.
-        independent: Whether the quantity exists only where the samples of a batch do not influence each other.
+        independent: Whether the quantity exists only where the samples of a batch do not influence
+            each other.
         needs_samples: Whether it needs to know which sample owns each row.
-        batchwise: Whether it takes the whole batch as one sample where samples influence each other.
+        batchwise: Whether it takes the whole batch as one sample where samples influence each
+            other.
         needs_likelihood: Whether it needs the curvature of the loss.
         keeps_graph: Whether the results need the graph after the backward pass.
     """

@@ -1,8 +1,9 @@
 r"""Products with blocks of curvature matrices, one block per parameter.
 
-``p.hmp(V)`` and its siblings are functions: ``[V, *p] -> [V, *p]`` and ``[*p] -> [*p]``. They keep the graph of the
-loss, see the parameters as they were at the backward pass, and free both when the attribute is deleted or
-overwritten. A graph cannot be saved: in a model that was saved and loaded they say that they are gone.
+``p.hmp(V)`` and its siblings are functions: ``[V, *p] -> [V, *p]`` and ``[*p] -> [*p]``. They keep
+the graph of the loss, see the parameters as they were at the backward pass, and free both when the
+attribute is deleted or overwritten. A graph cannot be saved: in a model that was saved and loaded
+they say that they are gone.
 """
 
 from __future__ import annotations
@@ -65,11 +66,18 @@ class _Matrix(ABC):
     def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
         self._uses, self._multiplies = uses, passes.multiplies
 
-    def _grad(self, outputs: Any, inputs: Any, seeds: Any, create_graph: bool = False) -> Sequence[Tensor | None]:
+    def _grad(
+        self, outputs: Any, inputs: Any, seeds: Any, create_graph: bool = False
+    ) -> Sequence[Tensor | None]:
         again = fused(outputs if isinstance(outputs, list) else [outputs]) if create_graph else ()
         with fast_products(self._multiplies), differentiable(again):
             return torch.autograd.grad(
-                outputs, inputs, seeds, retain_graph=True, create_graph=create_graph, allow_unused=True
+                outputs,
+                inputs,
+                seeds,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
             )
 
     @abstractmethod
@@ -88,7 +96,8 @@ class _Matrix(ABC):
     def _gradient(self, parameter: Tensor) -> tuple[OnlyUse | None, Tensor | None]:
         """What is differentiated for the parameter's block.
 
-        The cotangent at its only use, if that can be applied to vectors; else the gradient by the parameter itself.
+        The cotangent at its only use, if that can be applied to vectors; else the gradient by the
+        parameter itself.
         """
         use = self._uses.get(parameter)
         if use is None:
@@ -104,7 +113,9 @@ class _Matrix(ABC):
 class _Block:
     """One parameter's block as a function of vectors, as in ``p.hmp(V)``; pickles and copies to a `_Gone`."""
 
-    def __init__(self, parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, extension: _Product) -> None:
+    def __init__(
+        self, parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, extension: _Product
+    ) -> None:
         self._parameter, self._snapshot, self._matrix = parameter, snapshot, matrix
         self._name, self._savefield = repr(extension), extension.savefield
 
@@ -114,12 +125,22 @@ class _Block:
         single = vectors.shape == shape
         if not single and vectors.shape[1:] != shape:
             sizes = ", ".join(map(str, shape))
-            raise ValueError(f"Expected vectors of shape [{sizes}] or [V, {sizes}], found {list(vectors.shape)}.")
+            raise ValueError(
+                f"Expected vectors of shape [{sizes}] or [V, {sizes}], found {list(vectors.shape)}."
+            )
         with torch.enable_grad(), self._snapshot.restored(), unheard(), differentiating_twice():
-            rows = self._matrix.products(self._parameter, vectors.detach()[None] if single else vectors.detach())
+            rows = self._matrix.products(
+                self._parameter, vectors.detach()[None] if single else vectors.detach()
+            )
         if single:
             return rows[0]
-        return rows[0][None] if len(rows) == 1 else torch.stack(rows) if rows else torch.zeros_like(vectors)
+        return (
+            rows[0][None]
+            if len(rows) == 1
+            else torch.stack(rows)
+            if rows
+            else torch.zeros_like(vectors)
+        )
 
     def __reduce__(self) -> tuple[type[_Gone], tuple[str, str]]:
         return _Gone, (self._name, self._savefield)
@@ -141,9 +162,10 @@ class _Gone:
 class HMP(_Product):
     """Products with the parameter's block of the Hessian of the loss, exact for any differentiable network and loss.
 
-    Cost: a backward pass with a graph at the first call, and two passes per vector between the parameter's op and the
-    loss (Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 1994); one more to the parameter
-    per call where it is used several times.
+    Cost: a backward pass with a graph at the first call, and two passes per vector between the
+        parameter's op and the
+    loss (Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 1994); one
+    more to the parameter per call where it is used several times.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -196,9 +218,11 @@ class _Hessian(_Matrix):
 class GGNMP(_Product):
     """Products with the parameter's block of the generalised Gauss-Newton matrix.
 
-    Cost: a backward pass with a graph at the first call, and two passes per vector between the parameter's op and the
-    loss (Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*, Neural Computation
-    2002); one more to the parameter per call where it is used several times. No Jacobian is formed.
+    Cost: a backward pass with a graph at the first call, and two passes per vector between the
+        parameter's op and the
+    loss (Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*,
+    Neural Computation 2002); one more to the parameter per call where it is used several times. No
+    Jacobian is formed.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -214,10 +238,11 @@ class GGNMP(_Product):
 class PCHMP(GGNMP):
     r"""Products with the parameter's block of the positive-curvature Hessian.
 
-    The Hessian's residual of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise, else the eigenvalues
-    of its per-sample residual matrix, is made non-negative (Chen et al., *Positive curvature Hessian*; Dangel,
-    Harmeling & Hennig, AISTATS 2020, section 4). The nonlinearities are the nodes of the graph: a fused attention
-    kernel is one, attention written out is several, and their matrices differ.
+    The Hessian's residual of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise,
+    else the eigenvalues of its per-sample residual matrix, is made non-negative (Chen et al.,
+    *Positive curvature Hessian*; Dangel, Harmeling & Hennig, AISTATS 2020, section 4). The
+    nonlinearities are the nodes of the graph: a fused attention kernel is one, attention written
+    out is several, and their matrices differ.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -248,11 +273,14 @@ class _Part:
 class _Curvatures(_Matrix):
     """Σ Jᵀ C J over curvature matrices at places of the graph: the losses', and residuals of nonlinear nodes."""
 
-    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse], found: Sequence[Residual]) -> None:
+    def __init__(
+        self, passes: Passes, uses: Mapping[Tensor, OnlyUse], found: Sequence[Residual]
+    ) -> None:
         super().__init__(passes, uses)
         self._loss = passes.loss  # keeps the graph
         self._parts = [
-            _Part(part.edges, [like.shape for like in part.likes], part.multiplication()) for part in passes.parts
+            _Part(part.edges, [like.shape for like in part.likes], part.multiplication())
+            for part in passes.parts
         ] + [_Part(r.edges, r.shapes, r.product) for r in found]
         self._edges = [edge for part in self._parts for edge in part.edges]
 
@@ -294,7 +322,10 @@ class _Curvatures(_Matrix):
             own = list(islice(left, len(part.edges)))
             if any(u is not None for u in own):
                 like = next(u for u in own if u is not None)
-                full = [like.new_zeros(shape) if u is None else u for u, shape in zip(own, part.shapes, strict=True)]
+                full = [
+                    like.new_zeros(shape) if u is None else u
+                    for u, shape in zip(own, part.shapes, strict=True)
+                ]
                 edges += part.edges
                 seeds += part.product(full)
         (row,) = self._grad(edges, by, seeds)

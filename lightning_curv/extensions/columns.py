@@ -28,7 +28,8 @@ class Exact:
     """A square root of the loss Hessian.
 
     Attributes:
-        complete: One column per output entry of a sample, where fewer would do (for classes, one less).
+        complete: One column per output entry of a sample, where fewer would do (for classes, one
+            less).
     """
 
     complete: bool = False
@@ -37,7 +38,9 @@ class Exact:
         """One pass per column."""
         for part in passes.parts:
             every = self.complete or passes.ends_at(part.edges)  # where a column costs no pass
-            yield from passes.jacobians(Column(part.edges, column) for column in part.columns(every))
+            yield from passes.jacobians(
+                Column(part.edges, column) for column in part.columns(every)
+            )
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Sampled:
         root = self.samples**-0.5
         for part in passes.parts:
             draws = (part.sample(passes.generator) for _ in range(self.samples))
-            yield from passes.jacobians(Column(part.edges, [root * seed for seed in draw]) for draw in draws)
+            yield from passes.jacobians(
+                Column(part.edges, [root * seed for seed in draw]) for draw in draws
+            )
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,12 @@ class Signed:
         """One pass per column; none for the residuals of piecewise linear networks."""
         for part in passes.parts:
             columns = part.signed_columns(fewest=not passes.ends_at(part.edges))
-            yield from passes.jacobians(Column(part.edges, column, signs) for column, signs in columns)
-        yield from passes.jacobians(column for residual in residuals(passes) for column in residual.columns())
+            yield from passes.jacobians(
+                Column(part.edges, column, signs) for column, signs in columns
+            )
+        yield from passes.jacobians(
+            column for residual in residuals(passes) for column in residual.columns()
+        )
         yield from own_curvature(passes)
 
 

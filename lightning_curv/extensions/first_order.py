@@ -1,7 +1,7 @@
 r"""First-order quantities: functions of the per-sample gradients.
 
-The loss is :math:`s \sum_n \ell_n` (mean: s = 1/N; sum: s = 1) and :math:`g_n = \nabla \ell_n`. All of them come with
-the user's own backward pass and need any loss, known or not.
+The loss is :math:`s \sum_n \ell_n` (mean: s = 1/N; sum: s = 1) and :math:`g_n = \nabla \ell_n`. All
+of them come with the user's own backward pass and need any loss, known or not.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from lightning_curv.terms.jacobian import Jacobian
 class BatchGrad(Differentiable):
     r"""Per-sample gradients :math:`s\,g_n`, in ``grad_batch`` of shape ``[N, *p]``; they sum to ``.grad``.
 
-    Cost: one more product per layer; memory N times the parameters. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020,
+    Cost: one more product per layer; memory N times the parameters. Dangel, Kunstner & Hennig,
+        *BackPACK*, ICLR 2020,
     eq. 2.
 
     Args:
-        subsampling: Indices of the samples whose gradients are wanted, in the wanted order; default: all.
+        subsampling: Indices of the samples whose gradients are wanted, in the wanted order;
+            default: all.
 
     Example:
         >>> import torch
@@ -41,7 +43,9 @@ class BatchGrad(Differentiable):
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """The single column of J."""
-        return (jacobian if self.subsampling is None else jacobian[self.subsampling]).per_sample()[0]
+        return (jacobian if self.subsampling is None else jacobian[self.subsampling]).per_sample()[
+            0
+        ]
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
         """All of them, or those that are wanted."""
@@ -51,9 +55,10 @@ class BatchGrad(Differentiable):
 class BatchL2Grad(Differentiable):
     r"""Squared norms of the per-sample gradients :math:`\|s\,g_n\|^2`, in ``batch_l2`` of shape ``[N]``.
 
-    Per parameter; sum over the parameters for the norm of the whole gradient. Cost: small; layers with shared weights
-    use Gram matrices of their positions where these are cheaper than the per-sample gradient (Goodfellow, *Efficient
-    per-example gradient computations*, 2015; Rochette et al., 2019). Memory does not grow with N times the parameters.
+    Per parameter; sum over the parameters for the norm of the whole gradient. Cost: small; layers
+    with shared weights use Gram matrices of their positions where these are cheaper than the
+    per-sample gradient (Goodfellow, *Efficient per-example gradient computations*, 2015; Rochette
+    et al., 2019). Memory does not grow with N times the parameters.
     """
 
     savefield = "batch_l2"
@@ -71,8 +76,8 @@ class BatchL2Grad(Differentiable):
 class SumGradSquared(Differentiable):
     r"""Sum of the squared per-sample gradients :math:`\sum_n (s\,g_n)^2`, in ``sum_grad_squared``.
 
-    Has the parameter's shape; the uncentred second moment times N. Cost: one more product per layer without weight
-    sharing; no per-sample gradients in memory.
+    Has the parameter's shape; the uncentred second moment times N. Cost: one more product per layer
+    without weight sharing; no per-sample gradients in memory.
     """
 
     savefield = "sum_grad_squared"
@@ -90,8 +95,10 @@ class SumGradSquared(Differentiable):
 class Variance(Differentiable):
     r"""Variance of the per-sample gradients over the batch, in ``variance`` of the parameter's shape.
 
-    The population variance :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0` of the *scaled*
-    gradients: for a mean loss multiply by N² for the variance of the :math:`g_n`. Free of cancellation: no difference
+    The population variance :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0` of the
+    *scaled*
+    gradients: for a mean loss multiply by N² for the variance of the :math:`g_n`. Free of
+        cancellation: no difference
     of float32 moments is taken.
     """
 

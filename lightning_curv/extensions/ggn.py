@@ -2,10 +2,11 @@ r"""The generalised Gauss-Newton matrix: its diagonal and its square root.
 
 .. math:: G = s \sum_n J_n^\top H_n J_n = \sum_n V_n V_n^\top, \qquad V_n = J_n^\top \sqrt{s H_n}
 
-with the network's Jacobian :math:`J_n` and the loss Hessian :math:`H_n = \nabla_f^2 \ell_n`. "Exact" backpropagates one
-column of :math:`\sqrt{s H_n}` per output entry; "MC" M gradients for targets drawn from the model, whose expectation
-is G. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020, section 2.3; Martens, *New insights and perspectives on the
-natural gradient method*, JMLR 2020, section 9.
+with the network's Jacobian :math:`J_n` and the loss Hessian :math:`H_n = \nabla_f^2 \ell_n`.
+"Exact" backpropagates one column of :math:`\sqrt{s H_n}` per output entry; "MC" M gradients for
+targets drawn from the model, whose expectation is G. Dangel, Kunstner & Hennig, *BackPACK*, ICLR
+2020, section 2.3; Martens, *New insights and perspectives on the natural gradient method*, JMLR
+2020, section 9.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from lightning_curv.terms.jacobian import Jacobian
 class DiagGGNExact(Extension):
     r"""Diagonal of the GGN, :math:`s \sum_n \mathrm{diag}(J_n^\top H_n J_n)`, in ``diag_ggn_exact``.
 
-    Has the parameter's shape. Cost: as many backward passes as a sample has output entries. Memory: one pass.
+    Has the parameter's shape. Cost: as many backward passes as a sample has output entries. Memory:
+    one pass.
 
     Example:
         >>> import torch
@@ -146,11 +148,11 @@ class GGNTraceMC(Extension):
 class JacobianMC(Extension):
     """The Jacobian of the Monte-Carlo columns itself, unevaluated, in ``jacobian_mc``.
 
-    A `lightning_curv.terms.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional derivatives along d,
-    ``[M, N]``, and ``(Σ_p p.jacobian_mc.dot(d_p)).square().sum()`` is dᵀGd for a direction over all parameters,
-    without another backward pass. Memory: the op's inputs and cotangents until the attribute is deleted or
-    overwritten. Batch statistics are taken as given, as for Kronecker factors: with BatchNorm in training mode dᵀGd is
-    an approximation.
+    A `lightning_curv.terms.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional
+    derivatives along d, ``[M, N]``, and ``(Σ_p p.jacobian_mc.dot(d_p)).square().sum()`` is dᵀGd for
+    a direction over all parameters, without another backward pass. Memory: the op's inputs and
+    cotangents until the attribute is deleted or overwritten. Batch statistics are taken as given,
+    as for Kronecker factors: with BatchNorm in training mode dᵀGd is an approximation.
 
     Args:
         mc_samples: M, the number of target draws.

@@ -13,10 +13,10 @@ from lightning_curv.terms.jacobian import Jacobian
 class DiagHessian(Extension):
     r"""Diagonal of the Hessian of the loss, in ``diag_h`` of the parameter's shape; residual terms included.
 
-    Exact for any architecture: elementwise nonlinearities contribute one signed column per unit, other nonlinear ops
-    (softmax, norms, products) as many as they have inputs, piecewise linear ones none. Cost: one backward pass per
-    column; for piecewise linear networks that of `DiagGGNExact`. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020,
-    appendix A.
+    Exact for any architecture: elementwise nonlinearities contribute one signed column per unit,
+    other nonlinear ops (softmax, norms, products) as many as they have inputs, piecewise linear
+    ones none. Cost: one backward pass per column; for piecewise linear networks that of
+    `DiagGGNExact`. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020, appendix A.
 
     Example:
         >>> import torch

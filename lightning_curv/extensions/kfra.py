@@ -13,7 +13,12 @@ from torch.nn import functional as F
 
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import GraphExtension
-from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_axes, kronecker_factor
+from lightning_curv.extensions.kronecker import (
+    KFLR,
+    WeightSharing,
+    kronecker_axes,
+    kronecker_factor,
+)
 from lightning_curv.graph.dependence import Dependence
 from lightning_curv.kernels.symmetric import eigh, gram
 from lightning_curv.passes.passes import Passes
@@ -23,17 +28,20 @@ from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners
 from lightning_curv.terms.term import Term
 
-SAME = frozenset(("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"))  # J is the same in all samples of an axis
+SAME = frozenset(
+    ("AddmmBackward0", "ConvolutionBackward0", "MmBackward0")
+)  # J is the same in all samples of an axis
 
 
 class KFRA(GraphExtension):
     r"""Kronecker factors from a batch-averaged GGN, in ``kfra``; factors as in `KFLR`.
 
-    The GGN with respect to a layer's output is averaged over the batch before it is propagated to the layer's input,
-    :math:`\bar H_{in} = \tfrac1N \sum_n J_n^\top \bar H_{out} J_n`, and its blocks are the factors B. Exact where the
-    layers' Jacobians do not depend on the sample. Needs a chain of layers and one loss. Cost: two passes through
-    every elementwise layer, as many as hold its inputs and outputs, N at a time, through every linear one, and as many
-    as it has inputs and outputs through others, such as max-pooling; memory: the square of the widest layer. Botev,
+    The GGN with respect to a layer's output is averaged over the batch before it is propagated to
+    the layer's input, :math:`\bar H_{in} = \tfrac1N \sum_n J_n^\top \bar H_{out} J_n`, and its
+    blocks are the factors B. Exact where the layers' Jacobians do not depend on the sample. Needs a
+    chain of layers and one loss. Cost: two passes through every elementwise layer, as many as hold
+    its inputs and outputs, N at a time, through every linear one, and as many as it has inputs and
+    outputs through others, such as max-pooling; memory: the square of the widest layer. Botev,
     Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017, eq. 17.
 
     Args:
@@ -63,7 +71,10 @@ class KFRA(GraphExtension):
                 continue
             terms = _terms(passes, point, average)
             if all(_kronecker(p, term) for p, term in terms.items()):
-                found = {p: _terms(passes, point, term.g[:, 0].flatten(1).mT)[p] for p, term in terms.items()}
+                found = {
+                    p: _terms(passes, point, term.g[:, 0].flatten(1).mT)[p]
+                    for p, term in terms.items()
+                }
                 made = {p: self._factors(p, term) for p, term in found.items()}
             else:
                 found = _terms(passes, point, _root(average, point.count))
@@ -77,14 +88,19 @@ class KFRA(GraphExtension):
         """The factors, from a term whose columns are the rows of the averaged GGN, in the order of its entries."""
         jacobian = Jacobian(parameter, [term])
         term, sharing = jacobian.terms[0], self._kflr.weight_sharing
-        paired = "q" if sharing == "reduce" else "q" + term.shared  # letters that both sides of the GGN have in common
+        paired = (
+            "q" if sharing == "reduce" else "q" + term.shared
+        )  # letters that both sides of the GGN have in common
         other = "".join(x if x in paired else x.upper() for x in term.out)
         features = "".join(x for x in term.out if x in term.par and x != "q")
         groups = "q" if "q" in term.out else ""
         average = term.g[:, 0].reshape(2 * term.g.shape[2:])
         factor = torch.einsum(f"{term.out}{other}->{groups}{features}{features.upper()}", average)
         factor = factor.flatten(-len(features)).flatten(len(groups), -2).clone()
-        return [factor if x == "o" else kronecker_factor(term, x, sharing) for x in kronecker_axes(jacobian)]
+        return [
+            factor if x == "o" else kronecker_factor(term, x, sharing)
+            for x in kronecker_axes(jacobian)
+        ]
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,9 @@ class _Point:
         """Rows ``[R, E]`` as tensors that are equal in all samples, ``[R, *shape]``; one sample in memory if it can."""
         owners = self.owners
         if not isinstance(owners, BatchAxis) or self.shape[owners.axis] != self.count:
-            return torch.stack([owners.join(row.expand(self.count, -1), self.shape) for row in rows])
+            return torch.stack(
+                [owners.join(row.expand(self.count, -1), self.shape) for row in rows]
+            )
         rest = [size for axis, size in enumerate(self.shape) if axis != owners.axis]
         return rows.reshape(len(rows), *rest).unsqueeze(1 + owners.axis).expand(-1, *self.shape)
 
@@ -134,15 +152,23 @@ def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
 def _at_output(passes: Passes, output: _Point) -> Tensor:
     """The sum over the samples of the loss' H, ``[E, E]``."""
     (part,) = passes.parts
-    roots = [output.owners.split(column) for (column,) in part.columns(complete=True) if output.count]
-    return gram(torch.cat(roots).mT) if roots else passes.seed.new_zeros(output.entries, output.entries)
+    roots = [
+        output.owners.split(column) for (column,) in part.columns(complete=True) if output.count
+    ]
+    return (
+        gram(torch.cat(roots).mT)
+        if roots
+        else passes.seed.new_zeros(output.entries, output.entries)
+    )
 
 
 def _chain(passes: Passes) -> list[_Point]:
     """The places from the network's output to the output of the first layer."""
     edges = [edge for part in passes.parts for edge in part.edges]
     if len(edges) != 1:
-        raise UnsupportedError(f"KFRA expects one loss of one output, found losses of {len(edges)}; use `KFLR`.")
+        raise UnsupportedError(
+            f"KFRA expects one loss of one output, found losses of {len(edges)}; use `KFLR`."
+        )
     (part,), dependence = passes.parts, Dependence(passes.tape, edges)
     while inputs := dependence.inputs(edges[-1].node):
         if len(inputs) > 1:
@@ -152,7 +178,9 @@ def _chain(passes: Passes) -> list[_Point]:
             )
         edges += inputs
         if inputs[0].node._input_metadata[inputs[0].output_nr].dtype.is_complex:
-            raise UnsupportedError(f"KFRA expects real numbers, found complex ones below `{edges[-2].node.name()}`.")
+            raise UnsupportedError(
+                f"KFRA expects real numbers, found complex ones below `{edges[-2].node.name()}`."
+            )
     points = [_Point(edges[0], part.owners[0], part.likes[0].shape)]
     for edge, owners in owners_at(passes, edges[1:]).items():
         if owners is None:
@@ -175,8 +203,9 @@ def _some(numbers: Tensor) -> str:
 def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -> Tensor:
     """The mean over the samples of Jᵀ H J, by vector-Jacobian products with the rows of H.
 
-    Where every J is diagonal, its entries are one product; where all are the same, a pass takes a row in every sample.
-    Unless the node tells, both are found out by passes with random numbers, and true up to rounding.
+    Where every J is diagonal, its entries are one product; where all are the same, a pass takes a
+    row in every sample. Unless the node tells, both are found out by passes with random numbers,
+    and true up to rounding.
     """
     count = output.count
     if not count:
@@ -184,8 +213,14 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
 
     def pull(entries: Tensor) -> Tensor:
         """``[N, E_out]`` to ``[N, E_in]``."""
-        (g,) = passes.backward([output.edge], [source.edge], [output.owners.join(entries, output.shape)])
-        return average.new_zeros(count, source.entries) if g is None else source.owners.split(g).to(average)
+        (g,) = passes.backward(
+            [output.edge], [source.edge], [output.owners.join(entries, output.shape)]
+        )
+        return (
+            average.new_zeros(count, source.entries)
+            if g is None
+            else source.owners.split(g).to(average)
+        )
 
     def pull_rows(rows: Tensor) -> Tensor:
         """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
@@ -193,7 +228,9 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
         return torch.cat([pull(part) for part in parts])[: len(rows)]
 
     generator = torch.Generator(average.device).manual_seed(0)
-    same = output.edge.node.name() in SAME and _axis(output.owners) == _axis(source.owners) is not None
+    same = (
+        output.edge.node.name() in SAME and _axis(output.owners) == _axis(source.owners) is not None
+    )
     if source.entries == output.entries and not same:
         entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
         image, diagonal = pull(entries), pull(torch.ones_like(entries))
@@ -204,9 +241,13 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
     half = pull_rows(average)
     if same:
         return pull_rows(half.mT)
-    weights, mix = (average.new_empty(n).uniform_(-1, 1, generator=generator) for n in (count, len(average)))
+    weights, mix = (
+        average.new_empty(n).uniform_(-1, 1, generator=generator) for n in (count, len(average))
+    )
     if _same(
-        pull(torch.outer(weights, mix @ average)), torch.outer(weights, mix @ half), (mix.abs() @ half.abs()).amax()
+        pull(torch.outer(weights, mix @ average)),
+        torch.outer(weights, mix @ half),
+        (mix.abs() @ half.abs()).amax(),
     ):
         return pull_rows(half.mT)
     half = torch.stack([pull(row.expand(count, -1)) for row in average], -1)  # [N, E_in, E_out]

@@ -1,16 +1,18 @@
 r"""Kronecker factors of the GGN block of each parameter.
 
-For a matrix W with outputs ``o`` and inputs ``i`` the block is approximated by :math:`B \otimes A` (row-major order of
-W): A is the second moment of the layer's inputs, B that of the backpropagated columns; B carries the scale of the
-loss. The approximation is exact for one sample without weight sharing.
+For a matrix W with outputs ``o`` and inputs ``i`` the block is approximated by :math:`B \otimes A`
+(row-major order of W): A is the second moment of the layer's inputs, B that of the backpropagated
+columns; B carries the scale of the loss. The approximation is exact for one sample without weight
+sharing.
 
-Where weights are shared over positions s (pixels, time steps, several uses of a layer), Eschenhagen, Immer, Turner,
-Schneider & Hennig, *Kronecker-factored approximate curvature for modern neural network architectures*, NeurIPS 2023,
-distinguish
+Where weights are shared over positions s (pixels, time steps, several uses of a layer),
+Eschenhagen, Immer, Turner, Schneider & Hennig, *Kronecker-factored approximate curvature for modern
+neural network architectures*, NeurIPS 2023, distinguish
 
 .. math::
-    \text{expand:}\quad & A = \tfrac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top, & B &= \sum_{v,n,s} g_{vns} g_{vns}^\top \\
-    \text{reduce:}\quad & A = \tfrac1N \sum_n \bar a_n \bar a_n^\top, & B &= \sum_{v,n} \hat g_{vn} \hat g_{vn}^\top,
+    \text{expand:}\quad & A = \tfrac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top, & B &= \sum_{v,n,s}
+    g_{vns} g_{vns}^\top \\ \text{reduce:}\quad & A = \tfrac1N \sum_n \bar a_n \bar a_n^\top, & B &=
+    \sum_{v,n} \hat g_{vn} \hat g_{vn}^\top,
 
 with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the positions.
 """
@@ -34,28 +36,33 @@ from lightning_curv.terms.term import Term
 
 WeightSharing = Literal["expand", "reduce"]
 Product = Callable[[Tensor], Tensor]
-KRONECKER = "oixyz"  # letters of matrix axes; x y z belong to the patches of the input or of the output
+KRONECKER = (
+    "oixyz"  # letters of matrix axes; x y z belong to the patches of the input or of the output
+)
 _LATEST = {"o": Latest(), "i": Latest()}
 
 
 class KFLR(Extension):
     r"""Kronecker factors from the exact GGN columns, in ``kflr``.
 
-    A list of factors in row-major order of the parameter. Linear and convolution weight: ``[B, A]`` of shapes
-    ``[out, out]`` and ``[in/groups·K, in/groups·K]``; with groups ``[G, out/G, out/G]`` and ``[G, in/G·K, in/G·K]``. A
-    weight used as ``x @ W``: ``[A, B]``. Transposed convolution: ``[B, A]`` of the weight with outputs in front,
-    ``W.transpose(0, 1)``, of shapes ``[out/groups, out/groups]`` and ``[in/groups·K, in/groups·K]``; its positions are
-    the pixels of the output, each of which sees one patch of the input with ``stride - 1`` zeros between its pixels
-    (BackPACK's layout). Experts of a grouped product: as groups, A is the mean over the rows of all experts. Bias:
-    ``[B]``. Recurrent weights: ``[B, A]``, the steps are positions. A factor with one axis is a diagonal matrix:
-    ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A), ``[diagonal of the GGN]`` for every
-    parameter without Kronecker structure (norm scales, offsets, parameters used by ops of different kinds, such as an
-    embedding that is also the output projection).
+    A list of factors in row-major order of the parameter. Linear and convolution weight: ``[B, A]``
+    of shapes ``[out, out]`` and ``[in/groups·K, in/groups·K]``; with groups ``[G, out/G, out/G]``
+    and ``[G, in/G·K, in/G·K]``. A weight used as ``x @ W``: ``[A, B]``. Transposed convolution:
+    ``[B, A]`` of the weight with outputs in front, ``W.transpose(0, 1)``, of shapes
+    ``[out/groups, out/groups]`` and ``[in/groups·K, in/groups·K]``; its positions are the pixels of
+    the output, each of which sees one patch of the input with ``stride - 1`` zeros between its
+    pixels (BackPACK's layout). Experts of a grouped product: as groups, A is the mean over the rows
+    of all experts. Bias: ``[B]``. Recurrent weights: ``[B, A]``, the steps are positions. A factor
+    with one axis is a diagonal matrix: ``[counts/(N·S), B]`` for an embedding (with ``"reduce"``
+    the diagonal of A), ``[diagonal of the GGN]`` for every parameter without Kronecker structure
+    (norm scales, offsets, parameters used by ops of different kinds, such as an embedding that is
+    also the output projection).
 
-    In training mode BatchNorm couples the samples; the factors then take its batch statistics as given, as all
-    implementations do.
+    In training mode BatchNorm couples the samples; the factors then take its batch statistics as
+    given, as all implementations do.
 
-    Botev, Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017 (KFLR).
+    Botev, Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017
+    (KFLR).
 
     Args:
         weight_sharing: ``"expand"`` or ``"reduce"``, see above.
@@ -67,7 +74,9 @@ class KFLR(Extension):
 
     def __init__(self, weight_sharing: WeightSharing = "expand") -> None:
         if weight_sharing not in ("expand", "reduce"):
-            raise ValueError(f"`weight_sharing` must be 'expand' or 'reduce', found {weight_sharing!r}.")
+            raise ValueError(
+                f"`weight_sharing` must be 'expand' or 'reduce', found {weight_sharing!r}."
+            )
         self.weight_sharing = weight_sharing
 
     def evaluate(self, jacobian: Jacobian) -> list[Tensor]:
@@ -75,7 +84,9 @@ class KFLR(Extension):
         axes = kronecker_axes(jacobian)
         if not axes:
             return [jacobian.sum_squares().flatten()]
-        known = "i" if jacobian.continues else ""  # the inputs' factor stays that of the first columns, see `merge`
+        known = (
+            "i" if jacobian.continues else ""
+        )  # the inputs' factor stays that of the first columns, see `merge`
         term = jacobian.terms[0]
         return [term.g if axis in known else self._factor(term, axis) for axis in axes]
 
@@ -83,7 +94,9 @@ class KFLR(Extension):
         factor, letters = (term.g, term.out) if axis == "o" else (term.x, term.inp)
         assert factor is not None
         key = letters, *(x for x in letters if x not in term.par), self.weight_sharing, term.classes
-        result, known = _LATEST[axis].of(factor, key, lambda: kronecker_factor(term, axis, self.weight_sharing))
+        result, known = _LATEST[axis].of(
+            factor, key, lambda: kronecker_factor(term, axis, self.weight_sharing)
+        )
         return result.clone() if known else result
 
     def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
@@ -95,8 +108,9 @@ class KFLR(Extension):
 class KFAC(KFLR):
     """Kronecker factors from targets drawn from the model, in ``kfac``; factors as in `KFLR`.
 
-    Martens & Grosse, *Optimizing neural networks with Kronecker-factored approximate curvature*, ICML 2015; Grosse &
-    Martens, *A Kronecker-factored approximate Fisher matrix for convolution layers*, ICML 2016.
+    Martens & Grosse, *Optimizing neural networks with Kronecker-factored approximate curvature*,
+    ICML 2015; Grosse & Martens, *A Kronecker-factored approximate Fisher matrix for convolution
+    layers*, ICML 2016.
 
     Args:
         mc_samples: Number of target draws; each costs one backward pass.
@@ -119,8 +133,12 @@ def kronecker_axes(jacobian: Jacobian) -> str:
     if len(jacobian.terms) > 1 or any(letter not in "q" + KRONECKER for letter in term.par):
         return ""
     par = term.par.removeprefix("q")
-    out, inp = ("".join(letter for letter in letters if letter in par) for letters in (term.out, term.inp))
-    orders = {out + inp: "oi", inp[:1] + out + inp[1:]: "oi", inp + out: "io"} if inp else {out: "o"}
+    out, inp = (
+        "".join(letter for letter in letters if letter in par) for letters in (term.out, term.inp)
+    )
+    orders = (
+        {out + inp: "oi", inp[:1] + out + inp[1:]: "oi", inp + out: "io"} if inp else {out: "o"}
+    )
     return orders.get(par, "") if par else ""
 
 
@@ -137,7 +155,9 @@ def interleaved(jacobian: Jacobian) -> tuple[int, int] | None:
     return sizes.get("q", 1), sizes[term.par.removeprefix("q")[0]]
 
 
-def kronecker_factor(term: Term, axis: str, weight_sharing: WeightSharing, product: Product = gram) -> Tensor:
+def kronecker_factor(
+    term: Term, axis: str, weight_sharing: WeightSharing, product: Product = gram
+) -> Tensor:
     """One factor of the term's block.
 
     Args:
@@ -168,7 +188,9 @@ def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -
     return total.div_(max(1, len(term.x)) * positions ** (2 if weight_sharing == "reduce" else 1))
 
 
-def _ragged_input_factor(term: Term, lengths: Tensor, weight_sharing: WeightSharing, product: Product) -> Tensor:
+def _ragged_input_factor(
+    term: Term, lengths: Tensor, weight_sharing: WeightSharing, product: Product
+) -> Tensor:
     """The same for samples with different numbers of positions; a sample without any counts as zero."""
     assert term.x is not None
     x, count = term.x, lengths.sum()
@@ -179,14 +201,17 @@ def _ragged_input_factor(term: Term, lengths: Tensor, weight_sharing: WeightShar
     return total.div_(count.clamp(min=1).to(total.device))
 
 
-def _second_moment(factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing, product: Product) -> Tensor:
+def _second_moment(
+    factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing, product: Product
+) -> Tensor:
     """Sum of the outer products of the features, in chunks of samples.
 
     Args:
         factor: ``[N, …, *letters]``.
         letters: Of the trailing axes; features are those that the parameter has.
         par: Letters of the parameter.
-        weight_sharing: ``"expand"``: one vector of features per position; ``"reduce"``: their sum over the positions.
+        weight_sharing: ``"expand"``: one vector of features per position; ``"reduce"``: their sum
+            over the positions.
         product: Of a matrix with itself, ``[D, R]``.
     """
     repeats = len(factor) if len(factor) > 1 and factor.stride(0) == 0 else 1

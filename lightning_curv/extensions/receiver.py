@@ -15,13 +15,15 @@ from lightning_curv.terms.jacobian import Jacobian
 class GradientReceiver(GraphExtension):
     """Receives the per-sample Jacobians of the user's own backward pass, and stands in for the gradient.
 
-    The pass then ends at the recorded ops: the gradient of a parameter that is received is not computed, and nothing
-    is left on the parameter, so that nothing can be stale. The norm of a sample's whole gradient is known only after
-    the last parameter: until then the cotangents of all layers are held, about as much memory as the activations.
+    The pass then ends at the recorded ops: the gradient of a parameter that is received is not
+    computed, and nothing is left on the parameter, so that nothing can be stale. The norm of a
+    sample's whole gradient is known only after the last parameter: until then the cotangents of all
+    layers are held, about as much memory as the activations.
 
     Attributes:
         mean: Whether the loss is the mean over the samples of a pass, instead of their sum.
-        loss_scale: Factor on the loss besides. What is received are gradients of the samples' own losses, without both.
+        loss_scale: Factor on the loss besides. What is received are gradients of the samples' own
+            losses, without both.
     """
 
     savefield = "per_sample_jacobians"

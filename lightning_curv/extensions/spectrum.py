@@ -21,7 +21,8 @@ from lightning_curv.terms.jacobian import Jacobian
 class GGNTraceExact(Extension):
     r"""Trace of the parameter's block of the GGN, :math:`\sum_{v,n} \|J[v, n]\|^2`, in ``ggn_trace_exact``, a scalar.
 
-    Cost: one backward pass per output entry of a sample; no matrix of the parameter's shape is formed.
+    Cost: one backward pass per output entry of a sample; no matrix of the parameter's shape is
+        formed.
     """
 
     savefield = "ggn_trace_exact"
@@ -35,10 +36,11 @@ class GGNTraceExact(Extension):
 class HessianTraceMC(GraphExtension):
     r"""Estimate of the trace of the parameter's Hessian block, in ``hessian_trace_mc``, a scalar.
 
-    :math:`\frac1M \sum_m v_m^\top (H v_m)` with random signs :math:`v_m`, restricted to the parameter's entries: the
-    estimates of all blocks come from products with the Hessian of all parameters, and their sum estimates its trace.
-    Unbiased for every differentiable network and loss. Hutchinson, *A stochastic estimator of the trace of the
-    influence matrix*, Comm. Stat. 1990.
+    :math:`\frac1M \sum_m v_m^\top (H v_m)` with random signs :math:`v_m`, restricted to the
+    parameter's entries: the estimates of all blocks come from products with the Hessian of all
+    parameters, and their sum estimates its trace. Unbiased for every differentiable network and
+    loss. Hutchinson, *A stochastic estimator of the trace of the influence matrix*, Comm. Stat.
+    1990.
 
     Args:
         mc_samples: M; each costs one backward pass, beside one with a graph.
@@ -112,11 +114,12 @@ class GGNTraceJointMC(GraphExtension):
 class MaxEigenvalue(GraphExtension):
     r"""Largest eigenvalue of the Hessian or the GGN of all parameters jointly, in ``{matrix}_max_eigenvalue``.
 
-    The same number on every parameter. By Lanczos' recurrence, whose largest Ritz value after k products is at least as
-    good as k steps of power iteration and never too large, up to rounding. For the Hessian it is the largest algebraic
-    eigenvalue, the sharpness, also where a negative one is larger in magnitude. Memory: three vectors and the graph of
-    a gradient. Golub & Van Loan, *Matrix Computations*, 2013, section 10.1; Ghorbani et al., *An investigation into
-    neural net optimization via Hessian eigenvalue density*, ICML 2019.
+    The same number on every parameter. By Lanczos' recurrence, whose largest Ritz value after k
+    products is at least as good as k steps of power iteration and never too large, up to rounding.
+    For the Hessian it is the largest algebraic eigenvalue, the sharpness, also where a negative one
+    is larger in magnitude. Memory: three vectors and the graph of a gradient. Golub & Van Loan,
+    *Matrix Computations*, 2013, section 10.1; Ghorbani et al., *An investigation into neural net
+    optimization via Hessian eigenvalue density*, ICML 2019.
 
     Args:
         matrix: Which of the two.

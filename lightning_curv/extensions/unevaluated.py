@@ -11,9 +11,10 @@ from lightning_curv.terms.jacobian import Jacobian
 class GradientJacobian(Extension):
     r"""The per-sample gradients :math:`s\,g_n` as a `Jacobian` that is not carried out, in ``jacobian_grad``.
 
-    ``p.jacobian_grad.dot(d)`` are the directional derivatives :math:`s\,g_n \cdot d` of every sample, ``[1, N]``, for a
-    direction that is known only after the backward pass, such as the mean gradient. Cost: none until then, and one
-    product per layer for each `dot`. Memory: inputs and cotangents of the ops until the attribute is deleted.
+    ``p.jacobian_grad.dot(d)`` are the directional derivatives :math:`s\,g_n \cdot d` of every
+    sample, ``[1, N]``, for a direction that is known only after the backward pass, such as the mean
+    gradient. Cost: none until then, and one product per layer for each `dot`. Memory: inputs and
+    cotangents of the ops until the attribute is deleted.
 
     Example:
         >>> import torch
@@ -40,7 +41,8 @@ class GradientJacobian(Extension):
 class GradientSum(Extension):
     r"""The sum of the per-sample gradients :math:`\sum_n s\,g_n`, in ``grad_sum`` of the parameter's shape.
 
-    Of all samples that is the gradient; of some of them, one more product per layer with their rows.
+    Of all samples that is the gradient; of some of them, one more product per layer with their
+    rows.
     """
 
     savefield = "grad_sum"

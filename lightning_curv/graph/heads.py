@@ -1,7 +1,8 @@
 """Heads: the places near the top of a loss where its summands are still apart.
 
-Above a head a loss is linear (a mean, a sum, a factor) or a known loss function, so a head's rows are summands. Samples
-are found from there: a head's rows are weighted, and the weights are followed through the network.
+Above a head a loss is linear (a mean, a sum, a factor) or a known loss function, so a head's rows
+are summands. Samples are found from there: a head's rows are weighted, and the weights are followed
+through the network.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _PIECEWISE = """
     Threshold Topk Trace Tril Triu Unfold UpsampleBilinear2D UpsampleNearest2D
 """
 PIECEWISE_LINEAR = LINEAR | frozenset(_PIECEWISE.split())
-# nodes that are linear in one of their inputs if the others carry no gradient; for a quotient: in the first
+# nodes that are linear in one of their inputs if the others carry no gradient; for a quotient: in
+# the first
 PRODUCTS = frozenset(("Div", "Dot", "Mul", "Mv"))
 # nodes that are linear in each input: linear in the data if one input alone carries it
 BILINEAR = frozenset(("Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Dot", "Mm", "Mul", "Mv"))
@@ -60,7 +62,11 @@ class Head:
     @property
     def axes(self) -> list[int]:
         """The axes that may carry the samples: not that of classes."""
-        classes = 1 if self.call is not None and self.call.name in CLASSES and self.like.ndim > 1 else None
+        classes = (
+            1
+            if self.call is not None and self.call.name in CLASSES and self.like.ndim > 1
+            else None
+        )
         return [axis for axis in range(self.like.ndim) if axis != classes]
 
 
@@ -78,8 +84,12 @@ def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
         if call is not None:
             found.setdefault(call.input[:2], Head(call.input, like(call.arguments["input"]), call))
             if call.beside:
-                stack += [(after, index) for after, index in node.next_functions if after is not None]
-        elif not (node in tape.uses and tape.uses[node].operands) and (inputs := linear_inputs(node)):
+                stack += [
+                    (after, index) for after, index in node.next_functions if after is not None
+                ]
+        elif not (node in tape.uses and tape.uses[node].operands) and (
+            inputs := linear_inputs(node)
+        ):
             stack += inputs
         else:
             found.setdefault((node, number), head_at(GradientEdge(node, number), loss))

@@ -1,9 +1,11 @@
 """Joins: where what depends on no sample meets the samples.
 
-A relative position table, a prompt, a token that is written into a tensor in place, a parameter of an op that nobody
-recorded: their cotangents are sums over the samples. One node above, the cotangents are still apart, row by row. There
-they are given to the node sample by sample, and what comes out is pulled back to the parameters. This needs no rule for
-the node, whatever it is.
+A relative position table, a prompt, a token that is written into a tensor in place, a parameter of
+an op that nobody
+recorded: their cotangents are sums over the samples. One node above, the cotangents are still
+    apart, row by row. There
+they are given to the node sample by sample, and what comes out is pulled back to the parameters.
+This needs no rule for the node, whatever it is.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Join:
         recorded: The recorded op whose last node it is, where the op is made of several nodes.
     """
 
-    def __init__(self, node: Node, output_nr: int, edge: GradientEdge, recorded: Use | None = None) -> None:
+    def __init__(
+        self, node: Node, output_nr: int, edge: GradientEdge, recorded: Use | None = None
+    ) -> None:
         self.node, self.output_nr, self.edge, self.recorded = node, output_nr, edge, recorded
 
     def use(self, dtype: torch.dtype, device: torch.device) -> Use:
@@ -62,7 +66,9 @@ class Join:
         columns = []
         for column in g:
             whole = self._broadcast(column, owners, shape)
-            columns.append(self._sample_by_sample(column, owners, shape) if whole is None else whole)
+            columns.append(
+                self._sample_by_sample(column, owners, shape) if whole is None else whole
+            )
         return torch.stack(columns)
 
     def _broadcast(self, g: Tensor, owners: Owners, shape: torch.Size) -> Tensor | None:
@@ -73,7 +79,12 @@ class Join:
         if isinstance(owners, ChosenOwners):
             whole = self._broadcast(g, owners.whole, shape)
             return None if whole is None else whole[owners.chosen.to(whole.device)]
-        if not isinstance(owners, BatchAxis) or owners.minor or not g.ndim or g.shape[owners.axis] != owners.count:
+        if (
+            not isinstance(owners, BatchAxis)
+            or owners.minor
+            or not g.ndim
+            or g.shape[owners.axis] != owners.count
+        ):
             return None
         if g.shape == shape or self.recorded:
             return None
@@ -83,7 +94,11 @@ class Join:
         aligned = [1] * (g.ndim - len(shape)) + list(shape)
         if aligned[owners.axis] != 1:
             return None
-        summed = [axis for axis in range(g.ndim) if axis != owners.axis and aligned[axis] == 1 != g.shape[axis]]
+        summed = [
+            axis
+            for axis in range(g.ndim)
+            if axis != owners.axis and aligned[axis] == 1 != g.shape[axis]
+        ]
         total = entries.sum(summed, keepdim=True) if summed else entries
         return total.movedim(owners.axis, 0).reshape(owners.count, *shape)
 
@@ -119,17 +134,27 @@ class Join:
             data = {e.node for e in self.recorded.inputs.values()} - {self.edge.node}
             with unheard(), nothing_below(data):
                 (found,) = torch.autograd.grad(
-                    [GradientEdge(self.node, self.output_nr)], [self.edge], [g], retain_graph=True, allow_unused=True
+                    [GradientEdge(self.node, self.output_nr)],
+                    [self.edge],
+                    [g],
+                    retain_graph=True,
+                    allow_unused=True,
                 )
             return found
         node: Any = self.node
         outputs, g = len(node._input_metadata), g.contiguous()  # some ops look at the strides
         gradients = [g if i == self.output_nr else None for i in range(outputs)]
         if not callable(node):  # of a custom function, which expects tensors
-            gradients = [self._zeros(i, g) if part is None else part for i, part in enumerate(gradients)]
+            gradients = [
+                self._zeros(i, g) if part is None else part for i, part in enumerate(gradients)
+            ]
         result = node(*gradients) if callable(node) else node.apply(*gradients)
         parts = result if isinstance(result, tuple) else (result,)
-        here = [part for part, after in zip(parts, node.next_functions, strict=False) if after == self.edge[:2]]
+        here = [
+            part
+            for part, after in zip(parts, node.next_functions, strict=False)
+            if after == self.edge[:2]
+        ]
         here = [part for part in here if part is not None]
         return sum(here[1:], start=here[0]) if here else None
 

@@ -17,7 +17,10 @@ from lightning_curv.graph.joins import Join
 from lightning_curv.recording.provenance import Roots
 from lightning_curv.recording.records import LossCall, Mapped, Operand, Output, Use, marks
 
-INSIDE = ("backward", "backward_pass")  # what the backward pass of a function calls that makes a graph of its own
+INSIDE = (
+    "backward",
+    "backward_pass",
+)  # what the backward pass of a function calls that makes a graph of its own
 _ROUTING = """
     Embedding EmbeddingBag Gather GroupedMm Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce
     IndexSelect Kthvalue MaskedScatter MaskedSelect Put RepeatInterleave Scatter ScatterAdd ScatterReduce
@@ -30,9 +33,13 @@ PLACING = (
     "_saved_padding",
 )  # fmt: skip
 ROUTING = frozenset(_ROUTING.split())
-PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Mm", "SparseAddmm"))  # a matrix without gradient may permute rows
+PRODUCTS = frozenset(
+    ("Addmm", "Baddbmm", "Bmm", "Mm", "SparseAddmm")
+)  # a matrix without gradient may permute rows
 CAST = "ToCopyBackward0"
-Step = tuple[Node, int, bool, str]  # a node, which of its outputs, whether outside of the losses, the op above it
+Step = tuple[
+    Node, int, bool, str
+]  # a node, which of its outputs, whether outside of the losses, the op above it
 
 
 @dataclass
@@ -40,21 +47,24 @@ class Tape:
     """What a loss depends on.
 
     Attributes:
-        uses: Recorded ops with parameters by their autograd node; ops that couple samples too. Once the samples are
-            known also the joins, where what depends on no sample meets them.
+        uses: Recorded ops with parameters by their autograd node; ops that couple samples too. Once
+            the samples are known also the joins, where what depends on no sample meets them.
         losses: Recorded loss calls by their autograd node.
         outside: Keys of ``uses`` that the root reaches without passing a recorded loss call.
         leaves: Other leaf tensors that require gradients.
-        stray: Parameters that are reached through ops that were not recorded, and the name of the last such op.
-        structure: Names of all nodes in the order of the walk, with the axes and sizes that they work on.
+        stray: Parameters that are reached through ops that were not recorded, and the name of the
+            last such op.
+        structure: Names of all nodes in the order of the walk, with the axes and sizes that they
+            work on.
         nodes: These nodes.
         casts: Nodes that may change the precision.
-        routes: Whether some op moves rows to places that depend on values: what is true of one batch need not be so of
-            the next.
+        routes: Whether some op moves rows to places that depend on values: what is true of one
+            batch need not be so of the next.
         seen: Nodes that the walk has been at, and whether from outside of the losses.
         read: The roots of what ops read that has no gradient, by their node.
         mapped: What ops under ``vmap`` read of the batch.
-        hidden: Names of nodes that run a graph of their own in the backward pass, with parameters that cannot be seen.
+        hidden: Names of nodes that run a graph of their own in the backward pass, with parameters
+            that cannot be seen.
     """
 
     uses: dict[Node | Join, Use] = field(default_factory=dict)
@@ -94,7 +104,9 @@ class Tape:
 
     def note_routing(self) -> None:
         """Ops that looked like uses and are none: a product of data with a matrix from outside may permute rows."""
-        products = [use for use in self.uses.values() if not use.operands and {*use.roots} - {*use.inputs}]
+        products = [
+            use for use in self.uses.values() if not use.operands and {*use.roots} - {*use.inputs}
+        ]
         self.routes = self.routes or any(use.inputs for use in products)
 
     def follow(self, steps: list[Step], output: LossCall | None) -> None:
@@ -108,8 +120,12 @@ class Tape:
     @property
     def eps(self) -> float:
         """The rounding of the coarsest type of number in the graph."""
-        dtypes = {use.dtype for use in self.uses.values()} | {node._input_metadata[0].dtype for node in self.casts}
-        return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+        dtypes = {use.dtype for use in self.uses.values()} | {
+            node._input_metadata[0].dtype for node in self.casts
+        }
+        return max(
+            (torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0
+        )
 
 
 def walk(root: Node, output: LossCall | None = None) -> Tape:
@@ -128,10 +144,14 @@ def walk(root: Node, output: LossCall | None = None) -> Tape:
 
 def _data_after_all(tape: Tape) -> list[Step]:
     """Operands that look computed from parameters, but depend on the network's data (a mean over the batch)."""
-    return tape.demote(lambda _, __, operand: any(found in tape.uses for found in nodes_below(operand.edge.node)))
+    return tape.demote(
+        lambda _, __, operand: any(found in tape.uses for found in nodes_below(operand.edge.node))
+    )
 
 
-def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output: LossCall | None) -> None:
+def _follow(
+    tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output: LossCall | None
+) -> None:
     while stack:
         node, index, outside, parent = stack.pop()
         outside = outside and not (output is not None and (node, index) == output.input[:2])
@@ -160,16 +180,29 @@ def _follow(tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output:
             tape.losses[node] = call
             stack.append((call.input.node, call.input.output_nr, False, name))
             if call.beside:
-                stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
-        elif mark is not None and mark.use is not None and not (outside and output and _above(mark.use, output)):
+                stack += [
+                    (after, i, outside, name)
+                    for after, i in node.next_functions
+                    if after is not None
+                ]
+        elif (
+            mark is not None
+            and mark.use is not None
+            and not (outside and output and _above(mark.use, output))
+        ):
             tape.uses[node] = mark.use
             tape.routes = tape.routes or _kind(name) in ROUTING - {"Embedding"}
             if outside:
                 tape.outside.add(node)
-            stack += [(edge.node, edge.output_nr, outside, mark.use.name) for edge in mark.use.inputs.values()]
+            stack += [
+                (edge.node, edge.output_nr, outside, mark.use.name)
+                for edge in mark.use.inputs.values()
+            ]
         elif (leaf := leaf_of(node)) is None:
             tape.routes = tape.routes or _routes(node, name)
-            stack += [(after, i, outside, name) for after, i in node.next_functions if after is not None]
+            stack += [
+                (after, i, outside, name) for after, i in node.next_functions if after is not None
+            ]
         elif isinstance(leaf, nn.Parameter):
             tape.stray.append((leaf, parent))
         else:
@@ -223,7 +256,9 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
         name = f"a tensor of shape {tuple(output.like.shape)}"
     else:
         known = [
-            (node, mark.outputs) for node in nodes_below(root) if (mark := marks(node)) is not None and mark.outputs
+            (node, mark.outputs)
+            for node in nodes_below(root)
+            if (mark := marks(node)) is not None and mark.outputs
         ]
         found = [
             Output(GradientEdge(node, outputs[output][0]), outputs[output][1])
@@ -238,7 +273,9 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
             "module; pass the tensor instead of a module that is called several times; clone an output that is a view "
             "before overwriting it."
         )
-    return LossCall(find_output, {"input": found[0].like}, found[0].edge, loss.shape, loss.output_nr)
+    return LossCall(
+        find_output, {"input": found[0].like}, found[0].edge, loss.shape, loss.output_nr
+    )
 
 
 def reaches(root: Node, node: Node) -> bool:
@@ -248,7 +285,11 @@ def reaches(root: Node, node: Node) -> bool:
 
 def leaves(edge: GradientEdge) -> list[Tensor]:
     """The leaf tensors that the value at ``edge`` was computed from."""
-    return list(dict.fromkeys(leaf for node in nodes_below(edge.node) if (leaf := leaf_of(node)) is not None))
+    return list(
+        dict.fromkeys(
+            leaf for node in nodes_below(edge.node) if (leaf := leaf_of(node)) is not None
+        )
+    )
 
 
 def parameters(use: Use) -> list[Tensor]:

@@ -1,10 +1,11 @@
 """Memory for large results, in huge pages where the system has them.
 
-Memory that a process touches for the first time is given to it page by page. At 4 KiB a page that takes longer than the
-arithmetic that fills it: per-sample gradients of a network with 0.5 million parameters are 130,000 pages for 256
-samples. Linux gives 2 MiB at a time to memory that is advised so (``madvise(2)``, ``MADV_HUGEPAGE``), unless the system
-is configured to do so always or never. NumPy does the same for its arrays; torch does it for all tensors of a process
-that was started with ``THP_MEM_ALLOC_ENABLE=1``.
+Memory that a process touches for the first time is given to it page by page. At 4 KiB a page that
+takes longer than the arithmetic that fills it: per-sample gradients of a network with 0.5 million
+parameters are 130,000 pages for 256 samples. Linux gives 2 MiB at a time to memory that is advised
+so (``madvise(2)``, ``MADV_HUGEPAGE``), unless the system is configured to do so always or never.
+NumPy does the same for its arrays; torch does it for all tensors of a process that was started with
+``THP_MEM_ALLOC_ENABLE=1``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 LARGE = 2**22  # bytes of a tensor from which huge pages are asked for
-LARGEST = 2**29  # and up to which: a virtual machine's host takes free blocks back, and giving them again takes longer
+LARGEST = (
+    2**29
+)  # and up to which: a virtual machine's host takes free blocks back, and giving them again takes longer
 _HUGE_PAGE = 14  # MADV_HUGEPAGE
 _PAGE = 2**12  # bytes, at least
 
@@ -27,10 +30,14 @@ _PAGE = 2**12  # bytes, at least
 def empty(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor of the type and on the device of ``like``, to be filled at once."""
     result = like.new_empty(shape)
-    wanted = LARGE <= result.nbytes <= LARGEST and result.device.type == "cpu" and type(result) is Tensor
+    wanted = (
+        LARGE <= result.nbytes <= LARGEST and result.device.type == "cpu" and type(result) is Tensor
+    )
     if wanted and (advise := _madvise()):
         start = result.data_ptr() // _PAGE * _PAGE
-        advise(start, result.data_ptr() + result.nbytes - start, _HUGE_PAGE)  # advice: nothing is lost if it fails
+        advise(
+            start, result.data_ptr() + result.nbytes - start, _HUGE_PAGE
+        )  # advice: nothing is lost if it fails
     return result
 
 
@@ -38,7 +45,9 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a * b`` for tensors with as many axes each, of equal sizes or 1."""
     if a.nbytes * b.numel() < LARGE or _transformed(a, b):
         return a * b
-    return torch.mul(a, b, out=empty(a, *(max(sizes) for sizes in zip(a.shape, b.shape, strict=True))))
+    return torch.mul(
+        a, b, out=empty(a, *(max(sizes) for sizes in zip(a.shape, b.shape, strict=True)))
+    )
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:

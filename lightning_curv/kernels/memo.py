@@ -13,8 +13,8 @@ from torch import Tensor
 class Latest(threading.local):
     """One result, kept while the tensor that it was computed from is in memory.
 
-    The parameters of an op come one after the other and share their cotangents (a weight and its bias, both weights of
-    a recurrence), or their inputs (queries, keys and values).
+    The parameters of an op come one after the other and share their cotangents (a weight and its
+    bias, both weights of a recurrence), or their inputs (queries, keys and values).
     """
 
     def __init__(self) -> None:
@@ -23,22 +23,38 @@ class Latest(threading.local):
         self._result: Tensor | None = None
         self._version = 0
 
-    def of(self, tensor: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+    def of(
+        self, tensor: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]
+    ) -> tuple[Tensor, bool]:
         """The result of ``make``, or the latest one, and whether it is that.
 
         Args:
-            tensor: What the result is computed from. Views of the same entries count as the same tensor.
+            tensor: What the result is computed from. Views of the same entries count as the same
+                tensor.
             key: How it is computed.
             make: Computes it.
         """
         base = tensor if tensor._base is None else tensor._base
-        key = *key, base._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        key = (
+            *key,
+            base._version,
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
         if self._source is not None and self._source() is base and self._key == key:
             result = self._result
-            if result is not None and result._version == self._version:  # nobody has changed it in place since
+            if (
+                result is not None and result._version == self._version
+            ):  # nobody has changed it in place since
                 return result, True
         self._result = result = make()
-        self._source, self._key, self._version = weakref.ref(base, self._forget), key, result._version
+        self._source, self._key, self._version = (
+            weakref.ref(base, self._forget),
+            key,
+            result._version,
+        )
         return result, False
 
     def _forget(self, source: weakref.ref[Tensor]) -> None:

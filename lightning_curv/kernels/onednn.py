@@ -1,11 +1,12 @@
 """Products of matrices by the faster of the two libraries that torch has on a CPU.
 
-``torch.mm`` multiplies float32 matrices with the BLAS that torch was built with, MKL as a rule, which on some
-processors uses half the width of the vector units. oneDNN, the library behind torch's convolutions, uses all of it:
-the same IEEE products and sums in another order, in half the time. Torch offers its product of matrices to the code
-that the compiler generates, as ``torch.ops.mkldnn._linear_pointwise``; where that op is missing, or a product is small
-(oneDNN costs more per call), everything is ``torch.mm``. In the context `fast_products` this holds for the products of
-autograd too.
+``torch.mm`` multiplies float32 matrices with the BLAS that torch was built with, MKL as a rule,
+which on some processors uses half the width of the vector units. oneDNN, the library behind torch's
+convolutions, uses all of it: the same IEEE products and sums in another order, in half the time.
+Torch offers its product of matrices to the code that the compiler generates, as
+``torch.ops.mkldnn._linear_pointwise``; where that op is missing, or a product is small (oneDNN
+costs more per call), everything is ``torch.mm``. In the context `fast_products` this holds for the
+products of autograd too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LARGE = 2**20  # multiplications from which a product by oneDNN is faster, measured; so are those of a stack, one by one
-NARROW = 16  # rows or columns of a product that is not worth oneDNN's copy of the other matrix, in new memory
+LARGE = (
+    2**20
+)  # multiplications from which a product by oneDNN is faster, measured; so are those of a stack, one by one
+# rows or columns of a product that is not worth oneDNN's copy of the other matrix, in new memory
+NARROW = 16
 SMALL = 2**15  # entries of a matrix that is smaller than this buffer
 
 
@@ -59,7 +63,8 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     product = _onednn() if fast else None
     if product is None:
         return a @ b
-    # oneDNN transposes a matrix by columns through a buffer of its own, which a small one is better copied for
+    # oneDNN transposes a matrix by columns through a buffer of its own, which a small one is better
+    # copied for
     right = b.contiguous() if b.numel() <= SMALL else _dense(b)
     return product(_dense(a), right.mT, None, "none", [], "")
 
@@ -78,9 +83,15 @@ class _FastProducts(TorchDispatchMode):
         return True  # compiled parts of a backward pass run as they are
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten.mm.default and all(type(matrix) in (Tensor, Parameter) for matrix in args):
+        if func is torch.ops.aten.mm.default and all(
+            type(matrix) in (Tensor, Parameter) for matrix in args
+        ):
             a, b = args
             if is_large(a, a.shape[0] * b.numel()) and (product := _onednn()) is not None:
                 return product(_dense(a), _dense(b).mT, None, "none", [], "")
@@ -89,7 +100,11 @@ class _FastProducts(TorchDispatchMode):
 
 def fast_products(worthwhile: bool) -> AbstractContextManager[object]:
     """Context in which ``torch.mm`` is `mm`, in passes of autograd too; where oneDNN is missing, nothing changes."""
-    return _FastProducts() if worthwhile and torch.backends.mkldnn.enabled and _onednn() is not None else nullcontext()
+    return (
+        _FastProducts()
+        if worthwhile and torch.backends.mkldnn.enabled and _onednn() is not None
+        else nullcontext()
+    )
 
 
 def _dense(matrix: Tensor) -> Tensor:
@@ -101,7 +116,9 @@ def _dense(matrix: Tensor) -> Tensor:
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
-    if len(a) and is_large(a, a.shape[1] * b[0].numel() // 2):  # few rows, and by columns: faster from twice the size
+    if len(a) and is_large(
+        a, a.shape[1] * b[0].numel() // 2
+    ):  # few rows, and by columns: faster from twice the size
         products = [*one_by_one(a, b)]
         return products[0][None] if len(products) == 1 else torch.stack(products)
     return a @ b

@@ -30,8 +30,8 @@ def gram(x: Tensor) -> Tensor:
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of symmetric matrices, computed in float64 and returned in the matrix' own type.
 
-    LAPACK may fail to converge on low-rank float32 matrices with many equal eigenvalues; should float64 fail too, a
-    perturbation of the size of its rounding errors separates them.
+    LAPACK may fail to converge on low-rank float32 matrices with many equal eigenvalues; should
+    float64 fail too, a perturbation of the size of its rounding errors separates them.
     """
     exact = matrix.double()
     try:
@@ -46,9 +46,10 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def root_product(times: Callable[[Tensor], Tensor], vector: Tensor, steps: int) -> Tensor:
     r"""The root of the positive part of symmetric matrices H times vectors, ``[..., B]``, by products with H alone.
 
-    Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep the squared length
-    :math:`v^\top H v` of the root times v exactly, for positive semi-definite H, and its direction up to an error that
-    falls with the number of steps (Higham, *Functions of Matrices*, SIAM 2008, section 13.2).
+    Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep the
+    squared length :math:`v^\top H v` of the root times v exactly, for positive semi-definite H, and
+    its direction up to an error that falls with the number of steps (Higham, *Functions of
+    Matrices*, SIAM 2008, section 13.2).
 
     Args:
         times: H times vectors.
@@ -67,7 +68,9 @@ def root_product(times: Callable[[Tensor], Tensor], vector: Tensor, steps: int) 
             for _ in range(2):  # once leaves rounding errors that grow
                 image = image - (known @ (known.mT @ image.unsqueeze(-1))).squeeze(-1)
             left = image.norm(dim=-1)
-            done = left <= 100 * torch.finfo(vector.dtype).eps * largest  # H maps these vectors to each other
+            done = (
+                left <= 100 * torch.finfo(vector.dtype).eps * largest
+            )  # H maps these vectors to each other
             beside.append(left.masked_fill(done, 0))
             basis.append((image / left.unsqueeze(-1)).masked_fill(done.unsqueeze(-1), 0))
     along = torch.diag_embed(torch.stack(diagonal, -1))

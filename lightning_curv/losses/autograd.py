@@ -41,19 +41,27 @@ class Rows:
         """The number of entries of a sample in every tensor."""
         if self.owners is None:
             return [like.numel() for like in self.likes]
-        return [owners.split(like).shape[1] for owners, like in zip(self.owners, self.likes, strict=True)]
+        return [
+            owners.split(like).shape[1]
+            for owners, like in zip(self.owners, self.likes, strict=True)
+        ]
 
     def split(self, tensors: Sequence[Tensor]) -> Tensor:
         """``[N, E]``, the entries of all tensors."""
         if self.owners is None:
             return torch.cat([tensor.reshape(1, -1) for tensor in tensors], 1)
-        return torch.cat([owners.split(tensor) for owners, tensor in zip(self.owners, tensors, strict=True)], 1)
+        return torch.cat(
+            [owners.split(tensor) for owners, tensor in zip(self.owners, tensors, strict=True)], 1
+        )
 
     def join(self, entries: Tensor) -> list[Tensor]:
         """The tensors whose `split` are ``entries [N, E]``."""
         if self.owners is None:
             parts = entries.split(self.sizes, 1)
-            return [part.reshape(like.shape).to(like.dtype) for part, like in zip(parts, self.likes, strict=True)]
+            return [
+                part.reshape(like.shape).to(like.dtype)
+                for part, like in zip(parts, self.likes, strict=True)
+            ]
         parts = entries.split(self.sizes, 1)
         return [
             owners.join(part.to(like.dtype), like.shape)
@@ -65,7 +73,8 @@ class Rows:
 class Blocks:
     """How the entries of a sample fall into blocks that have no second derivatives in common.
 
-    Entries ``[N, E]`` are ``[N, outer, size, inner]``; a block is one place on the outer and the inner axis.
+    Entries ``[N, E]`` are ``[N, outer, size, inner]``; a block is one place on the outer and the
+    inner axis.
     """
 
     outer: int
@@ -87,17 +96,20 @@ class Blocks:
 class Quadratic(LossPart):
     r"""The quadratic expansion of a loss around outputs f of a network: H = V Λ₊ Vᵀ per sample.
 
-    With the eigenvalues :math:`\nabla_f^2 \ell_n = V \Lambda V^\top` the GGN takes the positive part Λ₊, the closest
-    positive semi-definite matrix; for a loss that is convex in f that is the Hessian itself. There is no model to draw
-    targets from: samples are V √Λ₊ ε with standard normal ε, whose expected outer product is H.
+    With the eigenvalues :math:`\nabla_f^2 \ell_n = V \Lambda V^\top` the GGN takes the positive
+    part Λ₊, the closest positive semi-definite matrix; for a loss that is convex in f that is the
+    Hessian itself. There is no model to draw targets from: samples are V √Λ₊ ε with standard normal
+    ε, whose expected outer product is H.
 
-    Several outputs are one vector f, and what lies below one of them is held fixed when another is moved. Where entries
-    of a sample have no second derivatives in common (the pixels of a sum over pixels, the tokens of a sum over tokens)
-    H falls into blocks, which is found out by products with weighted vectors.
+    Several outputs are one vector f, and what lies below one of them is held fixed when another is
+    moved. Where entries of a sample have no second derivatives in common (the pixels of a sum over
+    pixels, the tokens of a sum over tokens) H falls into blocks, which is found out by products
+    with weighted vectors.
 
-    Cost: one differentiation of the loss (not of the network) per entry of a block, and at most six more; N·E·B numbers
-    of memory for E output entries of a sample in blocks of B. Samples of blocks of more than `LARGE` entries take
-    `STEPS` differentiations and as many vectors, see `root_product`.
+    Cost: one differentiation of the loss (not of the network) per entry of a block, and at most six
+        more; N·E·B numbers
+    of memory for E output entries of a sample in blocks of B. Samples of blocks of more than
+    `LARGE` entries take `STEPS` differentiations and as many vectors, see `root_product`.
 
     Attributes:
         edges: Where the outputs are in the graph.
@@ -105,8 +117,10 @@ class Quadratic(LossPart):
         owners: Which sample owns each row of them.
         root: The root of the backward pass.
         seed: The gradient it starts with.
-        others: Nodes below which nothing belongs to this part: other parts of the loss, and the network.
-        separate: Whether samples must not meet; else a loss in which they do is one function of the whole batch.
+        others: Nodes below which nothing belongs to this part: other parts of the loss, and the
+            network.
+        separate: Whether samples must not meet; else a loss in which they do is one function of the
+            whole batch.
         chosen: Whether the user says that this is the output.
     """
 
@@ -140,7 +154,9 @@ class Quadratic(LossPart):
         """V √Λ₊ ε; of blocks too large to be decomposed by products with the Hessian."""
         rows, blocks = self._layout
         if blocks.size > LARGE and "_eigen" not in self.__dict__:
-            noise = torch.empty_like(blocks.split(rows.split(self.likes))).normal_(generator=generator)
+            noise = torch.empty_like(blocks.split(rows.split(self.likes))).normal_(
+                generator=generator
+            )
             return self._joined(root_product(self._times_blocks, noise, STEPS))
         values, vectors = self._eigen
         noise = torch.empty_like(values).normal_(generator=generator)
@@ -171,10 +187,14 @@ class Quadratic(LossPart):
         """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
         hessian = self._hessian()
         self.__dict__.pop("_gradients", None)
-        hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))  # eigh takes no half precision
+        hessian = hessian.to(
+            torch.promote_types(hessian.dtype, torch.float32)
+        )  # eigh takes no half precision
         if hessian.shape[-1] == 1:
             return hessian[..., 0], torch.ones_like(hessian)
-        broken = ~hessian.isfinite().all(-1).all(-1)  # of a diverging network, which no decomposition takes
+        broken = ~hessian.isfinite().all(-1).all(
+            -1
+        )  # of a diverging network, which no decomposition takes
         values, vectors = eigh(hessian.masked_fill(broken[..., None, None], 0))
         return values.masked_fill(broken[..., None], torch.nan), vectors
 
@@ -222,7 +242,8 @@ class Quadratic(LossPart):
             UnsupportedError: Second derivatives mix the samples, and they must be separate.
         """
         rows, (trial, image) = self._rows, self._trial
-        # of rounding: relative to the image, and larger where much cancels, as in a confident softmax
+        # of rounding: relative to the image, and larger where much cancels, as in a confident
+        # softmax
         noise = 10 * (self._times(rows, 1.1 * trial) / 1.1 - image).abs()
         noise = noise + 100 * torch.finfo(image.dtype).eps * image.abs()
         whole = Blocks(1, trial.shape[1])
@@ -230,7 +251,11 @@ class Quadratic(LossPart):
             if self._apart(rows, blocks, trial, image, noise.amax(1, keepdim=True)):
                 return rows, blocks
         verified = self.separate and not self.chosen
-        if verified or not noise.numel() or self._apart(rows, whole, trial, image, 10 * noise.amax()):
+        if (
+            verified
+            or not noise.numel()
+            or self._apart(rows, whole, trial, image, 10 * noise.amax())
+        ):
             return rows, whole
         if self.separate:
             raise UnsupportedError(
@@ -240,12 +265,16 @@ class Quadratic(LossPart):
             )
         return Rows(self.likes, None), Blocks(1, sum(like.numel() for like in self.likes))
 
-    def _apart(self, rows: Rows, blocks: Blocks, trial: Tensor, image: Tensor, tolerance: Tensor) -> bool:
+    def _apart(
+        self, rows: Rows, blocks: Blocks, trial: Tensor, image: Tensor, tolerance: Tensor
+    ) -> bool:
         """Whether H maps a direction with a weight per block to the image with the same weights, or to NaN."""
         shape = blocks.split(trial).shape
         weights = golden(shape[0] * shape[1]).reshape(*shape[:2], 1).to(trial).expand(shape)
         weights = blocks.join(weights)
-        return not bool(((self._times(rows, weights * trial) - weights * image).abs() > tolerance).any())
+        return not bool(
+            ((self._times(rows, weights * trial) - weights * image).abs() > tolerance).any()
+        )
 
     def _candidates(self, entries: int) -> list[Blocks]:
         """Ways in which the entries of a sample may fall into blocks, the smallest first."""
@@ -259,7 +288,10 @@ class Quadratic(LossPart):
             if len(shape) > 2 and taken == {0} and shape[1:].numel():
                 inner = shape[2:].numel()
                 found.append(Blocks(entries // (shape[1] * inner), shape[1], inner))
-        return sorted((blocks for blocks in found if 0 < blocks.size < entries), key=lambda blocks: blocks.size)
+        return sorted(
+            (blocks for blocks in found if 0 < blocks.size < entries),
+            key=lambda blocks: blocks.size,
+        )
 
     def _times(self, rows: Rows, direction: Tensor) -> Tensor:
         """The Hessian of all samples jointly times a direction, both as entries ``[N, E]``."""
@@ -268,8 +300,13 @@ class Quadratic(LossPart):
             return torch.zeros_like(direction)
         outputs, seeds = [g for _, g in gradients], [vectors[i] for i, _ in gradients]
         with torch.enable_grad(), unheard(), nothing_below(self.others), differentiating_loss():
-            found = torch.autograd.grad(outputs, self.edges, seeds, retain_graph=True, allow_unused=True)
-        images = [torch.zeros_like(v) if image is None else image for image, v in zip(found, vectors, strict=True)]
+            found = torch.autograd.grad(
+                outputs, self.edges, seeds, retain_graph=True, allow_unused=True
+            )
+        images = [
+            torch.zeros_like(v) if image is None else image
+            for image, v in zip(found, vectors, strict=True)
+        ]
         return rows.split(images)
 
     @cached_property
@@ -283,7 +320,9 @@ class Quadratic(LossPart):
             differentiating_loss(),
             differentiable(fused([self.root])),
         ):
-            found = torch.autograd.grad(self.root, self.edges, seed, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                self.root, self.edges, seed, create_graph=True, allow_unused=True
+            )
         gradients = [(i, g) for i, g in enumerate(found) if g is not None]
         if gradients:
             self._refuse_lost([g for _, g in gradients], seed)
@@ -301,7 +340,9 @@ class Quadratic(LossPart):
             """The same size by the graph, if it is whole; other factors have other rounding errors."""
             directions = [scale * g.detach() for g in whole]
             with differentiating_loss():
-                (share,) = torch.autograd.grad(whole, [seed], directions, retain_graph=True, materialize_grads=True)
+                (share,) = torch.autograd.grad(
+                    whole, [seed], directions, retain_graph=True, materialize_grads=True
+                )
             return (share * self.seed).double().sum() / scale
 
         first, second = (found(1.0), found(1.1)) if whole else (0 * size, 0 * size)
@@ -333,6 +374,8 @@ def _used(values: Tensor, complete: bool) -> list[tuple[int, int]]:
         every = torch.ones(values.shape[1:], dtype=torch.bool)
     else:
         magnitudes = values.abs()
-        threshold = torch.finfo(values.dtype).eps * values.shape[2] * magnitudes.amax(2, keepdim=True)
+        threshold = (
+            torch.finfo(values.dtype).eps * values.shape[2] * magnitudes.amax(2, keepdim=True)
+        )
         every = ~(magnitudes <= threshold).all(0)  # NaN too
     return [(block, k) for block, k in every.nonzero().tolist()] or [(0, 0)][: every.numel()]

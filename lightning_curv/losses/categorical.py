@@ -11,7 +11,9 @@ from torch import Tensor
 from lightning_curv.losses.likelihoods import Likelihood, drawable, nonnegative, root_of, signs_of
 from lightning_curv.terms.owners import BatchAxis, Owners
 
-Roots = Callable[[Tensor, Tensor, int], Iterator[Tensor]]  # columns by row: see `_multinomial_roots`
+Roots = Callable[
+    [Tensor, Tensor, int], Iterator[Tensor]
+]  # columns by row: see `_multinomial_roots`
 BLOCK_BYTES = 2**22  # of columns that are made at once
 
 
@@ -23,8 +25,9 @@ class Categorical(Likelihood):
         probabilities: p, with classes on axis ``axis``.
         weight: w, of p's shape with one entry on the axis of the classes.
         axis: The axis of the classes.
-        normalized: Whether the input holds log-probabilities instead of logits: H is then w diag(p), the log-softmax
-            below turns it into w (diag(p) - p pᵀ), and the loss, linear in its input, has no Hessian of its own.
+        normalized: Whether the input holds log-probabilities instead of logits: H is then w
+            diag(p), the log-softmax below turns it into w (diag(p) - p pᵀ), and the loss, linear in
+            its input, has no Hessian of its own.
     """
 
     probabilities: Tensor
@@ -39,10 +42,11 @@ class Categorical(Likelihood):
     def fewest_columns(self, owners: Owners) -> Iterator[Tensor]:
         r"""The Cholesky factor of H, one column less than classes.
 
-        Column c is :math:`\sqrt{w\, p_c\, q_c / (p_c + q_c)}\, (e_c - \sum_{i>c} (p_i / q_c)\, e_i)` with the tail
-        :math:`q_c = \sum_{i>c} p_i`: nothing cancels. Tanabe & Sagae, *An exact Cholesky decomposition and the
-        generalized inverse of the variance-covariance matrix of the multinomial distribution, with applications*,
-        J. R. Stat. Soc. B, 1992.
+        Column c is
+        :math:`\sqrt{w\, p_c\, q_c / (p_c + q_c)}\, (e_c - \sum_{i>c} (p_i / q_c)\, e_i)` with the
+        tail :math:`q_c = \sum_{i>c} p_i`: nothing cancels. Tanabe & Sagae, *An exact Cholesky
+        decomposition and the generalized inverse of the variance-covariance matrix of the
+        multinomial distribution, with applications*, J. R. Stat. Soc. B, 1992.
         """
         if self.normalized or self.probabilities.shape[self.axis] == 1:
             yield from self.columns(owners)
@@ -60,7 +64,9 @@ class Categorical(Likelihood):
         """W (p ⊙ v - p pᵀv)."""
         return self.weight * self._centred(self.probabilities * v)
 
-    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(
+        self, owners: Owners, fewest: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Either root with the signs of the weights; none for log-probabilities."""
         if not self.normalized:
             yield from self._columns(_multinomial_roots if fewest else _symmetric_roots, owners)
@@ -87,19 +93,27 @@ class Categorical(Likelihood):
                     columns[:, :, row] = block
                 if not in_order:
                     columns = torch.stack([owners.join(column, p.shape) for column in columns])
-                for column in columns.reshape(len(block), *p.shape).movedim(-1, self.axis + 1).unbind():
+                for column in (
+                    columns.reshape(len(block), *p.shape).movedim(-1, self.axis + 1).unbind()
+                ):
                     yield column, signs
 
     def _centred(self, columns: Tensor) -> Tensor:
         """``columns - p Σ columns`` over the classes, for any number of leading axes."""
         axis = self.axis - self.probabilities.ndim
-        return columns if self.normalized else columns - self.probabilities * columns.sum(axis, keepdim=True)
+        return (
+            columns
+            if self.normalized
+            else columns - self.probabilities * columns.sum(axis, keepdim=True)
+        )
 
 
 def _classes(p: Tensor, generator: torch.Generator) -> Tensor:
     """One class drawn from every row of ``p [*, C]``, ``[*, 1]``."""
     if p.device.type != "cpu":
-        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(*p.shape[:-1], 1)
+        return torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).reshape(
+            *p.shape[:-1], 1
+        )
     # a tenth of the time of `multinomial`, which draws a number for every class
     below = p.cumsum(-1, dtype=torch.promote_types(p.dtype, torch.float32))
     level = torch.rand(*p.shape[:-1], 1, generator=generator, dtype=below.dtype) * below[..., -1:]

@@ -39,10 +39,16 @@ def cross_entropy(
         rows = label
         if label_smoothing:
             uniform = 1.0 if weight is None else weight.sum() / input.shape[axis]
-            rows = (1 - label_smoothing) * label + label_smoothing * uniform * (target != ignore_index)
+            rows = (1 - label_smoothing) * label + label_smoothing * uniform * (
+                target != ignore_index
+            )
         normaliser = label.sum()
     return Categorical(
-        p, reduced(rows, normaliser, scale, reduction_of(reduction, size_average, reduce)).unsqueeze(axis), axis
+        p,
+        reduced(rows, normaliser, scale, reduction_of(reduction, size_average, reduce)).unsqueeze(
+            axis
+        ),
+        axis,
     )
 
 
@@ -83,7 +89,9 @@ def kl_div(
     """Cross-entropy of log-probabilities with given probabilities; a row weighs as much as its target."""
     same_shape("kl_div", input, target)
     axis = _normalized_axis(input)
-    normaliser = {"mean": input.numel(), "batchmean": len(input)}.get(reduction_of(reduction, size_average, reduce), 1)
+    normaliser = {"mean": input.numel(), "batchmean": len(input)}.get(
+        reduction_of(reduction, size_average, reduce), 1
+    )
     entries = (target.exp() if log_target else target) * scale / normaliser
     return Categorical(input.exp(), entries.sum(axis, keepdim=True), axis, normalized=True)
 
@@ -113,7 +121,9 @@ def binary_cross_entropy(
     reduction: str = "mean",
 ) -> Bernoulli:
     """Binary cross-entropy of probabilities over any shape."""
-    weights = reduced(full(input, weight), input.numel(), scale, reduction_of(reduction, size_average, reduce))
+    weights = reduced(
+        full(input, weight), input.numel(), scale, reduction_of(reduction, size_average, reduce)
+    )
     return Bernoulli(weights, input, target)
 
 
@@ -136,7 +146,9 @@ def binary_cross_entropy_with_logits(
     return Bernoulli(weights, input.sigmoid())
 
 
-def _label_weight(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+def _label_weight(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> Tensor:
     """The weight of every row's class, 0 where it is ignored."""
     kept = target != ignore_index
     if weight is None:

@@ -1,11 +1,13 @@
 r"""Likelihoods: the curvature of a loss at the network's output and a square root of it, exact or sampled.
 
-A loss is the negative logarithm of a likelihood with the network's output ``f`` as parameter. The curvature used by the
-GGN is the Fisher information :math:`H = \mathbb{E}_{y \sim p(y|f)} [\nabla_f \ell\, \nabla_f \ell^\top]` (Kunstner,
-Balles & Hennig, *Limitations of the empirical Fisher approximation*, NeurIPS 2019), which needs no differentiation.
-Where the output holds natural parameters (logits, log-rates, means) H is the Hessian :math:`\nabla_f^2 \ell`. Where it
-holds something else (probabilities, log-probabilities, rates) H gives the same GGN as the loss of the natural
-parameters would: sigmoid and `binary_cross_entropy` are `binary_cross_entropy_with_logits`.
+A loss is the negative logarithm of a likelihood with the network's output ``f`` as parameter. The
+curvature used by the GGN is the Fisher information
+:math:`H = \mathbb{E}_{y \sim p(y|f)} [\nabla_f \ell\, \nabla_f \ell^\top]` (Kunstner, Balles &
+Hennig, *Limitations of the empirical Fisher approximation*, NeurIPS 2019), which needs no
+differentiation. Where the output holds natural parameters (logits, log-rates, means) H is the
+Hessian :math:`\nabla_f^2 \ell`. Where it holds something else (probabilities, log-probabilities,
+rates) H gives the same GGN as the loss of the natural parameters would: sigmoid and
+`binary_cross_entropy` are `binary_cross_entropy_with_logits`.
 """
 
 from __future__ import annotations
@@ -49,11 +51,13 @@ class Likelihood(ABC):
         """H v, for v of the input's shape."""
 
     @abstractmethod
-    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(
+        self, owners: Owners, fewest: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Columns with signs ``[N]`` (``None``: all positive); their signed squares add up to the loss' own Hessian.
 
-        It differs from H where the input holds no natural parameters: see the head of this module. ``fewest``: as few
-        as there are; otherwise those that are made the fastest.
+        It differs from H where the input holds no natural parameters: see the head of this module.
+        ``fewest``: as few as there are; otherwise those that are made the fastest.
         """
 
 
@@ -114,7 +118,9 @@ class _Independent(Likelihood):
         """The diagonal times v."""
         return self.diagonal * v
 
-    def hessian_columns(self, owners: Owners, fewest: bool = True) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(
+        self, owners: Owners, fewest: bool = True
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """One column per output entry of a sample, with the sign of the second derivative."""
         yield from _entries(self.hessian, owners)
 
@@ -133,7 +139,8 @@ def _entries(diagonal: Tensor, owners: Owners) -> Iterator[tuple[Tensor, Tensor 
 class Gaussian(_Independent):
     """Squared error w (f - y)²: a normal distribution with variance 1/2, H = 2 w.
 
-    It also stands in for losses with second derivative 2 w and no likelihood (Huber): samples need no more than H.
+    It also stands in for losses with second derivative 2 w and no likelihood (Huber): samples need
+    no more than H.
     """
 
     @property
@@ -192,12 +199,17 @@ class Bernoulli(_Independent):
         """For probabilities w (y / p² + (1 - y) / (1 - p)²)."""
         if self.target is None:
             return self.diagonal
-        p, q = (part.square().clamp(min=SMALLEST) for part in (self.probabilities, 1 - self.probabilities))
+        p, q = (
+            part.square().clamp(min=SMALLEST)
+            for part in (self.probabilities, 1 - self.probabilities)
+        )
         return self.weight * (self.target / p + (1 - self.target) / q)
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (p - y), divided by p (1 - p) for probabilities, with y drawn from the model."""
-        drawn = torch.empty_like(self.probabilities).bernoulli_(drawable(self.probabilities, 0.5), generator=generator)
+        drawn = torch.empty_like(self.probabilities).bernoulli_(
+            drawable(self.probabilities, 0.5), generator=generator
+        )
         gradient = root_of(self.weight) * (self.probabilities - drawn)
         return gradient if self.target is None else gradient / self.variance
 
@@ -222,9 +234,13 @@ class Poisson(_Independent):
     @property
     def hessian(self) -> Tensor:
         """For rates w y / λ²."""
-        return self.diagonal if self.target is None else self.weight * self.target / self.rate.square()
+        return (
+            self.diagonal if self.target is None else self.weight * self.target / self.rate.square()
+        )
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """√w (λ - y), divided by λ for rates, with y drawn from the model."""
-        gradient = root_of(self.weight) * (self.rate - torch.poisson(drawable(self.rate, 0.0), generator=generator))
+        gradient = root_of(self.weight) * (
+            self.rate - torch.poisson(drawable(self.rate, 0.0), generator=generator)
+        )
         return gradient if self.target is None else gradient / self.rate

@@ -100,7 +100,10 @@ class KnownPart(LossPart):
         return partial(_times, self.likelihood)
 
     def signed_columns(self, fewest: bool) -> Iterator[Signed]:
-        return (([column], signs) for column, signs in self.likelihood.hessian_columns(self.owner, fewest))
+        return (
+            ([column], signs)
+            for column, signs in self.likelihood.hessian_columns(self.owner, fewest)
+        )
 
 
 def _times(likelihood: Likelihood, vectors: Sequence[Tensor]) -> list[Tensor]:

@@ -24,7 +24,9 @@ def mse_loss(
     """Squared error over any shape."""
     same_shape("mse_loss", input, target)
     weights = full(input, weight)
-    return Gaussian(reduced(weights, weights.sum(), scale, reduction_of(reduction, size_average, reduce)))
+    return Gaussian(
+        reduced(weights, weights.sum(), scale, reduction_of(reduction, size_average, reduce))
+    )
 
 
 @loss(F.l1_loss)
@@ -56,7 +58,12 @@ def smooth_l1_loss(
     same_shape("smooth_l1_loss", input, target)
     inside = ((input - target).abs() < beta) / (2 * beta or 1.0)
     return Gaussian(
-        reduced(inside.to(input.dtype), input.numel(), scale, reduction_of(reduction, size_average, reduce))
+        reduced(
+            inside.to(input.dtype),
+            input.numel(),
+            scale,
+            reduction_of(reduction, size_average, reduce),
+        )
     )
 
 
@@ -89,7 +96,9 @@ def poisson_nll_loss(
 ) -> Poisson:
     """Counts with the rate exp(f) or f + ε."""
     same_shape("poisson_nll_loss", input, target)
-    weights = reduced(torch.ones_like(input), input.numel(), scale, reduction_of(reduction, size_average, reduce))
+    weights = reduced(
+        torch.ones_like(input), input.numel(), scale, reduction_of(reduction, size_average, reduce)
+    )
     return Poisson(weights, input.exp()) if log_input else Poisson(weights, input + eps, target)
 
 

@@ -24,9 +24,9 @@ class _EntrywiseSums(Ratio):
 class GradientSNR(_EntrywiseSums):
     r"""Gradient signal-to-noise ratio: mean over the entries $j$ of $\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$.
 
-    Numerator and denominator are averaged over batches; entries without variance are left out, and NaN means that
-    there is no other. Pure noise has $1/N$. Liu et al., "Understanding Why Neural Networks Generalize Well Through
-    GSNR of Parameters", ICLR 2020, eq. 3.
+    Numerator and denominator are averaged over batches; entries without variance are left out, and
+    NaN means that there is no other. Pure noise has $1/N$. Liu et al., "Understanding Why Neural
+    Networks Generalize Well Through GSNR of Parameters", ICLR 2020, eq. 3.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -59,8 +59,9 @@ class GradientSNR(_EntrywiseSums):
 class EvidenceCriterion(_EntrywiseSums):
     r"""$1 - \mathrm{mean}_j\,N \bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$: positive where the gradient is mere noise.
 
-    The evidence-based criterion for early stopping of plain SGD, $\bar g_j^2$ and $\widehat{\mathrm{Var}}\,g_j / N$
-    averaged over batches. Mahsereci et al., "Early Stopping without a Validation Set", arXiv:1703.09580, 2017, eq. 7.
+    The evidence-based criterion for early stopping of plain SGD, $\bar g_j^2$ and
+    $\widehat{\mathrm{Var}}\,g_j / N$ averaged over batches. Mahsereci et al., "Early Stopping
+    without a Validation Set", arXiv:1703.09580, 2017, eq. 7.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -93,8 +94,9 @@ class EvidenceCriterion(_EntrywiseSums):
 class TICDiagonal(_EntrywiseSums):
     r"""Diagonal approximation of the Takeuchi information criterion, $\sum_j \overline{g_{nj}^2} / \overline{H}_{jj}$.
 
-    Averages over the samples of all batches; entries without curvature are left out. Thomas et al., "On the interplay
-    between noise and curvature and its effect on optimization and generalization", AISTATS 2020, section 4.
+    Averages over the samples of all batches; entries without curvature are left out. Thomas et al.,
+    "On the interplay between noise and curvature and its effect on optimization and
+    generalization", AISTATS 2020, section 4.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -112,7 +114,8 @@ class TICDiagonal(_EntrywiseSums):
 
         Args:
             sum_grad_squared: $\sum_n g_{nj}^2$, [P].
-            diagonal: of the GGN or the Hessian of the mean loss, for example ``p.diag_ggn_mc``, [P].
+            diagonal: of the GGN or the Hessian of the mean loss, for example ``p.diag_ggn_mc``,
+                [P].
             samples: N.
         """
         self.add(sum_grad_squared, samples * diagonal)

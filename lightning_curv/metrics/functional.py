@@ -1,10 +1,10 @@
 r"""The formulas of gradient noise, once: the metrics add their parts up over batches, the callback takes one batch.
 
 Notation: samples have gradients $g_n$ and weights $w_n$ with $\sum_n w_n = 1$; the gradient is
-$\bar g = \sum_n w_n g_n$, and $c = \sum_n w_n^2 < 1$ is the *concentration* of the weights, $1/N$ for equal ones. All
-functions take tensors of any one shape, or Python's or NumPy's numbers, and return the same. Those of a ratio return
-its numerator and its denominator, since averages over batches are taken of both before the division: the mean of ratios
-is biased.
+$\bar g = \sum_n w_n g_n$, and $c = \sum_n w_n^2 < 1$ is the *concentration* of the weights, $1/N$
+for equal ones. All functions take tensors of any one shape, or Python's or NumPy's numbers, and
+return the same. Those of a ratio return its numerator and its denominator, since averages over
+batches are taken of both before the division: the mean of ratios is biased.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def unbiased_moments(
     $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 - \sum_n w_n^2}, \qquad
     \widehat{\|G\|^2} = \|\bar g\|^2 - \widehat{\mathrm{tr}\,\Sigma} \sum_n w_n^2 .$$
 
-    For equal weights these are the estimators of McCandlish et al., "An Empirical Model of Large-Batch Training",
-    arXiv:1812.06162, 2018, appendix A, with small batches of one sample. The second may be negative.
+    For equal weights these are the estimators of McCandlish et al., "An Empirical Model of
+    Large-Batch Training", arXiv:1812.06162, 2018, appendix A, with small batches of one sample. The
+    second may be negative.
 
     Args:
         second_moment: $\sum_n w_n \|g_n\|^2$, [].
@@ -85,7 +86,8 @@ def gradient_diversity(
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of $\sum_n \|g_n\|^2 / \|\sum_n g_n\|^2$, each divided by $N^2$.
 
-    From $1/N$ (equal gradients) upwards; batches up to $N$ times this speed training up. Yin et al., "Gradient
+    From $1/N$ (equal gradients) upwards; batches up to $N$ times this speed training up. Yin et
+    al., "Gradient
     Diversity: a Key Ingredient for Scalable Distributed Learning", AISTATS 2018, definition 1.
 
     Args:
@@ -108,8 +110,9 @@ def norm_test(
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of $c\,\widehat{\mathrm{tr}\,\Sigma} / \|\bar g\|^2$, squared error of the gradient.
 
-    Where the root of the ratio is above a θ of the user's choice the batch should grow. Byrd et al., "Sample Size
-    Selection in Optimization Methods for Machine Learning", Mathematical Programming 2012, eq. 3.5.
+    Where the root of the ratio is above a θ of the user's choice the batch should grow. Byrd et
+    al., "Sample Size Selection in Optimization Methods for Machine Learning", Mathematical
+    Programming 2012, eq. 3.5.
 
     Args:
         second_moment: $\sum_n w_n \|g_n\|^2$, [].
@@ -132,8 +135,8 @@ def inner_product_test(
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of $c\,\widehat{\mathrm{Var}}(g_n \cdot \bar g) / \|\bar g\|^4$.
 
-    The part of the error of `norm_test` that lies along $\bar g$. Bollapragada, Byrd & Nocedal, "Adaptive Sampling
-    Strategies for Stochastic Optimization", SIAM J. Optim. 2018, eq. 2.6.
+    The part of the error of `norm_test` that lies along $\bar g$. Bollapragada, Byrd & Nocedal,
+    "Adaptive Sampling Strategies for Stochastic Optimization", SIAM J. Optim. 2018, eq. 2.6.
 
     Args:
         dot_second_moment: $\sum_n w_n (g_n \cdot \bar g)^2$, [].
@@ -156,9 +159,10 @@ def orthogonality_test(
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of the part of the squared error that is orthogonal to $\bar g$.
 
-    The mean square of the $g_n$ orthogonal to $\bar g$, times $c / (1 - c)$, over $\|\bar g\|^2$. It and the ratio of
-    the `inner_product_test` add up to that of the `norm_test`. Bollapragada, Byrd & Nocedal, "Adaptive Sampling
-    Strategies for Stochastic Optimization", SIAM J. Optim. 2018, eq. 3.2.
+    The mean square of the $g_n$ orthogonal to $\bar g$, times $c / (1 - c)$, over $\|\bar g\|^2$.
+    It and the ratio of the `inner_product_test` add up to that of the `norm_test`. Bollapragada,
+    Byrd & Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization", SIAM J. Optim. 2018,
+    eq. 3.2.
 
     Args:
         second_moment: $\sum_n w_n \|g_n\|^2$, [].
@@ -182,10 +186,11 @@ def entry_moments(
 ) -> tuple[Tensor, Tensor]:
     r"""Squares of the gradient's entries and unbiased variances of the samples' entries.
 
-    Their ratio is the gradient signal-to-noise ratio (Liu et al., "Understanding Why Neural Networks Generalize Well
-    Through GSNR of Parameters", ICLR 2020, eq. 3); one minus the mean over the entries of the ratio divided by $c$ is
-    the evidence-based criterion for early stopping of plain SGD, positive where the gradient is mere noise (Mahsereci
-    et al., "Early Stopping without a Validation Set", arXiv:1703.09580, 2017, eq. 7).
+    Their ratio is the gradient signal-to-noise ratio (Liu et al., "Understanding Why Neural
+    Networks Generalize Well Through GSNR of Parameters", ICLR 2020, eq. 3); one minus the mean over
+    the entries of the ratio divided by $c$ is the evidence-based criterion for early stopping of
+    plain SGD, positive where the gradient is mere noise (Mahsereci et al., "Early Stopping without
+    a Validation Set", arXiv:1703.09580, 2017, eq. 7).
 
     Args:
         mean: $\bar g$, [*p].
@@ -207,8 +212,8 @@ def entry_moments(
 def coupled_batch_size(variance: Number, loss: Number, lr: float) -> tuple[Number, Number]:
     r"""Numerator and denominator of CABS, the batch size $\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$.
 
-    For plain SGD and a loss whose minimum is zero. Balles, Romero & Hennig, "Coupling Adaptive Batch Sizes with
-    Learning Rates", UAI 2017, eq. 22.
+    For plain SGD and a loss whose minimum is zero. Balles, Romero & Hennig, "Coupling Adaptive
+    Batch Sizes with Learning Rates", UAI 2017, eq. 22.
 
     Args:
         variance: $\widehat{\mathrm{tr}\,\Sigma}$, [].

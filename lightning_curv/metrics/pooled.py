@@ -12,7 +12,8 @@ from torchmetrics import Metric
 class _PooledMoments(Metric):
     r"""Sums over batches of $(N-1)\,\widehat{\mathrm{tr}\,\Sigma}$ and $(N-1)\,\widehat{\|G\|^2}$.
 
-    The weight $N - 1$ pools batches of different sizes, and needs no division: a batch of one sample adds nothing.
+    The weight $N - 1$ pools batches of different sizes, and needs no division: a batch of one
+    sample adds nothing.
     """
 
     is_differentiable = False
@@ -26,7 +27,8 @@ class _PooledMoments(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("trace_sum", "signal_sum", "freedom"):
-            # Sums of differences of near-equal numbers; on devices without float64 call `set_dtype` first.
+            # Sums of differences of near-equal numbers; on devices without float64 call `set_dtype`
+            # first.
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sample_sq_norms: Tensor, grad_sq_norm: Tensor) -> None:
@@ -79,12 +81,13 @@ class GradientVariance(_PooledMoments):
 class NoiseScale(_PooledMoments):
     r"""Simple gradient noise scale $\mathrm{tr}(\Sigma) / \|G\|^2$: the batch size where noise and signal are equal.
 
-    Numerator and denominator are unbiased and summed over batches before the ratio is taken; the mean of ratios is
-    biased upwards. Infinite while the estimate of $\|G\|^2$ is not positive: the batches seen so far are too small to
-    resolve the gradient. McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv:1812.06162, 2018,
-    eq. 2.9.
+    Numerator and denominator are unbiased and summed over batches before the ratio is taken; the
+    mean of ratios is biased upwards. Infinite while the estimate of $\|G\|^2$ is not positive: the
+    batches seen so far are too small to resolve the gradient. McCandlish et al., "An Empirical
+    Model of Large-Batch Training", arXiv:1812.06162, 2018, eq. 2.9.
 
-    The estimate assumes that $G$ changes little between the batches it is computed from; reset it now and then.
+    The estimate assumes that $G$ changes little between the batches it is computed from; reset it
+    now and then.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.

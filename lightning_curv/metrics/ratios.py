@@ -36,7 +36,11 @@ class Ratio(Metric):
         They are near-equal numbers where there is little noise, and their difference is taken next.
         """
         second_moment = squares.to(self.numerator).mean()
-        return second_moment, grad_sq_norm.to(self.numerator), second_moment.new_tensor(1 / len(squares))
+        return (
+            second_moment,
+            grad_sq_norm.to(self.numerator),
+            second_moment.new_tensor(1 / len(squares)),
+        )
 
     def compute(self) -> Tensor:
         """The ratio of the sums, []."""
@@ -46,7 +50,8 @@ class Ratio(Metric):
 class GradientDiversity(Ratio):
     r"""Gradient diversity $\sum_b \sum_n \|g_{bn}\|^2 / \sum_b \|\sum_n g_{bn}\|^2$.
 
-    Yin et al., "Gradient Diversity: a Key Ingredient for Scalable Distributed Learning", AISTATS 2018, definition 1.
+    Yin et al., "Gradient Diversity: a Key Ingredient for Scalable Distributed Learning", AISTATS
+    2018, definition 1.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -74,8 +79,8 @@ class GradientDiversity(Ratio):
 class NormTest(Ratio):
     r"""Relative error of a mini-batch gradient, the root of $\widehat{\mathrm{tr}\,\Sigma} / N$ over $\|\bar g\|^2$.
 
-    Numerator and denominator are averaged over batches. Byrd et al., "Sample Size Selection in Optimization Methods
-    for Machine Learning", Mathematical Programming 2012, eq. 3.5.
+    Numerator and denominator are averaged over batches. Byrd et al., "Sample Size Selection in
+    Optimization Methods for Machine Learning", Mathematical Programming 2012, eq. 3.5.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -105,8 +110,8 @@ class NormTest(Ratio):
 class InnerProductTest(Ratio):
     r"""Root of $\widehat{\mathrm{Var}}(g_n \cdot \bar g) / N$ over $\|\bar g\|^4$, both averaged over batches.
 
-    Bollapragada, Byrd & Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization", SIAM J. Optim. 2018,
-    eq. 2.6.
+    Bollapragada, Byrd & Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization", SIAM
+    J. Optim. 2018, eq. 2.6.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -137,8 +142,8 @@ class OrthogonalityTest(Ratio):
     r"""The part of the error that `NormTest` measures which is orthogonal to $\bar g$.
 
     With $\|g_n\|^2 - (g_n \cdot \bar g)^2 / \|\bar g\|^2$ in place of the centred $\|g_n\|^2$.
-    Bollapragada, Byrd & Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization", SIAM J. Optim. 2018,
-    eq. 3.2.
+    Bollapragada, Byrd & Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization", SIAM
+    J. Optim. 2018, eq. 3.2.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -195,8 +200,8 @@ class MeanTrace(Ratio):
 class TIC(Ratio):
     r"""Takeuchi information criterion from traces: $\sum_b \sum_n \|g_{bn}\|^2 / \sum_b N_b\,\mathrm{tr}\,H_b$.
 
-    Thomas et al., "On the interplay between noise and curvature and its effect on optimization and generalization",
-    AISTATS 2020, section 4.
+    Thomas et al., "On the interplay between noise and curvature and its effect on optimization and
+    generalization", AISTATS 2020, section 4.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -221,9 +226,9 @@ class TIC(Ratio):
 class CABS(Ratio):
     r"""Batch size $\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$.
 
-    Coupled adaptive batch size for plain SGD and a loss $\ell$ whose minimum is zero; numerator and denominator are
-    averaged over batches. Balles, Romero & Hennig, "Coupling Adaptive Batch Sizes with Learning Rates", UAI 2017,
-    eq. 22.
+    Coupled adaptive batch size for plain SGD and a loss $\ell$ whose minimum is zero; numerator and
+    denominator are averaged over batches. Balles, Romero & Hennig, "Coupling Adaptive Batch Sizes
+    with Learning Rates", UAI 2017, eq. 22.
 
     Args:
         **kwargs: see `torchmetrics.Metric`.
@@ -235,7 +240,9 @@ class CABS(Ratio):
         tensor(0.4000, dtype=torch.float64)
     """
 
-    def update(self, sample_sq_norms: Tensor, grad_sq_norm: Tensor, loss: Tensor, lr: float) -> None:
+    def update(
+        self, sample_sq_norms: Tensor, grad_sq_norm: Tensor, loss: Tensor, lr: float
+    ) -> None:
         r"""Add a batch of at least two samples; a smaller one adds nothing.
 
         Args:

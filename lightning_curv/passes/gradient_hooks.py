@@ -23,15 +23,16 @@ from lightning_curv.terms.term import Term
 class Listener:
     """Takes the gradients of the coming backward pass where they reach the parameters' ops.
 
-    A parameter's Jacobian is complete when the last of its ops is reached; its gradient is known a little later, when
-    the op has freed what it saved. It is evaluated and dropped at once, so that no more than the cotangents of the pass
-    are held.
+    A parameter's Jacobian is complete when the last of its ops is reached; its gradient is known a
+    little later, when the op has freed what it saved. It is evaluated and dropped at once, so that
+    no more than the cotangents of the pass are held.
 
     Args:
         passes: The graph.
         evaluate: Receives the Jacobian of every parameter.
         totals: Whether to wait for the gradient, the sum over the samples.
-        failed: Receives an error instead of the backward pass, after which nothing more is listened to.
+        failed: Receives an error instead of the backward pass, after which nothing more is listened
+            to.
     """
 
     def __init__(
@@ -53,7 +54,9 @@ class Listener:
         for node, use in passes.tape.uses.items():
             if use.operands:
                 found = passes.tape.parameters[node]
-                self._handles.append(node_of(node).register_prehook(self._hook(self._arrive, node, use, found)))
+                self._handles.append(
+                    node_of(node).register_prehook(self._hook(self._arrive, node, use, found))
+                )
                 for parameter in found:
                     self._waiting[parameter] = self._waiting.get(parameter, 0) + 1
                 if totals or _late(use):
@@ -71,11 +74,15 @@ class Listener:
     def finish(self) -> None:
         """Evaluate parameters whose own gradient was not asked for."""
         self.stop()
-        bulky = [parameter for node in self._bulky for parameter in self._passes.tape.parameters[node]]
+        bulky = [
+            parameter for node in self._bulky for parameter in self._passes.tape.parameters[node]
+        ]
         for parameter in dict.fromkeys([*self._terms, *bulky]) if self._terms or bulky else ():
             self._hook(self._complete, parameter)((None,))
 
-    def _arrive(self, gradients: tuple[Tensor | None, ...], node: Node | Join, use: Use, found: list[Tensor]) -> None:
+    def _arrive(
+        self, gradients: tuple[Tensor | None, ...], node: Node | Join, use: Use, found: list[Tensor]
+    ) -> None:
         g = gradients[use.output_nr]
         if g is not None:
             if _late(use):
@@ -95,13 +102,16 @@ class Listener:
         for node in [*self._bulky]:
             if any(found is parameter for found in self._passes.tape.parameters[node]):
                 self._add(node, *self._bulky.pop(node))
-        # the user's tensor hooks may have changed the gradient on its way, and that of some samples is another
+        # the user's tensor hooks may have changed the gradient on its way, and that of some samples
+        # is another
         whole = not (parameter._backward_hooks or self._passes.samples.partial)
         gradient = gradients[0] if whole else None
         if terms := self._terms.pop(parameter, None):
             self._evaluate(Jacobian(parameter, terms, gradient=gradient))
 
-    def _hook(self, function: Callable[..., None], *arguments: Any) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def _hook(
+        self, function: Callable[..., None], *arguments: Any
+    ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
             if own_pass() or self._deaf:
                 return

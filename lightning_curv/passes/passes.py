@@ -32,7 +32,9 @@ from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners, RowOwne
 from lightning_curv.terms.term import Term
 
 COLUMN_BYTES = 2**26  # of cotangents that are held at once
-WATCHED = 2**21  # multiplications that oneDNN has to make per node of the graph to be worth watching its ops, measured
+WATCHED = (
+    2**21
+)  # multiplications that oneDNN has to make per node of the graph to be worth watching its ops, measured
 
 
 @dataclass
@@ -96,14 +98,20 @@ class Passes:
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
         with unheard(), fast_products(self.multiplies):
-            return torch.autograd.grad(outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True)
+            return torch.autograd.grad(
+                outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True
+            )
 
     @cached_property
     def multiplies(self) -> bool:
         """Whether the products of matrices in a pass are worth `fast_products`."""
         uses = self.tape.uses.values()
-        composed = any(use.rule.outputs is not None for use in uses)  # recurrent: a node stands for many ops
-        return not composed and sum(map(_multiplications, uses)) > WATCHED * len(self.tape.structure)
+        composed = any(
+            use.rule.outputs is not None for use in uses
+        )  # recurrent: a node stands for many ops
+        return not composed and sum(map(_multiplications, uses)) > WATCHED * len(
+            self.tape.structure
+        )
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
@@ -133,11 +141,15 @@ class Passes:
         """The likelihood of a recorded loss call, scaled as in the final loss."""
         call = self.tape.losses[node]
         (scale,) = self.gradients([GradientEdge(node, call.output_nr)])
-        return LOSSES[call.function](torch.zeros(call.shape) if scale is None else scale, **call.arguments)
+        return LOSSES[call.function](
+            torch.zeros(call.shape) if scale is None else scale, **call.arguments
+        )
 
     def jacobians(self, columns: Iterable[Column]) -> Iterator[dict[Tensor, Jacobian]]:
         """The parameters' Jacobians for as many columns at a time as `COLUMN_BYTES` allow, one parameter at a time."""
-        bytes_ = sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
+        bytes_ = (
+            sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
+        )
         pulled = ((column.signs, [*self.pull(column)]) for column in columns)
         seen: set[Tensor] = set()
         while chunk := list(islice(pulled, max(1, COLUMN_BYTES // max(1, bytes_)))):
@@ -156,9 +168,13 @@ class Passes:
         """Every Jacobian as soon as it is complete; the cotangents are taken out of ``columns``, to be freed."""
         signs = None
         if any(s is not None for s, _ in columns):
-            signs = torch.stack([self.seed.new_ones(self.samples.count) if s is None else s for s, _ in columns])
+            signs = torch.stack(
+                [self.seed.new_ones(self.samples.count) if s is None else s for s, _ in columns]
+            )
         terms: dict[Tensor, list[Term]] = defaultdict(list)
-        waiting = Counter(parameter for found in self.tape.parameters.values() for parameter in found)
+        waiting = Counter(
+            parameter for found in self.tape.parameters.values() for parameter in found
+        )
         for i, (node, use) in enumerate(self.tape.uses.items()):
             for parameter, term in self.terms(node, use, _stacked([gs for _, gs in columns], i)):
                 terms[parameter].append(term)
@@ -172,7 +188,9 @@ class Passes:
         if g is None or not use.operands:
             return
         if use.pull is not None:
-            found = {"value": dense(use.pull(g.reshape(g.shape[0], *use.shape), self.samples.uses[node]))}
+            found = {
+                "value": dense(use.pull(g.reshape(g.shape[0], *use.shape), self.samples.uses[node]))
+            }
         else:
             found = apply_rule(use, self.samples.uses[node], g)
         for name, operand in use.operands.items():
@@ -199,7 +217,9 @@ def use_edges(tape: Tape) -> list[GradientEdge]:
     return [GradientEdge(node_of(key), use.output_nr) for key, use in tape.uses.items()]
 
 
-def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
+def apply_rule(
+    use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None
+) -> dict[str, Term]:
     """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
     try:
         return terms_of_rule(use, owners, g, inputs)
@@ -212,7 +232,9 @@ def apply_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | 
         ) from error
 
 
-def terms_of_rule(use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None) -> dict[str, Term]:
+def terms_of_rule(
+    use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None
+) -> dict[str, Term]:
     """The same, where a rule that does not cover these arguments raises `NotImplementedError`."""
     g = g.reshape(g.shape[0], *use.shape)
     axis, lead = _rows(owners)

@@ -1,7 +1,8 @@
 """Parameters behind a transform: casts, transposes, slices, parametrizations.
 
-The term of the transformed value becomes terms of the parameters it was computed from. Re-indexings (views, transposes,
-slices, casts) keep its structure; every other transform is pulled back through its own graph, densely.
+The term of the transformed value becomes terms of the parameters it was computed from. Re-indexings
+(views, transposes, slices, casts) keep its structure; every other transform is pulled back through
+its own graph, densely.
 """
 
 from __future__ import annotations
@@ -27,14 +28,17 @@ def pulled_back(edge: GradientEdge, value: Tensor, term: Term) -> Iterator[tuple
     Args:
         edge: The value's place in the graph, which must not be freed yet.
         value: The value, detached.
-        term: Its term. Unless the transform is a re-indexing, the result is dense: ``[V, N, *leaf]`` is held in memory.
+        term: Its term. Unless the transform is a re-indexing, the result is dense:
+            ``[V, N, *leaf]`` is held in memory.
     """
     if (reindexed := _reindexed(edge, term)) is not None:
         yield reindexed
         return
     jacobian = Jacobian(value, [term]).per_sample().to(value.dtype)
     parameters = leaves(edge)
-    for parameter, pulled in zip(parameters, _pull(edge, parameters, jacobian.flatten(0, 1)), strict=True):
+    for parameter, pulled in zip(
+        parameters, _pull(edge, parameters, jacobian.flatten(0, 1)), strict=True
+    ):
         if pulled is not None:
             yield parameter, dense(pulled.reshape(*jacobian.shape[:2], *parameter.shape))
 
@@ -43,11 +47,23 @@ def _pull(edge: GradientEdge, inputs: list[Tensor], cotangents: Tensor) -> list[
     """The transposed derivative of a transform, applied to every entry of the leading axis."""
     try:
         return list(
-            torch.autograd.grad(edge, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            torch.autograd.grad(
+                edge,
+                inputs,
+                cotangents,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
         )
     except RuntimeError:  # an op without a batching rule
-        rows = [torch.autograd.grad(edge, inputs, c, retain_graph=True, allow_unused=True) for c in cotangents]
-        return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+        rows = [
+            torch.autograd.grad(edge, inputs, c, retain_graph=True, allow_unused=True)
+            for c in cotangents
+        ]
+        return [
+            None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+        ]
 
 
 def _reindexed(edge: GradientEdge, term: Term) -> tuple[Tensor, Term] | None:
@@ -81,7 +97,11 @@ def _transposed(node: Any, number: int, term: Term) -> Term | None:
         source = [saved_axis(dim, len(letters)) for dim in node._saved_dims]
     elif len(letters) > 1:
         plain = node.name() == "TBackward0"
-        a, b = (0, 1) if plain else (saved_axis(dim, len(letters)) for dim in (node._saved_dim0, node._saved_dim1))
+        a, b = (
+            (0, 1)
+            if plain
+            else (saved_axis(dim, len(letters)) for dim in (node._saved_dim0, node._saved_dim1))
+        )
         source[a], source[b] = source[b], source[a]
     by_source = dict(zip(source, letters, strict=True))
     return replace(term, par="".join(by_source[axis] for axis in range(len(letters))), adjoint=None)
@@ -96,7 +116,9 @@ def _sliced(node: Any, number: int, term: Term) -> Term | None:
         return None
     index = torch.arange(sizes[axis], device=term.g.device)
     if node.name() == "SliceBackward0":
-        index = index[saved_integer(node._saved_start) : saved_integer(node._saved_end) : node._saved_step]
+        index = index[
+            saved_integer(node._saved_start) : saved_integer(node._saved_end) : node._saved_step
+        ]
     elif node.name() == "SplitBackward0":
         index = index.split(node._saved_split_size)[number]
     else:

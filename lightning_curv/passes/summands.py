@@ -1,8 +1,9 @@
 """The parts of a loss: known loss functions, and everything else as a function of the network's outputs.
 
-Above its outputs the network has no parameters: an output is where the last op with a parameter ends, or where what
-depends on no sample meets the samples. A summand that is no known loss function, or a nonlinear function of one, is
-taken as a function of the outputs below it; summands with outputs in common are one function.
+Above its outputs the network has no parameters: an output is where the last op with a parameter
+ends, or where what depends on no sample meets the samples. A summand that is no known loss
+function, or a nonlinear function of one, is taken as a function of the outputs below it; summands
+with outputs in common are one function.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Summands:
 
     Attributes:
         known: Calls of known loss functions.
-        others: For the others the outputs of the network that they are functions of, one list for every function.
+        others: For the others the outputs of the network that they are functions of, one list for
+            every function.
     """
 
     known: dict[Node, LossCall]
@@ -59,7 +61,9 @@ def find_summands(tape: Tape, loss: Tensor) -> Summands:
         if call is not None:
             known[node] = call
             if call.beside:
-                stack += [(after, number) for after, number in node.next_functions if after is not None]
+                stack += [
+                    (after, number) for after, number in node.next_functions if after is not None
+                ]
         elif (output := outputs.at(place)) is not None:
             others.append({output})
         elif inputs := linear_inputs(node, kinks=True):
@@ -99,7 +103,11 @@ class _Outputs:
                 found.add(output)
             else:
                 passed.add(place[0])
-                stack += [(after, number) for after, number in place[0].next_functions if after is not None]
+                stack += [
+                    (after, number)
+                    for after, number in place[0].next_functions
+                    if after is not None
+                ]
         return found, passed
 
 
@@ -135,9 +143,13 @@ def loss_parts(passes: Passes) -> list[LossPart]:
     for places in found.others:
         edges = [GradientEdge(*place) for place in places]
         likes = [head_at(edge, passes.loss).like for edge in edges]
-        own = [owners.get(place, BatchAxis(passes.samples.count)) for place in places]  # of no use: one sample
+        own = [
+            owners.get(place, BatchAxis(passes.samples.count)) for place in places
+        ]  # of no use: one sample
         chosen = output is not None
-        parts.append(Quadratic(edges, likes, own, passes.loss, passes.seed, others, passes.separate, chosen))
+        parts.append(
+            Quadratic(edges, likes, own, passes.loss, passes.seed, others, passes.separate, chosen)
+        )
     return parts
 
 
@@ -163,7 +175,9 @@ def _owners(passes: Passes) -> dict[Place, Owners]:
     """Which sample owns each row of the outputs of all uses, and of `Passes.output`."""
     samples = passes.samples
     found = {
-        (node_of(key), use.output_nr): samples.uses[key] for key, use in passes.tape.uses.items() if key in samples.uses
+        (node_of(key), use.output_nr): samples.uses[key]
+        for key, use in passes.tape.uses.items()
+        if key in samples.uses
     }
     if passes.output is not None:
         found[passes.output.input[:2]] = samples.losses[cast("Node", passes.loss.grad_fn)]

@@ -1,8 +1,9 @@
 """The gradient of the *sum* of the samples' losses, from the graph of their mean.
 
-A cotangent that carries 1/N is rounded otherwise in a batch of N + 1 samples, and so are all that follow from it: one
-sample changes what arrives at every other. The division by N is therefore left out where it happens, at the nodes of
-means, of loss functions and of quotients: what arrives at the rows of a sample is the same number whatever N is.
+A cotangent that carries 1/N is rounded otherwise in a batch of N + 1 samples, and so are all that
+follow from it: one sample changes what arrives at every other. The division by N is therefore left
+out where it happens, at the nodes of means, of loss functions and of quotients: what arrives at the
+rows of a sample is the same number whatever N is.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class _Division:
     Attributes:
         output: Its output.
         input: Its input.
-        seed: From the cotangent of the output to N times that of the input, without a division by N.
+        seed: From the cotangent of the output to N times that of the input, without a division by
+            N.
     """
 
     output: GradientEdge
@@ -56,7 +58,8 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
         loss_scale: Factor on the loss besides.
 
     Raises:
-        UnsupportedError: Something was computed in half precision, and N is divided by in a way that is not known.
+        UnsupportedError: Something was computed in half precision, and N is divided by in a way
+            that is not known.
     """
     loss, count = passes.loss, passes.samples.count
     root = GradientEdge(cast("Node", loss.grad_fn), loss.output_nr)
@@ -89,7 +92,9 @@ def _refuse_half(passes: Passes, dtype: torch.dtype) -> None:
         )
 
 
-def _divisions(tape: Tape, root: GradientEdge, count: int, loss_scale: float) -> list[_Division] | None:
+def _divisions(
+    tape: Tape, root: GradientEdge, count: int, loss_scale: float
+) -> list[_Division] | None:
     """The first node that divides by N on every way down from the loss; ``None``: there is a way without one."""
     found: list[_Division] = []
     stack, seen = [root[:2]], set[tuple[Node, int]]()
@@ -98,7 +103,9 @@ def _divisions(tape: Tape, root: GradientEdge, count: int, loss_scale: float) ->
         if (node, number) in seen:
             continue
         seen.add((node, number))
-        accumulates = loss_scale != 1 and (node, number) == root[:2] and _quotient(node) == 1 / loss_scale
+        accumulates = (
+            loss_scale != 1 and (node, number) == root[:2] and _quotient(node) == 1 / loss_scale
+        )
         division = None if accumulates else _division(tape, node, number, count)
         if division is not None:
             found.append(division)
@@ -126,7 +133,9 @@ def _division(tape: Tape, node: Node, number: int, count: int) -> _Division | No
 
 
 def _below(node: Node) -> GradientEdge:
-    return next(GradientEdge(after, index) for after, index in node.next_functions if after is not None)
+    return next(
+        GradientEdge(after, index) for after, index in node.next_functions if after is not None
+    )
 
 
 def _quotient(node: Node) -> float | None:
@@ -138,7 +147,11 @@ def _quotient(node: Node) -> float | None:
     value = float(saved)
     if node.name() == "DivBackward0":
         return value
-    if node.name() == "MulBackward0" and value and math.isclose(1 / value, round(1 / value), rel_tol=1e-7):
+    if (
+        node.name() == "MulBackward0"
+        and value
+        and math.isclose(1 / value, round(1 / value), rel_tol=1e-7)
+    ):
         return float(round(1 / value))
     return None
 
@@ -171,7 +184,11 @@ def _loss(call: LossCall, output: GradientEdge, count: int) -> _Division | None:
     if call.function not in BINARY and arguments.get("weight") is not None:
         return None  # divided by the sum of the weights
     ignored = arguments.get("ignore_index", -100)
-    if call.function in CLASSES and not target.is_floating_point() and bool((target == ignored).any()):
+    if (
+        call.function in CLASSES
+        and not target.is_floating_point()
+        and bool((target == ignored).any())
+    ):
         return None
 
     def seed(g: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ _CALLED: WeakSet[nn.Module] = WeakSet()  # extended modules, copies included, th
 def extend(module: Module) -> Module:
     """Record every forward pass of ``module``, a model or a loss module; returns the module itself.
 
-    With an extended model and an extended loss module the forward pass may run outside of `curvature`. Nothing is
-    wrapped or replaced: two forward hooks enter and leave `record`.
+    With an extended model and an extended loss module the forward pass may run outside of
+    `curvature`. Nothing is wrapped or replaced: two forward hooks enter and leave `record`.
 
     Example:
         >>> import torch

@@ -1,7 +1,9 @@
 """Holders: does a module, or the cache of a function, hold a tensor that the network reads?
 
-A table that a module holds is the same for all samples. The batch is not, also where a module remembers it as an
-attribute (``self.last_input = x``): what is no parameter and no buffer counts only if it has not N rows.
+A table that a module holds is the same for all samples. The batch is not, also where a module
+remembers it as an
+attribute (``self.last_input = x``): what is no parameter and no buffer counts only if it has not N
+    rows.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ _CACHE = type(cache(repr))
 class Holders:
     """The modules and caches of the process, and what they hold by its place in memory.
 
-    To look at every object takes some tenths of a second: it is done where a parameter of the graph belongs to no
-    module that is known. Else only the known ones are looked at again.
+    To look at every object takes some tenths of a second: it is done where a parameter of the graph
+    belongs to no module that is known. Else only the known ones are looked at again.
     """
 
     def __init__(self) -> None:
@@ -59,7 +61,10 @@ class Holders:
         self._look(holders)
 
     def _known(self, root: Root, others: bool) -> bool:
-        tensors = [self._registered.get(root.pointer), self._others.get(root.pointer) if others else None]
+        tensors = [
+            self._registered.get(root.pointer),
+            self._others.get(root.pointer) if others else None,
+        ]
         return any(tensor is not None and pointer_of(tensor) == root.pointer for tensor in tensors)
 
     def _look(self, holders: Any) -> None:
@@ -84,7 +89,12 @@ def _values(holder: Any) -> Iterator[Any]:
         held = list(holder.__dict__.values())
     else:
         held = gc.get_referents(holder)
-        held += [value for link in held if isinstance(link, dict) for value in gc.get_referents(*link.values())]
+        held += [
+            value
+            for link in held
+            if isinstance(link, dict)
+            for value in gc.get_referents(*link.values())
+        ]
     for value in held:
         yield value
         if isinstance(value, (list, tuple)):

@@ -1,8 +1,9 @@
 """Provenance of tensors without gradient: what came from outside, and what was made from nothing.
 
-A table of relative positions or a mask made by ``torch.arange`` is the same for every sample; a batch of inputs is not,
-and the graph cannot tell them apart, for it ends where gradients end. So recording notes for every tensor without
-gradient which tensors from outside of the recorded code it was computed from: its *roots*. No roots: a constant.
+A table of relative positions or a mask made by ``torch.arange`` is the same for every sample; a
+batch of inputs is not, and the graph cannot tell them apart, for it ends where gradients end. So
+recording notes for every tensor without gradient which tensors from outside of the recorded code it
+was computed from: its *roots*. No roots: a constant.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-Numbers = Mapping[int, Tensor]  # see `row_numbers`: for every size that rows were counted in, their numbers
+Numbers = Mapping[
+    int, Tensor
+]  # see `row_numbers`: for every size that rows were counted in, their numbers
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,12 @@ class Roots:
 
     Attributes:
         tensors: Tensors without gradient that came from outside of the recorded code, each once.
-        data: Whether it was also computed from values of the network that depend on data (``h.detach()``).
-        routed: Whether the rows of the leading axis of some root may be in another order, or some missing.
-        numbers: Which rows they are, where something looked at them, empty ones if it is not known; ``None``: in order.
+        data: Whether it was also computed from values of the network that depend on data
+            (``h.detach()``).
+        routed: Whether the rows of the leading axis of some root may be in another order, or some
+            missing.
+        numbers: Which rows they are, where something looked at them, empty ones if it is not known;
+            ``None``: in order.
         pooled: The numbers of rows that were taken together, as by a mean over the batch.
     """
 

@@ -1,9 +1,10 @@
 r"""Recording: tag the autograd node of every op that consumes a parameter, and of every loss call.
 
-``record()`` watches the calls of torch functions. An op with a trainable parameter among its arguments (or a tensor
-computed from parameters: a cast, ``.t()``, a slice, a parametrization) leaves a `Use` in the ``metadata`` of its
-output's autograd node; a known loss function leaves a `LossCall`. Records live and die with the graph: there is no
-registry, nothing to clear, and a graph that is never backpropagated costs nothing once it is dropped.
+``record()`` watches the calls of torch functions. An op with a trainable parameter among its
+arguments (or a tensor computed from parameters: a cast, ``.t()``, a slice, a parametrization)
+leaves a `Use` in the ``metadata`` of its output's autograd node; a known loss function leaves a
+`LossCall`. Records live and die with the graph: there is no registry, nothing to clear, and a graph
+that is never backpropagated costs nothing once it is dropped.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ _local = threading.local()
 class record(TorchFunctionMode):
     """Context manager that records parameter uses and loss calls in the autograd graph.
 
-    Run the forward pass and the loss inside it; `curvature` and `extend` do so for you. It costs a few microseconds per
-    torch call and no memory beyond what autograd keeps.
+    Run the forward pass and the loss inside it; `curvature` and `extend` do so for you. It costs a
+    few microseconds per torch call and no memory beyond what autograd keeps.
 
     Args:
         output: A module whose output is to be found again: `curvature` takes it as ``output``.
@@ -123,7 +124,11 @@ class record(TorchFunctionMode):
         super().__exit__(*exception)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func`` and record what it consumed."""
         kwargs = kwargs or {}
@@ -132,7 +137,9 @@ class record(TorchFunctionMode):
             if func in LOSSES:
                 return _record_loss(func, args, kwargs) if _recording() else func(*args, **kwargs)
             if func is torch.autograd.grad:
-                return func(*args, **kwargs)  # what it returns is connected to the ops that were recorded
+                return func(
+                    *args, **kwargs
+                )  # what it returns is connected to the ops that were recorded
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
@@ -165,14 +172,18 @@ class record(TorchFunctionMode):
             _note_roots(func, args, kwargs, [out])
         return out
 
-    def _record_inside(self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record_inside(
+        self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """A Python function whose inner calls are recorded instead."""
         if not _recording():
             return func(*args, **kwargs)
         with self:
             return _undispatched(func)(*args, **kwargs)
 
-    def _record_weight_norm(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record_weight_norm(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """An op whose second derivative is wrong in torch."""
         if not _recording():
             return func(*args, **kwargs)
@@ -197,7 +208,9 @@ def _without_gradient(out: Tensor | Sequence[Any]) -> list[Tensor]:
     return results if free else []
 
 
-def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], results: list[Tensor]) -> None:
+def _note_roots(
+    func: Callable[..., Any], args: Any, kwargs: dict[str, Any], results: list[Tensor]
+) -> None:
     """Note what tensors without gradient were computed from; random numbers come from outside."""
     name = name_of(func)
     if disabled() or name in RANDOM:
@@ -224,7 +237,9 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
             note(out, roots)
         return
     drawn = _drawn_from(func, args, kwargs)
-    counts = not any(tensor.is_floating_point() for tensor in tensors)  # lengths are no statistics of what is in rows
+    counts = not any(
+        tensor.is_floating_point() for tensor in tensors
+    )  # lengths are no statistics of what is in rows
     view = results[0]._base if inplace else None
     before = None if view is None else numbers_of(results[0])
     for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
@@ -243,18 +258,23 @@ def _note_roots(func: Callable[..., Any], args: Any, kwargs: dict[str, Any], res
 def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
     """The arguments of ``torch.where`` less the alternative that no entry is taken of, if rows were pooled in it.
 
-    So a statistic of the batch that stands in for missing values is none of the others' business where none is missing.
+    So a statistic of the batch that stands in for missing values is none of the others' business
+    where none is missing.
     """
     alternatives = [value for value in args[1:] if isinstance(value, Tensor)]
     if len(args) != 3 or not any(all_roots(value).pooled for value in alternatives):
         return args
-    taken = args[0].expand(torch.broadcast_shapes(*(value.shape for value in (args[0], *alternatives))))
+    taken = args[0].expand(
+        torch.broadcast_shapes(*(value.shape for value in (args[0], *alternatives)))
+    )
     if bool(taken.all()):
         return args[:2]
     return args if bool(taken.any()) else (args[0], args[2])
 
 
-def _mark_mapped(func: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+def _mark_mapped(
+    func: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> None:
     """Leave at a node that ``vmap`` hides what the op reads of the batch."""
     whole = physical(results[0])
     read = [tensor for tensor in tensors if not physical(tensor).requires_grad]
@@ -269,7 +289,11 @@ def _mark_mapped(func: Callable[..., Any], results: Sequence[Tensor], tensors: S
 def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function that returns one of its arguments has changed it."""
     name = getattr(func, "__name__", "")
-    return "out" in kwargs or name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
+    return (
+        "out" in kwargs
+        or name.startswith(("__i", "__set"))
+        or (name.endswith("_") and not name.endswith("__"))
+    )
 
 
 def _note_whole(whole: Tensor, before: Numbers, rows: Rows, roots: Roots) -> None:
@@ -304,7 +328,9 @@ def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bo
 
 def _has_origin(values: Iterable[Any]) -> bool:
     """Whether some tensor among the arguments was computed from parameters."""
-    return any(tensor.requires_grad and origin_of(tensor) is not None for tensor in tensors_in(values))
+    return any(
+        tensor.requires_grad and origin_of(tensor) is not None for tensor in tensors_in(values)
+    )
 
 
 def _undispatched(function: FunctionType) -> FunctionType:
@@ -314,7 +340,9 @@ def _undispatched(function: FunctionType) -> FunctionType:
         "has_torch_function": lambda _: False,
         "has_torch_function_variadic": lambda *_: False,
     }
-    clone = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    clone = FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
     clone.__kwdefaults__ = function.__kwdefaults__
     return clone
 
@@ -328,10 +356,14 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     if any((func, name) not in PARTS for name in differentiable):
         return out
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    read = [all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad]
+    read = [
+        all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad
+    ]
     numbered, roots = [one for one in read if one.numbers is not None], united(read)
     if len(numbered) == 1:
-        roots = replace(roots, numbers=numbered[0].numbers)  # of the targets, beside weights of classes
+        roots = replace(
+            roots, numbers=numbered[0].numbers
+        )  # of the targets, beside weights of classes
     for i, name in enumerate(differentiable):
         out = out.view_as(out) if i else out
         mark, part = mark_at(out.grad_fn), PARTS[func, name]
@@ -345,12 +377,16 @@ def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 def _mark_read(out: Tensor, values: Iterable[Any]) -> None:
     """Leave at the node of an op which tensors without gradient it reads, those of modules left out."""
-    free = [t for t in tensors_in(values) if not t.requires_grad and not isinstance(t, nn.Parameter)]
+    free = [
+        t for t in tensors_in(values) if not t.requires_grad and not isinstance(t, nn.Parameter)
+    ]
     if free and not (roots := united(map(roots_of, free))).constant:
         mark_at(cast("Node", out.grad_fn)).read = roots
 
 
-def _record_unknown(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def _record_unknown(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
     tensors = tensors_in([*args, *kwargs.values()])
     for result in tensors_in([out]):
@@ -399,10 +435,17 @@ class _Call:
             if isinstance(value, Tensor):
                 self.tensors[name] = value
                 if value.requires_grad:
-                    self.nodes[name], self.origins[name] = (value.grad_fn, value.output_nr), origin_of(value)
+                    self.nodes[name], self.origins[name] = (
+                        (value.grad_fn, value.output_nr),
+                        origin_of(value),
+                    )
         self.reads = rule.reads(bound)
         self.changed: dict[str, Tensor] = {}
-        if rule.inplace(func) and (name := next(iter(bound))) in self.reads and name in self.tensors:
+        if (
+            rule.inplace(func)
+            and (name := next(iter(bound))) in self.reads
+            and name in self.tensors
+        ):
             self.changed[name] = self.tensors[name].detach().clone()
 
     def store(self, out: Tensor) -> None:
@@ -481,7 +524,11 @@ class _Call:
 def _owner(out: Tensor) -> Tensor:
     """The tensor whose node survives in-place changes: an op's result may be a view of what it computed."""
     base = out._base
-    return base if base is not None and base.grad_fn is not None and base.numel() == out.numel() else out
+    return (
+        base
+        if base is not None and base.grad_fn is not None and base.numel() == out.numel()
+        else out
+    )
 
 
 def mark_output(module: nn.Module, args: Any, output: Any) -> None:

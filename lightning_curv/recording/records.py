@@ -17,7 +17,8 @@ from lightning_curv.rules import Rule
 from lightning_curv.terms.owners import Owners
 
 KEY = "lightning_curv"
-# computed from parameters alone / and from constants / and from tensors without gradient that came from outside
+# computed from parameters alone / and from constants / and from tensors without gradient that came
+# from outside
 PURE, CONSTANT, TENTATIVE = "pure", "constant", "tentative"
 
 
@@ -53,9 +54,13 @@ class Use:
     output_nr: int = 0
     versions: dict[str, int] = field(default_factory=dict)
     couples: bool = False  # a sample's output depends on other samples
-    roots: dict[str, Roots] = field(default_factory=dict)  # of the arguments without gradient, and of operands
+    roots: dict[str, Roots] = field(
+        default_factory=dict
+    )  # of the arguments without gradient, and of operands
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the same
-    pull: Callable[[Tensor, Owners], Tensor] | None = None  # instead of a rule: cotangents to J of the only operand
+    pull: Callable[[Tensor, Owners], Tensor] | None = (
+        None  # instead of a rule: cotangents to J of the only operand
+    )
 
     @property
     def name(self) -> str:
@@ -143,12 +148,18 @@ class Marks:
 
     use: Use | None = None
     loss: LossCall | None = None
-    outputs: dict[nn.Module, tuple[int, Tensor]] | None = None  # modules that returned the node's value
-    origin: str | None = None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
+    outputs: dict[nn.Module, tuple[int, Tensor]] | None = (
+        None  # modules that returned the node's value
+    )
+    origin: str | None = (
+        None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
+    )
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
     read: Roots | None = None  # of the tensors without gradient that the op reads
     mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
-    copies: bool = False  # the node's value repeats a parameter: as data, it is what the repetition made
+    copies: bool = (
+        False  # the node's value repeats a parameter: as data, it is what the repetition made
+    )
 
 
 def marks(node: Node) -> Marks | None:
@@ -184,7 +195,9 @@ class Output:
     def of(cls, tensor: Tensor) -> Output:
         """The output that a tensor is now; what changes the tensor in place later does not matter."""
         if not tensor.requires_grad:
-            raise ValueError("`output` must be computed from parameters, found a tensor without a graph.")
+            raise ValueError(
+                "`output` must be computed from parameters, found a tensor without a graph."
+            )
         return cls(edge_of(tensor), like(tensor))
 
 

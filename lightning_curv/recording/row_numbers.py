@@ -1,9 +1,10 @@
 """Numbers of rows: which row of the batch every entry of a tensor without gradient came from.
 
-A batch is often masked, permuted, cut or stacked before it meets the first parameter, and the graph begins only there.
-So whenever recorded code moves the rows of such a tensor, the same call is applied to their numbers. Numbers belong to
-a size: that of the tensor which the rows were counted in. A piece ``x[4:8]`` of a batch of 16 rows has two meanings,
-rows 0 to 3 of a batch of 4 and rows 4 to 7 of one of 16, and the number of samples says which one is meant.
+A batch is often masked, permuted, cut or stacked before it meets the first parameter, and the graph
+begins only there. So whenever recorded code moves the rows of such a tensor, the same call is
+applied to their numbers. Numbers belong to a size: that of the tensor which the rows were counted
+in. A piece ``x[4:8]`` of a batch of 16 rows has two meanings, rows 0 to 3 of a batch of 4 and rows
+4 to 7 of one of 16, and the number of samples says which one is meant.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curv.recording.provenance import Numbers, Roots, mapped, physical, roots_of, tensors_in
+from lightning_curv.recording.provenance import (
+    Numbers,
+    Roots,
+    mapped,
+    physical,
+    roots_of,
+    tensors_in,
+)
 from lightning_curv.recording.row_trials import narrowed, tried
 
 # functions whose result has at every place what they make of the entries there
@@ -46,9 +54,19 @@ _BY_ROW = """
 BY_ROW = frozenset(_BY_ROW.split())
 LIKE = frozenset(("to", "type", "type_as"))  # functions that look at the type of other arguments
 FILLING = frozenset(
-    ("empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like", "zeros_like")
+    (
+        "empty_like",
+        "full_like",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "zeros_like",
+    )
 )
-# functions that only move, repeat or leave out entries of their first argument, or of the tensors in it
+# functions that only move, repeat or leave out entries of their first argument, or of the tensors
+# in it
 _ROUTING = """
     broadcast_to cat chunk column_stack concat concatenate contiguous detach diagonal dsplit expand expand_as
     flatten flip fliplr flipud gather get getitem hsplit hstack index_select masked_select moveaxis movedim mT
@@ -57,7 +75,8 @@ _ROUTING = """
     unflatten unsqueeze view view_as vsplit vstack
 """
 ROUTING = frozenset(_ROUTING.split())
-# functions that take the entries along some axes together, and functions that do so and keep the axes
+# functions that take the entries along some axes together, and functions that do so and keep the
+# axes
 _REDUCING = """
     all amax amin aminmax any argmax argmin count_nonzero logsumexp max mean median min mode nanmean nanmedian nansum
     norm prod quantile std std_mean sum var var_mean
@@ -69,7 +88,9 @@ _SCANNING = """
 SCANNING = frozenset(_SCANNING.split())
 PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv"))
 MEETING = PRODUCTS | {"batch_norm"}  # by row only where no rows meet
-VIEWS = frozenset(("unflatten", "view", "view_as"))  # that look at strides, which numbers do not have
+VIEWS = frozenset(
+    ("unflatten", "view", "view_as")
+)  # that look at strides, which numbers do not have
 
 
 @dataclass(frozen=True)
@@ -86,10 +107,16 @@ class Rows:
 
 
 def follow(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    results: Sequence[Tensor],
 ) -> list[Rows]:
     """What is known of the rows of the results of a call, one per tensor."""
-    name, inplace = name_of(func), "out" in kwargs or any(result is value for result in results for value in args)
+    name, inplace = (
+        name_of(func),
+        "out" in kwargs or any(result is value for result in results for value in args),
+    )
     tensors = tensors_in([*args, *kwargs.values()])
     if any(map(mapped, results)):
         return [mapped_rows(name, tensors, result) for result in results]
@@ -112,17 +139,27 @@ def follow(
 
 def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
     """The rows of what a function makes under ``vmap``: those that are mapped over are apart."""
-    known = [(tensor, numbers_of(physical(tensor))) for tensor in tensors if not roots_of(tensor).constant]
+    known = [
+        (tensor, numbers_of(physical(tensor)))
+        for tensor in tensors
+        if not roots_of(tensor).constant
+    ]
     if name == "getitem" and len(tensors) == 2 and not mapped(tensors[0]) and not tensors[1].ndim:
         return Rows(_picked(numbers_of(tensors[0]), physical(tensors[1]), result))
     found, together = {}, set[int]()
     for size in {size for _, numbers in known for size in numbers if size > 1}:
-        read = [(bool(mapped(tensor)), numbers[size]) for tensor, numbers in known if size in numbers]
+        read = [
+            (bool(mapped(tensor)), numbers[size]) for tensor, numbers in known if size in numbers
+        ]
         along = [n.flatten() for over, n in read if over and n.ndim and n.numel() == len(n)]
         axes = [axis for tensor in (*tensors, result) for axis in mapped(tensor)]
         if any(not over and n.numel() > 1 for over, n in read):
             together |= set() if name in ROUTING else {size}
-        elif not any(axes) and len(along) == len(read) and all(torch.equal(n, along[0]) for n in along):
+        elif (
+            not any(axes)
+            and len(along) == len(read)
+            and all(torch.equal(n, along[0]) for n in along)
+        ):
             whole = physical(result)
             found[size] = along[0].reshape(-1, *[1] * (whole.ndim - 1))
     return Rows(found, frozenset(together))
@@ -135,7 +172,9 @@ def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
     return {size: n[index].reshape(shape) for size, n in leading.items()} if index.ndim == 1 else {}
 
 
-def plainly_in_order(func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+def plainly_in_order(
+    func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]
+) -> bool:
     """Whether the rows of results are those of the tensors they were computed from, without a closer look."""
     name = name_of(func)
     if any(map(mapped, results)):
@@ -155,7 +194,11 @@ def _along(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Te
     place = 2 if name in ("norm", "quantile") else 1
     dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
     every = range(like.ndim)
-    dims = every if dim is None else [d % max(1, like.ndim) for d in ([dim] if isinstance(dim, int) else dim)]
+    dims = (
+        every
+        if dim is None
+        else [d % max(1, like.ndim) for d in ([dim] if isinstance(dim, int) else dim)]
+    )
     apart = {size: n for size, n in numbers.items() if all(n.shape[axis] == 1 for axis in dims)}
     if name in REDUCING and result.ndim < like.ndim:
         rest = [axis for axis in every if axis not in dims]
@@ -167,7 +210,10 @@ def _along(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Te
 
 
 def _met(
-    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[tuple[Tensor, Numbers]]
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    known: Sequence[tuple[Tensor, Numbers]],
 ) -> Iterator[int]:
     """The sizes whose rows meet in a product of matrices, in pairs, or in the statistics of a normalization."""
     sizes = {size for _, numbers in known for size, n in numbers.items() if n.numel() > 1}
@@ -177,7 +223,9 @@ def _met(
         numbers_by_tensor = {id(tensor): numbers for tensor, numbers in known}
         for size in sizes:
             left, right = (numbers_by_tensor.get(id(value), {}).get(size) for value in args[:2])
-            summed = _vary(left, -1) or _vary(right, -2 if right is not None and right.ndim > 1 else -1)
+            summed = _vary(left, -1) or _vary(
+                right, -2 if right is not None and right.ndim > 1 else -1
+            )
             if summed or (_vary(left, -2) and _vary(right, -1)):
                 yield size
 
@@ -189,11 +237,18 @@ def _vary(numbers: Tensor | None, axis: int) -> bool:
 def name_of(func: Callable[..., Any]) -> str:
     """The name of a torch function, without underscores around it; of a property its own."""
     name = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name.strip("_")
+    return (
+        getattr(getattr(func, "__self__", None), "__name__", name)
+        if name == "__get__"
+        else name.strip("_")
+    )
 
 
 def _routed(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    results: Sequence[Tensor],
 ) -> list[Numbers]:
     """The same call, applied to numbers."""
     first, *rest = args
@@ -208,14 +263,21 @@ def _routed(
     told = [numbers for numbers in known if numbers is not None]
     found: list[dict[int, Tensor]] = [{} for _ in results]
     for size in set(told[0]).intersection(*told[1:]) if told else ():
-        beside = told[0][size]  # what is joined to rows of the batch, and is the same for all, belongs to them
-        numbers = [(beside if n is None else n[size]).expand(v.shape) for n, v in zip(known, sources, strict=True)]
+        beside = told[0][
+            size
+        ]  # what is joined to rows of the batch, and is the same for all, belongs to them
+        numbers = [
+            (beside if n is None else n[size]).expand(v.shape)
+            for n, v in zip(known, sources, strict=True)
+        ]
         if name_of(func) in VIEWS:
             numbers = [one.contiguous() for one in numbers]
         with torch._C.DisableTorchFunction():
             out = func(numbers if several else numbers[0], *rest, **kwargs)
         moved = [out] if isinstance(out, Tensor) else out
-        for one, tensor in zip(found, moved[:1] if name_of(func) == "pack_padded_sequence" else moved, strict=False):
+        for one, tensor in zip(
+            found, moved[:1] if name_of(func) == "pack_padded_sequence" else moved, strict=False
+        ):
             one[size] = narrowed(tensor)
     if key is not None and sum(n.numel() for numbers in found for n in numbers.values()) <= _SMALL:
         if len(_MOVED) >= _MOST:
@@ -224,28 +286,43 @@ def _routed(
     return list(found)
 
 
-# What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and no one changes it.
+# What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and
+# no one changes it.
 _MOVED: dict[Hashable, tuple[Numbers, ...]] = {}
 _MOST, _SMALL = 256, 2**16  # structures, and numbers of one
 
 
-def _structure(func: Callable[..., Any], first: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
+def _structure(
+    func: Callable[..., Any], first: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Hashable:
     """What the result of a call depends on where the rows are in their order; ``None``: on tensors, or on more."""
     roots = roots_of(first)
     if roots.numbers is not None or roots.constant or mapped(first):
         return None
     sizes = tuple(_sizes_in_order(first, roots))
-    key: list[Hashable] = [func, first.shape, first.device, torch.is_inference_mode_enabled(), sizes]
+    key: list[Hashable] = [
+        func,
+        first.shape,
+        first.device,
+        torch.is_inference_mode_enabled(),
+        sizes,
+    ]
     for value in (*rest, *kwargs, *kwargs.values()):
         values = value if isinstance(value, (tuple, list)) else (value,)
-        if not all(part is None or isinstance(part, (bool, int, str, torch.memory_format)) for part in values):
+        if not all(
+            part is None or isinstance(part, (bool, int, str, torch.memory_format))
+            for part in values
+        ):
             return None
         key.append((type(value), *((type(part), part) for part in values)))
     return tuple(key)
 
 
 def _written(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    results: Sequence[Tensor],
 ) -> list[Numbers]:
     """The numbers of a tensor that some entries were written to; constants belong to what they are written to."""
     tensor, index, value = args
@@ -262,12 +339,19 @@ def _written(
     return [found]
 
 
-def _kept(known: Sequence[tuple[Tensor, Numbers]], result: Tensor, pooled: frozenset[int], elementwise: bool) -> Rows:
+def _kept(
+    known: Sequence[tuple[Tensor, Numbers]],
+    result: Tensor,
+    pooled: frozenset[int],
+    elementwise: bool,
+) -> Rows:
     """The rows of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
     align = _broadcast if elementwise else _leading
     found, together = {}, set(pooled)
     for size in {size for _, numbers in known for size in numbers} - pooled:
-        aligned = [align(numbers[size], tensor, result) for tensor, numbers in known if size in numbers]
+        aligned = [
+            align(numbers[size], tensor, result) for tensor, numbers in known if size in numbers
+        ]
         first = max((one for one in aligned if one is not None), key=Tensor.numel, default=None)
         if first is not None and all(one is not None and _equal(one, first) for one in aligned):
             found[size] = first
@@ -324,7 +408,9 @@ def _sizes_in_order(tensor: Tensor, roots: Roots) -> list[tuple[int, int]]:
     sizes |= {root.shape[0] for root in roots.tensors if root.ndim and not sizes}
     if not tensor.ndim or shape[0] not in sizes or roots.data or roots.routed:
         return []
-    second = any(root.shape[:2] == shape[:2] and _may_be_second(root.shape) for root in roots.tensors)
+    second = any(
+        root.shape[:2] == shape[:2] and _may_be_second(root.shape) for root in roots.tensors
+    )
     return [(shape[1], 1), (shape[0], 0)] if second else [(shape[0], 0)]
 
 
@@ -352,4 +438,7 @@ def ordered(numbers: Numbers, result: Tensor, roots: Roots) -> bool:
 
 def fingerprint(numbers: Numbers) -> tuple[tuple[int, bytes], ...]:
     """Something that is the same for the same numbers only."""
-    return tuple((size, blake2b(found.cpu().numpy().tobytes()).digest()) for size, found in sorted(numbers.items()))
+    return tuple(
+        (size, blake2b(found.cpu().numpy().tobytes()).digest())
+        for size, found in sorted(numbers.items())
+    )

@@ -1,9 +1,10 @@
 """Rows of what a function makes, found by trial: which entries change if some rows of the batch are others?
 
-Most functions that a raw batch passes through are known to `row_numbers`. Any other is called again, on a batch in
-which the rows are others whose number has a certain bit, and on one in which all the rest are: an entry that changes in
-one of the two belongs to those rows, one that changes in both to rows of several samples. All bits together spell the
-number, by 2 log₂ N calls; for calls of one kind, as their arguments' shapes and options tell, that is done once.
+Most functions that a raw batch passes through are known to `row_numbers`. Any other is called
+again, on a batch in which the rows are others whose number has a certain bit, and on one in which
+all the rest are: an entry that changes in one of the two belongs to those rows, one that changes in
+both to rows of several samples. All bits together spell the number, by 2 log₂ N calls; for calls of
+one kind, as their arguments' shapes and options tell, that is done once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor
 from lightning_curv.recording.provenance import Numbers, tensors_in, transforming
 
 Known = Sequence[tuple[Tensor, Numbers]]
-Tried = list[tuple[Numbers, frozenset[int]]]  # per result: numbers of rows; sizes whose rows were taken together
+Tried = list[
+    tuple[Numbers, frozenset[int]]
+]  # per result: numbers of rows; sizes whose rows were taken together
 
 LARGEST = 2**25  # entries that are read: a function of more is not tried
 KEPT = 256
@@ -27,7 +30,11 @@ _FOUND: OrderedDict[Hashable, Tried] = OrderedDict()
 
 
 def tried(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor], known: Known
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    results: Sequence[Tensor],
+    known: Known,
 ) -> Tried:
     """The numbers of the rows of the results of a call, and the sizes whose rows were taken together.
 
@@ -36,13 +43,21 @@ def tried(
         args: Its arguments.
         kwargs: Its arguments by name.
         results: What the call returned.
-        known: The tensors among the arguments that came from outside, and the numbers of their rows.
+        known: The tensors among the arguments that came from outside, and the numbers of their
+            rows.
     """
     sizes = {size for _, numbers in known for size in numbers if size > 1}
     of_one = {size: number for size in sizes if (number := _only_row(size, known)) is not None}
-    nothing: Tried = [({k: n.reshape([1] * r.ndim) for k, n in of_one.items()}, frozenset()) for r in results]
+    nothing: Tried = [
+        ({k: n.reshape([1] * r.ndim) for k, n in of_one.items()}, frozenset()) for r in results
+    ]
     entries = sum(map(Tensor.numel, tensors_in([*args, *kwargs.values()])))
-    if not (sizes := sizes - {*of_one}) or not _of_torch(func) or transforming() or entries > LARGEST:
+    if (
+        not (sizes := sizes - {*of_one})
+        or not _of_torch(func)
+        or transforming()
+        or entries > LARGEST
+    ):
         return nothing
     key = _key(func, args, kwargs, known)
     if key is not None and key in _FOUND:
@@ -50,11 +65,20 @@ def tried(
     try:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             found = _tried(func, args, kwargs, results, known, sizes)
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):  # it depends on what the values are
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        NotImplementedError,
+    ):  # it depends on what the values are
         return nothing
     if found is None:
         return nothing
-    found = [({**one, **numbers}, together) for (one, _), (numbers, together) in zip(nothing, found, strict=True)]
+    found = [
+        ({**one, **numbers}, together)
+        for (one, _), (numbers, together) in zip(nothing, found, strict=True)
+    ]
     if key is not None:
         _FOUND[key] = found
         if len(_FOUND) > KEPT:
@@ -106,7 +130,9 @@ def _tried(
             bits = [(ones[i], zeros[i]) for ones, zeros in halves]
             if any(one is None or zero is None or bool((one & zero).any()) for one, zero in bits):
                 found[i] = numbers, together | {size}
-            elif (rows := _spelled([(o, z) for o, z in bits if o is not None and z is not None], size)) is not None:
+            elif (
+                rows := _spelled([(o, z) for o, z in bits if o is not None and z is not None], size)
+            ) is not None:
                 found[i] = {**numbers, size: rows}, together
     return found
 
@@ -124,11 +150,15 @@ def _spelled(bits: Sequence[tuple[Tensor, Tensor]], size: int) -> Tensor | None:
     ``None``: it cannot be told. Entries that nothing changes belong to the rows that they lie in.
     """
     told = torch.stack([one | zero for one, zero in bits]).all(0)
-    number = torch.stack([one.int() << bit for bit, (one, _) in enumerate(bits)]).sum(0, dtype=torch.int32)
+    number = torch.stack([one.int() << bit for bit, (one, _) in enumerate(bits)]).sum(
+        0, dtype=torch.int32
+    )
     if not bool(told.any()):
         return None
     if number.ndim and len(number) == size:
-        rows = torch.arange(size, dtype=torch.int32, device=number.device).reshape(-1, *[1] * (number.ndim - 1))
+        rows = torch.arange(size, dtype=torch.int32, device=number.device).reshape(
+            -1, *[1] * (number.ndim - 1)
+        )
         if bool(((number == rows) | ~told).all()):
             return rows
     return narrowed(number) if bool(told.all()) else None
@@ -150,7 +180,11 @@ def _others(tensor: Tensor, rows: Tensor) -> Tensor:
         size = tensor.abs().nan_to_num(0, 0, 0).amax()
         other = 1.37 * size - 0.91 * tensor
     else:
-        axis = next((axis for axis, count in enumerate(rows.shape) if count > 1), 0) + tensor.ndim - rows.ndim
+        axis = (
+            next((axis for axis, count in enumerate(rows.shape) if count > 1), 0)
+            + tensor.ndim
+            - rows.ndim
+        )
         other = tensor.roll(1, axis)
     return torch.where(rows, other, tensor)
 
@@ -161,12 +195,16 @@ def _changed(plain: Tensor, other: Tensor) -> Tensor | None:
         return None
     if not plain.dtype.is_floating_point and not plain.dtype.is_complex:
         return plain != other
-    return ~torch.isclose(plain, other, rtol=8 * torch.finfo(plain.dtype).eps, atol=0, equal_nan=True)
+    return ~torch.isclose(
+        plain, other, rtol=8 * torch.finfo(plain.dtype).eps, atol=0, equal_nan=True
+    )
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     pairs = zip(one, other, strict=True)
-    return all((changed := _changed(a, b)) is not None and not bool(changed.any()) for a, b in pairs)
+    return all(
+        (changed := _changed(a, b)) is not None and not bool(changed.any()) for a, b in pairs
+    )
 
 
 def _replaced(value: Any, others: Mapping[int, Tensor]) -> Any:

@@ -1,13 +1,14 @@
 """Recurrences that have run, backpropagated in closed form.
 
-Once the outputs h_1 … h_T are known, the products of all steps with the weights are two products of matrices, and the
-gates are elementwise functions of them; only the cell state of an LSTM is found step by step, by one elementwise
-operation each. The backward pass of a step is linear: one product with the recurrent weight and a few elementwise
-operations, for all columns together. Some steps at a time are worked on in cache.
+Once the outputs h_1 … h_T are known, the products of all steps with the weights are two products of
+matrices, and the gates are elementwise functions of them; only the cell state of an LSTM is found
+step by step, by one elementwise operation each. The backward pass of a step is linear: one product
+with the recurrent weight and a few elementwise operations, for all columns together. Some steps at
+a time are worked on in cache.
 
-A cell is a function of a `Run`, the cotangents ``[T, V, N, P]`` of its outputs h_t and those of its final states,
-``[V, N, *]``. It returns for every weight the cotangents of its product, ``[V, N, T, o]``, and the inputs of that
-product, ``[T, N, i]``.
+A cell is a function of a `Run`, the cotangents ``[T, V, N, P]`` of its outputs h_t and those of its
+final states, ``[V, N, *]``. It returns for every weight the cotangents of its product,
+``[V, N, T, o]``, and the inputs of that product, ``[T, N, i]``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from torch import Tensor
 from lightning_curv.kernels import onednn
 
 BLOCK_BYTES = 2**19  # of products with the weights that are worked on at once
-by_sigmoid, by_tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward  # of factors and values
+by_sigmoid, by_tanh = (
+    torch.ops.aten.sigmoid_backward,
+    torch.ops.aten.tanh_backward,
+)  # of factors and values
 Products = list[tuple[Tensor, Tensor]]
 
 
@@ -36,7 +40,8 @@ class Run:
         before: h_{t-1}, ``[T, N, P]``.
         after: h_t, ``[T, N, P]``.
         cell: c_0 of an LSTM, ``[N, H]``.
-        ends: The samples whose last step is a certain one, by that step. Cotangents behind it are zero.
+        ends: The samples whose last step is a certain one, by that step. Cotangents behind it are
+            zero.
     """
 
     weights: Sequence[Tensor]
@@ -68,7 +73,11 @@ class Run:
 
     def back(self, products: Tensor, g: Tensor) -> Tensor:
         """Cotangents ``[V, N, P]`` of h_t: those ``[V, N, …]`` of the next step's products with W_h, and its own."""
-        return onednn.mm(products.view(-1, len(self.weights[1])), self.weights[1]).view(g.shape).add_(g)
+        return (
+            onednn.mm(products.view(-1, len(self.weights[1])), self.weights[1])
+            .view(g.shape)
+            .add_(g)
+        )
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -82,7 +91,10 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     found = gates[None] if g.shape[1] == 1 else gates.new_empty(g.shape[1], *gates.shape)
     projected = hidden = None
     if len(run.weights) > 2:
-        hidden, projected = torch.empty_like(cells[1:]), g.new_empty(*g.shape[1:3], len(g), g.shape[3])
+        hidden, projected = (
+            torch.empty_like(cells[1:]),
+            g.new_empty(*g.shape[1:3], len(g), g.shape[3]),
+        )
     c, arriving, to = torch.zeros_like(final[1]), run.arriving(g, final[0]), found.unbind(2)
     h = arriving[-1]
     row = g.new_empty(*g.shape[1:3], *gates.shape[2:])
@@ -97,7 +109,9 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
         by_sigmoid.grad_input(cells[block.start : block.stop], f, grad_input=by_c[:, :, 1])
         by_tanh.grad_input(i, z, grad_input=by_c[:, :, 2])
         by_h, through = by_sigmoid(squashed, o), by_tanh(o, squashed)
-        derivatives = zip(by_c.unbind(), by_h.unbind(), through.unbind(), f.unbind(), block, strict=True)
+        derivatives = zip(
+            by_c.unbind(), by_h.unbind(), through.unbind(), f.unbind(), block, strict=True
+        )
         for by_c_t, by_h_t, through_t, f_t, t in reversed([*derivatives]):
             if (ended := run.ends.get(t)) is not None:
                 c[:, ended] += final[1][:, ended]
@@ -120,12 +134,17 @@ def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
     """The gates i, f, z, o, ``[N, T, 4, H]``, and c_0 … c_T, ``[T + 1, N, H]``."""
     assert run.cell is not None
     steps, samples, width = *run.x.shape[:2], run.cell.shape[1]
-    gates, cells = run.x.new_empty(samples, steps, 4, width), run.x.new_empty(steps + 1, samples, width)
+    gates, cells = (
+        run.x.new_empty(samples, steps, 4, width),
+        run.x.new_empty(steps + 1, samples, width),
+    )
     weight = torch.cat([run.weights[0], run.weights[1]], dim=1).mT
     bias = run.biases[0] + run.biases[1] if run.biases else run.x.new_zeros(())
     cells[0] = last = run.cell
     for block in run.blocks():
-        inputs = torch.cat([run.x[block.start : block.stop], run.before[block.start : block.stop]], dim=2)
+        inputs = torch.cat(
+            [run.x[block.start : block.stop], run.before[block.start : block.stop]], dim=2
+        )
         pre = times(inputs, weight).add_(bias).unflatten(2, (4, -1))
         i, f, z, o = pre.unbind(2)
         pre[:, :, :2].sigmoid_()
@@ -162,11 +181,16 @@ def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
     r, z = (x[:, :, :2] + h[:, :, :2]).sigmoid_().unbind(2)
     n = torch.addcmul(x[:, :, 2], r, h[:, :, 2]).tanh_()
     by_n = by_tanh(1 - z, n)
-    by_r, by_z = by_sigmoid(by_n * h[:, :, 2], r), by_sigmoid(run.before[block.start : block.stop] - n, z)
+    by_r, by_z = (
+        by_sigmoid(by_n * h[:, :, 2], r),
+        by_sigmoid(run.before[block.start : block.stop] - n, z),
+    )
     return torch.stack([by_r, by_z, by_n * r], dim=2), by_n, z
 
 
-def _elman(derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
+def _elman(
+    derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]
+) -> Products:
     """Elman's network, whose nonlinearity has a derivative that is a function of its value."""
     found, arriving = g.new_empty(*g.shape[1:3], len(g), g.shape[3]), run.arriving(g, final[0])
     slopes, h = derivative(run.after), arriving[-1]

@@ -16,7 +16,9 @@ SUMMED = "stuwabc"
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     equation, *operands = args
-    flat = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    flat = (
+        operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
+    )
     return {"equation": equation, **{f"operands{k}": v for k, v in enumerate(flat)}}
 
 
@@ -27,8 +29,14 @@ def _parsed(arguments: dict[str, Any]) -> tuple[list[str], str] | None:
         return None
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
-    out = out if arrow else "".join(sorted(x for x in inputs if x.isalpha() and inputs.count(x) == 1))
-    return (operands, out) if len(operands) == 2 and all(len({*o}) == len(o) for o in operands) else None
+    out = (
+        out if arrow else "".join(sorted(x for x in inputs if x.isalpha() and inputs.count(x) == 1))
+    )
+    return (
+        (operands, out)
+        if len(operands) == 2 and all(len({*o}) == len(o) for o in operands)
+        else None
+    )
 
 
 def _outside_parameters(call: Call, arguments: dict[str, Any]) -> list[int]:
@@ -51,7 +59,9 @@ def einsum(call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
     if parsed is not None and len(call.operands) == 1:
         (name,), (operands, out) = call.operands, parsed
         k = int(name[-1])
-        term = contraction(call, g, arguments[f"operands{1 - k}"], operands[1 - k], operands[k], out)
+        term = contraction(
+            call, g, arguments[f"operands{1 - k}"], operands[1 - k], operands[k], out
+        )
         if term is not None:
             return {name: term}
 

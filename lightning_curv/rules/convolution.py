@@ -79,7 +79,8 @@ def transposed_convolution(
 ) -> dict[str, Term]:
     """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``: convolutions of a spread input.
 
-    Positions are the pixels of the output. They run backwards, so that the patches that they see are views.
+    Positions are the pixels of the output. They run backwards, so that the patches that they see
+    are views.
     """
     dims = weight.ndim - 2
     s, k, kernel = "stu"[:dims], "xyz"[:dims], weight.shape[2:]
@@ -89,7 +90,9 @@ def transposed_convolution(
     padded = _padded(spread, _transposed_pads(kernel, padding, output_padding, dilation))
     x = patches(padded, weight, (1,) * dims, dilation, groups)
     shown = _flipped(g, [3 + axis for axis in backwards])
-    q, x, shown = ("", x[:, 0], shown) if groups == 1 else ("q", x, shown.unflatten(2, (groups, -1)))
+    q, x, shown = (
+        ("", x[:, 0], shown) if groups == 1 else ("q", x, shown.unflatten(2, (groups, -1)))
+    )
     outputs_first = weight.new_empty(()).expand(g.shape[2], len(weight) // groups, *kernel)
     settings = (1,) * dims, [0] * dims, dilation
     own = _adjoint(x, padded, outputs_first, settings, groups, transposed=True)
@@ -97,7 +100,9 @@ def transposed_convolution(
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
 
 
-def patches(input: Tensor, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Tensor:
+def patches(
+    input: Tensor, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Tensor:
     """The receptive fields ``[N, groups, in/groups, *kernel, *positions]``, a view of the padded input."""
     kernel = weight.shape[2:]
     fields = list(zip(input.shape[2:], kernel, stride, dilation, strict=True))
@@ -129,7 +134,9 @@ def _transposed_pads(
 ) -> list[tuple[int, int]]:
     """Zeros before and after the spread input of a transposed convolution, per axis; negative: what is cut off."""
     dims = len(kernel)
-    settings = zip(kernel, _per_axis(padding, dims), _per_axis(output_padding, dims), dilation, strict=True)
+    settings = zip(
+        kernel, _per_axis(padding, dims), _per_axis(output_padding, dims), dilation, strict=True
+    )
     pads = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, p, more, d in settings]
     return [pair[::-1] if k > 1 else pair for pair, k in zip(pads, kernel, strict=True)]
 
@@ -152,11 +159,18 @@ def _flipped(g: Tensor, axes: list[int]) -> Tensor:
 
 
 def _padded(input: Tensor, pads: list[tuple[int, int]]) -> Tensor:
-    return F.pad(input, [p for pair in reversed(pads) for p in pair]) if any(map(any, pads)) else input
+    return (
+        F.pad(input, [p for pair in reversed(pads) for p in pair]) if any(map(any, pads)) else input
+    )
 
 
 def _adjoint(
-    x: Tensor, input: Tensor, weight: Tensor, settings: Settings, groups: int, transposed: bool = False
+    x: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    settings: Settings,
+    groups: int,
+    transposed: bool = False,
 ) -> Adjoint:
     """The weight's gradients by a convolution's own backward function.
 
@@ -175,7 +189,11 @@ def _adjoint(
     def ordered(found: Tensor) -> Tensor:
         """``[*, out, in/groups, *kernel]``, or with the two axes swapped in every group."""
         axis = found.ndim - weight.ndim
-        return found.unflatten(axis, (groups, -1)).transpose(axis + 1, axis + 2) if transposed else found
+        return (
+            found.unflatten(axis, (groups, -1)).transpose(axis + 1, axis + 2)
+            if transposed
+            else found
+        )
 
     def gradient(g: Tensor, input: Tensor) -> Tensor:
         return ordered(weight_gradient(flat(g), input, weight, *settings, groups))
@@ -213,8 +231,18 @@ def _by_groups(input: Tensor, weight: Tensor, groups: int) -> bool:
     Whole vectors of channels, no copies of patches; large weights do not stay in cache.
     """
     outputs, inputs, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
-    known = input.device.type == "cpu" and input.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled)
-    return known and taps > 1 and not outputs % VECTOR and not inputs % VECTOR and weight.numel() <= LARGEST
+    known = (
+        input.device.type == "cpu"
+        and input.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)
+    )
+    return (
+        known
+        and taps > 1
+        and not outputs % VECTOR
+        and not inputs % VECTOR
+        and weight.numel() <= LARGEST
+    )
 
 
 def _per_axis(value: Sizes, dims: int) -> tuple[int, ...]:

@@ -36,35 +36,59 @@ def broadcast(call: Call, g: Tensor, operand: Tensor, factor: Tensor | None = No
     letters = [DIAGONAL[j] if size == sizes[j] else SUMMED[j] for j, size in enumerate(g.shape[2:])]
     out = "".join(letters)
     x = None if factor is None else call.rows(factor.expand(call.shape))
-    return Term(out, out if x is not None else "", "".join(x for x in letters if x in DIAGONAL), g, x)
+    return Term(
+        out, out if x is not None else "", "".join(x for x in letters if x in DIAGONAL), g, x
+    )
 
 
 def _value(value: Tensor | float, like: Tensor) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return (
+        value
+        if isinstance(value, Tensor)
+        else torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    )
 
 
 @rule(
     torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__,
     axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (),
 )  # fmt: skip
-def add(call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict[str, Term]:
+def add(
+    call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
+) -> dict[str, Term]:
     """Y = a + α b."""
-    return {k: broadcast(call, *((g, input) if k == "input" else (alpha * g, other))) for k in call.operands}
+    return {
+        k: broadcast(call, *((g, input) if k == "input" else (alpha * g, other)))
+        for k in call.operands
+    }
 
 
 @rule(
     torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__, Tensor.sub_, Tensor.__isub__,
     axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (),
 )  # fmt: skip
-def sub(call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict[str, Term]:
+def sub(
+    call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
+) -> dict[str, Term]:
     """Y = a - α b."""
     return add(call, g, input, other, alpha=-alpha)
 
 
-@rule(torch.rsub, Tensor.__rsub__, axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: ())
-def rsub(call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1) -> dict[str, Term]:
+@rule(
+    torch.rsub,
+    Tensor.__rsub__,
+    axes=_repeats,
+    accepts=_repeated_in_front,
+    reads=lambda arguments: (),
+)
+def rsub(
+    call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
+) -> dict[str, Term]:
     """Y = b - α a."""
-    return {k: broadcast(call, *((g, other) if k == "other" else (-alpha * g, input))) for k in call.operands}
+    return {
+        k: broadcast(call, *((g, other) if k == "other" else (-alpha * g, input)))
+        for k in call.operands
+    }
 
 
 @rule(
@@ -109,7 +133,9 @@ def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> dict[str, Ter
     x = call.rows(input).clamp(max=0)
     if weight.numel() == 1:
         return {"weight": Term("s", "s", "", g.reshape(*g.shape[:2], -1), x.reshape(len(x), -1))}
-    return {"weight": Term("ds", "ds", "d", g.reshape(*g.shape[:3], -1), x.reshape(*x.shape[:2], -1))}
+    return {
+        "weight": Term("ds", "ds", "d", g.reshape(*g.shape[:3], -1), x.reshape(*x.shape[:2], -1))
+    }
 
 
 @rule(

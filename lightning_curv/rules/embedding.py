@@ -28,7 +28,11 @@ def embedding(
     index, classes = call.rows(input).reshape(g.shape[1], -1), weight.shape[0]
     if padding_idx is not None:
         index = index.masked_fill(index == padding_idx % classes, -1)
-    return {"weight": Term("so", "si", "io", g.reshape(*g.shape[:2], index.shape[1], g.shape[-1]), index, classes)}
+    return {
+        "weight": Term(
+            "so", "si", "io", g.reshape(*g.shape[:2], index.shape[1], g.shape[-1]), index, classes
+        )
+    }
 
 
 @rule(
@@ -65,7 +69,11 @@ def embedding_bag(
     elif mode == "mean":
         share = 1 / (index >= 0).sum(1).clamp(min=1).to(g.dtype)[:, None, None]
     else:
-        share = g.new_ones(()) if per_sample_weights is None else per_sample_weights.flatten()[place].unsqueeze(-1)
+        share = (
+            g.new_ones(())
+            if per_sample_weights is None
+            else per_sample_weights.flatten()[place].unsqueeze(-1)
+        )
     g = (g.unsqueeze(2) * share).expand(-1, -1, index.shape[1], -1)
     return {"weight": Term("so", "si", "io", g, index, len(weight))}
 
@@ -80,8 +88,17 @@ def rows_of(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Term:
         index: Integers, of the shape of the output without the axes behind the first of ``table``.
     """
     index = (call.rows(index) % len(table)).reshape(g.shape[1], -1)
-    feature = "o" if table.ndim == 2 else "d"  # a factor for the entries of a matrix would be its size squared
-    return Term("s" + feature, "si", "i" + feature, g.reshape(*g.shape[:2], index.shape[1], -1), index, len(table))
+    feature = (
+        "o" if table.ndim == 2 else "d"
+    )  # a factor for the entries of a matrix would be its size squared
+    return Term(
+        "s" + feature,
+        "si",
+        "i" + feature,
+        g.reshape(*g.shape[:2], index.shape[1], -1),
+        index,
+        len(table),
+    )
 
 
 def _bags(starts: Tensor, length: int) -> Tensor:

@@ -21,7 +21,9 @@ def _rows_or_columns(call: Call, arguments: dict[str, Any]) -> list[int]:
 
 
 @rule(
-    *(function for function in [getattr(torch, "_grouped_mm", None)] if function),  # of torch 2.8 and later
+    *(
+        function for function in [getattr(torch, "_grouped_mm", None)] if function
+    ),  # of torch 2.8 and later
     axes=_rows_or_columns,
     accepts=lambda name, tensor, out: name == "mat2" and tensor.ndim == 3 and out.ndim == 2,
 )
@@ -36,8 +38,8 @@ def grouped_mm(
 ) -> dict[str, Term]:
     """``F.grouped_mm``: row r times the matrix of its expert, Y_r = x_r W_e(r); also W_e X with columns of experts.
 
-    Expert e ends with row ``offs[e] - 1``; rows that no expert has get no gradient. Rows are zero for all experts but
-    their own: memory is that of the rows times the number of experts.
+    Expert e ends with row ``offs[e] - 1``; rows that no expert has get no gradient. Rows are zero
+    for all experts but their own: memory is that of the rows times the number of experts.
     """
     dims = input.ndim, mat2.ndim
     if call.operands == ("mat2",) and dims == (2, 3) and offs is not None:
@@ -46,7 +48,9 @@ def grouped_mm(
         return {"input": Term("qo", "qi", "qoi", *_of_experts(g, mat2.mT, offs))}
     if dims == (3, 3) and "bias" not in call.operands:
         return contraction.bmm(call, g, input, mat2)
-    raise NotImplementedError("no rule for a grouped product other than that of data with one matrix per expert")
+    raise NotImplementedError(
+        "no rule for a grouped product other than that of data with one matrix per expert"
+    )
 
 
 def _of_experts(g: Tensor, x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:

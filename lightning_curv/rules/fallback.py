@@ -21,11 +21,16 @@ class FallbackWarning(UserWarning):
     """An op has no rule: its per-sample gradients are exact, but slow, and are materialised."""
 
 
-def rule_for(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Rule, dict[str, Any]]:
+def rule_for(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Rule, dict[str, Any]]:
     """A rule for one call of any op, and the call's arguments by the names that this rule gives them."""
     if _picks(func, args, kwargs):
         axes = range(args[1].ndim)
-        return Rule(_picked, axes=lambda call, arguments: axes), {"table": args[0], "index": args[1]}
+        return Rule(_picked, axes=lambda call, arguments: axes), {
+            "table": args[0],
+            "index": args[1],
+        }
     leaves, structure = tree_flatten((args, kwargs))
 
     def op(**arguments: Any) -> Any:
@@ -38,7 +43,12 @@ def rule_for(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def _picks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call is ``table[index]`` with a tensor of integers."""
-    if func is not Tensor.__getitem__ or kwargs or not isinstance(args[1], Tensor) or not args[1].ndim:
+    if (
+        func is not Tensor.__getitem__
+        or kwargs
+        or not isinstance(args[1], Tensor)
+        or not args[1].ndim
+    ):
         return False
     return args[1].dtype in (torch.int64, torch.int32) and not args[1].requires_grad
 
@@ -51,15 +61,17 @@ def _apply(op: Callable[..., Any], call: Call, g: Tensor, **arguments: Any) -> d
     return per_sample(op, call, g, arguments)
 
 
-def per_sample(op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[str, Any]) -> dict[str, Term]:
+def per_sample(
+    op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[str, Any]
+) -> dict[str, Term]:
     """The terms of ``op(**arguments)``, which treats the entries of the leading axis of its data independently.
 
     Args:
         op: The op as a function of named arguments.
         call: The recorded call.
         g: Cotangents, ``[V, N, *]``.
-        arguments: The op's arguments by name; those that are not in ``call.operands`` and whose leading axis has size N
-            are data.
+        arguments: The op's arguments by name; those that are not in ``call.operands`` and whose
+            leading axis has size N are data.
 
     Raises:
         NotImplementedError: The op does not batch over the leading axis, or ``vmap`` cannot run it.
@@ -82,7 +94,9 @@ def per_sample(op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[st
         g, data = g[:, rows], {k: v[rows] for k, v in data.items()}
 
     def pull(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        return torch.func.vjp(lambda operands: op(**operands, **data, **others), operands)[1](cotangent)[0]
+        return torch.func.vjp(lambda operands: op(**operands, **data, **others), operands)[1](
+            cotangent
+        )[0]
 
     def one(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
         return pull(cotangent[None], {k: v[None] for k, v in data.items()})
@@ -98,12 +112,18 @@ def per_sample(op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[st
     try:
         total = pull(torch.tensordot(weights, g, 1), data)
         result = columns_at_once()
-        if len(g) > 1 and not _agree(result, total, weights):  # torch batches a few ops wrongly twice (`cdist`)
+        if len(g) > 1 and not _agree(
+            result, total, weights
+        ):  # torch batches a few ops wrongly twice (`cdist`)
             result = column_by_column()
     except Exception as error:
-        raise NotImplementedError(f"no rule, and the per-sample fallback failed with: {error}") from error
+        raise NotImplementedError(
+            f"no rule, and the per-sample fallback failed with: {error}"
+        ) from error
     if not _agree(result, total, weights):
-        raise NotImplementedError("no rule, and it does not treat the entries of its leading axis independently")
+        raise NotImplementedError(
+            "no rule, and it does not treat the entries of its leading axis independently"
+        )
     return {k: dense(v) for k, v in result.items()}
 
 
@@ -113,7 +133,9 @@ def _agree(result: dict[str, Tensor], total: dict[str, Tensor], weights: Tensor)
         found = torch.tensordot(weights, result[name].sum(1), 1)
         known = whole.isfinite() & found.isfinite()
         found, whole = found[known], whole[known]
-        if not torch.allclose(found, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().amax() if len(whole) else 0)):
+        if not torch.allclose(
+            found, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().amax() if len(whole) else 0)
+        ):
             return False
     return True
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Axes = Sequence[int | None] | None  # of every output; `None`: no axis carries the samples, rows belong to them
+Axes = (
+    Sequence[int | None] | None
+)  # of every output; `None`: no axis carries the samples, rows belong to them
 
 
 def joined(outputs: Sequence[Tensor], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -30,14 +32,17 @@ def rows(tensors: Sequence[Tensor], axes: Axes) -> Tensor:
 
     Args:
         tensors: The tensors.
-        axes: The axis of each that carries the samples; ``None``: unknown, then N is 1. ``None`` for all of them: they
-            are ragged. What is in front of the last axis of each is rows, those of one tensor behind those of another
-            and with zeros where another's are wider.
+        axes: The axis of each that carries the samples; ``None``: unknown, then N is 1. ``None``
+            for all of them: they are ragged. What is in front of the last axis of each is rows,
+            those of one tensor behind those of another and with zeros where another's are wider.
     """
     if axes is None:
         width = max(t.shape[-1] for t in tensors)
         return torch.cat([F.pad(t.flatten(0, -2), (0, width - t.shape[-1])) for t in tensors])
-    by_sample = [t[None] if axis is None else t.movedim(axis, 0) for t, axis in zip(tensors, axes, strict=True)]
+    by_sample = [
+        t[None] if axis is None else t.movedim(axis, 0)
+        for t, axis in zip(tensors, axes, strict=True)
+    ]
     return torch.cat([t.flatten(1) for t in by_sample], dim=1)
 
 

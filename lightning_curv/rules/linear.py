@@ -12,7 +12,9 @@ from lightning_curv.terms.term import Term, flatten_shared
 
 
 @rule(F.linear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input",))
-def linear(call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> dict[str, Term]:
+def linear(
+    call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> dict[str, Term]:
     """Y = x Wᵀ + b."""
     weight_term, bias_term = product(g, call.rows(input), "oi")
     return {"weight": weight_term, "bias": bias_term}
@@ -36,7 +38,9 @@ def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Ter
         return {"other": product(g.unsqueeze(-1), call.rows(input), "oi")[0]}
     if call.operands == ("input",) and input.ndim == 2 and other.ndim >= 2:
         features, x = (
-            (g, call.rows(other)) if call.axis == last else (g.transpose(-1, -2), call.rows(other.mT).contiguous())
+            (g, call.rows(other))
+            if call.axis == last
+            else (g.transpose(-1, -2), call.rows(other.mT).contiguous())
         )
         return {"input": product(features, x, "oi")[0]}
     if input.ndim == other.ndim == 3 and len(input) == len(other) and call.axis > 0:
@@ -51,16 +55,41 @@ def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Ter
     accepts=lambda name, tensor, out: name == "mat2",
 )
 def addmm(
-    call: Call, g: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
 ) -> dict[str, Term]:
     """Y = β b + α x W, as in layers that keep the weight transposed."""
-    terms = {"mat2": Term("o", "i", "io", g, alpha * call.rows(mat1))} if "mat2" in call.operands else {}
-    return {**terms, "input": elementwise.broadcast(call, beta * g, input)} if "input" in call.operands else terms
+    terms = (
+        {"mat2": Term("o", "i", "io", g, alpha * call.rows(mat1))}
+        if "mat2" in call.operands
+        else {}
+    )
+    return (
+        {**terms, "input": elementwise.broadcast(call, beta * g, input)}
+        if "input" in call.operands
+        else terms
+    )
 
 
-@rule(torch.bilinear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input1", "input2"))
+@rule(
+    torch.bilinear,
+    slots=("weight", "bias"),
+    axes=leading_axes(1),
+    reads=lambda arguments: ("input1", "input2"),
+)
 def bilinear(
-    call: Call, g: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+    call: Call,
+    g: Tensor,
+    input1: Tensor,
+    input2: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> dict[str, Term]:
     """Y = x₁ᵀ W x₂ + b: linear in the outer product of the inputs."""
     x = flatten_shared(call.rows(input1.unsqueeze(-1) * input2.unsqueeze(-2)), 1, -2)

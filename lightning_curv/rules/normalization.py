@@ -29,7 +29,12 @@ def _channels(g: Tensor, x: Tensor) -> dict[str, Term]:
     return {"weight": Term("ds", "ds", "d", g, x), "bias": Term("ds", "", "d", g)}
 
 
-@rule(F.layer_norm, slots=("weight", "bias"), axes=_before_normalized, reads=lambda arguments: ("input",))
+@rule(
+    F.layer_norm,
+    slots=("weight", "bias"),
+    axes=_before_normalized,
+    reads=lambda arguments: ("input",),
+)
 def layer_norm(
     call: Call,
     g: Tensor,
@@ -78,7 +83,9 @@ def _batch_statistics(arguments: dict[str, Any]) -> bool:
     F.batch_norm,
     slots=("weight", "bias"),
     couples=_batch_statistics,
-    reads=lambda arguments: ("input",) if arguments["training"] else ("input", "running_mean", "running_var"),
+    reads=lambda arguments: (
+        ("input",) if arguments["training"] else ("input", "running_mean", "running_var")
+    ),
 )
 def batch_norm(
     call: Call,
@@ -101,7 +108,9 @@ def batch_norm(
 @rule(
     F.instance_norm,
     slots=("weight", "bias"),
-    reads=lambda arguments: ("input",) if arguments["use_input_stats"] else ("input", "running_mean", "running_var"),
+    reads=lambda arguments: (
+        ("input",) if arguments["use_input_stats"] else ("input", "running_mean", "running_var")
+    ),
 )
 def instance_norm(
     call: Call,

@@ -1,9 +1,10 @@
 """Recurrent networks and cells: one call applies every weight at every step.
 
-The steps are shared positions of the weights, as the positions of a sequence are for ``F.linear``; the forward pass and
-the gradients stay those of the builtin. The cotangents of the products with the weights are found in closed form from
-the recorded outputs (`cells`), from the last layer to the first. Where these are not what the call returned (changed in
-place, or inputs replaced by others) the recurrence is written out and differentiated instead (`replay`).
+The steps are shared positions of the weights, as the positions of a sequence are for ``F.linear``;
+the forward pass and the gradients stay those of the builtin. The cotangents of the products with
+the weights are found in closed form from the recorded outputs (`cells`), from the last layer to the
+first. Where these are not what the call returned (changed in place, or inputs replaced by others)
+the recurrence is written out and differentiated instead (`replay`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from lightning_curv.terms.term import Term
 LAYERS = "input hx params has_biases num_layers dropout train bidirectional batch_first"
 PACKED = "input batch_sizes hx params has_biases num_layers dropout train bidirectional"
 CELL = "input hx w_ih w_hh b_ih b_hh"
-Numbered = Iterator[tuple[int, Tensor, Tensor]]  # a weight's number, cotangents [V, N, T, o], inputs [N, T, i]
+Numbered = Iterator[
+    tuple[int, Tensor, Tensor]
+]  # a weight's number, cotangents [V, N, T, o], inputs [N, T, i]
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,15 @@ def _bind_layers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any
 
 def _bind_cell(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     given = {**dict(zip(CELL.split(), args, strict=False)), **kwargs}
-    weights = [given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if given.get(name) is not None]
+    weights = [
+        given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if given.get(name) is not None
+    ]
     return _flat(given["hx"], weights, {"input": given["input"], "has_biases": len(weights) == 4})
 
 
-def _flat(states: Tensor | Sequence[Tensor], params: Sequence[Tensor], others: dict[str, Any]) -> dict[str, Any]:
+def _flat(
+    states: Tensor | Sequence[Tensor], params: Sequence[Tensor], others: dict[str, Any]
+) -> dict[str, Any]:
     states = [states] if isinstance(states, Tensor) else states
     return {
         **others,
@@ -83,7 +90,10 @@ def _owners(arguments: dict[str, Any]) -> Tensor | None:
         return None
     steps, states = _steps(arguments), _numbered(arguments, "states")
     return torch.cat(
-        [steps.sample, torch.arange(steps.sizes[0], device=steps.sample.device).repeat(sum(map(len, states)))]
+        [
+            steps.sample,
+            torch.arange(steps.sizes[0], device=steps.sample.device).repeat(sum(map(len, states))),
+        ]
     )
 
 
@@ -109,17 +119,23 @@ class _Network:
         initial: Initial states, ``[layers·directions, N, *]`` each.
         weights: All parameters by number.
         biases: Numbers of the biases by those of their weights.
-        matrices: Numbers of the weights of every direction of every layer: W_i, W_h and, where projected, W_r.
+        matrices: Numbers of the weights of every direction of every layer: W_i, W_h and, where
+            projected, W_r.
     """
 
     def __init__(self, kind: _Kind, arguments: dict[str, Any]) -> None:
         self.kind, self.arguments, self.is_cell = kind, arguments, "num_layers" not in arguments
         self.weights = _numbered(arguments, "params")
-        x, *initial = [t.to(self.weights[0].dtype) for t in (arguments["input"], *_numbered(arguments, "states"))]
+        x, *initial = [
+            t.to(self.weights[0].dtype)
+            for t in (arguments["input"], *_numbered(arguments, "states"))
+        ]
         self.initial = [s[None] for s in initial] if self.is_cell else initial
         packed = "batch_sizes" in arguments
         self.steps = (
-            _steps(arguments) if packed else Steps(1 if self.is_cell else x.shape[int(arguments["batch_first"])])
+            _steps(arguments)
+            if packed
+            else Steps(1 if self.is_cell else x.shape[int(arguments["batch_first"])])
         )
         self.x = self._steps_first(x)
         self.directions = 1 + arguments.get("bidirectional", False)
@@ -131,7 +147,11 @@ class _Network:
     def _steps_first(self, tensor: Tensor) -> Tensor:
         if self.is_cell:
             return tensor[None]
-        return tensor.transpose(0, 1) if self.arguments.get("batch_first") else self.steps.padded(tensor)
+        return (
+            tensor.transpose(0, 1)
+            if self.arguments.get("batch_first")
+            else self.steps.padded(tensor)
+        )
 
     def replayed(self, g: Tensor) -> Numbered:
         """Cotangents ``g [V, N, K]`` of all outputs at the products with the weights, by differentiating every step."""
@@ -144,7 +164,11 @@ class _Network:
             inputs = {k: v[0] if v[0].ndim == 3 else torch.stack(v) for k, v in run.inputs.items()}
             return rows(tensors, _sample_axes(self.arguments)), inputs
 
-        shifts = {k: self.x.new_zeros(*self.x.shape[:2], len(w)) for k, w in enumerate(self.weights) if w.ndim == 2}
+        shifts = {
+            k: self.x.new_zeros(*self.x.shape[:2], len(w))
+            for k, w in enumerate(self.weights)
+            if w.ndim == 2
+        }
         whole, pull, inputs = torch.func.vjp(outputs, shifts, has_aux=True)  # type: ignore[misc]
         g = g.to(whole.dtype)
         if len(g) == 1:
@@ -169,7 +193,10 @@ class _Network:
             below = []
             for direction in range(self.directions):
                 number, backwards = layer * self.directions + direction, direction == 1
-                h, y = (t.chunk(self.directions, dim=-1)[direction] for t in (layers[layer + 1], arriving))
+                h, y = (
+                    t.chunk(self.directions, dim=-1)[direction]
+                    for t in (layers[layer + 1], arriving)
+                )
                 if backwards:
                     x, h, y = (self.steps.backwards(t, t.ndim - 2) for t in (layers[layer], h, y))
                 else:
@@ -184,7 +211,10 @@ class _Network:
             arriving = sum(below[1:], start=below[0]) if below else arriving
 
     def _run(self, number: int, x: Tensor, h: Tensor, dtype: torch.dtype) -> cells.Run:
-        matrices, initial = self.matrices[number], [state[number].to(dtype) for state in self.initial]
+        matrices, initial = (
+            self.matrices[number],
+            [state[number].to(dtype) for state in self.initial],
+        )
         weights = [self.weights[k].to(dtype) for k in matrices]
         biases = [self.weights[self.biases[k]].to(dtype) for k in matrices if k in self.biases]
         before = torch.cat([initial[0][None], h[:-1]])
@@ -205,7 +235,9 @@ class _Network:
                 if (sizes := self.arguments.get("batch_sizes")) is None:
                     found.append(self.kind.builtin(found[-1], hx, weights, *options, False)[0])
                 else:
-                    rows = self.kind.builtin(self.steps.rows(found[-1]), sizes, hx, weights, *options)[0]
+                    rows = self.kind.builtin(
+                        self.steps.rows(found[-1]), sizes, hx, weights, *options
+                    )[0]
                     found.append(self.steps.padded(rows))
         return [*found, self._steps_first(output)]
 
@@ -217,14 +249,18 @@ class _Network:
         own = g.new_zeros(*g.shape[:2], steps * width) if self.is_cell else g[:, :, : steps * width]
         sizes = [len(state) * state.shape[2] for state in self.initial]
         states = g[:, :, -sum(sizes) :].split(sizes, dim=2)
-        final = [part.unflatten(2, (len(s), -1)) for part, s in zip(states, self.initial, strict=True)]
+        final = [
+            part.unflatten(2, (len(s), -1)) for part, s in zip(states, self.initial, strict=True)
+        ]
         return own.unflatten(2, (steps, width)).permute(2, 0, 1, 3), final
 
     def _split_rows(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The same for the rows of packed outputs and of the final states behind them."""
         counts = [len(state) * state.shape[1] for state in self.initial]
         own, *states = g.split([g.shape[1] - sum(counts), *counts], dim=1)
-        own = self.steps.padded(own[:, :, : self.directions * self.initial[0].shape[2]].transpose(0, 1))
+        own = self.steps.padded(
+            own[:, :, : self.directions * self.initial[0].shape[2]].transpose(0, 1)
+        )
         final = [
             part[:, :, : s.shape[2]].unflatten(1, (len(s), -1)).transpose(1, 2)
             for part, s in zip(states, self.initial, strict=True)
@@ -236,7 +272,9 @@ def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str
     """``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``, ``torch.rnn_relu`` and their cells."""
     network = _Network(kind, arguments)
     output, version = arguments["output"] or (g, -1)
-    products = network.backpropagated(g, output) if output._version == version else network.replayed(g)
+    products = (
+        network.backpropagated(g, output) if output._version == version else network.replayed(g)
+    )
     terms = {}
     for k, y, x in products:
         terms[f"params{k}"], terms[f"params{network.biases.get(k)}"] = linear.product(y, x, "oi")
@@ -250,7 +288,10 @@ _KINDS = {
     "rnn_relu": _Kind(replay.relu, cells.relu, torch.rnn_relu),
 }
 for _name, _kind in _KINDS.items():
-    for _function, _binds in ((_kind.builtin, _bind_layers), (getattr(torch, f"{_name}_cell"), _bind_cell)):
+    for _function, _binds in (
+        (_kind.builtin, _bind_layers),
+        (getattr(torch, f"{_name}_cell"), _bind_cell),
+    ):
         rule(
             _function, binds=_binds, slots=("params",), axes=_backpropagable, outputs=_sample_axes, groups=_owners,
             affine=False, bulky=True,

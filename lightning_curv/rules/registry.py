@@ -25,9 +25,10 @@ class Call:
         shape: The output's shape as recorded.
         operands: Names of the arguments that are parameters (or computed from parameters).
         axis: The axis of the output that carries the samples.
-        lead: How many leading axes of the output make up its rows together; more than one where every position of a
-            sequence has a sample of its own.
-        chosen: The rows that are asked for, ``[R]``; ``None``: all. A rule may return terms of these alone.
+        lead: How many leading axes of the output make up its rows together; more than one where
+            every position of a sequence has a sample of its own.
+        chosen: The rows that are asked for, ``[R]``; ``None``: all. A rule may return terms of
+            these alone.
     """
 
     shape: torch.Size
@@ -63,26 +64,28 @@ class Rule:
     """How one op contributes to the per-sample Jacobians of its parameters.
 
     Attributes:
-        function: ``function(call, g, **arguments)`` returns the `Term` of each parameter argument by name.
-        slots: Names of the arguments that hold parameters; empty: any argument may (``x + p``, ``p + x``). ``params``
-            covers ``params0``, ``params1`` too.
+        function: ``function(call, g, **arguments)`` returns the `Term` of each parameter argument
+            by name.
+        slots: Names of the arguments that hold parameters; empty: any argument may (``x + p``,
+            ``p + x``). ``params`` covers ``params0``, ``params1`` too.
         axes: ``axes(call, arguments)`` gives the axes of the output that may carry samples.
         reads: ``reads(arguments)`` gives the names of the tensors whose values the terms need.
         expands: Whether the op does nothing but repeat its argument (``expand``).
         couples: ``couples(arguments)`` says whether a sample's output depends on other samples.
-        accepts: For ops without slots: whether a tensor that was computed from parameters and constants is a parameter
-            of this call (name, tensor, output) or data.
-        binds: ``binds(args, kwargs)`` gives the arguments of a call by name; by default those of ``function``.
-        outputs: For ops that return a tuple: ``outputs(arguments)`` gives the axis of every output that carries the
-            samples. The rule gets the cotangents of all outputs as the rows of one tensor, ``[V, N, K]``. ``None``:
-            ragged rows, see `lightning_curv.rules.joined.rows`.
-        groups: For ops whose output has several rows of every sample, not the same number of all: ``groups(arguments)``
-            gives the index of the term's sample n that every row belongs to, ``[R]``; ``None``: not so in this call.
-            The rule then gets the cotangents of the rows, ``[V, R, K]``, in the order of the output, and returns terms
-            of N samples.
+        accepts: For ops without slots: whether a tensor that was computed from parameters and
+            constants is a parameter of this call (name, tensor, output) or data.
+        binds: ``binds(args, kwargs)`` gives the arguments of a call by name; by default those of
+            ``function``.
+        outputs: For ops that return a tuple: ``outputs(arguments)`` gives the axis of every output
+            that carries the samples. The rule gets the cotangents of all outputs as the rows of one
+            tensor, ``[V, N, K]``. ``None``: ragged rows, see `lightning_curv.rules.joined.rows`.
+        groups: For ops whose output has several rows of every sample, not the same number of all:
+            ``groups(arguments)`` gives the index of the term's sample n that every row belongs to,
+            ``[R]``; ``None``: not so in this call. The rule then gets the cotangents of the rows,
+            ``[V, R, K]``, in the order of the output, and returns terms of N samples.
         affine: Whether the op is affine in each of its parameters.
-        bulky: Whether the terms take more memory than the arguments: in the user's backward pass they are then made
-            when that of the op is through and has freed what it saved.
+        bulky: Whether the terms take more memory than the arguments: in the user's backward pass
+            they are then made when that of the op is through and has freed what it saved.
     """
 
     function: Callable[..., dict[str, Term]]
@@ -114,12 +117,15 @@ class Rule:
         return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-def rule(*functions: Callable[..., Any], **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def rule(
+    *functions: Callable[..., Any], **attributes: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the rule of ``functions``.
 
-    The decorated function takes a `Call`, the cotangent ``g`` of shape ``[V, N, *]`` (output with the sample axis moved
-    to the front, behind the axis of backpropagated columns) and then the arguments of the op by their names; it
-    returns a dict from the names of the parameter arguments to their `Term`.
+    The decorated function takes a `Call`, the cotangent ``g`` of shape ``[V, N, *]`` (output with
+    the sample axis moved to the front, behind the axis of backpropagated columns) and then the
+    arguments of the op by their names; it returns a dict from the names of the parameter arguments
+    to their `Term`.
 
     Args:
         functions: The torch functions as a `TorchFunctionMode` sees them, for example ``F.linear``.
@@ -156,14 +162,20 @@ def rule(*functions: Callable[..., Any], **attributes: Any) -> Callable[[Callabl
 @cache
 def _names(function: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The names of a rule's op arguments (behind those that the engine fills in) and their defaults."""
-    parameters = [p for p in signature(function).parameters.values() if p.name not in ("call", "g", "scale")]
-    parameters = [p for p in parameters if p.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)]
+    parameters = [
+        p for p in signature(function).parameters.values() if p.name not in ("call", "g", "scale")
+    ]
+    parameters = [
+        p for p in parameters if p.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    ]
     return tuple(p.name for p in parameters), {
         p.name: p.default for p in parameters if p.default is not Parameter.empty
     }
 
 
-def bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bind(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of a call by the names that ``function``, its rule, gives them."""
     names, defaults = _names(function)
     given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -1,7 +1,8 @@
 """The recurrence written out in differentiable steps: where the derivatives of its cotangents are wanted too.
 
-The textbook recurrence runs on the recorded inputs and is differentiated at the results of its matrix products. Slower
-than `cells`, which needs the recorded outputs and cannot be differentiated itself.
+The textbook recurrence runs on the recorded inputs and is differentiated at the results of its
+matrix products. Slower than `cells`, which needs the recorded outputs and cannot be differentiated
+itself.
 """
 
 from __future__ import annotations
@@ -51,10 +52,22 @@ class Replay:
     """
 
     def __init__(
-        self, step: Step, weights: list[Tensor], biases: dict[int, int], shifts: dict[int, Tensor], sequences: Steps
+        self,
+        step: Step,
+        weights: list[Tensor],
+        biases: dict[int, int],
+        shifts: dict[int, Tensor],
+        sequences: Steps,
     ) -> None:
-        self.step, self.weights, self.biases, self.shifts, self.sequences = step, weights, biases, shifts, sequences
-        # one node for all steps: the backward function of an index fills a tensor of all steps with zeros
+        self.step, self.weights, self.biases, self.shifts, self.sequences = (
+            step,
+            weights,
+            biases,
+            shifts,
+            sequences,
+        )
+        # one node for all steps: the backward function of an index fills a tensor of all steps with
+        # zeros
         self.steps = {weight: shift.unbind(0) for weight, shift in shifts.items()}
         self.inputs: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -77,7 +90,9 @@ class Replay:
         every = [*zip(*found, strict=True)]
         return torch.stack(every[0]), tuple(self.sequences.last(state) for state in every)
 
-    def network(self, x: Tensor, initial: Sequence[Tensor], directions: int) -> tuple[Tensor, list[Tensor]]:
+    def network(
+        self, x: Tensor, initial: Sequence[Tensor], directions: int
+    ) -> tuple[Tensor, list[Tensor]]:
         """All layers: outputs ``[T, N, *]`` and final states ``[layers·directions, N, *]``."""
         count = len(self.weights) // len(initial[0])
         final = []

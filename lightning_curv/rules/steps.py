@@ -1,7 +1,7 @@
 """The steps of sequences: all of one length, or packed, then those of shorter ones end earlier.
 
-Packed rows are those of the first step of all sequences, then those of the second step of all that have one, …; the
-sequences are sorted, the longest one first.
+Packed rows are those of the first step of all sequences, then those of the second step of all that
+have one, …; the sequences are sorted, the longest one first.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class PackedSteps(Steps):
         return self._exists.sum(0)
 
     def last(self, steps: Sequence[Tensor]) -> Tensor:
-        return torch.stack([*steps])[self._lengths - 1, torch.arange(len(self._lengths), device=self._device)]
+        return torch.stack([*steps])[
+            self._lengths - 1, torch.arange(len(self._lengths), device=self._device)
+        ]
 
     def backwards(self, tensor: Tensor, axis: int = 1) -> Tensor:
         step = torch.arange(self.count, device=self._device)[:, None]
@@ -88,7 +90,9 @@ class PackedSteps(Steps):
         return tensor.transpose(1, axis)[source, samples].transpose(1, axis).contiguous()
 
     def padded(self, rows: Tensor) -> Tensor:
-        return rows.new_zeros(*self._exists.shape, *rows.shape[1:]).masked_scatter(self._mask(rows.ndim + 1), rows)
+        return rows.new_zeros(*self._exists.shape, *rows.shape[1:]).masked_scatter(
+            self._mask(rows.ndim + 1), rows
+        )
 
     def rows(self, padded: Tensor) -> Tensor:
         return padded[self._exists]

@@ -37,13 +37,20 @@ class Batch:
     def holds(self, roots: Roots) -> bool:
         """Whether something computed from these roots depends on the samples.
 
-        A tensor from outside does if it is one of the batch, or of N rows and made of Python's numbers. Where the
-        tensors of the batch are not known, any other does too, unless a module holds it; but a number, or a row that is
-        no piece of a batch, is shared.
+        A tensor from outside does if it is one of the batch, or of N rows and made of Python's
+        numbers. Where the tensors of the batch are not known, any other does too, unless a module
+        holds it; but a number, or a row that is no piece of a batch, is shared.
         """
         rows = Counter(root.shape for root in roots.tensors if root.ndim and len(root) == 1)
-        listed = self.tensors is None and max(rows.values(), default=0) > 1  # the batch came as a list of rows
-        return roots.data or listed or self._gave(roots) or any(self._is_data(root) for root in roots.tensors)
+        listed = (
+            self.tensors is None and max(rows.values(), default=0) > 1
+        )  # the batch came as a list of rows
+        return (
+            roots.data
+            or listed
+            or self._gave(roots)
+            or any(self._is_data(root) for root in roots.tensors)
+        )
 
     def _is_data(self, root: Root) -> bool:
         whole = root.whole or root
@@ -92,16 +99,18 @@ class Batch:
     def candidates(self, tape: Tape) -> list[int]:
         """Possible numbers of samples, the default first.
 
-        The default is the leading axis of what the network reads first and a target of the loss has too. Tables of
-        constants are read as well: without such an agreement targets come first, and what modules hold is left out.
-        One sample agrees with every graph, so it comes into question only where nothing else does, or where it is the
-        default. If the graph does not agree with the default, other leading axes come into question, one of which must
-        then agree.
+        The default is the leading axis of what the network reads first and a target of the loss has
+        too. Tables of constants are read as well: without such an agreement targets come first, and
+        what modules hold is left out. One sample agrees with every graph, so it comes into question
+        only where nothing else does, or where it is the default. If the graph does not agree with
+        the default, other leading axes come into question, one of which must then agree.
         """
         if self.size is not None:
             return [self.size]
         roots = _whole(_read(tape))
-        found = _whole([root for call in tape.losses.values() for root in call.roots.tensors if root.ndim])
+        found = _whole(
+            [root for call in tape.losses.values() for root in call.roots.tensors if root.ndim]
+        )
         if len({len(root) for root in found}) > 1:
             found = [root for root in found if not self._is_held(root, 0)] or found
         targets = [len(root) for root in found]
@@ -117,27 +126,41 @@ class Batch:
             heads = [call.arguments["input"].shape for call in tape.losses.values()]
             outputs = [use.shape for use in tape.uses.values() if use.operands and sample_axes(use)]
             known = [int(shape[0]) for shape in [*heads, *outputs] if shape] or [1]
-        shapes = {size for root in roots for size in root.shape[1:]}  # the batch may be second in what is read
-        second = [int(shape[0]) for call in tape.losses.values() if (shape := call.arguments["input"].shape)]
+        shapes = {
+            size for root in roots for size in root.shape[1:]
+        }  # the batch may be second in what is read
+        second = [
+            int(shape[0])
+            for call in tape.losses.values()
+            if (shape := call.arguments["input"].shape)
+        ]
         swapped = [size for size in second if size in shapes and size > 1]
         others = [size for size in [*known, *targets] if size > 1]
         sizes = list(dict.fromkeys([*known[:1], *swapped, *others]))[:4]
         if self.expected is None:
             return sizes
-        piece = any(root.whole is not None and len(root.whole) == self.expected != len(root) for root in roots)
+        piece = any(
+            root.whole is not None and len(root.whole) == self.expected != len(root)
+            for root in roots
+        )
         return list(dict.fromkeys([*sizes, self.expected] if piece else [self.expected, *sizes]))
 
 
 def _whole(roots: Sequence[Root]) -> list[Root]:
     """The same, where several pieces of one tensor are that tensor: the batch was cut, not drawn."""
     pieces = Counter(root.whole for root in dict.fromkeys(roots))
-    return [root.whole if root.whole is not None and pieces[root.whole] > 1 else root for root in roots]
+    return [
+        root.whole if root.whole is not None and pieces[root.whole] > 1 else root for root in roots
+    ]
 
 
 def _read(tape: Tape) -> list[Root]:
     """What the network reads from outside, in the order in which it is read."""
     reading = [
-        (node_of(node)._sequence_nr(), [found for name, found in use.roots.items() if name not in use.operands])
+        (
+            node_of(node)._sequence_nr(),
+            [found for name, found in use.roots.items() if name not in use.operands],
+        )
         for node, use in tape.uses.items()
     ]
     reading += [(op.edge.node._sequence_nr(), [op.roots]) for op in tape.mapped]

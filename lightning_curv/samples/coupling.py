@@ -23,7 +23,9 @@ _REDUCTIONS = """
     Amax Amin Cummax Cummin Kthvalue LinalgVectorNorm Max Median Min Mode Nanmedian Norm Sort Topk
 """
 REDUCTIONS = frozenset(_REDUCTIONS.split())
-PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Dot", "Mm", "Mv"))  # entries that meet are not at the same place
+PRODUCTS = frozenset(
+    ("Addmm", "Baddbmm", "Bmm", "Dot", "Mm", "Mv")
+)  # entries that meet are not at the same place
 
 
 class Undecided(Exception):
@@ -33,8 +35,9 @@ class Undecided(Exception):
 def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head, Owners]]) -> bool:
     """Whether a part of a loss is a sum over samples of functions of their own rows of the network's outputs.
 
-    The Hessian H of such a part maps a direction whose rows are weighted by their samples to the image with the same
-    weights. It costs two differentiations of what lies above the outputs, and no pass through the network.
+    The Hessian H of such a part maps a direction whose rows are weighted by their samples to the
+    image with the same weights. It costs two differentiations of what lies above the outputs, and
+    no pass through the network.
 
     Args:
         passes: The graph.
@@ -45,12 +48,18 @@ def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head
         Undecided: There is no second derivative.
     """
     seeds = passes.gradients([head.edge for head in tops])
-    reached = [(head.edge, seed) for head, seed in zip(tops, seeds, strict=True) if seed is not None]
+    reached = [
+        (head.edge, seed) for head, seed in zip(tops, seeds, strict=True) if seed is not None
+    ]
     edges = [head.edge for head, _ in outputs]
     with torch.enable_grad(), unheard():
         try:
             gradients = torch.autograd.grad(
-                [edge for edge, _ in reached], edges, [s for _, s in reached], create_graph=True, allow_unused=True
+                [edge for edge, _ in reached],
+                edges,
+                [s for _, s in reached],
+                create_graph=True,
+                allow_unused=True,
             )
             curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
             if not curved:
@@ -60,11 +69,21 @@ def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head
 
             def image(vectors: Sequence[Tensor]) -> list[Tensor]:
                 found = torch.autograd.grad(
-                    [g for _, g in curved], edges, [vectors[i] for i, _ in curved], retain_graph=True, allow_unused=True
+                    [g for _, g in curved],
+                    edges,
+                    [vectors[i] for i, _ in curved],
+                    retain_graph=True,
+                    allow_unused=True,
                 )
-                return [torch.zeros_like(t) if f is None else f for f, t in zip(found, trial, strict=True)]
+                return [
+                    torch.zeros_like(t) if f is None else f
+                    for f, t in zip(found, trial, strict=True)
+                ]
 
-            plain, weighted = image(trial), image([t * w for t, w in zip(trial, weights, strict=True)])
+            plain, weighted = (
+                image(trial),
+                image([t * w for t, w in zip(trial, weights, strict=True)]),
+            )
         except RuntimeError as error:
             raise Undecided(str(error)) from error
     if nonlinear_in_several(passes, tops, outputs):
@@ -72,28 +91,48 @@ def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head
     scale = max((float(p.abs().max()) for p in plain if p.numel()), default=0.0)
     eps = max(passes.tape.eps, *(torch.finfo(p.dtype).eps for p in plain))
     return all(
-        bool(((w * p - x).abs() <= 1e3 * eps * scale).all()) for p, x, w in zip(plain, weighted, weights, strict=True)
+        bool(((w * p - x).abs() <= 1e3 * eps * scale).all())
+        for p, x, w in zip(plain, weighted, weights, strict=True)
     )
 
 
-def nonlinear_in_several(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head, Owners]]) -> bool:
+def nonlinear_in_several(
+    passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head, Owners]]
+) -> bool:
     """Whether some op above the outputs is nonlinear in entries of several samples.
 
-    Second derivatives do not show it where an op is piecewise linear: an absolute value, a hinge, a maximum.
+    Second derivatives do not show it where an op is piecewise linear: an absolute value, a hinge, a
+    maximum.
     """
     below = {head.edge[:2] for head, _ in outputs}
-    nodes = [node for node in _above(tops, {head.edge.node for head, _ in outputs}) if not linear_inputs(node)]
+    nodes = [
+        node
+        for node in _above(tops, {head.edge.node for head, _ in outputs})
+        if not linear_inputs(node)
+    ]
     edges = {
-        node: [GradientEdge(after, number) for after, number in node.next_functions if after is not None]
+        node: [
+            GradientEdge(after, number)
+            for after, number in node.next_functions
+            if after is not None
+        ]
         for node in nodes
     }
     inputs = list(dict.fromkeys(edge[:2] for found in edges.values() for edge in found))
-    known = {head.edge[:2]: owners.owner(head.like.shape).expand(head.like.shape) for head, owners in outputs}
+    known = {
+        head.edge[:2]: owners.owner(head.like.shape).expand(head.like.shape)
+        for head, owners in outputs
+    }
     heads = [head_at(GradientEdge(*edge), passes.loss) for edge in inputs if edge not in below]
-    found = forward_owners(passes, heads, outputs, outputs[0][1].count, by_entry=True) if heads else []
+    found = (
+        forward_owners(passes, heads, outputs, outputs[0][1].count, by_entry=True) if heads else []
+    )
     if found is None:
         return True
-    known |= {head.edge[:2]: rows.index.reshape(head.like.shape) for head, rows in zip(heads, found, strict=True)}
+    known |= {
+        head.edge[:2]: rows.index.reshape(head.like.shape)
+        for head, rows in zip(heads, found, strict=True)
+    }
     for node in nodes:
         owners = [known[edge[:2]] for edge in edges[node]]
         if name_of(node) not in PRODUCTS and any(differ(one, owners[0]) for one in owners[1:]):

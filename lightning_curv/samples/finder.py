@@ -1,10 +1,11 @@
 r"""The samples: their number N, and the sample that owns each row of every recorded op's output and of every loss call.
 
-N comes from the user's batch: ``batch_size``, else the leading axis of what the network reads first. The graph
-verifies it, it never chooses: columns whose samples are weighted differently are backpropagated from the top of the
-loss, and the weight that arrives at a row is that of its owner. A row where weights mix belongs to several samples:
-either they influence each other, which is refused, or the row depends on no sample (a table of positions), and its
-parameters get their gradients where the row meets the samples (`joins`).
+N comes from the user's batch: ``batch_size``, else the leading axis of what the network reads
+first. The graph verifies it, it never chooses: columns whose samples are weighted differently are
+backpropagated from the top of the loss, and the weight that arrives at a row is that of its owner.
+A row where weights mix belongs to several samples: either they influence each other, which is
+refused, or the row depends on no sample (a table of positions), and its parameters get their
+gradients where the row meets the samples (`joins`).
 
 What was verified is remembered only where it cannot depend on values: see `verified`.
 """
@@ -73,8 +74,10 @@ def find_samples(
         batch: What is known of the batch.
         independent: Whether samples must not influence each other.
         check: Verify this very graph, even if one of its structure was verified before.
-        most: Quantities are those of at most so many of the samples, for the price that is warned of.
-        strict: Whether samples must be apart to the last digits, not only up to rounding errors of larger numbers.
+        most: Quantities are those of at most so many of the samples, for the price that is warned
+            of.
+        strict: Whether samples must be apart to the last digits, not only up to rounding errors of
+            larger numbers.
 
     Raises:
         UnsupportedError: N does not agree with the graph, or samples influence each other.
@@ -447,8 +450,9 @@ class _Finder:
     def _evident(self, heads: Sequence[tuple[Head, Owners]] | None, count: int) -> bool:
         """Whether it is plain which rows belong to which sample.
 
-        It is where all that the network reads keeps the order of the batch, where the targets of every loss call do, or
-        where a head has one row per sample and all others depend on the same rows. ``None``: wherever the heads are.
+        It is where all that the network reads keeps the order of the batch, where the targets of
+        every loss call do, or where a head has one row per sample and all others depend on the same
+        rows. ``None``: wherever the heads are.
         """
         heads = [(head, BatchAxis(count)) for head in self.heads] if heads is None else heads
         if all(head.call is not None and _in_order(head.call.roots, count) for head, _ in heads):
@@ -507,7 +511,8 @@ class _Finder:
     def _linked(self, heads: Sequence[Head]) -> bool:
         """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other.
 
-        Heads that depend on no parameter, such as targets that are differentiated, do not count beside others.
+        Heads that depend on no parameter, such as targets that are differentiated, do not count
+        beside others.
         """
         keys = {node_of(node) for node in self.uses}
         groups: list[set[Node]] = []
@@ -571,7 +576,8 @@ class _Finder:
     def _from_outputs(self, count: int) -> Iterator[list[tuple[Head, Owners]]]:
         """The network's outputs instead of the heads, for losses that are no sum of anything with N rows.
 
-        Heads that are inputs of known loss functions stay, if that does not agree all that have N rows.
+        Heads that are inputs of known loss functions stay, if that does not agree all that have N
+        rows.
         """
         rows = [
             head

@@ -66,7 +66,9 @@ def find_joins(
     above = _above(links, data, [*mixed, *strays])
     outputs = [GradientEdge(node, i) for node in above for i in range(len(node._input_metadata))]
     places = [Place.anywhere(edge, probe.count) for edge in outputs]
-    found = {edge[:2]: finding for edge, finding in zip(outputs, probe.findings(places), strict=True)}
+    found = {
+        edge[:2]: finding for edge, finding in zip(outputs, probe.findings(places), strict=True)
+    }
     joins: dict[tuple[Node, int, Node, int], tuple[Join, Owners]] = {}
     pending, seen = [*mixed, *strays], set[Node]()
     while pending:
@@ -78,7 +80,9 @@ def find_joins(
             leaf = leaf_of(child)
             names = [leaf] if leaf is not None else parameters(tape.uses[child])
             name = describe(names[0]) if names else "?"
-            raise Mixed(f"in a summand of the loss that depends on no sample: a penalty of parameter {name}")
+            raise Mixed(
+                f"in a summand of the loss that depends on no sample: a penalty of parameter {name}"
+            )
         for link in links[child]:
             findings = [found[link.node, i] for i in range(len(link.node._input_metadata))]
             mixes = any(finding.mixed for finding in findings)
@@ -114,7 +118,9 @@ def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
         direct = {(after, number) for after, number in node.next_functions if after is not None}
         edges = direct if use is None else {edge[:2] for edge in use.inputs.values()}
         for after, number in sorted(edges, key=lambda edge: (edge[0]._sequence_nr(), edge[1])):
-            links[after].append(_Link(node, GradientEdge(after, number), None if (after, number) in direct else use))
+            links[after].append(
+                _Link(node, GradientEdge(after, number), None if (after, number) in direct else use)
+            )
             stack.append(after)
     return links
 
@@ -127,7 +133,9 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
     for key in stack:
         use = tape.uses[key]
         data = {edge.node for edge in use.inputs.values()}
-        inside = [after for after, _ in key.next_functions if after is not None and after not in data]
+        inside = [
+            after for after, _ in key.next_functions if after is not None and after not in data
+        ]
         while inside:
             node = inside.pop()
             if node not in seen and node not in data:
@@ -139,9 +147,15 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
 
 def reads_unknown(node: Node, holds: Callable[[Roots], bool]) -> bool:
     """Whether a node is a custom function that may read the batch: something without gradient that it has not saved."""
-    if not isinstance(node, BackwardCFunction) or all(after is not None for after, _ in node.next_functions):
+    if not isinstance(node, BackwardCFunction) or all(
+        after is not None for after, _ in node.next_functions
+    ):
         return False
-    saved = [tensor for tensor in cast("Any", node).saved_tensors if tensor is not None and not tensor.requires_grad]
+    saved = [
+        tensor
+        for tensor in cast("Any", node).saved_tensors
+        if tensor is not None and not tensor.requires_grad
+    ]
     return not saved or any(holds(roots_of(tensor)) for tensor in saved)
 
 
@@ -169,7 +183,9 @@ def _data_nodes(
     return {node for node, found in depends.items() if found}
 
 
-def _above(links: Mapping[Node, list[_Link]], data: set[Node], start: Iterable[Node]) -> dict[Node, None]:
+def _above(
+    links: Mapping[Node, list[_Link]], data: set[Node], start: Iterable[Node]
+) -> dict[Node, None]:
     """The nodes above some others, up to the first ones that depend on the samples."""
     found: dict[Node, None] = {}
     stack, seen = [*start], set[Node]()

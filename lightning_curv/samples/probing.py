@@ -1,10 +1,12 @@
 """Probing a graph: weights given to the samples at the top of the loss tell who owns each row below.
 
-Backpropagation is linear. Two passes whose cotangents differ by one weight per sample give, at every row of every
-tensor, cotangents that differ by the weight of the row's owner; where they differ by anything else, samples mix.
+Backpropagation is linear. Two passes whose cotangents differ by one weight per sample give, at
+every row of every tensor, cotangents that differ by the weight of the row's owner; where they
+differ by anything else, samples mix.
 
-The weights are powers of two, factors that do not round: what a sample's rows get is multiplied by them to the last
-digit, in every precision, rounding errors included. Rows that are tiny beside others are told apart like all.
+The weights are powers of two, factors that do not round: what a sample's rows get is multiplied by
+them to the last digit, in every precision, rounding errors included. Rows that are tiny beside
+others are told apart like all.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.heads import Head
 from lightning_curv.recording.records import shape_at
-from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners, batch_axes, golden, largest_entry
+from lightning_curv.terms.owners import (
+    BatchAxis,
+    Owners,
+    RowOwners,
+    batch_axes,
+    golden,
+    largest_entry,
+)
 
 if TYPE_CHECKING:
     from lightning_curv.passes.passes import Passes
@@ -52,7 +61,12 @@ class Place:
         shape = shape_at(edge)
         axes = range(len(shape))
         rows = [(axis,) for axis in axes] + [tuple(range(k)) for k in range(2, len(shape) + 1)]
-        return cls(edge, shape, batch_axes(shape, axes, count) or ([] if shape else [BatchAxis(count)]), rows)
+        return cls(
+            edge,
+            shape,
+            batch_axes(shape, axes, count) or ([] if shape else [BatchAxis(count)]),
+            rows,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,9 @@ class Probe:
         strict: Whether rows must be multiplied by the weights to the last digits.
     """
 
-    def __init__(self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool = False) -> None:
+    def __init__(
+        self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool = False
+    ) -> None:
         self.passes, self.heads, self.count, self.strict = passes, heads, count, strict
         self.conclusive = True
         self._ones = [_generic(head.like) for head, _ in heads]
@@ -101,7 +117,8 @@ class Probe:
         first, second = self._pass(edges, None), self._pass(edges, values)
         eps = self.passes.tape.eps
         allowed = [Tolerance.exact(eps)]
-        if not self.strict:  # what cancels between samples leaves rounding errors, which are not multiplied by weights
+        # what cancels between samples leaves rounding errors, which are not multiplied by weights
+        if not self.strict:
             rounded = Tolerance.rounded(eps, largest_entry(first))
             allowed = [replace(allowed[0], noise=rounded.noise), rounded]
         found = [Finding(None)] * len(places)
@@ -114,14 +131,21 @@ class Probe:
             if unknown and columns is None:
                 columns = [self._pass(edges, weights) for weights in self._code.values(self.count)]
             for i in unknown:
-                found[i] = self._rows(places[i], first[i], [column[i] for column in columns or ()], tolerance)
+                found[i] = self._rows(
+                    places[i], first[i], [column[i] for column in columns or ()], tolerance
+                )
         return self._settled(places, found)
 
     def _settled(self, places: Sequence[Place], found: list[Finding]) -> list[Finding]:
         """Where rows of zeros leave a choice, the owners of as many rows elsewhere."""
         sure: dict[int, set[BatchAxis]] = {}
         for place, finding in zip(places, found, strict=True):
-            if isinstance(finding.owners, BatchAxis) and not finding.options and place.shape and finding.reached:
+            if (
+                isinstance(finding.owners, BatchAxis)
+                and not finding.options
+                and place.shape
+                and finding.reached
+            ):
                 sure.setdefault(place.shape[finding.owners.axis], set()).add(finding.owners)
         for i, (place, finding) in enumerate(zip(places, found, strict=True)):
             same = [o for o in finding.options if o in sure.get(place.shape[o.axis], ())]
@@ -138,11 +162,19 @@ class Probe:
             return ()
         seeds = self._ones
         if values is not None:
-            seeds = [one * owners.weights(one, values) for one, (_, owners) in zip(seeds, self.heads, strict=True)]
+            seeds = [
+                one * owners.weights(one, values)
+                for one, (_, owners) in zip(seeds, self.heads, strict=True)
+            ]
         return self.passes.backward([head.edge for head, _ in self.heads], edges, seeds)
 
     def _cheap(
-        self, place: Place, first: Tensor | None, second: Tensor | None, values: Tensor, tolerance: Tolerance
+        self,
+        place: Place,
+        first: Tensor | None,
+        second: Tensor | None,
+        values: Tensor,
+        tolerance: Tolerance,
     ) -> Finding:
         if first is None or second is None:
             return Finding(_trivial(place, self.count), reached=False, silent=True)
@@ -158,12 +190,18 @@ class Probe:
             return Finding(None)
         return Finding(agreeing[0], options=agreeing if len(agreeing) > 1 else ())
 
-    def _rows(self, place: Place, first: Tensor | None, spelled: Cotangents, tolerance: Tolerance) -> Finding:
+    def _rows(
+        self, place: Place, first: Tensor | None, spelled: Cotangents, tolerance: Tolerance
+    ) -> Finding:
         """Owners of rows in any order, by weights that spell the number of the sample."""
         assert first is not None
         plain = first.reshape(place.shape)
-        columns = [torch.zeros_like(plain) if g is None else g.reshape(place.shape) for g in spelled]
-        options = (self._code.read(plain, columns, axes, self.count, tolerance) for axes in place.rows)
+        columns = [
+            torch.zeros_like(plain) if g is None else g.reshape(place.shape) for g in spelled
+        ]
+        options = (
+            self._code.read(plain, columns, axes, self.count, tolerance) for axes in place.rows
+        )
         return Finding(next((rows for rows in options if rows is not None), None))
 
 
@@ -213,7 +251,8 @@ class Code:
 
     Attributes:
         base: The number of digits.
-        digits: The number of passes; the last one repeats the first digit in other weights, to be sure.
+        digits: The number of passes; the last one repeats the first digit in other weights, to be
+            sure.
     """
 
     base: int
@@ -233,11 +272,17 @@ class Code:
         return [2.0 ** digit.double() for digit in [*spelled, check]]
 
     def read(
-        self, plain: Tensor, columns: Sequence[Tensor], axes: tuple[int, ...], count: int, tolerance: Tolerance
+        self,
+        plain: Tensor,
+        columns: Sequence[Tensor],
+        axes: tuple[int, ...],
+        count: int,
+        tolerance: Tolerance,
     ) -> RowOwners | None:
         """The owners of the rows; ``None``: a row has several.
 
-        Rows of rounding errors have none or any: what arrives there is nothing, whatever is backpropagated.
+        Rows of rounding errors have none or any: what arrives there is nothing, whatever is
+        backpropagated.
         """
         rest = RowOwners(count, torch.zeros(0, dtype=torch.long), axes)
         a = rest.rows(plain).flatten(1) if plain.ndim > len(axes) else rest.rows(plain)[:, None]
@@ -245,18 +290,28 @@ class Code:
             return None
         wide = a.double() if a.device.type != "mps" else a.float()
         largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
-        normal = wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]  # the largest entry is 1
+        normal = (
+            wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
+        )  # the largest entry is 1
         norms = normal.square().sum(1)
         owned = largest > tolerance.absolute
         digits = []
         for column in columns:
-            b = rest.rows(column).flatten(1) if column.ndim > len(axes) else rest.rows(column)[:, None]
+            b = (
+                rest.rows(column).flatten(1)
+                if column.ndim > len(axes)
+                else rest.rows(column)[:, None]
+            )
             b = b.to(wide.dtype) / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
             ratio = (normal * b).sum(1) / norms.clamp(min=torch.finfo(wide.dtype).tiny)
-            digit = ratio.clamp(min=1).log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
+            digit = (
+                ratio.clamp(min=1).log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
+            )
             weights = 2.0**digit
             error = (b / weights[:, None] - normal).abs().amax(1) if wide.shape[1] else norms
-            allowed = tolerance.relative + tolerance.absolute / largest.clamp(min=torch.finfo(wide.dtype).tiny)
+            allowed = tolerance.relative + tolerance.absolute / largest.clamp(
+                min=torch.finfo(wide.dtype).tiny
+            )
             if bool((~(error <= allowed) & owned).any()):
                 return None
             digits.append(digit.long())
@@ -265,18 +320,23 @@ class Code:
         check = (self.base - 1 - digits[0] + sum(digits[1:-1])) % self.base
         if bool((((number >= count) | (check != digits[-1])) & owned).any()):
             return None
-        # where all rows are rounding errors, which of them are zero is chance, and other passes will differ
+        # where all rows are rounding errors, which of them are zero is chance, and other passes
+        # will differ
         unowned = (largest == 0) & (largest > tolerance.noise).any()
         return RowOwners(count, number.clamp(max=count - 1).masked_fill(unowned, -1), axes)
 
 
 def consistent(
-    first: Tensor, second: Tensor, tolerance: Tolerance, choices: Iterable[BatchAxis], values: Tensor
+    first: Tensor,
+    second: Tensor,
+    tolerance: Tolerance,
+    choices: Iterable[BatchAxis],
+    values: Tensor,
 ) -> list[BatchAxis]:
     """The axes that two cotangents agree with, where the second started as the first times `Owners.weights`.
 
-    Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its sample. Entries that
-    are not finite tell nothing.
+    Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its
+    sample. Entries that are not finite tell nothing.
 
     Args:
         first: Cotangent of any shape.
@@ -298,9 +358,13 @@ def consistent(
         largest = magnitudes.amax(rest, keepdim=True) if rest and first.numel() else magnitudes
         return tolerance.relative * largest + tolerance.absolute
 
-    norms = {c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= allowed(c)).all())}
+    norms = {
+        c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= allowed(c)).all())
+    }
     # Where the rounding is coarse, more than one may agree, but the right one by far the best.
-    most = 8 * min(norms.values(), default=0.0) + 4 * torch.finfo(first.dtype).eps * float(first.norm())
+    most = 8 * min(norms.values(), default=0.0) + 4 * torch.finfo(first.dtype).eps * float(
+        first.norm()
+    )
     return [choice for choice, norm in norms.items() if norm <= most]
 
 
@@ -320,7 +384,9 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
     ]
     places = [Place.anywhere(edge, samples.count) for edge in edges]
     found: dict[GradientEdge, Owners | None] = {}
-    for place, finding in zip(places, Probe(passes, heads, samples.count).findings(places), strict=True):
+    for place, finding in zip(
+        places, Probe(passes, heads, samples.count).findings(places), strict=True
+    ):
         if finding.mixed:
             raise UnsupportedError(
                 f"Expected rows of {samples.count} samples in a tensor of shape {tuple(place.shape)}, found rows that "
@@ -339,8 +405,8 @@ def forward_owners(
 ) -> list[RowOwners] | None:
     """Owners of the rows of heads, from those of tensors that the network computes from its inputs.
 
-    The derivative of the heads in a direction that is weighted by the samples is found by differentiating a backward
-    pass by its seeds.
+    The derivative of the heads in a direction that is weighted by the samples is found by
+    differentiating a backward pass by its seeds.
 
     Args:
         passes: The graph.
@@ -350,7 +416,8 @@ def forward_owners(
         by_entry: Whether every entry is a row of its own, and some may depend on no sample.
 
     Returns:
-        The owners; ``None``: a row depends on several samples, or the graph cannot be differentiated twice.
+        The owners; ``None``: a row depends on several samples, or the graph cannot be
+        differentiated twice.
     """
     with torch.enable_grad(), unheard():
         seeds = [torch.zeros_like(head.like).contiguous().requires_grad_() for head in heads]
@@ -361,7 +428,9 @@ def forward_owners(
             )
             if by_entry and all(g is None for g in pulled):
                 return [_nobodys(head, count) for head in heads]
-            reached = [(g, *source) for g, source in zip(pulled, sources, strict=True) if g is not None]
+            reached = [
+                (g, *source) for g, source in zip(pulled, sources, strict=True) if g is not None
+            ]
             reached = [(g, source, owners) for g, source, owners in reached if g.requires_grad]
             if not reached:
                 return None
@@ -371,7 +440,9 @@ def forward_owners(
                 vectors = directions
                 if values is not None:
                     vectors = [
-                        (v.reshape(source.like.shape) * owners.weights(source.like, values)).reshape(v.shape)
+                        (
+                            v.reshape(source.like.shape) * owners.weights(source.like, values)
+                        ).reshape(v.shape)
                         for v, (_, source, owners) in zip(directions, reached, strict=True)
                     ]
                 return torch.autograd.grad(
@@ -391,7 +462,9 @@ def forward_owners(
         if not shape or (plain[i] is None and not by_entry):
             return None
         first, *others = (
-            torch.zeros(shape, dtype=head.like.dtype, device=head.like.device) if g is None else g.reshape(shape)
+            torch.zeros(shape, dtype=head.like.dtype, device=head.like.device)
+            if g is None
+            else g.reshape(shape)
             for g in (plain[i], *(column[i] for column in columns))
         )
         axes = tuple(range(len(shape))) if by_entry else (0,)

@@ -1,8 +1,9 @@
 """Graphs in which samples cannot meet, whatever the numbers are.
 
-A verification by weights is true of one batch: a mask or a factor that is zero today may be something else tomorrow.
-Where every op is known to treat the axis of the samples entry by entry, as the kinds of nodes and the axes that they
-work along tell, it is true of all graphs of the same structure. What is not in the tables here is not known.
+A verification by weights is true of one batch: a mask or a factor that is zero today may be
+something else tomorrow. Where every op is known to treat the axis of the samples entry by entry, as
+the kinds of nodes and the axes that they work along tell, it is true of all graphs of the same
+structure. What is not in the tables here is not known.
 """
 
 from __future__ import annotations
@@ -32,15 +33,31 @@ _LEADING = """
 """
 _ALONG = frozenset(("LogSoftmax", "Softmax"))
 _REDUCING = frozenset(("Mean", "Sum"))
-ENTRYWISE, VIEWS, LEADING = frozenset(_ENTRYWISE.split()), frozenset(_VIEWS), frozenset(_LEADING.split())
+ENTRYWISE, VIEWS, LEADING = (
+    frozenset(_ENTRYWISE.split()),
+    frozenset(_VIEWS),
+    frozenset(_LEADING.split()),
+)
 _USES = frozenset(
-    ("linear", "conv1d", "conv2d", "conv3d", "layer_norm", "group_norm", "rms_norm", "matmul", "embedding")
+    (
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "layer_norm",
+        "group_norm",
+        "rms_norm",
+        "matmul",
+        "embedding",
+    )
 )
 
 Edge = tuple[Node, int]
 
 
-def samples_cannot_meet(tape: Tape, heads: Sequence[tuple[Head, Owners]], uses: Mapping[Node | Join, Owners]) -> bool:
+def samples_cannot_meet(
+    tape: Tape, heads: Sequence[tuple[Head, Owners]], uses: Mapping[Node | Join, Owners]
+) -> bool:
     """Whether, in every graph of this structure, no row below the heads depends on several samples.
 
     Args:
@@ -48,7 +65,9 @@ def samples_cannot_meet(tape: Tape, heads: Sequence[tuple[Head, Owners]], uses: 
         heads: Where the samples are apart, and who owns the rows there.
         uses: Who was found to own the rows of the outputs of all uses.
     """
-    if tape.stray or any(not isinstance(owners, BatchAxis) for owners in [*uses.values(), *(o for _, o in heads)]):
+    if tape.stray or any(
+        not isinstance(owners, BatchAxis) for owners in [*uses.values(), *(o for _, o in heads)]
+    ):
         return False
     found: dict[Edge, BatchAxis] = {}
     stack: list[tuple[Edge, Owners | None]] = [
@@ -66,7 +85,9 @@ def samples_cannot_meet(tape: Tape, heads: Sequence[tuple[Head, Owners]], uses: 
         node = edge[0]
         if node in tape.uses:
             use = tape.uses[node]
-            if use.operands and (use.output_nr != edge[1] or uses.get(node) != axis or use.name not in _USES):
+            if use.operands and (
+                use.output_nr != edge[1] or uses.get(node) != axis or use.name not in _USES
+            ):
                 return False
             inputs = [(below.node, below.output_nr) for below in use.inputs.values()]
             rule = _same if use.operands and use.rule.slots else _rule(node)
@@ -78,7 +99,9 @@ def samples_cannot_meet(tape: Tape, heads: Sequence[tuple[Head, Owners]], uses: 
         shape = torch.Size(node._input_metadata[edge[1]].shape)
         if node in tape.uses and tape.uses[node].operands:
             shape = tape.uses[node].shape
-        stack += [(below, rule(node, shape, _shape(below), axis)) for below in inputs if rule is not None]
+        stack += [
+            (below, rule(node, shape, _shape(below), axis)) for below in inputs if rule is not None
+        ]
     return True
 
 
@@ -98,10 +121,18 @@ def _rule(node: Node) -> Rule | None:
     if name in LEADING:
         return _leading
     if name in _ALONG:
-        return lambda node, out, inp, axis: axis if saved_axis(node._saved_dim, len(out)) != axis.axis else None
+        return lambda node, out, inp, axis: (
+            axis if saved_axis(node._saved_dim, len(out)) != axis.axis else None
+        )
     if name in _REDUCING and node.name().endswith("1"):
         return _reducing
-    return {"Transpose": _transpose, "Permute": _permute, "Select": _select, "Slice": _slice, "Bmm": _leading}.get(name)
+    return {
+        "Transpose": _transpose,
+        "Permute": _permute,
+        "Select": _select,
+        "Slice": _slice,
+        "Bmm": _leading,
+    }.get(name)
 
 
 def _same(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:

@@ -49,9 +49,10 @@ def structure_of(tape: Tape) -> tuple[Hashable, ...]:
 class Memory:
     """Structures of graphs that were verified, and for how long that is believed.
 
-    A structure is remembered only if none of its ops moves rows by values (`Tape.routes`) and every op was reached by
-    the weights, and only as long as tables that are the same for all samples are the very same tensors. Weights can
-    still open a gate that was closed, so it is verified again at its 10th, 100th, ... use.
+    A structure is remembered only if none of its ops moves rows by values (`Tape.routes`) and every
+    op was reached by the weights, and only as long as tables that are the same for all samples are
+    the very same tensors. Weights can still open a gate that was closed, so it is verified again at
+    its 10th, 100th, ... use.
     """
 
     size: int = 256
@@ -79,7 +80,10 @@ class Memory:
     def keep(self, key: Hashable, tape: Tape, found: Found) -> None:
         """Remember what was found."""
         samples, before = found.samples, self.entries.pop(key, None)
-        position = {node: i for i, node in enumerate(node for node, use in tape.uses.items() if use.operands)}
+        position = {
+            node: i
+            for i, node in enumerate(node for node, use in tape.uses.items() if use.operands)
+        }
         entry = self.entries[key] = _Entry(
             samples.count,
             {position[node]: owners for node, owners in samples.uses.items() if node in position},
@@ -105,7 +109,8 @@ class _Spot:
     Attributes:
         node: The position of its node in the walk.
         output_nr: The output.
-        argument: The number of the input of the node, or the name of the argument of the recorded op.
+        argument: The number of the input of the node, or the name of the argument of the recorded
+            op.
     """
 
     node: int
@@ -121,7 +126,11 @@ class _Spot:
             return cls(position, join.output_nr, inputs.index(join.edge[:2]))
         use = tape.uses[join.node]
         edges = {name: operand.edge for name, operand in use.operands.items()} | use.inputs
-        return cls(position, join.output_nr, next(name for name, e in edges.items() if e[:2] == join.edge[:2]))
+        return cls(
+            position,
+            join.output_nr,
+            next(name for name, e in edges.items() if e[:2] == join.edge[:2]),
+        )
 
     def join(self, tape: Tape) -> Join:
         """The join at this spot of another graph."""
@@ -130,7 +139,11 @@ class _Spot:
             after, number = node.next_functions[self.argument]
             return Join(node, self.output_nr, GradientEdge(cast("Node", after), number))
         use = tape.uses[node]
-        edge = use.operands[self.argument].edge if self.argument in use.operands else use.inputs[self.argument]
+        edge = (
+            use.operands[self.argument].edge
+            if self.argument in use.operands
+            else use.inputs[self.argument]
+        )
         return Join(node, self.output_nr, edge, use)
 
 

@@ -84,13 +84,19 @@ class DiagonalResidual(Residual):
         for entry in _used(values).nonzero().flatten().tolist():
             column = torch.zeros_like(values)
             column[:, entry] = roots[:, entry]
-            yield Column(self.edges, [owners.join(column, self.values.shape)], values[:, entry].sign())
+            yield Column(
+                self.edges, [owners.join(column, self.values.shape)], values[:, entry].sign()
+            )
 
 
 def _used(values: Tensor) -> Tensor:
     """Which eigenvalues ``[N, E, ...]`` are not zero up to rounding in all samples."""
     magnitudes = values.abs()
-    threshold = torch.finfo(values.dtype).eps * float(magnitudes.max()) * values.shape[1] if values.numel() else 0.0
+    threshold = (
+        torch.finfo(values.dtype).eps * float(magnitudes.max()) * values.shape[1]
+        if values.numel()
+        else 0.0
+    )
     return (magnitudes > threshold).any(0)
 
 
@@ -102,7 +108,8 @@ class EigenResidual(Residual):
         edges: The node's data inputs.
         owners: Which sample owns each row of them.
         sizes: Their shapes.
-        values: Eigenvalues: ``[N, E, k]`` for an elementwise node of k inputs with E entries, else ``[N, E]``.
+        values: Eigenvalues: ``[N, E, k]`` for an elementwise node of k inputs with E entries, else
+            ``[N, E]``.
         vectors: Eigenvectors: ``[N, E, k (input), k]``, else ``[N, E (entry of all inputs), E]``.
     """
 
@@ -135,12 +142,17 @@ class EigenResidual(Residual):
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         parts = [owners.split(v) for owners, v in zip(self.owners, vectors, strict=True)]
         joint = torch.stack(parts, -1) if self.elementwise else torch.cat(parts, 1)
-        image = (self.vectors @ (self.values * (self.vectors.mT @ joint[..., None])[..., 0])[..., None])[..., 0]
+        image = (
+            self.vectors @ (self.values * (self.vectors.mT @ joint[..., None])[..., 0])[..., None]
+        )[..., 0]
         if self.elementwise:
             out = list(image.unbind(-1))
         else:
             out = list(image.split([part.shape[1] for part in parts], dim=1))
-        return [owners.join(part, shape) for owners, part, shape in zip(self.owners, out, self.sizes, strict=True)]
+        return [
+            owners.join(part, shape)
+            for owners, part, shape in zip(self.owners, out, self.sizes, strict=True)
+        ]
 
     def columns(self) -> Iterator[Column]:
         scaled = self.vectors * self.values.abs().sqrt().unsqueeze(-2)
@@ -153,7 +165,8 @@ class EigenResidual(Residual):
             else:
                 flat = list(scaled[:, :, index[0]].split(self.entries, dim=1))
             seeds = [
-                owners.join(part, shape) for owners, part, shape in zip(self.owners, flat, self.sizes, strict=True)
+                owners.join(part, shape)
+                for owners, part, shape in zip(self.owners, flat, self.sizes, strict=True)
             ]
             yield Column(self.edges, seeds, self.values.flatten(1)[:, self._position(index)].sign())
 
@@ -171,7 +184,10 @@ class LocalCurvature:
     """
 
     def __init__(
-        self, node: Node, edges: Sequence[GradientEdge], outputs: Sequence[tuple[GradientEdge, Tensor]]
+        self,
+        node: Node,
+        edges: Sequence[GradientEdge],
+        outputs: Sequence[tuple[GradientEdge, Tensor]],
     ) -> None:
         self.node, self.edges = node, edges
         with (
@@ -182,9 +198,15 @@ class LocalCurvature:
             differentiable([node]),
         ):
             gradients = torch.autograd.grad(
-                [edge for edge, _ in outputs], edges, [g for _, g in outputs], create_graph=True, allow_unused=True
+                [edge for edge, _ in outputs],
+                edges,
+                [g for _, g in outputs],
+                create_graph=True,
+                allow_unused=True,
             )
-        self.gradients = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+        self.gradients = [
+            (i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad
+        ]
         self.inputs = [g.detach() for g in gradients if g is not None]
         if any(v.is_complex() for v in self.inputs):
             raise UnsupportedError(
@@ -195,7 +217,9 @@ class LocalCurvature:
     def trial(self) -> list[Tensor]:
         """A vector per input that no structure annihilates."""
         return [
-            torch.cos(torch.arange(1.0, g.numel() + 1, dtype=g.dtype, device=g.device)).reshape(g.shape)
+            torch.cos(torch.arange(1.0, g.numel() + 1, dtype=g.dtype, device=g.device)).reshape(
+                g.shape
+            )
             for g in self.inputs
         ]
 
@@ -225,30 +249,46 @@ class LocalCurvature:
                 retain_graph=True,
                 allow_unused=True,
             )
-        return [torch.zeros_like(v) if part is None else part for part, v in zip(parts, vectors, strict=True)]
+        return [
+            torch.zeros_like(v) if part is None else part
+            for part, v in zip(parts, vectors, strict=True)
+        ]
 
     def eigen(self, owners: Sequence[Owners]) -> EigenResidual:
         """The eigendecomposition of R, per entry where the node is elementwise, else per sample."""
         shapes = [v.shape for v in self.inputs]
-        matrix = self._elementwise(owners) if len(set(zip(shapes, owners, strict=True))) == 1 else None
+        matrix = (
+            self._elementwise(owners) if len(set(zip(shapes, owners, strict=True))) == 1 else None
+        )
         if matrix is None:
             matrix = self._dense(owners, shapes)
         if matrix.shape[-1] == 1:
-            return EigenResidual(self.edges, owners, shapes, matrix[..., 0], torch.ones_like(matrix))
+            return EigenResidual(
+                self.edges, owners, shapes, matrix[..., 0], torch.ones_like(matrix)
+            )
         return EigenResidual(self.edges, owners, shapes, *eigh(matrix))
 
     def _elementwise(self, owners: Sequence[Owners]) -> Tensor | None:
         """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""
         zero = [torch.zeros_like(v) for v in self.inputs]
         rows = [
-            self([torch.ones_like(v) if i == j else z for j, (v, z) in enumerate(zip(self.inputs, zero, strict=True))])
+            self(
+                [
+                    torch.ones_like(v) if i == j else z
+                    for j, (v, z) in enumerate(zip(self.inputs, zero, strict=True))
+                ]
+            )
             for i in range(len(zero))
         ]
         for j, image in enumerate(self.image):
-            expected = torch.stack([row[j] * w for row, w in zip(rows, self.trial, strict=True)]).sum(0)
+            expected = torch.stack(
+                [row[j] * w for row, w in zip(rows, self.trial, strict=True)]
+            ).sum(0)
             if not torch.allclose(expected, image, rtol=1e-4, atol=1e-5 * float(image.abs().max())):
                 return None
-        return torch.stack([torch.stack([owners[0].split(part) for part in row], -1) for row in rows], -2)
+        return torch.stack(
+            [torch.stack([owners[0].split(part) for part in row], -1) for row in rows], -2
+        )
 
     def _dense(self, owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> Tensor:
         """R as ``[N, E, E]`` over the entries of all inputs."""
@@ -257,12 +297,22 @@ class LocalCurvature:
         rows = []
         for e in range(sum(sizes)):
             unit.zero_()[:, e] = 1
-            parts = [o.join(flat, shape) for o, flat, shape in zip(owners, unit.split(sizes, 1), shapes, strict=True)]
-            rows.append(torch.cat([o.split(part) for o, part in zip(owners, self(parts), strict=True)], dim=1))
+            parts = [
+                o.join(flat, shape)
+                for o, flat, shape in zip(owners, unit.split(sizes, 1), shapes, strict=True)
+            ]
+            rows.append(
+                torch.cat(
+                    [o.split(part) for o, part in zip(owners, self(parts), strict=True)], dim=1
+                )
+            )
         matrix = torch.stack(rows, 1)
         return (matrix + matrix.mT) / 2
 
 
 def _entries(owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> list[int]:
     """The number of entries of a sample in tensors of these shapes."""
-    return [o.split(torch.zeros(()).expand(shape)).shape[1] for o, shape in zip(owners, shapes, strict=True)]
+    return [
+        o.split(torch.zeros(()).expand(shape)).shape[1]
+        for o, shape in zip(owners, shapes, strict=True)
+    ]

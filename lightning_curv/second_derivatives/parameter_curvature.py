@@ -1,8 +1,8 @@
 """Second derivatives that a parameter's own ops add to its block of the Hessian.
 
-Most ops are affine in their parameters and add none. The exceptions: an op that is not (a division by a temperature),
-an op whose input depends on the same parameter (a layer applied to its own output), and a parameter behind a
-nonlinear transform (weight normalisation).
+Most ops are affine in their parameters and add none. The exceptions: an op that is not (a division
+by a temperature), an op whose input depends on the same parameter (a layer applied to its own
+output), and a parameter behind a nonlinear transform (weight normalisation).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from lightning_curv.rules.fallback import dense
 from lightning_curv.samples.probing import owners_at
 from lightning_curv.terms.jacobian import Jacobian
 
-AFFINE = frozenset(("CopySlices", "IndexPut", "IndexPutImpl", "MaskedScatter"))  # in what they write, too
+AFFINE = frozenset(
+    ("CopySlices", "IndexPut", "IndexPutImpl", "MaskedScatter")
+)  # in what they write, too
 
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
@@ -41,7 +43,11 @@ def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
             _refuse_curved(passes, node, use)
             continue
         again = any(times[p] > 1 for p in passes.tape.parameters[node])
-        names = [k for k, operand in use.operands.items() if again or operand.derived or not use.rule.affine]
+        names = [
+            k
+            for k, operand in use.operands.items()
+            if again or operand.derived or not use.rule.affine
+        ]
         if names and (g := passes.gradients([GradientEdge(node, use.output_nr)])[0]) is not None:
             for op in [_Op(passes, node, use, name, g) for name in names]:
                 yield from op.bent()
@@ -53,7 +59,8 @@ def _refuse_curved(passes: Passes, join: Join, use: Use) -> None:
     """Raise if what meets the samples at a join may have second derivatives of its own.
 
     Raises:
-        UnsupportedError: The node or what is below it is nonlinear, or the parameters are used again by the data.
+        UnsupportedError: The node or what is below it is nonlinear, or the parameters are used
+            again by the data.
     """
     (operand,) = use.operands.values()
     found = leaves(operand.edge)
@@ -94,7 +101,9 @@ class _Op:
 
     def derivative(self, argument: str, at: Tensor, direction: Tensor) -> Tensor:
         """∂K/∂argument · direction."""
-        return torch.func.jvp(lambda value: self.gradient(**{argument: value}), (at,), (direction,))[1]
+        return torch.func.jvp(
+            lambda value: self.gradient(**{argument: value}), (at,), (direction,)
+        )[1]
 
     def pulled(self, jacobian: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """``[V, N, *D]`` by the leaves that the operand was computed from."""
@@ -109,8 +118,12 @@ class _Op:
         if self.use.rule.affine:
             return
         value = self.operand.tensor.detach()
-        units = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(-1, *value.shape)
-        columns = [self.derivative(self.name, value, unit).reshape(self.count, -1) for unit in units]
+        units = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(
+            -1, *value.shape
+        )
+        columns = [
+            self.derivative(self.name, value, unit).reshape(self.count, -1) for unit in units
+        ]
         values, vectors = eigh(torch.stack(columns, -1))  # [N, D], [N, D, D]
         jacobian = (vectors * values.abs().sqrt()[:, None]).permute(2, 0, 1)
         for parameter, found in self.pulled(jacobian.reshape(*jacobian.shape[:2], *value.shape)):
@@ -118,9 +131,13 @@ class _Op:
 
     def fed_back(self) -> Iterator[dict[Tensor, Jacobian]]:
         """2 Σ_k ∂K/∂x_k · ∂x_k/∂p where the input x depends on p; its diagonal."""
-        inputs = {k: edge for k, edge in self.use.inputs.items() if self.use.arguments[k] is not None}
+        inputs = {
+            k: edge for k, edge in self.use.inputs.items() if self.use.arguments[k] is not None
+        }
         found = leaves(self.operand.edge) if self.operand.derived else [self.operand.tensor]
-        below = {p for use in uses_below(self.passes.tape, inputs.values()) for p in parameters(use)}
+        below = {
+            p for use in uses_below(self.passes.tape, inputs.values()) for p in parameters(use)
+        }
         if not below.intersection(found):
             return
         for argument, edge in inputs.items():
@@ -135,7 +152,9 @@ class _Op:
                 reached = self.passes.jacobian(Column([edge], [direction]))
                 for parameter, change in self.pulled(self.derivative(argument, x, direction)[None]):
                     if parameter in reached:
-                        yield _diagonal(parameter, 2 * change[0] * reached[parameter].per_sample()[0])
+                        yield _diagonal(
+                            parameter, 2 * change[0] * reached[parameter].per_sample()[0]
+                        )
 
     def transformed(self) -> Iterator[dict[Tensor, Jacobian]]:
         """Σ_k K_k ∂²D_k/∂p_j² of a nonlinear transform D(p); its diagonal, by N·P small passes."""
@@ -145,10 +164,16 @@ class _Op:
         result = {p: self.g.new_zeros(self.count, *p.shape) for p in found}
         with torch.enable_grad(), unheard(), differentiable(fused([edge])):
             for n, cotangent in enumerate(self.gradient()):
-                pulled = torch.autograd.grad(edge, found, cotangent, create_graph=True, allow_unused=True)
+                pulled = torch.autograd.grad(
+                    edge, found, cotangent, create_graph=True, allow_unused=True
+                )
                 for p, first in zip(found, pulled, strict=True):
-                    for j, entry in enumerate(first.flatten() if first is not None and first.requires_grad else ()):
-                        (second,) = torch.autograd.grad(entry, p, retain_graph=True, allow_unused=True)
+                    for j, entry in enumerate(
+                        first.flatten() if first is not None and first.requires_grad else ()
+                    ):
+                        (second,) = torch.autograd.grad(
+                            entry, p, retain_graph=True, allow_unused=True
+                        )
                         if second is not None:
                             result[p][n].view(-1)[j] = second.flatten()[j]
         for parameter, diagonal in result.items():
@@ -165,9 +190,13 @@ def _diagonal(parameter: Tensor, diagonal: Tensor) -> dict[Tensor, Jacobian]:
 def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
     with torch.enable_grad(), unheard(), differentiable(fused([operand.edge])):
         trial = (
-            torch.cos(torch.arange(1.0, operand.tensor.numel() + 1)).to(operand.tensor).reshape(operand.tensor.shape)
+            torch.cos(torch.arange(1.0, operand.tensor.numel() + 1))
+            .to(operand.tensor)
+            .reshape(operand.tensor.shape)
         )
-        pulled = torch.autograd.grad(operand.edge, found, trial, create_graph=True, allow_unused=True)
+        pulled = torch.autograd.grad(
+            operand.edge, found, trial, create_graph=True, allow_unused=True
+        )
         first = [g for g in pulled if g is not None and g.requires_grad]
         if not first:
             return True

@@ -5,10 +5,11 @@ r"""Residuals: what the network itself adds to the GGN to make the Hessian.
         + \sum_{\text{nodes } \varphi} \sum_n J_{\varphi n}^\top R_{\varphi n} J_{\varphi n},
     \qquad R_\varphi = \sum_k g_k\, \nabla^2 \varphi_k
 
-over the nodes of the autograd graph between the network's output and its parameters, with the gradient g at the node's
-output and the Jacobian from the parameters to the node's inputs (Dangel, Harmeling & Hennig, *Modular block-diagonal
-curvature approximations for feedforward architectures*, AISTATS 2020). Every residual is found by differentiating the
-node twice; no list of activation functions is needed. Its eigenvectors are columns with signs.
+over the nodes of the autograd graph between the network's output and its parameters, with the
+gradient g at the node's output and the Jacobian from the parameters to the node's inputs (Dangel,
+Harmeling & Hennig, *Modular block-diagonal curvature approximations for feedforward architectures*,
+AISTATS 2020). Every residual is found by differentiating the node twice; no list of activation
+functions is needed. Its eigenvectors are columns with signs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from lightning_curv.graph.heads import BILINEAR, PIECEWISE_LINEAR
 from lightning_curv.passes.passes import Passes
 from lightning_curv.passes.summands import bounds, nodes_of_loss
 from lightning_curv.samples.probing import owners_at
-from lightning_curv.second_derivatives.local_curvature import DiagonalResidual, LocalCurvature, Residual
+from lightning_curv.second_derivatives.local_curvature import (
+    DiagonalResidual,
+    LocalCurvature,
+    Residual,
+)
 from lightning_curv.terms.owners import Owners
 
 # nodes whose output entries depend on one entry of their only data input each
@@ -46,7 +51,9 @@ def residuals(passes: Passes) -> Iterator[Residual]:
     nodes = _candidates(passes)
     if not nodes:
         return
-    outputs = {node: [GradientEdge(node, i) for i in range(len(node._input_metadata))] for node in nodes}
+    outputs = {
+        node: [GradientEdge(node, i) for i in range(len(node._input_metadata))] for node in nodes
+    }
     every = [edge for edges in outputs.values() for edge in edges]
     gradients = dict(zip(every, gradients_in_network(passes, every), strict=True))
 
@@ -75,7 +82,8 @@ def residuals(passes: Passes) -> Iterator[Residual]:
 def gradients_in_network(passes: Passes, edges: Sequence[GradientEdge]) -> list[Tensor | None]:
     """The gradient of the loss at ``edges``, without what arrives there from above the outputs of the network.
 
-    A node may be part of the loss and of the network: the exponential of a variance that is drawn with and penalised.
+    A node may be part of the loss and of the network: the exponential of a variance that is drawn
+    with and penalised.
     """
     gradients = [*passes.gradients(edges)]
     above = nodes_of_loss(passes)

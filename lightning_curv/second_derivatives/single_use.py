@@ -1,7 +1,8 @@
 """Parameters that are used once: products with a block need passes between their op and the loss alone.
 
-The op itself is applied to a vector, and transposed, by its rule where that is a linear layer, a norm or alike: without
-the gradient by the parameter that autograd would form to differentiate it a second time.
+The op itself is applied to a vector, and transposed, by its rule where that is a linear layer, a
+norm or alike: without the gradient by the parameter that autograd would form to differentiate it a
+second time.
 """
 
 from __future__ import annotations
@@ -61,7 +62,11 @@ class OnlyUse:
         except UnsupportedError:
             return None
         reindexed = term.g.untyped_storage().data_ptr() == g.untyped_storage().data_ptr()
-        dense = term.adjoint is None and not term.classes and (term.x is None or term.x.dtype == g.dtype)
+        dense = (
+            term.adjoint is None
+            and not term.classes
+            and (term.x is None or term.x.dtype == g.dtype)
+        )
         if not (reindexed and dense and term.g.dtype == g.dtype and term.g.numel() == g.numel()):
             return None
         return term.g.is_contiguous()
@@ -109,9 +114,13 @@ def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
             counts.update(leaves(operand.edge) if operand.derived else [operand.tensor])
             if not operand.derived and use.rule.outputs is None and not isinstance(node, Join):
                 found[operand.tensor] = node, use, name
-    lowest = {node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()}
+    lowest = {
+        node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()
+    }
     return {
-        p: OnlyUse(GradientEdge(node, use.output_nr), use, name, passes.samples.uses[node], lowest[node])
+        p: OnlyUse(
+            GradientEdge(node, use.output_nr), use, name, passes.samples.uses[node], lowest[node]
+        )
         for p, (node, use, name) in found.items()
         if counts[p] == 1
     }

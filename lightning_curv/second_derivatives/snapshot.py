@@ -13,7 +13,8 @@ from torch import Tensor
 class Snapshot:
     """Copies of parameters. Memory: one more copy of them.
 
-    Autograd saves parameters by reference and refuses to use a graph whose parameters were modified in place.
+    Autograd saves parameters by reference and refuses to use a graph whose parameters were modified
+    in place.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -22,7 +23,9 @@ class Snapshot:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """In this context the parameters have the saved values and versions."""
-        changed = [(p, value, version) for p, value, version in self._saved if p._version != version]
+        changed = [
+            (p, value, version) for p, value, version in self._saved if p._version != version
+        ]
         now = [(p, p.detach().clone(), p._version) for p, _, _ in changed]
         for item in changed:
             _write(*item)

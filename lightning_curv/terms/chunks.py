@@ -1,7 +1,8 @@
 """Per-sample gradients of one term, in pieces of consecutive samples: products of matrices with the positions last.
 
-The features of the output are the columns of a product: they are more often a multiple of the width of the vector units
-than those of a patch. Overlapping patches are copied a few samples at a time, so that they stay in cache.
+The features of the output are the columns of a product: they are more often a multiple of the width
+of the vector units than those of a patch. Overlapping patches are copied a few samples at a time,
+so that they stay in cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from lightning_curv.kernels import huge_pages, onednn
 from lightning_curv.terms import one_hot
 from lightning_curv.terms.term import Term
 
-CHUNK_BYTES = 2**21  # of copies and of intermediate results; they then stay in cache, and memory does not grow with N
+CHUNK_BYTES = (
+    2**21
+)  # of copies and of intermediate results; they then stay in cache, and memory does not grow with N
 
 
 def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
@@ -46,7 +49,8 @@ class Matrices:
 
     Attributes:
         term: The term.
-        ordered: Whether products have rows of outputs and columns of inputs, not the other way round.
+        ordered: Whether products have rows of outputs and columns of inputs, not the other way
+            round.
         both: Letters of the parameter that both factors have.
         outputs: Those of the cotangents alone.
         inputs: Those of the inputs alone.
@@ -54,7 +58,10 @@ class Matrices:
     """
 
     def __init__(self, term: Term, ordered: bool = False) -> None:
-        self.term, self.ordered = term, ordered or len(term.g) > 1  # columns apart: each is squared on its own
+        self.term, self.ordered = (
+            term,
+            ordered or len(term.g) > 1,
+        )  # columns apart: each is squared on its own
         self.both = [x for x in term.par if x in term.out and x in term.inp]
         self.outputs = [x for x in term.par if x in term.out and x not in term.inp]
         self.inputs = [x for x in term.par if x not in term.out]
@@ -94,7 +101,13 @@ class Matrices:
         both, rows, shared = ([2 + term.out.index(x) for x in group] for group in groups)
         last = bool(rows) and term.g.stride(rows[-1]) < term.g.stride(shared[-1])
         g = term.g.permute(1, *both, *(shared if last else []), 0, *rows, *([] if last else shared))
-        return g, term.x.permute(0, *(1 + term.inp.index(x) for x in self.both + self.inputs + self.shared)), last
+        return (
+            g,
+            term.x.permute(
+                0, *(1 + term.inp.index(x) for x in self.both + self.inputs + self.shared)
+            ),
+            last,
+        )
 
     def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
@@ -126,12 +139,18 @@ class Matrices:
     @cached_property
     def _axes(self) -> tuple[list[int], list[int] | None]:
         """Sizes of the axes of products behind ``n``, and their order in J; ``None``: the same."""
-        both, rows, columns = ([self._sizes[x] for x in group] for group in (self.both, self.outputs, self.inputs))
+        both, rows, columns = (
+            [self._sizes[x] for x in group] for group in (self.both, self.outputs, self.inputs)
+        )
         outputs, inputs = (["v", *self.outputs], [len(self.term.g), *rows]), (self.inputs, columns)
         first, second = (outputs, inputs) if self.ordered else (inputs, outputs)
         found = [*self.both, *first[0], *second[0]]
         order = [1 + found.index("v"), 0, *(1 + found.index(x) for x in self.term.par)]
-        return [*both, *first[1], *second[1]], None if order == [1, 0, *range(2, len(order))] else order
+        return [*both, *first[1], *second[1]], None if order == [
+            1,
+            0,
+            *range(2, len(order)),
+        ] else order
 
     def _shaped(self, product: Tensor) -> Tensor:
         """Products ``[n, q, rows, columns]`` or ``[n·q, rows, columns]``, or a single one, as ``[V, n, *par]``."""

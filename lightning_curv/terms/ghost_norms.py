@@ -15,7 +15,10 @@ from lightning_curv.terms.safe_norms import product_norms, row_norms
 from lightning_curv.terms.term import ROUNDING, Term
 
 _GRAMS = Latest(), Latest()  # of cotangents, of inputs
-RANGE = {torch.float32: (2.0**-50, 2.0**50), torch.float64: (2.0**-400, 2.0**400)}  # of the squares of usual factors
+RANGE = {
+    torch.float32: (2.0**-50, 2.0**50),
+    torch.float64: (2.0**-400, 2.0**400),
+}  # of the squares of usual factors
 
 
 def pay(term: Term) -> bool:
@@ -36,21 +39,26 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
 
     Both ``[V, N]`` of float64.
 
-    What rounding may take away is added: `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)², which is more than the rest where large
-    positions cancel. Samples whose Gram matrices may underflow or overflow get Σ_s ‖g_s‖ ‖x_s‖ itself.
+    What rounding may take away is added: `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)², which is more than
+    the rest where large positions cancel. Samples whose Gram matrices may underflow or overflow get
+    Σ_s ‖g_s‖ ‖x_s‖ itself.
     """
     found, every, start = [], [], 0
     for products in _products(term):
         norms, sizes, odd = _rounded_up(*products, term.g.dtype)
         if len(odd):
-            g, x = Matrices(term[(odd + start).tolist()]).of(0, len(odd))  # [n, q, V·o, s], [n, q, i, s]
-            # positions that a sample does not have may be filled up with anything: numbers of other samples;
-            # what is not finite stays, for it would be in the sum too
+            g, x = Matrices(term[(odd + start).tolist()]).of(
+                0, len(odd)
+            )  # [n, q, V·o, s], [n, q, i, s]
+            # positions that a sample does not have may be filled up with anything: numbers of other
+            # samples; what is not finite stays, for it would be in the sum too
             x = x.masked_fill((g == 0).all(2, keepdim=True) & x.isfinite(), 0)
             g = g.unflatten(2, (len(term.g), -1))
             norms[:, odd], sizes[:, odd], still = _rounded_up(*_products_of(g, x), term.g.dtype)
             odd, g, x = odd[still], g[still], x[still]
-            bounds = product_norms(row_norms(g.transpose(3, 4), 4), row_norms(x.mT, 3).unsqueeze(2), g.dtype)
+            bounds = product_norms(
+                row_norms(g.transpose(3, 4), 4), row_norms(x.mT, 3).unsqueeze(2), g.dtype
+            )
             norms[:, odd] = sizes[:, odd] = bounds.sum((1, 3)).mT
         start += norms.shape[1]
         found.append(norms)
@@ -84,7 +92,9 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     m = Matrices(term)
     assert term.x is not None
     columns, both = len(term.g), m.size(m.both)
-    size = max(1, CHUNK_BYTES // max(1, m.size(m.shared) ** 2 * columns * both * term.g.element_size()))
+    size = max(
+        1, CHUNK_BYTES // max(1, m.size(m.shared) ** 2 * columns * both * term.g.element_size())
+    )
     for start in range(0, term.g.shape[1], size):
         g, x = m.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
         x = x.flatten(0, 1)

@@ -1,7 +1,8 @@
 r"""The per-sample Jacobian of one parameter, as a sum of terms, and its contractions.
 
-Every extension is a function of a `Jacobian`. All contractions add the uses of the parameter *before* squaring, and
-none materialises ``[V, N, *p]`` but `Jacobian.per_sample`, whose result that is: sums over samples run in chunks.
+Every extension is a function of a `Jacobian`. All contractions add the uses of the parameter
+*before* squaring, and none materialises ``[V, N, *p]`` but `Jacobian.per_sample`, whose result that
+is: sums over samples run in chunks.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from lightning_curv.terms import ghost_norms, one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, pieces
 from lightning_curv.terms.term import DIAGONAL, Term, signed
 
-STACK_BYTES = 2**18  # of products that are worked on together: those made one by one, or of single entries
-KEPT_BYTES = 2**25  # of a Jacobian that several quantities share, up to which it is kept once formed
+STACK_BYTES = (
+    2**18
+)  # of products that are worked on together: those made one by one, or of single entries
+KEPT_BYTES = (
+    2**25
+)  # of a Jacobian that several quantities share, up to which it is kept once formed
 BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
 
@@ -29,15 +34,16 @@ SMALL = 2**12  # entries of a parameter up to which squares are summed by one re
 class Jacobian:
     r"""J[v, n, *p]: derivatives of the backpropagated columns ``v`` of sample ``n`` by one parameter.
 
-    With the gradient as the only column, ``J[0, n]`` is the per-sample gradient :math:`s\,g_n`; with the columns of
-    :math:`\sqrt{s H_n}`, :math:`\sum_{v,n} J[v,n] J[v,n]^\top` is the GGN.
+    With the gradient as the only column, ``J[0, n]`` is the per-sample gradient :math:`s\,g_n`;
+    with the columns of :math:`\sqrt{s H_n}`, :math:`\sum_{v,n} J[v,n] J[v,n]^\top` is the GGN.
 
     Attributes:
         parameter: The parameter.
         terms: One term per group of uses with the same letters.
         signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
         gradient: The sum over the samples of the only column, where it is known.
-        shared: Whether several quantities are functions of it: J is then kept once it has been formed.
+        shared: Whether several quantities are functions of it: J is then kept once it has been
+            formed.
         continues: Whether other columns of the same uses came before.
     """
 
@@ -89,7 +95,9 @@ class Jacobian:
 
     def stacked(self, other: Jacobian) -> Jacobian:
         """The Jacobian of the columns of both; the uses must be the same."""
-        terms = [a.of(torch.cat([a.g, b.g]), a.x) for a, b in zip(self.terms, other.terms, strict=True)]
+        terms = [
+            a.of(torch.cat([a.g, b.g]), a.x) for a, b in zip(self.terms, other.terms, strict=True)
+        ]
         return Jacobian(self.parameter, terms)
 
     def per_sample(self) -> Tensor:
@@ -99,7 +107,10 @@ class Jacobian:
         if not self._in_pieces:
             formed = next(self._pieces(max(1, self.samples), ordered=True))
         else:
-            formed, start = huge_pages.empty(self.terms[0].g, self.columns, self.samples, *self.shape), 0
+            formed, start = (
+                huge_pages.empty(self.terms[0].g, self.columns, self.samples, *self.shape),
+                0,
+            )
             for piece in self._pieces(self._size, ordered=True):
                 formed[:, start : start + piece.shape[1]] = piece
                 start += piece.shape[1]
@@ -113,9 +124,18 @@ class Jacobian:
         They are not to be changed in place.
         """
         sparse = any(term.classes for term in self.terms)
-        if self.shared and self._formed is None and not sparse and self._bytes * self.samples <= KEPT_BYTES:
+        if (
+            self.shared
+            and self._formed is None
+            and not sparse
+            and self._bytes * self.samples <= KEPT_BYTES
+        ):
             self.per_sample()
-        return self._pieces(self._size) if self._formed is None else iter(self._formed.split(self._size, dim=1))
+        return (
+            self._pieces(self._size)
+            if self._formed is None
+            else iter(self._formed.split(self._size, dim=1))
+        )
 
     @property
     def _bytes(self) -> int:
@@ -128,13 +148,20 @@ class Jacobian:
         products = [t for t in self.terms if t.own_gradients is None]
         if any(Matrices(t).large for t in products):  # made one by one
             return max(1, STACK_BYTES // self._bytes)
-        inputs = [math.prod(t.x.shape[1:]) * t.g.element_size() for t in products if t.x is not None]
+        inputs = [
+            math.prod(t.x.shape[1:]) * t.g.element_size() for t in products if t.x is not None
+        ]
         if any({*t.out} == {*t.inp} for t in products):  # multiplied entry by entry, then summed
-            return max(1, STACK_BYTES // max(self._bytes, *(self.columns * size for size in inputs), 1))
+            return max(
+                1, STACK_BYTES // max(self._bytes, *(self.columns * size for size in inputs), 1)
+            )
         return max(1, CHUNK_BYTES // max(self._bytes, *inputs, 1, 1))
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
-        return (self._added(parts) for parts in zip(*(pieces(t, size, ordered) for t in self.terms), strict=True))
+        return (
+            self._added(parts)
+            for parts in zip(*(pieces(t, size, ordered) for t in self.terms), strict=True)
+        )
 
     @cached_property
     def _in_pieces(self) -> bool:
@@ -143,7 +170,10 @@ class Jacobian:
 
     def _added(self, parts: Iterable[Tensor]) -> Tensor:
         """The sum of pieces ``[V, n, *par]``, ``[V, n, *p]``."""
-        parts = [part if part.shape[2:] == self.shape else part.reshape(*part.shape[:2], *self.shape) for part in parts]
+        parts = [
+            part if part.shape[2:] == self.shape else part.reshape(*part.shape[:2], *self.shape)
+            for part in parts
+        ]
         return sum(parts[1:], start=parts[0])
 
     def total(self) -> Tensor:
@@ -155,14 +185,17 @@ class Jacobian:
     def weighted_total(self, weights: Tensor) -> Tensor:
         r"""Weighted sum over the samples of the only column, :math:`\sum_n c_n J[0, n]`, of the parameter's shape.
 
-        One contraction per term; no per-sample gradient is formed. With norms from `norms` this is the second
-        half of book-keeping (Bu, Wang, Zha & Karypis, *Differentially Private Optimization on Large Model at Small
-        Cost*, ICML 2023).
+        One contraction per term; no per-sample gradient is formed. With norms from `norms` this is
+        the second half of book-keeping (Bu, Wang, Zha & Karypis, *Differentially Private
+        Optimization on Large Model at Small Cost*, ICML 2023).
 
         Args:
             weights: c, ``[N]``.
         """
-        parts = [one_hot.weighted_total(t, weights) if t.classes else t.weighted_total(weights) for t in self.terms]
+        parts = [
+            one_hot.weighted_total(t, weights) if t.classes else t.weighted_total(weights)
+            for t in self.terms
+        ]
         return sum((p.reshape(self.shape) for p in parts[1:]), start=parts[0].reshape(self.shape))
 
     @cached_property
@@ -187,12 +220,15 @@ class Jacobian:
                 rows[:, start : start + j.shape[1]] = j.permute(places)
                 start += j.shape[1]
         letters = DIAGONAL[: len(order)]
-        return Jacobian(self.parameter, [Term("".join(letters[axis] for axis in order), "", letters, rows)])
+        return Jacobian(
+            self.parameter, [Term("".join(letters[axis] for axis in order), "", letters, rows)]
+        )
 
     def dot(self, vector: Tensor) -> Tensor:
         """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
 
-        The op is applied with the vector in the parameter's place; no per-sample gradient is formed.
+        The op is applied with the vector in the parameter's place; no per-sample gradient is
+        formed.
         """
         return torch.stack([_dot(t, vector.to(t.g.dtype)) for t in self.terms]).sum(0)
 
@@ -204,14 +240,18 @@ class Jacobian:
             return self._factorised.squared_norms()
         if not self.forms_norms:
             return ghost_norms.squared_norms(self.terms[0])
-        norms = [torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)]) for j in self.chunks()]
+        norms = [
+            torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)])
+            for j in self.chunks()
+        ]
         return torch.cat(norms, dim=1).square_()
 
     def norms(self) -> Tensor:
         """Norms of J[v, n] that bound what a sample adds to `weighted_total`, ``[V, N]`` of float64.
 
-        They are no less than those, in spite of rounding, and neither underflow nor overflow where only one factor of
-        J is very small or large. Where a factor is larger than the root of the largest number they are infinite.
+        They are no less than those, in spite of rounding, and neither underflow nor overflow where
+        only one factor of J is very small or large. Where a factor is larger than the root of the
+        largest number they are infinite.
         """
         return self.norms_and_sizes()[0]
 
@@ -224,7 +264,10 @@ class Jacobian:
         if self._factorised is not None:
             norms = self._factorised.norms()
         else:
-            parts = [torch.linalg.vector_norm(_rows(j), dim=2, dtype=torch.float64) for j in self.chunks()]
+            parts = [
+                torch.linalg.vector_norm(_rows(j), dim=2, dtype=torch.float64)
+                for j in self.chunks()
+            ]
             norms = torch.cat(parts, dim=1)
         return norms, norms
 
@@ -235,7 +278,11 @@ class Jacobian:
         if self._onehot is not None:
             squares = one_hot.sum_squares(self._onehot, self.signs).reshape(self.shape)
         elif self._factorised is not None:
-            squares = self._factorised.squared(self.signs).contract(self._factorised.par).reshape(self.shape)
+            squares = (
+                self._factorised.squared(self.signs)
+                .contract(self._factorised.par)
+                .reshape(self.shape)
+            )
         else:
             squares = _sum_squares(self.chunks(), self.signs)
         self._squares = squares if self.shared else None
@@ -245,7 +292,8 @@ class Jacobian:
         """Sum over columns of the squared entries, ``[N, *p]``.
 
         Args:
-            total: What they are added to, in place: a second tensor of this size is never in memory.
+            total: What they are added to, in place: a second tensor of this size is never in
+                memory.
         """
         term = self._factorised
         if term is not None and not self._onehot:
@@ -254,11 +302,15 @@ class Jacobian:
                 return squares.contract(f"n{term.par}").reshape(self.samples, *self.shape)
             squares.add_to(total)
             return total
-        result = huge_pages.empty(self.terms[0].g, self.samples, *self.shape) if total is None else total
+        result = (
+            huge_pages.empty(self.terms[0].g, self.samples, *self.shape) if total is None else total
+        )
         start = 0
         for j in self.chunks():
             stop = start + j.shape[1]
-            added = signed(j.square(), None if self.signs is None else self.signs[:, start:stop]).sum(0)
+            added = signed(
+                j.square(), None if self.signs is None else self.signs[:, start:stop]
+            ).sum(0)
             part = result[start:stop]
             part.copy_(added) if total is None else part.add_(added)
             start = stop
@@ -274,7 +326,9 @@ class Jacobian:
             return (j - j.mean(0)).square_().mean(0).reshape(self.shape)
         if term is not None and term.g.dtype == torch.float32:
             return self._variance_of_moments()
-        return _sum_squares(self._deviations(self.sum_of_gradients() / self.samples), None).div_(self.samples)
+        return _sum_squares(self._deviations(self.sum_of_gradients() / self.samples), None).div_(
+            self.samples
+        )
 
     def _deviations(self, mean: Tensor) -> Iterator[Tensor]:
         """The chunks minus the mean, in their order of memory."""
@@ -286,14 +340,22 @@ class Jacobian:
 
     def sum_of_gradients(self) -> Tensor:
         """Sum over the samples of the only column: the gradient, where it is known in full."""
-        if self.gradient is not None and self.gradient.dtype == self.terms[0].g.dtype and not self.gradient.is_sparse:
+        if (
+            self.gradient is not None
+            and self.gradient.dtype == self.terms[0].g.dtype
+            and not self.gradient.is_sparse
+        ):
             return self.gradient
         return self.total()[0]
 
     def _variance_of_moments(self) -> Tensor:
         """The difference of the moments; if it cancels anywhere, in float64, where products of float32 are exact."""
         squares = self.sum_squares()
-        result = squares.clone(memory_format=torch.contiguous_format) if self.shared else squares.contiguous()
+        result = (
+            squares.clone(memory_format=torch.contiguous_format)
+            if self.shared
+            else squares.contiguous()
+        )
         if _subtract_mean(result.view(-1), self.sum_of_gradients().reshape(-1), self.samples):
             exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
             second = exact.sum_squares() / self.samples
@@ -358,7 +420,9 @@ def _merged(terms: Sequence[Term]) -> list[Term]:
 
 def _structure(term: Term) -> tuple[str, ...]:
     sizes = term.sizes()
-    inp = "".join(letter for letter in term.inp if letter in term.par) + ("" if term.x is not None else "1")
+    inp = "".join(letter for letter in term.inp if letter in term.par) + (
+        "" if term.x is not None else "1"
+    )
     return term.par, inp, str([sizes[letter] for letter in term.par]), str(term.classes)
 
 
@@ -368,7 +432,10 @@ def _concatenated(terms: list[Term]) -> Term:
     merged = terms[0].of(torch.cat([t.g for t in terms], dim=2), torch.cat(x, dim=1) if x else None)
     if all(t.lengths is None for t in terms):
         return merged
-    lengths = [torch.full(t.g.shape[1:2], t.g.shape[2]) if t.lengths is None else t.lengths.cpu() for t in terms]
+    lengths = [
+        torch.full(t.g.shape[1:2], t.g.shape[2]) if t.lengths is None else t.lengths.cpu()
+        for t in terms
+    ]
     return replace(merged, lengths=torch.stack(lengths).sum(0))
 
 

@@ -50,7 +50,9 @@ def dot(term: Term, vector: Tensor) -> Tensor:
     """Inner products of the per-sample gradients with ``vector [classes, *]``, ``[V, N]``."""
     touched = rows(term)
     products = (touched.g * vector[touched.token]).flatten(2).sum(2)
-    return products.new_zeros(len(products), term.g.shape[1]).index_add_(1, touched.sample, products)
+    return products.new_zeros(len(products), term.g.shape[1]).index_add_(
+        1, touched.sample, products
+    )
 
 
 def second_moment(term: Term, reduce: bool) -> Tensor:
@@ -59,7 +61,9 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
     assert term.x is not None
     sample, index, _ = _touched(term)
     samples, positions = term.x.shape
-    lengths = torch.full((samples,), positions) if term.lengths is None else term.lengths.clamp(min=1)
+    lengths = (
+        torch.full((samples,), positions) if term.lengths is None else term.lengths.clamp(min=1)
+    )
     lengths = lengths.to(term.x.device)
     if not reduce:
         number = samples * positions if term.lengths is None else max(1, int(term.lengths.sum()))
@@ -67,7 +71,9 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
     key, counts = (index + term.classes * sample).unique(return_counts=True)
     result = term.g.new_zeros(term.classes)
     return (
-        result.index_add_(0, key % term.classes, (counts / lengths[key // term.classes]).square().to(result.dtype))
+        result.index_add_(
+            0, key % term.classes, (counts / lengths[key // term.classes]).square().to(result.dtype)
+        )
         / samples
     )
 
@@ -75,7 +81,9 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
 def per_sample(term: Term) -> Tensor:
     """``[V, N, classes, *]``, dense."""
     touched, samples = rows(term), term.g.shape[1]
-    dense = huge_pages.empty(touched.g, term.g.shape[0], samples * term.classes, *touched.g.shape[2:]).zero_()
+    dense = huge_pages.empty(
+        touched.g, term.g.shape[0], samples * term.classes, *touched.g.shape[2:]
+    ).zero_()
     dense[:, touched.sample * term.classes + touched.token] = touched.g
     return dense.unflatten(1, (samples, term.classes))
 
@@ -108,7 +116,9 @@ def variance(term: Term) -> Tensor:
     deviations = touched.g.sub_(mean[touched.token]).square_()
     untouched = samples - torch.bincount(touched.token, minlength=term.classes).to(mean.dtype)
     untouched = untouched.reshape(-1, *[1] * (mean.ndim - 1))
-    return (_scatter(touched._replace(g=deviations), term.classes)[0] + untouched * mean.square()) / samples
+    return (
+        _scatter(touched._replace(g=deviations), term.classes)[0] + untouched * mean.square()
+    ) / samples
 
 
 def squared_norms(term: Term) -> Tensor:
@@ -126,7 +136,9 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     samples, eps = term.g.shape[1], torch.finfo(term.g.dtype).eps
     term = term.canonical()
     sample, index, position = _touched(term)
-    key, pair, counts = (index + term.classes * sample).unique(return_inverse=True, return_counts=True)
+    key, pair, counts = (index + term.classes * sample).unique(
+        return_inverse=True, return_counts=True
+    )
     g = _at(term.g.flatten(1, 2), position, 1)
     norms = row_norms(g, 2)
     repeats = (counts > 1)[pair]
@@ -136,7 +148,10 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     if len(repeated):
         some, place = pair[repeated].unique(return_inverse=True)
         sums = row_norms(_added(_at(g, repeated, 1), place, len(some)), 2).square_()
-        every, owners = _added(norms[:, repeated], place, len(some)).square_(), key[some] // term.classes
+        every, owners = (
+            _added(norms[:, repeated], place, len(some)).square_(),
+            key[some] // term.classes,
+        )
         sizes = squares + _added(every, owners, samples)
         squares = squares + _added(sums.add_(every, alpha=ROUNDING * eps), owners, samples)
     return squares.sqrt(), sizes.sqrt()

@@ -1,8 +1,8 @@
 """Owners: the sample that every row of a tensor belongs to, and how to split and join tensors by it.
 
-`BatchAxis` is the cheap form: one axis, whose size is N or a multiple of it. `RowOwners` is the general one: rows in
-any order and of any number per sample, each with the number of its sample. `ChosenOwners` are either for some of the
-samples.
+`BatchAxis` is the cheap form: one axis, whose size is N or a multiple of it. `RowOwners` is the
+general one: rows in any order and of any number per sample, each with the number of its sample.
+`ChosenOwners` are either for some of the samples.
 """
 
 from __future__ import annotations
@@ -154,7 +154,11 @@ class RowOwners(Owners):
 
     def to(self, device: torch.device) -> RowOwners:
         """The same on a device."""
-        return self if self.index.device == device else RowOwners(self.count, self.index.to(device), self.axes)
+        return (
+            self
+            if self.index.device == device
+            else RowOwners(self.count, self.index.to(device), self.axes)
+        )
 
     def owner(self, shape: Sequence[int]) -> Tensor:
         sizes = [shape[axis] for axis in self.axes]
@@ -182,12 +186,16 @@ class RowOwners(Owners):
     def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
         padded = self.padded(self.rows(tensor))
         kept = padded.shape[padded.ndim - trailing :]
-        return padded.reshape(self.count, math.prod(padded.shape[1 : padded.ndim - trailing]), *kept)
+        return padded.reshape(
+            self.count, math.prod(padded.shape[1 : padded.ndim - trailing]), *kept
+        )
 
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
         rest = [size for axis, size in enumerate(shape) if axis not in self.axes]
         here = self.to(entries.device)
-        rows = entries.reshape(self.count, self.table.shape[1], *rest)[here.index.clamp(min=0), here.position]
+        rows = entries.reshape(self.count, self.table.shape[1], *rest)[
+            here.index.clamp(min=0), here.position
+        ]
         rows = rows.masked_fill((here.index < 0).reshape(-1, *[1] * len(rest)), 0)
         moved = rows.reshape(*(shape[axis] for axis in self.axes), *rest)
         return moved.movedim(tuple(range(len(self.axes))), self.axes)
@@ -248,25 +256,34 @@ class ChosenOwners(Owners):
         """Which of the chosen samples owns each of the rows that `rows` has left."""
         whole = self.whole
         if isinstance(whole, RowOwners):
-            return RowOwners(self.count, self._places_of(whole.index[self.rows(len(whole.index))]), whole.axes)
+            return RowOwners(
+                self.count, self._places_of(whole.index[self.rows(len(whole.index))]), whole.axes
+            )
         assert isinstance(whole, BatchAxis)
         return replace(whole, count=self.count)
 
 
-def batch_axes(shape: Sequence[int], axes: Iterable[int], count: int, rows: bool = True) -> list[BatchAxis]:
+def batch_axes(
+    shape: Sequence[int], axes: Iterable[int], count: int, rows: bool = True
+) -> list[BatchAxis]:
     """The axes that may carry N samples, axes of exactly N entries first, then rows of several positions per sample.
 
     Args:
         shape: The tensor's shape.
         axes: The axes that come into question, the likeliest first.
         count: N.
-        rows: Whether rows of several positions come into question on every axis, instead of on the first only.
+        rows: Whether rows of several positions come into question on every axis, instead of on the
+            first only.
     """
     axes = list(axes)
     exact = [BatchAxis(count, axis) for axis in axes if shape[axis] == count]
     several = [axis for axis in (axes if rows else axes[:1]) if count and shape[axis] != count]
     several = [axis for axis in several if shape[axis] % count == 0 and shape[axis]]
-    flat = [BatchAxis(count, axis, minor) for axis in several for minor in (False, True)[: 2 if count > 1 else 1]]
+    flat = [
+        BatchAxis(count, axis, minor)
+        for axis in several
+        for minor in (False, True)[: 2 if count > 1 else 1]
+    ]
     return exact + flat
 
 
@@ -279,8 +296,12 @@ def owners_of(numbers: Tensor, shape: Sequence[int], count: int) -> BatchAxis | 
         count: N.
     """
     aligned = numbers.long().cpu().reshape([1] * (len(shape) - numbers.ndim) + list(numbers.shape))
-    axes = tuple(axis for axis, size in enumerate(aligned.shape) if size > 1) or ((0,) if shape else ())
-    index = aligned.expand([shape[axis] if axis in axes else 1 for axis in range(len(shape))]).flatten()
+    axes = tuple(axis for axis, size in enumerate(aligned.shape) if size > 1) or (
+        (0,) if shape else ()
+    )
+    index = aligned.expand(
+        [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
+    ).flatten()
     if len(axes) == 1:
         for choice in batch_axes(shape, axes, count):
             if torch.equal(choice.owner(shape).flatten(), index):

@@ -20,8 +20,8 @@ def limit(dtype: torch.dtype) -> float:
 def row_norms(tensor: Tensor, start: int) -> Tensor:
     """Norms over all axes from ``start`` on, in float64.
 
-    Squares of float32 are normal numbers of float64. Rows of float64 are divided by their largest entry where theirs
-    may be none.
+    Squares of float32 are normal numbers of float64. Rows of float64 are divided by their largest
+    entry where theirs may be none.
     """
     rows = tensor[..., None].flatten(start)
     norms = torch.linalg.vector_norm(rows, dim=start, dtype=torch.float64)
@@ -29,7 +29,9 @@ def row_norms(tensor: Tensor, start: int) -> Tensor:
         odd = ~((norms > _SMALL) & (norms < _LARGE))
         if bool(odd.any()):
             some = rows[odd]
-            largest = some.abs().amax(-1, keepdim=True) if some.shape[-1] else some.new_ones(len(some), 1)
+            largest = (
+                some.abs().amax(-1, keepdim=True) if some.shape[-1] else some.new_ones(len(some), 1)
+            )
             largest = largest.where(largest.isfinite() & (largest > 0), torch.ones_like(largest))
             norms[odd] = torch.linalg.vector_norm(some / largest, dim=-1) * largest[:, 0]
     return norms

@@ -1,14 +1,16 @@
 r"""Terms: per-sample Jacobian-vector products as contractions that are not carried out.
 
-Ops are affine in each parameter, so the derivative of a backpropagated column ``v`` and sample ``n`` by a parameter is
+Ops are affine in each parameter, so the derivative of a backpropagated column ``v`` and sample
+``n`` by a parameter is
 
 .. math:: J[v, n, *par] = \sum_{\text{letters not in } v, n, par} g[v, n, *out]\; x[n, *inp],
 
-with the cotangents ``g`` at the op's output and the recorded input ``x``. A `Term` keeps ``g``, ``x`` and one letter
-per axis. Letters have a meaning that every quantity relies on:
+with the cotangents ``g`` at the op's output and the recorded input ``x``. A `Term` keeps ``g``,
+``x`` and one letter per axis. Letters have a meaning that every quantity relies on:
 
-``v`` column, ``n`` sample, ``r s t u`` shared positions (never in ``par``), ``q`` group, ``o`` and ``i x y z`` output
-and input features (a Kronecker factor each), ``d`` and all later letters of `DIAGONAL` diagonal features.
+``v`` column, ``n`` sample, ``r s t u`` shared positions (never in ``par``), ``q`` group, ``o`` and
+``i x y z`` output and input features (a Kronecker factor each), ``d`` and all later letters of
+`DIAGONAL` diagonal features.
 """
 
 from __future__ import annotations
@@ -33,8 +35,13 @@ SHARED = "rstu"
 CHUNK_BYTES = 2**25  # of products that are added up at once
 WASTE = 4  # how many times as much memory as their rows samples of different lengths may take
 SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
-_SQUARES, _NORMS, _ROW_NORMS = Latest(), Latest(), Latest()  # of the cotangents that a weight and its bias share
-# Rounding of a squared norm and of a weighted sum together, in machine epsilons of the squared sum of what is added up.
+_SQUARES, _NORMS, _ROW_NORMS = (
+    Latest(),
+    Latest(),
+    Latest(),
+)  # of the cotangents that a weight and its bias share
+# Rounding of a squared norm and of a weighted sum together, in machine epsilons of the squared sum
+# of what is added up.
 ROUNDING = 2.0  # measured: at most 1.5 + 0.4 (two positions), less for more of them
 
 
@@ -42,7 +49,11 @@ def flatten_shared(tensor: Tensor, start: int, stop: int) -> Tensor:
     """The axes ``start`` to ``stop`` (excluded) as one axis; no such axes: unchanged."""
     shape = tensor.shape
     stop = stop % tensor.ndim
-    return tensor.reshape(*shape[:start], math.prod(shape[start:stop]), *shape[stop:]) if stop > start else tensor
+    return (
+        tensor.reshape(*shape[:start], math.prod(shape[start:stop]), *shape[stop:])
+        if stop > start
+        else tensor
+    )
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,11 @@ class Adjoint:
     """An op's own way from cotangents to gradients, where it is faster than a contraction.
 
     Attributes:
-        x: The inputs of the term that it is made for; a term with others (squared) must not use it. Nor must one with
-            another order or other sizes of the parameter's axes: it has none.
+        x: The inputs of the term that it is made for; a term with others (squared) must not use it.
+            Nor must one with another order or other sizes of the parameter's axes: it has none.
         input: The op's own input, ``[N, *]``.
-        gradient: From cotangents ``[N, *out]`` and inputs to the sum over the samples, in the parameter's memory order.
+        gradient: From cotangents ``[N, *out]`` and inputs to the sum over the samples, in the
+            parameter's memory order.
         gradients: The same without the sum, ``[N, *]``; ``None``: not faster.
     """
 
@@ -70,14 +82,15 @@ class Term:
     Attributes:
         out: Letters of ``g`` behind ``v n``.
         inp: Letters of ``x`` behind ``n``.
-        par: Letters of the parameter in the order of its memory; several letters may make up one axis.
+        par: Letters of the parameter in the order of its memory; several letters may make up one
+            axis.
         g: Cotangents, ``[V, N, *out]``; carry the scale of the loss.
-        x: Inputs, ``[N, *inp]``; ``None`` stands for ones. With ``classes``, indices that stand for their one-hot rows
-            (negative: a row of zeros), ``[N, *inp without i]``.
+        x: Inputs, ``[N, *inp]``; ``None`` stands for ones. With ``classes``, indices that stand for
+            their one-hot rows (negative: a row of zeros), ``[N, *inp without i]``.
         classes: Number of classes of one-hot inputs (``i``), else 0.
         adjoint: The op's own gradient, if it has one.
-        lengths: The number of shared positions of every sample, ``[N]``, where they differ: what follows them in ``g``
-            and ``x`` is filled up with zeros.
+        lengths: The number of shared positions of every sample, ``[N]``, where they differ: what
+            follows them in ``g`` and ``x`` is filled up with zeros.
     """
 
     out: str
@@ -92,24 +105,43 @@ class Term:
     @property
     def shared(self) -> str:
         """The letters that the contraction sums over."""
-        return "".join(dict.fromkeys(letter for letter in self.out + self.inp if letter not in self.par))
+        return "".join(
+            dict.fromkeys(letter for letter in self.out + self.inp if letter not in self.par)
+        )
 
     def sizes(self) -> dict[str, int]:
         """Size of every letter."""
         sizes = dict(zip(self.out, self.g.shape[2:], strict=True))
         if self.x is not None:
-            sizes.update(zip(self.inp.replace("i", "") if self.classes else self.inp, self.x.shape[1:], strict=True))
+            sizes.update(
+                zip(
+                    self.inp.replace("i", "") if self.classes else self.inp,
+                    self.x.shape[1:],
+                    strict=True,
+                )
+            )
         return {**sizes, "i": self.classes} if self.classes else sizes
 
     def __getitem__(self, samples: slice | list[int] | Tensor) -> Term:
         x, own = None if self.x is None else self.x[samples], self.own
         adjoint = None if own is None or x is None else replace(own, x=x, input=own.input[samples])
         lengths = None if self.lengths is None else self.lengths[samples]
-        return Term(self.out, self.inp, self.par, self.g[:, samples], x, self.classes, adjoint or self.adjoint, lengths)
+        return Term(
+            self.out,
+            self.inp,
+            self.par,
+            self.g[:, samples],
+            x,
+            self.classes,
+            adjoint or self.adjoint,
+            lengths,
+        )
 
     def of(self, g: Tensor, x: Tensor | None, adjoint: Adjoint | None = None) -> Term:
         """The same letters with other cotangents and inputs; in a third of the time of `dataclasses.replace`."""
-        return Term(self.out, self.inp, self.par, g, x, self.classes, adjoint or self.adjoint, self.lengths)
+        return Term(
+            self.out, self.inp, self.par, g, x, self.classes, adjoint or self.adjoint, self.lengths
+        )
 
     @property
     def own(self) -> Adjoint | None:
@@ -126,7 +158,9 @@ class Term:
 
     def promoted(self) -> Term:
         """The term in float32 or better, with one dtype for ``g`` and ``x``."""
-        if self.g.dtype == torch.float32 and (self.x is None or self.classes or self.x.dtype == torch.float32):
+        if self.g.dtype == torch.float32 and (
+            self.x is None or self.classes or self.x.dtype == torch.float32
+        ):
             return self
         dtype = torch.promote_types(self.g.dtype, torch.float32)
         x = self.x
@@ -157,7 +191,13 @@ class Term:
             return tensor.unflatten(axis, (rows // samples, samples)).transpose(axis, axis + 1)
 
         x = None if self.x is None else split(self.x, 0)
-        return replace(self, out="r" + self.out, inp="r" + self.inp if x is not None else "", g=split(self.g, 1), x=x)
+        return replace(
+            self,
+            out="r" + self.out,
+            inp="r" + self.inp if x is not None else "",
+            g=split(self.g, 1),
+            x=x,
+        )
 
     def of_chosen(self, owners: ChosenOwners, left: Tensor | None) -> Term:
         """Rows of some samples regrouped to these.
@@ -174,13 +214,19 @@ class Term:
 
     def _refuse_unowned(self, owners: RowOwners) -> None:
         unowned = self.g[:, owners.index < 0]
-        rounding = 1e4 * torch.finfo(self.g.dtype).eps * self.g.abs().amax() if unowned.numel() else 0
+        rounding = (
+            1e4 * torch.finfo(self.g.dtype).eps * self.g.abs().amax() if unowned.numel() else 0
+        )
         if bool((unowned.abs() > rounding).any()):
             raise RuntimeError(
                 "Expected no gradient at rows that no sample depended on when the samples were found, found one. Pass "
                 "`check=True` to `curvature`: the samples are then found anew."
             )
-        if self.x is not None and not self.classes and not bool(self.x[owners.index < 0].isfinite().all()):
+        if (
+            self.x is not None
+            and not self.classes
+            and not bool(self.x[owners.index < 0].isfinite().all())
+        ):
             raise UnsupportedError(
                 "Expected finite inputs in rows that no gradient arrives at, found others: which sample they make "
                 "undefined cannot be told. Leave samples that are not finite out of the batch."
@@ -223,7 +269,10 @@ class Term:
         """The same term with one shared letter ``s``, in front."""
         out = [letter for letter in self.out if letter in self.par]
         g = self.g.permute(
-            0, 1, *(2 + self.out.index(x) for x in self.out if x in self.shared), *(2 + self.out.index(x) for x in out)
+            0,
+            1,
+            *(2 + self.out.index(x) for x in self.out if x in self.shared),
+            *(2 + self.out.index(x) for x in out),
         )
         g = g.flatten(2, g.ndim - len(out) - 1) if g.ndim - len(out) > 2 else g.unsqueeze(2)
         if self.x is None:
@@ -231,10 +280,18 @@ class Term:
         letters = self.inp.replace("i", "") if self.classes else self.inp
         kept = [letter for letter in letters if letter in self.par]
         x = self.x.permute(
-            0, *(1 + letters.index(y) for y in letters if y in self.shared), *(1 + letters.index(y) for y in kept)
+            0,
+            *(1 + letters.index(y) for y in letters if y in self.shared),
+            *(1 + letters.index(y) for y in kept),
         )
         x = x.flatten(1, x.ndim - len(kept) - 1) if x.ndim - len(kept) > 1 else x.unsqueeze(1)
-        return replace(self, out="s" + "".join(out), inp="s" + ("i" if self.classes else "") + "".join(kept), g=g, x=x)
+        return replace(
+            self,
+            out="s" + "".join(out),
+            inp="s" + ("i" if self.classes else "") + "".join(kept),
+            g=g,
+            x=x,
+        )
 
     def contract(self, result: str) -> Tensor:
         """``g·x`` summed to the letters ``result`` (of ``v n`` and ``par``); dense inputs only."""
@@ -242,9 +299,18 @@ class Term:
             summed = [axis for axis, letter in enumerate("vn" + self.out) if letter not in result]
             kept = [letter for letter in "vn" + self.out if letter in result]
             total = self.g.sum(summed) if summed else self.g
-            return total if kept == [*result] else total.permute([kept.index(letter) for letter in result])
+            return (
+                total
+                if kept == [*result]
+                else total.permute([kept.index(letter) for letter in result])
+            )
         columns = "v" if "v" in result or len(self.g) > 1 else ""
-        if set(result) == {*columns, "n", *self.out, *self.inp}:  # an outer product: no matrix product
+        if set(result) == {
+            *columns,
+            "n",
+            *self.out,
+            *self.inp,
+        }:  # an outer product: no matrix product
             g = _placed(self.g if columns else self.g[0], columns + "n" + self.out, result)
             return huge_pages.multiply(g, _placed(self.x, "n" + self.inp, result))
         if {*self.out} == {*self.inp}:  # a norm's scale: nothing to multiply out
@@ -283,7 +349,8 @@ class Term:
     def _weighted_matrix(self, weights: Tensor) -> Tensor | None:
         """The first column's ``g`` times weights, in memory as `contract` multiplies it; ``None``: no need for that.
 
-        oneDNN copies a first matrix that is transposed. That copy is made here, and multiplied in place.
+        oneDNN copies a first matrix that is transposed. That copy is made here, and multiplied in
+        place.
         """
         g, sizes = self.g[0], self.sizes()
         rows = [y for y in self.out if y in self.par]
@@ -303,7 +370,9 @@ class Term:
     def squared_norms(self) -> Tensor:
         """Squared norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``."""
         if {*self.out} & {*self.inp}:
-            return self.of(self.g.square(), None if self.x is None else self.x.square()).contract("vn")
+            return self.of(self.g.square(), None if self.x is None else self.x.square()).contract(
+                "vn"
+            )
         norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
         return norms.square() if self.x is None else (norms * _norms(self.x, 1)).square_()
 
@@ -312,11 +381,21 @@ class Term:
         both = [letter for letter in self.out if letter in self.inp]
         if not both:
             norms, _ = _ROW_NORMS.of(self.g, (), partial(row_norms, self.g, 2))
-            return norms if self.x is None else product_norms(norms, row_norms(self.x, 1), self.g.dtype)
+            return (
+                norms
+                if self.x is None
+                else product_norms(norms, row_norms(self.x, 1), self.g.dtype)
+            )
         assert self.x is not None
-        g = _placed(self.g, "vn" + self.out, "vn" + "".join(both + [y for y in self.out if y not in both]))
-        x = _placed(self.x, "n" + self.inp, "n" + "".join(both + [y for y in self.inp if y not in both]))
-        return row_norms(product_norms(row_norms(g, 2 + len(both)), row_norms(x, 1 + len(both)), self.g.dtype), 2)
+        g = _placed(
+            self.g, "vn" + self.out, "vn" + "".join(both + [y for y in self.out if y not in both])
+        )
+        x = _placed(
+            self.x, "n" + self.inp, "n" + "".join(both + [y for y in self.inp if y not in both])
+        )
+        return row_norms(
+            product_norms(row_norms(g, 2 + len(both)), row_norms(x, 1 + len(both)), self.g.dtype), 2
+        )
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
@@ -329,7 +408,11 @@ class Term:
 
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
     """``squares [V, N, *]`` times ``signs [V, N]``."""
-    return squares if signs is None else squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
+    return (
+        squares
+        if signs is None
+        else squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
+    )
 
 
 def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
@@ -339,7 +422,9 @@ def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
         return squares if len(g) == 1 else squares.sum(0, keepdim=True)
     total = torch.zeros_like(g[:1])
     for v, column in enumerate(g.unbind()):
-        total[0].addcmul_(column, column if signs is None else signed(column[None], signs[v : v + 1])[0])
+        total[0].addcmul_(
+            column, column if signs is None else signed(column[None], signs[v : v + 1])[0]
+        )
     return total
 
 
@@ -347,10 +432,14 @@ def _norms(tensor: Tensor, start: int) -> Tensor:
     """Norms over all axes from ``start`` on."""
     if tensor.ndim == start:
         return tensor.abs()
-    return torch.linalg.vector_norm(tensor if tensor.ndim == start + 1 else tensor.flatten(start), dim=start)
+    return torch.linalg.vector_norm(
+        tensor if tensor.ndim == start + 1 else tensor.flatten(start), dim=start
+    )
 
 
 def _placed(tensor: Tensor, letters: str, result: str) -> Tensor:
     """``tensor`` with its axes where ``result`` has their letters, and axes of size 1 for the others."""
     shape = [tensor.shape[letters.index(letter)] if letter in letters else 1 for letter in result]
-    return tensor.permute([letters.index(letter) for letter in result if letter in letters]).reshape(shape)
+    return tensor.permute(
+        [letters.index(letter) for letter in result if letter in letters]
+    ).reshape(shape)

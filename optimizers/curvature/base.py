@@ -44,13 +44,14 @@ class Direction:
     Args:
         param: the parameter.
         grad: $g$, its gradient.
-        value: $d = C^{-1} g$, shape of the parameter; the update contains a negative multiple of it.
+        value: $d = C^{-1} g$, shape of the parameter; the update contains a negative multiple of
+            it.
         squared_norm: gives the squared length of $d$ in the metric of the curvature, [].
         damping: $\lambda$ of the block, [].
         group: settings of the parameter.
         last: the last update of the parameter, if it is known.
-        jacobians: derivatives of the columns of every micro-batch by the parameter, None where it has none; empty if
-            the step rule did not ask for them.
+        jacobians: derivatives of the columns of every micro-batch by the parameter, None where it
+            has none; empty if the step rule did not ask for them.
     """
 
     param: Tensor
@@ -83,7 +84,8 @@ class Gradient:
 class Curvature(Protocol):
     """A positive semi-definite matrix per block: measured, averaged, damped, inverted.
 
-    The object holds settings only. Everything measured lives in the state of a block (tensors and plain types).
+    The object holds settings only. Everything measured lives in the state of a block (tensors and
+    plain types).
     """
 
     extension: Extension

@@ -10,19 +10,28 @@ from lightning_curv.terms.term import Term
 def weight_bias_pairs(jacobians: dict[Tensor, Jacobian]) -> dict[Tensor, Tensor]:
     """The bias of each weight that has one: the parameter whose cotangents are the weight's own.
 
-    Only outputs-first weights of one use count, such as those of `nn.Linear` and ungrouped convolutions: there weight
-    and bias are one matrix that acts on the inputs with a 1 appended.
+    Only outputs-first weights of one use count, such as those of `nn.Linear` and ungrouped
+    convolutions: there weight and bias are one matrix that acts on the inputs with a 1 appended.
 
     Args:
         jacobians: of the parameters.
     """
-    biases = [(param, jacobian.terms[0]) for param, jacobian in jacobians.items() if _is_bias(jacobian)]
+    biases = [
+        (param, jacobian.terms[0]) for param, jacobian in jacobians.items() if _is_bias(jacobian)
+    ]
     pairs: dict[Tensor, Tensor] = {}
     for weight, jacobian in jacobians.items():
         term = jacobian.terms[0]
-        if len(jacobian.terms) > 1 or term.x is None or term.classes or not term.par.startswith("oi"):
+        if (
+            len(jacobian.terms) > 1
+            or term.x is None
+            or term.classes
+            or not term.par.startswith("oi")
+        ):
             continue
-        found = next((i for i, (_, bias) in enumerate(biases) if _same_cotangents(term, bias)), None)
+        found = next(
+            (i for i, (_, bias) in enumerate(biases) if _same_cotangents(term, bias)), None
+        )
         if found is not None:
             pairs[weight] = biases.pop(found)[0]
     return pairs

@@ -17,18 +17,26 @@ from lightning_curv.optimizers.curvature.kronecker import (
 )
 from lightning_curv.optimizers.curvature.second_moments import second_moments
 from lightning_curv.optimizers.linear_algebra.batching import kronecker_matmuls
-from lightning_curv.optimizers.linear_algebra.factors import is_diagonal, kronecker_matmul, parts_of, partwise, rows
+from lightning_curv.optimizers.linear_algebra.factors import (
+    is_diagonal,
+    kronecker_matmul,
+    parts_of,
+    partwise,
+    rows,
+)
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
 
 
 class EigenCurvature(KroneckerCurvature):
     r"""Block $Q \operatorname{diag}(s) Q^\top$ with $Q = \bigotimes_i Q_i$ from the factors' eigenvectors.
 
-    $s = \mathbb{E} \sum_{v,n} (Q^\top J_{vn})^2$ are the second moments of the columns in this basis, the best diagonal
-    in Frobenius norm; damping is exact, $(s + \lambda)^{-1}$. The first basis starts with the eigenvalues of the
-    Kronecker product, a later one with the diagonal that $Q \operatorname{diag}(s) Q^\top$ has in it.
+    $s = \mathbb{E} \sum_{v,n} (Q^\top J_{vn})^2$ are the second moments of the columns in this
+    basis, the best diagonal in Frobenius norm; damping is exact, $(s + \lambda)^{-1}$. The first
+    basis starts with the eigenvalues of the Kronecker product, a later one with the diagonal that
+    $Q \operatorname{diag}(s) Q^\top$ has in it.
 
-    Source: T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, *Fast Approximate Natural Gradient Descent in
+    Source: T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, *Fast Approximate Natural
+        Gradient Descent in
     a Kronecker-factored Eigenbasis*, NeurIPS 2018, algorithm 1.
     """
 
@@ -38,12 +46,17 @@ class EigenCurvature(KroneckerCurvature):
         factors = super().measure(state, block, fields, step)
         if not self.ready(state) or [f.shape for f in factors] != [f.shape for f in means(state)]:
             return factors
-        return [second_moments(fields, state["basis"], state["batched"], state.get("center", ())), *factors]
+        return [
+            second_moments(fields, state["basis"], state["batched"], state.get("center", ())),
+            *factors,
+        ]
 
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
         if self.ready(state) and statistics[0].shape == state["moments"].shape:
             moments, *statistics = statistics
-            state["moments_weight"] = next_weight(state["moments_weight"], block.group["factor_decay"])
+            state["moments_weight"] = next_weight(
+                state["moments_weight"], block.group["factor_decay"]
+            )
             update_mean(state["moments"], moments * scale, state["moments_weight"])
         super().absorb(state, block, statistics, scale)
 
@@ -56,7 +69,10 @@ class EigenCurvature(KroneckerCurvature):
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
         factors, batched = state["factors"], state["batched"]
         groups = factors[0].shape[: int(batched)]
-        return [*(f.shape for f in factors), torch.Size([*groups, *(rows(f, batched) for f in factors)])]
+        return [
+            *(f.shape for f in factors),
+            torch.Size([*groups, *(rows(f, batched) for f in factors)]),
+        ]
 
     def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
         if "basis" not in state:
@@ -72,24 +88,36 @@ class EigenCurvature(KroneckerCurvature):
         values = [matrix(g).to(g.state["moments"].dtype) for g in gradients]
         inverse = [[_transposed(q, state["batched"]) for q in state["basis"]] for state in states]
         values = _rotated(states, inverse, values)
-        values = [v / (g.state["moments"].view(v.shape) + g.damping) for v, g in zip(values, gradients, strict=True)]
+        values = [
+            v / (g.state["moments"].view(v.shape) + g.damping)
+            for v, g in zip(values, gradients, strict=True)
+        ]
         values = _rotated(states, [state["basis"] for state in states], values)
         return [from_matrix(value, g) for value, g in zip(values, gradients, strict=True)]
 
 
-def _rotated(states: Sequence[State], bases: Sequence[list[Tensor]], values: Sequence[Tensor]) -> list[Tensor]:
+def _rotated(
+    states: Sequence[State], bases: Sequence[list[Tensor]], values: Sequence[Tensor]
+) -> list[Tensor]:
     return kronecker_matmuls(
-        [(basis, value, state["batched"]) for state, basis, value in zip(states, bases, values, strict=True)]
+        [
+            (basis, value, state["batched"])
+            for state, basis, value in zip(states, bases, values, strict=True)
+        ]
     )
 
 
 def _decomposition(state: State) -> list[Tensor] | None:
     """The eigenvectors of the factors and the second moments in their basis."""
     batched = state["batched"]
-    decomposed = [_eigenvectors(to_invert(state, unit), batched) for unit in range(len(state["factors"]))]
+    decomposed = [
+        _eigenvectors(to_invert(state, unit), batched) for unit in range(len(state["factors"]))
+    ]
     if any(result is None for result in decomposed):
         return None
-    values, basis = (list(parts) for parts in zip(*(result for result in decomposed if result), strict=True))
+    values, basis = (
+        list(parts) for parts in zip(*(result for result in decomposed if result), strict=True)
+    )
     if "basis" not in state:
         return [*basis, kronecker_matmul(values, _outer_ones(values, batched), batched)]
     # The diagonal of U diag(s) Uᵀ is (U ∘ U) s, U from the old basis to the new one.

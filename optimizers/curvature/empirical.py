@@ -20,16 +20,18 @@ class Labels:
     r"""The gradient for the labels of the data, as one column.
 
     Attributes:
-        fitted: Divide the Fisher matrix by the loss $b$, if that is positive. The loss is then taken for a negative
-            log-likelihood $\ell / b$ up to a scale $b$, whose best value is the mean of $\ell$ (of absolute errors: the
-            Laplace distribution), and $b$ times the Fisher matrix of $\ell / b$ has the unit of a curvature.
+        fitted: Divide the Fisher matrix by the loss $b$, if that is positive. The loss is then
+            taken for a negative log-likelihood $\ell / b$ up to a scale $b$, whose best value is
+            the mean of $\ell$ (of absolute errors: the Laplace distribution), and $b$ times the
+            Fisher matrix of $\ell / b$ has the unit of a curvature.
     """
 
     fitted: bool = False
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         """One pass."""
-        # A loss that is a mean over N samples has per-sample gradients g / N, its Fisher matrix columns g / √N.
+        # A loss that is a mean over N samples has per-sample gradients g / N, its Fisher matrix
+        # columns g / √N.
         seed = passes.seed * math.sqrt(passes.samples.count)
         if self.fitted:
             loss = (passes.loss.detach() * passes.seed).sum()
@@ -40,8 +42,8 @@ class Labels:
 class Curved:
     """The columns of a source, or fitted `Labels` where the loss gives it none, with a warning the first time.
 
-    That is where a loss that torch has no function for has no second derivative, and where it is piecewise linear, so
-    that all of its curvature is zero.
+    That is where a loss that torch has no function for has no second derivative, and where it is
+    piecewise linear, so that all of its curvature is zero.
 
     Args:
         source: What is to be taken as long as there is curvature.
@@ -62,7 +64,9 @@ class Curved:
         except UnsupportedError:  # raised again where it belongs
             return self.source
         if reason not in self._told:
-            warn(f"takes the empirical Fisher matrix (the gradients of the samples) as curvature: {reason}.")
+            warn(
+                f"takes the empirical Fisher matrix (the gradients of the samples) as curvature: {reason}."
+            )
             self._told.add(reason)
         return Labels(fitted=True)  # type: ignore[return-value]
 
@@ -77,8 +81,8 @@ def curved(*extensions: Extension) -> None:
 class JacobianEmpirical(JacobianMC):
     r"""The per-sample gradients times $\sqrt N$, unevaluated, in `jacobian_empirical`; for losses that are means.
 
-    F. Kunstner, L. Balles, P. Hennig, *Limitations of the Empirical Fisher Approximation for Natural Gradient Descent*,
-    NeurIPS 2019, on why it is no substitute near an optimum.
+    F. Kunstner, L. Balles, P. Hennig, *Limitations of the Empirical Fisher Approximation for
+    Natural Gradient Descent*, NeurIPS 2019, on why it is no substitute near an optimum.
     """
 
     savefield = "jacobian_empirical"

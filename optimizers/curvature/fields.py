@@ -12,8 +12,9 @@ from lightning_curv.terms.jacobian import Jacobian
 class Inbox:
     """Tells a curvature field written by the last backward from one that was already used.
 
-    A backward replaces the tensors of a field, so identity decides. Only weak references are kept: a strong one would
-    hold last step's curvature in memory beside this step's, and a bare `id` may be given to a new tensor.
+    A backward replaces the tensors of a field, so identity decides. Only weak references are kept:
+    a strong one would hold last step's curvature in memory beside this step's, and a bare `id` may
+    be given to a new tensor.
 
     Args:
         savefield: attribute of the parameters, a tensor, a sequence of tensors or a Jacobian.

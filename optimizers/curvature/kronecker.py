@@ -34,11 +34,14 @@ class KroneckerCurvature:
         sharing: makes factors of a Jacobian.
         positions: of a convolution to use for its factors; None: all.
         max_factor_size: factors with more rows are replaced by their diagonal.
-        split: larger factors are replaced by diagonal blocks of about this many rows; None: by none.
+        split: larger factors are replaced by diagonal blocks of about this many rows; None: by
+            none.
         sharded: see `Curvature`.
     """
 
-    derived: tuple[str, ...] = ("inverses",)  # keys of the state that become invalid when factors change their shape
+    derived: tuple[str, ...] = (
+        "inverses",
+    )  # keys of the state that become invalid when factors change their shape
 
     def __init__(
         self,
@@ -68,7 +71,10 @@ class KroneckerCurvature:
         """The factors, large ones as diagonals; refuse those that do not fit the block."""
         batched = is_batched(factors)
         if block_size(factors, batched) != sum(param.numel() for param in block.params):
-            shapes, found = [tuple(p.shape) for p in block.params], [tuple(f.shape) for f in factors]
+            shapes, found = (
+                [tuple(p.shape) for p in block.params],
+                [tuple(f.shape) for f in factors],
+            )
             raise ValueError(
                 f"Kronecker factors must cover the elements of parameters of shapes {shapes}, found factors of shapes "
                 f"{found}."
@@ -78,7 +84,10 @@ class KroneckerCurvature:
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
         statistics = [statistics[0] * scale, *statistics[1:]] if scale != 1.0 else statistics
         if [mean.shape for mean in means(state)] != [value.shape for value in statistics]:
-            dtype, device = torch.promote_types(block.params[0].dtype, torch.float32), block.params[0].device
+            dtype, device = (
+                torch.promote_types(block.params[0].dtype, torch.float32),
+                block.params[0].device,
+            )
             for key in self.derived:
                 state.pop(key, None)
             zeros = [torch.zeros_like(value, dtype=dtype, device=device) for value in statistics]
@@ -92,10 +101,14 @@ class KroneckerCurvature:
         for mean, value in zip(means(state), statistics, strict=True):
             update_mean(mean, value, state["weight"])
         # A given damping is that of the weights as they are.
-        state["centers"] = len(block.params) == 2 and (block.group["damping"] == "auto" or bool(state["mean"]))
+        state["centers"] = len(block.params) == 2 and (
+            block.group["damping"] == "auto" or bool(state["mean"])
+        )
 
     def mean_eigenvalue(self, state: State) -> Tensor:
-        means = torch.stack([mean_eigenvalue(factor, state["batched"]) for factor in state["factors"]])
+        means = torch.stack(
+            [mean_eigenvalue(factor, state["batched"]) for factor in state["factors"]]
+        )
         return means.prod(dim=0).mean()
 
     def units(self, state: State) -> int:
@@ -122,7 +135,10 @@ class KroneckerCurvature:
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
         matrices = [matrix(g).to(g.state["inverses"][0].dtype) for g in gradients]
         products = kronecker_matmuls(
-            [(g.state["inverses"], v, g.state["batched"]) for g, v in zip(gradients, matrices, strict=True)]
+            [
+                (g.state["inverses"], v, g.state["batched"])
+                for g, v in zip(gradients, matrices, strict=True)
+            ]
         )
         return [from_matrix(product, g) for product, g in zip(products, gradients, strict=True)]
 
@@ -133,12 +149,16 @@ class KroneckerCurvature:
 
 def matrix(gradient: Gradient) -> Tensor:
     """The gradient of a block as its factors act on it."""
-    return joined(gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ()))
+    return joined(
+        gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ())
+    )
 
 
 def from_matrix(matrix: Tensor, gradient: Gradient) -> list[Tensor]:
     """The opposite, in the shapes of the gradient."""
-    return separated(matrix, gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ()))
+    return separated(
+        matrix, gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ())
+    )
 
 
 def factors_among(statistics: Sequence[Tensor], block: Block) -> int:

@@ -14,11 +14,13 @@ KERNEL = "xyz"
 def subsampled(jacobian: Jacobian, positions: int, seed: int) -> Jacobian:
     r"""The Jacobian with only some random positions of a convolution, the cotangents multiplied by $\sqrt{S/P}$.
 
-    Sums of squares over the $S$ positions then keep their expectation, and so do means of squares of the inputs. The
-    patches are gathered from a view of the input; they never exist for all positions.
+    Sums of squares over the $S$ positions then keep their expectation, and so do means of squares
+    of the inputs. The patches are gathered from a view of the input; they never exist for all
+    positions.
 
     Args:
-        jacobian: of any parameter; returned as it is unless it is a convolution's weight with more positions.
+        jacobian: of any parameter; returned as it is unless it is a convolution's weight with more
+            positions.
         positions: $P$, number of positions to keep, the same for all samples.
         seed: of the draw, without replacement.
     """
@@ -29,7 +31,9 @@ def subsampled(jacobian: Jacobian, positions: int, seed: int) -> Jacobian:
         return jacobian
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(count, generator=generator)[:positions].to(term.g.device)
-    return Jacobian(jacobian.parameter, [_gathered(term, chosen, math.sqrt(count / positions))], jacobian.signs)
+    return Jacobian(
+        jacobian.parameter, [_gathered(term, chosen, math.sqrt(count / positions))], jacobian.signs
+    )
 
 
 def _gathered(term: Term, chosen: torch.Tensor, factor: float) -> Term:

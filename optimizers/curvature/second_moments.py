@@ -14,12 +14,15 @@ from lightning_curv.terms.term import Term
 
 
 def second_moments(
-    jacobians: Sequence[Jacobian], basis: Sequence[Tensor], batched: bool, center: Sequence[Tensor] = ()
+    jacobians: Sequence[Jacobian],
+    basis: Sequence[Tensor],
+    batched: bool,
+    center: Sequence[Tensor] = (),
 ) -> Tensor:
     r"""$\sum_{v,n} (Q^\top J_{vn})^2$ with $Q = \bigotimes_i Q_i$, [d_1, …, d_k] or [G, d_1, …, d_k] if batched.
 
-    A Jacobian is a sum of outer products of cotangents and inputs: they are rotated instead of it. Where no positions
-    are shared the result is one product of their squares.
+    A Jacobian is a sum of outer products of cotangents and inputs: they are rotated instead of it.
+    Where no positions are shared the result is one product of their squares.
 
     Args:
         jacobians: of a parameter, or of weight and bias that share a block.

@@ -16,27 +16,34 @@ from lightning_curv.terms.term import Term
 
 
 def kronecker_factors(
-    jacobians: Sequence[Jacobian], sharing: KFLR, positions: int | None, seed: int, split: int | None = None
+    jacobians: Sequence[Jacobian],
+    sharing: KFLR,
+    positions: int | None,
+    seed: int,
+    split: int | None = None,
 ) -> list[Tensor]:
     r"""Factors of a parameter's block, or of the joint block of weight and bias.
 
-    Weight $W$ and bias $b$ are the matrix $[W \; b]$ that acts on $(a, 1)$; its block is $B \otimes A'$ with
+    Weight $W$ and bias $b$ are the matrix $[W \; b]$ that acts on $(a, 1)$; its block is
+    $B \otimes A'$ with
 
     $$A' = \begin{pmatrix} A & \bar a \\ \bar a^\top & 1 \end{pmatrix}, \qquad \bar a = \mathrm{mean}(a).$$
 
     Args:
         jacobians: of the parameter, or of weight and bias.
         sharing: makes the factors of one parameter; expand or reduce.
-        positions: of a convolution to use, in expectation exact; None: all. All are used for "reduce", which sums
-            over them before squaring.
+        positions: of a convolution to use, in expectation exact; None: all. All are used for
+            "reduce", which sums over them before squaring.
         seed: of the positions.
         split: rows of the diagonal blocks, about, that larger factors are split into.
 
     Returns:
-        [F_1, …, F_k], see `lightning_curv.extensions.KFLR` and `factors`. Behind them, if $A'$ is split, $\bar a$; if
-        the factors are those of a weight with outputs in front, its groups and inputs per group, [2], see `joint`.
+        [F_1, …, F_k], see `lightning_curv.extensions.KFLR` and `factors`. Behind them, if $A'$ is
+        split, $\bar a$; if the factors are those of a weight with outputs in front, its groups and
+        inputs per group, [2], see `joint`.
 
-    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
+    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature*,
     ICML 2015, section 2.1 (homogeneous coordinates).
     """
     weight, *bias = jacobians
@@ -55,7 +62,11 @@ def kronecker_factors(
         ]
     if not bias:
         layout = interleaved(weight)
-        return [*factors, torch.tensor(layout, dtype=factors[0].dtype, device=factors[0].device)] if layout else factors
+        return (
+            [*factors, torch.tensor(layout, dtype=factors[0].dtype, device=factors[0].device)]
+            if layout
+            else factors
+        )
     outputs, inputs, mean = *factors, mean_input(weight)
     split_mean = [] if inputs.shape[0] == inputs.shape[1] else [mean]
     return [outputs, with_ones(inputs, mean), *split_mean]

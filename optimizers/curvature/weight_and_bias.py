@@ -1,13 +1,15 @@
 r"""Weight and bias as one matrix that acts on inputs with a 1 appended.
 
-Inputs $a$ with mean $m$ are $(a, 1) = T (a - m, 1)$: their second moment is $T \operatorname{diag}(C, 1) T^\top$
-with the covariance $C$ and $T = \begin{pmatrix} I & m \\ 0 & 1 \end{pmatrix}$. In these coordinates damping does not
-depend on where the inputs are centered, and the mean, often by far the largest eigenvalue, stays exact if only diagonal
-blocks of $C$ are kept. Gradients are multiplied by $T^{-\top}$, then preconditioned, then multiplied by $T^{-1}$.
-`center` is $[m]$, or empty for $T = I$.
+Inputs $a$ with mean $m$ are $(a, 1) = T (a - m, 1)$: their second moment is
+$T \operatorname{diag}(C, 1) T^\top$ with the covariance $C$ and
+$T = \begin{pmatrix} I & m \\ 0 & 1 \end{pmatrix}$. In these coordinates damping does not depend on
+where the inputs are centered, and the mean, often by far the largest eigenvalue, stays exact if
+only diagonal blocks of $C$ are kept. Gradients are multiplied by $T^{-\top}$, then preconditioned,
+then multiplied by $T^{-1}$. `center` is $[m]$, or empty for $T = I$.
 
-The factors of a transposed convolution are those of its weight [G·i, o, *k] with outputs in front, [G, o, i, *k].
-`layout` is [G, i], or empty where the factors are in the order of the weight's own axes.
+The factors of a transposed convolution are those of its weight [G·i, o, *k] with outputs in front,
+[G, o, i, *k]. `layout` is [G, i], or empty where the factors are in the order of the weight's own
+axes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ from torch import Tensor
 from lightning_curv.optimizers.linear_algebra.factors import parts_of
 
 
-def joined(grads: Sequence[Tensor], center: Sequence[Tensor] = (), layout: Sequence[int] = ()) -> Tensor:
+def joined(
+    grads: Sequence[Tensor], center: Sequence[Tensor] = (), layout: Sequence[int] = ()
+) -> Tensor:
     r"""A parameter as it is; weight [o, *i] and bias [o] as $[W \; b] \, T^{-\top}$, [o, prod(i) + 1]."""
     weight, *bias = grads
     if not bias:
@@ -31,11 +35,18 @@ def joined(grads: Sequence[Tensor], center: Sequence[Tensor] = (), layout: Seque
 
 def outputs_first(weight: Tensor, layout: Sequence[int]) -> Tensor:
     """A weight, [G·i, o, *k], in the order of its factors, [G, o, i, *k]."""
-    return weight.reshape(*layout, -1, *weight.shape[2:]).transpose(1, 2).contiguous() if layout else weight
+    return (
+        weight.reshape(*layout, -1, *weight.shape[2:]).transpose(1, 2).contiguous()
+        if layout
+        else weight
+    )
 
 
 def separated(
-    matrix: Tensor, like: Sequence[Tensor], center: Sequence[Tensor] = (), layout: Sequence[int] = ()
+    matrix: Tensor,
+    like: Sequence[Tensor],
+    center: Sequence[Tensor] = (),
+    layout: Sequence[int] = (),
 ) -> list[Tensor]:
     """Weight and bias of the matrix times $T^{-1}$, in the shapes of `like`."""
     weight, *bias = like

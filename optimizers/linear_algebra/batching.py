@@ -34,6 +34,8 @@ def kronecker_matmuls(products: Sequence[Product]) -> list[Tensor]:
 def _together(products: Sequence[Product]) -> list[Tensor]:
     _, first, batched = products[0]
     join = torch.cat if batched else torch.stack
-    factors = [join(list(same)) for same in zip(*(factors for factors, _, _ in products), strict=True)]
+    factors = [
+        join(list(same)) for same in zip(*(factors for factors, _, _ in products), strict=True)
+    ]
     result = kronecker_matmul(factors, torch.stack([v for _, v, _ in products]), batched=True)
     return list(result.view(len(products), *first.shape).unbind())

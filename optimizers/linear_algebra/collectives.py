@@ -12,11 +12,12 @@ Field = list[Tensor]
 def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) -> list[Field | None]:
     """Average fields over all processes; a field that some process lacks is dropped everywhere.
 
-    Data parallelism averages gradients of each process' mean loss, so curvature averages too. Without it the inverses,
-    and soon the parameters, would drift apart.
+    Data parallelism averages gradients of each process' mean loss, so curvature averages too.
+    Without it the inverses, and soon the parameters, would drift apart.
 
     Args:
-        fields: tensors of each parameter or None, the parameters in the same order on all processes.
+        fields: tensors of each parameter or None, the parameters in the same order on all
+            processes.
         device: where the processes can communicate.
 
     Returns:
@@ -26,9 +27,14 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
     """
     if processes() == 1:
         return list(fields)
-    present = torch.tensor([field is not None for field in fields], dtype=torch.int32, device=device)
+    present = torch.tensor(
+        [field is not None for field in fields], dtype=torch.int32, device=device
+    )
     dist.all_reduce(present, op=dist.ReduceOp.MIN)
-    shared = [field if everywhere else None for field, everywhere in zip(fields, present.tolist(), strict=True)]
+    shared = [
+        field if everywhere else None
+        for field, everywhere in zip(fields, present.tolist(), strict=True)
+    ]
     tensors = [tensor for field in shared for tensor in field or ()]
     if not tensors:
         return shared
@@ -37,7 +43,9 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
 
 
 def _averages(tensors: list[Tensor]) -> list[Tensor]:
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    wide = (
+        torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    )
     flat = torch.cat([tensor.detach().to(tensors[0].device, wide).flatten() for tensor in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

@@ -1,9 +1,9 @@
 """Kronecker factors of a parameter's block: matrices, diagonals or block-diagonal matrices, alone or per group.
 
-A block is a list of factors in the row-major order of the parameter's axes. Each is a matrix [d, d], a diagonal [d], or
-the diagonal blocks of a matrix, [d, s] with s < d: row r has the s columns from s·⌊r/s⌋ on, zeros where the last block
-is narrower. `batched` says that all have a leading group dimension [G]; it is what tells a matrix [d, d] from a batched
-diagonal [G, d].
+A block is a list of factors in the row-major order of the parameter's axes. Each is a matrix [d,
+d], a diagonal [d], or the diagonal blocks of a matrix, [d, s] with s < d: row r has the s columns
+from s·⌊r/s⌋ on, zeros where the last block is narrower. `batched` says that all have a leading
+group dimension [G]; it is what tells a matrix [d, d] from a batched diagonal [G, d].
 """
 
 import math
@@ -51,7 +51,9 @@ def partwise(function: Callable[..., Tensor], *factors: Tensor, batched: bool) -
     if len(parts_of(factors[0], batched)) == 1:
         return function(*factors)
     result = torch.zeros_like(factors[0])
-    for target, *parts in zip(*(parts_of(factor, batched) for factor in (result, *factors)), strict=True):
+    for target, *parts in zip(
+        *(parts_of(factor, batched) for factor in (result, *factors)), strict=True
+    ):
         target.copy_(function(*parts))
     return result
 

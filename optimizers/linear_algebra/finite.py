@@ -14,4 +14,6 @@ def finite_flags(tensors: Iterable[Tensor]) -> list[bool]:
     norms = [norm.to(tensors[0].device) for norm in torch._foreach_norm(tensors)]
     flags = torch.stack(norms).isfinite().tolist()
     # A norm may overflow where its tensor does not.
-    return [flag or bool(tensor.isfinite().all()) for flag, tensor in zip(flags, tensors, strict=True)]
+    return [
+        flag or bool(tensor.isfinite().all()) for flag, tensor in zip(flags, tensors, strict=True)
+    ]

@@ -15,14 +15,19 @@ def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
     r"""$(F + \gamma I)^{-1}$ by Cholesky, once more in float64 where that fails; matrices of equal shape together.
 
     Args:
-        factors: triples of a positive semi-definite factor; its $\gamma > 0$, [] or [G]; and whether it is batched.
+        factors: triples of a positive semi-definite factor; its $\gamma > 0$, [] or [G]; and
+            whether it is batched.
 
     Returns:
         The inverses, shaped like the factors; None where one could not be computed.
 
     Cost: $d^3$ time and two more [d, d] each (a diagonal: $d$).
     """
-    parts = [(part, gamma, batched) for factor, gamma, batched in factors for part in parts_of(factor, batched)]
+    parts = [
+        (part, gamma, batched)
+        for factor, gamma, batched in factors
+        for part in parts_of(factor, batched)
+    ]
     found = iter(_of_matrices(parts))
     return [_assembled(factor, batched, found) for factor, _, batched in factors]
 
@@ -45,7 +50,11 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
         else:
             stacks[factor.shape, factor.dtype, factor.device].append(i)
     for members in stacks.values():
-        stack = torch.stack([factors[i][0] for i in members]) if len(members) > 1 else factors[members[0]][0][None]
+        stack = (
+            torch.stack([factors[i][0] for i in members])
+            if len(members) > 1
+            else factors[members[0]][0][None]
+        )
         dampings = torch.stack([factors[i][1] for i in members])
         for i, inverse in zip(members, _inverses(stack, dampings), strict=True):
             inverses[i] = inverse
@@ -72,7 +81,9 @@ def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, list[bool
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     root, info = torch.linalg.cholesky_ex(damped)
     failed = info != 0
-    if bool(failed.any()):  # the inverse of a failed root would raise; that of the identity is not used
+    if bool(
+        failed.any()
+    ):  # the inverse of a failed root would raise; that of the identity is not used
         root = torch.where(failed[..., None, None], torch.eye(root.shape[-1]).to(root), root)
     inverse = torch.cholesky_inverse(root)
     # A positive definite matrix has its largest entries on the diagonal.

@@ -11,8 +11,8 @@ def next_weight(weight: float, decay: float) -> float:
 def update_mean(mean: Tensor, value: Tensor, weight: float) -> None:
     r"""Move a running mean towards a value in place: $m \leftarrow m + (x - m) / w$ with $w \leftarrow \beta w + 1$.
 
-    Starting from $w = 0$ this equals $\sum_k \beta^{K-k} x_k / \sum_k \beta^{K-k}$, the bias-corrected exponential
-    moving average; the first value replaces whatever `mean` holds.
+    Starting from $w = 0$ this equals $\sum_k \beta^{K-k} x_k / \sum_k \beta^{K-k}$, the
+    bias-corrected exponential moving average; the first value replaces whatever `mean` holds.
 
     Args:
         mean: running mean, overwritten.

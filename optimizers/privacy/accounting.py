@@ -68,8 +68,8 @@ class PoissonSampling(Sampling):
 class TruncatedPoissonSampling(PoissonSampling):
     """Poisson sampling of which at most ``max_batch_size`` samples are kept, drawn uniformly.
 
-    Neighbours differ by one sample replaced by a null sample: the size of the data set is public. See
-    ``dp_accounting.TruncatedSubsampledGaussianDpEvent``.
+    Neighbours differ by one sample replaced by a null sample: the size of the data set is public.
+    See ``dp_accounting.TruncatedSubsampledGaussianDpEvent``.
     """
 
     dataset_size: int
@@ -90,9 +90,9 @@ class TruncatedPoissonSampling(PoissonSampling):
 class EpochSampling(Sampling):
     """Any order in which every sample takes part at most once per epoch: one Gaussian per *epoch*, no amplification.
 
-    Neighbours differ by one sample whose gradient is replaced by zero ("zero-out"): the batches stay what they are.
-    If a sample were added or removed instead, all others could move to other batches of a fixed size, and every step
-    of the epoch would change by up to 2C.
+    Neighbours differ by one sample whose gradient is replaced by zero ("zero-out"): the batches
+    stay what they are. If a sample were added or removed instead, all others could move to other
+    batches of a fixed size, and every step of the epoch would change by up to 2C.
 
     Args:
         steps_per_epoch: Optimizer steps of an epoch.
@@ -106,21 +106,25 @@ class EpochSampling(Sampling):
         return _library().GaussianDpEvent(noise_multiplier)
 
 
-_SAMPLINGS = {cls.__name__: cls for cls in (PoissonSampling, TruncatedPoissonSampling, EpochSampling)}
+_SAMPLINGS = {
+    cls.__name__: cls for cls in (PoissonSampling, TruncatedPoissonSampling, EpochSampling)
+}
 Entry = tuple[Sampling, float, int]  # how, noise multiplier, how often
 
 
 class PrivacyAccountant:
     """What a run has released, and the ε of it.
 
-    The account only grows. Releases are kept by *run*, the releases of one accountant between two loads: loading a
-    checkpoint adds the runs that are not known yet, and those that went further than known, so that nothing that was
-    released is forgotten or counted twice, in whatever order runs were continued.
+    The account only grows. Releases are kept by *run*, the releases of one accountant between two
+    loads: loading a checkpoint adds the runs that are not known yet, and those that went further
+    than known, so that nothing that was released is forgotten or counted twice, in whatever order
+    runs were continued.
 
     Args:
-        sampling: How the samples are drawn; decides what a release costs. One release is one optimizer step, or one
-            epoch with `EpochSampling`. Must be set before the first release.
-        method: ``"pld"``, privacy loss distributions (tight), or ``"rdp"``, Rényi divergences (looser).
+        sampling: How the samples are drawn; decides what a release costs. One release is one
+            optimizer step, or one epoch with `EpochSampling`. Must be set before the first release.
+        method: ``"pld"``, privacy loss distributions (tight), or ``"rdp"``, Rényi divergences
+            (looser).
 
     Example:
         >>> accountant = PrivacyAccountant(PoissonSampling(256 / 60000))
@@ -177,7 +181,9 @@ class PrivacyAccountant:
     def release(self, noise_multiplier: float, times: int = 1) -> None:
         """Account for ``times`` releases."""
         if self.sampling is None:
-            raise RuntimeError("`accountant.sampling` must be set before the first step, found None.")
+            raise RuntimeError(
+                "`accountant.sampling` must be set before the first step, found None."
+            )
         self._run = self._run or secrets.token_hex(8)
         _append(self._runs.setdefault(self._run, []), self.sampling, noise_multiplier, times)
 
@@ -189,11 +195,15 @@ class PrivacyAccountant:
             self._known = key, epsilon_of(history, delta, self.method, _INTERVAL)
         return float(self._known[1])
 
-    def releases_left(self, epsilon: float, delta: float, noise_multiplier: float, at_most: float = 10**6) -> int:
+    def releases_left(
+        self, epsilon: float, delta: float, noise_multiplier: float, at_most: float = 10**6
+    ) -> int:
         """How many more releases keep ε at or below ``epsilon``, up to ``at_most``."""
         _require_delta(delta)
         if self.sampling is None:
-            raise RuntimeError("`accountant.sampling` must be set before it is asked for releases, found None.")
+            raise RuntimeError(
+                "`accountant.sampling` must be set before it is asked for releases, found None."
+            )
         history, sampling = self.history, self.sampling
         if noise_multiplier == 0 or any(sigma == 0 for _, sigma, _ in history):
             return 0
@@ -239,10 +249,14 @@ class PrivacyAccountant:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what is not known yet. What comes next is a run of its own, accounted with this accountant's sampling."""
-        runs = state["runs"] if "runs" in state else {"": state["history"]}  # older versions kept one list
+        runs = (
+            state["runs"] if "runs" in state else {"": state["history"]}
+        )  # older versions kept one list
         for name, entries in runs.items():
             if _length(entries) > _length(self._runs.get(name, ())):
-                self._runs[name] = [(_SAMPLINGS[kind](**args), sigma, count) for kind, args, sigma, count in entries]
+                self._runs[name] = [
+                    (_SAMPLINGS[kind](**args), sigma, count) for kind, args, sigma, count in entries
+                ]
         self.start_run()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +277,10 @@ def _length(entries: Iterable[tuple[Any, ...]]) -> int:
 
 
 def _plain(entries: list[Entry]) -> list[tuple[Any, ...]]:
-    return [(type(sampling).__name__, asdict(sampling), sigma, count) for sampling, sigma, count in entries]
+    return [
+        (type(sampling).__name__, asdict(sampling), sigma, count)
+        for sampling, sigma, count in entries
+    ]
 
 
 def _entries_after(history: list[Entry], earlier: list[Entry]) -> list[Entry] | None:
@@ -271,7 +288,11 @@ def _entries_after(history: list[Entry], earlier: list[Entry]) -> list[Entry] | 
     if not earlier:
         return history
     (sampling, sigma, count), last = earlier[-1], len(earlier) - 1
-    if history[:last] != earlier[:-1] or len(history) <= last or history[last][:2] != (sampling, sigma):
+    if (
+        history[:last] != earlier[:-1]
+        or len(history) <= last
+        or history[last][:2] != (sampling, sigma)
+    ):
         return None
     more = history[last][2] - count
     if more < 0:
@@ -279,7 +300,9 @@ def _entries_after(history: list[Entry], earlier: list[Entry]) -> list[Entry] | 
     return [*([(sampling, sigma, more)] if more else []), *history[last + 1 :]]
 
 
-def epsilon_of(history: list[Entry], delta: float, method: str = "pld", interval: float = _INTERVAL) -> float:
+def epsilon_of(
+    history: list[Entry], delta: float, method: str = "pld", interval: float = _INTERVAL
+) -> float:
     """ε of a history at ``delta``."""
     _require_delta(delta)
     if not history:
@@ -308,7 +331,8 @@ def calibrated_noise(
         sampling: How the samples are drawn.
         releases: Optimizer steps, or epochs with `EpochSampling`.
         method: ``"pld"`` or ``"rdp"``.
-        schedule: The noise multiplier of a release is the result times this function of the release's number.
+        schedule: The noise multiplier of a release is the result times this function of the
+            release's number.
 
     Example:
         >>> sigma = calibrated_noise(3.0, 1e-5, PoissonSampling(256 / 60000), 3525)
@@ -356,7 +380,9 @@ def _accountant(relations: set[str], method: str, interval: float) -> Any:
 
 def _require_delta(delta: float) -> None:
     if not 0 < delta < 1:
-        raise ValueError(f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}.")
+        raise ValueError(
+            f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}."
+        )
 
 
 def _library() -> Any:

@@ -1,14 +1,16 @@
 r"""What a number of right guesses says about ε: the bound of an audit with one training run.
 
-An auditor throws m fair coins, one per canary, trains with the canaries that the coins chose, and then guesses r of the
-coins; the other canaries he abstains from. If training is (ε, δ)-differentially private with respect to every canary,
-the number W of right guesses is hardly larger than that of randomized response:
+An auditor throws m fair coins, one per canary, trains with the canaries that the coins chose, and
+then guesses r of the coins; the other canaries he abstains from. If training is (ε,
+δ)-differentially private with respect to every canary, the number W of right guesses is hardly
+larger than that of randomized response:
 
 .. math:: P[W \ge v] \le P[B \ge v] + 2 m \delta \max_{1 \le i \le v} \frac1i P[v > B \ge v - i],
    \qquad B \sim \text{Binomial}\Big(r, \frac{e^\varepsilon}{1 + e^\varepsilon}\Big).
 
-Steinke, Nasr & Jagielski, *Privacy Auditing with One (1) Training Run*, NeurIPS 2023, theorem 5.2 and appendix D. The
-guesses may be made in any way from everything that was released; r must not depend on the coins.
+Steinke, Nasr & Jagielski, *Privacy Auditing with One (1) Training Run*, NeurIPS 2023, theorem 5.2
+and appendix D. The guesses may be made in any way from everything that was released; r must not
+depend on the coins.
 """
 
 from __future__ import annotations
@@ -46,19 +48,25 @@ def tail_bound(canaries: int, guesses: int, correct: int, epsilon: float, delta:
             f"canaries={canaries}."
         )
     if not (epsilon >= 0 and 0 <= delta <= 1):
-        raise ValueError(f"Expected epsilon >= 0 and delta in [0, 1], found epsilon={epsilon}, delta={delta}.")
+        raise ValueError(
+            f"Expected epsilon >= 0 and delta in [0, 1], found epsilon={epsilon}, delta={delta}."
+        )
     if correct == 0:
         return 1.0
     binomial = _binomial()
     accuracy = 1 / (1 + math.exp(-epsilon))
     tail = float(binomial.sf(correct - 1, guesses, accuracy))
-    below = binomial.pmf(np.arange(correct - 1, -1, -1), guesses, accuracy).cumsum()  # P[v > B >= v - i], i = 1 ... v
+    below = binomial.pmf(
+        np.arange(correct - 1, -1, -1), guesses, accuracy
+    ).cumsum()  # P[v > B >= v - i], i = 1 ... v
     gained = float((below / np.arange(1, correct + 1)).max())
     return min(1.0, tail + 2 * canaries * delta * gained)
 
 
 @lru_cache(maxsize=1000)
-def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95) -> float:
+def epsilon_lower_bound(
+    canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95
+) -> float:
     """The ε that a run exceeds, with this confidence, if that many guesses were right.
 
     Args:
@@ -66,8 +74,8 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
         guesses: r ≤ m, fixed before the coins are looked at.
         correct: v ≤ r.
         delta: δ.
-        confidence: The run of an (ε, δ)-private algorithm gives a number above ε with a probability of at most
-            1 - confidence.
+        confidence: The run of an (ε, δ)-private algorithm gives a number above ε with a probability
+            of at most 1 - confidence.
 
     Returns:
         The supremum of the ε below which all are rejected; 0 if none is.
@@ -84,7 +92,9 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
 
     if not rejected(0.0):
         return 0.0
-    low = 0.0  # upwards in small steps: the bound need not be monotone in ε, and all smaller ε must be rejected too
+    # upwards in small steps: the bound need not be monotone in ε, and all smaller ε must be
+    # rejected too
+    low = 0.0
     while low < _LARGEST and rejected(low + _STEP):
         low += _STEP
     high = low + _STEP

@@ -24,32 +24,38 @@ _SMALLEST_NOISE = 1e-2  # of the claim that scores are made for; any score is va
 class GradientCanaries:
     r"""Gradient canaries of an audit with one training run.
 
-    Each canary is a sample whose gradient is a direction of its own, one entry in every large parameter, and longer
-    than C. A fair coin says whether it is in the training data. Canaries that take part in a step go through the
-    private step as all samples do: a backward pass, the norms, the clipping, the sum, the noise, the account. What the
-    step releases, minus what the other samples contributed (the adversary of differential privacy knows them), is
+    Each canary is a sample whose gradient is a direction of its own, one entry in every large
+    parameter, and longer than C. A fair coin says whether it is in the training data. Canaries that
+    take part in a step go through the private step as all samples do: a backward pass, the norms,
+    the clipping, the sum, the noise, the account. What the step releases, minus what the other
+    samples contributed (the adversary of differential privacy knows them), is
     :math:`z = 1 + \sigma\,\mathcal N(0, 1)` along a canary that took part, in units of C, and
     :math:`\sigma\,\mathcal N(0, 1)` along any other. Its score is the sum over the steps of
 
     .. math:: \log\Big(1 - q + q \exp\frac{2z - 1}{2\sigma^2}\Big),
 
-    with q and σ as they were accounted: the log-odds, if the claim is true. Steinke, Nasr & Jagielski, *Privacy
-    Auditing with One (1) Training Run*, NeurIPS 2023, algorithm 1 and section 6.1.
+    with q and σ as they were accounted: the log-odds, if the claim is true. Steinke, Nasr &
+    Jagielski, *Privacy Auditing with One (1) Training Run*, NeurIPS 2023, algorithm 1 and section
+    6.1.
 
-    In Lightning `privacy_audit` does all of it. In a loop of your own, sample among N + ``count``, the last ``count``
-    of which are the canaries, and call `backward` before every `DPOptimizer.step`. The trained weights have seen the
+    In Lightning `privacy_audit` does all of it. In a loop of your own, sample among N + ``count``,
+    the last ``count`` of which are the canaries, and call `backward` before every
+    `DPOptimizer.step`. The trained weights have seen the
     canaries: they are for the audit only.
 
     Args:
         optimizer: Of the run, with an `accountant`.
-        count: m, number of canaries. At least one parameter with two or more axes needs that many entries.
+        count: m, number of canaries. At least one parameter with two or more axes needs that many
+            entries.
         norm: Norm of their gradients in units of C; above 1, so that clipping is audited too.
         seed: Of the coins and directions; default: from the operating system's entropy.
 
-    Cost: per step a backward pass through one small linear op per parameter, and reading ``count`` entries of each.
+    Cost: per step a backward pass through one small linear op per parameter, and reading ``count``
+        entries of each.
 
     Raises:
-        ValueError: An argument is out of range, no parameter is large enough, or there is no accountant.
+        ValueError: An argument is out of range, no parameter is large enough, or there is no
+            accountant.
         RuntimeError: In the optimizer's `step`: `backward` was not called before.
 
     Example:
@@ -66,7 +72,9 @@ class GradientCanaries:
         False
     """
 
-    def __init__(self, optimizer: DPOptimizer, count: int = 1000, norm: float = 10.0, seed: int | None = None) -> None:
+    def __init__(
+        self, optimizer: DPOptimizer, count: int = 1000, norm: float = 10.0, seed: int | None = None
+    ) -> None:
         require_count("count", count)
         require_positive("norm", norm)
         if optimizer.accountant is None:
@@ -79,7 +87,9 @@ class GradientCanaries:
         self.members: np.ndarray = generator.random(count) < 0.5
         self.scores = np.zeros(count)
         self._entries = _entries(optimizer, count, generator)
-        self._others: list[Tensor] | None = None  # what all other samples contribute to the running step
+        self._others: list[Tensor] | None = (
+            None  # what all other samples contribute to the running step
+        )
         self._clip_norm = optimizer.clip_norm
         self._hook = optimizer.optimizer.register_step_pre_hook(self._released)
 
@@ -87,20 +97,27 @@ class GradientCanaries:
         """Add the canaries of a step to its sum; after the passes of all other samples.
 
         Args:
-            drawn: Canaries that the sampler drew, numbers below `count`; those whose coin left them out are ignored.
+            drawn: Canaries that the sampler drew, numbers below `count`; those whose coin left them
+                out are ignored.
         """
         self._clip_norm = self.optimizer.clip_norm
         extensions = self.optimizer.extensions
-        self._others = self._along(dict(zip(extensions[0].parameters, extensions[0].totals(), strict=True)))
+        self._others = self._along(
+            dict(zip(extensions[0].parameters, extensions[0].totals(), strict=True))
+        )
         chosen = [int(i) for i in drawn if self.members[i]]
         if not chosen:
             self.optimizer.add_empty_pass()
             return
-        inputs = [self._one_hot(parameter, entries[chosen]) for parameter, entries in self._entries.items()]
+        inputs = [
+            self._one_hot(parameter, entries[chosen])
+            for parameter, entries in self._entries.items()
+        ]
         batch = Batch(len(chosen), tensors=[tensor for pair in inputs for tensor in pair])
         with torch.enable_grad(), curvature(*extensions, batch_size=batch):
             losses = [
-                (_apply(parameter, x) * g).sum(1) for parameter, (x, g) in zip(self._entries, inputs, strict=True)
+                (_apply(parameter, x) * g).sum(1)
+                for parameter, (x, g) in zip(self._entries, inputs, strict=True)
             ]
             loss = torch.stack(losses).sum(0)
             reduced = loss.mean() if self.optimizer.loss_reduction == "mean" else loss.sum()
@@ -110,8 +127,12 @@ class GradientCanaries:
         """Inputs and cotangents of a linear op whose gradients have one entry each, ``[n, *]`` and ``[n, outputs]``."""
         rows, columns = np.divmod(entries, parameter[0].numel())
         samples = np.arange(len(entries))
-        x = torch.zeros(len(entries), parameter[0].numel(), dtype=parameter.dtype, device=parameter.device)
-        g = torch.zeros(len(entries), len(parameter), dtype=parameter.dtype, device=parameter.device)
+        x = torch.zeros(
+            len(entries), parameter[0].numel(), dtype=parameter.dtype, device=parameter.device
+        )
+        g = torch.zeros(
+            len(entries), len(parameter), dtype=parameter.dtype, device=parameter.device
+        )
         x[samples, columns] = 1.0
         g[samples, rows] = self.norm * self._clip_norm / math.sqrt(len(self._entries))
         return x.reshape(len(entries), *parameter.shape[1:]), g
@@ -119,7 +140,11 @@ class GradientCanaries:
     def _along(self, values: dict[Tensor, Tensor]) -> list[Tensor]:
         """The entries of the canaries, ``[m]`` for every parameter."""
         return [
-            values[parameter].detach().flatten()[torch.from_numpy(entries).to(parameter.device)].double().cpu()
+            values[parameter]
+            .detach()
+            .flatten()[torch.from_numpy(entries).to(parameter.device)]
+            .double()
+            .cpu()
             for parameter, entries in self._entries.items()
         ]
 
@@ -130,9 +155,13 @@ class GradientCanaries:
                 "Expected `canaries.backward(drawn)` before every step of the optimizer, found a step without; call it "
                 "with an empty list where no canary was drawn."
             )
-        gradients = {parameter: parameter.grad for parameter in self._entries if parameter.grad is not None}
+        gradients = {
+            parameter: parameter.grad for parameter in self._entries if parameter.grad is not None
+        }
         size = float(self.optimizer.expected_batch_size or 1.0)
-        alone = [g * size - other for g, other in zip(self._along(gradients), self._others, strict=True)]
+        alone = [
+            g * size - other for g, other in zip(self._along(gradients), self._others, strict=True)
+        ]
         z = torch.stack(alone).sum(0).numpy() / (math.sqrt(len(alone)) * self._clip_norm)
         self.scores += _log_odds(z, *self._claim())
         self._others = None
@@ -143,7 +172,9 @@ class GradientCanaries:
         sampling, sigma, _ = self.optimizer.accountant.history[-1]
         return getattr(sampling, "sampling_rate", 1.0), max(sigma, _SMALLEST_NOISE)
 
-    def audit(self, delta: float, confidence: float = 0.95, guesses: Sequence[int] | None = None) -> PrivacyAudit:
+    def audit(
+        self, delta: float, confidence: float = 0.95, guesses: Sequence[int] | None = None
+    ) -> PrivacyAudit:
         """Compare with the accountant's ε; the arguments are those of `PrivacyAudit.of`."""
         assert self.optimizer.accountant is not None
         epsilon = self.optimizer.accountant.epsilon(delta)
@@ -159,7 +190,9 @@ def _log_odds(z: np.ndarray, rate: float, sigma: float) -> np.ndarray:
     return ratio if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + ratio)
 
 
-def _entries(optimizer: DPOptimizer, count: int, generator: np.random.Generator) -> dict[Tensor, np.ndarray]:
+def _entries(
+    optimizer: DPOptimizer, count: int, generator: np.random.Generator
+) -> dict[Tensor, np.ndarray]:
     """For every parameter that is large enough an entry per canary, all different."""
     trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     large = [p for p in trainable if 2 <= p.ndim <= 5 and p.numel() >= count and not p.is_complex()]
@@ -176,5 +209,7 @@ def _apply(parameter: Tensor, x: Tensor) -> Tensor:
     """The inner products of every row of a parameter with every input, ``[n, rows]``."""
     if parameter.ndim == 2:
         return F.linear(x, parameter)
-    convolution = (F.conv1d, F.conv2d, F.conv3d)[parameter.ndim - 3]  # of a kernel as large as its input
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[
+        parameter.ndim - 3
+    ]  # of a kernel as large as its input
     return convolution(x, parameter).flatten(1)

@@ -10,7 +10,13 @@ import numpy as np
 
 from lightning_curv.optimizers.privacy.audit_bound import epsilon_lower_bound, tail_bound
 
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of the canaries that are guessed; fixed, whatever the run gives
+SHARES = (
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    1 / 2,
+    1.0,
+)  # of the canaries that are guessed; fixed, whatever the run gives
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Trial:
     Attributes:
         guesses: r, the canaries whose scores are farthest from the median.
         correct: How many of them were guessed right.
-        epsilon_lower: What that shows, at a confidence that leaves the whole audit the one it promises.
+        epsilon_lower: What that shows, at a confidence that leaves the whole audit the one it
+            promises.
     """
 
     guesses: int
@@ -36,13 +43,13 @@ class PrivacyAudit:
         epsilon_lower: The run is not (ε, δ)-private for any ε below it, with the confidence below.
         epsilon: ε that the accountant claims.
         delta: δ of both.
-        confidence: Of an (ε, δ)-private algorithm, at most a share of 1 - confidence of the audits end with
-            ``epsilon_lower`` above ε. All trials together share it (Bonferroni).
+        confidence: Of an (ε, δ)-private algorithm, at most a share of 1 - confidence of the audits
+            end with ``epsilon_lower`` above ε. All trials together share it (Bonferroni).
         canaries: m.
         included: How many of them the coins put into the training data.
         trials: One for each number of guesses that was fixed beforehand.
-        largest: The most that an audit of this size can show: ``epsilon_lower`` if every guess is right. A claim above
-            it cannot be refuted; take more canaries.
+        largest: The most that an audit of this size can show: ``epsilon_lower`` if every guess is
+            right. A claim above it cannot be refuted; take more canaries.
         scores: One per canary; larger means more likely to have been included, ``[m]``.
         members: Whether it was, ``[m]``.
     """
@@ -70,17 +77,19 @@ class PrivacyAudit:
     ) -> PrivacyAudit:
         """Guess the coins from scores, and compare.
 
-        A canary is guessed to be included if its score is above the median, and not to be if it is below. Of r guesses
-        those are made whose scores are farthest from the median; all other canaries are abstained from.
+        A canary is guessed to be included if its score is above the median, and not to be if it is
+        below. Of r guesses those are made whose scores are farthest from the median; all other
+        canaries are abstained from.
 
         Args:
-            scores: One per canary; larger means more likely to be included. They must be made of what was released,
-                and not of the coins.
+            scores: One per canary; larger means more likely to be included. They must be made of
+                what was released, and not of the coins.
             members: The coins, fair and independent.
             epsilon: What the accountant claims.
             delta: δ.
             confidence: Of all trials together.
-            guesses: Numbers of guesses, each a trial, fixed before the run. Default: `SHARES` of the canaries.
+            guesses: Numbers of guesses, each a trial, fixed before the run. Default: `SHARES` of
+                the canaries.
 
         Raises:
             ValueError: Lengths differ, or a number of guesses is out of range.
@@ -96,19 +105,29 @@ class PrivacyAudit:
             raise ValueError(
                 f"Expected one score and one coin per canary, found shapes {scores.shape} and {members.shape}."
             )
-        counts = sorted({max(1, round(share * m)) for share in SHARES}) if guesses is None else list(guesses)
+        counts = (
+            sorted({max(1, round(share * m)) for share in SHARES})
+            if guesses is None
+            else list(guesses)
+        )
         if not counts or not all(1 <= count <= m for count in counts):
-            raise ValueError(f"`guesses` must be numbers between 1 and {m}, the canaries, found {counts}.")
+            raise ValueError(
+                f"`guesses` must be numbers between 1 and {m}, the canaries, found {counts}."
+            )
         each = 1 - (1 - confidence) / len(counts)
         right = _right(scores, members)
         trials = []
         for count in counts:
             correct = int(right[:count].sum())
-            trials.append(Trial(count, correct, epsilon_lower_bound(m, count, correct, delta, each)))
+            trials.append(
+                Trial(count, correct, epsilon_lower_bound(m, count, correct, delta, each))
+            )
         largest = max(epsilon_lower_bound(m, count, count, delta, each) for count in counts)
         lower = max(trial.epsilon_lower for trial in trials)
         included = int(members.sum())
-        return cls(lower, epsilon, delta, confidence, m, included, tuple(trials), largest, scores, members)
+        return cls(
+            lower, epsilon, delta, confidence, m, included, tuple(trials), largest, scores, members
+        )
 
     @property
     def refuted(self) -> bool:
@@ -121,7 +140,11 @@ class PrivacyAudit:
         return max(self.trials, key=lambda trial: trial.epsilon_lower)
 
     def __str__(self) -> str:
-        sign, verdict = (">", "the claim is REFUTED") if self.refuted else ("<=", "nothing speaks against the claim")
+        sign, verdict = (
+            (">", "the claim is REFUTED")
+            if self.refuted
+            else ("<=", "nothing speaks against the claim")
+        )
         best = self.best
         lines = [
             f"ε_lower = {self.epsilon_lower:.2f} {sign} ε = {self.epsilon:.2f} at δ = {self.delta:g}: {verdict} "
@@ -154,8 +177,12 @@ class PrivacyAudit:
         low, high = np.quantile(self.scores, [0.002, 0.998])
         bins = np.linspace(low, high if high > low else low + 1, 41)
         for member, label in ((True, "in the training data"), (False, "left out")):
-            axis.hist(self.scores[self.members == member].clip(low, high), bins, alpha=0.6, label=label)
-        axis.set(xlabel="score of a canary", ylabel="canaries", title="What the released steps tell")
+            axis.hist(
+                self.scores[self.members == member].clip(low, high), bins, alpha=0.6, label=label
+            )
+        axis.set(
+            xlabel="score of a canary", ylabel="canaries", title="What the released steps tell"
+        )
         axis.legend(frameon=False)
 
     def _draw_guesses(self, axis: Any) -> None:
@@ -165,8 +192,13 @@ class PrivacyAudit:
         error = (1 - self.confidence) / len(self.trials)
         for epsilon, style in ((self.epsilon, "C3-"), (self.epsilon_lower, "k:")):
             if np.isfinite(epsilon):
-                limits = [_most(self.canaries, int(count), epsilon, self.delta, error) / count for count in counts]
-                axis.plot(counts, 100 * np.array(limits), style, label=f"limit for ε = {epsilon:.2f}")
+                limits = [
+                    _most(self.canaries, int(count), epsilon, self.delta, error) / count
+                    for count in counts
+                ]
+                axis.plot(
+                    counts, 100 * np.array(limits), style, label=f"limit for ε = {epsilon:.2f}"
+                )
         for trial in self.trials:
             axis.plot(trial.guesses, 100 * trial.correct / trial.guesses, "C0o")
         axis.set_xscale("log")

@@ -13,17 +13,20 @@ from lightning_curv.optimizers.privacy.clipping import Clipping
 from lightning_curv.terms.chunks import CHUNK_BYTES
 from lightning_curv.terms.jacobian import Jacobian
 
-# How much larger the parts of a sample's gradient may be than their sum. A sum over all samples at once rounds the
-# parts, before they cancel; where they cancel further, each sample's gradient is formed first, and rounded as a whole.
+# How much larger the parts of a sample's gradient may be than their sum. A sum over all samples at
+# once rounds the parts, before they cancel; where they cancel further, each sample's gradient is
+# formed first, and rounded as a whole.
 CANCELS = 32
 
 
 class ClippedSum(GradientReceiver):
     r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
 
-    Book-keeping: one backward pass as far as the recorded ops, squared norms from their inputs and cotangents, then one
-    weighted contraction of the same. Where a norm needs the per-sample gradient itself, all such gradients of a few
-    samples are formed at once, in cache, and the sample's factor is known while they are there: no second contraction.
+    Book-keeping: one backward pass as far as the recorded ops, squared norms from their inputs and
+        cotangents, then one
+    weighted contraction of the same. Where a norm needs the per-sample gradient itself, all such
+    gradients of a few samples are formed at once, in cache, and the sample's factor is known while
+    they are there: no second contraction.
 
     Args:
         parameters: The norm is taken over all of them together.
@@ -33,7 +36,8 @@ class ClippedSum(GradientReceiver):
     Attributes:
         loss_scale: Factor on the loss (1 / accumulated passes in Lightning).
         passes: Backward passes since the last step.
-        norms: Norms of the per-sample gradients since the last step, if ``keep_norms``; not private.
+        norms: Norms of the per-sample gradients since the last step, if ``keep_norms``; not
+            private.
         discarded: Samples whose gradient was not finite, since the last step; not private.
     """
 
@@ -71,7 +75,9 @@ class ClippedSum(GradientReceiver):
         self._jacobians: list[Jacobian] = []
         self._norms: list[Tensor] = []  # of these
         self._formed: list[Jacobian] = []  # those whose norms need per-sample gradients
-        self._cancelling: set[Jacobian] = set()  # those of which a sum over all samples would round too much
+        self._cancelling: set[Jacobian] = (
+            set()
+        )  # those of which a sum over all samples would round too much
         self._samples = samples
 
     def receive(self, jacobian: Jacobian) -> None:
@@ -90,7 +96,12 @@ class ClippedSum(GradientReceiver):
     @torch.no_grad()
     def end(self) -> None:
         """Clip and add up the pass."""
-        jacobians, norms, formed, samples = self._jacobians, self._norms, self._formed, self._samples
+        jacobians, norms, formed, samples = (
+            self._jacobians,
+            self._norms,
+            self._formed,
+            self._samples,
+        )
         cancelling = self._cancelling
         self.begin(0)
         self.passes += 1
@@ -98,13 +109,17 @@ class ClippedSum(GradientReceiver):
             return
         bytes_ = sum(4 * jacobian.parameter.numel() for jacobian in formed)
         size = max(1, CHUNK_BYTES // bytes_) if formed else samples
-        smallest = max(torch.finfo(jacobian.terms[0].g.dtype).tiny for jacobian in [*jacobians, *formed])
+        smallest = max(
+            torch.finfo(jacobian.terms[0].g.dtype).tiny for jacobian in [*jacobians, *formed]
+        )
         parts, before = [], self.discarded
         for start in range(0, samples, size):
             some = slice(start, start + size)
             rows = [jacobian[some].formed() for jacobian in formed]
             owners = [jacobian.parameter for jacobian in [*jacobians, *rows]]
-            weights = self._weights([*(n[some] for n in norms), *(row.norms()[0] for row in rows)], owners, smallest)
+            weights = self._weights(
+                [*(n[some] for n in norms), *(row.norms()[0] for row in rows)], owners, smallest
+            )
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
                 self._add(row, weight, self.discarded > before)
             parts.append(weights[: len(jacobians)])
@@ -112,7 +127,11 @@ class ClippedSum(GradientReceiver):
         weights = torch.cat(parts, dim=1)
         while jacobians:  # one after the other, so that memory falls
             jacobian = jacobians.pop()
-            size = max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel())) if jacobian in cancelling else samples
+            size = (
+                max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel()))
+                if jacobian in cancelling
+                else samples
+            )
             for start in range(0, samples, size):
                 some = slice(start, start + size)
                 part = jacobian[some].formed() if jacobian in cancelling else jacobian
@@ -148,7 +167,9 @@ class ClippedSum(GradientReceiver):
 
     def totals(self) -> list[Tensor]:
         """The sum of every parameter, in float32 or better; zero where there was no gradient."""
-        return [self._sums[p].contiguous() if p in self._sums else _zeros(p) for p in self._parameters]
+        return [
+            self._sums[p].contiguous() if p in self._sums else _zeros(p) for p in self._parameters
+        ]
 
 
 def _is_small(jacobian: Jacobian) -> bool:

@@ -33,15 +33,17 @@ class Clipping(ABC):
         """Factors of the per-sample gradients.
 
         Args:
-            norms: Norms of the gradients of every parameter and sample, ``[P, N]``; parameters without a gradient are
-                left out.
+            norms: Norms of the gradients of every parameter and sample, ``[P, N]``; parameters
+                without a gradient are left out.
             parameters: Number of all parameters.
 
         Returns:
             ``[P, N]`` or ``[1, N]``; zero where the norm is not finite.
         """
 
-    def factors_of(self, norms: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    def factors_of(
+        self, norms: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> Tensor:
         """`factors` for rules that need to know whose gradients these are.
 
         Args:
@@ -104,8 +106,8 @@ class FlatClipping(Clipping):
 class AutomaticClipping(Clipping):
     r"""Normalisation, :math:`c_i = C / (\|g_i\| + \gamma)`; C is then a part of the learning rate.
 
-    Bu, Wang, Zha & Karypis, *Automatic Clipping: Differentially Private Deep Learning Made Easier and Stronger*,
-    NeurIPS 2023, eq. 4.1.
+    Bu, Wang, Zha & Karypis, *Automatic Clipping: Differentially Private Deep Learning Made Easier
+    and Stronger*, NeurIPS 2023, eq. 4.1.
 
     Args:
         clip_norm: C.
@@ -126,7 +128,8 @@ class AutomaticClipping(Clipping):
 class PerLayerClipping(Clipping):
     r"""Every parameter on its own, by :math:`C / \sqrt P` with P parameters; together at most C.
 
-    McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language Models*, ICLR 2018, section 3.
+    McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language Models*,
+    ICLR 2018, section 3.
     """
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
@@ -139,21 +142,25 @@ class AdaptiveClipping(FlatClipping):
     r"""C follows a quantile of the norms, estimated privately.
 
     The step's share b̃ of samples with :math:`\|g_i\| \le C` is counted with noise of its own, and
-    :math:`C \leftarrow C \exp(-\eta (b̃ - \gamma))`. The noise multiplier σ that is accounted pays for both: the
-    gradient gets :math:`(\sigma^{-2} - (2\sigma_b)^{-2})^{-1/2}`. The count is divided by the *expected* batch size.
-    Andrew, Thakkar, McMahan & Ramaswamy, *Differentially Private Learning with Adaptive Clipping*, NeurIPS 2021,
-    algorithm 1 and theorem 1.
+    :math:`C \leftarrow C \exp(-\eta (b̃ - \gamma))`. The noise multiplier σ that is accounted pays
+    for both: the gradient gets :math:`(\sigma^{-2} - (2\sigma_b)^{-2})^{-1/2}`. The count is
+    divided by the *expected* batch size. Andrew, Thakkar, McMahan & Ramaswamy, *Differentially
+    Private Learning with Adaptive Clipping*, NeurIPS 2021, algorithm 1 and theorem 1.
 
     Args:
         clip_norm: The first C.
         quantile: γ, the share of samples that are not clipped.
         rate: η.
-        count_noise: σ_b, standard deviation of the count's noise; default: a twentieth of the expected batch size,
-            and no less than the accounted σ.
+        count_noise: σ_b, standard deviation of the count's noise; default: a twentieth of the
+            expected batch size, and no less than the accounted σ.
     """
 
     def __init__(
-        self, clip_norm: float = 1.0, quantile: float = 0.5, rate: float = 0.2, count_noise: float | None = None
+        self,
+        clip_norm: float = 1.0,
+        quantile: float = 0.5,
+        rate: float = 0.2,
+        count_noise: float | None = None,
     ) -> None:
         super().__init__(clip_norm)
         if not 0 <= quantile <= 1:
@@ -167,7 +174,9 @@ class AdaptiveClipping(FlatClipping):
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
         """Factors of the per-sample gradients, ``[1, N]``; counts the samples."""
-        below = (_joint(norms) <= self.clip_norm).to(norms.dtype) - 0.5  # a sample changes the count by a half
+        below = (_joint(norms) <= self.clip_norm).to(
+            norms.dtype
+        ) - 0.5  # a sample changes the count by a half
         self._count = below.sum() + (0.0 if self._count is None else self._count)
         return super().factors(norms, parameters)
 
@@ -199,7 +208,11 @@ class AdaptiveClipping(FlatClipping):
         """σ_b; none where the gradient gets none."""
         if self._accounted == 0:
             return 0.0
-        return max(expected_batch_size / 20, self._accounted) if self._count_noise is None else self._count_noise
+        return (
+            max(expected_batch_size / 20, self._accounted)
+            if self._count_noise is None
+            else self._count_noise
+        )
 
     def counts(self) -> Tensor | None:
         """Samples below C minus those above, halved."""

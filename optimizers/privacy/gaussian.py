@@ -1,16 +1,17 @@
 r"""Rounded Gaussian numbers from random bits, without an evaluation of a function for most of them.
 
-The density is cut into bars of one width, a power of two. A table of 2¹⁶ entries names each bar in proportion to its
-lowest point, so that an entry drawn by 16 random bits, and further bits for the place within its bar, make a number
-from under the density: a share λ of all, about 0.99. What the table leaves out, λ times its histogram below the
-density, is drawn by rejection (von Neumann, 1951), from bars and exponential tails (Marsaglia, 1964); at which places
-such numbers are is drawn by the gaps between them. The mixture of both is the Gaussian itself: composition as in
-Marsaglia, MacLaren & Bray, *A Fast Procedure for Generating Normal Random Variables*, CACM 1964.
+The density is cut into bars of one width, a power of two. A table of 2¹⁶ entries names each bar in
+proportion to its lowest point, so that an entry drawn by 16 random bits, and further bits for the
+place within its bar, make a number from under the density: a share λ of all, about 0.99. What the
+table leaves out, λ times its histogram below the density, is drawn by rejection (von Neumann,
+1951), from bars and exponential tails (Marsaglia, 1964); at which places such numbers are is drawn
+by the gaps between them. The mixture of both is the Gaussian itself: composition as in Marsaglia,
+MacLaren & Bray, *A Fast Procedure for Generating Normal Random Variables*, CACM 1964.
 
-All places within a bar are whole numbers, drawn by their bits. So no whole number is skipped or preferred by the
-rounding of an evaluation in floating point, as with methods that transform uniform numbers: probabilities are right
-relatively, to about 2⁻⁴⁶, and beyond five standard deviations to 2⁻¹⁵. Numbers reach to twelve standard deviations,
-beyond which there is less than 2⁻¹¹⁰.
+All places within a bar are whole numbers, drawn by their bits. So no whole number is skipped or
+preferred by the rounding of an evaluation in floating point, as with methods that transform uniform
+numbers: probabilities are right relatively, to about 2⁻⁴⁶, and beyond five standard deviations to
+2⁻¹⁵. Numbers reach to twelve standard deviations, beyond which there is less than 2⁻¹¹⁰.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class RoundedGaussian:
     r"""Whole numbers :math:`\mathrm{round}(s z)` with standard normal z.
 
     Args:
-        deviation: s, between 2²⁰ and 2³⁶: densities are taken at whole numbers, in place of their mean over a unit.
+        deviation: s, between 2²⁰ and 2³⁶: densities are taken at whole numbers, in place of their
+            mean over a unit.
 
     Attributes:
         share: λ, the share that comes from the table.
 
-    Cost: 6 random bytes a number, and 24 more for the rest; 3 ns each on one core, where OpenSSL makes 8 bytes in 1 ns.
+    Cost: 6 random bytes a number, and 24 more for the rest; 3 ns each on one core, where OpenSSL
+        makes 8 bytes in 1 ns.
     """
 
     def __init__(self, deviation: float) -> None:
@@ -47,20 +50,33 @@ class RoundedGaussian:
         self.bits = math.floor(math.log2(deviation)) - FINENESS  # of the width of a bar
         self.width = 2.0**self.bits
         self.side = math.ceil(REACH * deviation / self.width)  # bars on either side of zero
-        edges = torch.arange(-self.side, self.side + 1, dtype=torch.float64, device="cpu") * self.width
+        edges = (
+            torch.arange(-self.side, self.side + 1, dtype=torch.float64, device="cpu") * self.width
+        )
         masses = self._masses(edges)  # of bars as high as the density is at the edges
-        lowest, highest = torch.minimum(masses[:-1], masses[1:]), torch.maximum(masses[:-1], masses[1:])
+        lowest, highest = (
+            torch.minimum(masses[:-1], masses[1:]),
+            torch.maximum(masses[:-1], masses[1:]),
+        )
         counts = _at_most(lowest, ENTRIES)
         self.share = float((lowest / counts)[counts > 0].min() * ENTRIES)
-        bars = torch.arange(1 - 2 * self.side, 2 * self.side, 2, dtype=torch.int16, device="cpu")  # small: in cache
+        bars = torch.arange(
+            1 - 2 * self.side, 2 * self.side, 2, dtype=torch.int16, device="cpu"
+        )  # small: in cache
         self._table = bars.repeat_interleave(counts)
-        self._taken = counts.double() * (self.share / ENTRIES)  # of the mass of each bar by the table
+        self._taken = counts.double() * (
+            self.share / ENTRIES
+        )  # of the mass of each bar by the table
         self._end = self.side * self.width / deviation
         tails = 2 * math.exp(-(self._end**2) / 2) / math.sqrt(2 * math.pi) / self._end
         rest = torch.cat([highest - self._taken, highest.new_tensor([tails])])
         proposed, unit = _at_least(rest, ENTRIES)
-        self._proposals = torch.arange(len(rest), dtype=torch.int16, device="cpu").repeat_interleave(proposed)
-        self._heights = proposed.double() * unit  # of the boxes that the rest of every bar, and of the tails, lies in
+        self._proposals = torch.arange(
+            len(rest), dtype=torch.int16, device="cpu"
+        ).repeat_interleave(proposed)
+        self._heights = (
+            proposed.double() * unit
+        )  # of the boxes that the rest of every bar, and of the tails, lies in
         self._acceptance = (1 - self.share) / (ENTRIES * unit)
         self._tail_acceptance = tails / float(self._heights[-1])
 
@@ -121,7 +137,12 @@ class RoundedGaussian:
         level = _uniform(count, entropy).mul_(self._heights.index_select(0, bars))
         tails = (bars == 2 * self.side).nonzero().squeeze(1)
         bars[tails] = 0
-        numbers = bars.double().add_(0.5 - self.side).mul_(self.width).add_(self._beside(bits[: 4 * count]))
+        numbers = (
+            bars.double()
+            .add_(0.5 - self.side)
+            .mul_(self.width)
+            .add_(self._beside(bits[: 4 * count]))
+        )
         accepted = level <= self._masses(numbers).sub_(self._taken.index_select(0, bars))
         if len(tails):
             numbers[tails], accepted[tails] = self._tails(len(tails), entropy)
@@ -160,9 +181,14 @@ def rounded_gaussian(deviation: float) -> RoundedGaussian:
 def _at_most(masses: Tensor, entries: int) -> Tensor:
     """How many entries each mass gets, such that the smallest mass per entry is largest (Jefferson's method)."""
     counts = (masses * (entries / masses.sum())).floor_()
-    most = 16  # a larger mass may miss: the smallest mass per entry is then a little smaller than it could be
+    # a larger mass may miss: the smallest mass per entry is then a little smaller than it could be
+    most = 16
     quotients = masses[:, None] / (counts[:, None] + torch.arange(1, most + 1, device="cpu"))
-    given = quotients.flatten().topk(entries - int(counts.sum())).indices.div(most, rounding_mode="floor")
+    given = (
+        quotients.flatten()
+        .topk(entries - int(counts.sum()))
+        .indices.div(most, rounding_mode="floor")
+    )
     return counts.long() + given.bincount(minlength=len(counts))
 
 

@@ -16,9 +16,10 @@ from lightning_curv.optimizers.settings import require_positive
 class PerGroupClipping(Clipping):
     r"""Every parameter group on its own: :math:`c_{ig} = \min(1, C_g / \|g_{ig}\|)` for sample i in group g.
 
-    The contribution of a sample is then bounded by :math:`C = \sqrt{\sum_g C_g^2}`, and the noise of all groups is σC.
-    For parts of a network whose gradients differ in size, such as a head and a backbone. McMahan, Ramage, Talwar &
-    Zhang, *Learning Differentially Private Recurrent Language Models*, ICLR 2018, section 3.
+    The contribution of a sample is then bounded by :math:`C = \sqrt{\sum_g C_g^2}`, and the noise
+    of all groups is σC. For parts of a network whose gradients differ in size, such as a head and a
+    backbone. McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language
+    Models*, ICLR 2018, section 3.
 
     Args:
         optimizer: Its parameter groups may have an entry ``"clip_norm"``, :math:`C_g`.
@@ -43,7 +44,9 @@ class PerGroupClipping(Clipping):
         self._default = float(clip_norm)
 
     def _norms(self) -> list[float]:
-        norms = [float(group.get("clip_norm", self._default)) for group in self._optimizer.param_groups]
+        norms = [
+            float(group.get("clip_norm", self._default)) for group in self._optimizer.param_groups
+        ]
         for norm in norms:
             require_positive("clip_norm", norm)
         return norms
@@ -55,11 +58,17 @@ class PerGroupClipping(Clipping):
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
         """Not defined: `factors_of` knows the parameters."""
-        raise NotImplementedError("PerGroupClipping needs to know the parameters; call `factors_of`.")
+        raise NotImplementedError(
+            "PerGroupClipping needs to know the parameters; call `factors_of`."
+        )
 
-    def factors_of(self, norms: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
+    def factors_of(
+        self, norms: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> Tensor:
         """Factors of the per-sample gradients, ``[P, N]``; a sample with any norm that is not finite counts nowhere."""
-        number = {p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        number = {
+            p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]
+        }
         groups = torch.tensor([number[parameter] for parameter in rows], device=norms.device)
         limits = norms.new_tensor(self._norms())
         joint = torch.stack([norms[groups == i].norm(dim=0) for i in range(len(limits))])

@@ -22,15 +22,17 @@ except ImportError:  # a Python without OpenSSL
 class NoiseSource:
     """Gaussian numbers from a generator of its own, never torch's.
 
-    By default the bits come from the generator of OpenSSL, AES-256 in counter mode (NIST SP 800-90A), which the
-    operating system seeds and which is seeded anew in the course of time and after a fork. Nothing of it can be saved:
-    a run that is resumed draws other noise, and so do two that are resumed from one checkpoint. torch's own generator
-    for CPUs has 32 bits of seed, which can be found by trying.
+    By default the bits come from the generator of OpenSSL, AES-256 in counter mode (NIST SP
+    800-90A), which the operating system seeds and which is seeded anew in the course of time and
+    after a fork. Nothing of it can be saved: a run that is resumed draws other noise, and so do two
+    that are resumed from one checkpoint. torch's own generator for CPUs has 32 bits of seed, which
+    can be found by trying.
 
     Args:
-        seed: Makes the noise repeatable, for tests: **not secure**. Whoever finds or knows it takes the noise away
-            again. The state is saved.
-        secure: Draw from the operating system's entropy directly, for those who trust no library. Four times slower.
+        seed: Makes the noise repeatable, for tests: **not secure**. Whoever finds or knows it takes
+            the noise away again. The state is saved.
+        secure: Draw from the operating system's entropy directly, for those who trust no library.
+            Four times slower.
 
     Example:
         >>> next(NoiseSource().rounded([6], deviation=2.0**34)).shape
@@ -39,12 +41,16 @@ class NoiseSource:
 
     def __init__(self, seed: int | None = None, secure: bool = False) -> None:
         if secure and seed is not None:
-            raise ValueError(f"`secure=True` has no seed, found `noise_seed={seed}`; leave one of them out.")
+            raise ValueError(
+                f"`secure=True` has no seed, found `noise_seed={seed}`; leave one of them out."
+            )
         self.seed, self.secure = seed, secure
         self._generator: torch.Generator | None = None
         if seed is not None:
             self._generator = torch.Generator().manual_seed(seed)
-            warn(f"draws repeatable noise, found `noise_seed={seed}`: not secure, for tests only. Leave it out.")
+            warn(
+                f"draws repeatable noise, found `noise_seed={seed}`: not secure, for tests only. Leave it out."
+            )
 
     def rounded(self, sizes: Sequence[int], deviation: float) -> Iterator[Tensor]:
         """Independent Gaussian numbers, rounded.
@@ -57,7 +63,9 @@ class NoiseSource:
             Tensors of float64 on the CPU.
         """
         if self._generator is None:
-            return rounded_gaussian(deviation).draw(sizes, os.urandom if self.secure else _library_bytes)
+            return rounded_gaussian(deviation).draw(
+                sizes, os.urandom if self.secure else _library_bytes
+            )
         draw = partial(torch.randn, generator=self._generator, dtype=torch.float64, device="cpu")
         return (draw(size).mul_(deviation).round_() for size in sizes)
 

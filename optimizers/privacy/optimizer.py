@@ -24,45 +24,51 @@ class DPOptimizer(Optimizer):
 
     .. math:: \tilde g = \frac1{\bar B} \Big(\sum_i \min(1, C / \|g_i\|)\, g_i + \sigma C\, \mathcal N(0, I)\Big)
 
-    with the gradient :math:`g_i` of sample i's own loss by all trainable parameters together, and the *expected* batch
-    size B̄. Samples are clipped before they are accumulated; noise is added once per step, to empty batches too. What
-    the inner optimizer makes of :math:`\tilde g` (momentum, Adam, weight decay) costs no privacy. Abadi et al., *Deep
-    Learning with Differential Privacy*, CCS 2016.
+    with the gradient :math:`g_i` of sample i's own loss by all trainable parameters together, and
+    the *expected* batch size B̄. Samples are clipped before they are accumulated; noise is added
+    once per step, to empty batches too. What the inner optimizer makes of :math:`\tilde g`
+    (momentum, Adam, weight decay) costs no privacy. Abadi et al., *Deep Learning with Differential
+    Privacy*, CCS 2016.
 
-    In Lightning add `PrivacyCallback()`, which draws the batches and keeps the account. Elsewhere draw Poisson batches
-    and run every backward pass inside ``curvature(*optimizer.extensions)``; without a pass a step is that of an empty
-    batch. One backward pass is all it takes; no per-sample gradient is kept.
+    In Lightning add `PrivacyCallback()`, which draws the batches and keeps the account. Elsewhere
+    draw Poisson batches and run every backward pass inside ``curvature(*optimizer.extensions)``;
+    without a pass a step is that of an empty batch. One backward pass is all it takes; no
+    per-sample gradient is kept.
 
     Args:
         optimizer: Any torch optimizer whose step needs no closure. Its parameter groups are shared.
         clip_norm: C, or a function of the step's number such as `ExponentialSchedule`.
-        noise_multiplier: σ; the standard deviation of the noise in the sum is σC. Or a function of the step's number,
-            accounted value by value. ``None``: the callback sets it.
-        expected_batch_size: B̄, samples per step over all processes: sampling rate × data set size, not the size of
-            the batch that was drawn. ``None``: the callback sets it.
-        clipping: ``"flat"``, ``"per_layer"``, ``"automatic"`` (normalisation), ``"adaptive"`` (C follows the median of
-            the norms), ``"per_group"`` (every parameter group by its own ``clip_norm``), or a `Clipping` with settings
-            of your own.
-        loss_reduction: Whether the loss of a backward pass is the ``"mean"`` or the ``"sum"`` of the losses of its
-            samples. Any other factor on the loss goes to ``optimizer.loss_scale``.
+        noise_multiplier: σ; the standard deviation of the noise in the sum is σC. Or a function of
+            the step's number, accounted value by value. ``None``: the callback sets it.
+        expected_batch_size: B̄, samples per step over all processes: sampling rate × data set size,
+            not the size of the batch that was drawn. ``None``: the callback sets it.
+        clipping: ``"flat"``, ``"per_layer"``, ``"automatic"`` (normalisation), ``"adaptive"`` (C
+            follows the median of the norms), ``"per_group"`` (every parameter group by its own
+            ``clip_norm``), or a `Clipping` with settings of your own.
+        loss_reduction: Whether the loss of a backward pass is the ``"mean"`` or the ``"sum"`` of
+            the losses of its samples. Any other factor on the loss goes to
+            ``optimizer.loss_scale``.
         accountant: Is told of every step.
         noise_seed: Makes the noise repeatable, for tests only.
         secure: Draw the noise from the operating system's entropy; slower.
-        exact_resume: Save the state of the noise in `state_dict`, and go on with it in `load_state_dict`, instead of
-            drawing fresh noise after every load. A run then resumes bit for bit, and two runs that go on from one
-            checkpoint use the same noise: the difference of their weights has none, whatever ε says. Only where exactly
-            one run goes on, and the checkpoint is kept secret.
+        exact_resume: Save the state of the noise in `state_dict`, and go on with it in
+            `load_state_dict`, instead of drawing fresh noise after every load. A run then resumes
+            bit for bit, and two runs that go on from one checkpoint use the same noise: the
+            difference of their weights has none, whatever ε says. Only where exactly one run goes
+            on, and the checkpoint is kept secret.
 
     Attributes:
         steps: Steps so far, each of them a release; in the checkpoint too. Schedules go by it.
-        noise_schedule, clip_schedule: The functions, if there are any; ``noise_multiplier`` and ``clip_norm`` are the
+        noise_schedule, clip_schedule: The functions, if there are any; ``noise_multiplier`` and
+        ``clip_norm`` are the
             values of the next step.
 
     Cost: a backward pass plus the norms, and about the memory of the activations once more.
 
     Raises:
         ValueError: An argument is out of range.
-        TypeError: The inner optimizer reads the data by another way than the gradient, as `KFACOptimizer` does.
+        TypeError: The inner optimizer reads the data by another way than the gradient, as
+            `KFACOptimizer` does.
         RuntimeError: In `step`: a gradient that is not private, or σ or B̄ unknown.
 
     Example:
@@ -100,11 +106,15 @@ class DPOptimizer(Optimizer):
         self._share()
         self.noise_schedule = noise_multiplier if callable(noise_multiplier) else None
         self.clip_schedule = clip_norm if callable(clip_norm) else None
-        self.noise_multiplier = None if noise_multiplier is None else value_of("noise_multiplier", noise_multiplier, 0)
+        self.noise_multiplier = (
+            None if noise_multiplier is None else value_of("noise_multiplier", noise_multiplier, 0)
+        )
         self.expected_batch_size = expected_batch_size
         first = value_of("clip_norm", clip_norm, 0)
         self.clipping = (
-            PerGroupClipping(optimizer, first) if clipping == "per_group" else clipping_rule(clipping, first)
+            PerGroupClipping(optimizer, first)
+            if clipping == "per_group"
+            else clipping_rule(clipping, first)
         )
         self.loss_reduction = loss_reduction
         self.accountant = accountant
@@ -128,7 +138,11 @@ class DPOptimizer(Optimizer):
 
     def same_noise(self, at_most: float) -> float:
         """For how many steps from the next one on σ is what it is now."""
-        return at_most if self.noise_schedule is None else held_for(self.noise_schedule, self.steps, at_most)
+        return (
+            at_most
+            if self.noise_schedule is None
+            else held_for(self.noise_schedule, self.steps, at_most)
+        )
 
     def _all(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -175,7 +189,11 @@ class DPOptimizer(Optimizer):
 
     def _raw_gradients(self) -> list[Tensor]:
         """Parameters with a gradient that no step of this optimizer left: another backward pass did."""
-        return [p for p in self._all() if p.grad is not None and not self._is_own(p, p.grad) and bool(p.grad.any())]
+        return [
+            p
+            for p in self._all()
+            if p.grad is not None and not self._is_own(p, p.grad) and bool(p.grad.any())
+        ]
 
     def renew_noise(self) -> None:
         """Go on with noise from fresh entropy, whatever seed or state there was."""
@@ -232,11 +250,17 @@ class DPOptimizer(Optimizer):
         totals, counts = self._sum.totals(), self.clipping.counts()
         gradient_sigma = self.clipping.noise_multiplier(sigma, size)
         counted = [] if counts is None else [counts.to(totals[0].device, torch.float64, copy=True)]
-        stds = [gradient_sigma * self.clip_norm] * len(totals) + [self.clipping.count_noise(size)] * len(counted)
-        totals, counted = _split(summed_over_ranks([*totals, *counted], stds, self._noise), len(totals))
+        stds = [gradient_sigma * self.clip_norm] * len(totals) + [
+            self.clipping.count_noise(size)
+        ] * len(counted)
+        totals, counted = _split(
+            summed_over_ranks([*totals, *counted], stds, self._noise), len(totals)
+        )
         self._own = {}
         for parameter in self._all():
-            parameter.grad = None  # also where nothing was summed: the inner optimizer applies whatever it finds
+            parameter.grad = (
+                None  # also where nothing was summed: the inner optimizer applies whatever it finds
+            )
         for parameter, total in zip(self._sum.parameters, totals, strict=True):
             parameter.grad = total.div_(size).to(parameter.dtype)
             self._own[parameter] = parameter.grad, parameter.grad._version
@@ -288,7 +312,8 @@ class DPOptimizer(Optimizer):
             self.accountant.load_state_dict(privacy["accountant"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy draws fresh noise: with the same noise the difference of two copies' weights would have none
+        # a copy draws fresh noise: with the same noise the difference of two copies' weights would
+        # have none
         return {**self.__dict__, "_noise": NoiseSource(secure=self._noise.secure), "_own": {}}
 
     def __repr__(self) -> str:
@@ -306,13 +331,20 @@ def _refuse_curvature(optimizer: Optimizer) -> None:
     """
     inner: Any = optimizer
     while isinstance(inner, Optimizer):
-        if isinstance(inner, DPOptimizer) or hasattr(inner, "required_extensions") or hasattr(inner, "extensions"):
+        if (
+            isinstance(inner, DPOptimizer)
+            or hasattr(inner, "required_extensions")
+            or hasattr(inner, "extensions")
+        ):
             raise TypeError(
                 "DPOptimizer expects an optimizer that reads the data by the gradient alone, found "
                 f"{type(inner).__name__}, which measures more on the batch (`extensions`): no noise covers that. Use "
                 "SGD, Adam or another optimizer of gradients."
             )
-        inner = next((v for name, v in vars(inner).items() if name != "self" and isinstance(v, Optimizer)), None)
+        inner = next(
+            (v for name, v in vars(inner).items() if name != "self" and isinstance(v, Optimizer)),
+            None,
+        )
 
 
 def _split(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -344,7 +376,9 @@ class DPSGD(DPOptimizer):
         nesterov: bool = False,
         **privacy: Any,
     ) -> None:
-        inner = torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+        inner = torch.optim.SGD(
+            params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        )
         super().__init__(inner, **privacy)
 
 

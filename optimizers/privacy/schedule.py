@@ -14,13 +14,14 @@ Schedule = Callable[[int], float]
 class ExponentialSchedule:
     r"""Decay or growth by a factor, :math:`v_t = v_0 \, \gamma^{\lfloor t / k \rfloor}`, down to a least value.
 
-    Any function of the step's number will do in its place. It must not look at the data: a schedule is public.
+    Any function of the step's number will do in its place. It must not look at the data: a schedule
+    is public.
 
     Args:
         initial: :math:`v_0 > 0`, the value of step 0.
         factor: γ > 0.
-        every: k; the value is held for so many steps. Each value is composed by the accountant on its own, which takes
-            some hundredths of a second: hold a noise multiplier for a while.
+        every: k; the value is held for so many steps. Each value is composed by the accountant on
+            its own, which takes some hundredths of a second: hold a noise multiplier for a while.
         least: The value does not fall below.
 
     Example:

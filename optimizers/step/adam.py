@@ -7,7 +7,9 @@ from lightning_curv.optimizers.curvature.base import State
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
 
 
-def adam_direction(state: State, grad: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> Tensor:
+def adam_direction(
+    state: State, grad: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> Tensor:
     r"""$\hat m / (\sqrt{\hat v} + \epsilon)$ with bias-corrected running means of $g$ and $g^2$, kept in `state`.
 
     Args:
@@ -25,7 +27,9 @@ def adam_direction(state: State, grad: Tensor, betas: tuple[float, float] = (0.9
         zeros = torch.zeros_like(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
         state["adam"] = {"mean": zeros, "square": zeros.clone(), "weights": [0.0, 0.0]}
     adam = state["adam"]
-    adam["weights"] = [next_weight(weight, beta) for weight, beta in zip(adam["weights"], betas, strict=True)]
+    adam["weights"] = [
+        next_weight(weight, beta) for weight, beta in zip(adam["weights"], betas, strict=True)
+    ]
     grad = grad.to(adam["mean"].dtype)
     update_mean(adam["mean"], grad, adam["weights"][0])
     update_mean(adam["square"], grad * grad, adam["weights"][1])

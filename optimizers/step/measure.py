@@ -19,8 +19,9 @@ class MicroBatches:
     """What the micro-batches whose gradients add up in one step left on the parameters.
 
     Attributes:
-        jacobians: of every micro-batch, for the quadratic model. The directions that it needs them for are known when
-            all gradients are: until then they keep the inputs and cotangents of the layers.
+        jacobians: of every micro-batch, for the quadratic model. The directions that it needs them
+            for are known when all gradients are: until then they keep the inputs and cotangents of
+            the layers.
         limits: `LossLimits` of every micro-batch.
     """
 
@@ -47,7 +48,11 @@ class MicroBatches:
 
 
 def statistics(
-    curvature: Curvature, parameters: Parameters, blocks: Sequence[Block], fields: dict[Tensor, Any], step: int
+    curvature: Curvature,
+    parameters: Parameters,
+    blocks: Sequence[Block],
+    fields: dict[Tensor, Any],
+    step: int,
 ) -> Statistics:
     """The statistics of one backward pass.
 
@@ -61,14 +66,22 @@ def statistics(
     found: Statistics = {}
     for block in blocks:
         own = [fields.get(param) for param in block.params]
-        if any(field is None or (isinstance(field, Jacobian) and not field.samples) for field in own):
+        if any(
+            field is None or (isinstance(field, Jacobian) and not field.samples) for field in own
+        ):
             continue  # an empty batch has no curvature
-        found[block.params[0]] = curvature.measure(parameters.state[block.params[0]], block, own, step)
+        found[block.params[0]] = curvature.measure(
+            parameters.state[block.params[0]], block, own, step
+        )
     return found
 
 
 def absorb(
-    curvature: Curvature, parameters: Parameters, blocks: Sequence[Block], found: Statistics, scale: float
+    curvature: Curvature,
+    parameters: Parameters,
+    blocks: Sequence[Block],
+    found: Statistics,
+    scale: float,
 ) -> None:
     """Average statistics into the state of every block; those with inf or NaN are left out.
 
@@ -79,7 +92,9 @@ def absorb(
         found: the statistics of this process.
         scale: what the curvature in them is to be multiplied by.
     """
-    measured = averaged_over_ranks([found.get(block.params[0]) for block in blocks], blocks[0].params[0].device)
+    measured = averaged_over_ranks(
+        [found.get(block.params[0]) for block in blocks], blocks[0].params[0].device
+    )
     flags = iter(finite_flags(_witness(tensor) for tensors in measured for tensor in tensors or ()))
     for block, tensors in zip(blocks, measured, strict=True):
         if tensors is None:

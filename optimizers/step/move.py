@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_curv.optimizers.curvature.base import Block, Curvature, Direction, Gradient, Member, ParamGroup
+from lightning_curv.optimizers.curvature.base import (
+    Block,
+    Curvature,
+    Direction,
+    Gradient,
+    Member,
+    ParamGroup,
+)
 from lightning_curv.optimizers.linear_algebra.finite import finite_flags
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
 from lightning_curv.optimizers.step.adam import adam_direction
@@ -32,13 +39,21 @@ def directions(
         blocks: of the parameters that move.
         dampings: of the blocks whose curvature is known, by their first parameter.
         jacobians: of every micro-batch.
-        average: whether running means of the gradients are preconditioned, decayed as their groups say.
+        average: whether running means of the gradients are preconditioned, decayed as their groups
+            say.
     """
     state = parameters.state
     ready = [block for block in blocks if curvature.ready(state[block.params[0]])]
     members = [member for block in ready for member in block.members]
-    found = _averaged(parameters, members) if average else {param: gradient(param) for _, param in members}
-    gradients = [Gradient(state[b.params[0]], b, [found[p] for p in b.params], dampings[b.params[0]]) for b in ready]
+    found = (
+        _averaged(parameters, members)
+        if average
+        else {param: gradient(param) for _, param in members}
+    )
+    gradients = [
+        Gradient(state[b.params[0]], b, [found[p] for p in b.params], dampings[b.params[0]])
+        for b in ready
+    ]
     return [
         Direction(
             param,
@@ -63,7 +78,10 @@ def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor,
         if decay:
             if "gradient" not in state:
                 dtype = torch.promote_types(param.dtype, torch.float32)
-                state["gradient"], state["gradient_weight"] = torch.zeros_like(param, dtype=dtype), 0.0
+                state["gradient"], state["gradient_weight"] = (
+                    torch.zeros_like(param, dtype=dtype),
+                    0.0,
+                )
             state["gradient_weight"] = next_weight(state["gradient_weight"], decay)
             update_mean(state["gradient"], found[param], state["gradient_weight"])
             found[param] = state["gradient"]
@@ -76,7 +94,11 @@ def _decay(group: ParamGroup) -> float:
 
 
 def move(
-    parameters: Parameters, members: Sequence[Member], updates: dict[Tensor, Tensor], step: Step, keep: bool
+    parameters: Parameters,
+    members: Sequence[Member],
+    updates: dict[Tensor, Tensor],
+    step: Step,
+    keep: bool,
 ) -> bool:
     """Add the updates, and Adam's to all other members; False if some are not finite, then nothing moves.
 

@@ -16,7 +16,8 @@ class Parameters:
 
     Args:
         groups: parameter groups.
-        state: state of each parameter; a weight's has under "bias" the number of the parameter that shares its block.
+        state: state of each parameter; a weight's has under "bias" the number of the parameter that
+            shares its block.
     """
 
     groups: Sequence[ParamGroup]
@@ -33,7 +34,9 @@ class Parameters:
             RuntimeError: a gradient is sparse.
         """
         found = [(group, param) for group in self.groups for param in group["params"]]
-        found = [(group, p) for group, p in found if p.grad is not None and p.requires_grad and p.numel()]
+        found = [
+            (group, p) for group, p in found if p.grad is not None and p.requires_grad and p.numel()
+        ]
         for _, param in found:
             if param.grad.layout != torch.strided:
                 raise RuntimeError(
@@ -78,7 +81,8 @@ class Parameters:
         """The first few for a message, by the names that their model has for them if the optimizer knows none. Slow."""
         own = [(self.name(param), describe(param)) for param in params[:most]]
         names = [
-            described if described.startswith("`") and not name.startswith("`") else name for name, described in own
+            described if described.startswith("`") and not name.startswith("`") else name
+            for name, described in own
         ]
         return ", ".join(names) + (f" and {len(params) - most} more" if len(params) > most else "")
 

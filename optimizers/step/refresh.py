@@ -11,15 +11,21 @@ from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step.sharded_inverses import shared_inverses
 from lightning_curv.optimizers.warn import warn
 
-TINY = torch.finfo(torch.float32).tiny  # keeps the damping of a block without any curvature positive
+TINY = torch.finfo(
+    torch.float32
+).tiny  # keeps the damping of a block without any curvature positive
 
 
-def block_damping(curvature: Curvature, state: State, block: Block, relative: float, floor: float) -> Tensor:
+def block_damping(
+    curvature: Curvature, state: State, block: Block, relative: float, floor: float
+) -> Tensor:
     r"""$\lambda$ of a block, []: its group's number, or for "auto" `relative` · mean eigenvalue + `floor`."""
     damping = block.group["damping"]
     if damping != "auto":
         param = block.params[0]
-        return torch.as_tensor(damping, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
+        return torch.as_tensor(
+            damping, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device
+        )
     return relative * curvature.mean_eigenvalue(state) + floor + TINY
 
 
@@ -54,7 +60,11 @@ def refresh(
     for (state, unit, _), result in zip(due, results, strict=True):
         if result is not None:
             curvature.accept(state, unit, result)
-    failed = {block.params[0]: block for block, result in zip(owners, results, strict=True) if result is None}
+    failed = {
+        block.params[0]: block
+        for block, result in zip(owners, results, strict=True)
+        if result is None
+    }
     for param, block in failed.items():
         former = curvature.ready(parameters.state[param])
         warn(

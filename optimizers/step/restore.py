@@ -13,8 +13,9 @@ from lightning_curv.optimizers.curvature.base import ParamGroup, State
 def restored_state(state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> dict[Tensor, State]:
     """Copies of the saved state on each parameter's device, in the dtype they were saved in.
 
-    `Optimizer.load_state_dict` casts state to the dtype of the parameter: float32 factors of a bfloat16 parameter would
-    lose their digits. It also keeps the caller's tensors, which later steps would change in place.
+    `Optimizer.load_state_dict` casts state to the dtype of the parameter: float32 factors of a
+    bfloat16 parameter would lose their digits. It also keeps the caller's tensors, which later
+    steps would change in place.
 
     Args:
         state_dict: what `Optimizer.state_dict` returned.
@@ -23,7 +24,9 @@ def restored_state(state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> 
     indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     saved = state_dict["state"]
-    return {p: _copied(saved[i], p.device) for i, p in zip(indices, params, strict=True) if i in saved}
+    return {
+        p: _copied(saved[i], p.device) for i, p in zip(indices, params, strict=True) if i in saved
+    }
 
 
 def _copied(value: Any, device: torch.device) -> Any:

@@ -9,9 +9,10 @@ class Schedule:
 
     Args:
         measure: measure curvature every so many steps.
-        invert: refresh each inverse every so many steps, spread over them so that no step has to pay for all.
-        burn_in: number of first steps in which inverses are refreshed at least every 5 steps, all of them in each of
-            the first three.
+        invert: refresh each inverse every so many steps, spread over them so that no step has to
+            pay for all.
+        burn_in: number of first steps in which inverses are refreshed at least every 5 steps, all
+            of them in each of the first three.
     """
 
     measure: int

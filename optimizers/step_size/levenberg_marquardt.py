@@ -12,8 +12,9 @@ class LevenbergMarquardt:
       c \leftarrow c / \omega^T \;\text{if}\; \rho < \tfrac14, \quad c \leftarrow c\, \omega^T \;\text{if}\;
       \rho > \tfrac34.$$
 
-    The floor matters: on mini-batches $\rho$ stays near 1 however small the damping is, because the model knows the
-    batch that it is tested on. Where every step has the same batch there is no such bias and the floor is far lower.
+    The floor matters: on mini-batches $\rho$ stays near 1 however small the damping is, because the
+    model knows the batch that it is tested on. Where every step has the same batch there is no such
+    bias and the floor is far lower.
 
     Where nobody computes $\rho$, $c$ decays at the same rate to `rest`.
 
@@ -26,7 +27,8 @@ class LevenbergMarquardt:
         interval: $T$, number of steps between adaptations.
         decay: $\omega$.
 
-    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
+    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature*,
     ICML 2015, section 6.5.
     """
 

@@ -6,9 +6,11 @@ $$q(w) = \tfrac12 w^\top (M + R) w + b^\top w, \qquad
 
 for directions $u_i$ over all parameters. With the Jacobian $J$ of the recorded columns
 $G = \sum_{v,n} J_{vn} J_{vn}^\top$, so that $M = S S^\top$ with the directional derivatives
-$S_{i,vn} = \langle J_{vn}, u_i \rangle$: no pass through the network, forward or backward, is needed for it.
+$S_{i,vn} = \langle J_{vn}, u_i \rangle$: no pass through the network, forward or backward, is
+needed for it.
 
-Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*, ICML 2015,
+Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature*, ICML 2015,
 sections 6.4 and 7.
 """
 
@@ -22,7 +24,8 @@ from torch import Tensor
 from lightning_curv.optimizers.step_size.directional import directional_derivatives
 from lightning_curv.terms.jacobian import Jacobian
 
-DEPENDENT = 1e-7  # share of a direction's squared length, in the metric of the model, that must not lie in others
+# share of a direction's squared length, in the metric of the model, that must not lie in others
+DEPENDENT = 1e-7
 
 Matrix = Sequence[Sequence[float]]
 
@@ -31,12 +34,15 @@ def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[
     """$M$, [K, K] in float64, the mean over batches.
 
     Args:
-        jacobians: of each batch, by the number of the parameter; those of one batch are of the same columns.
+        jacobians: of each batch, by the number of the parameter; those of one batch are of the same
+            columns.
         vectors: the part of the directions that belongs to each parameter, [K, *p].
     """
     moments = []
     for batch in jacobians:
-        products = sum(directional_derivatives(jacobian, vectors[i]) for i, jacobian in batch.items())
+        products = sum(
+            directional_derivatives(jacobian, vectors[i]) for i, jacobian in batch.items()
+        )
         if isinstance(products, Tensor):
             wide = products.flatten(1).to(_wide(products))
             moments.append(wide @ wide.mT)
@@ -63,7 +69,8 @@ def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:
     """
     if not all(map(math.isfinite, chain(slope, *curvature))):
         return [math.nan] * len(slope)
-    # Directions differ in length by orders of magnitude: a unit diagonal, then elimination as of a Gram matrix.
+    # Directions differ in length by orders of magnitude: a unit diagonal, then elimination as of a
+    # Gram matrix.
     scales = [row[i] ** -0.5 if row[i] > 0 else 0.0 for i, row in enumerate(curvature)]
     rows = [
         [*(s * c * t for c, t in zip(row, scales, strict=True)), -s * b]
@@ -75,7 +82,10 @@ def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:
         row = rows[i]
         if row[i] > DEPENDENT:
             used.append(i)
-            rows = [r if r is row else [x - r[i] / row[i] * y for x, y in zip(r, row, strict=True)] for r in rows]
+            rows = [
+                r if r is row else [x - r[i] / row[i] * y for x, y in zip(r, row, strict=True)]
+                for r in rows
+            ]
     for i in used:
         solution[i] = scales[i] * rows[i][-1] / rows[i][i]
     return solution
@@ -83,7 +93,9 @@ def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:
 
 def change(curvature: Matrix, slope: Sequence[float], w: Sequence[float]) -> float:
     """$q(w)$ with the given curvature."""
-    quadratic = sum(c * a * b for row, a in zip(curvature, w, strict=True) for c, b in zip(row, w, strict=True))
+    quadratic = sum(
+        c * a * b for row, a in zip(curvature, w, strict=True) for c, b in zip(row, w, strict=True)
+    )
     return 0.5 * quadratic + sum(b * a for b, a in zip(slope, w, strict=True))
 
 

@@ -47,7 +47,9 @@ class StepRule(Protocol):
 
     extension: Extension | None
 
-    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+    def __call__(
+        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+    ) -> Step:
         """Make the updates.
 
         Args:
@@ -64,14 +66,15 @@ class TrustClip:
     $$\nu = \min\Big(1, \sqrt{\kappa / \textstyle\sum_p \eta_p^2 \|d_p\|^2}\Big), \qquad
       \delta = -\eta_t \nu d + \mu \, \delta_{\text{last}}$$
 
-    with $\eta_p$ the learning rate *before* any schedule: were it the scheduled one, the schedule would cancel out
-    wherever the clip is active.
+    with $\eta_p$ the learning rate *before* any schedule: were it the scheduled one, the schedule
+    would cancel out wherever the clip is active.
 
     Args:
-        kl_clip: $\kappa$, bound on the squared length of a step, about twice its KL divergence per example; None for
-            no bound.
+        kl_clip: $\kappa$, bound on the squared length of a step, about twice its KL divergence per
+            example; None for no bound.
 
-    Source: J. Ba, R. Grosse, J. Martens, *Distributed Second-Order Optimization using Kronecker-Factored
+    Source: J. Ba, R. Grosse, J. Martens, *Distributed Second-Order Optimization using
+        Kronecker-Factored
     Approximations*, ICLR 2017, section 5.
     """
 
@@ -80,9 +83,16 @@ class TrustClip:
     def __init__(self, kl_clip: float | None) -> None:
         self.kl_clip = kl_clip
 
-    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+    def __call__(
+        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+    ) -> Step:
         shrink = self._shrink(directions)
-        return Step([_with_momentum(d, d.value * (_like(shrink, d.value) * -d.group["lr"])) for d in directions])
+        return Step(
+            [
+                _with_momentum(d, d.value * (_like(shrink, d.value) * -d.group["lr"]))
+                for d in directions
+            ]
+        )
 
     def _shrink(self, directions: Sequence[Direction]) -> Tensor:
         if self.kl_clip is None or not directions:
@@ -99,7 +109,8 @@ class ElementwiseClip:
     Args:
         bound: $\rho$.
 
-    Source: H. Liu et al., *Sophia: A Scalable Stochastic Second-order Optimizer for Language Model Pre-training*,
+    Source: H. Liu et al., *Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
+        Pre-training*,
     ICLR 2024, algorithm 3.
     """
 
@@ -108,8 +119,15 @@ class ElementwiseClip:
     def __init__(self, bound: float) -> None:
         self.bound = bound
 
-    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
-        return Step([_with_momentum(d, d.value.clamp(-self.bound, self.bound) * -d.group["lr"]) for d in directions])
+    def __call__(
+        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+    ) -> Step:
+        return Step(
+            [
+                _with_momentum(d, d.value.clamp(-self.bound, self.bound) * -d.group["lr"])
+                for d in directions
+            ]
+        )
 
 
 class QuadraticModel:
@@ -117,31 +135,40 @@ class QuadraticModel:
 
     $$\delta = \eta_t (-\alpha d + \beta \, \delta_{\text{last}})$$
 
-    minimizes $q$ of `quadratic_model` over the span of the direction $d$ and the last update, before the schedule
-    $\eta_t$. A step that promises to take away more than all of the loss is shortened: where a classifier is confident
-    the model knows nothing of the curvature that the step will meet, and the targets drawn for a small batch hide some
-    of it from $d$ and $q$ alike. A parameter whose Jacobian is missing moves along without a say.
+    minimizes $q$ of `quadratic_model` over the span of the direction $d$ and the last update,
+    before the schedule $\eta_t$. A step that promises to take away more than all of the loss is
+    shortened: where a classifier is confident the model knows nothing of the curvature that the
+    step will meet, and the targets drawn for a small batch hide some of it from $d$ and $q$ alike.
+    A parameter whose Jacobian is missing moves along without a say.
 
     Args:
         extension: leaves the Jacobians on the parameters.
 
-    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*,
+    Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature*,
     ICML 2015, section 7.
     """
 
     def __init__(self, extension: Extension) -> None:
         self.extension: Extension | None = extension
 
-    def __call__(self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf) -> Step:
+    def __call__(
+        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+    ) -> Step:
         batches = _jacobians(directions)
         if not batches:
             return Step([torch.zeros_like(d.value) for d in directions])
         sizes = [d.value.numel() for d in directions]
         span = _span(directions)
-        parts = [part.reshape(-1, *d.value.shape) for part, d in zip(span.split(sizes, dim=1), directions, strict=True)]
+        parts = [
+            part.reshape(-1, *d.value.shape)
+            for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
+        ]
         model = averaged(curvature_along(batches, parts) * scale)
         grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
-        damping = torch.cat([d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)])
+        damping = torch.cat(
+            [d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)]
+        )
         damped = model + inner_products(span * damping, span)
         numbers = torch.stack([model, damped, inner_products(span, grad.expand_as(span))]).tolist()
         curvature, damped_curvature, slope = numbers[0], numbers[1], [row[0] for row in numbers[2]]
@@ -155,7 +182,12 @@ class QuadraticModel:
             for part, d in zip(combined.split(sizes), directions, strict=True)
         ]
         rate, momentum, predicted = -w[0], sum(w[1:]), change(curvature, slope, w)
-        return Step(updates, rate, predicted, {"learning_rate": rate, "momentum": momentum, "predicted": predicted})
+        return Step(
+            updates,
+            rate,
+            predicted,
+            {"learning_rate": rate, "momentum": momentum, "predicted": predicted},
+        )
 
 
 def _jacobians(directions: Sequence[Direction]) -> list[dict[int, Jacobian]]:
@@ -176,7 +208,11 @@ def _span(directions: Sequence[Direction]) -> Tensor:
 
 def _with_momentum(direction: Direction, update: Tensor) -> Tensor:
     momentum = direction.group.get("momentum", 0.0)
-    return update if not momentum or direction.last is None else update.add_(direction.last, alpha=momentum)
+    return (
+        update
+        if not momentum or direction.last is None
+        else update.add_(direction.last, alpha=momentum)
+    )
 
 
 def _like(number: Tensor, tensor: Tensor) -> Any:

@@ -22,8 +22,12 @@ from monitoring import (
 from lightning_curv import BatchGrad, CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning"),  # they are, for speed
-    pytest.mark.filterwarnings("ignore:(?s).*(deprecated in v4|LightningCLI's args)"),  # Lightning and jsonargparse
+    pytest.mark.filterwarnings(
+        "ignore:At step .* are too small:UserWarning"
+    ),  # they are, for speed
+    pytest.mark.filterwarnings(
+        "ignore:(?s).*(deprecated in v4|LightningCLI's args)"
+    ),  # Lightning and jsonargparse
 ]
 
 
@@ -31,7 +35,9 @@ def repeated(times, dtype=torch.float64):
     """Batches of which `times` successive ones are equal, and the same samples in batches that are as much larger."""
     x, y = data(12, dtype).tensors
     small = [(x[i : i + 3], y[i : i + 3]) for i in range(0, 12, 3)]
-    return [batch for batch in small for _ in range(times)], [(x.repeat(times, 1), y.repeat(times)) for x, y in small]
+    return [batch for batch in small for _ in range(times)], [
+        (x.repeat(times, 1), y.repeat(times)) for x, y in small
+    ]
 
 
 @pytest.mark.parametrize("precision", ["64-true", "scaler"])
@@ -47,9 +53,17 @@ def test_curvature_optimizers_see_the_curvature_of_the_accumulated_loss(optimize
     if precision == "scaler":
         settings = {"precision": None, "plugins": [Scaled()]}
     accumulated = Net(build, loss)
-    whole = Net(build, loss if loss is cross_entropy_mean else lambda output, y: loss(output, y) / 2)
+    whole = Net(
+        build, loss if loss is cross_entropy_mean else lambda output, y: loss(output, y) / 2
+    )
     micro, doubled = repeated(2, torch.float64 if precision == "64-true" else torch.float32)
-    fit(accumulated, CurvatureCallback(every_n_steps=0), loader=micro, accumulate_grad_batches=2, **settings)
+    fit(
+        accumulated,
+        CurvatureCallback(every_n_steps=0),
+        loader=micro,
+        accumulate_grad_batches=2,
+        **settings,
+    )
     fit(whole, CurvatureCallback(every_n_steps=0), loader=doubled, **settings)
     assert len(accumulated.seen) == 2 * len(whole.seen) == 16
     assert_same_parameters_up_to_rounding(accumulated, whole)
@@ -64,7 +78,13 @@ def test_curvature_is_that_of_all_micro_batches(optimizer, lr):
     x, y = data(24, torch.float64).tensors
     micro, whole = ([(x[i : i + n], y[i : i + n]) for i in range(0, 24, n)] for n in (3, 6))
     accumulated, plain = Net(build, cross_entropy_mean), Net(build, cross_entropy_mean)
-    fit(accumulated, CurvatureCallback(every_n_steps=0), loader=micro, accumulate_grad_batches=2, precision="64-true")
+    fit(
+        accumulated,
+        CurvatureCallback(every_n_steps=0),
+        loader=micro,
+        accumulate_grad_batches=2,
+        precision="64-true",
+    )
     fit(plain, CurvatureCallback(every_n_steps=0), loader=whole, precision="64-true")
     assert_same_parameters_up_to_rounding(accumulated, plain)
 
@@ -117,7 +137,11 @@ def test_curvature_optimizer_is_supplied_on_the_steps_that_it_asks_for():
 
         def step(self, closure=None):
             loss = super().step(closure)
-            Asks.got.append(all(hasattr(p, "grad_batch") for group in self.param_groups for p in group["params"]))
+            Asks.got.append(
+                all(
+                    hasattr(p, "grad_batch") for group in self.param_groups for p in group["params"]
+                )
+            )
             return loss
 
     net = Net(optimizer=lambda params: Asks(params, lr=0.1))

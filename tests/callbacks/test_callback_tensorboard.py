@@ -20,7 +20,9 @@ from lightning_curv.callbacks.monitoring import publish
 from lightning_curv.callbacks.monitoring.layers import choose
 from lightning_curv.callbacks.monitoring.publish import binned, heat_map
 
-pytestmark = pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning")  # they are, for speed
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:At step .* are too small:UserWarning"
+)  # they are, for speed
 PER_LAYER = ["grad_norm", "grad_variance", "norm_test", "noise_scale", "ggn_trace_exact"]
 HISTOGRAMS, IMAGES = ["curvature/sample_norms"], ["curvature_layers/all"]
 SLICES = {"net.0": slice(0, 30), "net.3": slice(30, None)}
@@ -32,25 +34,39 @@ def events(tmp_path):
 
 
 def tags(logged, group):
-    return {tag.removeprefix(f"{group}/") for tag in logged.Tags()["scalars"] if tag.startswith(f"{group}/")}
+    return {
+        tag.removeprefix(f"{group}/")
+        for tag in logged.Tags()["scalars"]
+        if tag.startswith(f"{group}/")
+    }
 
 
 def test_series_of_layers_equal_autograd(tmp_path):
     net = Net()
-    fit(net, CurvatureCallback(PER_LAYER, layers=True), tmp_path=tmp_path, accumulate_grad_batches=2)
+    fit(
+        net, CurvatureCallback(PER_LAYER, layers=True), tmp_path=tmp_path, accumulate_grad_batches=2
+    )
     logged = events(tmp_path)
-    assert tags(logged, "curvature_layers") >= {f"{q}/{layer}" for q in PER_LAYER[:3] for layer in SLICES}
+    assert tags(logged, "curvature_layers") >= {
+        f"{q}/{layer}" for q in PER_LAYER[:3] for layer in SLICES
+    }
     for layer, columns in SLICES.items():
         for step in range(4):
             g = per_sample_gradients(net, step)[:, columns]
             truth = {"grad_norm": g.mean(0).norm(), "grad_variance": g.var(0).sum()}
             truth["norm_test"] = (truth["grad_variance"] / len(g)).sqrt() / truth["grad_norm"]
             for name, value in truth.items():
-                found = [e.value for e in logged.Scalars(f"curvature_layers/{name}/{layer}") if e.step == step]
+                found = [
+                    e.value
+                    for e in logged.Scalars(f"curvature_layers/{name}/{layer}")
+                    if e.step == step
+                ]
                 assert found == [pytest.approx(value.item(), rel=1e-6)]
     whole = logged.Scalars("curvature/ggn_trace_exact")
     parts = [logged.Scalars(f"curvature_layers/ggn_trace_exact/{layer}") for layer in SLICES]
-    assert [e.value for e in whole] == pytest.approx([a.value + b.value for a, b in zip(*parts)], rel=1e-6)
+    assert [e.value for e in whole] == pytest.approx(
+        [a.value + b.value for a, b in zip(*parts)], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,7 +82,9 @@ def test_series_of_layers_equal_autograd(tmp_path):
     ],
 )
 def test_layers_are_chosen_by_order_size_or_name(layers, most, names):
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 9), nn.Sequential(nn.Linear(9, 1)), nn.Linear(1, 50))
+    model = nn.Sequential(
+        nn.Linear(2, 3), nn.Linear(3, 9), nn.Sequential(nn.Linear(9, 1)), nn.Linear(1, 50)
+    )
     assert choose(model, layers, most) == names
 
 
@@ -92,11 +110,17 @@ def test_all_series_have_one_finite_point_per_logged_step(tmp_path):
         if tag.startswith("curvature"):
             found = logged.Scalars(tag)
             assert all(math.isfinite(event.value) for event in found), tag
-            assert [e.step for e in found] == [2, 5] or "noise_scale" in tag or "suggested_batch_size" in tag, tag
+            assert (
+                [e.step for e in found] == [2, 5]
+                or "noise_scale" in tag
+                or "suggested_batch_size" in tag
+            ), tag
 
 
 def test_heat_map_has_a_row_per_layer_and_a_column_per_quantity():
-    image = heat_map({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 10.0}, "c": {"x": 100.0, "y": -1.0}}, pixels=1)
+    image = heat_map(
+        {"a": {"x": 1.0, "y": 2.0}, "b": {"x": 10.0}, "c": {"x": 100.0, "y": -1.0}}, pixels=1
+    )
     assert image.shape == (3, 3, 8)
     assert (image >= 0).all()
     assert (image <= 1).all()
@@ -132,7 +156,10 @@ def test_layout_shows_the_norms_as_a_band(tmp_path, layout):
         [event] = logged.Tensors("custom_scalars__config__")
         [category] = Layout.FromString(event.tensor_proto.string_val[0]).category
         [band] = category.chart[0].margin.series
-        names = [f"curvature/{name}$" for name in ("sample_norm_median", "sample_norm_p5", "sample_norm_p95")]
+        names = [
+            f"curvature/{name}$"
+            for name in ("sample_norm_median", "sample_norm_p5", "sample_norm_p95")
+        ]
         assert [band.value, band.lower, band.upper] == names
         assert set(NORMS) >= {name.removeprefix("curvature/").removesuffix("$") for name in names}
 
@@ -140,7 +167,11 @@ def test_layout_shows_the_norms_as_a_band(tmp_path, layout):
 def test_one_event_holds_all_of_a_step(tmp_path):
     fit(Net(), CurvatureCallback(PER_LAYER, layers=True, max_layers=1), tmp_path=tmp_path)
     (file,) = tmp_path.rglob("events.out.*")
-    written = [e for e in EventFileLoader(str(file)).Load() if any("curvature" in v.tag for v in e.summary.value)]
+    written = [
+        e
+        for e in EventFileLoader(str(file)).Load()
+        if any("curvature" in v.tag for v in e.summary.value)
+    ]
     steps = [event.step for event in written]
     assert steps == sorted({*steps})
     logged = events(tmp_path)
@@ -155,18 +186,33 @@ def test_a_logger_of_the_users_own_leaves_the_same_file(tmp_path):
     found = []
     for i, logger in enumerate([TensorBoardLogger, Own]):
         path = tmp_path / str(i)
-        fit(Net(), CurvatureCallback(layers=True, max_layers=1), logger=logger(path, name="", version=""))
+        fit(
+            Net(),
+            CurvatureCallback(layers=True, max_layers=1),
+            logger=logger(path, name="", version=""),
+        )
         logged = events(path)
-        values = {tag: [(e.step, e.value) for e in logged.Scalars(tag)] for tag in logged.Tags()["scalars"]}
-        values |= {tag: [(e.step, e.histogram_value) for e in logged.Histograms(tag)] for tag in HISTOGRAMS}
-        values |= {tag: [(e.step, e.encoded_image_string) for e in logged.Images(tag)] for tag in IMAGES}
+        values = {
+            tag: [(e.step, e.value) for e in logged.Scalars(tag)]
+            for tag in logged.Tags()["scalars"]
+        }
+        values |= {
+            tag: [(e.step, e.histogram_value) for e in logged.Histograms(tag)] for tag in HISTOGRAMS
+        }
+        values |= {
+            tag: [(e.step, e.encoded_image_string) for e in logged.Images(tag)] for tag in IMAGES
+        }
         found.append(values)
     assert all(len(events) == 8 for tag, events in found[0].items() if tag in HISTOGRAMS + IMAGES)
     assert found[0] == found[1]
 
 
 def test_the_prefix_of_a_logger_is_kept(tmp_path):
-    fit(Net(), CurvatureCallback(), logger=TensorBoardLogger(tmp_path, name="", version="", prefix="mine"))
+    fit(
+        Net(),
+        CurvatureCallback(),
+        logger=TensorBoardLogger(tmp_path, name="", version="", prefix="mine"),
+    )
     assert "mine-curvature/grad_norm" in events(tmp_path).Tags()["scalars"]
 
 
@@ -187,7 +233,9 @@ class Validated(Net):
         ("on_train_end", 1000, [0, 1, 2, 3]),
     ],
 )
-def test_events_that_are_written_together_are_not_held_back_for_long(tmp_path, monkeypatch, hook, held, steps):
+def test_events_that_are_written_together_are_not_held_back_for_long(
+    tmp_path, monkeypatch, hook, held, steps
+):
     monkeypatch.setattr(publish, "HELD", held)
     monkeypatch.setattr(publish, "HELD_SECONDS", 1000.0)
 
@@ -200,7 +248,12 @@ def test_events_that_are_written_together_are_not_held_back_for_long(tmp_path, m
 
     setattr(Reads, hook, read)
     reads, saves = Reads(), ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3)
-    settings = {"tmp_path": tmp_path, "epochs": 1, "enable_checkpointing": True, "num_sanity_val_steps": 0}
+    settings = {
+        "tmp_path": tmp_path,
+        "epochs": 1,
+        "enable_checkpointing": True,
+        "num_sanity_val_steps": 0,
+    }
     fit(Validated(), CurvatureCallback(), reads, saves, **settings)
     assert reads.steps == steps
     assert [event.step for event in events(tmp_path).Scalars("curvature/grad_norm")] == [0, 1, 2, 3]
@@ -221,8 +274,12 @@ def test_events_survive_an_error(tmp_path, monkeypatch):
 
 
 def test_other_loggers_get_the_scalars(tmp_path):
-    trainer = fit(Net(), CurvatureCallback(layers=True, max_layers=1, layout=True), logger=CSVLogger(tmp_path))
-    assert "curvature-noise_scale" in {key.replace("/", "-") for key in trainer.logger.experiment.metrics_keys}
+    trainer = fit(
+        Net(), CurvatureCallback(layers=True, max_layers=1, layout=True), logger=CSVLogger(tmp_path)
+    )
+    assert "curvature-noise_scale" in {
+        key.replace("/", "-") for key in trainer.logger.experiment.metrics_keys
+    }
 
 
 def test_weights_and_biases_gets_the_scalars(tmp_path, monkeypatch):
@@ -240,7 +297,9 @@ def test_weights_and_biases_gets_the_scalars(tmp_path, monkeypatch):
     fit(Net(), CurvatureCallback(layers=True, layout=True), logger=logger, epochs=1)
     logger.experiment.finish()
     assert [step for step, _ in seen] == list(range(4))
-    assert all({"curvature/grad_norm", "curvature_layers/grad_norm/net.0"} <= names for _, names in seen)
+    assert all(
+        {"curvature/grad_norm", "curvature_layers/grad_norm/net.0"} <= names for _, names in seen
+    )
 
 
 def test_chosen_series_are_on_the_progress_bar():

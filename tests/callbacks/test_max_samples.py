@@ -1,6 +1,7 @@
 """`CurvatureCallback(max_samples=)`: estimates from a random subset, unbiased for the whole batch, and nothing else.
 
-Every unbiased estimate is tested by all subsets that there are: their mean is the value of the whole batch.
+Every unbiased estimate is tested by all subsets that there are: their mean is the value of the
+whole batch.
 """
 
 import itertools
@@ -25,14 +26,22 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_curv import BatchGrad, BatchL2Grad, CurvatureCallback, DiagGGNOptimizer, SumGradSquared
+from lightning_curv import (
+    BatchGrad,
+    BatchL2Grad,
+    CurvatureCallback,
+    DiagGGNOptimizer,
+    SumGradSquared,
+)
 from lightning_curv.callbacks.monitoring.observation import _subsets
 from lightning_curv.callbacks.monitoring.quantities import QUANTITIES
 from lightning_curv.graph.joins import Join
 from lightning_curv.passes import randomness
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning"),  # they are, for speed
+    pytest.mark.filterwarnings(
+        "ignore:At step .* are too small:UserWarning"
+    ),  # they are, for speed
     pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning"),
 ]
 
@@ -64,7 +73,13 @@ def batches(*sizes):
 def logged(callback, loader, net=None, **settings):
     """{step: {series: value}}; the network is as it was made in every run."""
     memory = Memory()
-    options = {"max_epochs": 1, "accelerator": "cpu", "precision": "64-true", "log_every_n_steps": 1, **CONSTANT}
+    options = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "precision": "64-true",
+        "log_every_n_steps": 1,
+        **CONSTANT,
+    }
     trainer = pl.Trainer(callbacks=[callback], logger=memory, **(options | settings))
     trainer.fit(Net() if net is None else net, DataLoader(loader, batch_size=None))
     return memory.values
@@ -73,7 +88,9 @@ def logged(callback, loader, net=None, **settings):
 def with_subsets(monkeypatch, subsets):
     """One subset after the other, instead of random ones."""
     given = iter(subsets)
-    monkeypatch.setattr(randomness, "random_subset", lambda count, size, generator: torch.tensor(next(given)))
+    monkeypatch.setattr(
+        randomness, "random_subset", lambda count, size, generator: torch.tensor(next(given))
+    )
 
 
 # what is unbiased, and of which function of it that is true
@@ -83,8 +100,21 @@ UNBIASED = {
     **dict.fromkeys(["norm_test", "inner_product_test", "orthogonality_test"], SQUARE),
     **dict.fromkeys(["ggn_trace", "ggn_trace_exact"], float),
 }
-WHOLE = {"hessian_trace", "ggn_max_eigenvalue", "hessian_max_eigenvalue", "update_size", "distance"}  # of all samples
-NOT = {"mean_gsnr", "early_stopping", "tic_trace", "tic_diag", "noise_scale", "suggested_batch_size"}  # ratios
+WHOLE = {
+    "hessian_trace",
+    "ggn_max_eigenvalue",
+    "hessian_max_eigenvalue",
+    "update_size",
+    "distance",
+}  # of all samples
+NOT = {
+    "mean_gsnr",
+    "early_stopping",
+    "tic_trace",
+    "tic_diag",
+    "noise_scale",
+    "suggested_batch_size",
+}  # ratios
 NOT |= {"sample_norms", "alpha"}  # of the subset; of two steps
 
 
@@ -139,12 +169,16 @@ def test_second_moments_of_the_entries_are_unbiased(monkeypatch):
     logged(CurvatureCallback("mean_gsnr"), loader, net, **settings)
     (expected,) = seen
     gradients = per_sample_gradients(net, 0)
-    weights = torch.tensor([1 / 8] * 4 + [1 / 6] * 3, dtype=torch.float64)  # two micro-batches count the same
+    weights = torch.tensor(
+        [1 / 8] * 4 + [1 / 6] * 3, dtype=torch.float64
+    )  # two micro-batches count the same
     mean = weights @ gradients
     variance = weights @ (gradients - mean).square() / (1 - weights.square().sum())
     torch.testing.assert_close(expected, variance)
     seen.clear()
-    for subsets in itertools.product(itertools.combinations(range(4), 2), itertools.combinations(range(3), 2)):
+    for subsets in itertools.product(
+        itertools.combinations(range(4), 2), itertools.combinations(range(3), 2)
+    ):
         with_subsets(monkeypatch, subsets)
         logged(CurvatureCallback("mean_gsnr", max_samples=2), loader, **settings)
         chosen = gradients[[*subsets[0], *(4 + n for n in subsets[1])]]
@@ -158,14 +192,18 @@ def test_the_curvature_of_a_hand_written_loss_is_unbiased(monkeypatch):
     """Its columns come from second derivatives at `output=`, those of several losses from each."""
 
     def loss(output, y):
-        return -output.log_softmax(1)[torch.arange(len(y)), y].mean() + 0.1 * F.mse_loss(output, output.detach() + 1)
+        return -output.log_softmax(1)[torch.arange(len(y)), y].mean() + 0.1 * F.mse_loss(
+            output, output.detach() + 1
+        )
 
     options = {"quantities": ["ggn_trace_exact", "ggn_trace"], "output": "net"}
     expected = logged(CurvatureCallback(**options), batches(5), Net(loss=loss))[0]
     found = []
     for subset in itertools.combinations(range(5), 2):
         with_subsets(monkeypatch, [subset])
-        found.append(logged(CurvatureCallback(**options, max_samples=2), batches(5), Net(loss=loss))[0])
+        found.append(
+            logged(CurvatureCallback(**options, max_samples=2), batches(5), Net(loss=loss))[0]
+        )
     for name, value in expected.items():
         assert sum(values[name] for values in found) / 10 == pytest.approx(value, rel=1e-9)
 
@@ -184,11 +222,17 @@ def test_no_variance_is_negative():
 
     class Shifted(Net):
         def __init__(self):
-            super().__init__(loss=lambda output, y: (100 * output.sum(1) + output.square().sum(1)).mean())
+            super().__init__(
+                loss=lambda output, y: (100 * output.sum(1) + output.square().sum(1)).mean()
+            )
 
     names = ["grad_variance", "norm_test", "inner_product_test", "orthogonality_test"]
     for seed in range(5):
-        values = logged(CurvatureCallback(names, max_samples=2, seed=seed, mc_samples=0), batches(*[6] * 4), Shifted())
+        values = logged(
+            CurvatureCallback(names, max_samples=2, seed=seed, mc_samples=0),
+            batches(*[6] * 4),
+            Shifted(),
+        )
         assert len(values) == 4
         for found in values.values():
             assert found.keys() == {*names}
@@ -221,10 +265,16 @@ class WithOwnOp(Net):
         return Own.apply(self.net(x), self.gain)
 
 
-@pytest.mark.parametrize(("quantity", "columns"), [("sample_norms", 1), ("ggn_trace", 2), ("ggn_trace_exact", 2)])
+@pytest.mark.parametrize(
+    ("quantity", "columns"), [("sample_norms", 1), ("ggn_trace", 2), ("ggn_trace_exact", 2)]
+)
 def test_an_op_without_a_rule_costs_a_pass_per_chosen_sample(monkeypatch, quantity, columns):
     passes, original = [], Join._calls
-    monkeypatch.setattr(Join, "_calls", lambda self, gs, shape: (passes.append(len(gs)), original(self, gs, shape))[1])
+    monkeypatch.setattr(
+        Join,
+        "_calls",
+        lambda self, gs, shape: (passes.append(len(gs)), original(self, gs, shape))[1],
+    )
 
     def count(most):
         passes.clear()
@@ -247,7 +297,10 @@ def test_a_subset_of_all_samples_changes_no_value(most, sizes, accumulate):
     settings = {"accumulate_grad_batches": accumulate}
     expected = logged(CurvatureCallback("all", layers=True), batches(*sizes), **settings)
     assert len(expected) == 2 // accumulate
-    assert logged(CurvatureCallback("all", layers=True, max_samples=most), batches(*sizes), **settings) == expected
+    assert (
+        logged(CurvatureCallback("all", layers=True, max_samples=most), batches(*sizes), **settings)
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,7 +352,10 @@ def test_what_is_supplied_is_of_the_whole_batch_and_then_so_is_what_shares_its_p
     class Supplied(Net):
         def on_before_optimizer_step(self, optimizer):
             found.append(
-                [(len(p.grad_batch), p.grad_batch.square().sum(0), p.sum_grad_squared) for p in self.net.parameters()]
+                [
+                    (len(p.grad_batch), p.grad_batch.square().sum(0), p.sum_grad_squared)
+                    for p in self.net.parameters()
+                ]
             )
 
     found, names = [], ["grad_variance", "mean_gsnr", "ggn_trace_exact"]
@@ -318,7 +374,9 @@ def test_what_is_supplied_is_of_the_whole_batch_and_then_so_is_what_shares_its_p
 def test_first_order_extensions_of_others_alone_leave_the_columns_capped():
     net, values = Net(), {}
     for most in (None, 2):
-        callback = CurvatureCallback(["grad_variance", "ggn_trace_exact"], max_samples=most, extensions=[BatchL2Grad()])
+        callback = CurvatureCallback(
+            ["grad_variance", "ggn_trace_exact"], max_samples=most, extensions=[BatchL2Grad()]
+        )
         values[most] = logged(callback, batches(6), Net() if most else net)[0]
     assert values[2]["grad_variance"] == pytest.approx(values[None]["grad_variance"], rel=1e-12)
     assert values[2]["ggn_trace_exact"] != pytest.approx(values[None]["ggn_trace_exact"], rel=1e-3)
@@ -326,12 +384,18 @@ def test_first_order_extensions_of_others_alone_leave_the_columns_capped():
 
 def test_subsets_follow_the_seed_and_change_from_batch_to_batch(monkeypatch):
     drawn, original = [], randomness.random_subset
-    recorded = lambda *arguments: (drawn.append(original(*arguments).tolist()), torch.tensor(drawn[-1]))[1]  # noqa: E731
+
+    def recorded(*arguments):
+        drawn.append(original(*arguments).tolist())
+        return torch.tensor(drawn[-1])
+
     monkeypatch.setattr(randomness, "random_subset", recorded)
 
     def run(seed):
         drawn.clear()
-        values = logged(CurvatureCallback("grad_variance", max_samples=3, seed=seed), batches(*[8] * 6))
+        values = logged(
+            CurvatureCallback("grad_variance", max_samples=3, seed=seed), batches(*[8] * 6)
+        )
         return [*drawn], values
 
     first, again, other = run(0), run(0), run(1)
@@ -345,12 +409,16 @@ def test_who_is_chosen_is_independent_of_the_random_labels():
     """Numbers of one stream would be shared by both."""
     for seed in range(20):
         subset, labels = _subsets(seed), torch.Generator().manual_seed(seed)
-        assert not torch.isin(torch.rand(9, generator=subset), torch.rand(9, generator=labels)).any()
+        assert not torch.isin(
+            torch.rand(9, generator=subset), torch.rand(9, generator=labels)
+        ).any()
 
 
 @pytest.mark.parametrize("most", [0, -1, 2.5, True, "3"])
 def test_a_number_of_samples_is_positive(most):
-    with pytest.raises(ValueError, match=f"`max_samples` must be None or a positive number, found {most!r}"):
+    with pytest.raises(
+        ValueError, match=f"`max_samples` must be None or a positive number, found {most!r}"
+    ):
         CurvatureCallback(max_samples=most)
 
 

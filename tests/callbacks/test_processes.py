@@ -16,7 +16,9 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     spawn(folder)
     return {
-        (world, rank, name, monitored): torch.load(folder / f"{world}-{rank}-{name}-{monitored}", weights_only=False)
+        (world, rank, name, monitored): torch.load(
+            folder / f"{world}-{rank}-{name}-{monitored}", weights_only=False
+        )
         for world, name in CASES
         for rank in range(world)
         for monitored in (True, False)
@@ -35,7 +37,9 @@ def runs(*without):
     return [(world, name) for world, name in CASES if name not in without]
 
 
-@pytest.mark.parametrize(("world", "name"), runs("branch", "failing", "some_samples", "monte_carlo"))
+@pytest.mark.parametrize(
+    ("world", "name"), runs("branch", "failing", "some_samples", "monte_carlo")
+)
 def test_values_are_those_of_one_process_on_the_union_batch(results, alone, world, name):
     expected = alone[world, name]["values"]
     for rank in range(world):
@@ -56,7 +60,9 @@ def test_parameters_stay_identical_over_ranks_and_with_monitoring(results, world
     reference = results[world, 0, name, False]["parameters"]
     for rank in range(world):
         for monitored in (True, False):
-            for step, expected in zip(results[world, rank, name, monitored]["parameters"], reference, strict=True):
+            for step, expected in zip(
+                results[world, rank, name, monitored]["parameters"], reference, strict=True
+            ):
                 assert all(map(torch.equal, step, expected)), (rank, monitored)
 
 
@@ -64,7 +70,9 @@ def test_parameters_stay_identical_over_ranks_and_with_monitoring(results, world
 def test_parameters_and_curvature_are_those_of_one_process(results, alone, world, name):
     for kind in ("parameters", "curvature"):
         for rank in range(world):
-            for found, expected in zip(results[world, rank, name, True][kind], alone[world, name][kind], strict=True):
+            for found, expected in zip(
+                results[world, rank, name, True][kind], alone[world, name][kind], strict=True
+            ):
                 for one, other in zip(found, expected, strict=True):
                     if one.numel():  # or another process has it
                         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
@@ -76,7 +84,9 @@ def test_one_reduction_per_logged_step(results, world, name):
     assert [m - p for m, p in zip(monitored, plain, strict=True)] == [1] * STEPS
 
 
-@pytest.mark.parametrize(("world", "name"), [case for case in CASES if case[1] in ("kfac", "sharded", "auto")])
+@pytest.mark.parametrize(
+    ("world", "name"), [case for case in CASES if case[1] in ("kfac", "sharded", "auto")]
+)
 def test_every_inverse_is_computed_by_one_process(results, alone, world, name):
     work = [results[world, rank, name, True]["inverted"] for rank in range(world)]
     assert sum(work) == alone[world, name]["inverted"]
@@ -100,14 +110,23 @@ def test_sharded_inverses_are_kept_once(results, alone, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_quantity_that_fails_in_one_process_is_left_out_in_all(results, alone, world):
     for rank in range(world):
-        for values, others in zip(results[world, rank, "failing", True]["values"], alone[world, "failing"]["values"]):
-            lost = {name for name in others if name.split("/")[1] in ("mean_gsnr", "early_stopping")}
+        for values, others in zip(
+            results[world, rank, "failing", True]["values"], alone[world, "failing"]["values"]
+        ):
+            lost = {
+                name for name in others if name.split("/")[1] in ("mean_gsnr", "early_stopping")
+            }
             assert len(lost) >= 2
-            assert values == pytest.approx({name: v for name, v in others.items() if name not in lost}, rel=1e-6)
+            assert values == pytest.approx(
+                {name: v for name, v in others.items() if name not in lost}, rel=1e-6
+            )
 
 
 def test_monte_carlo_quantities_converge_to_those_of_one_process(results, alone):
-    found, expected = results[2, 0, "monte_carlo", True]["values"], alone[2, "monte_carlo"]["values"]
+    found, expected = (
+        results[2, 0, "monte_carlo", True]["values"],
+        alone[2, "monte_carlo"]["values"],
+    )
     for values, others in zip(found, expected, strict=True):
         assert {name.split("/")[1] for name in values} == {*SAMPLED}
         assert values == pytest.approx(others, rel=0.2)
@@ -120,7 +139,13 @@ def test_every_process_measures_samples_of_its_own(results, world):
     (x, y), net = batches(world, 2), Net()
     assert len({tuple(torch.cat(run["subsets"]).tolist()) for run in runs}) == world
     for step in range(STEPS):
-        rows = torch.stack([_gradients(net, x[i, r], y[i, r]) for i in (2 * step, 2 * step + 1) for r in range(world)])
+        rows = torch.stack(
+            [
+                _gradients(net, x[i, r], y[i, r])
+                for i in (2 * step, 2 * step + 1)
+                for r in range(world)
+            ]
+        )
         subsets = torch.stack([run["subsets"][i] for i in (2 * step, 2 * step + 1) for run in runs])
         chosen = torch.stack([part[subset] for part, subset in zip(rows, subsets)]).flatten(0, 1)
         mean, samples = rows.mean((0, 1)), 2 * world * SIZE
@@ -140,7 +165,9 @@ def test_every_process_measures_samples_of_its_own(results, world):
             "sample_norm_max": chosen.norm(dim=1).max(),
         }
         for name, value in expected.items():
-            assert runs[0]["values"][step][f"curvature/{name}"] == pytest.approx(value.item(), rel=1e-5), (name, step)
+            assert runs[0]["values"][step][f"curvature/{name}"] == pytest.approx(
+                value.item(), rel=1e-5
+            ), (name, step)
         for p, after in zip(net.parameters(), runs[0]["parameters"][step], strict=True):
             p.data.copy_(after)
 
@@ -150,5 +177,7 @@ def _gradients(net, x, y):
     rows = []
     for n in range(len(x)):
         loss = F.cross_entropy(net.net(x[n : n + 1]), y[n : n + 1])
-        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])]))
+        rows.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*net.parameters()])])
+        )
     return torch.stack(rows)

@@ -21,7 +21,9 @@ def test_up_to_the_size_nothing_is_lost():
     together = torch.cat(samples).numpy()
     assert (values == np.sort(together)).all()
     assert (weights == 1).all()
-    np.testing.assert_allclose(quantiles(values, weights, LEVELS), np.quantile(together, LEVELS), rtol=1e-12)
+    np.testing.assert_allclose(
+        quantiles(values, weights, LEVELS), np.quantile(together, LEVELS), rtol=1e-12
+    )
 
 
 def test_more_samples_than_are_sent():

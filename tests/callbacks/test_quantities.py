@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_curv import CurvatureCallback
 from lightning_curv.callbacks.monitoring.quantities import DEFAULT, QUANTITIES
 
-pytestmark = pytest.mark.filterwarnings("ignore:At step .* are too small:UserWarning")  # they are, for speed
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:At step .* are too small:UserWarning"
+)  # they are, for speed
 LR, SIZE = 0.1, 6
 SETTINGS = {
     "max_epochs": 1,
@@ -99,7 +101,9 @@ class Truth:
             return torch.func.functional_call(net, tree(vector), (self.x,))
 
         gradient = torch.func.grad(loss)
-        self.g = torch.stack([gradient(self.params, x[None], y[None]) for x, y in zip(self.x, self.y)])
+        self.g = torch.stack(
+            [gradient(self.params, x[None], y[None]) for x, y in zip(self.x, self.y)]
+        )
         self.mean, self.loss = self.g.mean(0), loss(self.params)
         self.hessian = torch.func.hessian(loss)(self.params)
         jacobian, p = torch.func.jacrev(output)(self.params), output(self.params).softmax(1)
@@ -132,7 +136,11 @@ EXACT = {
     "norm_test": lambda t: (noise(t) / len(t.g)).sqrt() / t.mean.norm(),
     "inner_product_test": lambda t: ((t.g @ t.mean).var() / len(t.g)).sqrt() / square(t.mean),
     "orthogonality_test": lambda t: (
-        ((t.g - (t.g @ t.mean)[:, None] * t.mean / square(t.mean)).square().sum() / (len(t.g) - 1) / len(t.g)).sqrt()
+        (
+            (t.g - (t.g @ t.mean)[:, None] * t.mean / square(t.mean)).square().sum()
+            / (len(t.g) - 1)
+            / len(t.g)
+        ).sqrt()
         / t.mean.norm()
     ),
     "cabs": lambda t: LR * noise(t) / t.loss,
@@ -144,7 +152,10 @@ SAMPLED = {
     "tic_diag": lambda t: (t.g.square().mean(0) / t.ggn.diagonal()).sum(),
 }
 OF_THE_COURSE = {"noise_scale", "suggested_batch_size", "update_size", "distance", "alpha"}
-TOLERANCE = {"ggn_max_eigenvalue": 2e-3, "hessian_max_eigenvalue": 2e-3}  # of Lanczos' stopping criterion
+TOLERANCE = {
+    "ggn_max_eigenvalue": 2e-3,
+    "hessian_max_eigenvalue": 2e-3,
+}  # of Lanczos' stopping criterion
 
 
 def test_every_quantity_has_a_test():
@@ -159,26 +170,38 @@ def test_exact_quantities_equal_brute_force(tmp_path, accumulate):
     for step in range(4 // accumulate):
         truth = Truth(net, step)
         for name, formula in EXACT.items():
-            if accumulate == 1 or name not in TOLERANCE:  # eigenvalues are averaged over the micro-batches
+            if (
+                accumulate == 1 or name not in TOLERANCE
+            ):  # eigenvalues are averaged over the micro-batches
                 value = found[f"curvature/{name}"][step]
-                assert value == pytest.approx(formula(truth).item(), rel=TOLERANCE.get(name, 1e-6)), name
+                assert value == pytest.approx(
+                    formula(truth).item(), rel=TOLERANCE.get(name, 1e-6)
+                ), name
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_quantities_converge(tmp_path, name):
     net = Net()
-    found = logged(tmp_path, CurvatureCallback([name], mc_samples=2000), net, accumulate_grad_batches=2)
+    found = logged(
+        tmp_path, CurvatureCallback([name], mc_samples=2000), net, accumulate_grad_batches=2
+    )
     for step, value in found[f"curvature/{name}"].items():
         assert value == pytest.approx(SAMPLED[name](Truth(net, step)).item(), rel=0.08)
 
 
 def test_quantities_of_the_course_equal_brute_force(tmp_path):
     net = Net()
-    found = logged(tmp_path, CurvatureCallback(["update_size", "distance", "alpha"]), net, max_epochs=2)
+    found = logged(
+        tmp_path, CurvatureCallback(["update_size", "distance", "alpha"]), net, max_epochs=2
+    )
     steps = [params for _, params, _ in net.seen] + [flat(net.parameters())]
     for t in range(8):
-        assert found["curvature/update_size"][t] == pytest.approx((steps[t + 1] - steps[t]).norm().item(), rel=1e-6)
-        assert found["curvature/distance"][t] == pytest.approx((steps[t + 1] - steps[0]).norm().item(), rel=1e-6)
+        assert found["curvature/update_size"][t] == pytest.approx(
+            (steps[t + 1] - steps[t]).norm().item(), rel=1e-6
+        )
+        assert found["curvature/distance"][t] == pytest.approx(
+            (steps[t + 1] - steps[0]).norm().item(), rel=1e-6
+        )
     assert list(found["curvature/alpha"]) == list(range(1, 8))
     for t, value in found["curvature/alpha"].items():
         update = steps[t] - steps[t - 1]
@@ -223,14 +246,22 @@ def test_noise_scale_of_a_simulation_with_known_truth(tmp_path):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
         def training_step(self, batch, batch_idx):
-            return 25 * F.mse_loss(F.linear(torch.ones(16, 1, dtype=torch.float64), self.w.t()), batch[0])
+            return 25 * F.mse_loss(
+                F.linear(torch.ones(16, 1, dtype=torch.float64), self.w.t()), batch[0]
+            )
 
     net = Mean()
-    samples = torch.randn(16 * 600, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    callback = CurvatureCallback(["noise_scale", "suggested_batch_size", "grad_variance"], ema=0.998)
+    samples = torch.randn(
+        16 * 600, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(3)
+    )
+    callback = CurvatureCallback(
+        ["noise_scale", "suggested_batch_size", "grad_variance"], ema=0.998
+    )
     trainer = pl.Trainer(callbacks=[callback], logger=False, **SETTINGS)
     trainer.fit(net, DataLoader(TensorDataset(samples), batch_size=16))
-    assert trainer.callback_metrics["curvature/noise_scale"].item() == pytest.approx(1 / 0.15**2, rel=0.1)
+    assert trainer.callback_metrics["curvature/noise_scale"].item() == pytest.approx(
+        1 / 0.15**2, rel=0.1
+    )
     assert trainer.callback_metrics["curvature/suggested_batch_size"] in (32.0, 64.0)
     assert trainer.callback_metrics["curvature/grad_variance"].item() == pytest.approx(50, rel=0.2)
 
@@ -273,7 +304,9 @@ def test_bad_settings_name_the_nearest_valid_ones(settings, message):
 
 
 def test_output_must_be_a_submodule():
-    with pytest.raises(ValueError, match="`output` must be a submodule, found 'nett'; did you mean 'net'"):
+    with pytest.raises(
+        ValueError, match="`output` must be a submodule, found 'nett'; did you mean 'net'"
+    ):
         fit(Net(), CurvatureCallback(output="nett"))
 
 
@@ -281,7 +314,9 @@ def test_output_gives_the_curvature_of_a_hand_written_loss(tmp_path):
     class ByHand(Net):
         def loss(self, batch, params=None):
             x, y = batch
-            output = self.net(x) if params is None else torch.func.functional_call(self, params, (x,))
+            output = (
+                self.net(x) if params is None else torch.func.functional_call(self, params, (x,))
+            )
             return -output.log_softmax(1)[torch.arange(len(y)), y].mean()
 
     net = ByHand()
@@ -289,16 +324,23 @@ def test_output_gives_the_curvature_of_a_hand_written_loss(tmp_path):
     for step, value in found["curvature/ggn_trace_exact"].items():
         truth = Truth(net, step)
         assert value == pytest.approx(truth.ggn.trace().item(), rel=1e-6)
-        assert found["curvature/norm_test"][step] == pytest.approx(EXACT["norm_test"](truth).item(), rel=1e-6)
+        assert found["curvature/norm_test"][step] == pytest.approx(
+            EXACT["norm_test"](truth).item(), rel=1e-6
+        )
 
 
 def test_no_series_is_ever_nan_or_infinite(tmp_path):
-    for series in logged(tmp_path, CurvatureCallback("all", layers=True), accumulate_grad_batches=2).values():
+    for series in logged(
+        tmp_path, CurvatureCallback("all", layers=True), accumulate_grad_batches=2
+    ).values():
         assert all(math.isfinite(value) for value in series.values())
 
 
 def test_callbacks_with_different_outputs_side_by_side():
-    body, head = CurvatureCallback("ggn_trace_exact", output="net"), CurvatureCallback("grad_variance", output="net.0")
+    body, head = (
+        CurvatureCallback("ggn_trace_exact", output="net"),
+        CurvatureCallback("grad_variance", output="net.0"),
+    )
     trainer = fit(Net(), body, head)
     assert trainer.callback_metrics["curvature/ggn_trace_exact"] > 0
     assert trainer.callback_metrics["curvature/grad_variance"] > 0

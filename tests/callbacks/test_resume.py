@@ -13,7 +13,8 @@ from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:At step .* are too small:UserWarning",  # they are, for speed
-    "ignore:(?s).*(resuming from a checkpoint that ended before|not resumable)",  # the steps choose their data
+    # the steps choose their data
+    "ignore:(?s).*(resuming from a checkpoint that ended before|not resumable)",
 )
 QUANTITIES = ["default", "ggn_trace", "distance", "update_size"]
 
@@ -23,7 +24,9 @@ class Stepwise(Net):
 
     def training_step(self, batch, batch_idx):
         position = self.trainer.fit_loop.epoch_loop.total_batch_idx % 4
-        return super().training_step(tuple(t[6 * position : 6 * position + 6] for t in data().tensors), batch_idx)
+        return super().training_step(
+            tuple(t[6 * position : 6 * position + 6] for t in data().tensors), batch_idx
+        )
 
 
 class Save(pl.Callback):
@@ -76,9 +79,18 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_same_bit_for_bit(tmp_pat
     trainer = resume(part, tmp_path / "checkpoint", [other], tmp_path / "part")
     assert trainer.global_step == 8
     assert_same_parameters(whole, part)
-    for name in ("grad_norm", "grad_variance", "noise_scale", "ggn_trace", "distance", "update_size"):
+    for name in (
+        "grad_norm",
+        "grad_variance",
+        "noise_scale",
+        "ggn_trace",
+        "distance",
+        "update_size",
+    ):
         after = {
-            step - uncounted(trainer): value for step, value in series(tmp_path / "whole", name).items() if step > 5
+            step - uncounted(trainer): value
+            for step, value in series(tmp_path / "whole", name).items()
+            if step > 5
         }
         assert series(tmp_path / "part", name) == after
         assert after or name == "noise_scale"
@@ -89,7 +101,9 @@ def test_a_checkpoint_of_another_optimizer_without_our_state_loads_with_warnings
     trained = Stepwise().double()
     fit(trained, Save(tmp_path / "checkpoint"))
     net = Stepwise(optimizer=kfac).double()
-    with pytest.warns(UserWarning, match="checkpoint holds no state of CurvatureCallback.*start anew") as caught:
+    with pytest.warns(
+        UserWarning, match="checkpoint holds no state of CurvatureCallback.*start anew"
+    ) as caught:
         trainer = resume(net, tmp_path / "checkpoint", [CurvatureCallback()], tmp_path / "part")
     assert any("without the state of KFACOptimizer" in str(warning.message) for warning in caught)
     assert trainer.global_step == 8
@@ -118,7 +132,10 @@ FORMS = {
     "lists with settings": lambda o: ([o], [{"scheduler": StepLR(o, 2), "interval": "step"}]),
     "dict": lambda o: {"optimizer": o},
     "dict with scheduler": lambda o: {"optimizer": o, "lr_scheduler": StepLR(o, 1)},
-    "dict with settings": lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": StepLR(o, 2), "interval": "step"}},
+    "dict with settings": lambda o: {
+        "optimizer": o,
+        "lr_scheduler": {"scheduler": StepLR(o, 2), "interval": "step"},
+    },
     "dict with plateau": lambda o: {"optimizer": o, "lr_scheduler": plateau(o)},
 }
 

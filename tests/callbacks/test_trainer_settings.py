@@ -84,10 +84,16 @@ ROWS = {
     "manual optimization": (ManualNet, {}),
     "several losses": (lambda **settings: Net(loss=several, **settings), {}),
     "a dict": (Dict, {}),
-    "sanity check and validation": (Validated, {"num_sanity_val_steps": 2, "val_check_interval": 2}),
+    "sanity check and validation": (
+        Validated,
+        {"num_sanity_val_steps": 2, "val_check_interval": 2},
+    ),
     "overfit_batches": (Net, {"overfit_batches": 2}),
     "limit_train_batches": (Net, {"limit_train_batches": 3}),
-    "weight averaging": (Net, {"more": lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1), *ema()]}),
+    "weight averaging": (
+        Net,
+        {"more": lambda: [StochasticWeightAveraging(0.05, swa_epoch_start=1), *ema()]},
+    ),
     "fast_dev_run": (Net, {"fast_dev_run": 2}),
     "detect_anomaly": (Net, {"detect_anomaly": True}),
     "deterministic": (Net, {"deterministic": True}),
@@ -109,7 +115,9 @@ def test_values_are_true_and_parameters_as_without(tmp_path, row, optimizer):
     assert_same_parameters(*nets)
     assert_nothing_left_behind(nets[1])
     if row != "fast_dev_run":  # has no loggers
-        assert_logged_values_are_true(nets[1], tmp_path, sorted({step for step, *_ in nets[1].seen}))
+        assert_logged_values_are_true(
+            nets[1], tmp_path, sorted({step for step, *_ in nets[1].seen})
+        )
 
 
 def test_batches_without_a_loss_are_left_out(tmp_path):
@@ -134,7 +142,9 @@ def test_two_optimizers_that_take_turns(tmp_path):
             turn.seen = [[seen for seen in nets[1].seen if seen[0] == step][index]]
             values = expected(per_sample_gradients(turn, step)[:, columns])
             for name in ("grad_norm", "grad_variance", "sample_norm_max"):
-                assert series(tmp_path, f"{name}/optimizer_{index}")[step] == pytest.approx(values[name], rel=1e-5)
+                assert series(tmp_path, f"{name}/optimizer_{index}")[step] == pytest.approx(
+                    values[name], rel=1e-5
+                )
 
 
 class Tunable(Net):
@@ -150,7 +160,10 @@ class Tunable(Net):
 @pytest.mark.parametrize("tool", ["lr_find", "scale_batch_size"])
 def test_tuners_find_the_same_and_disturb_nothing(tmp_path, tool):
     found, nets = [], [Tunable(), Tunable()]
-    settings = {"lr_find": {"num_training": 20}, "scale_batch_size": {"max_trials": 2, "steps_per_trial": 2}}
+    settings = {
+        "lr_find": {"num_training": 20},
+        "scale_batch_size": {"max_trials": 2, "steps_per_trial": 2},
+    }
     for net, callbacks in zip(nets, ([], [CurvatureCallback(mc_samples=0)])):
         trainer = pl.Trainer(
             max_epochs=1,
@@ -170,7 +183,9 @@ def test_tuners_find_the_same_and_disturb_nothing(tmp_path, tool):
     assert found[0] == found[1]
     assert_same_parameters(*nets)
     assert_nothing_left_behind(nets[1])
-    assert_logged_values_are_true(nets[1], tmp_path / "1", sorted({step for step, *_ in nets[1].seen}))
+    assert_logged_values_are_true(
+        nets[1], tmp_path / "1", sorted({step for step, *_ in nets[1].seen})
+    )
 
 
 class TunableKFAC(Tunable):
@@ -180,9 +195,15 @@ class TunableKFAC(Tunable):
 
 def test_tuners_name_why_a_curvature_optimizer_cannot_be_tuned(tmp_path):
     trainer = pl.Trainer(
-        accelerator="cpu", precision="64-true", callbacks=[CurvatureCallback()], default_root_dir=tmp_path, **CONSTANT
+        accelerator="cpu",
+        precision="64-true",
+        callbacks=[CurvatureCallback()],
+        default_root_dir=tmp_path,
+        **CONSTANT,
     )
-    with pytest.raises(RuntimeError, match="tuners run without callbacks: tune with another optimizer"):
+    with pytest.raises(
+        RuntimeError, match="tuners run without callbacks: tune with another optimizer"
+    ):
         pl.tuner.Tuner(trainer).scale_batch_size(TunableKFAC(), max_trials=1, steps_per_trial=1)
 
 
@@ -231,7 +252,9 @@ def test_precision(tmp_path, precision, optimizer):
     """Norms and moments against float64, from the parameters as they are rounded."""
     settings, tolerance = PRECISIONS[precision]
     nets = [Net(optimizer=optimizer), Net(optimizer=optimizer)]
-    for net, folder, callback in zip(nets, (None, tmp_path), (CurvatureCallback(every_n_steps=0), CurvatureCallback())):
+    for net, folder, callback in zip(
+        nets, (None, tmp_path), (CurvatureCallback(every_n_steps=0), CurvatureCallback())
+    ):
         plugins = [plugin() for plugin in settings.get("plugins", [])]
         fit(net, callback, tmp_path=folder, **settings | {"plugins": plugins})
     assert_same_parameters(*nets)
@@ -244,5 +267,8 @@ def test_precision(tmp_path, precision, optimizer):
     for step in set(range(8)) - {*skipped}:
         for name, value in expected(per_sample_gradients(reference, step)).items():
             if name != "grad_signal":  # a small difference of large numbers
-                assert series(tmp_path, name)[step] == pytest.approx(value, rel=tolerance), (name, step)
+                assert series(tmp_path, name)[step] == pytest.approx(value, rel=tolerance), (
+                    name,
+                    step,
+                )
     assert not {*skipped} & {*series(tmp_path, "grad_norm")}

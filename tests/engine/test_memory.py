@@ -52,7 +52,9 @@ class Witness:
     def __init__(self, model):
         self.references = {}
         for name, module in model.named_modules():
-            module.register_forward_hook(lambda _module, _inputs, out, name=name: self.watch(name, out))
+            module.register_forward_hook(
+                lambda _module, _inputs, out, name=name: self.watch(name, out)
+            )
 
     def watch(self, name, tensor):
         self.references[name] = StorageWeakRef(tensor.untyped_storage())
@@ -162,7 +164,9 @@ N, D = 64, 512
 
 def shared_linear():
     """Three positions: no closed form for squares, and Gram matrices pay for norms."""
-    return nn.Sequential(nn.Linear(D, D, bias=False), nn.Flatten(), nn.Linear(3 * D, 2)), torch.randn(N, 3, D)
+    return nn.Sequential(
+        nn.Linear(D, D, bias=False), nn.Flatten(), nn.Linear(3 * D, 2)
+    ), torch.randn(N, 3, D)
 
 
 def vectors():
@@ -170,7 +174,9 @@ def vectors():
 
 
 def convolution():
-    return nn.Sequential(nn.Conv2d(128, 128, 4), nn.Flatten(), nn.Linear(512, 2)), torch.randn(N, 128, 5, 5)
+    return nn.Sequential(nn.Conv2d(128, 128, 4), nn.Flatten(), nn.Linear(512, 2)), torch.randn(
+        N, 128, 5, 5
+    )
 
 
 BOUNDED = [BatchL2Grad, SumGradSquared, Variance, DiagGGNExact, DiagGGNMC, KFAC]

@@ -77,14 +77,18 @@ def test_ggn_of_a_linear_model_is_the_hessian(loss):
             output = torch.func.functional_call(problem.model, {f"0.{name}": value}, (problem.X,))
             return loss.function(output, problem.y)
 
-        hessian = torch.autograd.functional.hessian(objective, p.detach()).reshape(p.numel(), p.numel())
+        hessian = torch.autograd.functional.hessian(objective, p.detach()).reshape(
+            p.numel(), p.numel()
+        )
         torch.testing.assert_close(oracle.ggn(problem)[f"0.{name}"].sum(0), hessian, **COMPARE)
 
 
 def test_jacobian_agrees_with_torch_func():
     problem = ROW["vit_explicit_attention"].make()
     params = {name: p.detach() for name, p in problem.model.named_parameters()}
-    expected = torch.func.jacrev(lambda p: torch.func.functional_call(problem.model, p, (problem.X,)))(params)
+    expected = torch.func.jacrev(
+        lambda p: torch.func.functional_call(problem.model, p, (problem.X,))
+    )(params)
     for name, J in oracle.jacobian(problem).items():
         torch.testing.assert_close(J, expected[name], **COMPARE)
 
@@ -92,9 +96,15 @@ def test_jacobian_agrees_with_torch_func():
 def test_variance_by_moments():
     problem = ROW["mlp_sigmoid"].make()
     N = len(problem.X)
-    g, squares, variance = oracle.grad_batch(problem), oracle.sum_grad_squared(problem), oracle.variance(problem)
+    g, squares, variance = (
+        oracle.grad_batch(problem),
+        oracle.sum_grad_squared(problem),
+        oracle.variance(problem),
+    )
     for name in g:
-        torch.testing.assert_close(variance[name], squares[name] / N - (g[name].sum(0) / N) ** 2, **COMPARE)
+        torch.testing.assert_close(
+            variance[name], squares[name] / N - (g[name].sum(0) / N) ** 2, **COMPARE
+        )
 
 
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
@@ -109,7 +119,8 @@ def test_kronecker_product_is_the_ggn_block_for_one_datum(weight_sharing):
 def test_expand_and_reduce_are_exact_where_they_should_be():
     """A deep linear network with MSE: expand is exact if the loss keeps the positions, reduce if it averages them."""
     torch.manual_seed(0)
-    # One datum repeated: A and B are then constant over samples, the only other source of approximation.
+    # One datum repeated: A and B are then constant over samples, the only other source of
+    # approximation.
     X = torch.randn(1, 3, dtype=torch.float64).expand(2, 4, 3).contiguous()
     layer = nn.Linear(3, 2).double()
 
@@ -121,4 +132,6 @@ def test_expand_and_reduce_are_exact_where_they_should_be():
         y = torch.zeros_like(model(X))
         problem = Problem(model, X, y, LOSS["mse_sum"])
         block = oracle.ggn(problem)["0.weight"].sum(0)
-        torch.testing.assert_close(torch.kron(*oracle.kronecker(problem, weight_sharing)["0.weight"]), block, **COMPARE)
+        torch.testing.assert_close(
+            torch.kron(*oracle.kronecker(problem, weight_sharing)["0.weight"]), block, **COMPARE
+        )

@@ -33,10 +33,18 @@ def in_float64(problem):
     return replace(problem, model=copy.deepcopy(problem.model).double(), X=X, y=y)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(networks.problems())
 def test_first_order_and_ggn(problem):
-    compute(problem, *(extension() for extension, _ in QUANTITIES), DiagGGNExact(), BatchDiagGGNExact(), check=True)
+    compute(
+        problem,
+        *(extension() for extension, _ in QUANTITIES),
+        DiagGGNExact(),
+        BatchDiagGGNExact(),
+        check=True,
+    )
     judge = in_float64(problem)
     per_sample = oracle.diag_ggn_batch(judge)
     expected = {field: getattr(oracle, field)(judge) for _, field in QUANTITIES}
@@ -56,7 +64,9 @@ def assert_rounded(problem, field, expected):
         largest += 1e-8 * max(p.grad.square().max().double() for p in problem.parameters().values())
     for name, p in problem.parameters().items():
         error = (getattr(p, field).double() - expected[name]).abs().max()
-        assert error <= 1e-3 * largest, f"{name}.{field}: {error:.3g} for entries up to {largest:.3g}"
+        assert error <= 1e-3 * largest, (
+            f"{name}.{field}: {error:.3g} for entries up to {largest:.3g}"
+        )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

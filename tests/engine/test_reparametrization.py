@@ -42,7 +42,8 @@ def assert_everything_right(case):
         assert_fields(case, field, naive(case))
 
 
-REINDEXED = {  # function, shape of W, shapes of the Kronecker factors (None: no Kronecker structure)
+# function, shape of W, shapes of the Kronecker factors (None: no Kronecker structure)
+REINDEXED = {
     "linear_t": (lambda x, W: F.linear(x, W.t()), (4, 2), [4, 2]),
     "matmul_T": (lambda x, W: x @ W.T, (2, 4), [2, 4]),
     "matmul_mT": (lambda x, W: x @ W.mT, (2, 4), [2, 4]),
@@ -133,7 +134,9 @@ def test_nothing_is_dense_behind_a_transpose():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            tensors = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            tensors = [
+                t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)
+            ]
             largest = max([largest, *(t.numel() for t in tensors)])
             return out
 
@@ -167,8 +170,13 @@ def test_casts_keep_the_structure_and_the_precision_of_the_parameter(dtype):
     precise = Problem(Cast(), X.double(), case.y.double(), case.loss)
     precise.model.W.data = W.detach().double()
     precise.model.forward = lambda x: torch.tanh(F.linear(x, precise.model.W))
-    for field, naive in {"grad_batch": oracle.grad_batch, "diag_ggn_exact": oracle.diag_ggn}.items():
-        torch.testing.assert_close(getattr(W, field).double(), naive(precise)["W"], rtol=1e-5, atol=1e-6)
+    for field, naive in {
+        "grad_batch": oracle.grad_batch,
+        "diag_ggn_exact": oracle.diag_ggn,
+    }.items():
+        torch.testing.assert_close(
+            getattr(W, field).double(), naive(precise)["W"], rtol=1e-5, atol=1e-6
+        )
 
 
 # --- parametrizations: pulled back densely ---------------------------------------------------------------------------
@@ -211,7 +219,9 @@ PARAMETRIZED = {
     "weight_norm": lambda: parametrizations.weight_norm(nn.Linear(4, 2)),
     "weight_norm_of_all": lambda: parametrizations.weight_norm(nn.Linear(4, 2), dim=None),
     "weight_norm_convolution": lambda: parametrizations.weight_norm(nn.Conv1d(3, 2, 2)),
-    "weight_norm_deconvolution": lambda: parametrizations.weight_norm(nn.ConvTranspose1d(3, 2, 2), dim=1),
+    "weight_norm_deconvolution": lambda: parametrizations.weight_norm(
+        nn.ConvTranspose1d(3, 2, 2), dim=1
+    ),
     "old_weight_norm": lambda: nn.utils.weight_norm(nn.Linear(4, 2)),
     "spectral_norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 2)).eval(),
     "spectral_norm_training": lambda: parametrizations.spectral_norm(nn.Linear(4, 1)),

@@ -22,7 +22,9 @@ FIELDS = [extension.savefield for extension in FIRST]
 @pytest.fixture(autouse=True)
 def _quiet_attention_with_second_derivatives():
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch: a parameter and its gradient refer to each other
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # of torch: a parameter and its gradient refer to each other
         yield
 
 
@@ -32,14 +34,21 @@ def naive(problem, inputs):
         output = problem.model(problem.X)
     summands = [problem.loss.summand(output, problem.y, n) for n in range(len(output))]
     rows = [
-        torch.autograd.grad(summand, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+        torch.autograd.grad(
+            summand, inputs, create_graph=True, allow_unused=True, materialize_grads=True
+        )
         for summand in summands
     ]
     for column in zip(*rows):
         g = torch.stack(column)
         mean = sum(g) / len(g)
         squares = sum(g_n**2 for g_n in g)
-        yield g, torch.stack([(g_n**2).sum() for g_n in g]), squares, sum((g_n - mean) ** 2 for g_n in g) / len(g)
+        yield (
+            g,
+            torch.stack([(g_n**2).sum() for g_n in g]),
+            squares,
+            sum((g_n - mean) ** 2 for g_n in g) / len(g),
+        )
 
 
 def derivatives(values, inputs):
@@ -63,12 +72,18 @@ def test_values_and_derivatives_equal_plain_autograd(name):
     inputs = [p for p in problem.parameters().values() if hasattr(p, "grad_batch")]
     assert inputs
     other = row.make()
-    others = [q for p, q in zip(problem.parameters().values(), other.parameters().values()) if hasattr(p, "grad_batch")]
+    others = [
+        q
+        for p, q in zip(problem.parameters().values(), other.parameters().values())
+        if hasattr(p, "grad_batch")
+    ]
     for p, expected in zip(inputs, naive(other, others)):
         values = [getattr(p, field) for field in FIELDS]
         for field, value, right in zip(FIELDS, values, expected):
             assert_close(value, right, row.rtol, field, 1e-14 * p.grad.square().max().item())
-        for field, found, right in zip(FIELDS, derivatives(values, inputs), derivatives(expected, others)):
+        for field, found, right in zip(
+            FIELDS, derivatives(values, inputs), derivatives(expected, others)
+        ):
             largest = max(x.abs().max().item() for x in right)
             for a, b in zip(found, right):
                 assert_close(a, b, max(row.rtol, 1e-6), field, 1e-12 * largest)
@@ -105,7 +120,9 @@ def test_a_penalty_on_the_variance_is_trained():
 
     def objective(params):
         rows = vmap(grad(of_sample), in_dims=(None, 0, 0))(params, X, y)
-        return F.cross_entropy(functional_call(model, params, X), y) + sum(g.var(0).sum() for g in rows.values())
+        return F.cross_entropy(functional_call(model, params, X), y) + sum(
+            g.var(0).sum() for g in rows.values()
+        )
 
     expected = grad(objective)({name: p.detach() for name, p in model.named_parameters()})
     for name, p in model.named_parameters():
@@ -163,7 +180,13 @@ def test_without_create_graph_nothing_has_a_graph():
 
 def test_together_with_a_check_and_a_hook():
     model, found = net(), []
-    differentiated(model, BatchGrad(), Variance(), check=True, extension_hook=lambda p: found.append(p.variance.sum()))
+    differentiated(
+        model,
+        BatchGrad(),
+        Variance(),
+        check=True,
+        extension_hook=lambda p: found.append(p.variance.sum()),
+    )
     assert len(found) == 4
     assert all(value.requires_grad for value in found)
 
@@ -188,7 +211,9 @@ def test_hooks_of_activations_are_applied_once_per_pass():
         F.cross_entropy(model[1:](hidden), y).backward(create_graph=True)
     p = model[0].weight
     assert_close(p.grad_batch.sum(0), p.grad)
-    assert_close(*(torch.autograd.grad(g.sum(), p, retain_graph=True)[0] for g in (p.grad_batch, p.grad)))
+    assert_close(
+        *(torch.autograd.grad(g.sum(), p, retain_graph=True)[0] for g in (p.grad_batch, p.grad))
+    )
 
 
 def test_a_loss_that_is_the_output_of_an_op():

@@ -12,7 +12,15 @@ from torch.nn import functional as F
 from zoo import NAMES, ROW, assert_close
 
 from lightning_curv import curvature, extend, record
-from lightning_curv.extensions import HMP, KFAC, BatchGrad, BatchL2Grad, DiagGGNExact, SumGradSquared, Variance
+from lightning_curv.extensions import (
+    HMP,
+    KFAC,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    SumGradSquared,
+    Variance,
+)
 from lightning_curv.terms.jacobian import Jacobian
 
 FIRST = (BatchGrad, BatchL2Grad, SumGradSquared, Variance)
@@ -21,7 +29,9 @@ FIELDS = [extension.savefield for extension in FIRST]
 
 def net(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5, bias=False), nn.Tanh(), nn.Linear(5, 3))
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)
+    )
 
 
 def batch():
@@ -63,7 +73,10 @@ def test_last_layers_come_first_and_have_their_gradient():
 
     with curvature(BatchGrad(), extension_hook=hook):
         F.cross_entropy(model(X), y).backward()
-    layers = [next(i for i, layer in enumerate(model) if any(p is own for own in layer.parameters())) for p in order]
+    layers = [
+        next(i for i, layer in enumerate(model) if any(p is own for own in layer.parameters()))
+        for p in order
+    ]
     assert layers == sorted(layers, reverse=True)
 
 
@@ -79,7 +92,9 @@ def test_what_the_hook_frees_is_freed_during_the_pass():
 
     try:
         for check in (False, True):
-            with curvature(BatchGrad(), BatchL2Grad(), Variance(), check=check, extension_hook=hook):
+            with curvature(
+                BatchGrad(), BatchL2Grad(), Variance(), check=check, extension_hook=hook
+            ):
                 F.cross_entropy(model(X), y).backward()
     finally:
         gc.enable()
@@ -165,7 +180,11 @@ def test_a_module_waits_for_all_parameters_that_the_loss_reaches():
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder, self.head = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+        self.encoder, self.decoder, self.head = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 4, bias=False),
+            nn.Linear(4, 3),
+        )
         self.decoder.weight = self.encoder.weight
 
     def forward(self, x):
@@ -238,7 +257,9 @@ def test_every_backward_pass_hands_over():
 def test_parameters_whose_own_gradient_was_not_asked_for_are_handed_over_at_the_end():
     model, (X, y), found = net(), batch(), []
     inputs = [*model[4].parameters()]
-    with curvature(BatchGrad(), DiagGGNExact(), extension_hook=lambda p: found.append((p, p.grad is None))):
+    with curvature(
+        BatchGrad(), DiagGGNExact(), extension_hook=lambda p: found.append((p, p.grad is None))
+    ):
         F.cross_entropy(model(X), y).backward(inputs=inputs)
     assert {id(p) for p, late in found if not late} == {*map(id, inputs)}
     assert {id(p) for p, _ in found} == {*map(id, model.parameters())}

@@ -65,7 +65,9 @@ def test_subsampling_keeps_the_chosen_samples_in_order():
     problem = ROW["cnn_inplace_groups"].make()
     compute(problem, BatchGrad(subsampling=[3, 0]))
     for key, p in problem.parameters().items():
-        assert_close(p.grad_batch, reference("grad_batch", "cnn_inplace_groups")[key][[3, 0]], label=key)
+        assert_close(
+            p.grad_batch, reference("grad_batch", "cnn_inplace_groups")[key][[3, 0]], label=key
+        )
 
 
 def test_float32_variance_does_not_cancel():
@@ -85,7 +87,9 @@ def test_float32_variance_does_not_cancel():
     torch.testing.assert_close(p.variance.double(), expected, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(64, 7), (64, 3, 7), (64, 50, 7)], ids=["vector", "few_positions", "many_positions"])
+@pytest.mark.parametrize(
+    "shape", [(64, 7), (64, 3, 7), (64, 50, 7)], ids=["vector", "few_positions", "many_positions"]
+)
 def test_float32_variance_of_equal_samples_is_almost_zero(shape):
     """N copies of one sample: the variance is rounding, far below ε·mean² that subtraction of moments leaves."""
     model = torch.nn.Linear(7, 2)

@@ -30,7 +30,9 @@ DIAGONALS = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("extension", "field", "quantity"), DIAGONALS, ids=[field for _, field, _ in DIAGONALS])
+@pytest.mark.parametrize(
+    ("extension", "field", "quantity"), DIAGONALS, ids=[field for _, field, _ in DIAGONALS]
+)
 def test_diagonal_equals_brute_force(extension, field, quantity, name):
     problem = ROW[name].make()
     compute(problem, extension())
@@ -78,23 +80,33 @@ RUNS, SAMPLES = 100, 8
 def assert_unbiased(estimates: torch.Tensor, exact: torch.Tensor, label: str) -> None:
     """The mean of independent estimates [RUNS, …] is within six of its standard errors of the exact value.
 
-    Six standard errors fail by chance about once in 1e8 entries; that the largest entry's tolerance stays below half
-    its value shows that a wrong constant (2, N, M) would be found.
+    Six standard errors fail by chance about once in 1e8 entries; that the largest entry's tolerance
+    stays below half its value shows that a wrong constant (2, N, M) would be found.
     """
     mean, error = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5
     largest = exact.abs().argmax()
-    assert 6 * error.flatten()[largest] < 0.5 * exact.flatten()[largest].abs(), f"{label}: too few samples to tell"
+    assert 6 * error.flatten()[largest] < 0.5 * exact.flatten()[largest].abs(), (
+        f"{label}: too few samples to tell"
+    )
     excess = (mean - exact).abs() - 6 * error - 1e-9 * exact.abs().max()
     assert excess.max() <= 0, f"{label}: {excess.max():.2e} beyond six standard errors"
 
 
-@pytest.mark.parametrize("name", ["mlp_sigmoid", "mlp_mse", "mlp_bce", "segmentation_ce", "segmentation_mse"])
+@pytest.mark.parametrize(
+    "name", ["mlp_sigmoid", "mlp_mse", "mlp_bce", "segmentation_ce", "segmentation_mse"]
+)
 def test_monte_carlo_is_unbiased(name):
     generator = torch.Generator().manual_seed(0)
     problem = ROW[name].make()
     runs = {key: [] for key in problem.parameters()}
     for _ in range(RUNS):
-        compute(problem, DiagGGNMC(SAMPLES), BatchDiagGGNMC(SAMPLES), SqrtGGNMC(SAMPLES), generator=generator)
+        compute(
+            problem,
+            DiagGGNMC(SAMPLES),
+            BatchDiagGGNMC(SAMPLES),
+            SqrtGGNMC(SAMPLES),
+            generator=generator,
+        )
         for key, p in problem.parameters().items():
             assert p.sqrt_ggn_mc.shape == (SAMPLES, len(problem.X), *p.shape)
             runs[key].append((p.diag_ggn_mc, p.diag_ggn_mc_batch, (p.sqrt_ggn_mc**2).sum(0)))
@@ -128,7 +140,9 @@ MONTE_CARLO = [
 ]
 
 
-@pytest.mark.parametrize(("extension", "field"), MONTE_CARLO, ids=[field for _, field in MONTE_CARLO])
+@pytest.mark.parametrize(
+    ("extension", "field"), MONTE_CARLO, ids=[field for _, field in MONTE_CARLO]
+)
 def test_generator_decides_the_samples(extension, field):
     def run(seed):
         problem = ROW["mlp_sigmoid"].make()
@@ -154,7 +168,11 @@ def test_a_complete_root_serves_all(monkeypatch):
     weight, X, y = model[2].weight, torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
     found, passes, pull = {}, [], Passes.pull
     monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(1) or pull(self, column))
-    for extensions in [(DiagGGNExact(),), (DiagGGNExact(),), (DiagGGNExact(), SqrtGGNExact())]:  # the first one probes
+    for extensions in [
+        (DiagGGNExact(),),
+        (DiagGGNExact(),),
+        (DiagGGNExact(), SqrtGGNExact()),
+    ]:  # the first one probes
         passes.clear()
         with curvature(*extensions, batch_size=5):
             F.cross_entropy(model(X), y).backward()
@@ -165,11 +183,21 @@ def test_a_complete_root_serves_all(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "extension", [DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), DiagHessian(), BatchDiagHessian(), KFLR()]
+    "extension",
+    [
+        DiagGGNExact(),
+        BatchDiagGGNExact(),
+        SqrtGGNExact(),
+        DiagHessian(),
+        BatchDiagHessian(),
+        KFLR(),
+    ],
 )
 def test_columns_one_at_a_time_are_those_at_once(monkeypatch, extension):
     """Products with and without shared positions, a normalisation, an embedding."""
-    net = nn.Sequential(nn.Embedding(7, 4), nn.Conv1d(5, 3, 2), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(9, 4))
+    net = nn.Sequential(
+        nn.Embedding(7, 4), nn.Conv1d(5, 3, 2), nn.GroupNorm(1, 3), nn.Flatten(), nn.Linear(9, 4)
+    )
     net, X, y, found = net.double(), torch.randint(7, (6, 5)), torch.randint(4, (6,)), []
     for bytes_ in (passes.COLUMN_BYTES, 1):
         monkeypatch.setattr(passes, "COLUMN_BYTES", bytes_)

@@ -21,22 +21,36 @@ from torch.nn.utils.parametrizations import weight_norm
 from zoo import NAMES, ROW, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature, extend
-from lightning_curv.extensions import GGNMP, HMP, PCHMP, BatchDiagHessian, DiagGGNExact, DiagHessian, block_products
+from lightning_curv.extensions import (
+    GGNMP,
+    HMP,
+    PCHMP,
+    BatchDiagHessian,
+    DiagGGNExact,
+    DiagHessian,
+    block_products,
+)
 from lightning_curv.second_derivatives import local_curvature
 
-DIAGONALS = [(DiagHessian, "diag_h", "diag_hessian"), (BatchDiagHessian, "diag_h_batch", "diag_hessian_batch")]
+DIAGONALS = [
+    (DiagHessian, "diag_h", "diag_hessian"),
+    (BatchDiagHessian, "diag_h_batch", "diag_hessian_batch"),
+]
 
 
 @functools.cache
 def blocks(quantity, name):
     with sdpa_kernel(SDPBackend.MATH):  # the oracle differentiates twice by torch alone
-        return getattr({"hessian": hessian_oracle, "ggn": oracle}[quantity], quantity)(ROW[name].make())
+        return getattr({"hessian": hessian_oracle, "ggn": oracle}[quantity], quantity)(
+            ROW[name].make()
+        )
 
 
 def diagonal(name, per_sample):
     params = dict(ROW[name].make().model.named_parameters())
     batch = {
-        k: torch.stack([b.diagonal().reshape(params[k].shape) for b in v]) for k, v in blocks("hessian", name).items()
+        k: torch.stack([b.diagonal().reshape(params[k].shape) for b in v])
+        for k, v in blocks("hessian", name).items()
     }
     return batch if per_sample else {k: v.sum(0) for k, v in batch.items()}
 
@@ -50,7 +64,9 @@ def test_diagonals_equal_brute_force(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("extension", "quantity"), [(HMP, "hessian"), (GGNMP, "ggn")], ids=["hmp", "ggnmp"])
+@pytest.mark.parametrize(
+    ("extension", "quantity"), [(HMP, "hessian"), (GGNMP, "ggn")], ids=["hmp", "ggnmp"]
+)
 def test_products_equal_brute_force(extension, quantity, name):
     problem = ROW[name].make()
     compute(problem, extension())
@@ -68,8 +84,22 @@ def test_products_equal_brute_force(extension, quantity, name):
 
 # rows with parameters whose own ops have second derivatives, which are no part of the PCH
 BENT = {
-    *("broadcast", "constant_branch", "constant_branch_batch_of_one", "encoder_decoder", "gru_sequence_first"),
-    *("hypernetwork", "layer_reused", "lstm_tagger", "spectral_norm", "tied_embedding", "unusual_ops", "weight_norm"),
+    *(
+        "broadcast",
+        "constant_branch",
+        "constant_branch_batch_of_one",
+        "encoder_decoder",
+        "gru_sequence_first",
+    ),
+    *(
+        "hypernetwork",
+        "layer_reused",
+        "lstm_tagger",
+        "spectral_norm",
+        "tied_embedding",
+        "unusual_ops",
+        "weight_norm",
+    ),
 }
 
 
@@ -119,7 +149,9 @@ def test_products_refuse_inputs_that_were_overwritten(extension):
 def test_only_parameters_that_a_pass_reads_are_copied(monkeypatch):
     copied = []
     snapshot = block_products.Snapshot
-    monkeypatch.setattr(block_products, "Snapshot", lambda found: copied.extend(found) or snapshot(found))
+    monkeypatch.setattr(
+        block_products, "Snapshot", lambda found: copied.extend(found) or snapshot(found)
+    )
     problem = ROW["mlp_sigmoid"].make()
     compute(problem, GGNMP())
     first, second, third = (problem.model[i].weight for i in (0, 2, 4))
@@ -196,7 +228,9 @@ def test_piecewise_linear_networks_cost_as_many_passes_as_the_ggn(monkeypatch):
 
     passes = []
     pull = Passes.pull
-    monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(column) or pull(self, column))
+    monkeypatch.setattr(
+        Passes, "pull", lambda self, column: passes.append(column) or pull(self, column)
+    )
     counts = {}
     for extension in (DiagGGNExact(), DiagHessian()):
         problem = ROW["cnn_inplace_groups"].make()
@@ -259,7 +293,9 @@ def second_derivatives(z):
     return [s * (1 - s) * (1 - 2 * s), t * (1 - t), 6 * z[2]]
 
 
-@pytest.mark.parametrize(("modify", "function"), [("clip", lambda r: r.clamp(min=0)), ("abs", torch.abs)])
+@pytest.mark.parametrize(
+    ("modify", "function"), [("clip", lambda r: r.clamp(min=0)), ("abs", torch.abs)]
+)
 def test_positive_curvature_hessian_equals_its_dense_construction(modify, function):
     torch.manual_seed(0)
     model, X, y = Net().double(), torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))

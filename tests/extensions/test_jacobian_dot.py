@@ -15,6 +15,9 @@ def test_dot_is_the_product_with_the_square_root(name):
         if p.grad is None:
             continue
         d = torch.randn_like(p)
-        for jacobian, root in [(p.jacobian_exact, p.sqrt_ggn_exact), (p.jacobian_mc, p.sqrt_ggn_mc)]:
+        for jacobian, root in [
+            (p.jacobian_exact, p.sqrt_ggn_exact),
+            (p.jacobian_mc, p.sqrt_ggn_mc),
+        ]:
             expected = (root * d).reshape(*root.shape[:2], -1).sum(-1)
             assert_close(jacobian.dot(d), expected, ROW[name].rtol, key, rounding=1e-14)

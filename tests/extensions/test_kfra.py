@@ -32,7 +32,10 @@ def loss_hessian(output):
 
 
 CHAINS = {
-    "mlp": (lambda: [nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)], (6, 4)),
+    "mlp": (
+        lambda: [nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)],
+        (6, 4),
+    ),
     "cnn": (
         lambda: [
             nn.Conv2d(2, 3, 2),
@@ -46,8 +49,14 @@ CHAINS = {
         ],
         (4, 2, 5, 5),
     ),
-    "wide": (lambda: [nn.Linear(3, 7), nn.Dropout(0.0), nn.Linear(7, 7), nn.Sigmoid(), nn.Linear(7, 3)], (2, 3)),
-    "samples_as_many_as_features": (lambda: [nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)], (5, 5)),
+    "wide": (
+        lambda: [nn.Linear(3, 7), nn.Dropout(0.0), nn.Linear(7, 7), nn.Sigmoid(), nn.Linear(7, 3)],
+        (2, 3),
+    ),
+    "samples_as_many_as_features": (
+        lambda: [nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)],
+        (5, 5),
+    ),
 }
 
 
@@ -56,7 +65,11 @@ CHAINS = {
 def test_factors_equal_the_recursion(name, weight_sharing):
     torch.manual_seed(0)
     make, shape = CHAINS[name]
-    layers, X, y = [layer.double() for layer in make()], torch.randn(shape).double(), torch.randint(3, (shape[0],))
+    layers, X, y = (
+        [layer.double() for layer in make()],
+        torch.randn(shape).double(),
+        torch.randint(3, (shape[0],)),
+    )
     model = nn.Sequential(*layers)
     with curvature(KFRA(weight_sharing), KFLR(weight_sharing)):
         F.cross_entropy(model(X), y).backward()
@@ -106,7 +119,9 @@ def test_forms_of_other_parameters():
 def test_an_empty_batch_has_no_curvature():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with curvature(KFRA()):
-        F.cross_entropy(model(torch.zeros(0, 3)), torch.zeros(0, dtype=torch.long), reduction="sum").backward()
+        F.cross_entropy(
+            model(torch.zeros(0, 3)), torch.zeros(0, dtype=torch.long), reduction="sum"
+        ).backward()
     for p in model.parameters():
         assert not any(factor.any() for factor in p.kfra)
     assert [factor.shape for factor in model[0].weight.kfra] == [(4, 4), (3, 3)]
@@ -143,13 +158,19 @@ def test_equals_kflr_for_one_datum():
 
 def test_branches_are_named():
     problem = ROW["residual_functional"].make()
-    with pytest.raises(NotImplementedError, match="KFRA expects a chain of layers, found a branch at `AddBackward0`"):
+    with pytest.raises(
+        NotImplementedError,
+        match="KFRA expects a chain of layers, found a branch at `AddBackward0`",
+    ):
         compute(problem, KFRA())
 
 
 def test_a_parameter_used_twice_is_named():
     problem = ROW["layer_reused"].make()
-    with pytest.raises(NotImplementedError, match=r"KFRA expects every parameter to be used once, found .* used again"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"KFRA expects every parameter to be used once, found .* used again",
+    ):
         compute(problem, KFRA())
 
 
@@ -174,8 +195,12 @@ def test_casts_in_the_chain():
 def test_complex_numbers_are_refused():
     layer = nn.Linear(4, 4)
     with curvature(KFRA()):
-        loss = F.mse_loss(torch.fft.irfft(torch.fft.rfft(layer(torch.rand(5, 4)))), torch.rand(5, 4))
-        with pytest.raises(NotImplementedError, match="KFRA expects real numbers, found complex ones below `FftC2R"):
+        loss = F.mse_loss(
+            torch.fft.irfft(torch.fft.rfft(layer(torch.rand(5, 4)))), torch.rand(5, 4)
+        )
+        with pytest.raises(
+            NotImplementedError, match="KFRA expects real numbers, found complex ones below `FftC2R"
+        ):
             loss.backward()
 
 
@@ -184,5 +209,7 @@ def test_several_losses_are_refused():
     with curvature(KFRA()):
         out = model(torch.ones(4, 3))
         loss = F.mse_loss(out, torch.zeros(4, 2)) + F.mse_loss(out, torch.ones(4, 2))
-        with pytest.raises(NotImplementedError, match="KFRA expects one loss of one output, found losses of 2"):
+        with pytest.raises(
+            NotImplementedError, match="KFRA expects one loss of one output, found losses of 2"
+        ):
             loss.backward()

@@ -75,7 +75,9 @@ def test_exact_for_one_datum_without_weight_sharing(weight_sharing):
 
 
 @SHARING
-@pytest.mark.parametrize("name", ["mlp_sigmoid", "mlp_mse", "mlp_bce", "cnn_inplace_groups", "segmentation_ce"])
+@pytest.mark.parametrize(
+    "name", ["mlp_sigmoid", "mlp_mse", "mlp_bce", "cnn_inplace_groups", "segmentation_ce"]
+)
 def test_kfac_is_unbiased(name, weight_sharing):
     """A has no noise; the mean of B over draws of the labels is the exact B."""
     generator = torch.Generator().manual_seed(0)
@@ -113,7 +115,9 @@ def test_what_a_weight_and_its_bias_share_is_computed_once(weight_sharing, monke
     counted = lambda *args: products.append(args[1]) or kronecker_factor(*args)  # noqa: E731
     kronecker_factor = kronecker.kronecker_factor
     monkeypatch.setattr(kronecker, "kronecker_factor", counted)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)
+    )
     with curvature(KFAC(weight_sharing=weight_sharing)):
         F.mse_loss(model(torch.randn(5, 2, 3)), torch.zeros(5, 2)).backward()
     assert products == ["o", "i"] * 3
@@ -145,7 +149,9 @@ class Spread(nn.Module):
         K, out = kernel.numel(), m.weight.shape[1]
         write = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[x.ndim]
         place = torch.eye(K).to(x).reshape(1, K, *kernel).repeat(x.shape[1], 1, *[1] * len(kernel))
-        seen = write(x, place, None, m.stride, m.padding, m.output_padding, x.shape[1], m.dilation)  # [N, in·K, *out]
+        seen = write(
+            x, place, None, m.stride, m.padding, m.output_padding, x.shape[1], m.dilation
+        )  # [N, in·K, *out]
         self.inputs = seen.flatten(2).unflatten(1, (G, -1)).permute(0, 3, 1, 2)  # [N, S, G, I·K]
         rows = m.weight.unflatten(0, (G, -1)).transpose(1, 2).flatten(2)  # [G, out, I·K]
         self.products = torch.einsum("nsgi,goi->nsgo", self.inputs, rows)
@@ -155,9 +161,18 @@ class Spread(nn.Module):
 
 DECONVOLUTIONS = {
     "1d": (partial(nn.ConvTranspose1d, 2, 3, 2), (2, 4)),
-    "1d_groups": (partial(nn.ConvTranspose1d, 4, 6, 2, stride=2, padding=1, output_padding=1, groups=2), (4, 3)),
-    "2d": (partial(nn.ConvTranspose2d, 2, 3, (2, 1), stride=(1, 2), dilation=(2, 1), bias=False), (2, 2, 3)),
-    "3d": (partial(nn.ConvTranspose3d, 2, 2, 2, groups=2, output_padding=1, stride=2), (2, 1, 2, 2)),
+    "1d_groups": (
+        partial(nn.ConvTranspose1d, 4, 6, 2, stride=2, padding=1, output_padding=1, groups=2),
+        (4, 3),
+    ),
+    "2d": (
+        partial(nn.ConvTranspose2d, 2, 3, (2, 1), stride=(1, 2), dilation=(2, 1), bias=False),
+        (2, 2, 3),
+    ),
+    "3d": (
+        partial(nn.ConvTranspose3d, 2, 2, 2, groups=2, output_padding=1, stride=2),
+        (2, 1, 2, 2),
+    ),
 }
 
 
@@ -193,9 +208,15 @@ def test_transposed_convolution(name, weight_sharing):
 
 ONE_PIXEL = {  # of the output: what is around it is cut off
     "1d": (partial(nn.ConvTranspose1d, 2, 4, 3, padding=5), (2, 9)),
-    "1d_stride": (partial(nn.ConvTranspose1d, 2, 3, 4, stride=3, padding=5, output_padding=1), (2, 3)),
+    "1d_stride": (
+        partial(nn.ConvTranspose1d, 2, 3, 4, stride=3, padding=5, output_padding=1),
+        (2, 3),
+    ),
     "2d": (partial(nn.ConvTranspose2d, 2, 3, 2, padding=2), (2, 4, 4)),
-    "2d_dilation": (partial(nn.ConvTranspose2d, 2, 3, (2, 1), padding=(2, 0), dilation=(2, 1)), (2, 3, 1)),
+    "2d_dilation": (
+        partial(nn.ConvTranspose2d, 2, 3, (2, 1), padding=(2, 0), dilation=(2, 1)),
+        (2, 3, 1),
+    ),
     "3d": (partial(nn.ConvTranspose3d, 2, 4, 2, padding=3), (2, 6, 6, 6)),
 }
 
@@ -203,7 +224,9 @@ ONE_PIXEL = {  # of the output: what is around it is cut off
 @SHARING
 @pytest.mark.parametrize("extension", [KFLR, KFRA])
 @pytest.mark.parametrize("name", ONE_PIXEL)
-def test_transposed_convolution_is_exact_for_one_pixel_of_one_datum(name, extension, weight_sharing):
+def test_transposed_convolution_is_exact_for_one_pixel_of_one_datum(
+    name, extension, weight_sharing
+):
     torch.manual_seed(0)
     (make, shape), outputs = ONE_PIXEL[name], torch.randn(1, 1, dtype=torch.float64)
     layer = make()
@@ -234,7 +257,9 @@ def test_parameter_of_different_ops_gets_the_exact_diagonal(weight_sharing):
 
 
 @SHARING
-@pytest.mark.parametrize("name", ["layernorm_axes", "groupnorm_cnn", "batchnorm_eval_cnn", "rmsnorm_matmul"])
+@pytest.mark.parametrize(
+    "name", ["layernorm_axes", "groupnorm_cnn", "batchnorm_eval_cnn", "rmsnorm_matmul"]
+)
 def test_norms_get_the_exact_diagonal(name, weight_sharing):
     problem = ROW[name].make()
     compute(problem, KFLR(weight_sharing=weight_sharing))
@@ -254,8 +279,12 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.layout is torch.strided]
-        self.entries = max([self.entries, *(t.untyped_storage().nbytes() // t.element_size() for t in made)])
+        made = [
+            t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.layout is torch.strided
+        ]
+        self.entries = max(
+            [self.entries, *(t.untyped_storage().nbytes() // t.element_size() for t in made)]
+        )
         return out
 
 
@@ -276,7 +305,14 @@ def test_large_vocabulary_is_never_dense(tied):
     torch.manual_seed(0)
     model = Model()
     tokens, y = torch.randint(V, (N, T)), torch.randint(V if tied else 3, (N,))
-    extensions = [BatchL2Grad(), SumGradSquared(), Variance(), DiagGGNMC(), KFAC(), KFAC(weight_sharing="reduce")]
+    extensions = [
+        BatchL2Grad(),
+        SumGradSquared(),
+        Variance(),
+        DiagGGNMC(),
+        KFAC(),
+        KFAC(weight_sharing="reduce"),
+    ]
     with Largest() as largest:
         compute(Problem(model, tokens, y, LOSS["ce"]), *extensions)
     assert largest.entries <= max(CHUNK_BYTES // 4, N * V, 2 * V * D)
@@ -298,7 +334,9 @@ def test_tied_embedding_with_repeated_tokens_and_padding():
     torch.manual_seed(0)
     tokens = torch.tensor([[0, 0, 2], [1, 3, 1], [2, 2, 2], [4, 0, 3]])
     case = Problem(Model().double(), tokens, torch.tensor([0, 4, 2, 1]), LOSS["ce"])
-    compute(case, BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), DiagGGNExact(), check=True)
+    compute(
+        case, BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance(), DiagGGNExact(), check=True
+    )
     for field in ("grad_batch", "batch_l2", "sum_grad_squared", "variance"):
         assert_fields(case, field, getattr(oracle, field)(case))
     assert_fields(case, "diag_ggn_exact", oracle.diag_ggn(case))

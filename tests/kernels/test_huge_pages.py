@@ -61,7 +61,11 @@ def test_products_and_stacks(size):
 @pytest.mark.parametrize("extension", [BatchGrad(), SqrtGGNMC(), BatchDiagGGNMC()])
 @pytest.mark.parametrize(
     ("layer", "size"),
-    [(nn.Linear(1024, 600), (2, 1024)), (nn.Linear(512, 512), (5, 3, 512)), (nn.Conv2d(64, 64, 5), (12, 64, 6, 6))],
+    [
+        (nn.Linear(1024, 600), (2, 1024)),
+        (nn.Linear(512, 512), (5, 3, 512)),
+        (nn.Conv2d(64, 64, 5), (12, 64, 6, 6)),
+    ],
 )
 def test_per_sample_quantities_are_in_such_memory(asked, extension, layer, size):
     with curvature(extension):

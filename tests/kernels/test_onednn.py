@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_curv import KFAC, BatchGrad, BatchL2Grad, DiagGGNExact, SumGradSquared, Variance, curvature
+from lightning_curv import (
+    KFAC,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    SumGradSquared,
+    Variance,
+    curvature,
+)
 from lightning_curv.kernels import onednn, symmetric
 from lightning_curv.passes import passes
 
@@ -21,7 +29,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("left", LAYOUTS)
 def test_product_of_large_matrices(left, right):
     a, b = LAYOUTS[left](torch.randn(130, 120)), LAYOUTS[right](torch.randn(120, 110))
-    torch.testing.assert_close(onednn.mm(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        onednn.mm(a, b).double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4
+    )
 
 
 def test_product_that_is_differentiated():
@@ -30,19 +40,25 @@ def test_product_that_is_differentiated():
     torch.testing.assert_close(a.grad, b.sum(1).expand(130, 120), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("equation", ["vno,ni->oi", "vno,ni->io", "vnos,nis->oi", "vnos,nis->vnoi", "vno,ni->vn"])
+@pytest.mark.parametrize(
+    "equation", ["vno,ni->oi", "vno,ni->io", "vnos,nis->oi", "vnos,nis->vnoi", "vno,ni->vn"]
+)
 @pytest.mark.parametrize("columns", [1, 3])
 def test_einsum(equation, columns):
     sizes = {"v": columns, "n": 40, "o": 96, "i": 80, "s": 7}
     a, b = (torch.randn([sizes[x] for x in part]) for part in equation.split("->")[0].split(","))
     expected = torch.einsum(equation, a.double(), b.double())
-    torch.testing.assert_close(onednn.einsum(equation, a, b).double(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        onednn.einsum(equation, a, b).double(), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("size", [1, 127, 128, 300])
 def test_gram(size):
     x = torch.randn(90, size).mT
-    torch.testing.assert_close(symmetric.gram(x).double(), x.double() @ x.double().mT, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(
+        symmetric.gram(x).double(), x.double() @ x.double().mT, rtol=1e-5, atol=1e-4
+    )
 
 
 def counted(monkeypatch):
@@ -59,14 +75,20 @@ def counted(monkeypatch):
 
 def test_fast_products_of_autograd(monkeypatch):
     """Large products of plain float32 matrices alone; the second derivative too."""
-    made, W, x = counted(monkeypatch), torch.randn(128, 128, requires_grad=True), torch.randn(128, 128)
+    made, W, x = (
+        counted(monkeypatch),
+        torch.randn(128, 128, requires_grad=True),
+        torch.randn(128, 128),
+    )
     with onednn.fast_products(True):
         h = x @ W
         (g,) = torch.autograd.grad(h.square().sum(), W, create_graph=True)
         (second,) = torch.autograd.grad(g.square().sum(), W)
     assert len(made) >= 3 or onednn._onednn() is None
     expected = 2 * 2 * x.double().T @ (x.double() @ (2 * x.double().T @ (x.double() @ W.double())))
-    torch.testing.assert_close(second.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    torch.testing.assert_close(
+        second.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+    )
     made.clear()
     with onednn.fast_products(True):
         assert torch.mm(W[:8], x).requires_grad
@@ -79,9 +101,13 @@ def test_fast_products_of_autograd(monkeypatch):
 
 @pytest.mark.parametrize("width", [8, 256])
 def test_passes_use_them_where_it_pays(width, monkeypatch):
-    model = nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+    model = nn.Sequential(
+        nn.Linear(10, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3)
+    )
     watched = []
-    monkeypatch.setattr(passes, "fast_products", lambda pays: watched.append(pays) or onednn.fast_products(pays))
+    monkeypatch.setattr(
+        passes, "fast_products", lambda pays: watched.append(pays) or onednn.fast_products(pays)
+    )
     with curvature(DiagGGNExact()):
         F.cross_entropy(model(torch.randn(500, 10)), torch.zeros(500, dtype=torch.long)).backward()
     pays = width == 256 and onednn._onednn() is not None
@@ -95,7 +121,10 @@ def test_compiled_parts_of_a_pass_run_as_they_are(monkeypatch):
         def forward(self, h):
             return compiled(h)
 
-    model, found = nn.Sequential(nn.Linear(9, 256), Inner(), nn.Linear(256, 256), Inner(), nn.Linear(256, 3)), []
+    model, found = (
+        nn.Sequential(nn.Linear(9, 256), Inner(), nn.Linear(256, 256), Inner(), nn.Linear(256, 3)),
+        [],
+    )
     x, made = torch.randn(400, 9), counted(monkeypatch)
     for mkldnn in (True, False):
         with torch.backends.mkldnn.flags(enabled=mkldnn), curvature(DiagGGNExact()):
@@ -135,7 +164,9 @@ def test_large_layers_in_float32_as_in_float64(together):
             (name, e.savefield, k): value.detach().clone()
             for name, p in model.named_parameters()
             for e in EXTENSIONS
-            for k, value in enumerate(getattr(p, e.savefield) if e is KFAC else [getattr(p, e.savefield)])
+            for k, value in enumerate(
+                getattr(p, e.savefield) if e is KFAC else [getattr(p, e.savefield)]
+            )
         }
     for key, value in found[torch.float64].items():
         if key[1] == "kfac" and not (key[0].endswith("weight") and key[2] == 1):
@@ -151,7 +182,11 @@ def test_some_product_of_the_network_above_is_large(monkeypatch):
         pytest.skip("this build of torch has no oneDNN")
     found = []
     large = onednn.is_large
-    monkeypatch.setattr(onednn, "is_large", lambda *arguments: found.append(large(*arguments)) or found[-1])
+    monkeypatch.setattr(
+        onednn, "is_large", lambda *arguments: found.append(large(*arguments)) or found[-1]
+    )
     with curvature(SumGradSquared()):
-        F.cross_entropy(Sequence()(torch.randn(5, 16, 16, 16)), torch.tensor([0, 1, 2, 0, 1])).backward()
+        F.cross_entropy(
+            Sequence()(torch.randn(5, 16, 16, 16)), torch.tensor([0, 1, 2, 0, 1])
+        ).backward()
     assert any(found)

@@ -1,7 +1,8 @@
 """Losses that torch has no function for: the network's outputs are found, and the curvature there, by brute force.
 
-The oracle is told where the network ends: a row is a network with outputs ``f_1, f_2, ...`` and a loss of them. Its GGN
-of sample n is ``J_n^T H_n^+ J_n`` with the positive part of the Hessian of the loss of that sample by all its outputs.
+The oracle is told where the network ends: a row is a network with outputs ``f_1, f_2, ...`` and a
+loss of them. Its GGN of sample n is ``J_n^T H_n^+ J_n`` with the positive part of the Hessian of
+the loss of that sample by all its outputs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ import torch.nn.functional as F
 from test_ggn import RUNS, assert_unbiased
 from test_output import Once
 from torch import Tensor, nn
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, StudentT, kl_divergence
+from torch.distributions import (
+    Categorical,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    kl_divergence,
+)
 from zoo import assert_close
 
 from lightning_curv import curvature
@@ -88,7 +96,11 @@ class Autoencoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.mean, self.log_variance = nn.Linear(5, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        self.encoder, self.mean, self.log_variance = (
+            nn.Linear(5, 4),
+            nn.Linear(4, 2),
+            nn.Linear(4, 2),
+        )
         self.decoder = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 5))
 
     def forward(self, X: Tensor) -> Outputs:
@@ -164,11 +176,17 @@ def root_of_squares(f: Outputs, y: Tensor) -> Tensor:
 
 
 def sum_of_known(f: Outputs, y: Tensor) -> Tensor:
-    return 2 * F.mse_loss(f[0], y[:, :3], reduction="sum") + F.cross_entropy(f[1], labels(y, 2), reduction="sum")
+    return 2 * F.mse_loss(f[0], y[:, :3], reduction="sum") + F.cross_entropy(
+        f[1], labels(y, 2), reduction="sum"
+    )
 
 
 def known_and_own(f: Outputs, y: Tensor) -> Tensor:
-    return F.cross_entropy(f[0], labels(y, 3), reduction="sum") + 0.3 * f[0].pow(4).sum() + f[0].abs().sum()
+    return (
+        F.cross_entropy(f[0], labels(y, 3), reduction="sum")
+        + 0.3 * f[0].pow(4).sum()
+        + f[0].abs().sum()
+    )
 
 
 def around_a_known(f: Outputs, y: Tensor) -> Tensor:
@@ -203,7 +221,9 @@ def mixture(f: Outputs, y: Tensor) -> Tensor:
 
 def correlated(f: Outputs, y: Tensor) -> Tensor:
     factor = torch.diag_embed(F.softplus(f[1]) + 0.5) + torch.tril(f[2].unflatten(1, (3, 3)), -1)
-    return -MultivariateNormal(f[0], scale_tril=factor, validate_args=False).log_prob(y[:, :3]).sum()
+    return (
+        -MultivariateNormal(f[0], scale_tril=factor, validate_args=False).log_prob(y[:, :3]).sum()
+    )
 
 
 def elbo(f: Outputs, y: Tensor) -> Tensor:
@@ -220,7 +240,10 @@ def elbo_of_known(f: Outputs, y: Tensor) -> Tensor:
 
 
 def dice(f: Outputs, y: Tensor) -> Tensor:
-    p, target = f[0].sigmoid().flatten(1), (y > 0).to(y.dtype)[:, :3, None].repeat(1, 2, 3).flatten(1)
+    p, target = (
+        f[0].sigmoid().flatten(1),
+        (y > 0).to(y.dtype)[:, :3, None].repeat(1, 2, 3).flatten(1),
+    )
     return (1 - 2 * (p * target).sum(1) / (p.sum(1) + target.sum(1) + 1)).sum()
 
 
@@ -234,7 +257,9 @@ def boxes(f: Outputs, y: Tensor) -> Tensor:
     """Generalised IoU of boxes (x, y, width, height), with the L1 distance of detectors."""
     low, size = f[0][:, :2], F.softplus(f[0][:, 2:]) + 0.2
     low_y, size_y = y[:, :2], y[:, 2:4].abs() + 0.3
-    shared = (torch.minimum(low + size, low_y + size_y) - torch.maximum(low, low_y)).clamp(min=0).prod(1)
+    shared = (
+        (torch.minimum(low + size, low_y + size_y) - torch.maximum(low, low_y)).clamp(min=0).prod(1)
+    )
     union = size.prod(1) + size_y.prod(1) - shared
     hull = (torch.maximum(low + size, low_y + size_y) - torch.minimum(low, low_y)).prod(1)
     return (1 - shared / union + (hull - union) / hull).sum() + 5 * (f[0] - y[:, :4]).abs().sum()
@@ -291,7 +316,9 @@ class Row:
 
     loss: Callable[[Outputs, Tensor], Tensor]
     network: Callable[[], nn.Module]
-    own: Callable[[nn.Module, Outputs, Tensor], Tensor] | None = None  # the loss in the forward pass, if it differs
+    own: Callable[[nn.Module, Outputs, Tensor], Tensor] | None = (
+        None  # the loss in the forward pass, if it differs
+    )
 
     def problem(self, count: int) -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(len(self.loss.__name__))
@@ -376,7 +403,10 @@ def positive(hessian: Tensor) -> Tensor:
 def jacobian(network: nn.Module, X: Tensor, parameter: Tensor) -> Tensor:
     """``[E, P]`` by the entries of all outputs."""
     entries = torch.cat([f.flatten() for f in network(X)])
-    rows = [torch.autograd.grad(e, parameter, retain_graph=True, materialize_grads=True)[0] for e in entries]
+    rows = [
+        torch.autograd.grad(e, parameter, retain_graph=True, materialize_grads=True)[0]
+        for e in entries
+    ]
     return torch.stack([r.flatten() for r in rows])
 
 
@@ -389,7 +419,10 @@ def ggn_blocks(row: Row, network: nn.Module, X: Tensor, y: Tensor) -> dict[str, 
         H = positive(hessian_at_outputs(row, own, y[n : n + 1]))
         for name, p in network.named_parameters():
             entries = torch.cat([f.flatten() for f in own])
-            rows = [torch.autograd.grad(e, p, retain_graph=True, materialize_grads=True)[0] for e in entries]
+            rows = [
+                torch.autograd.grad(e, p, retain_graph=True, materialize_grads=True)[0]
+                for e in entries
+            ]
             J = torch.stack([r.flatten() for r in rows])
             found[name].append(J.T @ H @ J)
     return {name: torch.stack(blocks) for name, blocks in found.items()}
@@ -400,7 +433,10 @@ def hessian_block(loss: Tensor, parameter: Tensor) -> Tensor:
     (g,) = torch.autograd.grad(loss, parameter, create_graph=True, materialize_grads=True)
     if not g.requires_grad:
         return torch.zeros(g.numel(), g.numel(), dtype=g.dtype)
-    rows = [torch.autograd.grad(e, parameter, retain_graph=True, materialize_grads=True)[0] for e in g.flatten()]
+    rows = [
+        torch.autograd.grad(e, parameter, retain_graph=True, materialize_grads=True)[0]
+        for e in g.flatten()
+    ]
     return torch.stack([r.flatten() for r in rows])
 
 
@@ -423,7 +459,17 @@ def test_ggn_equals_brute_force(row, count):
     network, X, y = row.problem(count)
     blocks = ggn_blocks(row, network, X, y)
     rtol = 1e-4 if row.loss is ctc else 1e-6  # its reference is a finite difference
-    computed(row, network, X, y, DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), GGNMP(), batch_size=count)
+    computed(
+        row,
+        network,
+        X,
+        y,
+        DiagGGNExact(),
+        BatchDiagGGNExact(),
+        SqrtGGNExact(),
+        GGNMP(),
+        batch_size=count,
+    )
     for name, p in network.named_parameters():
         largest = max(block.abs().max().item() for block in blocks.values())
         diagonals = blocks[name].diagonal(dim1=1, dim2=2)
@@ -449,7 +495,9 @@ def test_hessian_equals_brute_force(row, count):
         assert_close(p.hmp(v.reshape(p.shape)).flatten(), H @ v, label=name, rounding=1e-12)
 
 
-@each([row for row in CURVED if row.loss in (cross_entropy, gaussian, elbo, pixelwise, masked_tokens)])
+@each(
+    [row for row in CURVED if row.loss in (cross_entropy, gaussian, elbo, pixelwise, masked_tokens)]
+)
 def test_samples_are_unbiased(row):
     network, X, y = row.problem(3)
     name, p = next(iter(network.named_parameters()))
@@ -467,7 +515,10 @@ def test_roots_by_products_alone(steps):
     torch.manual_seed(0)
     p = torch.randn(3, 2, 40, dtype=torch.float64).softmax(-1)
     p[0, 1] = torch.eye(40)[0]  # a matrix of zeros
-    H, v = torch.diag_embed(p) - p[..., None] * p[..., None, :], torch.randn(3, 2, 40, dtype=torch.float64)
+    H, v = (
+        torch.diag_embed(p) - p[..., None] * p[..., None, :],
+        torch.randn(3, 2, 40, dtype=torch.float64),
+    )
     found = root_product(lambda x: (H @ x[..., None])[..., 0], v, steps)
     assert_close(found.square().sum(-1), (v * (H @ v[..., None])[..., 0]).sum(-1), rounding=1e-14)
     values, vectors = torch.linalg.eigh(H)
@@ -496,7 +547,11 @@ def test_known_losses_that_are_added_up_in_any_order_stay_known(monkeypatch):
     """By graph, by a product with a mask, by the hardest: no differentiation."""
     monkeypatch.setattr(autograd.Quadratic, "_hessian", None)
     torch.manual_seed(0)
-    layer, X, y = nn.Linear(3, 2).double(), torch.randn(6, 3).double(), torch.tensor([0, 1, 1, 0, 1, 0])
+    layer, X, y = (
+        nn.Linear(3, 2).double(),
+        torch.randn(6, 3).double(),
+        torch.tensor([0, 1, 1, 0, 1, 0]),
+    )
 
     def ways(entropy):
         yield torch.zeros(2, dtype=entropy.dtype).index_add(0, torch.arange(6) % 2, entropy).sum()
@@ -602,16 +657,22 @@ def test_products_take_the_batch_as_one_sample(row):
     network, X, y = row.problem(4)
     computed(row, network, X, y, GGNMP(), HMP())
     H = positive(hessian_at_outputs(row, network(X), y))
-    assert (torch.linalg.eigvalsh(hessian_at_outputs(row, network(X), y)) < -1e-6).any() or row.loss is not contrastive
+    assert (
+        torch.linalg.eigvalsh(hessian_at_outputs(row, network(X), y)) < -1e-6
+    ).any() or row.loss is not contrastive
     for name, p in network.named_parameters():
         J, v = jacobian(network, X, p), torch.cos(torch.arange(p.numel(), dtype=p.dtype))
-        assert_close(p.ggnmp(v.reshape(p.shape)).flatten(), J.T @ H @ J @ v, label=name, rounding=1e-12)
+        assert_close(
+            p.ggnmp(v.reshape(p.shape)).flatten(), J.T @ H @ J @ v, label=name, rounding=1e-12
+        )
         expected = hessian_block(row.value(network, X, y), p) @ v
         assert_close(p.hmp(v.reshape(p.shape)).flatten(), expected, label=name, rounding=1e-12)
 
 
 @each(MIXING)
-@pytest.mark.parametrize("extension", [BatchGrad, DiagGGNExact, DiagGGNMC, SqrtGGNExact, DiagHessian])
+@pytest.mark.parametrize(
+    "extension", [BatchGrad, DiagGGNExact, DiagGGNMC, SqrtGGNExact, DiagHessian]
+)
 def test_quantities_of_samples_are_refused(row, extension):
     network, X, y = row.problem(4)
     with pytest.raises(UnsupportedError, match="samples that do not influence each other"):
@@ -643,7 +704,9 @@ def once(f: Outputs, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("extension", [DiagGGNExact, DiagGGNMC, KFLR, DiagHessian])
 def test_a_loss_without_second_derivative_is_refused(extension):
     network, X, y = Row(once, lambda: Heads(3)).problem(4)
-    with pytest.raises(NoSecondDerivativeError, match=r"this loss has none.*`OnceBackward`.*First-order"):
+    with pytest.raises(
+        NoSecondDerivativeError, match=r"this loss has none.*`OnceBackward`.*First-order"
+    ):
         computed(Row(once, lambda: Heads(3)), network, X, y, extension(), batch_size=4)
 
 
@@ -652,13 +715,17 @@ def test_first_order_quantities_need_no_second_derivative():
     network, X, y = row.problem(4)
     computed(row, network, X, y, BatchGrad(), batch_size=4)
     p = network.heads[0].weight
-    rows = [torch.autograd.grad(row.value(network, X[n : n + 1], y[n : n + 1]), p)[0] for n in range(4)]
+    rows = [
+        torch.autograd.grad(row.value(network, X[n : n + 1], y[n : n + 1]), p)[0] for n in range(4)
+    ]
     assert_close(p.grad_batch, torch.stack(rows))
 
 
 def test_a_recursion_needs_one_output():
     network, X, y = CURVED[11].problem(4)
-    with pytest.raises(UnsupportedError, match="KFRA expects one loss of one output, found losses of 2"):
+    with pytest.raises(
+        UnsupportedError, match="KFRA expects one loss of one output, found losses of 2"
+    ):
         computed(CURVED[11], network, X, y, KFRA())
 
 

@@ -6,7 +6,16 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from losses_table import LOSS, LOSSES, counts, elementwise_summand, labels, probabilities, real, soft_bits
+from losses_table import (
+    LOSS,
+    LOSSES,
+    counts,
+    elementwise_summand,
+    labels,
+    probabilities,
+    real,
+    soft_bits,
+)
 from test_ggn import RUNS, assert_unbiased
 from torch import nn
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
@@ -32,7 +41,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # k
 def small_problem(loss) -> Problem:
     torch.manual_seed(len(loss.name))
     shape = torch.Size((3, *loss.extra))
-    model = nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, shape.numel()), nn.Unflatten(1, shape)).double()
+    model = nn.Sequential(
+        nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, shape.numel()), nn.Unflatten(1, shape)
+    ).double()
     X = torch.randn(N, 5, dtype=torch.float64)
     return Problem(model, X, loss.target((N, *shape)), loss)
 
@@ -78,7 +89,9 @@ def test_kronecker_factors_equal_brute_force(loss):
             assert_close(actual, expected, label=key)
 
 
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name != "l1"], ids=lambda loss: loss.name)
+@pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if loss.name != "l1"], ids=lambda loss: loss.name
+)
 def test_sampled_labels_are_unbiased(loss):
     problem = small_problem(loss)
     generator = torch.Generator().manual_seed(0)
@@ -192,13 +205,21 @@ def test_columns_products_and_samples_are_one_matrix(name):
 def test_fewest_columns_are_a_square_root_of_the_same_matrix(name):
     found, _ = likelihood(*CALLS[name], scale=SCALE.abs())
     every, fewest = list(found.columns(BatchAxis(4))), list(found.fewest_columns(BatchAxis(4)))
-    assert_close(dense((column, None) for column in fewest), dense((column, None) for column in every), label=name)
+    assert_close(
+        dense((column, None) for column in fewest),
+        dense((column, None) for column in every),
+        label=name,
+    )
     assert len(fewest) <= len(every)
 
 
 def test_classes_have_one_column_less_also_where_probabilities_underflow():
-    logits = torch.tensor([[0.0, -200.0, 3.0], [200.0, 0.0, 1.0], [-200.0, -300.0, 0.0], [1.0, 2.0, 3.0]])
-    found = REGISTERED[F.cross_entropy](torch.ones(()), logits, torch.tensor([0, 1, 2, 0]), reduction="sum")
+    logits = torch.tensor(
+        [[0.0, -200.0, 3.0], [200.0, 0.0, 1.0], [-200.0, -300.0, 0.0], [1.0, 2.0, 3.0]]
+    )
+    found = REGISTERED[F.cross_entropy](
+        torch.ones(()), logits, torch.tensor([0, 1, 2, 0]), reduction="sum"
+    )
     p = logits.softmax(1).double()
     columns = torch.stack(list(found.fewest_columns(BatchAxis(4)))).double()
     assert len(columns) == 2
@@ -244,7 +265,10 @@ def expected_summand(output, y, n):
     """Its expectation over the targets of the model at hand: the Hessian is the Fisher information."""
     mean, var = output[:, :2], F.softplus(output[:, 2:])
     return elementwise_summand(
-        mean, mean.detach(), n, lambda f, f0: ((f - f0) ** 2 + var.detach()) / (2 * var) + torch.log(var) / 2
+        mean,
+        mean.detach(),
+        n,
+        lambda f, f0: ((f - f0) ** 2 + var.detach()) / (2 * var) + torch.log(var) / 2,
     )
 
 
@@ -284,10 +308,19 @@ def test_sequence_first_rows():
 
 REFUSALS = {
     "negative": (lambda output, y: -F.mse_loss(output, y), "weights ≥ 0, found a negative one"),
-    "negative_class": (lambda output, y: -F.cross_entropy(output, y.softmax(1)), "weights ≥ 0, found a negative one"),
+    "negative_class": (
+        lambda output, y: -F.cross_entropy(output, y.softmax(1)),
+        "weights ≥ 0, found a negative one",
+    ),
     "nll": (lambda output, y: F.nll_loss(output, y.argmax(1)), "expects log-probabilities"),
-    "kl": (lambda output, y: F.kl_div(output, y.softmax(1), reduction="sum"), "sum to one over 0 axes"),
-    "shape": (lambda output, y: F.poisson_nll_loss(output, y[:, :1].exp()), "input and target of one shape"),
+    "kl": (
+        lambda output, y: F.kl_div(output, y.softmax(1), reduction="sum"),
+        "sum to one over 0 axes",
+    ),
+    "shape": (
+        lambda output, y: F.poisson_nll_loss(output, y[:, :1].exp()),
+        "input and target of one shape",
+    ),
 }
 
 

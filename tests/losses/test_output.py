@@ -56,10 +56,22 @@ def signs(shape):
 CONVEX = [
     by_hand("cross_entropy", hand_written_cross_entropy, cross_entropy_summand, labels),
     by_hand(
-        "squares", lambda f, y: ((f - y) ** 2).sum(), lambda f, y, n: mse_summand(f, y, n, reduction="sum"), extra=(2,)
+        "squares",
+        lambda f, y: ((f - y) ** 2).sum(),
+        lambda f, y, n: mse_summand(f, y, n, reduction="sum"),
+        extra=(2,),
     ),
-    by_hand("quartic", lambda f, y: 3 * ((f - y) ** 4).mean(), lambda f, y, n: 3 * ((f - y) ** 4)[n].sum() / f.numel()),
-    by_hand("energy", lambda f, y: f.logsumexp((1, 2)).sum(), lambda f, y, n: f[n].exp().sum().log(), extra=(2,)),
+    by_hand(
+        "quartic",
+        lambda f, y: 3 * ((f - y) ** 4).mean(),
+        lambda f, y, n: 3 * ((f - y) ** 4)[n].sum() / f.numel(),
+    ),
+    by_hand(
+        "energy",
+        lambda f, y: f.logsumexp((1, 2)).sum(),
+        lambda f, y, n: f[n].exp().sum().log(),
+        extra=(2,),
+    ),
     by_hand(
         "multilabel",
         F.multilabel_soft_margin_loss,
@@ -79,14 +91,24 @@ CONVEX = [
     ),
 ]
 SINE = by_hand(
-    "sine", lambda f, y: torch.sin(f * f.roll(1, 1)).sum(), lambda f, y, n: torch.sin(f * f.roll(1, 1))[n].sum()
+    "sine",
+    lambda f, y: torch.sin(f * f.roll(1, 1)).sum(),
+    lambda f, y, n: torch.sin(f * f.roll(1, 1))[n].sum(),
 )
 
 
 @pytest.mark.parametrize("loss", CONVEX, ids=lambda loss: loss.name)
 def test_ggn_equals_brute_force(loss):
     problem = small_problem(loss)
-    compute(problem, DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), KFLR(), output=problem.model, check=True)
+    compute(
+        problem,
+        DiagGGNExact(),
+        BatchDiagGGNExact(),
+        SqrtGGNExact(),
+        KFLR(),
+        output=problem.model,
+        check=True,
+    )
     assert_fields(problem, "diag_ggn_exact", oracle.diag_ggn(problem))
     assert_fields(problem, "diag_ggn_exact_batch", oracle.diag_ggn_batch(problem))
     blocks, factors = oracle.ggn(problem), oracle.kronecker(problem, "expand")
@@ -127,7 +149,9 @@ def test_samples_are_unbiased():
     assert_unbiased(torch.stack(runs), oracle.diag_ggn(problem)["0.weight"], "0.weight")
 
 
-@pytest.mark.parametrize("name", ["cnn_inplace_groups", "vit", "tied_embedding", "language_model", "one_datum"])
+@pytest.mark.parametrize(
+    "name", ["cnn_inplace_groups", "vit", "tied_embedding", "language_model", "one_datum"]
+)
 def test_known_losses_by_differentiation(name):
     """Known loss functions above the output are differentiated like any other."""
     problem = ROW[name].make()
@@ -313,7 +337,9 @@ def test_loss_is_refused(function, message):
 
 def test_parameters_around_the_output_are_refused():
     problem = small_problem(CONVEX[0])
-    with pytest.raises(UnsupportedError, match=r"`linear` reaches it around the output. Leave `output=` out"):
+    with pytest.raises(
+        UnsupportedError, match=r"`linear` reaches it around the output. Leave `output=` out"
+    ):
         compute(problem, DiagGGNExact(), output=problem.model[1])
 
 
@@ -339,11 +365,15 @@ def test_tensor_must_be_in_the_graph():
 
 
 def test_other_types_are_refused():
-    with pytest.raises(TypeError, match=r"found 'head'; a name is turned into a module by `model.get_submodule"):
+    with pytest.raises(
+        TypeError, match=r"found 'head'; a name is turned into a module by `model.get_submodule"
+    ):
         curvature(DiagGGNExact(), output="head")
     lstm = nn.LSTM(3, 2)
     with (
-        pytest.raises(UnsupportedError, match="returns one tensor, found `LSTM` that returns `tuple`"),
+        pytest.raises(
+            UnsupportedError, match="returns one tensor, found `LSTM` that returns `tuple`"
+        ),
         curvature(DiagGGNExact(), output=lstm),
     ):
         lstm(torch.ones(4, 2, 3))
@@ -374,6 +404,8 @@ def test_autograd_backward_takes_its_arguments():
     problem = small_problem(LOSS["mse"])
     with curvature(DiagGGNExact(), BatchGrad()):
         loss = F.mse_loss(problem.model(problem.X), problem.y, reduction="none")
-        torch.autograd.backward([loss], [torch.full_like(loss, 1 / loss.numel())], retain_graph=True)
+        torch.autograd.backward(
+            [loss], [torch.full_like(loss, 1 / loss.numel())], retain_graph=True
+        )
     assert_fields(problem, "diag_ggn_exact", oracle.diag_ggn(problem))
     assert_fields(problem, "grad_batch", oracle.grad_batch(problem))

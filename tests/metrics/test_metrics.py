@@ -49,7 +49,9 @@ def pairwise_signal(gradients):
 def test_unbiased_moments_equal_brute_force():
     [gradients] = batches_of_gradients([9])
     trace, signal = unbiased_moments(
-        gradients.square().sum(1).mean(), gradients.mean(0).square().sum(), torch.tensor(1 / 9, dtype=torch.float64)
+        gradients.square().sum(1).mean(),
+        gradients.mean(0).square().sum(),
+        torch.tensor(1 / 9, dtype=torch.float64),
     )
     torch.testing.assert_close(trace, gradients.var(0).sum())
     torch.testing.assert_close(signal, pairwise_signal(gradients))
@@ -94,7 +96,9 @@ def test_noise_scale_is_infinite_while_the_batches_are_too_small_to_resolve_it()
 def test_one_sample_and_no_sample_add_nothing(metric):
     batches = batches_of_gradients([6, 4])
     lonely = [torch.ones(1, 7, dtype=torch.float64), torch.ones(0, 7, dtype=torch.float64)]
-    torch.testing.assert_close(filled(metric(), batches + lonely).compute(), filled(metric(), batches).compute())
+    torch.testing.assert_close(
+        filled(metric(), batches + lonely).compute(), filled(metric(), batches).compute()
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -160,7 +164,8 @@ def diagonal_of(gradients):
     return gradients.square().mean(0) + 1
 
 
-# metric: arguments of its update; numerator and denominator by brute force; what becomes of the ratio of their sums
+# metric: arguments of its update; numerator and denominator by brute force; what becomes of the
+# ratio of their sums
 RATIOS = {
     GradientDiversity: (
         lambda g: (sq_norms(g), sq_norm_of_mean(g)),
@@ -182,8 +187,16 @@ RATIOS = {
         lambda g: (orthogonal(g), sq_norm_of_mean(g)),
         torch.sqrt,
     ),
-    MeanTrace: (lambda g: (trace_of(g), len(g)), lambda g: (len(g) * trace_of(g), len(g)), lambda r: r),
-    TIC: (lambda g: (sq_norms(g), trace_of(g)), lambda g: (g.square().sum(), len(g) * trace_of(g)), lambda r: r),
+    MeanTrace: (
+        lambda g: (trace_of(g), len(g)),
+        lambda g: (len(g) * trace_of(g), len(g)),
+        lambda r: r,
+    ),
+    TIC: (
+        lambda g: (sq_norms(g), trace_of(g)),
+        lambda g: (g.square().sum(), len(g) * trace_of(g)),
+        lambda r: r,
+    ),
     CABS: (
         lambda g: (sq_norms(g), sq_norm_of_mean(g), trace_of(g), 0.1),
         lambda g: (0.1 * g.var(0).sum(), trace_of(g)),
@@ -254,7 +267,10 @@ def test_a_single_sample_adds_nothing_to_a_test(metric):
 @pytest.mark.parametrize("metric", [GradientSNR, EvidenceCriterion, TICDiagonal])
 def test_entries_that_never_vary_are_left_out(metric):
     gradients = torch.cat([batches_of_gradients([6])[0], torch.zeros(6, 2, dtype=torch.float64)], 1)
-    arguments = {**RATIOS, TICDiagonal: (lambda g: (sum_of_squares(g), sum_of_squares(g) / 2, len(g)),)}[metric][0]
+    arguments = {
+        **RATIOS,
+        TICDiagonal: (lambda g: (sum_of_squares(g), sum_of_squares(g) / 2, len(g)),),
+    }[metric][0]
     whole, part = metric(), metric()
     whole.update(*arguments(gradients))
     part.update(*arguments(gradients[:, :7]))
@@ -265,12 +281,20 @@ def test_a_batch_has_the_same_value_as_metric_and_as_formula():
     [gradients] = batches_of_gradients([6])
     mean = gradients.mean(0)
     squares, dots = gradients.square().sum(1), gradients @ mean
-    norms, projections = (squares.mean(), mean @ mean, 1 / 6), (dots.square().mean(), mean @ mean, 1 / 6)
-    error, along = quotient(functional.norm_test(*norms)), quotient(functional.inner_product_test(*projections))
+    norms, projections = (
+        (squares.mean(), mean @ mean, 1 / 6),
+        (dots.square().mean(), mean @ mean, 1 / 6),
+    )
+    error, along = (
+        quotient(functional.norm_test(*norms)),
+        quotient(functional.inner_product_test(*projections)),
+    )
     across = quotient(functional.orthogonality_test(squares.mean(), *projections))
     torch.testing.assert_close(error, gradients.var(0).sum() / 6 / (mean @ mean))
     torch.testing.assert_close(along + across, error)
-    torch.testing.assert_close(quotient(functional.gradient_diversity(*norms)), squares.sum() / (36 * mean @ mean))
+    torch.testing.assert_close(
+        quotient(functional.gradient_diversity(*norms)), squares.sum() / (36 * mean @ mean)
+    )
     for metric, arguments, value in [
         (NormTest(), (squares, mean @ mean), error.sqrt()),
         (InnerProductTest(), (dots,), along.sqrt()),

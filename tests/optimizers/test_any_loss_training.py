@@ -46,7 +46,10 @@ def gaussian(f, y):
 
 def divergence(f, y):
     posterior = Normal(f[:, :3], (f[:, 3:] / 2).clamp(-3, 3).exp())
-    return F.mse_loss(f[:, :3], y) + 0.1 * kl_divergence(posterior, Normal(torch.zeros(3), torch.ones(3))).sum(1).mean()
+    return (
+        F.mse_loss(f[:, :3], y)
+        + 0.1 * kl_divergence(posterior, Normal(torch.zeros(3), torch.ones(3))).sum(1).mean()
+    )
 
 
 def dice(f, y):
@@ -108,7 +111,12 @@ def trained(make, loss, outputs, steps=30):
     return optimizer, losses[0], loss(model(X), y).item()
 
 
-RUNS = [(k, n) for k in OPTIMIZERS for n in CURVED if not (k.startswith("diag_ggn") and n == "contrastive")]
+RUNS = [
+    (k, n)
+    for k in OPTIMIZERS
+    for n in CURVED
+    if not (k.startswith("diag_ggn") and n == "contrastive")
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
@@ -146,14 +154,19 @@ def test_the_empirical_fisher_is_that_of_the_samples(loss):
     torch.manual_seed(0)
     model, (X, y) = mlp(3).double(), [t.double() for t in data()]
     optimizer = DiagGGNOptimizer(model.parameters())
-    with pytest.warns(RuntimeWarning, match="empirical Fisher"), curvature(*optimizer.required_extensions()):
+    with (
+        pytest.warns(RuntimeWarning, match="empirical Fisher"),
+        curvature(*optimizer.required_extensions()),
+    ):
         loss(model(X), y).backward()
     for name, p in model.named_parameters():
         rows = []
         for n in range(N):
             (g,) = torch.autograd.grad(loss(model(X[n : n + 1]), y[n : n + 1]), p)
             rows.append(g.square())
-        assert_close(p.diag_ggn_mc, torch.stack(rows).mean(0) / loss(model(X), y).detach(), label=name)
+        assert_close(
+            p.diag_ggn_mc, torch.stack(rows).mean(0) / loss(model(X), y).detach(), label=name
+        )
 
 
 def test_known_losses_draw_what_they_drew():
@@ -163,7 +176,9 @@ def test_known_losses_draw_what_they_drew():
     torch.manual_seed(0)
     model, (X, y) = mlp(3), data()
     twin = copy.deepcopy(model)
-    with curvature(*DiagGGNOptimizer(model.parameters()).required_extensions(), generator=torch.Generator()):
+    with curvature(
+        *DiagGGNOptimizer(model.parameters()).required_extensions(), generator=torch.Generator()
+    ):
         F.cross_entropy(model(X), y.argmax(1)).backward()
     with curvature(DiagGGNMC(), generator=torch.Generator()):
         F.cross_entropy(twin(X), y.argmax(1)).backward()
@@ -175,9 +190,15 @@ def test_a_loss_that_may_be_negative_is_a_likelihood_as_it_is():
     torch.manual_seed(0)
     model, (X, y) = mlp(3).double(), [t.double() for t in data()]
     optimizer = DiagGGNOptimizer(model.parameters())
-    with pytest.warns(RuntimeWarning, match="empirical Fisher"), curvature(*optimizer.required_extensions()):
+    with (
+        pytest.warns(RuntimeWarning, match="empirical Fisher"),
+        curvature(*optimizer.required_extensions()),
+    ):
         (quantile(model(X), y) - 10).backward()
-    row = [torch.autograd.grad(quantile(model(x[None]), z[None]), model[2].bias)[0].square() for x, z in zip(X, y)]
+    row = [
+        torch.autograd.grad(quantile(model(x[None]), z[None]), model[2].bias)[0].square()
+        for x, z in zip(X, y)
+    ]
     assert_close(model[2].bias.diag_ggn_mc, torch.stack(row).mean(0))
 
 
@@ -204,5 +225,7 @@ def test_confident_and_diverging_networks_go_on():
         with curvature(*DiagGGNOptimizer(layer.parameters()).required_extensions()):
             f = scale * layer(X)
             entropy = F.cross_entropy(f, labels, reduction="none")
-            ((1 - torch.exp(-entropy)) ** 2 * entropy - f.log_softmax(1)[torch.arange(N), labels]).mean().backward()
+            (
+                (1 - torch.exp(-entropy)) ** 2 * entropy - f.log_softmax(1)[torch.arange(N), labels]
+            ).mean().backward()
         assert layer.weight.diag_ggn_mc.isfinite().all() == (scale < torch.inf)

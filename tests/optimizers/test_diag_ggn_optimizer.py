@@ -112,7 +112,10 @@ def test_interval_asks_for_extensions_only_when_due():
             with_diagonal(p)
         optimizer.step()
     assert asked == [["diag_ggn_mc"], [], [], ["diag_ggn_mc"], []]
-    assert DiagGGNOptimizer([p], curvature="exact").required_extensions()[0].savefield == "diag_ggn_exact"
+    assert (
+        DiagGGNOptimizer([p], curvature="exact").required_extensions()[0].savefield
+        == "diag_ggn_exact"
+    )
 
 
 def test_missing_or_used_curvature_raises():
@@ -126,7 +129,10 @@ def test_missing_or_used_curvature_raises():
 def test_field_of_the_wrong_shape_raises():
     p = parameter(2, 3)
     p.diag_ggn_mc = torch.rand(3, 2)
-    with pytest.raises(ValueError, match=r"must be one tensor of its parameter's shape \(2, 3\), found \[\(3, 2\)\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be one tensor of its parameter's shape \(2, 3\), found \[\(3, 2\)\]",
+    ):
         plain([p]).step()
 
 
@@ -155,7 +161,9 @@ def test_non_finite_gradient_skips_the_step():
     p = parameter(2, 3)
     p.grad[0, 0] = math.nan
     before, optimizer = p.detach().clone(), plain([p])
-    with pytest.warns(RuntimeWarning, match="inf or NaN in the gradients of .*; this step is skipped"):
+    with pytest.warns(
+        RuntimeWarning, match="inf or NaN in the gradients of .*; this step is skipped"
+    ):
         optimizer.step()
     assert torch.equal(p, before)
 

@@ -22,7 +22,13 @@ def mlp():
 
 def cnn():
     return nn.Sequential(
-        *(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.ReLU()),
+        *(
+            nn.Conv2d(1, 4, 3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(),
+        ),
         *(nn.Flatten(), nn.Linear(64, 3)),
     )
 
@@ -63,7 +69,9 @@ def flat(tensors):
 def damped_kronecker(B, A, lam):
     t_a, t_b = A.trace() / len(A), B.trace() / len(B)
     g_b, g_a = (lam * t_b / t_a) ** 0.5, (lam * t_a / t_b) ** 0.5
-    return torch.kron(B + g_b * torch.eye(len(B), dtype=B.dtype), A + g_a * torch.eye(len(A), dtype=A.dtype))
+    return torch.kron(
+        B + g_b * torch.eye(len(B), dtype=B.dtype), A + g_a * torch.eye(len(A), dtype=A.dtype)
+    )
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
@@ -88,7 +96,10 @@ def test_weight_and_bias_are_solved_as_one_dense_block(kind):
     optimizer.step()
     moved = flat([layer.weight.flatten(1), layer.bias]) - before
     torch.testing.assert_close(moved, -flat([expected[:, :-1], expected[:, -1]]))
-    assert optimizer.summary() == {"parameter 0 of group 0": "curvature", "parameter 1 of group 0": "curvature"}
+    assert optimizer.summary() == {
+        "parameter 0 of group 0": "curvature",
+        "parameter 1 of group 0": "curvature",
+    }
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -103,7 +114,10 @@ def test_direction_of_a_transposed_convolution_is_that_of_a_convolution(groups, 
     swapped = lambda w: w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)  # noqa: E731
     peer.weight.data = swapped(ours.weight.data).clone()
     x, y = torch.randn(5, 4, 3, dtype=DOUBLE), torch.randn(5, 6, 3, dtype=DOUBLE)
-    optimizers = [bare(layer.parameters(), curvature="exact", positions=None, **settings) for layer in (ours, peer)]
+    optimizers = [
+        bare(layer.parameters(), curvature="exact", positions=None, **settings)
+        for layer in (ours, peer)
+    ]
     for _ in range(3):
         for layer, optimizer in zip((ours, peer), optimizers):
             optimizer.zero_grad()
@@ -122,7 +136,11 @@ def test_direction_of_a_transposed_convolution_is_that_of_a_convolution(groups, 
 
 
 def decoder():
-    layers = nn.ConvTranspose2d(1, 2, 2, stride=2, padding=5), nn.Tanh(), nn.ConvTranspose2d(2, 4, 2)
+    layers = (
+        nn.ConvTranspose2d(1, 2, 2, stride=2, padding=5),
+        nn.Tanh(),
+        nn.ConvTranspose2d(2, 4, 2),
+    )
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 7 * 7, 3))
 
 
@@ -133,7 +151,9 @@ def test_ekfac_direction_is_its_definition(make):
     y = torch.randint(3, (12,))
     optimizer = bare(net.parameters(), eigen=True, positions=None, factor_decay=0.0)
     optimizer.schedule = Schedule(measure=1, invert=10**6, burn_in=3)
-    for _ in range(5):  # the last two keep the basis; without decay the moments are those of the last batch
+    for _ in range(
+        5
+    ):  # the last two keep the basis; without decay the moments are those of the last batch
         optimizer.zero_grad()
         with curvature(*optimizer.extensions):
             F.cross_entropy(net(x), y).backward()
@@ -148,16 +168,24 @@ def test_ekfac_direction_is_its_definition(make):
         members = [weight] if bias is None else [weight, bias]
         J = [jacobians[p].per_sample() for p in members]
         J = torch.cat([J[0].flatten(3), J[1].unsqueeze(3)], dim=3) if bias is not None else J[0]
-        turn = "layout" in state  # a transposed convolution: the axes of the basis are outputs, inputs
+        turn = (
+            "layout" in state
+        )  # a transposed convolution: the axes of the basis are outputs, inputs
         J = J.transpose(2, 3) if turn else J
-        grad = weight.grad if bias is None else torch.cat([weight.grad.flatten(1), bias.grad[:, None]], dim=1)
+        grad = (
+            weight.grad
+            if bias is None
+            else torch.cat([weight.grad.flatten(1), bias.grad[:, None]], dim=1)
+        )
         grad = grad.transpose(0, 1) if turn else grad
         matrices = [torch.diag(q) if q.dim() == 1 else q for q in state["basis"]]
         Q = matrices[0] if len(matrices) == 1 else torch.kron(*(q.contiguous() for q in matrices))
         moments = (J.flatten(0, 1).flatten(1) @ Q).square().sum(0)
         expected = Q @ ((Q.T @ grad.flatten()) / (moments + 0.1))
         moved = [p.detach() - before[p] for p in members]
-        moved = torch.cat([moved[0].flatten(1), moved[1][:, None]], 1) if bias is not None else moved[0]
+        moved = (
+            torch.cat([moved[0].flatten(1), moved[1][:, None]], 1) if bias is not None else moved[0]
+        )
         moved = moved.transpose(0, 1) if turn else moved
         torch.testing.assert_close(moved.flatten(), -expected)
 
@@ -199,11 +227,15 @@ def test_few_positions_give_the_factors_in_expectation():
 
 
 @pytest.mark.parametrize("eigen", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"lr": 1.0, "kl_clip": None, "momentum": 0.0}], ids=["auto", "fixed"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"lr": 1.0, "kl_clip": None, "momentum": 0.0}], ids=["auto", "fixed"]
+)
 def test_one_step_solves_a_quadratic_problem(settings, eigen):
     X, Y = torch.randn(20, 4, dtype=DOUBLE), torch.randn(20, 3, dtype=DOUBLE)
     layer = nn.Linear(4, 3, dtype=DOUBLE)
-    optimizer = KFACOptimizer(layer.parameters(), damping=1e-14, curvature="exact", eigen=eigen, **settings)
+    optimizer = KFACOptimizer(
+        layer.parameters(), damping=1e-14, curvature="exact", eigen=eigen, **settings
+    )
     fit(optimizer, layer, X, Y, loss=F.mse_loss)
     solution = torch.linalg.lstsq(torch.cat([X, torch.ones(20, 1, dtype=DOUBLE)], 1), Y).solution
     torch.testing.assert_close(layer.weight.detach(), solution[:-1].T, rtol=1e-5, atol=1e-5)
@@ -241,7 +273,9 @@ def test_diagonal_trains_with_its_own_learning_rate():
 
 
 def test_sequences_embeddings_and_norms_train():
-    net = nn.Sequential(nn.Embedding(7, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 7))
+    net = nn.Sequential(
+        nn.Embedding(7, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 7)
+    )
     tokens = torch.randint(7, (16, 5))
 
     def loss(out, y):
@@ -249,7 +283,14 @@ def test_sequences_embeddings_and_norms_train():
 
     for eigen in (False, True):
         model = copy.deepcopy(net)
-        losses = fit(KFACOptimizer(model.parameters(), eigen=eigen), model, tokens, (tokens + 1) % 7, 30, loss)
+        losses = fit(
+            KFACOptimizer(model.parameters(), eigen=eigen),
+            model,
+            tokens,
+            (tokens + 1) % 7,
+            30,
+            loss,
+        )
         assert losses[-1] < 0.2 * losses[0]
 
 
@@ -272,7 +313,10 @@ def test_resuming_is_bit_exact(eigen, dtype):
     optimizer = KFACOptimizer(net.parameters(), eigen=eigen, factor_interval=2, weight_decay=0.01)
     fit(optimizer, net, x, y, 7, loss_fn=lambda: F.cross_entropy(net(x), y))
     other = copy.deepcopy(net)
-    twin = resumed(optimizer, KFACOptimizer(other.parameters(), eigen=eigen, factor_interval=2, weight_decay=0.01))
+    twin = resumed(
+        optimizer,
+        KFACOptimizer(other.parameters(), eigen=eigen, factor_interval=2, weight_decay=0.01),
+    )
     for model, opt in ((net, optimizer), (other, twin)):
         fit(opt, model, x, y, 6, loss_fn=lambda model=model: F.cross_entropy(model(x), y))
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters()))
@@ -288,7 +332,10 @@ def test_jacobians_are_dropped_after_the_step():
     backward(optimizer, net, x, y)
     optimizer.step()
     assert not any(hasattr(p, "jacobian_mc") or hasattr(p, "loss_limits") for p in net.parameters())
-    with pytest.raises(RuntimeError, match=r"no parameter whose `.jacobian_mc` was written.*`CurvatureCallback\(\)`"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"no parameter whose `.jacobian_mc` was written.*`CurvatureCallback\(\)`",
+    ):
         optimizer.step()
 
 
@@ -316,7 +363,12 @@ def test_frozen_then_unfrozen_layers():
     net[2].bias.requires_grad_(False)
     before = [p.detach().clone() for p in net.parameters()]
     fit(optimizer, net, x, y, 3)
-    assert [torch.equal(p, q) for p, q in zip(net.parameters(), before)] == [True, True, False, True]
+    assert [torch.equal(p, q) for p, q in zip(net.parameters(), before)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
     assert list(optimizer.summary().values()) == ["frozen", "frozen", "curvature", "frozen"]
     net.requires_grad_(True)
     losses = fit(optimizer, net, x, y, 30)
@@ -336,12 +388,21 @@ def test_tied_weights_and_unused_layers():
             self.inner = nn.Linear(4, 4)
 
         def forward(self, tokens):
-            return F.linear(torch.tanh(self.inner(self.inner(self.embed(tokens)))), self.embed.weight)
+            return F.linear(
+                torch.tanh(self.inner(self.inner(self.embed(tokens)))), self.embed.weight
+            )
 
     net, tokens = Tied(), torch.randint(5, (32, 1))
     unused = net.unused.weight.detach().clone()
     optimizer = KFACOptimizer(net.named_parameters())
-    losses = fit(optimizer, net, tokens, (tokens + 1) % 5, 30, lambda out, y: F.cross_entropy(out[:, 0], y[:, 0]))
+    losses = fit(
+        optimizer,
+        net,
+        tokens,
+        (tokens + 1) % 5,
+        30,
+        lambda out, y: F.cross_entropy(out[:, 0], y[:, 0]),
+    )
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(net.unused.weight, unused)
     assert optimizer.summary()["`unused.weight`"] == "not seen"
@@ -351,7 +412,9 @@ def test_tied_weights_and_unused_layers():
 @pytest.mark.parametrize("eigen", [False, True])
 def test_a_single_sample(eigen):
     net = mlp()
-    losses = fit(KFACOptimizer(net.parameters(), eigen=eigen), net, torch.randn(1, 4), torch.tensor([1]), 10)
+    losses = fit(
+        KFACOptimizer(net.parameters(), eigen=eigen), net, torch.randn(1, 4), torch.tensor([1]), 10
+    )
     assert losses[-1] < losses[0]
     assert all(p.isfinite().all() for p in net.parameters())
 
@@ -389,7 +452,9 @@ def test_groups_of_weights_and_biases_keep_their_settings():
     net, (x, y) = mlp(), (torch.randn(9, 4), torch.randint(3, (9,)))
     weights = [p for p in net.parameters() if p.dim() > 1]
     biases = [p for p in net.parameters() if p.dim() == 1]
-    optimizer = KFACOptimizer([{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 1e-9}])
+    optimizer = KFACOptimizer(
+        [{"params": weights, "weight_decay": 0.1}, {"params": biases, "lr": 1e-9}]
+    )
     before = [p.detach().clone() for p in biases]
     fit(optimizer, net, x, y)
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(biases, before))
@@ -422,26 +487,37 @@ def test_stochastic_network_with_dropout_trains():
 def test_batch_norm_in_training_mode_takes_its_statistics_as_given(settings):
     x, y = images()
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 3),
     ).train()
     losses = fit(KFACOptimizer(net.parameters(), **settings), net, x, y, steps=20)
     assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("settings", [{}, {"eigen": True}, {"lr": 1.0, "damping": 0.1}], ids=["auto", "eigen", "fixed"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"eigen": True}, {"lr": 1.0, "damping": 0.1}], ids=["auto", "eigen", "fixed"]
+)
 def test_micro_batches_make_the_step_of_the_whole_batch(settings, reduction):
     """Factors, least damping, bound on the promise and the quadratic model."""
     net, (x, y) = mlp().double(), (torch.randn(15, 4, dtype=DOUBLE), torch.randint(3, (15,)))
     twin, loss = copy.deepcopy(net), partial(F.cross_entropy, reduction=reduction)
-    whole, parts = (KFACOptimizer(n.parameters(), curvature="exact", **settings) for n in (net, twin))
+    whole, parts = (
+        KFACOptimizer(n.parameters(), curvature="exact", **settings) for n in (net, twin)
+    )
     parts.curvature_scale = 3.0
     for _ in range(3):
         fit(whole, net, x, y, loss=loss)
         parts.zero_grad()
         for part in range(3):
             with curvature(*parts.accumulated_extensions()):
-                (loss(twin(x[5 * part :][:5]), y[5 * part :][:5]) / (3 if reduction == "mean" else 1)).backward()
+                (
+                    loss(twin(x[5 * part :][:5]), y[5 * part :][:5])
+                    / (3 if reduction == "mean" else 1)
+                ).backward()
             if part < 2:
                 parts.accumulate()
         parts.step()

@@ -62,10 +62,16 @@ class GivenFactors(KroneckerCurvature):
         return self.checked(list(fields[0]), block)
 
 
-def plain(params, lr=1.0, damping=LAM, momentum=0.0, kl_clip=None, max_factor_size=8192, **settings):
+def plain(
+    params, lr=1.0, damping=LAM, momentum=0.0, kl_clip=None, max_factor_size=8192, **settings
+):
     """The bare update: no momentum, no clip; factors set by hand."""
-    optimizer = KFACOptimizer(params, lr=lr, damping=damping, momentum=momentum, kl_clip=kl_clip, **settings)
-    optimizer.curvature = GivenFactors(KFLR() if settings.get("curvature") == "exact" else KFAC(), max_factor_size)
+    optimizer = KFACOptimizer(
+        params, lr=lr, damping=damping, momentum=momentum, kl_clip=kl_clip, **settings
+    )
+    optimizer.curvature = GivenFactors(
+        KFLR() if settings.get("curvature") == "exact" else KFAC(), max_factor_size
+    )
     return optimizer
 
 
@@ -133,15 +139,21 @@ def test_direction_of_groups_is_one_dense_solve_per_group():
     B, A = psd(3, d=2), psd(3, d=4)
     p.kfac = [B, A]
     blocks = p.grad.view(3, 2, 4)
-    expected = torch.stack([expected_two_factors(B[q], A[q], blocks[q]) for q in range(3)]).view(6, 2, 2)
+    expected = torch.stack([expected_two_factors(B[q], A[q], blocks[q]) for q in range(3)]).view(
+        6, 2, 2
+    )
     torch.testing.assert_close(update(plain([p]), p), -expected)
 
 
-@pytest.mark.parametrize("factor", [psd(d=4), torch.rand(4, dtype=torch.float64)], ids=["bias", "norm scale"])
+@pytest.mark.parametrize(
+    "factor", [psd(d=4), torch.rand(4, dtype=torch.float64)], ids=["bias", "norm scale"]
+)
 def test_direction_of_one_factor(factor):
     p = parameter(4)
     p.kfac = [factor]
-    torch.testing.assert_close(update(plain([p]), p), -torch.linalg.solve(dense(factor) + LAM * eye(factor), p.grad))
+    torch.testing.assert_close(
+        update(plain([p]), p), -torch.linalg.solve(dense(factor) + LAM * eye(factor), p.grad)
+    )
 
 
 def test_direction_of_three_factors():
@@ -177,7 +189,9 @@ def test_large_grouped_factor_becomes_its_diagonal():
     B, A = psd(2, d=3), psd(2, d=6)
     p.kfac = [B, A]
     blocks = p.grad.view(2, 3, 6)
-    expected = torch.stack([expected_two_factors(B[q], A[q].diagonal(), blocks[q]) for q in range(2)])
+    expected = torch.stack(
+        [expected_two_factors(B[q], A[q].diagonal(), blocks[q]) for q in range(2)]
+    )
     torch.testing.assert_close(update(plain([p], max_factor_size=4), p).view(2, 3, 6), -expected)
 
 
@@ -187,7 +201,9 @@ def test_one_step_solves_linear_regression():
     ((X @ W.T - Y).square().sum() / (2 * len(X))).backward()
     W.kfac = [eye(W), X.T @ X / len(X)]
     plain([W], damping=1e-14).step()
-    torch.testing.assert_close(W.detach(), torch.linalg.lstsq(X, Y).solution.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        W.detach(), torch.linalg.lstsq(X, Y).solution.T, rtol=1e-5, atol=1e-5
+    )
 
 
 # Running means and intervals
@@ -201,7 +217,9 @@ def test_factors_are_bias_corrected_means():
         optimizer.step()
     weights = torch.tensor([0.7 ** (3 - k) for k in range(4)], dtype=torch.float64)
     for mean, values in zip(optimizer.state[p]["factors"], zip(*seen)):
-        torch.testing.assert_close(mean, torch.einsum("k,kij->ij", weights / weights.sum(), torch.stack(values)))
+        torch.testing.assert_close(
+            mean, torch.einsum("k,kij->ij", weights / weights.sum(), torch.stack(values))
+        )
 
 
 def test_without_decay_the_last_factors_count():
@@ -294,13 +312,16 @@ def test_parameter_without_new_curvature_keeps_its_own():
     optimizer.step()
     with_factors(used)
     unused.grad = torch.randn_like(unused)
-    torch.testing.assert_close(update(optimizer, unused), -expected_two_factors(*unused.kfac, unused.grad))
+    torch.testing.assert_close(
+        update(optimizer, unused), -expected_two_factors(*unused.kfac, unused.grad)
+    )
 
 
 def test_factors_of_the_wrong_size_raise():
     p = with_factors(parameter(2, 3), 2, 4)
     with pytest.raises(
-        ValueError, match=r"cover the elements of parameters of shapes \[\(2, 3\)\].*shapes \[\(2, 2\), \(4, 4\)\]"
+        ValueError,
+        match=r"cover the elements of parameters of shapes \[\(2, 3\)\].*shapes \[\(2, 2\), \(4, 4\)\]",
     ):
         plain([p]).step()
 
@@ -333,12 +354,16 @@ def two_ranks(rank, port, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available() or sys.platform != "linux", reason="needs gloo and fork")
+@pytest.mark.skipif(
+    not dist.is_available() or sys.platform != "linux", reason="needs gloo and fork"
+)
 def test_factors_are_averaged_over_ranks():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
     results = context.Manager().dict()
-    ranks = [context.Process(target=two_ranks, args=(rank, store.port, results)) for rank in range(2)]
+    ranks = [
+        context.Process(target=two_ranks, args=(rank, store.port, results)) for rank in range(2)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -440,7 +465,9 @@ def test_weight_decay_is_decoupled():
 def test_parameter_groups_have_their_own_settings():
     a, b = with_factors(parameter(2, 3)), with_factors(parameter(2, 3))
     b.data, b.grad, b.kfac = a.detach().clone(), a.grad.clone(), [f.clone() for f in a.kfac]
-    optimizer = plain([{"params": [a], "lr": 0.5}, {"params": [b], "weight_decay": 0.1, "damping": 0.2}])
+    optimizer = plain(
+        [{"params": [a], "lr": 0.5}, {"params": [b], "weight_decay": 0.1, "damping": 0.2}]
+    )
     start = a.detach().clone()
     optimizer.step()
     (direction,) = directions([a])
@@ -473,7 +500,10 @@ def test_parameter_without_factors_takes_adam_steps():
         optimizer.step()
         adam.step()
     torch.testing.assert_close(other, reference)
-    assert optimizer.summary() == {"parameter 0 of group 0": "curvature", "parameter 1 of group 0": "fallback"}
+    assert optimizer.summary() == {
+        "parameter 0 of group 0": "curvature",
+        "parameter 1 of group 0": "fallback",
+    }
 
 
 def test_fallback_follows_the_schedule():
@@ -484,7 +514,11 @@ def test_fallback_follows_the_schedule():
 
 
 def test_frozen_parameters_stay():
-    p, frozen, unused = with_factors(parameter(2, 3)), with_factors(parameter(2, 3)), parameter(2, grad=False)
+    p, frozen, unused = (
+        with_factors(parameter(2, 3)),
+        with_factors(parameter(2, 3)),
+        parameter(2, grad=False),
+    )
     frozen.requires_grad_(False)
     before = [frozen.detach().clone(), unused.detach().clone()]
     optimizer = plain([p, frozen, unused], weight_decay=0.1)
@@ -505,7 +539,10 @@ def test_unfrozen_parameter_starts_to_train():
 
 def test_summary_uses_parameter_names():
     layer = nn.Linear(3, 2)
-    assert plain(layer.named_parameters()).summary() == {"`weight`": "not seen", "`bias`": "not seen"}
+    assert plain(layer.named_parameters()).summary() == {
+        "`weight`": "not seen",
+        "`bias`": "not seen",
+    }
 
 
 # Numerical trouble
@@ -516,7 +553,9 @@ def test_non_finite_gradient_skips_the_step(bad):
     p = with_factors(parameter(2, 3))
     p.grad[0, 0] = bad
     before, optimizer = p.detach().clone(), plain([p])
-    with pytest.warns(RuntimeWarning, match="inf or NaN in the gradients of .*; this step is skipped"):
+    with pytest.warns(
+        RuntimeWarning, match="inf or NaN in the gradients of .*; this step is skipped"
+    ):
         optimizer.step()
     assert torch.equal(p, before)
     assert not optimizer.state
@@ -528,7 +567,9 @@ def test_non_finite_factors_are_not_averaged():
     optimizer.step()
     factors = [f.clone() for f in optimizer.state[p]["factors"]]
     with_factors(p).kfac[0][0, 0] = math.nan
-    with pytest.warns(RuntimeWarning, match="inf or NaN in the curvature of parameter 0 of group 0"):
+    with pytest.warns(
+        RuntimeWarning, match="inf or NaN in the curvature of parameter 0 of group 0"
+    ):
         optimizer.step()
     assert_same_state(optimizer.state[p]["factors"], factors)
     assert p.isfinite().all()
@@ -538,7 +579,10 @@ def test_non_finite_direction_skips_the_step():
     p = parameter(2, 2, dtype=torch.float32)
     p.kfac, p.grad = [torch.zeros(2, 2), torch.zeros(2, 2)], torch.full((2, 2), 1e38)
     before, optimizer = p.detach().clone(), plain([p], damping=1e-3)
-    with pytest.warns(RuntimeWarning, match="inf or NaN in the preconditioned gradients of .*; this step is skipped"):
+    with pytest.warns(
+        RuntimeWarning,
+        match="inf or NaN in the preconditioned gradients of .*; this step is skipped",
+    ):
         optimizer.step()
     assert torch.equal(p, before)
 
@@ -549,7 +593,9 @@ def test_failed_inversion_keeps_the_last_inverse():
     optimizer.step()
     inverses = list(optimizer.state[p]["inverses"])
     with_factors(p).kfac[0] = -10 * psd(d=2)
-    with pytest.warns(RuntimeWarning, match="could not invert.*its former inverse stays in use. Raise `damping`"):
+    with pytest.warns(
+        RuntimeWarning, match="could not invert.*its former inverse stays in use. Raise `damping`"
+    ):
         optimizer.step()
     assert optimizer.state[p]["inverses"][0] is inverses[0]
 
@@ -578,7 +624,9 @@ def test_low_precision_parameters_keep_float32_state(dtype):
     optimizer = plain([p], momentum=0.9)
     optimizer.step()
     state = optimizer.state[p]
-    assert {t.dtype for t in [*state["factors"], *state["inverses"], state["velocity"]]} == {torch.float32}
+    assert {t.dtype for t in [*state["factors"], *state["inverses"], state["velocity"]]} == {
+        torch.float32
+    }
     assert p.dtype == dtype
 
 
@@ -596,18 +644,25 @@ def test_autocast_does_not_reach_the_update():
 
 
 def settled(params):
-    return plain(params, 0.3, 0.03, momentum=0.9, kl_clip=1e-3, factor_interval=2, weight_decay=0.01)
+    return plain(
+        params, 0.3, 0.03, momentum=0.9, kl_clip=1e-3, factor_interval=2, weight_decay=0.01
+    )
 
 
 def trained(dtype=torch.float64, steps=4, optimizer=None, params=None):
     generator = torch.Generator().manual_seed(steps)
-    params = params or [nn.Parameter(torch.ones(2, 3, dtype=dtype)), nn.Parameter(torch.ones(5, dtype=dtype))]
+    params = params or [
+        nn.Parameter(torch.ones(2, 3, dtype=dtype)),
+        nn.Parameter(torch.ones(5, dtype=dtype)),
+    ]
     optimizer = optimizer or settled(params)
     for _ in range(steps):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(dtype)
         roots = [torch.randn(d, d, generator=generator) for d in (2, 3)]
-        params[0].kfac = [(root @ root.T).to(torch.promote_types(dtype, torch.float32)) for root in roots]
+        params[0].kfac = [
+            (root @ root.T).to(torch.promote_types(dtype, torch.float32)) for root in roots
+        ]
         optimizer.step()
     return params, optimizer
 
@@ -691,7 +746,9 @@ def test_state_of_an_older_version_keeps_what_it_lacks():
     assert (optimizer.steps, optimizer.loss_floor, optimizer.tried) == (3, 0.0, False)
 
 
-@pytest.mark.parametrize("transfer", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "transfer", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"]
+)
 def test_copied_optimizer_goes_on(transfer):
     params, optimizer = trained()
     twin = transfer(optimizer)
@@ -713,7 +770,10 @@ BAD = {
     "factor_interval": (0, "`factor_interval` must be an integer of at least 1, found 0"),
     "inverse_interval": (2.5, "`inverse_interval` must be an integer of at least 1, found 2.5"),
     "kl_clip": (0.0, "`kl_clip` must be positive, found 0.0"),
-    "curvature": ("hessian", "`curvature` must be one of 'mc', 'exact', 'empirical', found 'hessian'"),
+    "curvature": (
+        "hessian",
+        "`curvature` must be one of 'mc', 'exact', 'empirical', found 'hessian'",
+    ),
     "mc_samples": (0, "`mc_samples` must be an integer of at least 1, found 0"),
     "weight_sharing": ("sum", "`weight_sharing` must be one of 'expand', 'reduce', found 'sum'"),
     "max_factor_size": (0, "`max_factor_size` must be an integer of at least 1, found 0"),
@@ -732,7 +792,9 @@ def test_bad_settings_raise(name):
 def test_bad_group_settings_raise():
     with pytest.raises(ValueError, match="`damping` must be positive, found 0"):
         KFACOptimizer([{"params": [parameter(2)], "damping": 0}])
-    with pytest.raises(ValueError, match="`kl_clip` holds for all parameter groups; pass it to KFACOptimizer"):
+    with pytest.raises(
+        ValueError, match="`kl_clip` holds for all parameter groups; pass it to KFACOptimizer"
+    ):
         KFACOptimizer([{"params": [parameter(2)], "kl_clip": 1.0}])
 
 
@@ -746,5 +808,7 @@ def test_complex_and_sparse_parameters_raise():
 def test_sparse_gradient_raises():
     layer = nn.Embedding(4, 2, sparse=True)
     layer(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match=r"found a sparse one on parameter 0 of group 0.*`sparse=False`"):
+    with pytest.raises(
+        RuntimeError, match=r"found a sparse one on parameter 0 of group 0.*`sparse=False`"
+    ):
         plain(layer.parameters()).step()

@@ -9,7 +9,13 @@ from torch.nn import functional as F
 
 from lightning_curv import KFACOptimizer, curvature
 from lightning_curv.optimizers.linear_algebra.batching import kronecker_matmuls
-from lightning_curv.optimizers.linear_algebra.factors import diagonal, kronecker_matmul, part_size, parts_of, split_gram
+from lightning_curv.optimizers.linear_algebra.factors import (
+    diagonal,
+    kronecker_matmul,
+    part_size,
+    parts_of,
+    split_gram,
+)
 
 DOUBLE = torch.float64
 
@@ -24,14 +30,29 @@ def randn(*shape):
 
 def cnn():
     return nn.Sequential(
-        *(nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(96, 7), nn.Tanh(), nn.Linear(7, 3, bias=False))
+        *(
+            nn.Conv2d(2, 6, 3),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(96, 7),
+            nn.Tanh(),
+            nn.Linear(7, 3, bias=False),
+        )
     ).double()
 
 
 def step_of(net, x, y, **settings):
     """Gradients, updates and state of one undamped-schedule step."""
     optimizer = KFACOptimizer(
-        net.parameters(), **{"lr": 1.0, "damping": 0.1, "momentum": 0.0, "kl_clip": None, "positions": None, **settings}
+        net.parameters(),
+        **{
+            "lr": 1.0,
+            "damping": 0.1,
+            "momentum": 0.0,
+            "kl_clip": None,
+            "positions": None,
+            **settings,
+        },
     )
     with curvature(*optimizer.extensions, generator=torch.Generator().manual_seed(0)):
         F.cross_entropy(net(x), y).backward()
@@ -40,7 +61,9 @@ def step_of(net, x, y, **settings):
     return optimizer, [p.detach() - b for p, b in zip(net.parameters(), before)]
 
 
-@pytest.mark.parametrize(("rows", "size", "expected"), [(785, 256, 262), (300, 256, 300), (512, 256, 256), (5, 1, 1)])
+@pytest.mark.parametrize(
+    ("rows", "size", "expected"), [(785, 256, 262), (300, 256, 300), (512, 256, 256), (5, 1, 1)]
+)
 def test_sizes_of_parts(rows, size, expected):
     assert part_size(rows, size) == expected
 
@@ -62,7 +85,9 @@ def test_products_with_split_factors_equal_dense_ones(shape, sizes):
     expected = dense(chosen[0])
     for factor in chosen[1:]:
         expected = torch.kron(expected, dense(factor))
-    torch.testing.assert_close(kronecker_matmul(chosen, v, False), (expected @ v.flatten()).view(shape))
+    torch.testing.assert_close(
+        kronecker_matmul(chosen, v, False), (expected @ v.flatten()).view(shape)
+    )
 
 
 def test_equal_shapes_are_multiplied_together():
@@ -82,7 +107,9 @@ def test_split_factors_are_the_diagonal_blocks(eigen, weight_sharing):
     whole, _ = step_of(copy.deepcopy(net), x, y, split_factors=None, **settings)
     split, updates = step_of(net, x, y, split_factors=5, **settings)
     split_sizes = set()
-    for weight, bias, other in zip(net.parameters(), [*[*net.parameters()][1:], None], whole.param_groups[0]["params"]):
+    for weight, bias, other in zip(
+        net.parameters(), [*[*net.parameters()][1:], None], whole.param_groups[0]["params"]
+    ):
         state, full = split.state[weight], whole.state[other]
         if "factors" not in state:
             continue
@@ -94,7 +121,9 @@ def test_split_factors_are_the_diagonal_blocks(eigen, weight_sharing):
             if part.shape[1] < len(part):
                 split_sizes.add(len(part))
                 (mean,) = state["mean"]
-                torch.testing.assert_close(mean, factor[-1, :-1])  # the bias sees the mean of the inputs
+                torch.testing.assert_close(
+                    mean, factor[-1, :-1]
+                )  # the bias sees the mean of the inputs
                 T[:-1, -1] = mean
                 covariance = factor - torch.outer(factor[-1], factor[-1])
                 covariance[-1, -1] = 1
@@ -108,7 +137,9 @@ def test_split_factors_are_the_diagonal_blocks(eigen, weight_sharing):
                 grad = torch.cat([grad, bias.grad[:, None]], 1)
             means = [factor.diagonal().mean() for factor in full["factors"]]
             B, A = (
-                factor + (0.1 * mean**2 / means[0] / means[1]).sqrt() * torch.eye(len(factor), dtype=DOUBLE)
+                factor
+                + (0.1 * mean**2 / means[0] / means[1]).sqrt()
+                * torch.eye(len(factor), dtype=DOUBLE)
                 for factor, mean in zip(factors, means)
             )
             A = T @ A @ T.T
@@ -129,12 +160,16 @@ def test_ekfac_on_split_factors_is_its_definition():
     T[:-1, -1] = x.mean(0)
     centered = x - x.mean(0)
     index = torch.arange(12) // 4
-    C = torch.block_diag(centered.T @ centered / 6, torch.ones(1, 1, dtype=DOUBLE)) * (index[:, None] == index)
+    C = torch.block_diag(centered.T @ centered / 6, torch.ones(1, 1, dtype=DOUBLE)) * (
+        index[:, None] == index
+    )
     B = dense(state["factors"][0])
     torch.testing.assert_close((Q.T @ torch.kron(B, C) @ Q).diagonal(), state["moments"].flatten())
     grad = torch.cat([net.weight.grad, net.bias.grad[:, None]], 1).flatten()
     T = torch.kron(torch.eye(9, dtype=DOUBLE), T)
-    expected = torch.linalg.solve(T @ (torch.kron(B, C) + 0.1 * torch.eye(108, dtype=DOUBLE)) @ T.T, grad).view(9, 12)
+    expected = torch.linalg.solve(
+        T @ (torch.kron(B, C) + 0.1 * torch.eye(108, dtype=DOUBLE)) @ T.T, grad
+    ).view(9, 12)
     torch.testing.assert_close(updates[0], -expected[:, :-1])
     torch.testing.assert_close(updates[1], -expected[:, -1])
 
@@ -178,7 +213,9 @@ def test_automatic_damping_is_that_of_centered_inputs(split):
     optimizer.step()
     B, size = torch.eye(3, dtype=DOUBLE) * 2 / 3, 12 if split is None else 4
     index, m = torch.arange(12) // size, x.mean(0)
-    C = torch.block_diag((x - m).T @ (x - m) / 20, torch.ones(1, 1, dtype=DOUBLE)) * (index[:, None] == index)
+    C = torch.block_diag((x - m).T @ (x - m) / 20, torch.ones(1, 1, dtype=DOUBLE)) * (
+        index[:, None] == index
+    )
     mean_A = (x.square().sum() / 20 + 1) / 12
     damping = 0.1 * mean_A * 2 / 3
     gamma_A, gamma_B = (damping * mean_A / (2 / 3)).sqrt(), (damping * (2 / 3) / mean_A).sqrt()

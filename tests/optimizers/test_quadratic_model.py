@@ -13,7 +13,12 @@ from lightning_curv import KFACOptimizer, curvature
 from lightning_curv.extensions import JacobianExact, JacobianMC
 from lightning_curv.optimizers.step_size.directional import directional_derivatives
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
-from lightning_curv.optimizers.step_size.quadratic_model import change, curvature_along, minimizer, shortened
+from lightning_curv.optimizers.step_size.quadratic_model import (
+    change,
+    curvature_along,
+    minimizer,
+    shortened,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -30,7 +35,9 @@ def test_directional_derivatives_are_products_with_the_jacobian(name):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"stride": 2, "padding": 1}, {"dilation": 2}, {"stride": 2, "dilation": 3}], ids=str
+    "settings",
+    [{}, {"stride": 2, "padding": 1}, {"dilation": 2}, {"stride": 2, "dilation": 3}],
+    ids=str,
 )
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_directional_derivatives_of_convolutions(dims, settings):
@@ -68,7 +75,9 @@ def test_curvature_along_directions_is_the_gauss_newton_matrix():
     G = gauss_newton(net, x, 2 / y.numel())
     vectors = [torch.randn(3, *p.shape, dtype=p.dtype) for p in net.parameters()]
     U = torch.cat([v.flatten(1) for v in vectors], dim=1)
-    found = curvature_along([{i: p.jacobian_exact for i, p in enumerate(net.parameters())}], vectors)
+    found = curvature_along(
+        [{i: p.jacobian_exact for i, p in enumerate(net.parameters())}], vectors
+    )
     torch.testing.assert_close(found, U @ G @ U.T)
 
 
@@ -77,7 +86,9 @@ def test_step_minimizes_the_model_by_brute_force():
     optimizer = KFACOptimizer(net.parameters(), damping=0.3, curvature="exact")
     for step in range(3):
         start = flat([p.detach().clone() for p in net.parameters()])
-        last = flat([optimizer.state[p].get("velocity", torch.zeros_like(p)) for p in net.parameters()]).clone()
+        last = flat(
+            [optimizer.state[p].get("velocity", torch.zeros_like(p)) for p in net.parameters()]
+        ).clone()
         optimizer.zero_grad()
         with curvature(*optimizer.required_extensions()):
             nn.functional.mse_loss(net(x), y).backward()
@@ -85,9 +96,14 @@ def test_step_minimizes_the_model_by_brute_force():
         g = flat([p.grad for p in net.parameters()])
         optimizer.step()
         moved = flat([p.detach() for p in net.parameters()]) - start
-        # In the span of d and last the residual C δ + g is orthogonal to the step itself and to the last one.
-        torch.testing.assert_close(moved @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
-        torch.testing.assert_close(last @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
+        # In the span of d and last the residual C δ + g is orthogonal to the step itself and to the
+        # last one.
+        torch.testing.assert_close(
+            moved @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0
+        )
+        torch.testing.assert_close(
+            last @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0
+        )
         assert optimizer.last_step["predicted"] < 0
         assert (optimizer.last_step["momentum"] != 0) == (step > 0)
 
@@ -103,18 +119,25 @@ def test_direction_is_made_of_the_running_mean_of_the_gradients():
         start = flat([p.detach().clone() for p in layer.parameters()])
         optimizer.zero_grad()
         with curvature(*optimizer.required_extensions()):
-            nn.functional.mse_loss(layer(torch.randn(5, 3).double()), torch.randn(5, 2).double()).backward()
+            nn.functional.mse_loss(
+                layer(torch.randn(5, 3).double()), torch.randn(5, 2).double()
+            ).backward()
         grad = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1).flatten()
         total, weight = grad + 0.6 * total, 1 + 0.6 * weight
         optimizer.step()
         B, A = optimizer.state[layer.weight]["factors"]
         pi = ((A.trace() / 4) / (B.trace() / 2)).sqrt()
-        damped = [B + 0.1**0.5 / pi * torch.eye(2).double(), A + 0.1**0.5 * pi * torch.eye(4).double()]
+        damped = [
+            B + 0.1**0.5 / pi * torch.eye(2).double(),
+            A + 0.1**0.5 * pi * torch.eye(4).double(),
+        ]
         d = torch.linalg.solve(torch.kron(*damped), total / weight).view(2, 4)
         d = flat([d[:, :3], d[:, 3]])
         moved = flat([p.detach() for p in layer.parameters()]) - start
         span = torch.stack([d] if last is None else [d, last], dim=1)
-        torch.testing.assert_close(span @ torch.linalg.lstsq(span, moved[:, None]).solution, moved[:, None])
+        torch.testing.assert_close(
+            span @ torch.linalg.lstsq(span, moved[:, None]).solution, moved[:, None]
+        )
         last = moved
 
 
@@ -139,17 +162,23 @@ def test_model_of_accumulated_micro_batches_by_brute_force(divided, interval):
     """The micro-batches differ, also in size of their curvature; the step minimizes the model of their total."""
     net, x, y = problem()
     x = x * torch.linspace(0.1, 3, 8, dtype=torch.float64)[:, None]
-    optimizer = KFACOptimizer(net.parameters(), damping=0.3, curvature="exact", factor_interval=interval)
+    optimizer = KFACOptimizer(
+        net.parameters(), damping=0.3, curvature="exact", factor_interval=interval
+    )
     optimizer.curvature_scale = 4
     for _ in range(3):
         start = flat([p.detach().clone() for p in net.parameters()])
-        last = flat([optimizer.state[p].get("velocity", torch.zeros_like(p)) for p in net.parameters()]).clone()
+        last = flat(
+            [optimizer.state[p].get("velocity", torch.zeros_like(p)) for p in net.parameters()]
+        ).clone()
         optimizer.zero_grad()
         scale = 1 / 4 if divided else 1.0
         G = scale * sum(gauss_newton(net, part, 2 / 4) for part in x.split(2))
         C = G + 0.3 * torch.eye(len(start), dtype=start.dtype)
         for k in range(4):
-            with curvature(*(optimizer.required_extensions() if k == 3 else optimizer.accumulated_extensions())):
+            with curvature(
+                *(optimizer.required_extensions() if k == 3 else optimizer.accumulated_extensions())
+            ):
                 (scale * nn.functional.mse_loss(net(x[2 * k :][:2]), y[2 * k :][:2])).backward()
             if k < 3:
                 optimizer.accumulate()
@@ -157,8 +186,12 @@ def test_model_of_accumulated_micro_batches_by_brute_force(divided, interval):
         optimizer.step()
         moved = flat([p.detach() for p in net.parameters()]) - start
         assert moved.norm() > 1e-3
-        torch.testing.assert_close(moved @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
-        torch.testing.assert_close(last @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            moved @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0
+        )
+        torch.testing.assert_close(
+            last @ (C @ moved + g), torch.zeros((), dtype=g.dtype), atol=1e-9, rtol=0
+        )
         predicted = (0.5 * moved @ G @ moved + g @ moved).item()
         assert optimizer.last_step["predicted"] == pytest.approx(predicted, rel=1e-9)
 
@@ -173,7 +206,10 @@ def test_minimizer_solves_the_system(size):
 
 
 def test_dependent_directions_do_no_harm():
-    d, b = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    d, b = (
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+    )
     A = d[:, None] * d  # the second direction is twice the first
     w = minimizer(A.tolist(), b.tolist())
     torch.testing.assert_close(A @ torch.tensor(w, dtype=torch.float64), -b)
@@ -187,11 +223,15 @@ def test_shortened_step_promises_at_most_so_much(most):
     assert -(factor * s + factor**2 * c) == pytest.approx(min(most, 1.2))
 
 
-@pytest.mark.parametrize(("lossfunc", "size"), [(F.mse_loss, 8), (F.mse_loss, 64), (F.huber_loss, 64)])
+@pytest.mark.parametrize(
+    ("lossfunc", "size"), [(F.mse_loss, 8), (F.mse_loss, 64), (F.huber_loss, 64)]
+)
 def test_small_batches_of_a_regression(lossfunc, size):
     """One draw of the targets per sample hides curvature from the direction and from the model of the loss alike."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    net = nn.Sequential(
+        nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)
+    )
     x = torch.randn(size, 10)
     y, optimizer, losses = x[:, :3].sin(), KFACOptimizer(net.parameters()), []
     for _ in range(8):
@@ -212,7 +252,9 @@ def test_a_scalar_parameter_takes_part():
     for _ in range(2):
         optimizer.zero_grad()
         with curvature(*optimizer.extensions):
-            F.cross_entropy(temperature * layer(torch.eye(4)), torch.tensor([0, 1, 2, 0])).backward()
+            F.cross_entropy(
+                temperature * layer(torch.eye(4)), torch.tensor([0, 1, 2, 0])
+            ).backward()
         before = temperature.item()
         optimizer.step()
     assert temperature.item() != before

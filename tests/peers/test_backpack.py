@@ -17,19 +17,40 @@ theirs = needs("backpack.extensions")
 MODELS = {
     "mlp": (lambda: [nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 3)], (7, 6)),
     "cnn": (
-        lambda: [nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 3)],
+        lambda: [
+            nn.Conv2d(2, 3, 3, padding=1),
+            nn.Tanh(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(12, 3),
+        ],
         (7, 2, 4, 4),
     ),
     "deconv1d": (
-        lambda: [nn.ConvTranspose1d(2, 4, 3, padding=5), nn.Sigmoid(), nn.ConvTranspose1d(4, 3, 1), nn.Flatten()],
+        lambda: [
+            nn.ConvTranspose1d(2, 4, 3, padding=5),
+            nn.Sigmoid(),
+            nn.ConvTranspose1d(4, 3, 1),
+            nn.Flatten(),
+        ],
         (7, 2, 9),
     ),
     "deconv2d": (
-        lambda: [nn.ConvTranspose2d(2, 3, 2, padding=2), nn.Sigmoid(), nn.ConvTranspose2d(3, 3, 1), nn.Flatten()],
+        lambda: [
+            nn.ConvTranspose2d(2, 3, 2, padding=2),
+            nn.Sigmoid(),
+            nn.ConvTranspose2d(3, 3, 1),
+            nn.Flatten(),
+        ],
         (7, 2, 4, 4),
     ),
     "deconv3d": (
-        lambda: [nn.ConvTranspose3d(2, 4, 2, padding=3), nn.Sigmoid(), nn.ConvTranspose3d(4, 3, 1), nn.Flatten()],
+        lambda: [
+            nn.ConvTranspose3d(2, 4, 2, padding=3),
+            nn.Sigmoid(),
+            nn.ConvTranspose3d(4, 3, 1),
+            nn.Flatten(),
+        ],
         (7, 2, 6, 6, 6),
     ),
 }
@@ -61,7 +82,9 @@ def test_fields(name, extension):
     field = getattr(lightning_curv, extension)().savefield
     for ours, peer in both(name, extension):
         largest = getattr(peer, field).abs().max().item()
-        torch.testing.assert_close(getattr(ours, field), getattr(peer, field), rtol=1e-4, atol=1e-5 * largest)
+        torch.testing.assert_close(
+            getattr(ours, field), getattr(peer, field), rtol=1e-4, atol=1e-5 * largest
+        )
 
 
 @pytest.mark.parametrize("extension", ["KFLR", "KFRA"])
@@ -72,7 +95,9 @@ def test_kronecker_factors_of_linear_layers(extension):
             assert_close(a, b, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:The Kronecker factors stored in the weight parameters of transpose convolutions")
+@pytest.mark.filterwarnings(
+    "ignore:The Kronecker factors stored in the weight parameters of transpose convolutions"
+)
 @pytest.mark.parametrize("extension", ["KFLR", "KFRA"])
 @pytest.mark.parametrize("name", ["deconv1d", "deconv2d", "deconv3d"])
 def test_kronecker_factors_of_transposed_convolutions(name, extension):
@@ -91,4 +116,6 @@ def test_products(name, extension):
         V = torch.randn(3, *ours.shape)
         expected = getattr(peer, extension.lower())(V)
         largest = expected.abs().max().item()
-        torch.testing.assert_close(getattr(ours, extension.lower())(V), expected, rtol=1e-3, atol=1e-5 * largest)
+        torch.testing.assert_close(
+            getattr(ours, extension.lower())(V), expected, rtol=1e-3, atol=1e-5 * largest
+        )

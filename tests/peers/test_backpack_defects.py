@@ -28,7 +28,9 @@ def per_sample(model, loss, X, y):
     """Gradients of the summands of a mean loss, by one backward pass each."""
     rows = []
     for n in range(len(X)):
-        grads = torch.autograd.grad(loss(model(X[n : n + 1]), y[n : n + 1]) / len(X), list(model.parameters()))
+        grads = torch.autograd.grad(
+            loss(model(X[n : n + 1]), y[n : n + 1]) / len(X), list(model.parameters())
+        )
         rows.append(grads)
     return [torch.stack(column) for column in zip(*rows)]
 
@@ -91,9 +93,15 @@ def test_padding_modes(layer):
 
 
 def test_ignored_targets():
-    model, X, y = nn.Linear(5, 3).double(), torch.randn(4, 5).double(), torch.tensor([0, -100, 2, -100])
+    model, X, y = (
+        nn.Linear(5, 3).double(),
+        torch.randn(4, 5).double(),
+        torch.tensor([0, -100, 2, -100]),
+    )
     summands = F.cross_entropy(model(X), y, reduction="none") / 2
-    expected = torch.stack([torch.autograd.grad(s, model.weight, retain_graph=True)[0] for s in summands])
+    expected = torch.stack(
+        [torch.autograd.grad(s, model.weight, retain_graph=True)[0] for s in summands]
+    )
     with curvature(BatchGrad(), DiagGGNExact()):
         F.cross_entropy(model(X), y).backward()
     assert_close(model.weight.grad_batch, expected)
@@ -111,13 +119,17 @@ def test_tied_weights():
         def forward(self, tokens):
             return F.linear(self.embedding(tokens).tanh().mean(1), self.embedding.weight)
 
-    assert_per_sample(Tied().double(), F.cross_entropy, torch.randint(6, (4, 5)), torch.tensor([0, 5, 2, 2]))
+    assert_per_sample(
+        Tied().double(), F.cross_entropy, torch.randint(6, (4, 5)), torch.tensor([0, 5, 2, 2])
+    )
 
 
 def test_reused_modules():
     layer = nn.Linear(3, 3)
     model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), layer).double()
-    assert_per_sample(model, F.cross_entropy, torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 1]))
+    assert_per_sample(
+        model, F.cross_entropy, torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 1])
+    )
 
 
 def test_backward_of_an_older_loss():
@@ -153,7 +165,9 @@ def test_float64_embedding_and_average_pooling():
         def forward(self, tokens):
             return self.head(F.avg_pool1d(self.embedding(tokens), 2).mean(1))
 
-    assert_per_sample(Net().double(), F.cross_entropy, torch.randint(7, (4, 5)), torch.tensor([0, 1, 2, 2]))
+    assert_per_sample(
+        Net().double(), F.cross_entropy, torch.randint(7, (4, 5)), torch.tensor([0, 1, 2, 2])
+    )
 
 
 def test_inplace_relu():
@@ -165,7 +179,12 @@ def test_subclasses_of_linear():
         def forward(self, x):
             return F.linear(x, 2 * self.weight, self.bias)
 
-    assert_per_sample(Scaled(5, 3).double(), F.cross_entropy, torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 2]))
+    assert_per_sample(
+        Scaled(5, 3).double(),
+        F.cross_entropy,
+        torch.randn(4, 5).double(),
+        torch.tensor([0, 1, 2, 2]),
+    )
 
 
 def test_unknown_ops_are_errors():
@@ -206,12 +225,17 @@ def test_attention_and_gru():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention, self.gru = nn.MultiheadAttention(4, 2, batch_first=True), nn.GRU(4, 3, batch_first=True)
+            self.attention, self.gru = (
+                nn.MultiheadAttention(4, 2, batch_first=True),
+                nn.GRU(4, 3, batch_first=True),
+            )
 
         def forward(self, x):
             return self.gru(self.attention(x, x, x)[0])[0][:, -1]
 
-    assert_per_sample(Net().double(), F.cross_entropy, torch.randn(4, 5, 4).double(), torch.tensor([0, 1, 2, 2]))
+    assert_per_sample(
+        Net().double(), F.cross_entropy, torch.randn(4, 5, 4).double(), torch.tensor([0, 1, 2, 2])
+    )
 
 
 def test_kfac_of_sequences_and_groups():
@@ -226,7 +250,10 @@ def test_kfac_of_sequences_and_groups():
 @pytest.mark.parametrize(
     ("loss", "y"),
     [
-        (lambda f, y: F.cross_entropy(f, y, weight=torch.tensor([1.0, 2.0, 0.5]).double()), torch.tensor([0, 1, 2, 1])),
+        (
+            lambda f, y: F.cross_entropy(f, y, weight=torch.tensor([1.0, 2.0, 0.5]).double()),
+            torch.tensor([0, 1, 2, 1]),
+        ),
         (F.mse_loss, torch.randn(4, 3, 2).double()),
         (F.binary_cross_entropy_with_logits, torch.rand(4, 3, 2).double()),
     ],

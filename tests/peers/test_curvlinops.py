@@ -12,7 +12,9 @@ curvlinops = needs("curvlinops")
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3, bias=False), nn.Sigmoid(), nn.Linear(3, 3))
+    return nn.Sequential(
+        nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3, bias=False), nn.Sigmoid(), nn.Linear(3, 3)
+    )
 
 
 def cnn():
@@ -32,11 +34,16 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(4, elementwise_affine=False) for _ in range(2))
         self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
-        self.mlp, self.head = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4)), nn.Linear(4, 3)
+        self.mlp, self.head = (
+            nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4)),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x):  # [N, T, 4]
         h = self.norm1(x)
-        q, k, v = (layer(h).unflatten(-1, (2, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(h).unflatten(-1, (2, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         mixed = torch.softmax(q @ k.mT / 2**0.5, -1) @ v
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return self.head((x + self.mlp(self.norm2(x))).mean(1))
@@ -50,7 +57,10 @@ NETWORKS = {
 }
 LOSSES = {
     "ce": (lambda reduction: nn.CrossEntropyLoss(reduction=reduction), torch.tensor([0, 2, 1, 1])),
-    "mse": (lambda reduction: nn.MSELoss(reduction=reduction), torch.linspace(-1, 1, 12).double().reshape(4, 3)),
+    "mse": (
+        lambda reduction: nn.MSELoss(reduction=reduction),
+        torch.linspace(-1, 1, 12).double().reshape(4, 3),
+    ),
 }
 
 

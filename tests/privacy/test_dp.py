@@ -36,7 +36,9 @@ def backward(optimizer, compute_loss, **options):
 def clipped_sum(gradients, factor):
     """Σ_n factor(‖g_n‖) g_n from per-sample gradients by parameter name."""
     norms = sum(g.reshape(len(g), -1).square().sum(1) for g in gradients.values()).sqrt()
-    return {name: torch.tensordot(factor(norms).to(g), g, 1) for name, g in gradients.items()}, norms
+    return {
+        name: torch.tensordot(factor(norms).to(g), g, 1) for name, g in gradients.items()
+    }, norms
 
 
 # --- the clipped sum -------------------------------------------------------------------------------------------------
@@ -55,7 +57,9 @@ def test_clipped_sum_equals_brute_force(name):
     rtol = 1e-9 if ROW[name].rtol <= 1e-6 else ROW[name].rtol
     largest = max(float(g.abs().max()) for g in expected.values())
     for key, p in problem.parameters().items():
-        torch.testing.assert_close(p.grad, expected[key], rtol=rtol, atol=rtol * 1e-3 * largest, check_dtype=False)
+        torch.testing.assert_close(
+            p.grad, expected[key], rtol=rtol, atol=rtol * 1e-3 * largest, check_dtype=False
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +71,9 @@ def test_weighted_total_equals_the_weighted_sum_of_per_sample_gradients(name):
 
         def evaluate(self, jacobian):
             weights = torch.linspace(-1, 2, jacobian.samples, dtype=torch.float64)
-            return jacobian.weighted_total(weights), torch.tensordot(weights, jacobian.per_sample()[0].double(), 1)
+            return jacobian.weighted_total(weights), torch.tensordot(
+                weights, jacobian.per_sample()[0].double(), 1
+            )
 
     problem = ROW[name].make()
     with warnings.catch_warnings():
@@ -87,7 +93,10 @@ def test_weighted_total_equals_the_weighted_sum_of_per_sample_gradients(name):
         (lambda: nn.Linear(64, 96), (16, 3, 5, 64)),
         (lambda: nn.Linear(4096, 1), (256, 4096)),
         (lambda: nn.Linear(4096, 512), (1, 4096)),
-        (lambda: nn.Sequential(nn.Linear(64, 96), nn.Unflatten(1, (8, -1)), nn.Linear(96, 64)), (64, 8, 64)),
+        (
+            lambda: nn.Sequential(nn.Linear(64, 96), nn.Unflatten(1, (8, -1)), nn.Linear(96, 64)),
+            (64, 8, 64),
+        ),
         (lambda: nn.Conv1d(64, 96, 1), (64, 64, 8)),  # cotangents by columns already
     ],
 )
@@ -111,7 +120,9 @@ def test_large_products_of_float32_equal_single_samples(make, shape):
     optimizer.step()
     for name, p in model.named_parameters():
         largest = float(expected[name].abs().max())
-        torch.testing.assert_close(p.grad.double(), 2 * expected[name], rtol=1e-4, atol=1e-4 * largest)
+        torch.testing.assert_close(
+            p.grad.double(), 2 * expected[name], rtol=1e-4, atol=1e-4 * largest
+        )
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -178,14 +189,22 @@ def randn(*shape):
 
 
 MODELS = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 7)), randn(3)),
-    "linear_4d": (lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 7)), randn(2, 2, 3)),
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 7)),
+        randn(3),
+    ),
+    "linear_4d": (
+        lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Flatten(), nn.Linear(20, 7)),
+        randn(2, 2, 3),
+    ),
     "cnn": (cnn, randn(2, 4, 4)),
     "tied": (Tied, tokens),
     "lstm": (Recurrent, randn(4, 3)),
     "attention": (
         lambda: nn.Sequential(
-            nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True), nn.Flatten(), nn.Linear(12, 7)
+            nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True),
+            nn.Flatten(),
+            nn.Linear(12, 7),
         ),
         randn(3, 4),
     ),
@@ -217,16 +236,28 @@ def test_run_equals_a_loop_of_single_samples(name):
     naive = copy.deepcopy(model)
     C, size = 0.8, 6.0
     optimizer = DPOptimizer(
-        torch.optim.Adam(model.parameters(), lr=0.01), C, noise_multiplier=0.0, expected_batch_size=size
+        torch.optim.Adam(model.parameters(), lr=0.01),
+        C,
+        noise_multiplier=0.0,
+        expected_batch_size=size,
     )
     reference = torch.optim.Adam(naive.parameters(), lr=0.01)
-    sizes = [(3, 4), (0, 0), (1, 2), (5, 0), (2, 2, 3), (1,)]  # accumulated parts, empty ones among them
+    sizes = [
+        (3, 4),
+        (0, 0),
+        (1, 2),
+        (5, 0),
+        (2, 2, 3),
+        (1,),
+    ]  # accumulated parts, empty ones among them
     for step in range(30):
         parts = [(draw(n), torch.randint(7, (n,))) for n in sizes[step % len(sizes)]]
         optimizer.zero_grad()
         for X, y in parts:
             if len(X):
-                backward(optimizer, lambda X=X, y=y: F.cross_entropy(model(X), y), batch_size=len(X))
+                backward(
+                    optimizer, lambda X=X, y=y: F.cross_entropy(model(X), y), batch_size=len(X)
+                )
         optimizer.step()
         loop_of_single_samples(naive, parts, reference, C, size)
     for p, q in zip(model.parameters(), naive.parameters()):
@@ -272,7 +303,9 @@ def test_one_sample_changes_the_sum_by_no_more_than_the_norm(name, clipping):
     st.sampled_from([1.0, 1e3, 1e8, 1e30, math.nan, math.inf]),
     st.floats(0.01, 10.0),
 )
-def test_one_sample_changes_the_sum_of_any_network_by_no_more_than_the_norm(problem, clipping, scale, C):
+def test_one_sample_changes_the_sum_of_any_network_by_no_more_than_the_norm(
+    problem, clipping, scale, C
+):
     X = problem.X.clone()
     if X.is_floating_point():
         X[-1] *= scale
@@ -322,7 +355,9 @@ class Kept(ClippedSum):
         self.received = [*getattr(self, "received", []), jacobian]
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2.0**-20), (torch.float64, 2.0**-49)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float32, 2.0**-20), (torch.float64, 2.0**-49)]
+)
 @pytest.mark.parametrize("C", [1e-4, 1.0])
 @pytest.mark.parametrize("size", ["tokens", 1e2, 1e4, 1e8, 1e18])
 def test_what_cancels_in_all_samples_breaks_no_bound(size, C, dtype, rounding):
@@ -333,14 +368,22 @@ def test_what_cancels_in_all_samples_breaks_no_bound(size, C, dtype, rounding):
         if size == "tokens":
             model, X = Centred(nn.Embedding(9, 64)), torch.randint(9, (count, 1)).repeat(1, 16)
         else:
-            model, X = Centred(nn.Linear(64, 64, bias=False)), 0.1 * torch.randn(count, 16, 64, dtype=dtype) + size
-        X[0] = torch.randint(9, (16,)) if size == "tokens" else torch.randn(16, 64)  # first: all sums after it change
+            model, X = (
+                Centred(nn.Linear(64, 64, bias=False)),
+                0.1 * torch.randn(count, 16, 64, dtype=dtype) + size,
+            )
+        X[0] = (
+            torch.randint(9, (16,)) if size == "tokens" else torch.randn(16, 64)
+        )  # first: all sums after it change
         model = model.to(dtype)
         kept = Kept([*model.parameters()], clipping_rule("flat", C), mean=True)
         with curvature(kept, batch_size=count):
             F.cross_entropy(model(X), y).backward()
         sums = []
-        for first in (0, 1):  # of the same cotangents, whose last digits may depend on the number of samples in torch
+        for first in (
+            0,
+            1,
+        ):  # of the same cotangents, whose last digits may depend on the number of samples in torch
             summed = ClippedSum(kept.parameters, kept.clipping, mean=True)
             summed.begin(count - first)
             for jacobian in kept.received:
@@ -352,7 +395,9 @@ def test_what_cancels_in_all_samples_breaks_no_bound(size, C, dtype, rounding):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("clipping", CLIPPINGS)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "tied"])  # whose inputs are integers
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name != "tied"]
+)  # whose inputs are integers
 def test_samples_that_are_not_finite_contribute_nothing_and_are_counted(name, clipping, bad):
     make, draw = MODELS[name]
     torch.manual_seed(0)
@@ -398,12 +443,16 @@ def test_per_layer_and_automatic_clipping_equal_their_formulas():
     for clipping, expected in {
         "automatic": clipped_sum(gradients, lambda n: 0.3 / (n + 0.01))[0],
         "per_layer": {
-            name: clipped_sum({name: g}, lambda n: (0.3 / math.sqrt(len(gradients)) / n).clamp(max=1))[0][name]
+            name: clipped_sum(
+                {name: g}, lambda n: (0.3 / math.sqrt(len(gradients)) / n).clamp(max=1)
+            )[0][name]
             for name, g in gradients.items()
         },
     }.items():
         problem = ROW["mlp_sigmoid"].make()
-        optimizer = private(problem.model.parameters(), clip_norm=0.3, clipping=clipping, loss_reduction="sum")
+        optimizer = private(
+            problem.model.parameters(), clip_norm=0.3, clipping=clipping, loss_reduction="sum"
+        )
         backward(optimizer, problem.compute_loss)
         optimizer.step()
         for key, p in problem.parameters().items():
@@ -420,7 +469,8 @@ def linear_problem():
 
 
 @pytest.mark.parametrize(
-    ("reduction", "factor"), [("mean", 1.0), ("mean", 0.25), ("mean", 65536.0), ("sum", 1.0), ("sum", 0.5)]
+    ("reduction", "factor"),
+    [("mean", 1.0), ("mean", 0.25), ("mean", 65536.0), ("sum", 1.0), ("sum", 0.5)],
 )
 def test_any_scale_of_the_loss_is_undone(reduction, factor):
     model, X, y = linear_problem()
@@ -437,7 +487,11 @@ def test_parts_of_a_batch_add_up_to_the_batch():
     expected = contribution(model, X, y, 0.5)
     optimizer = private(model.parameters(), lr=0.0, clip_norm=0.5)
     for part in (slice(0, 4), slice(4, 5), slice(5, 6)):
-        backward(optimizer, lambda part=part: F.cross_entropy(model(X[part]), y[part]), batch_size=len(X[part]))
+        backward(
+            optimizer,
+            lambda part=part: F.cross_entropy(model(X[part]), y[part]),
+            batch_size=len(X[part]),
+        )
     optimizer.step()
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
 
@@ -447,7 +501,9 @@ def test_parts_of_a_batch_add_up_to_the_batch():
 
 def test_noise_has_mean_zero_and_the_promised_deviation():
     w = nn.Parameter(torch.zeros(10**5))
-    optimizer = private([w], noise_multiplier=1.5, clip_norm=0.4, expected_batch_size=3.0, noise_seed=1, lr=0.0)
+    optimizer = private(
+        [w], noise_multiplier=1.5, clip_norm=0.4, expected_batch_size=3.0, noise_seed=1, lr=0.0
+    )
     optimizer.step()
     std = 1.5 * 0.4 / 3
     assert abs(w.grad.mean()) < 0.01 * std
@@ -493,7 +549,9 @@ def test_gradient_of_an_earlier_step_is_never_used_again():
         backward(optimizer, lambda: F.cross_entropy(a(X), y))
         optimizer.step()
         assert all(p.grad.count_nonzero() == 0 for p in b.parameters())
-        torch.testing.assert_close(torch.cat([p.grad.flatten() for p in a.parameters()]), contribution(a, X, y, 1.0))
+        torch.testing.assert_close(
+            torch.cat([p.grad.flatten() for p in a.parameters()]), contribution(a, X, y, 1.0)
+        )
 
 
 def test_failed_backward_leaves_nothing():
@@ -543,7 +601,9 @@ def test_frozen_and_other_parameters_stay_out_of_the_norm():
     for freeze in (True, False):
         model.zero_grad()
         model[0].requires_grad_(not freeze)
-        optimizer = private(model.parameters() if freeze else model[2].parameters(), lr=0.0, clip_norm=0.5)
+        optimizer = private(
+            model.parameters() if freeze else model[2].parameters(), lr=0.0, clip_norm=0.5
+        )
         backward(optimizer, lambda: F.cross_entropy(model(X), y))
         optimizer.step()
         for name, p in model[2].named_parameters():
@@ -592,7 +652,9 @@ def test_other_leaves_get_their_gradients(shared):
     optimizer = private(model[2].parameters(), lr=0.0, clip_norm=0.5)
     with curvature(*optimizer.extensions, *([BatchGrad()] if shared else [])):
         F.cross_entropy(model(X), y).backward()
-    torch.testing.assert_close({"x": X.grad, **{n: p.grad for n, p in model[0].named_parameters()}}, expected)
+    torch.testing.assert_close(
+        {"x": X.grad, **{n: p.grad for n, p in model[0].named_parameters()}}, expected
+    )
     optimizer.step()
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model[2].parameters()]), last)
     if shared:
@@ -632,7 +694,9 @@ def test_two_private_optimizers_share_a_pass():
         backward(alone, lambda: F.cross_entropy(model(X), y))
         alone.step()
         expected += [p.grad.clone() for p in layer.parameters()]
-    optimizers = [private(layer.parameters(), lr=0.0, clip_norm=0.2) for layer in (model[0], model[2])]
+    optimizers = [
+        private(layer.parameters(), lr=0.0, clip_norm=0.2) for layer in (model[0], model[2])
+    ]
     with curvature(*(e for optimizer in optimizers for e in optimizer.extensions)):
         F.cross_entropy(model(X), y).backward()
     for optimizer in optimizers:
@@ -665,7 +729,9 @@ def test_adaptive_norm_follows_the_quantile():
     with curvature(BatchGrad()):
         F.cross_entropy(model(X), y).backward()
     norms = sum(36 * p.grad_batch.flatten(1).square().sum(1) for p in model.parameters()).sqrt()
-    optimizer = private(model.parameters(), lr=0.0, clipping="adaptive", clip_norm=50.0, expected_batch_size=6.0)
+    optimizer = private(
+        model.parameters(), lr=0.0, clipping="adaptive", clip_norm=50.0, expected_batch_size=6.0
+    )
     for _ in range(300):
         optimizer.zero_grad()
         backward(optimizer, lambda: F.cross_entropy(model(X), y))
@@ -682,7 +748,9 @@ def test_adaptive_noise_pays_for_the_count():
 
 
 def test_adaptive_norm_moves_on_empty_batches_too():
-    optimizer = private([nn.Parameter(torch.zeros(2))], clipping="adaptive", noise_multiplier=1.0, noise_seed=0)
+    optimizer = private(
+        [nn.Parameter(torch.zeros(2))], clipping="adaptive", noise_multiplier=1.0, noise_seed=0
+    )
     before = optimizer.clip_norm
     optimizer.step()
     assert optimizer.clip_norm != before
@@ -694,7 +762,9 @@ def test_adaptive_norm_moves_on_empty_batches_too():
 
 def test_groups_and_state_are_those_of_the_inner_optimizer():
     model, X, y = linear_problem()
-    optimizer = DPAdam([{"params": [model.weight], "lr": 0.1}], noise_multiplier=0.0, expected_batch_size=6.0)
+    optimizer = DPAdam(
+        [{"params": [model.weight], "lr": 0.1}], noise_multiplier=0.0, expected_batch_size=6.0
+    )
     optimizer.add_param_group({"params": [model.bias]})
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     backward(optimizer, lambda: F.cross_entropy(model(X), y))
@@ -816,7 +886,9 @@ def test_no_raw_gradient_reaches_the_inner_optimizer(events, sigma):
             p.requires_grad_("unfreeze" not in events and "raw" not in events)
     groups = rest if "add" in events else [*layer, *rest]
     inner = torch.optim.SGD(groups, lr=1.0)
-    optimizer = DPOptimizer(inner, clip_norm=0.3, noise_multiplier=sigma, expected_batch_size=2.0, noise_seed=0)
+    optimizer = DPOptimizer(
+        inner, clip_norm=0.3, noise_multiplier=sigma, expected_batch_size=2.0, noise_seed=0
+    )
     generator = torch.Generator().manual_seed(1)
     before = {p: p.detach().clone() for p in model.parameters()}
     expected = {p: torch.zeros_like(p) for p in model.parameters()}
@@ -842,7 +914,9 @@ def test_no_raw_gradient_reaches_the_inner_optimizer(events, sigma):
             for p in layer:
                 p.requires_grad_(event == "unfreeze")
     if sigma:
-        optimizer._noise.rounded = lambda sizes, deviation: [deviation * torch.ones(n).double() for n in sizes]
+        optimizer._noise.rounded = lambda sizes, deviation: [
+            deviation * torch.ones(n).double() for n in sizes
+        ]
     optimizer.step()
     moved = {p: before[p] - p.detach() for p in model.parameters()}
     for p in model.parameters():

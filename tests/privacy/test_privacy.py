@@ -56,7 +56,10 @@ class Net(pl.LightningModule):
     def configure_optimizers(self):
         optimizer = DPOptimizer(torch.optim.Adam(self.parameters(), lr=0.05), **self.settings)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def data(n=N):
@@ -133,12 +136,16 @@ def test_poisson_batches_are_independent_draws_with_the_rate():
     for step in range(500):
         drawn[step, sampler.batch(step)] = True
     assert abs(drawn.mean() - 0.1) < 0.003
-    assert abs(drawn.sum(1).var() / (200 * 0.1 * 0.9) - 1) < 0.2  # of a binomial, not of a fixed size
+    assert (
+        abs(drawn.sum(1).var() / (200 * 0.1 * 0.9) - 1) < 0.2
+    )  # of a binomial, not of a fixed size
     assert abs(np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]) < 0.15
 
 
 def test_parts_and_ranks_share_one_global_batch():
-    samplers = [PoissonBatchSampler(100, 0.2, 3, parts=2, seed=5, rank=r, world_size=3) for r in range(3)]
+    samplers = [
+        PoissonBatchSampler(100, 0.2, 3, parts=2, seed=5, rank=r, world_size=3) for r in range(3)
+    ]
     batches = [list(sampler) for sampler in samplers]
     for step in range(3):
         shared = sorted(i for b in batches for part in b[2 * step : 2 * step + 2] for i in part)
@@ -182,7 +189,14 @@ def test_curvature_is_logged_beside(tmp_path, order):
     for watching in (False, True):
         module, callback = Net(noise_multiplier=0.5, noise_seed=1).double(), PrivacyCallback(seed=1)
         callbacks = [callback, watch][::order] if watching else [callback]
-        fit(module, callback, callbacks=callbacks, logger=logger if watching else False, log_every_n_steps=2, **options)
+        fit(
+            module,
+            callback,
+            callbacks=callbacks,
+            logger=logger if watching else False,
+            log_every_n_steps=2,
+            **options,
+        )
         runs.append(list(module.parameters()))
     logger.save()
     values = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
@@ -200,7 +214,10 @@ def test_samples_that_are_not_finite_do_not_take_part(sampling):
         module = Net(noise_multiplier=0.5, noise_seed=1).double()
         module.keep = keep
         callback = PrivacyCallback(
-            sampling=sampling, seed=1, max_batch_size=9 if sampling == "truncated_poisson" else None, delta=1e-3
+            sampling=sampling,
+            seed=1,
+            max_batch_size=9 if sampling == "truncated_poisson" else None,
+            delta=1e-3,
         )
         callback.accountant.epsilon = lambda delta: 0.0  # takes long, and is not what this is about
         loader = DataLoader(Numbered(dataset), batch_size=6, shuffle=True)
@@ -264,7 +281,9 @@ def test_an_epoch_of_any_order_is_one_gaussian():
         accountant.step(2.0)
     assert accountant.history == [(EpochSampling(10), 2.0, 3)]
     event = da.SelfComposedDpEvent(da.GaussianDpEvent(2.0), 3)
-    expected = da.pld.PLDAccountant(value_discretization_interval=1e-4).compose(event).get_epsilon(1e-5)
+    expected = (
+        da.pld.PLDAccountant(value_discretization_interval=1e-4).compose(event).get_epsilon(1e-5)
+    )
     assert accountant.epsilon(1e-5) == pytest.approx(expected, rel=1e-9)
     accountant.start_epoch()
     accountant.step(2.0)
@@ -277,8 +296,12 @@ def test_truncated_sampling_costs_what_the_library_says():
     event = da.TruncatedSubsampledGaussianDpEvent(
         dataset_size=100, sampling_probability=0.1, truncated_batch_size=14, noise_multiplier=2.0
     )
-    oracle = da.pld.PLDAccountant(da.NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=1e-4)
-    assert accountant.epsilon(1e-4) == pytest.approx(oracle.compose(event, 5).get_epsilon(1e-4), rel=1e-9)
+    oracle = da.pld.PLDAccountant(
+        da.NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=1e-4
+    )
+    assert accountant.epsilon(1e-4) == pytest.approx(
+        oracle.compose(event, 5).get_epsilon(1e-4), rel=1e-9
+    )
     accountant.sampling = PoissonSampling(0.1)
     accountant.release(2.0)
     with pytest.raises(ValueError, match="cannot be added up"):
@@ -316,20 +339,33 @@ def test_noise_is_calibrated_to_the_budget():
     trainer = fit(Net(noise_multiplier=None), callback, batch_size=6, max_epochs=2)
     assert trainer.global_step == 20
     assert 3.98 < callback.accountant.epsilon(1e-3) <= 4.0
-    assert trainer.callback_metrics["privacy/epsilon"] == pytest.approx(callback.accountant.epsilon(1e-3))
-    assert trainer.progress_bar_metrics["epsilon"] == pytest.approx(callback.accountant.epsilon(1e-3), abs=1e-3)
+    assert trainer.callback_metrics["privacy/epsilon"] == pytest.approx(
+        callback.accountant.epsilon(1e-3)
+    )
+    assert trainer.progress_bar_metrics["epsilon"] == pytest.approx(
+        callback.accountant.epsilon(1e-3), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("sampling", ["poisson", "epoch"])
 def test_training_stops_before_the_budget_is_exceeded(sampling):
     callback = PrivacyCallback(epsilon=8.0, delta=1e-3, seed=0, sampling=sampling)
-    trainer = fit(Net(noise_multiplier=0.6 if sampling == "poisson" else 1.0), callback, batch_size=6, max_epochs=9)
+    trainer = fit(
+        Net(noise_multiplier=0.6 if sampling == "poisson" else 1.0),
+        callback,
+        batch_size=6,
+        max_epochs=9,
+    )
     spent = callback.accountant.epsilon(1e-3)
     assert 0 < spent <= 8.0
     assert 0 < trainer.global_step < 90
     ((_, sigma, count),) = callback.accountant.history
     assert callback.accountant.releases_left(8.0, 1e-3, sigma) == 0
-    assert count == trainer.global_step if sampling == "poisson" else count == math.ceil(trainer.global_step / 10)
+    assert (
+        count == trainer.global_step
+        if sampling == "poisson"
+        else count == math.ceil(trainer.global_step / 10)
+    )
 
 
 def test_training_goes_on_with_a_warning():
@@ -360,9 +396,23 @@ def test_resumed_run_keeps_the_account_and_equals_the_uninterrupted_one(tmp_path
     first = PrivacyCallback(seed=2, exact_resume=True)
     trainer = fit(Net(**settings), first, batch_size=6, precision="32-true", max_epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, callback = Net(**settings), PrivacyCallback(exact_resume=True)  # the secret comes from the checkpoint
-    fit(resumed, callback, batch_size=6, precision="32-true", max_epochs=4, ckpt_path=tmp_path / "half.ckpt")
-    assert callback.accountant.history == uninterrupted.accountant.history == [(PoissonSampling(0.1), 1.0, 40)]
+    resumed, callback = (
+        Net(**settings),
+        PrivacyCallback(exact_resume=True),
+    )  # the secret comes from the checkpoint
+    fit(
+        resumed,
+        callback,
+        batch_size=6,
+        precision="32-true",
+        max_epochs=4,
+        ckpt_path=tmp_path / "half.ckpt",
+    )
+    assert (
+        callback.accountant.history
+        == uninterrupted.accountant.history
+        == [(PoissonSampling(0.1), 1.0, 40)]
+    )
     assert callback.accountant.epsilon(1e-5) == uninterrupted.accountant.epsilon(1e-5)
     for p, q in zip(whole.parameters(), resumed.parameters()):
         assert torch.equal(p, q)
@@ -372,8 +422,17 @@ def test_a_changed_batch_size_is_another_phase(tmp_path):
     trainer = fit(Net(noise_multiplier=1.0), PrivacyCallback(seed=2), batch_size=6)
     trainer.save_checkpoint(tmp_path / "first.ckpt")
     callback = PrivacyCallback()
-    fit(Net(noise_multiplier=2.0), callback, batch_size=12, max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
-    assert callback.accountant.history == [(PoissonSampling(0.1), 1.0, 10), (PoissonSampling(0.2), 2.0, 5)]
+    fit(
+        Net(noise_multiplier=2.0),
+        callback,
+        batch_size=12,
+        max_epochs=2,
+        ckpt_path=tmp_path / "first.ckpt",
+    )
+    assert callback.accountant.history == [
+        (PoissonSampling(0.1), 1.0, 10),
+        (PoissonSampling(0.2), 2.0, 5),
+    ]
 
 
 # --- logs ------------------------------------------------------------------------------------------------------------
@@ -388,10 +447,17 @@ def test_logs(tmp_path, non_private):
     fit(Net(noise_multiplier=1.0), callback, batch_size=6, logger=logger, log_every_n_steps=5)
     events = EventAccumulator(logger.log_dir).Reload()
     tags = set(events.Tags()["scalars"])
-    named = {"privacy/epsilon", "privacy/noise_multiplier", "privacy/clip_norm", "privacy/noised_grad_norm"}
+    named = {
+        "privacy/epsilon",
+        "privacy/noise_multiplier",
+        "privacy/clip_norm",
+        "privacy/noised_grad_norm",
+    }
     assert named <= tags
     assert any(tag.startswith("non_private/") for tag in tags) == non_private
-    assert events.Scalars("privacy/epsilon")[-1].value == pytest.approx(callback.accountant.epsilon(1e-3), rel=1e-5)
+    assert events.Scalars("privacy/epsilon")[-1].value == pytest.approx(
+        callback.accountant.epsilon(1e-3), rel=1e-5
+    )
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -444,7 +510,12 @@ def test_check_disturbs_nothing():
         fit(module, PrivacyCallback(seed=0, check_independence=check), batch_size=20)
         runs[check] = module, list(seen)
     (checked, with_checks), (plain, without) = runs[True], runs[False]
-    assert [training for training, _ in with_checks[:4]] == [False, False, False, True]  # whole, two parts
+    assert [training for training, _ in with_checks[:4]] == [
+        False,
+        False,
+        False,
+        True,
+    ]  # whole, two parts
     assert torch.equal(with_checks[3][1], without[0][1])
     assert checked.losses == plain.losses
     for p, q in zip(checked.parameters(), plain.parameters()):
@@ -489,10 +560,18 @@ def weighted():
     [
         (Plain, {}, "expects one `DPOptimizer`, found SGD"),
         (Skipping, {}, "leaving out a batch depends on the data"),
-        (Net, {"limit_train_batches": 3, "accumulate_grad_batches": 2}, "must leave whole steps of 2"),
+        (
+            Net,
+            {"limit_train_batches": 3, "accumulate_grad_batches": 2},
+            "must leave whole steps of 2",
+        ),
         (Net, {"batch_size": 100}, "no more samples per step than the data set has"),
         (lambda: Net(noise_multiplier=None), {}, "The noise is unknown"),
-        (lambda: Net(expected_batch_size=3.0), {}, "`expected_batch_size` of the optimizer must be"),
+        (
+            lambda: Net(expected_batch_size=3.0),
+            {},
+            "`expected_batch_size` of the optimizer must be",
+        ),
     ],
 )
 def test_refusals(module, options, message):
@@ -527,14 +606,34 @@ def half_precision():
         (BatchNorm, {}, "Use GroupNorm or LayerNorm"),
         (Manual, {}, "automatic optimization"),
         (Net, {"gradient_clip_val": 1.0}, "`gradient_clip_val=None`"),
-        (Net, {"plugins": lambda: [half_precision()], "precision": None}, "skipped steps depend on the data"),
-        (Net, {"strategy": lambda: sharded("FSDPStrategy")}, "keeps whole parameters, found FSDPStrategy"),
-        (Net, {"strategy": lambda: sharded("DeepSpeedStrategy")}, "keeps whole parameters, found DeepSpeedStrategy"),
+        (
+            Net,
+            {"plugins": lambda: [half_precision()], "precision": None},
+            "skipped steps depend on the data",
+        ),
+        (
+            Net,
+            {"strategy": lambda: sharded("FSDPStrategy")},
+            "keeps whole parameters, found FSDPStrategy",
+        ),
+        (
+            Net,
+            {"strategy": lambda: sharded("DeepSpeedStrategy")},
+            "keeps whole parameters, found DeepSpeedStrategy",
+        ),
         (Net, {"scheduler": True}, "found a GradientAccumulationScheduler"),
         (Net, {"overfit_batches": 2}, "`overfit_batches=0`"),
-        (Net, {"loader": weighted}, "every sample with the same probability, found `WeightedRandomSampler`"),
+        (
+            Net,
+            {"loader": weighted},
+            "every sample with the same probability, found `WeightedRandomSampler`",
+        ),
         (Net, {"loader": repeating}, "may repeat or prefer samples; use `shuffle=True`"),
-        (Net, {"loader": lambda: DataLoader(data(), batch_sampler=Twice(range(N), 3, False))}, "may repeat samples"),
+        (
+            Net,
+            {"loader": lambda: DataLoader(data(), batch_sampler=Twice(range(N), 3, False))},
+            "may repeat samples",
+        ),
         (Net, {"loader": lambda: DataLoader(Stream(), batch_size=2)}, "found an iterable one"),
         (Net, {"loader": lambda: [torch.zeros(3, 4)]}, "expects one torch DataLoader"),
     ],
@@ -557,7 +656,12 @@ def test_what_hooks_bring_is_refused_too(hook):
         loader = DataLoader(data(), batch_size=6)
     else:
         module.train_dataloader, loader = weighted, None
-    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    options = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     trainer = pl.Trainer(callbacks=[PrivacyCallback()], enable_progress_bar=False, **options)
     with pytest.raises(Exception, match=r"GroupNorm|same probability"):
         trainer.fit(module, loader)
@@ -565,7 +669,9 @@ def test_what_hooks_bring_is_refused_too(hook):
 
 def test_epoch_sampling_keeps_the_loader():
     callback = PrivacyCallback(sampling="epoch")
-    trainer = fit(Net(noise_multiplier=1.0), callback, batch_size=8, accumulate_grad_batches=2, max_epochs=3)
+    trainer = fit(
+        Net(noise_multiplier=1.0), callback, batch_size=8, accumulate_grad_batches=2, max_epochs=3
+    )
     assert trainer.global_step == 12
     assert callback.accountant.history == [(EpochSampling(4), 1.0, 3)]
 
@@ -629,7 +735,9 @@ def test_code_of_the_documentation_runs():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = doctest.testfile(str(Path(__file__).parents[2] / "docs" / "privacy.md"), module_relative=False)
+        results = doctest.testfile(
+            str(Path(__file__).parents[2] / "docs" / "privacy.md"), module_relative=False
+        )
     assert results.failed == 0
     assert results.attempted > 10
 
@@ -639,7 +747,9 @@ def test_example_learns_within_its_budget(tmp_path):
 
     script = Path(__file__).parents[2] / "examples" / "dp_mnist.py"
     arguments = ["--epsilon", "8", "--epochs", "2", "--out", str(tmp_path / "out.png")]
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=True
+    )
     accuracy, epsilon = (float(word.strip("%,")) for word in np.array(done.stdout.split())[[2, 6]])
     assert epsilon <= 8
     assert accuracy > 50

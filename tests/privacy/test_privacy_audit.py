@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curv import PrivacyCallback, curvature, privacy_audit
 from lightning_curv.callbacks.private_training.poisson import PoissonBatchSampler
-from lightning_curv.optimizers import DPSGD, GradientCanaries, PoissonSampling, PrivacyAccountant, PrivacyAudit
+from lightning_curv.optimizers import (
+    DPSGD,
+    GradientCanaries,
+    PoissonSampling,
+    PrivacyAccountant,
+    PrivacyAudit,
+)
 from lightning_curv.optimizers.privacy.audit_bound import epsilon_lower_bound, tail_bound
 
 needs("scipy")
@@ -34,21 +40,25 @@ def binomial(r, accuracy):
 
 
 @pytest.mark.parametrize(("m", "r"), [(1, 1), (5, 3), (12, 12), (40, 25)])
-@pytest.mark.parametrize(("odds", "delta"), [(1, 0), (2, 0), (3, Fraction(1, 1000)), (20, Fraction(1, 50))])
+@pytest.mark.parametrize(
+    ("odds", "delta"), [(1, 0), (2, 0), (3, Fraction(1, 1000)), (20, Fraction(1, 50))]
+)
 def test_tail_bound_equals_the_theorem_in_exact_arithmetic(m, r, odds, delta):
     p = binomial(r, Fraction(odds, odds + 1))  # odds = exp(ε)
     for v in range(r + 1):
         tail = sum(p[v:])
         gained = max((sum(p[v - i : v]) / Fraction(i) for i in range(1, v + 1)), default=0)
         expected = min(1, tail + 2 * m * delta * gained)
-        assert tail_bound(m, r, v, math.log(odds), float(delta)) == pytest.approx(float(expected), rel=1e-11)
+        assert tail_bound(m, r, v, math.log(odds), float(delta)) == pytest.approx(
+            float(expected), rel=1e-11
+        )
 
 
 def right_guesses(m, r, odds, delta, revealed):
     """Distribution of right guesses about an (ε, δ)-private release, by enumeration.
 
-    Randomized response of every coin; with a probability that gives each coin δ, all of ``revealed`` coins are released
-    as they are.
+    Randomized response of every coin; with a probability that gives each coin δ, all of
+    ``revealed`` coins are released as they are.
     """
     q = Fraction(odds, odds + 1)
     chance = Fraction(delta) * m / revealed if revealed else Fraction(0)
@@ -110,8 +120,14 @@ def test_lower_bound_solves_for_epsilon_and_grows_with_right_guesses():
         (lambda: tail_bound(10, 4, 3, 1.0, 1.5), "delta=1.5"),
         (lambda: epsilon_lower_bound(10, 4, 3, 0.0, 1.0), "`confidence` must lie in"),
         (lambda: PrivacyAudit.of([1.0], [True, False], 1.0, 1e-5), r"shapes \(1,\) and \(2,\)"),
-        (lambda: PrivacyAudit.of([1.0], [True], 1.0, 1e-5, guesses=[2]), r"between 1 and 1, the canaries, found \[2\]"),
-        (lambda: PrivacyAudit.of([1.0], [True], 1.0, 1e-5, guesses=[]), "`guesses` must be numbers"),
+        (
+            lambda: PrivacyAudit.of([1.0], [True], 1.0, 1e-5, guesses=[2]),
+            r"between 1 and 1, the canaries, found \[2\]",
+        ),
+        (
+            lambda: PrivacyAudit.of([1.0], [True], 1.0, 1e-5, guesses=[]),
+            "`guesses` must be numbers",
+        ),
     ],
 )
 def test_arguments_out_of_range(call, message):
@@ -135,24 +151,34 @@ def gaussian_scores(generator, members, sigma):
     [
         (lambda g, members: laplace_scores(g, members, 1.0), 1.0, 1e-6),
         (lambda g, members: gaussian_scores(g, members, 1.0), 4.3769, 1e-5),  # ε of dp-accounting
-        (lambda g, members: np.where(g.random(len(members)) < 0.75, members, ~members) * 1.0, math.log(3), 1e-6),
+        (
+            lambda g, members: np.where(g.random(len(members)) < 0.75, members, ~members) * 1.0,
+            math.log(3),
+            1e-6,
+        ),
         (lambda g, members: g.normal(size=len(members)), 0.0, 0.0),
     ],
     ids=["laplace", "gaussian", "response", "nothing"],
 )
-def test_audits_of_known_mechanisms_are_above_epsilon_no_more_often_than_stated(scores, epsilon, delta):
+def test_audits_of_known_mechanisms_are_above_epsilon_no_more_often_than_stated(
+    scores, epsilon, delta
+):
     generator = np.random.default_rng(0)
     above = 0
     for _ in range(100):
         members = generator.random(300) < 0.5
-        above += PrivacyAudit.of(scores(generator, members), members, epsilon, delta, confidence=0.8).refuted
+        above += PrivacyAudit.of(
+            scores(generator, members), members, epsilon, delta, confidence=0.8
+        ).refuted
     assert above <= 20
 
 
 def test_audits_show_a_good_part_of_epsilon():
     generator = np.random.default_rng(0)
     members = generator.random(5000) < 0.5
-    shown = PrivacyAudit.of(laplace_scores(generator, members, 2.0), members, 2.0, 0.0).epsilon_lower
+    shown = PrivacyAudit.of(
+        laplace_scores(generator, members, 2.0), members, 2.0, 0.0
+    ).epsilon_lower
     assert 1.0 < shown < 2.0
 
 
@@ -161,7 +187,11 @@ def test_the_surest_guesses_are_made_and_trials_share_the_confidence():
     scores = np.where(members, 1.0, -1.0) * np.arange(100, 0, -1)
     scores[40:] = -scores[40:]  # the unsure ones are wrong
     audit = PrivacyAudit.of(scores, members, 0.5, 1e-6, guesses=[20, 40, 100])
-    assert [(trial.guesses, trial.correct) for trial in audit.trials] == [(20, 20), (40, 40), (100, 40)]
+    assert [(trial.guesses, trial.correct) for trial in audit.trials] == [
+        (20, 20),
+        (40, 40),
+        (100, 40),
+    ]
     assert audit.best.guesses == 40
     assert audit.epsilon_lower == epsilon_lower_bound(100, 40, 40, 1e-6, 1 - 0.05 / 3)
     assert audit.included == 50
@@ -170,10 +200,15 @@ def test_the_surest_guesses_are_made_and_trials_share_the_confidence():
 def test_result_in_words_and_as_a_picture(tmp_path, monkeypatch):
     members = np.array([True, False] * 100)
     scores = np.where(members, 1.0, -1.0) + np.random.default_rng(0).normal(size=200)
-    refuted, standing, beyond = (PrivacyAudit.of(scores, members, epsilon, 1e-5) for epsilon in (0.1, 3.0, 30.0))
+    refuted, standing, beyond = (
+        PrivacyAudit.of(scores, members, epsilon, 1e-5) for epsilon in (0.1, 3.0, 30.0)
+    )
     assert refuted.refuted
     assert not standing.refuted
-    assert f"ε_lower = {refuted.epsilon_lower:.2f} > ε = 0.10 at δ = 1e-05: the claim is REFUTED" in str(refuted)
+    assert (
+        f"ε_lower = {refuted.epsilon_lower:.2f} > ε = 0.10 at δ = 1e-05: the claim is REFUTED"
+        in str(refuted)
+    )
     assert "<= ε = 3.00" in str(standing)
     assert "cannot refute it, take more canaries" in str(beyond)
     assert "cannot refute" not in str(standing)
@@ -195,7 +230,13 @@ N, RATE, STEPS = 120, 0.25, 20
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv1d(2, 20, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(160, 20), nn.Linear(20, 3))
+    return nn.Sequential(
+        nn.Conv1d(2, 20, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(160, 20),
+        nn.Linear(20, 3),
+    )
 
 
 def data():
@@ -208,7 +249,9 @@ def private_step(optimizer, net, batch, canaries=None, drawn=()):
     optimizer.zero_grad()
     if len(batch):
         with curvature(*optimizer.extensions, batch_size=len(batch)):
-            loss = F.cross_entropy(net(X[batch].to(net[0].weight.dtype)), y[batch], reduction=optimizer.loss_reduction)
+            loss = F.cross_entropy(
+                net(X[batch].to(net[0].weight.dtype)), y[batch], reduction=optimizer.loss_reduction
+            )
             (loss * optimizer.loss_scale).backward()
     if canaries is not None:
         canaries.backward(drawn)
@@ -218,7 +261,12 @@ def private_step(optimizer, net, batch, canaries=None, drawn=()):
 def make(sigma, **settings):
     net = network()
     accountant = PrivacyAccountant(PoissonSampling(RATE))
-    options = {"lr": 0.1, "noise_multiplier": sigma, "expected_batch_size": RATE * N, "accountant": accountant}
+    options = {
+        "lr": 0.1,
+        "noise_multiplier": sigma,
+        "expected_batch_size": RATE * N,
+        "accountant": accountant,
+    }
     return net, DPSGD(net.parameters(), **{**options, **settings})
 
 
@@ -278,8 +326,8 @@ def test_scores_are_log_odds_whatever_the_other_samples_contribute():
 
 
 def dropped_noise(optimizer):
-    draw = optimizer._noise.normal
-    optimizer._noise.normal = lambda count: draw(count) / 10
+    draw = optimizer._noise.rounded
+    optimizer._noise.rounded = lambda sizes, deviation: draw(sizes, deviation / 10)
 
 
 def skipped_clipping(optimizer):
@@ -296,7 +344,9 @@ def run(sigma, spoil=None, rate=RATE, count=1000, seed=0, **settings):
     sampler = PoissonBatchSampler(N + count, rate, STEPS, seed=seed)
     for step in range(STEPS):
         drawn = sampler.batch(step)
-        private_step(optimizer, net, torch.from_numpy(drawn[drawn < N]), canaries, drawn[drawn >= N] - N)
+        private_step(
+            optimizer, net, torch.from_numpy(drawn[drawn < N]), canaries, drawn[drawn >= N] - N
+        )
     return canaries.audit(delta=1e-5)
 
 
@@ -304,7 +354,9 @@ def run(sigma, spoil=None, rate=RATE, count=1000, seed=0, **settings):
 def test_private_runs_stay_below_their_claim(clipping):
     audit = run(2.5, clipping=clipping)
     assert audit.epsilon_lower < audit.epsilon < audit.largest
-    assert audit.epsilon_lower > 0 or clipping == "per_layer"  # canaries in one of six parameters: C / √6 each
+    assert (
+        audit.epsilon_lower > 0 or clipping == "per_layer"
+    )  # canaries in one of six parameters: C / √6 each
 
 
 @pytest.mark.parametrize(
@@ -326,7 +378,9 @@ def test_broken_runs_are_refuted(sigma, options):
 
 def test_coins_are_fair_secret_and_repeatable():
     _, optimizer = make(1.0)
-    first, second, third, fourth = (GradientCanaries(optimizer, 1000, seed=s) for s in (1, 1, None, None))
+    first, second, third, fourth = (
+        GradientCanaries(optimizer, 1000, seed=s) for s in (1, 1, None, None)
+    )
     assert 400 < first.members.sum() < 600
     assert np.array_equal(first.members, second.members)
     assert not np.array_equal(third.members, fourth.members)
@@ -335,7 +389,9 @@ def test_coins_are_fair_secret_and_repeatable():
 def test_a_step_without_the_canaries_is_an_error_until_they_are_closed():
     net, optimizer = make(1.0)
     canaries = GradientCanaries(optimizer, 100)
-    with pytest.raises(RuntimeError, match=r"Expected `canaries.backward\(drawn\)` before every step"):
+    with pytest.raises(
+        RuntimeError, match=r"Expected `canaries.backward\(drawn\)` before every step"
+    ):
         private_step(optimizer, net, torch.arange(3))
     canaries.close()
     private_step(optimizer, net, torch.arange(3))
@@ -387,12 +443,20 @@ class Net(pl.LightningModule):
 
 def samples(n, offset=0.0, seed=3):
     generator = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.randn(n, 12, generator=generator) + offset, torch.randint(3, (n,), generator=generator))
+    return TensorDataset(
+        torch.randn(n, 12, generator=generator) + offset,
+        torch.randint(3, (n,), generator=generator),
+    )
 
 
 def audited(module=None, callback=None, trainer=None, **options):
     callback = PrivacyCallback(seed=0) if callback is None else callback
-    settings = {"max_epochs": 4, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    settings = {
+        "max_epochs": 4,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(**{**settings, **quiet, "callbacks": [callback], **(trainer or {})})
     loader = DataLoader(samples(80), batch_size=20, shuffle=True)
@@ -437,10 +501,14 @@ def test_broken_lightning_runs_are_refuted(options, callback):
     assert audit.epsilon_lower > audit.epsilon
 
 
-@pytest.mark.parametrize("options", [{"sampling": "truncated_poisson", "max_batch_size": 300, "delta": 1e-4}, {}])
+@pytest.mark.parametrize(
+    "options", [{"sampling": "truncated_poisson", "max_batch_size": 300, "delta": 1e-4}, {}]
+)
 def test_parts_and_truncated_batches_are_audited_too(options):
     callback = PrivacyCallback(seed=0, **options)
-    audit, trainer, _ = audited(callback=callback, trainer={"accumulate_grad_batches": 2, "max_epochs": 2})
+    audit, trainer, _ = audited(
+        callback=callback, trainer={"accumulate_grad_batches": 2, "max_epochs": 2}
+    )
     assert trainer.global_step == 4
     assert audit.epsilon_lower < audit.epsilon
     sampling = callback.accountant.history[0][0]

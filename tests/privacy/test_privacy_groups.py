@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_curv import curvature
-from lightning_curv.optimizers import DPSGD, GradientCanaries, PerGroupClipping, PoissonSampling, PrivacyAccountant
+from lightning_curv.optimizers import (
+    DPSGD,
+    GradientCanaries,
+    PerGroupClipping,
+    PoissonSampling,
+    PrivacyAccountant,
+)
 
 
 class Network(nn.Module):
@@ -32,7 +38,12 @@ def make(clip_norms=(0.02, 0.3), default=0.7, **settings):
         {"params": list(net.head.parameters()), "clip_norm": clip_norms[1]},
         {"params": list(net.unused.parameters())},
     ]
-    options = {"noise_multiplier": 0.0, "expected_batch_size": 1.0, "clipping": "per_group", "clip_norm": default}
+    options = {
+        "noise_multiplier": 0.0,
+        "expected_batch_size": 1.0,
+        "clipping": "per_group",
+        "clip_norm": default,
+    }
     return net, DPSGD(groups, lr=0.1, **{**options, **settings})
 
 
@@ -81,7 +92,9 @@ def test_one_sample_changes_the_sum_by_no_more_than_the_whole_norm():
     for i in range(len(data()[0])):
         backward(net, optimizer, slice(i, i + 1))
         totals = optimizer.statistics.totals()
-        assert float(torch.cat([t.flatten() for t in totals]).norm()) <= math.hypot(0.02, 0.01) * (1 + 1e-12)
+        assert float(torch.cat([t.flatten() for t in totals]).norm()) <= math.hypot(0.02, 0.01) * (
+            1 + 1e-12
+        )
         optimizer.zero_grad()
 
 

@@ -67,7 +67,9 @@ def test_every_step_is_accounted_with_its_own_noise():
     expected = [(1.5 * 0.9**k, n) for k, n in ((0, 2), (1, 2), (2, 2), (3, 1))]
     assert [entry[1:] for entry in optimizer.accountant.history] == expected
     values = [schedule(t) for t in range(7)]
-    assert optimizer.accountant.epsilon(1e-5) == pytest.approx(brute_force(values, 0.2, 1e-5), rel=1e-6)
+    assert optimizer.accountant.epsilon(1e-5) == pytest.approx(
+        brute_force(values, 0.2, 1e-5), rel=1e-6
+    )
 
 
 def test_noise_and_clipping_are_those_of_the_schedule():
@@ -103,7 +105,9 @@ def test_noise_is_calibrated_for_a_schedule(method):
         accountant.release(sigma * schedule(t))
     assert 2.97 < accountant.epsilon(1e-5) <= 3.0
     constant = calibrated_noise(3.0, 1e-5, PoissonSampling(0.1), 35, method)
-    assert constant == calibrated_noise(3.0, 1e-5, PoissonSampling(0.1), 35, method, schedule=lambda t: 1.0)
+    assert constant == calibrated_noise(
+        3.0, 1e-5, PoissonSampling(0.1), 35, method, schedule=lambda t: 1.0
+    )
 
 
 class Net(pl.LightningModule):
@@ -122,12 +126,20 @@ class Net(pl.LightningModule):
 def fit(module, callback, ckpt_path=None, **options):
     data = TensorDataset(torch.randn(60, 4), torch.randint(3, (60,)))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, callbacks=[callback], **quiet, **options)
+    trainer = pl.Trainer(
+        accelerator="cpu", enable_model_summary=False, callbacks=[callback], **quiet, **options
+    )
     # A checkpoint of one's own: older versions of Lightning trust every file.
-    trusted = {"weights_only": False} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    trusted = (
+        {"weights_only": False}
+        if "weights_only" in inspect.signature(trainer.fit).parameters
+        else {}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, DataLoader(data, batch_size=6, shuffle=True), ckpt_path=ckpt_path, **trusted)
+        trainer.fit(
+            module, DataLoader(data, batch_size=6, shuffle=True), ckpt_path=ckpt_path, **trusted
+        )
     return trainer
 
 
@@ -138,26 +150,42 @@ def test_a_budget_stops_a_run_whose_noise_falls():
     steps = trainer.global_step
     assert 4 < steps < 50
     values = [schedule(t) for t in range(steps + 1)]
-    assert callback.accountant.epsilon(1e-3) == pytest.approx(brute_force(values[:-1], 0.1, 1e-3), rel=1e-6)
+    assert callback.accountant.epsilon(1e-3) == pytest.approx(
+        brute_force(values[:-1], 0.1, 1e-3), rel=1e-6
+    )
     assert callback.accountant.epsilon(1e-3) <= 1.0 < brute_force(values, 0.1, 1e-3) + 2e-3
 
 
 def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
-    settings = {"noise_multiplier": ExponentialSchedule(3.0, factor=0.5, every=5), "clip_norm": lambda t: 1.0 + t}
+    settings = {
+        "noise_multiplier": ExponentialSchedule(3.0, factor=0.5, every=5),
+        "clip_norm": lambda t: 1.0 + t,
+    }
     trainer = fit(Net(**settings), PrivacyCallback(), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     callback = PrivacyCallback()
     trainer = fit(Net(**settings), callback, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
-    assert [entry[1:] for entry in callback.accountant.history] == [(3.0, 5), (1.5, 5), (0.75, 5), (0.375, 5)]
+    assert [entry[1:] for entry in callback.accountant.history] == [
+        (3.0, 5),
+        (1.5, 5),
+        (0.75, 5),
+        (0.375, 5),
+    ]
     assert trainer.optimizers[0].clip_norm == 21.0
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"noise_multiplier": lambda t: -1.0}, "`noise_multiplier` must not be negative.*schedule gave it for step 0"),
+        (
+            {"noise_multiplier": lambda t: -1.0},
+            "`noise_multiplier` must not be negative.*schedule gave it for step 0",
+        ),
         ({"clip_norm": lambda t: 0.0}, "`clip_norm` must be positive.*step 0"),
-        ({"clip_norm": lambda t: 1.0, "clipping": "adaptive"}, "found a schedule for `clip_norm` too"),
+        (
+            {"clip_norm": lambda t: 1.0, "clipping": "adaptive"},
+            "found a schedule for `clip_norm` too",
+        ),
         ({"noise_multiplier": math.nan}, "`noise_multiplier` must not be negative, found nan"),
     ],
 )

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import needs
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from lightning_curv.callbacks import PrivacyCallback
 from lightning_curv.callbacks.private_training.refusals import refuse_trainer
@@ -24,7 +30,8 @@ from lightning_curv.optimizers import (
 
 da = needs("dp_accounting")
 DELTA, INTERVAL = 1e-3, 1e-3
-# Lightning 2.4 goes on before the batch at whose end a checkpoint was saved: it is drawn, and accounted for, once more.
+# Lightning 2.4 goes on before the batch at whose end a checkpoint was saved: it is drawn, and
+# accounted for, once more.
 REPEATED = 1 if pl.__version__.startswith("2.4.") else 0
 
 
@@ -59,7 +66,9 @@ class Net(pl.LightningModule):
     def train_dataloader(self):
         epoch = self.trainer.current_epoch
         self.data.size = self.sizes[min(epoch, len(self.sizes) - 1)]
-        return DataLoader(self.data, self.batch_sizes[min(epoch, len(self.batch_sizes) - 1)], shuffle=True)
+        return DataLoader(
+            self.data, self.batch_sizes[min(epoch, len(self.batch_sizes) - 1)], shuffle=True
+        )
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -78,7 +87,10 @@ class Recorder(pl.Callback):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.drawn.append(())
             epoch = trainer.current_epoch
-            size = module.batch_sizes[min(epoch, len(module.batch_sizes) - 1)] * trainer.accumulate_grad_batches
+            size = (
+                module.batch_sizes[min(epoch, len(module.batch_sizes) - 1)]
+                * trainer.accumulate_grad_batches
+            )
             self.rates.append(size / len(module.data))
         self.drawn[-1] += tuple(batch[2].tolist())
 
@@ -90,12 +102,19 @@ class Recorder(pl.Callback):
         """By dp-accounting."""
         accountant = da.pld.PLDAccountant(value_discretization_interval=INTERVAL)
         for rate, steps in groupby(self.rates):
-            accountant.compose(da.PoissonSampledDpEvent(rate, da.GaussianDpEvent(sigma)), len(list(steps)))
+            accountant.compose(
+                da.PoissonSampledDpEvent(rate, da.GaussianDpEvent(sigma)), len(list(steps))
+            )
         return accountant.get_epsilon(DELTA)
 
 
 def trainer(*callbacks, **options):
-    defaults = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    defaults = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     quiet = {"enable_model_summary": False, "enable_progress_bar": False}
     return pl.Trainer(callbacks=list(callbacks), **{**defaults, **quiet, **options})
 
@@ -163,7 +182,9 @@ def more_epochs_than_planned(callback, recorder):
 
 
 def more_steps_than_planned(callback, recorder):
-    change = AtEpochEnd(lambda trainer, module: setattr(trainer.fit_loop.epoch_loop, "max_steps", 25))
+    change = AtEpochEnd(
+        lambda trainer, module: setattr(trainer.fit_loop.epoch_loop, "max_steps", 25)
+    )
     trainer(callback, recorder, change, max_steps=13, max_epochs=-1).fit(Net())
 
 
@@ -245,7 +266,10 @@ def test_batches_have_the_rate_that_is_accounted(run):
         sizes.setdefault(rate, []).append(len(batch) / rate)
     assert len(sizes) > 1
     for rate, numbers in sizes.items():  # each has the size of the data set as its mean
-        mean, deviation = sum(numbers) / len(numbers), (90 * (1 - rate) / rate / len(numbers)) ** 0.5
+        mean, deviation = (
+            sum(numbers) / len(numbers),
+            (90 * (1 - rate) / rate / len(numbers)) ** 0.5,
+        )
         assert 12 - 5 * deviation <= mean <= 180 + 5 * deviation
 
 
@@ -270,7 +294,9 @@ def test_the_budget_is_never_exceeded_and_used(run, tmp_path):
     run_at(tmp_path, run, callback, Recorder())
     assert 0 < callback.accountant.epsilon(DELTA) <= epsilon
     left = callback.accountant.releases_left(epsilon, DELTA, 1.0)
-    assert left == (2 - 2 * REPEATED if run is back_to_an_earlier_checkpoint else 0)  # 9 + 6 + 6 of 23
+    assert left == (
+        2 - 2 * REPEATED if run is back_to_an_earlier_checkpoint else 0
+    )  # 9 + 6 + 6 of 23
 
 
 def test_a_budget_that_is_larger_stops_nothing():
@@ -311,10 +337,15 @@ def test_noise_that_changes_is_accounted_and_allowed_step_by_step():
     accountant = da.pld.PLDAccountant(value_discretization_interval=INTERVAL)
     for sigma in sigmas:
         accountant.compose(da.PoissonSampledDpEvent(0.1, da.GaussianDpEvent(sigma)))
-    assert callback.accountant.epsilon(DELTA) == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-6)
+    assert callback.accountant.epsilon(DELTA) == pytest.approx(
+        accountant.get_epsilon(DELTA), rel=1e-6
+    )
     assert callback.accountant.epsilon(DELTA) <= 5.0
     assert (
-        accountant.compose(da.PoissonSampledDpEvent(0.1, da.GaussianDpEvent(0.9 * sigmas[-1]))).get_epsilon(DELTA) > 5
+        accountant.compose(
+            da.PoissonSampledDpEvent(0.1, da.GaussianDpEvent(0.9 * sigmas[-1]))
+        ).get_epsilon(DELTA)
+        > 5
     )
 
 
@@ -330,7 +361,9 @@ def test_noise_that_changes_after_the_batch_was_allowed_is_refused():
 # --- fresh batches and fresh noise -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("settings", "noise"), [({}, {}), ({"seed": 3}, {"noise_seed": 4})], ids=["secret", "given"])
+@pytest.mark.parametrize(
+    ("settings", "noise"), [({}, {}), ({"seed": 3}, {"noise_seed": 4})], ids=["secret", "given"]
+)
 def test_continuations_of_a_checkpoint_share_nothing(settings, noise, tmp_path):
     trainer(private(**settings), SaveAt(3, tmp_path / "a.ckpt"), max_steps=3).fit(Net(**noise))
     saved = torch.load(tmp_path / "a.ckpt", weights_only=False)
@@ -338,7 +371,9 @@ def test_continuations_of_a_checkpoint_share_nothing(settings, noise, tmp_path):
     assert not any("entropy" in state for state in saved["callbacks"].values())
     runs = [Recorder(), Recorder()]
     for recorder in runs:
-        trainer(private(**settings), recorder, max_steps=9).fit(Net(**noise), ckpt_path=tmp_path / "a.ckpt")
+        trainer(private(**settings), recorder, max_steps=9).fit(
+            Net(**noise), ckpt_path=tmp_path / "a.ckpt"
+        )
     assert runs[0].drawn != runs[1].drawn
     expected = 2**0.5 * 0.5 / 6 * 15**0.5  # of the difference of two draws of noise alone
     for a, b in zip(runs[0].grads, runs[1].grads, strict=True):
@@ -349,8 +384,12 @@ def test_continuations_of_a_checkpoint_share_nothing(settings, noise, tmp_path):
 def test_an_exact_resume_is_asked_for_and_needs_what_was_saved(tmp_path):
     trainer(private(), SaveAt(3, tmp_path / "plain.ckpt"), max_steps=3).fit(Net(noise_seed=5))
     with pytest.raises(KeyError, match="saved without that option"):
-        trainer(private(exact_resume=True)).fit(Net(noise_seed=5), ckpt_path=tmp_path / "plain.ckpt")
-    trainer(private(exact_resume=True), SaveAt(3, tmp_path / "exact.ckpt"), max_steps=3).fit(Net(noise_seed=5))
+        trainer(private(exact_resume=True)).fit(
+            Net(noise_seed=5), ckpt_path=tmp_path / "plain.ckpt"
+        )
+    trainer(private(exact_resume=True), SaveAt(3, tmp_path / "exact.ckpt"), max_steps=3).fit(
+        Net(noise_seed=5)
+    )
     runs = [Recorder(), Recorder()]
     for recorder in runs:
         exact = trainer(private(exact_resume=True), recorder, max_steps=9)
@@ -386,7 +425,11 @@ def test_copies_of_an_optimizer_draw_fresh_noise(way, settings):
             _, other = in_a_loop(**settings)
             other.renew_noise()
         else:
-            other = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+            other = (
+                copy.deepcopy(optimizer)
+                if way == "deepcopy"
+                else pickle.loads(pickle.dumps(optimizer))
+            )
         other.zero_grad()
         other.step()
         noises.append(other.param_groups[0]["params"][0].grad)
@@ -410,7 +453,9 @@ def test_an_account_of_copies_and_loads_forgets_and_repeats_nothing():
     a.load_state_dict(b.state_dict())
     assert a.history == [(PoissonSampling(0.1), 1.0, 14)]
     old = PrivacyAccountant()
-    old.load_state_dict({"history": [("PoissonSampling", {"sampling_rate": 0.1}, 1.0, 7)]})  # of an older version
+    old.load_state_dict(
+        {"history": [("PoissonSampling", {"sampling_rate": 0.1}, 1.0, 7)]}
+    )  # of an older version
     assert old.history == [(PoissonSampling(0.1), 1.0, 7)]
 
 
@@ -429,9 +474,9 @@ class StepsTwice(Net):
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         optimizer.step(optimizer_closure)
         optimizer.optimizer.zero_grad()
-        optimizer.optimizer.step() if hasattr(optimizer.optimizer, "clipping") else DPOptimizer.step(
-            optimizer.optimizer
-        )
+        optimizer.optimizer.step() if hasattr(
+            optimizer.optimizer, "clipping"
+        ) else DPOptimizer.step(optimizer.optimizer)
 
 
 class SkipsBatch(Net):
@@ -470,7 +515,9 @@ def test_a_run_that_goes_on_in_the_middle_of_a_step_is_refused(tmp_path):
     save = SaveAt(3 + REPEATED, tmp_path / "a.ckpt")
     trainer(private(), save, accumulate_grad_batches=2).fit(Net(batch_sizes=(3,)))
     with pytest.raises(Exception, match="in the middle of one"):
-        trainer(private(), accumulate_grad_batches=2).fit(Net(batch_sizes=(3,)), ckpt_path=tmp_path / "a.ckpt")
+        trainer(private(), accumulate_grad_batches=2).fit(
+            Net(batch_sizes=(3,)), ckpt_path=tmp_path / "a.ckpt"
+        )
 
 
 def test_processes_that_forget_the_account_are_refused():
@@ -499,15 +546,35 @@ class Repeats(DataLoader):
     ("loader", "sampling", "message"),
     [
         (lambda d: DataLoader(d, 6), "epoch", "needs a loader that shuffles"),
-        (lambda d: DataLoader(d, 6, sampler=DistributedSampler(d, 1, 0, shuffle=False)), "epoch", "that shuffles"),
-        (lambda d: DataLoader(d, 6, sampler=DistributedSampler(d, 2, 0)), "epoch", "for 2 of 1 processes"),
+        (
+            lambda d: DataLoader(d, 6, sampler=DistributedSampler(d, 1, 0, shuffle=False)),
+            "epoch",
+            "that shuffles",
+        ),
+        (
+            lambda d: DataLoader(d, 6, sampler=DistributedSampler(d, 2, 0)),
+            "epoch",
+            "for 2 of 1 processes",
+        ),
         (lambda d: Repeats(d, 6, shuffle=True), "epoch", "which overrides `__iter__`"),
         (lambda d: DataLoader(d, 6, sampler=Twice(d)), "both", "found `Twice`"),
         (lambda d: DataLoader(d, 6, sampler=Ordered(d)), "both", "found `Ordered`"),
-        (lambda d: DataLoader(d, 6, sampler=RandomSampler(d, num_samples=300)), "both", "num_samples=300 of 60"),
-        (lambda d: DataLoader(d, 6, sampler=RandomSampler(d, num_samples=30)), "both", "num_samples=30 of 60"),
+        (
+            lambda d: DataLoader(d, 6, sampler=RandomSampler(d, num_samples=300)),
+            "both",
+            "num_samples=300 of 60",
+        ),
+        (
+            lambda d: DataLoader(d, 6, sampler=RandomSampler(d, num_samples=30)),
+            "both",
+            "num_samples=30 of 60",
+        ),
         (lambda d: DataLoader(d, 6, sampler=RandomSampler(d, True)), "both", "replacement=True"),
-        (lambda d: DataLoader(d, 6, sampler=RandomSampler(range(90))), "both", "over 90 of 60 samples"),
+        (
+            lambda d: DataLoader(d, 6, sampler=RandomSampler(range(90))),
+            "both",
+            "over 90 of 60 samples",
+        ),
     ],
 )
 def test_loaders_that_are_no_shuffled_epoch_are_refused(loader, sampling, message):
@@ -528,7 +595,9 @@ def test_an_epoch_is_accounted_for_zeroed_out_samples(loader):
     callback = private(sampling="epoch")
     trainer(callback, max_epochs=3).fit(Net(), loader(Numbers(60)))
     relation = da.NeighboringRelation.REPLACE_SPECIAL
-    oracle = da.pld.PLDAccountant(relation, value_discretization_interval=INTERVAL).compose(da.GaussianDpEvent(1.0), 3)
+    oracle = da.pld.PLDAccountant(relation, value_discretization_interval=INTERVAL).compose(
+        da.GaussianDpEvent(1.0), 3
+    )
     assert callback.accountant.epsilon(DELTA) == pytest.approx(oracle.get_epsilon(DELTA), rel=1e-9)
     assert callback.accountant.history[0][0].relation == relation.name
 
@@ -563,7 +632,11 @@ def test_zeroing_a_sample_out_moves_one_step_of_an_epoch_by_at_most_the_clip_nor
     ],
 )
 def test_summary_and_log_lines_name_the_relation(sampling, words, caplog):
-    callback = private(epsilon=6.0, sampling=sampling, max_batch_size=9 if sampling == "truncated_poisson" else None)
+    callback = private(
+        epsilon=6.0,
+        sampling=sampling,
+        max_batch_size=9 if sampling == "truncated_poisson" else None,
+    )
     assert "not known before the first batch" in callback.summary()
     with caplog.at_level("INFO"):
         run = trainer(callback, AtEpochEnd(lambda t, m: setattr(t.fit_loop, "max_epochs", 4)))

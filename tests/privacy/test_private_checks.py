@@ -73,7 +73,9 @@ def fit(module, *callbacks, loader=None, **settings):
 def with_loss(loss, **attributes):
     module = Net()
     for name, value in attributes.items():
-        module.register_buffer(name, value) if isinstance(value, torch.Tensor) else setattr(module, name, value)
+        module.register_buffer(name, value) if isinstance(value, torch.Tensor) else setattr(
+            module, name, value
+        )
     module.loss = loss.__get__(module)
     return module
 
@@ -143,7 +145,9 @@ COUPLED = [
 @pytest.mark.parametrize("loss", COUPLED, ids=lambda loss: loss.__name__)
 def test_losses_in_which_samples_influence_each_other_are_refused(loss):
     with pytest.raises(Exception, match=r"depends on the other samples|samples mix"):
-        fit(with_loss(loss), loader=DataLoader(Data(outlier=True), batch_size=60, shuffle=True))  # all in every batch
+        fit(
+            with_loss(loss), loader=DataLoader(Data(outlier=True), batch_size=60, shuffle=True)
+        )  # all in every batch
 
 
 # --- losses that draw random numbers of their own --------------------------------------------------------------------
@@ -215,7 +219,11 @@ def test_random_numbers_of_a_sample_are_equal_in_parts_of_its_batch(name):
 
 
 @pytest.mark.parametrize(
-    "draw", [lambda x: torch.randperm(len(x)).double(), lambda x: torch.bernoulli((x - x.mean(0)).sigmoid())]
+    "draw",
+    [
+        lambda x: torch.randperm(len(x)).double(),
+        lambda x: torch.bernoulli((x - x.mean(0)).sigmoid()),
+    ],
 )
 def test_random_numbers_that_depend_on_the_batch_are_not_made_equal(draw):
     x, rows = torch.randn(40, 3), torch.arange(20)
@@ -279,7 +287,9 @@ def shuffling_labels(samples):
 
 def augmenting(samples):
     """By the generators of torch, NumPy and Python, sample by sample and for all at once."""
-    x, y = stacked([(x + torch.randn(4) * random.random() * np.random.rand(), y) for x, y in samples])
+    x, y = stacked(
+        [(x + torch.randn(4) * random.random() * np.random.rand(), y) for x, y in samples]
+    )
     return x + torch.randn(len(x), 4), y
 
 
@@ -301,7 +311,8 @@ def mean_with_padding(self, x, y, lengths):
 
 
 @pytest.mark.parametrize(
-    ("collate", "workers"), [(mixup_collate, 0), (mixup_collate, 1), (standardising_collate, 0), (shuffling_labels, 0)]
+    ("collate", "workers"),
+    [(mixup_collate, 0), (mixup_collate, 1), (standardising_collate, 0), (shuffling_labels, 0)],
 )
 def test_collate_functions_that_mix_samples_are_refused(collate, workers):
     loader = DataLoader(Data(), 12, shuffle=True, collate_fn=collate, num_workers=workers)
@@ -320,7 +331,11 @@ def test_transfer_hooks_that_mix_samples_are_refused(hook):
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
 def test_transfer_hooks_that_act_on_samples_are_let_through(hook):
     module = Net()
-    setattr(module, hook, lambda batch, dataloader_idx: [batch[0] + torch.randn_like(batch[0]), batch[1]])
+    setattr(
+        module,
+        hook,
+        lambda batch, dataloader_idx: [batch[0] + torch.randn_like(batch[0]), batch[1]],
+    )
     fit(module)
 
 
@@ -331,7 +346,10 @@ def test_augmentation_and_padding_are_let_through():
 
 def test_padding_that_the_loss_counts_is_refused():
     with pytest.raises(Exception, match="padding that the loss does not leave out"):
-        fit(with_loss(mean_with_padding), loader=DataLoader(Sentences(), 12, shuffle=True, collate_fn=padded))
+        fit(
+            with_loss(mean_with_padding),
+            loader=DataLoader(Sentences(), 12, shuffle=True, collate_fn=padded),
+        )
 
 
 # --- what else learns from a batch -----------------------------------------------------------------------------------
@@ -387,7 +405,10 @@ def own_step_on_private_parameters(self, x, y):
 
 
 CHANGING = {
-    "norm.running_mean": (running_statistics, {"norm": nn.InstanceNorm1d(1, track_running_stats=True)}),
+    "norm.running_mean": (
+        running_statistics,
+        {"norm": nn.InstanceNorm1d(1, track_running_stats=True)},
+    ),
     "average": (moving_average, {"average": torch.zeros(4)}),
     "average by .data": (moving_average_of_data, {"average": torch.zeros(4)}),
     "average assigned": (assigned, {"average": torch.zeros(4)}),
@@ -407,7 +428,9 @@ def test_state_that_a_batch_changes_is_refused_by_name(name, check):
         return  # found by comparing steps alone
     with pytest.raises(Exception, match=f"`{name.split()[0]}`"):
         fit(
-            with_loss(loss, **{k: v.clone() if torch.is_tensor(v) else v for k, v in attributes.items()}),
+            with_loss(
+                loss, **{k: v.clone() if torch.is_tensor(v) else v for k, v in attributes.items()}
+            ),
             check_independence=check,
         )
 
@@ -481,7 +504,11 @@ def test_swaps_of_averaged_weights_for_validation_are_let_through():
     callback.accountant.epsilon = lambda delta: 0.0
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = pl.Trainer(
-        max_epochs=2, callbacks=[average, callback], enable_progress_bar=False, accelerator="cpu", **quiet
+        max_epochs=2,
+        callbacks=[average, callback],
+        enable_progress_bar=False,
+        accelerator="cpu",
+        **quiet,
     )
     loader = DataLoader(Data(), batch_size=12, shuffle=True)
     trainer.fit(module, loader, loader)
@@ -501,7 +528,9 @@ def test_an_own_backward_pass_that_moves_nothing_is_thrown_away():
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("loss", [Net.loss, diffusion, target_in_the_step], ids=["plain", "diffusion", "target"])
+@pytest.mark.parametrize(
+    "loss", [Net.loss, diffusion, target_in_the_step], ids=["plain", "diffusion", "target"]
+)
 def test_checks_change_nothing(loss):
     runs = []
     for check in (True, False):

@@ -30,7 +30,9 @@ def test_noise_is_standard_normal(settings):
     z = normal(200_001, **settings)
     for moment, expected in ((1, 0.0), (2, 1.0), (3, 0.0), (4, 3.0)):
         assert abs(z.pow(moment).mean() - expected) < 0.12
-    assert (phi(z.sort().values) - torch.linspace(0, 1, len(z))).abs().max() < 0.005  # Kolmogorov; 0.005 √N = 2.2
+    assert (
+        phi(z.sort().values) - torch.linspace(0, 1, len(z))
+    ).abs().max() < 0.005  # Kolmogorov; 0.005 √N = 2.2
     for distance in (1, 2, 100_000):  # numbers are independent
         pairs = torch.stack([z[:-distance], z[distance:]])
         assert abs(torch.corrcoef(pairs)[0, 1]) < 0.015
@@ -53,9 +55,13 @@ def test_table_and_rest_are_the_normal_distribution(deviation):
     rest = phi(edges[1:]) - phi(edges[:-1]) - found
     assert float(rest.sum() + 2 * phi(edges[0])) == pytest.approx(1 - gaussian.share, rel=1e-12)
     assert 0.98 < gaussian.share < 1
-    # nowhere is the density lower than the table, or higher than the box above it from which proposals come
+    # nowhere is the density lower than the table, or higher than the box above it from which
+    # proposals come
     density = (-edges.square() / 2).exp() / math.sqrt(2 * math.pi) * gaussian.width / deviation
-    lowest, highest = torch.minimum(density[:-1], density[1:]), torch.maximum(density[:-1], density[1:])
+    lowest, highest = (
+        torch.minimum(density[:-1], density[1:]),
+        torch.maximum(density[:-1], density[1:]),
+    )
     assert (lowest - gaussian._taken).min() > -1e-15
     assert (gaussian._taken + gaussian._heights[:-1] - highest).min() > -1e-15
     proposed = gaussian._proposals.long().bincount() / 2**16
@@ -74,7 +80,10 @@ def test_rejection_finds_the_density_above_the_table(deviation):
     gaussian = RoundedGaussian(deviation)
     z = gaussian._rest(2**19, os.urandom) / deviation
     edges = (
-        torch.arange(-4 * gaussian.side, 4 * gaussian.side + 1, dtype=torch.float64) * gaussian.width / deviation / 4
+        torch.arange(-4 * gaussian.side, 4 * gaussian.side + 1, dtype=torch.float64)
+        * gaussian.width
+        / deviation
+        / 4
     )
     shares = phi(edges[1:]) - phi(edges[:-1]) - gaussian._taken.repeat_interleave(4) / 4
     shares = torch.cat([2 * phi(edges[:1]), shares]) / (1 - gaussian.share)
@@ -82,7 +91,10 @@ def test_rejection_finds_the_density_above_the_table(deviation):
     found = torch.cat([(z.abs() > edges[-1]).sum()[None], torch.histogram(z, edges).hist])
     order = shares.argsort(descending=True)
     groups = (shares[order].cumsum(0) * 200).long().clamp(max=199)  # of about the same share
-    pooled = [torch.zeros(200, dtype=torch.float64).index_add_(0, groups, x[order].double()) for x in (found, shares)]
+    pooled = [
+        torch.zeros(200, dtype=torch.float64).index_add_(0, groups, x[order].double())
+        for x in (found, shares)
+    ]
     assert abs(chi_squared(*pooled)) < 6
 
 

@@ -68,7 +68,9 @@ def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name,
         receiver.loss_scale = 1 / 3 if name == "accumulated" else 1.0
         with curvature(receiver, batch_size=n):
             h = model(X[:n])
-            loss = LOSSES[name](h + (H[:n] - h).detach(), y[:n])  # the same outputs, whatever the kernel does
+            loss = LOSSES[name](
+                h + (H[:n] - h).detach(), y[:n]
+            )  # the same outputs, whatever the kernel does
             loss.backward()
     own = H.double().requires_grad_()
     for i in range(7):  # the gradient of a sample's own loss
@@ -80,8 +82,13 @@ def test_what_arrives_at_a_sample_does_not_depend_on_the_number_of_samples(name,
             rtol=4 * torch.finfo(dtype).eps,
             atol=4 * torch.finfo(dtype).eps,
         )
-    # torch's exp of single floats is not that of a vector of them: the last entries of a batch have another last digit
-    rtol = torch.finfo(dtype).eps if name in ("binary", "probability") and dtype == torch.float32 else 0
+    # torch's exp of single floats is not that of a vector of them: the last entries of a batch have
+    # another last digit
+    rtol = (
+        torch.finfo(dtype).eps
+        if name in ("binary", "probability") and dtype == torch.float32
+        else 0
+    )
     torch.testing.assert_close(arrived[0], arrived[1][:49], rtol=rtol, atol=rtol)
     torch.testing.assert_close(arrived[0][:7], arrived[2], rtol=rtol, atol=rtol)
 
@@ -131,8 +138,12 @@ def test_norms_do_not_depend_on_what_fills_up_a_sample(filling, dtype):
     g[:, 1:, 2], x[1:, 2] = 0, filling
     jacobian = Jacobian(nn.Parameter(torch.zeros(6, 8)), [Term("so", "si", "oi", g, x)])
     assert not jacobian.forms_norms
-    exact = torch.einsum("nso,nsi->noi", g[0, :, :2].double(), x[:, :2].double()).flatten(1).norm(dim=1)
-    torch.testing.assert_close(jacobian.norms()[0, 1:], exact[1:], rtol=4 * torch.finfo(dtype).eps, atol=0)
+    exact = (
+        torch.einsum("nso,nsi->noi", g[0, :, :2].double(), x[:, :2].double()).flatten(1).norm(dim=1)
+    )
+    torch.testing.assert_close(
+        jacobian.norms()[0, 1:], exact[1:], rtol=4 * torch.finfo(dtype).eps, atol=0
+    )
 
 
 def test_identical_samples_in_bfloat16_change_nothing():
@@ -181,11 +192,17 @@ def test_tiny_cotangents_times_huge_inputs(positions, dtype, large, shift, C):
 
 VIEWS = {
     "view after view": lambda x, y: (torch.cat([x, 0.9 * x]), y.repeat(2)),
-    "sample after sample": lambda x, y: (torch.stack([x, 0.9 * x], 1).flatten(0, 1), y.repeat_interleave(2)),
+    "sample after sample": lambda x, y: (
+        torch.stack([x, 0.9 * x], 1).flatten(0, 1),
+        y.repeat_interleave(2),
+    ),
     "copies": lambda x, y: (x.repeat_interleave(3, 0), y.repeat_interleave(3)),
     "copy after copy": lambda x, y: (x.repeat(3, 1), y.repeat(3)),
     "expanded": lambda x, y: (x.expand(3, *x.shape).flatten(0, 1), y.expand(3, len(y)).flatten()),
-    "indexed": lambda x, y: (x[torch.arange(2 * len(x)) % len(x)], y[torch.arange(2 * len(y)) % len(y)]),
+    "indexed": lambda x, y: (
+        x[torch.arange(2 * len(x)) % len(x)],
+        y[torch.arange(2 * len(y)) % len(y)],
+    ),
 }
 HEADS = {
     "torch": F.cross_entropy,
@@ -201,7 +218,11 @@ HEADS = {
 def test_rows_of_a_sample_are_clipped_together_or_refused(view, head, network):
     """As two samples, a sample would count 2 C."""
     torch.manual_seed(0)
-    layers = [nn.Linear(4, 3, bias=False)] if network == "linear" else [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)]
+    layers = (
+        [nn.Linear(4, 3, bias=False)]
+        if network == "linear"
+        else [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)]
+    )
     model = nn.Sequential(*layers).double()
     X, y = torch.randn(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
     X[-1] = 100.0

@@ -31,16 +31,30 @@ class Net(pl.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        optimizer = DPSGD(self.parameters(), lr=0.5, clip_norm=0.5, noise_multiplier=0.5, noise_seed=1)
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9), "interval": "step"}]
+        optimizer = DPSGD(
+            self.parameters(), lr=0.5, clip_norm=0.5, noise_multiplier=0.5, noise_seed=1
+        )
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9), "interval": "step"}
+        ]
 
 
 def fit(callback, batch_size=60, module=None, **options):
     generator = torch.Generator().manual_seed(7)
     X = torch.randn(N, 4, generator=generator, dtype=torch.float64)
     data = TensorDataset(X, torch.randint(3, (N,), generator=generator))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "precision": "64-true"}
-    settings = {"accelerator": "cpu", "enable_model_summary": False, "max_epochs": 3, "callbacks": [callback]}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "precision": "64-true",
+    }
+    settings = {
+        "accelerator": "cpu",
+        "enable_model_summary": False,
+        "max_epochs": 3,
+        "callbacks": [callback],
+    }
     callback.accountant.epsilon = lambda delta: 0.0  # takes long, and is not what this is about
     trainer = pl.Trainer(**{**quiet, **settings, **options})
     module = Net() if module is None else module
@@ -56,20 +70,27 @@ def test_parts_are_filled_one_after_the_other():
     for step in range(40):
         size = len(sampler.batch(step))
         sizes = [sampler.part_size(step, part) for part in range(6)]
-        assert sizes == [min(10, max(0, size - 10 * part)) for part in range(5)] + [max(0, size - 50)]
+        assert sizes == [min(10, max(0, size - 10 * part)) for part in range(5)] + [
+            max(0, size - 50)
+        ]
         drawn = [i for part, n in enumerate(sizes) for i in batches[6 * step + part][:n]]
         assert drawn == sampler.batch(step).tolist()
 
 
 def test_processes_fill_parts_of_their_own_share():
-    samplers = [PoissonBatchSampler(200, 0.2, 3, parts=3, part_size=8, seed=0, rank=r, world_size=2) for r in (0, 1)]
+    samplers = [
+        PoissonBatchSampler(200, 0.2, 3, parts=3, part_size=8, seed=0, rank=r, world_size=2)
+        for r in (0, 1)
+    ]
     for step in range(3):
         sizes = [[s.part_size(step, part) for part in range(3)] for s in samplers]
         assert sum(map(sum, sizes)) == len(samplers[0].batch(step))
         assert all(size[:2] == [8, 8] for size in sizes)
 
 
-@pytest.mark.parametrize(("expected", "size"), [(1000.0, 256), (5.0, 1), (64.0, 64), (4096.0, 8), (3.0, 1000)])
+@pytest.mark.parametrize(
+    ("expected", "size"), [(1000.0, 256), (5.0, 1), (64.0, 64), (4096.0, 8), (3.0, 1000)]
+)
 def test_enough_parts_hold_all_but_one_batch_in_a_thousand_millions(expected, size):
     poisson = needs("scipy.stats").poisson
     parts = enough_parts(expected, size)
@@ -81,7 +102,9 @@ def test_enough_parts_hold_all_but_one_batch_in_a_thousand_millions(expected, si
 
 @pytest.mark.parametrize(("size", "accumulate"), [(8, 1), (16, 1), (7, 2), (1000, 1)])
 def test_steps_are_those_of_whole_batches(size, accumulate):
-    whole, module = fit(PrivacyCallback(seed=3), 60 // accumulate, accumulate_grad_batches=accumulate)
+    whole, module = fit(
+        PrivacyCallback(seed=3), 60 // accumulate, accumulate_grad_batches=accumulate
+    )
     callback = PrivacyCallback(seed=3, max_physical_batch_size=size)
     trainer, split = fit(callback, 60 // accumulate, accumulate_grad_batches=accumulate)
     assert trainer.global_step == whole.global_step == 6
@@ -95,7 +118,11 @@ def test_steps_are_those_of_whole_batches(size, accumulate):
 
 def test_truncated_batches_need_no_room_beyond_their_maximum():
     callback = PrivacyCallback(
-        sampling="truncated_poisson", max_batch_size=64, max_physical_batch_size=16, seed=3, delta=1e-3
+        sampling="truncated_poisson",
+        max_batch_size=64,
+        max_physical_batch_size=16,
+        seed=3,
+        delta=1e-3,
     )
     _, module = fit(callback, max_epochs=2)
     assert callback.accountant.history == [(TruncatedPoissonSampling(0.5, N, 64), 0.5, 4)]
@@ -145,8 +172,14 @@ def test_parts_and_audits_go_together():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_physical_batch_size": 0}, "`max_physical_batch_size` must be an integer of at least 1"),
-        ({"max_physical_batch_size": 8, "sampling": "epoch"}, "splits Poisson batches, found sampling='epoch'"),
+        (
+            {"max_physical_batch_size": 0},
+            "`max_physical_batch_size` must be an integer of at least 1",
+        ),
+        (
+            {"max_physical_batch_size": 8, "sampling": "epoch"},
+            "splits Poisson batches, found sampling='epoch'",
+        ),
     ],
 )
 def test_settings_out_of_range(options, message):

@@ -89,7 +89,8 @@ def regrouped(monkeypatch):
         samples = find(passes, *arguments)
         uses = {
             node: dataclasses.replace(owners, minor=not owners.minor)
-            if isinstance(owners, BatchAxis) and passes.tape.uses[node].shape[owners.axis] != owners.count
+            if isinstance(owners, BatchAxis)
+            and passes.tape.uses[node].shape[owners.axis] != owners.count
             else owners
             for node, owners in finder.uses.items()
         }
@@ -166,7 +167,9 @@ def test_a_private_step_finds_a_gate_that_opens_at_once(name):
 def verifications(monkeypatch, model, compute_loss, batch):
     """How often samples were searched for in three private steps."""
     searched, search = [], finder._Finder.found
-    monkeypatch.setattr(finder._Finder, "found", lambda *arguments: searched.append(1) or search(*arguments))
+    monkeypatch.setattr(
+        finder._Finder, "found", lambda *arguments: searched.append(1) or search(*arguments)
+    )
     finder.MEMORY.entries.clear()
     for _ in range(3):
         clipped_sum(model, compute_loss, batch, 1.0)
@@ -179,8 +182,12 @@ ALWAYS = ["ragged", "no rule", "views major"]
 
 @pytest.mark.parametrize("name", [*ONCE, "time first", *ALWAYS])
 def test_what_cannot_mix_samples_is_verified_once(sensitivity, monkeypatch, name):
-    evaluate = sensitivity.Sum(sensitivity.Case(name, "cross-entropy", "float64", "flat", 1.0, 6, seed=0))
-    found = verifications(monkeypatch, evaluate.model, lambda m, x, y: F.cross_entropy(m(x), y), evaluate.draw(6))
+    evaluate = sensitivity.Sum(
+        sensitivity.Case(name, "cross-entropy", "float64", "flat", 1.0, 6, seed=0)
+    )
+    found = verifications(
+        monkeypatch, evaluate.model, lambda m, x, y: F.cross_entropy(m(x), y), evaluate.draw(6)
+    )
     assert found == (3 if name in ALWAYS else 1)
 
 
@@ -198,7 +205,9 @@ ALONG = {
     "select": lambda h: h + h[0],
     "permuted": lambda h: h.unflatten(1, (2, 2)).permute(1, 0, 2).reshape(4, 4),
     "pairs": lambda h: (h @ h.T) @ h,
-    "attention": lambda h: F.scaled_dot_product_attention(h[None, None], h[None, None], h[None, None])[0, 0],
+    "attention": lambda h: F.scaled_dot_product_attention(
+        h[None, None], h[None, None], h[None, None]
+    )[0, 0],
     "strided": lambda h: h.as_strided((4, 4), (1, 4)),
 }
 

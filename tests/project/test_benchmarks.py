@@ -53,12 +53,16 @@ def test_vmap_computes_per_sample_gradients(contenders):
 
 def test_interleaved_runs_are_those_alone(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("optimizer_benchmark", BENCHMARKS / "optimizers.py")
+    spec = importlib.util.spec_from_file_location(
+        "optimizer_benchmark", BENCHMARKS / "optimizers.py"
+    )
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
     regression = benchmark.WORKLOADS["regression"]
     runs = {
-        method: lambda method=method, count=count: benchmark.train(regression, method, 0, steps=count)
+        method: lambda method=method, count=count: benchmark.train(
+            regression, method, 0, steps=count
+        )
         for method, count in {"baseline": 6, "KFAC": 4}.items()
     }
     together = benchmark.interleaved({method: run() for method, run in runs.items()})
@@ -104,7 +108,17 @@ def test_slow_and_failing_steps_are_named(contenders):
 def test_command_merges_into_saved_results(tmp_path):
     path = tmp_path / "peers.json"
     path.write_text(json.dumps({"networks": {"logistic": {"KFAC": {}}}}))
-    choice = ["--networks", "logistic", "--samples", "4", "--repeats", "2", "--quantities", "Variance", "HMP"]
+    choice = [
+        "--networks",
+        "logistic",
+        "--samples",
+        "4",
+        "--repeats",
+        "2",
+        "--quantities",
+        "Variance",
+        "HMP",
+    ]
     command = [sys.executable, BENCHMARKS / "peers.py", *choice, "--results", path]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "Variance" in run.stdout
@@ -152,7 +166,9 @@ def test_ratios_are_medians_over_rounds(contenders):
 def test_floor_counts_operations_and_bytes(contenders):
     import floor
 
-    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4))  # 4 positions, patches of 18
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4)
+    )  # 4 positions, patches of 18
     work = floor.count(net, torch.randn(5, 2, 4, 4), torch.randint(4, (5,)))
     convolution, linear = 2 * 5 * 3 * 18 * 4, 2 * 5 * 12 * 4
     assert work["plain"] == 2 * convolution + 3 * linear
@@ -172,23 +188,38 @@ def test_density_counts_tokens_lines_and_names(contenders):
     source = '"""Two lines\nof docstring."""\n\nX = f"{1}, {2 + 3}"  # why\n\n\n'
     source += "def f(argument):\n    ab, abcd = argument\n    # how\n    return ab\n"
     found = density.density(source + "#" * 101 + "\n", package=True)
-    assert (found.files, found.packages, found.code_lines, found.comment_lines, found.long_lines) == (1, 1, 4, 3, 1)
+    assert (
+        found.files,
+        found.packages,
+        found.code_lines,
+        found.comment_lines,
+        found.long_lines,
+    ) == (1, 1, 4, 3, 1)
     assert found.tokens == 3 + 6 + 5 + 2
     assert sorted(found.names) == ["ab", "abcd"]
     assert " 3.0 " in found.row("room")
 
 
 def test_density_of_every_room():
-    run = subprocess.run([sys.executable, BENCHMARKS / "density.py"], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, BENCHMARKS / "density.py"], capture_output=True, text=True, check=True
+    )
     _, *rooms, total = (line.split() for line in run.stdout.splitlines())
     assert [row[0] for row in rooms] == ["lightning_curv", "optimizers", "callbacks"]
     assert int(total[1]) == sum(int(row[1]) for row in rooms)
 
 
-@pytest.mark.parametrize(("outcome", "ends"), [("right", 0), ("refused", 0), ("wrong", 1), ("crash", 1)])
+@pytest.mark.parametrize(
+    ("outcome", "ends"), [("right", 0), ("refused", 0), ("wrong", 1), ("crash", 1)]
+)
 def test_sweep_of_models_ends_with_an_error_where_something_is_wrong(outcome, ends):
     code = "import sys, models; sys.argv[1:] = ['--only', 'gcn'];"
     code += f"models.cells = lambda network, *_: [models.Cell(network.name, network.suite, 'BatchGrad', {outcome!r})];"
-    run = subprocess.run([sys.executable, "-c", code + "models.main()"], cwd=BENCHMARKS, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code + "models.main()"],
+        cwd=BENCHMARKS,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == ends, run.stderr
     assert "1 networks" in run.stdout

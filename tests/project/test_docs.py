@@ -27,7 +27,9 @@ def page_id(path):
 def examples(path):
     """The doctests of a page, without the fences around them."""
     text = re.sub(r"^ *```.*$", "", path.read_text(), flags=re.MULTILINE)
-    return doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, path.name, str(path), 0)
+    return doctest.DocTestParser().get_doctest(
+        text, {"__name__": "__main__"}, path.name, str(path), 0
+    )
 
 
 def run(test):
@@ -76,7 +78,10 @@ def test_quickstart_runs_block_after_block(tmp_path, monkeypatch, capsys):
         exec(block, scope)
     assert scope["trainer"].callback_metrics["curvature/noise_scale"] > 0
     assert scope["privacy"].accountant.epsilon(1e-4) <= 3
-    assert "0.weight torch.Size([64, 20]) torch.Size([64, 20]) torch.Size([50])" in capsys.readouterr().out
+    assert (
+        "0.weight torch.Size([64, 20]) torch.Size([64, 20]) torch.Size([50])"
+        in capsys.readouterr().out
+    )
     assert list(tmp_path.glob("lightning_logs/version_0/events*"))
 
 
@@ -90,7 +95,10 @@ def test_links_lead_to_files(path):
 def tables(path):
     """The tables of a page, each a list of rows of cells."""
     for table in re.findall(r"(?:^\|.*\|\n)+", path.read_text(), flags=re.MULTILINE):
-        yield [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in table.splitlines()]
+        yield [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+            for row in table.splitlines()
+        ]
 
 
 def test_our_lines_of_the_migration_tables_run():
@@ -104,7 +112,9 @@ def test_our_lines_of_the_migration_tables_run():
                 if line.startswith("tensorboard "):
                     continue
                 if "loss.backward()" in line:
-                    scope["model"], scope["lossfunc"] = map(lightning_curv.extend, (scope["model"], scope["lossfunc"]))
+                    scope["model"], scope["lossfunc"] = map(
+                        lightning_curv.extend, (scope["model"], scope["lossfunc"])
+                    )
                     scope["loss"] = scope["lossfunc"](scope["model"](scope["X"]), scope["y"])
                 exec(line, scope)
                 ran += 1
@@ -113,7 +123,11 @@ def test_our_lines_of_the_migration_tables_run():
 
 
 def test_migration_names_what_cockpit_has():
-    [rows] = [rows for header, _, *rows in tables(DOCS / "migration.md") if header[0] == "Cockpit's quantity"]
+    [rows] = [
+        rows
+        for header, _, *rows in tables(DOCS / "migration.md")
+        if header[0] == "Cockpit's quantity"
+    ]
     ours = {cell: name for row in rows for cell, name in pairwise(row)}
     cockpit = "GradNorm NormTest InnerTest OrthoTest MeanGSNR CABS EarlyStopping HessTrace HessMaxEV TICTrace TICDiag"
     for name in [*cockpit.split(), "Alpha", "UpdateSize", "Distance"]:
@@ -121,13 +135,17 @@ def test_migration_names_what_cockpit_has():
 
 
 def test_reference_names_everything_public():
-    directives = re.findall(r"^::: ([\w.]+)", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M)
+    directives = re.findall(
+        r"^::: ([\w.]+)", "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md")), re.M
+    )
     assert len(directives) == len(set(directives))
     documented = {name.rpartition(".")[2] for name in directives}
     for name in directives:
         assert pydoc.locate(name) is not None, name
     rooms = ("", ".optimizers", ".callbacks")
-    public = {name for room in rooms for name in importlib.import_module(f"lightning_curv{room}").__all__}
+    public = {
+        name for room in rooms for name in importlib.import_module(f"lightning_curv{room}").__all__
+    }
     constants = {"RULES", "LOSSES", "PARTS"}
     assert public - documented <= constants
 

@@ -24,7 +24,9 @@ def run(tmp_path, monkeypatch, capsys):
     def run(name, *arguments):
         picture = tmp_path / "out.png"
         script = str(EXAMPLES / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [script, "--quick", "--out", str(picture), *map(str, arguments)])
+        monkeypatch.setattr(
+            sys, "argv", [script, "--quick", "--out", str(picture), *map(str, arguments)]
+        )
         monkeypatch.syspath_prepend(EXAMPLES)
         monkeypatch.chdir(tmp_path)
         runpy.run_path(script, run_name="__main__")
@@ -74,7 +76,9 @@ def test_noise_scale_prints_a_table(run):
 
 def test_autoencoder_kfac_is_ahead_of_adam(run):
     out = run("autoencoder")
-    kfac, adam = (number(rf"{name}: squared error per image ([\d.]+)", out) for name in ("KFAC", "Adam"))
+    kfac, adam = (
+        number(rf"{name}: squared error per image ([\d.]+)", out) for name in ("KFAC", "Adam")
+    )
     assert 0.3 < kfac < 0.7
     assert 1 < adam < 5
 
@@ -97,7 +101,9 @@ def test_resnet_says_what_is_exact(run):
 
 
 def test_custom_extension_is_an_agreement_that_falls(run):
-    means = [float(mean) for mean in re.findall(r"mean agreement ([\d.]+)", run("custom_extension"))]
+    means = [
+        float(mean) for mean in re.findall(r"mean agreement ([\d.]+)", run("custom_extension"))
+    ]
     assert len(means) == 4
     assert 1 > means[0] > means[-1] > 1 / 500
 

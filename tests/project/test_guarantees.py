@@ -29,13 +29,20 @@ def test_both_pages_have_tables():
     assert all(len(rows) > 20 for rows in ROWS.values())
 
 
-@pytest.mark.parametrize("row", [*ROWS["guarantees.md"], *ROWS["privacy.md"]], ids=lambda row: row[2:50])
+@pytest.mark.parametrize(
+    "row", [*ROWS["guarantees.md"], *ROWS["privacy.md"]], ids=lambda row: row[2:50]
+)
 def test_the_tests_of_a_guarantee_exist(row):
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[-2])
     assert named
     for file, name in named:
         [path] = TESTS.rglob(file)
         tree = ast.parse(path.read_text())
-        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+        functions = [
+            node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name
+        ]
         assert len(functions) == 1, f"{file} has no test {name}"
-        assert not any(re.search(r"mark\.(skip|xfail)", ast.unparse(mark)) for mark in functions[0].decorator_list)
+        assert not any(
+            re.search(r"mark\.(skip|xfail)", ast.unparse(mark))
+            for mark in functions[0].decorator_list
+        )

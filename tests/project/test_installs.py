@@ -52,7 +52,9 @@ def source(tmp_path_factory):
     for name in SOURCE:
         path = ROOT / name
         if path.is_dir():
-            shutil.copytree(path, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.png", "results"))
+            shutil.copytree(
+                path, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.png", "results")
+            )
         else:
             shutil.copy(path, copy)
     return copy
@@ -62,15 +64,28 @@ def source(tmp_path_factory):
 def test_only_the_two_rooms_are_added(build, source, tmp_path):
     environment = tmp_path / "venv"
     venv.create(environment, symlinks=os.name != "nt")
-    variables = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONHOME"}}
+    variables = {
+        key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "PYTHONHOME"}
+    }
     packages = next(environment.rglob("site-packages"))
-    # A folder that a .pth file names is searched, but its own .pth files, of editable installs, are not read.
-    (packages / "outer.pth").write_text("\n".join({sysconfig.get_path(key) for key in ("purelib", "platlib")}))
+    # A folder that a .pth file names is searched, but its own .pth files, of editable installs, are
+    # not read.
+    (packages / "outer.pth").write_text(
+        "\n".join({sysconfig.get_path(key) for key in ("purelib", "platlib")})
+    )
     if BUILDS[build] is None:
         variables["PYTHONPATH"] = str(source)
     else:
-        command = f"from setuptools.build_meta import *; folder = {str(tmp_path)!r}; {BUILDS[build]}"
-        subprocess.run([sys.executable, "-c", command], cwd=source, env=variables, check=True, capture_output=True)
+        command = (
+            f"from setuptools.build_meta import *; folder = {str(tmp_path)!r}; {BUILDS[build]}"
+        )
+        subprocess.run(
+            [sys.executable, "-c", command],
+            cwd=source,
+            env=variables,
+            check=True,
+            capture_output=True,
+        )
         [wheel] = tmp_path.glob("*.whl")
         zipfile.ZipFile(wheel).extractall(packages)
     (tmp_path / "check.py").write_text(CHECK)

@@ -37,12 +37,18 @@ SOURCES = sorted(path for room in ARROWS for path in (ROOT / room).rglob("*.py")
 
 def module_name(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(part for part in ("lightning_curv", *parts[parts[0] == "lightning_curv" :]) if part != "__init__")
+    return ".".join(
+        part
+        for part in ("lightning_curv", *parts[parts[0] == "lightning_curv" :])
+        if part != "__init__"
+    )
 
 
 def imported_modules(path):
     tree = ast.parse(path.read_text())
-    if path == ROOT / "lightning_curv" / "__init__.py":  # lazy: its imports are for type checkers only
+    if (
+        path == ROOT / "lightning_curv" / "__init__.py"
+    ):  # lazy: its imports are for type checkers only
         tree.body = [node for node in tree.body if not isinstance(node, ast.If)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -55,13 +61,17 @@ def imported_modules(path):
 
 
 def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_packages_list_equals_the_tree():
     tree = {module_name(path) for path in SOURCES if path.name == "__init__.py"}
     assert set(SETUPTOOLS["packages"]) == tree
-    assert SETUPTOOLS["package-dir"] == {f"lightning_curv.{room}": room for room in ("optimizers", "callbacks")}
+    assert SETUPTOOLS["package-dir"] == {
+        f"lightning_curv.{room}": room for room in ("optimizers", "callbacks")
+    }
 
 
 def test_source_distribution_holds_what_the_tests_need():
@@ -76,8 +86,16 @@ def test_version_is_stated_once():
     version = lightning_curv.__version__
     assert "version" in PYPROJECT["project"]["dynamic"]
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "lightning_curv.__version__"}
-    assert re.search(rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    stated = [path.name for path in ROOT.iterdir() if path.is_file() and f'"{version}"' in path.read_text("utf-8")]
+    assert re.search(
+        rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$",
+        (ROOT / "CHANGELOG.md").read_text(),
+        re.M,
+    )
+    stated = [
+        path.name
+        for path in ROOT.iterdir()
+        if path.is_file() and f'"{version}"' in path.read_text("utf-8")
+    ]
     assert stated == []
 
 
@@ -92,7 +110,9 @@ def test_arrows_point_one_way(path):
             assert target in ARROWS[room], f"{path} imports {module}"
             assert lazy not in set(ARROWS) - ARROWS[room], f"{path} imports {module}"
         elif room != "callbacks":
-            assert top not in {"pytorch_lightning", "lightning", "lightning_fabric"}, f"{path} imports {module}"
+            assert top not in {"pytorch_lightning", "lightning", "lightning_fabric"}, (
+                f"{path} imports {module}"
+            )
 
 
 def package_of(module):
@@ -107,7 +127,11 @@ def test_packages_depend_on_each_other_without_a_circle():
     for module, path in modules.items():
         if module == "lightning_curv" or module in {f"lightning_curv.{room}" for room in ARROWS}:
             continue  # doors
-        targets = {package_of(target) for target in imported_modules(path) if target in modules and "." in target}
+        targets = {
+            package_of(target)
+            for target in imported_modules(path)
+            if target in modules and "." in target
+        }
         arrows.setdefault(package_of(module), set()).update(targets - {package_of(module), *ARROWS})
     while free := {package for package, targets in arrows.items() if not targets & arrows.keys()}:
         arrows = {package: targets for package, targets in arrows.items() if package not in free}
@@ -127,7 +151,9 @@ def test_type_checkers_see_every_export():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert set(seen) == set(lightning_curv.__all__)
-    assert seen == {name: f"lightning_curv.{lightning_curv._ROOM.get(name, 'extensions')}" for name in seen}
+    assert seen == {
+        name: f"lightning_curv.{lightning_curv._ROOM.get(name, 'extensions')}" for name in seen
+    }
 
 
 def test_engine_and_optimizers_do_not_import_lightning():
@@ -158,7 +184,9 @@ def test_missing_packages_fail_in_ci_and_skip_elsewhere(monkeypatch):
 def test_every_optional_package_is_needed_by_the_same_helper():
     for path in (ROOT / "tests").rglob("*.py"):
         direct = re.search(r"pytest\.importorskip", path.read_text())
-        assert path.name == "conftest.py" or not direct, f"{path}: `from conftest import needs` instead"
+        assert path.name == "conftest.py" or not direct, (
+            f"{path}: `from conftest import needs` instead"
+        )
 
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -167,14 +195,26 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 def test_workflows_test_every_python_and_the_lower_bounds_that_are_stated():
     text = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
     prefix = "Programming Language :: Python :: 3."
-    stated = {entry.removeprefix(prefix) for entry in PYPROJECT["project"]["classifiers"] if entry.startswith(prefix)}
+    stated = {
+        entry.removeprefix(prefix)
+        for entry in PYPROJECT["project"]["classifiers"]
+        if entry.startswith(prefix)
+    }
     assert set(re.findall(r'name: "Python 3\.(\d+)"', text)) == stated
     assert PYPROJECT["project"]["requires-python"] == f">=3.{min(map(int, stated))}"
-    bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)", "\n".join(PYPROJECT["project"]["dependencies"]), re.MULTILINE))
+    bounds = dict(
+        re.findall(
+            r"^([\w-]+)>=([\d.]+)", "\n".join(PYPROJECT["project"]["dependencies"]), re.MULTILINE
+        )
+    )
     pins = set(re.findall(r"([\w-]+)==([\d.]+)\.\*", text))
-    assert pins == {(name, bounds["pytorch-lightning" if name == "lightning" else name]) for name, _ in pins}
+    assert pins == {
+        (name, bounds["pytorch-lightning" if name == "lightning" else name]) for name, _ in pins
+    }
     assert {"torch", "pytorch-lightning", "lightning"} == {name for name, _ in pins}
-    assert set(bounds) == {re.split(r"[^\w-]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]}
+    assert set(bounds) == {
+        re.split(r"[^\w-]", entry)[0] for entry in PYPROJECT["project"]["dependencies"]
+    }
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -187,7 +227,9 @@ def test_workflows_have_no_more_rights_than_they_need(path):
     assert rights[1].split() in (["{}"], ["contents:", "read"])
     assert run_once
     for action in re.findall(r"uses: (\S+)", text):
-        assert re.fullmatch(r"[\w./-]+@(v\d+|release/v\d+)", action), f"{action}: pin the major version"
+        assert re.fullmatch(r"[\w./-]+@(v\d+|release/v\d+)", action), (
+            f"{action}: pin the major version"
+        )
     assert text.count("actions/checkout@") == text.count("persist-credentials: false")
     assert ": write" not in text or path.stem == "release"
 
@@ -203,7 +245,9 @@ def test_peers_of_ci_are_those_of_the_benchmarks():
 def test_readme_for_package_indexes_has_no_relative_links():
     long_description = runpy.run_path(str(ROOT / "setup.py"))["long_description"]
     readme = (ROOT / "README.md").read_text()
-    bare, linked = (long_description(readme, repository) for repository in (None, "https://example.org/x"))
+    bare, linked = (
+        long_description(readme, repository) for repository in (None, "https://example.org/x")
+    )
     for text in (bare, linked):
         assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]*)\)", text))
     assert "![" not in bare
@@ -215,7 +259,9 @@ def test_package_links_to_the_repository_that_builds_it():
     project_urls = runpy.run_path(str(ROOT / "setup.py"))["project_urls"]
     assert "urls" in PYPROJECT["project"]["dynamic"]
     assert project_urls({}) == {}
-    urls = project_urls({"GITHUB_SERVER_URL": "https://example.org", "GITHUB_REPOSITORY": "me/fork"})
+    urls = project_urls(
+        {"GITHUB_SERVER_URL": "https://example.org", "GITHUB_REPOSITORY": "me/fork"}
+    )
     assert urls["Repository"] == "https://example.org/me/fork"
     for name, url in urls.items():
         assert url.startswith("https://example.org/me/fork"), name
@@ -232,8 +278,17 @@ def test_readme_names_every_export():
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     X, y = torch.rand(8, 1, 28, 28), torch.arange(8)
-    model, lossfunc = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), torch.nn.CrossEntropyLoss()
-    scope = {"loader": DataLoader(TensorDataset(X, y), 4), "model": model, "lossfunc": lossfunc, "X": X, "y": y}
+    model, lossfunc = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)),
+        torch.nn.CrossEntropyLoss(),
+    )
+    scope = {
+        "loader": DataLoader(TensorDataset(X, y), 4),
+        "model": model,
+        "lossfunc": lossfunc,
+        "X": X,
+        "y": y,
+    }
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
@@ -252,7 +307,9 @@ def test_map_names_every_file():
     text = (ROOT / "docs" / "architecture.md").read_text()
     tables = "".join(line for line in text.splitlines() if line.startswith("|"))
     for path in SOURCES:
-        assert path.stem == "__init__" or f"`{path.stem}`" in tables or f"`{path.stem}/`" in tables, path
+        assert (
+            path.stem == "__init__" or f"`{path.stem}`" in tables or f"`{path.stem}/`" in tables
+        ), path
     rooms = re.findall(r"^\| (?:`([a-z_]+)/` )?\| (`[a-z_`, ]+) \|", text, re.MULTILINE)
     assert len(rooms) > 30
     for name in re.findall(r"`([a-z_]+)`", " ".join(names for _, names in rooms)):
@@ -265,4 +322,7 @@ def test_map_names_every_file():
 def test_doctests(path):
     """By explicit file list: pytest's --doctest-modules trips over the mapping of folders."""
     module = importlib.import_module(module_name(path))
-    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).failed == 0
+    assert (
+        doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).failed
+        == 0
+    )

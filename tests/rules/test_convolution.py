@@ -27,7 +27,9 @@ class Contractions(Extension):
 
 def expectations(layer, X):
     """The same for the gradients of single samples."""
-    singles = torch.stack([torch.autograd.grad(F.silu(layer(x[None])).square().sum(), layer.weight)[0] for x in X])
+    singles = torch.stack(
+        [torch.autograd.grad(F.silu(layer(x[None])).square().sum(), layer.weight)[0] for x in X]
+    )
     weights = torch.linspace(-1, 2, len(X), dtype=X.dtype)
     return [
         singles,
@@ -56,7 +58,9 @@ def expectations(layer, X):
         lambda: nn.Conv2d(4, 6, (1, 3)),
         lambda: nn.Conv3d(4, 6, 2, padding=1),
         lambda: nn.ConvTranspose2d(4, 6, 3),
-        lambda: nn.ConvTranspose2d(4, 6, 3, stride=(2, 1), padding=1, output_padding=(1, 0), groups=2),
+        lambda: nn.ConvTranspose2d(
+            4, 6, 3, stride=(2, 1), padding=1, output_padding=(1, 0), groups=2
+        ),
     ],
 )
 def test_contractions_equal_single_samples(make):
@@ -66,7 +70,9 @@ def test_contractions_equal_single_samples(make):
     X = torch.randn(5, 4, *[6, 5, 4][:dims], dtype=torch.float64)
     with curvature(Contractions(), batch_size=5):
         F.silu(layer(X)).square().sum().backward()
-    torch.testing.assert_close(layer.weight.contractions, expectations(layer, X), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        layer.weight.contractions, expectations(layer, X), rtol=1e-10, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("samples", [1, 2, 100], ids=["one", "two", "all"])
@@ -128,7 +134,13 @@ def test_samples_are_groups_only_where_that_is_faster():
 
 @pytest.mark.parametrize("size", [3, 8], ids=["gram", "formed"])
 @pytest.mark.parametrize(
-    "reindex", [lambda w: w.transpose(0, 1), lambda w: w.permute(1, 0, 3, 2), lambda w: w[:-2], lambda w: w[:, 1:-1]]
+    "reindex",
+    [
+        lambda w: w.transpose(0, 1),
+        lambda w: w.permute(1, 0, 3, 2),
+        lambda w: w[:-2],
+        lambda w: w[:, 1:-1],
+    ],
 )
 def test_contractions_of_a_weight_that_is_reindexed(reindex, size):
     torch.manual_seed(0)

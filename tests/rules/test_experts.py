@@ -23,7 +23,9 @@ from lightning_curv.extensions import (
     Variance,
 )
 
-GROUPED = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="a torch without grouped products")
+GROUPED = pytest.mark.skipif(
+    not hasattr(torch, "_grouped_mm"), reason="a torch without grouped products"
+)
 OF_ROWS = [
     (BatchGrad, oracle.grad_batch),
     (BatchL2Grad, oracle.batch_l2),
@@ -39,8 +41,14 @@ class Experts(nn.Module):
 
     def __init__(self, form, grouped=True):
         super().__init__()
-        self.form, self.grouped, self.offs = form, grouped, torch.tensor([3, 3, 7], dtype=torch.int32)
-        self.weight = nn.Parameter(torch.randn(3, 4, 8) if form == "out_in" else torch.randn(3, 8, 4))
+        self.form, self.grouped, self.offs = (
+            form,
+            grouped,
+            torch.tensor([3, 3, 7], dtype=torch.int32),
+        )
+        self.weight = nn.Parameter(
+            torch.randn(3, 4, 8) if form == "out_in" else torch.randn(3, 8, 4)
+        )
         self.head = nn.Linear(4, 4)
 
     def forward(self, x):
@@ -55,18 +63,26 @@ class Experts(nn.Module):
         else:
             y = grouped_mm(x, W, self.offs)
         known = torch.arange(len(x))[:, None] < self.offs[-1]
-        return self.head(torch.where(known, y, torch.zeros((), dtype=y.dtype)))  # what is behind is not initialised
+        return self.head(
+            torch.where(known, y, torch.zeros((), dtype=y.dtype))
+        )  # what is behind is not initialised
 
 
 def grouped_mm(a, b, offs):
-    return F.grouped_mm(a, b, offs=offs) if hasattr(F, "grouped_mm") else torch._grouped_mm(a, b, offs)
+    return (
+        F.grouped_mm(a, b, offs=offs) if hasattr(F, "grouped_mm") else torch._grouped_mm(a, b, offs)
+    )
 
 
 def experts(form, grouped):
     torch.manual_seed(0)
     model = Experts(form, grouped)
     X, y = torch.randn(8, 8), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    return Problem(model, X, y, LOSS["ce_sum"]) if grouped else Problem(model.double(), X.double(), y, LOSS["ce_sum"])
+    return (
+        Problem(model, X, y, LOSS["ce_sum"])
+        if grouped
+        else Problem(model.double(), X.double(), y, LOSS["ce_sum"])
+    )
 
 
 @GROUPED
@@ -96,7 +112,11 @@ def test_every_expert_has_factors(form):
     factors = [f.double() for f in case.model.weight.kflr]
     B, A = factors if form == "out_in" else reversed(factors)
     assert (A.shape, B.shape) == ((3, 8, 8), (3, 4, 4))
-    x, H, M = torch.tanh(reference.X), oracle.loss_hessian(reference), reference.model.head.weight.detach()
+    x, H, M = (
+        torch.tanh(reference.X),
+        oracle.loss_hessian(reference),
+        reference.model.head.weight.detach(),
+    )
     for expert, rows in enumerate([[0, 1, 2], [], [3, 4, 5, 6]]):
         assert_close(A[expert], x[rows].T @ x[rows] / len(x), rtol=1e-4)
         assert_close(B[expert], torch.einsum("nab,ai,bj->ij", H[rows], M, M), rtol=1e-4)
@@ -108,24 +128,36 @@ def test_batched_products_of_experts():
     torch.manual_seed(0)
     W, x = nn.Parameter(torch.randn(3, 8, 4)), torch.randn(3, 5, 8)
     with curvature(BatchGrad(), KFLR(), check=True):
-        F.cross_entropy(grouped_mm(x, W, None).tanh().sum(0), torch.tensor([0, 1, 2, 3, 0])).backward()
+        F.cross_entropy(
+            grouped_mm(x, W, None).tanh().sum(0), torch.tensor([0, 1, 2, 3, 0])
+        ).backward()
     with torch.no_grad():
         z = (x @ W).tanh()
         g = (z.sum(0).softmax(1) - torch.eye(4)[[0, 1, 2, 3, 0]]) / 5 * (1 - z**2)
-    torch.testing.assert_close(W.grad_batch, torch.einsum("qni,qno->nqio", x, g), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        W.grad_batch, torch.einsum("qni,qno->nqio", x, g), rtol=1e-4, atol=1e-5
+    )
     assert [f.shape for f in W.kflr] == [(3, 8, 8), (3, 4, 4)]
 
 
 @GROUPED
 def test_what_no_rule_has_is_named_and_right():
     """Groups along the contracted axis."""
-    W, x, ends = nn.Parameter(torch.randn(8, 4)), torch.randn(4, 8), torch.tensor([4, 8], dtype=torch.int32)
+    W, x, ends = (
+        nn.Parameter(torch.randn(8, 4)),
+        torch.randn(4, 8),
+        torch.tensor([4, 8], dtype=torch.int32),
+    )
     with pytest.warns(UserWarning, match=r"_?grouped_mm"), curvature(BatchGrad(), batch_size=4):
         grouped_mm(x, W, ends).square().sum((0, 2)).sum().backward()
     rows = [
-        torch.autograd.grad((x[n, s] @ W[s]).square().sum(), W)[0] for n in range(4) for s in (slice(4), slice(4, 8))
+        torch.autograd.grad((x[n, s] @ W[s]).square().sum(), W)[0]
+        for n in range(4)
+        for s in (slice(4), slice(4, 8))
     ]
-    torch.testing.assert_close(W.grad_batch, torch.stack(rows).unflatten(0, (4, 2)).sum(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        W.grad_batch, torch.stack(rows).unflatten(0, (4, 2)).sum(1), rtol=1e-4, atol=1e-4
+    )
 
 
 class Picked(nn.Module):
@@ -156,7 +188,14 @@ def test_matrices_picked_by_index(transposed):
     for p in model.parameters():
         nn.init.normal_(p)
     case = Problem(model, X, LOSS["mse_sum"].target((7, 2)), LOSS["mse_sum"])
-    compute(case, *(extension() for extension, _, _ in QUANTITIES), SqrtGGNExact(), KFLR(), DiagHessian(), check=True)
+    compute(
+        case,
+        *(extension() for extension, _, _ in QUANTITIES),
+        SqrtGGNExact(),
+        KFLR(),
+        DiagHessian(),
+        check=True,
+    )
     for _, field, naive in QUANTITIES:
         assert_fields(case, field, naive(case))
     assert model.weight.grad_batch.any()
@@ -189,19 +228,34 @@ def test_experts_of_transformers(implementation):
     """Tokens that are sorted by expert already."""
     needs("transformers")
     mixtral = needs("transformers.models.mixtral.modeling_mixtral")
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+    }
     config = mixtral.MixtralConfig(**sizes)
     config._experts_implementation = implementation
     torch.manual_seed(0)
     experts = mixtral.MixtralExperts(config)
     for p in experts.parameters():
         nn.init.normal_(p, std=0.5)
-    x, expert, weight = torch.randn(7, 8), torch.tensor([0, 0, 1, 1, 1, 3, 3])[:, None], torch.rand(7, 1)
+    x, expert, weight = (
+        torch.randn(7, 8),
+        torch.tensor([0, 0, 1, 1, 1, 3, 3])[:, None],
+        torch.rand(7, 1),
+    )
     y = torch.randint(8, (7,))
     with curvature(BatchGrad(), KFLR(), check=True):
         F.cross_entropy(experts(x, expert, weight), y, reduction="sum").backward()
     for n in range(7):
-        loss = F.cross_entropy(experts(x[n : n + 1], expert[n : n + 1], weight[n : n + 1]), y[n : n + 1])
-        for p, expected in zip(experts.parameters(), torch.autograd.grad(loss, experts.parameters())):
+        loss = F.cross_entropy(
+            experts(x[n : n + 1], expert[n : n + 1], weight[n : n + 1]), y[n : n + 1]
+        )
+        for p, expected in zip(
+            experts.parameters(), torch.autograd.grad(loss, experts.parameters())
+        ):
             torch.testing.assert_close(p.grad_batch[n], expected, rtol=1e-4, atol=1e-5)
-    assert [len(p.kflr) for p in experts.parameters()] == ([2, 2] if implementation == "grouped_mm" else [1, 1])
+    assert [len(p.kflr) for p in experts.parameters()] == (
+        [2, 2] if implementation == "grouped_mm" else [1, 1]
+    )

@@ -44,7 +44,9 @@ MASKS = {
     "float": {"attn_mask": randn(T, S, seed=4)},
     "float_of_heads": {"attn_mask": randn(1, H, T, S, seed=4)},
     "float_of_samples": {"attn_mask": randn(N, 1, T, S, seed=4), "scale": 2.0},
-    "minus_infinity": {"attn_mask": torch.zeros(T, S).double().masked_fill(~some(T, S), -torch.inf)},
+    "minus_infinity": {
+        "attn_mask": torch.zeros(T, S).double().masked_fill(~some(T, S), -torch.inf)
+    },
     "grouped": {"enable_gqa": True},
     "grouped_causal": {"enable_gqa": True, "is_causal": True},
 }
@@ -57,18 +59,26 @@ class Attending(nn.Module):
         super().__init__()
         self.options = options
         heads = 2 if options.get("enable_gqa") else H
-        self.q, self.k, self.v = nn.Linear(3, H * E), nn.Linear(3, heads * E), nn.Linear(3, heads * E, bias=False)
+        self.q, self.k, self.v = (
+            nn.Linear(3, H * E),
+            nn.Linear(3, heads * E),
+            nn.Linear(3, heads * E, bias=False),
+        )
         self.head = nn.Linear(H * E, 3)
 
     def forward(self, x):
-        q, k, v = (layer(x).unflatten(-1, (-1, E)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, E)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         mixed = F.scaled_dot_product_attention(q[:, :, :T].contiguous(), k, v, **self.options)
         return self.head(mixed.transpose(1, 2).flatten(2).tanh().mean(1))
 
 
 def attending(mask):
     torch.manual_seed(0)
-    return Problem(Attending(**MASKS[mask]).double(), randn(N, S, 3), torch.tensor([2, 0]), LOSS["ce"])
+    return Problem(
+        Attending(**MASKS[mask]).double(), randn(N, S, 3), torch.tensor([2, 0]), LOSS["ce"]
+    )
 
 
 def hessian(problem):
@@ -107,7 +117,9 @@ def test_quantities_are_those_of_the_math_kernel(mask):
         found.append(problem.parameters())
     for name, p in found[0].items():
         q = found[1][name]
-        assert_close(p.ggnmp(torch.ones_like(p)), q.ggnmp(torch.ones_like(q)), label=name, rounding=1e-12)
+        assert_close(
+            p.ggnmp(torch.ones_like(p)), q.ggnmp(torch.ones_like(q)), label=name, rounding=1e-12
+        )
         for field in ("hessian_trace_mc", "hessian_max_eigenvalue", "ggn_max_eigenvalue"):
             assert_close(getattr(p, field), getattr(q, field), label=field, rounding=1e-12)
 
@@ -127,7 +139,9 @@ def test_residual_of_attention_is_that_of_its_matrix(mask, monkeypatch):
     assert_products(problem, "pchmp", hessian(attending(mask)))
 
 
-@pytest.mark.parametrize("name", ["vit", "transformer_encoder", "transformer_decoder", "cross_attention"])
+@pytest.mark.parametrize(
+    "name", ["vit", "transformer_encoder", "transformer_decoder", "cross_attention"]
+)
 def test_users_passes_are_bit_identical(name):
     plain, watched = ROW[name].make(), ROW[name].make()
     loss = plain.compute_loss()
@@ -148,10 +162,20 @@ def test_attention_that_is_computed_again():
     plain, again = attending("bool"), attending("bool")
     again.model = CheckpointedAttending(again.model)
     for problem in (plain, again):
-        compute(problem, HMP(), GGNMP(), DiagHessian(), MaxEigenvalue(), generator=torch.Generator().manual_seed(0))
+        compute(
+            problem,
+            HMP(),
+            GGNMP(),
+            DiagHessian(),
+            MaxEigenvalue(),
+            generator=torch.Generator().manual_seed(0),
+        )
     for p, q in zip(plain.parameters().values(), again.parameters().values()):
         assert torch.equal(p.grad, q.grad)
-        for found, expected in [(q.hmp(torch.ones_like(q)), p.hmp(torch.ones_like(p))), (q.diag_h, p.diag_h)]:
+        for found, expected in [
+            (q.hmp(torch.ones_like(q)), p.hmp(torch.ones_like(p))),
+            (q.diag_h, p.diag_h),
+        ]:
             assert_close(found, expected, rounding=1e-12)
         assert_close(q.ggnmp(torch.ones_like(q)), p.ggnmp(torch.ones_like(p)), rounding=1e-12)
         assert_close(q.hessian_max_eigenvalue, p.hessian_max_eigenvalue)
@@ -217,8 +241,15 @@ def embedding_bags(mode, **options):
         return F.embedding_bag(tokens, x, offsets, mode=mode, **options)
 
     def written_out(x):
-        bags = [x[tokens[a:b][tokens[a:b] != options.get("padding_idx", -1)]] for a, b in [(0, 2), (2, 2), (2, 6)]]
-        reduce = {"sum": lambda r: r.sum(0), "mean": lambda r: r.mean(0), "max": lambda r: r.amax(0)}[mode]
+        bags = [
+            x[tokens[a:b][tokens[a:b] != options.get("padding_idx", -1)]]
+            for a, b in [(0, 2), (2, 2), (2, 6)]
+        ]
+        reduce = {
+            "sum": lambda r: r.sum(0),
+            "mean": lambda r: r.mean(0),
+            "max": lambda r: r.amax(0),
+        }[mode]
         return torch.stack([reduce(r) if len(r) else 0 * x[0] for r in bags])
 
     return op, written_out
@@ -240,7 +271,9 @@ def distances(p):
 
 
 def pairs(p):
-    return lambda x: F.pdist(x, p), lambda x: torch.stack([(x[i] - x[j]).norm(p) for i in range(4) for j in range(i)])
+    return lambda x: F.pdist(x, p), lambda x: torch.stack(
+        [(x[i] - x[j]).norm(p) for i in range(4) for j in range(i)]
+    )
 
 
 def margins(p, weight=None, reduction="mean"):
@@ -253,9 +286,13 @@ def margins(p, weight=None, reduction="mean"):
             / 6
             for row, y in zip(x, target)
         ]
-        return {"mean": lambda r: r.mean(), "sum": lambda r: r.sum(), "none": lambda r: r}[reduction](torch.stack(rows))
+        return {"mean": lambda r: r.mean(), "sum": lambda r: r.sum(), "none": lambda r: r}[
+            reduction
+        ](torch.stack(rows))
 
-    return lambda x: F.multi_margin_loss(x, target, p=p, weight=weight, reduction=reduction), written_out
+    return lambda x: F.multi_margin_loss(
+        x, target, p=p, weight=weight, reduction=reduction
+    ), written_out
 
 
 def label_margins(labels):
@@ -263,7 +300,10 @@ def label_margins(labels):
         end = labels.index(-1) if -1 in labels else len(labels)
         others = [i for i in range(6) if i not in labels[:end]]
         return torch.stack(
-            [sum((1 - row[j] + row[i]).clamp(min=0) for j in labels[:end] for i in others) / 6 for row in x]
+            [
+                sum((1 - row[j] + row[i]).clamp(min=0) for j in labels[:end] for i in others) / 6
+                for row in x
+            ]
         ).mean()
 
     return lambda x: F.multilabel_margin_loss(x, torch.tensor([labels] * 4)), written_out
@@ -274,7 +314,9 @@ def alignments(lengths=((4, 3), (2, 1)), concatenated=False, normal=True, tensor
     words = [[1, 1], [2]] if lengths[1] == (2, 1) else [[], [2]]
 
     def word(path):
-        return [letter for i, letter in enumerate(path) if letter and (not i or path[i - 1] != letter)]
+        return [
+            letter for i, letter in enumerate(path) if letter and (not i or path[i - 1] != letter)
+        ]
 
     def probabilities(x):
         logits = x.reshape(4, 2, 3)
@@ -282,7 +324,11 @@ def alignments(lengths=((4, 3), (2, 1)), concatenated=False, normal=True, tensor
 
     def op(x):
         padded = torch.tensor([[*found, 1, 1][:2] for found in words])
-        targets = torch.tensor([letter for found in words for letter in found]) if concatenated else padded
+        targets = (
+            torch.tensor([letter for found in words for letter in found])
+            if concatenated
+            else padded
+        )
         sizes = [torch.tensor(length) for length in lengths] if tensors else lengths
         return F.ctc_loss(probabilities(x), targets, *sizes, reduction="none")
 
@@ -292,7 +338,9 @@ def alignments(lengths=((4, 3), (2, 1)), concatenated=False, normal=True, tensor
             steps = lengths[0][n]
             paths = [p for p in itertools.product(range(3), repeat=steps) if word(p) == letters]
             ways = [sum(log_p[t, letter] for t, letter in enumerate(path)) for path in paths]
-            excess = log_p[:steps].exp().sum()  # the gradient of torch is that of normalised probabilities
+            excess = (
+                log_p[:steps].exp().sum()
+            )  # the gradient of torch is that of normalised probabilities
             losses.append(excess - excess.detach() - torch.stack(ways).logsumexp(0))
         return torch.stack(losses)
 
@@ -306,7 +354,10 @@ OPS = {
     "ctc_of_scores": alignments(normal=False),
     "hardsigmoid": (lambda x: F.hardsigmoid(3 * x), lambda x: (x / 2 + 0.5).clamp(0, 1)),
     "logit": (lambda x: x.sigmoid().logit(), lambda x: x),
-    "logit_clamped": (lambda x: x.sigmoid().logit(0.3), lambda x: torch.special.logit(x.sigmoid().clamp(0.3, 0.7))),
+    "logit_clamped": (
+        lambda x: x.sigmoid().logit(0.3),
+        lambda x: torch.special.logit(x.sigmoid().clamp(0.3, 0.7)),
+    ),
     **{f"cdist_{p}": distances(p) for p in (1.0, 2.0, 3.0, torch.inf)},
     **{f"pdist_{p}": pairs(p) for p in (1.0, 2.0, 3.0)},
     "multi_margin": margins(1),
@@ -315,7 +366,9 @@ OPS = {
     "multilabel_margin": label_margins([3, 0, -1, 2, 2, 2]),
     "multilabel_margin_twice": label_margins([3, 3, 1, -1, 0, 0]),
     **{f"bag_{mode}": embedding_bags(mode) for mode in ("sum", "mean", "max")},
-    **{f"bag_{mode}_padded": embedding_bags(mode, padding_idx=3) for mode in ("sum", "mean", "max")},
+    **{
+        f"bag_{mode}_padded": embedding_bags(mode, padding_idx=3) for mode in ("sum", "mean", "max")
+    },
     "bag_weighted": weighted_bags(),
 }
 
@@ -329,7 +382,9 @@ def test_ops_are_differentiated_twice(name):
         nodes = fused([loss])
         with differentiable(nodes):
             (g,) = torch.autograd.grad(loss, x, create_graph=True)
-        rows = [torch.autograd.grad(entry, x, retain_graph=True)[0].flatten() for entry in g.flatten()]
+        rows = [
+            torch.autograd.grad(entry, x, retain_graph=True)[0].flatten() for entry in g.flatten()
+        ]
         results.append((loss.detach(), g.detach(), torch.stack(rows)))
         if len(results) == 1:
             assert nodes, "the op is in the graph"
@@ -402,7 +457,11 @@ class Untracked(Once):
         return g.detach() * ctx.saved_tensors[0].exp()
 
 
-ONCE = {"once": (Once.apply, "Once"), "untracked": (Untracked.apply, "Untracked"), "segments": (segments, "segment")}
+ONCE = {
+    "once": (Once.apply, "Once"),
+    "untracked": (Untracked.apply, "Untracked"),
+    "segments": (segments, "segment"),
+}
 
 
 def product_or_value(extension, op):
@@ -415,15 +474,23 @@ def product_or_value(extension, op):
 
 
 @pytest.mark.parametrize("name", ONCE)
-@pytest.mark.parametrize("extension", [DiagHessian, PCHMP, HMP, GGNMP, HessianTraceMC, lambda: MaxEigenvalue("ggn")])
+@pytest.mark.parametrize(
+    "extension", [DiagHessian, PCHMP, HMP, GGNMP, HessianTraceMC, lambda: MaxEigenvalue("ggn")]
+)
 def test_refusals_name_the_op_and_give_no_advice_about_another(extension, name):
     """No derivative that torch drops is taken for zero."""
     op, named = ONCE[name]
-    with pytest.raises(NotImplementedError, match=rf"(?i)found `{named}.*Write it in ops that have one") as refused:
+    with pytest.raises(
+        NotImplementedError, match=rf"(?i)found `{named}.*Write it in ops that have one"
+    ) as refused:
         product_or_value(extension(), op)
     assert "attention" not in str(refused.value)
 
 
 def test_refusal_of_dropout_in_a_kernel():
-    error = RuntimeError("derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented")
-    assert "without dropout in the kernel" in str(refusal("_scaled_dot_product_flash_attention", error))
+    error = RuntimeError(
+        "derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented"
+    )
+    assert "without dropout in the kernel" in str(
+        refusal("_scaled_dot_product_flash_attention", error)
+    )

@@ -47,12 +47,20 @@ class Attention(nn.Module):
         first = self.attention.batch_first
         triple = [z if first else z.transpose(0, 1) for z in (x, keys, values)]
         triple = (
-            [triple[0]] * 3 if self.other is None else triple if self.other == "three" else [*triple[:2], triple[1]]
+            [triple[0]] * 3
+            if self.other is None
+            else triple
+            if self.other == "three"
+            else [*triple[:2], triple[1]]
         )
         masks = {
             None: {},
             "causal": {"attn_mask": torch.ones(3, 3, dtype=torch.bool).triu(1)},
-            "padding": {"key_padding_mask": torch.tensor([[0, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)},
+            "padding": {
+                "key_padding_mask": torch.tensor(
+                    [[0, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool
+                )
+            },
         }
         out, weights = self.attention(*triple, need_weights=self.weights, **masks[self.mask])
         out = out if first else out.transpose(0, 1)
@@ -68,7 +76,11 @@ class Transformer(nn.Module):
 
     def forward(self, x):  # [N, 3, 4]
         x = x if self.batch_first else x.transpose(0, 1)
-        out = self.inner(x, x[:2].sin() if not self.batch_first else x[:, :2].sin()) if self.memory else self.inner(x)
+        out = (
+            self.inner(x, x[:2].sin() if not self.batch_first else x[:, :2].sin())
+            if self.memory
+            else self.inner(x)
+        )
         return (out if self.batch_first else out.transpose(0, 1)).mean(1)
 
 
@@ -103,7 +115,10 @@ OPS = {
     "conv1d_depthwise": (partial(nn.Conv1d, 4, 8, 2, groups=4), (4, 6)),
     "conv1d_circular": (partial(nn.Conv1d, 4, 2, 3, padding=2, padding_mode="circular"), (4, 6)),
     "conv1d_same_even": (partial(nn.Conv1d, 4, 2, 4, padding="same"), (4, 6)),
-    "conv1d_same_reflect": (partial(nn.Conv1d, 4, 2, 4, padding="same", padding_mode="reflect"), (4, 6)),
+    "conv1d_same_reflect": (
+        partial(nn.Conv1d, 4, 2, 4, padding="same", padding_mode="reflect"),
+        (4, 6),
+    ),
     "conv2d": (partial(nn.Conv2d, 4, 2, (2, 3)), IMAGE),
     "conv2d_valid": (partial(nn.Conv2d, 4, 2, 2, padding="valid", stride=2), IMAGE),
     "conv2d_one_pixel": (partial(nn.Conv2d, 4, 3, 1, bias=False), IMAGE),
@@ -113,15 +128,29 @@ OPS = {
     "conv2d_groups": (partial(nn.Conv2d, 4, 6, 2, groups=2, padding=1), IMAGE),
     "conv2d_depthwise": (partial(nn.Conv2d, 4, 4, 3, groups=4, padding=(1, 2)), IMAGE),
     "conv2d_same": (partial(nn.Conv2d, 4, 2, (2, 3), padding="same", dilation=(1, 2)), IMAGE),
-    "conv2d_circular": (partial(nn.Conv2d, 4, 2, 3, padding=(2, 1), padding_mode="circular"), IMAGE),
-    "conv2d_reflect_groups": (partial(nn.Conv2d, 4, 2, 3, padding=1, padding_mode="reflect", groups=2), IMAGE),
-    "conv2d_replicate": (partial(nn.Conv2d, 4, 2, 3, padding=(0, 2), stride=2, padding_mode="replicate"), IMAGE),
+    "conv2d_circular": (
+        partial(nn.Conv2d, 4, 2, 3, padding=(2, 1), padding_mode="circular"),
+        IMAGE,
+    ),
+    "conv2d_reflect_groups": (
+        partial(nn.Conv2d, 4, 2, 3, padding=1, padding_mode="reflect", groups=2),
+        IMAGE,
+    ),
+    "conv2d_replicate": (
+        partial(nn.Conv2d, 4, 2, 3, padding=(0, 2), stride=2, padding_mode="replicate"),
+        IMAGE,
+    ),
     "conv3d": (partial(nn.Conv3d, 2, 4, (2, 1, 2), groups=2, stride=(1, 2, 1)), (2, 3, 3, 2)),
     "conv3d_same": (partial(nn.Conv3d, 2, 2, 2, padding="same"), (2, 2, 3, 2)),
-    "conv3d_circular": (partial(nn.Conv3d, 2, 2, 2, padding=1, padding_mode="circular"), (2, 2, 2, 2)),
+    "conv3d_circular": (
+        partial(nn.Conv3d, 2, 2, 2, padding=1, padding_mode="circular"),
+        (2, 2, 2, 2),
+    ),
     "deconv1d": (partial(nn.ConvTranspose1d, 4, 2, 3), (4, 5)),
     "deconv1d_all_options": (
-        partial(nn.ConvTranspose1d, 4, 6, 3, stride=3, padding=2, output_padding=1, groups=2, dilation=2),
+        partial(
+            nn.ConvTranspose1d, 4, 6, 3, stride=3, padding=2, output_padding=1, groups=2, dilation=2
+        ),
         (4, 3),
     ),
     "deconv1d_output_padding_beyond_stride": (
@@ -129,62 +158,117 @@ OPS = {
         (4, 3),
     ),
     "deconv1d_depthwise": (partial(nn.ConvTranspose1d, 4, 4, 2, groups=4, bias=False), (4, 5)),
-    "deconv2d": (partial(nn.ConvTranspose2d, 4, 2, (2, 3), stride=(2, 1), padding=(1, 0)), (4, 3, 2)),
-    "deconv2d_groups": (partial(nn.ConvTranspose2d, 4, 2, 2, stride=2, output_padding=1, groups=2), (4, 2, 3)),
+    "deconv2d": (
+        partial(nn.ConvTranspose2d, 4, 2, (2, 3), stride=(2, 1), padding=(1, 0)),
+        (4, 3, 2),
+    ),
+    "deconv2d_groups": (
+        partial(nn.ConvTranspose2d, 4, 2, 2, stride=2, output_padding=1, groups=2),
+        (4, 2, 3),
+    ),
     "deconv2d_crops_all": (partial(nn.ConvTranspose2d, 4, 2, 3, padding=2), (4, 4, 3)),
-    "deconv3d": (partial(nn.ConvTranspose3d, 2, 4, (2, 1, 2), stride=(1, 2, 1), groups=2), (2, 2, 1, 2)),
+    "deconv3d": (
+        partial(nn.ConvTranspose3d, 2, 4, (2, 1, 2), stride=(1, 2, 1), groups=2),
+        (2, 2, 1, 2),
+    ),
     "prelu": (nn.PReLU, (3, 4)),
     "prelu_flat": (partial(nn.PReLU, 4), (4,)),
     "prelu_channels": (partial(nn.PReLU, 4), IMAGE),
     "bilinear": (Pair, (4,)),
     "bilinear_positions": (partial(Pair, bias=False), (3, 2, 4)),
     "instance_norm": (partial(nn.InstanceNorm2d, 4, affine=True), IMAGE),
-    "instance_norm_eval": (lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True).eval(), (4, 5)),
+    "instance_norm_eval": (
+        lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True).eval(),
+        (4, 5),
+    ),
     "attention": (Attention, (3, 4)),
     "attention_sequence_first": (partial(Attention, batch_first=False, bias=False), (3, 4)),
     "attention_weights": (partial(Attention, weights=True, mask="padding"), (3, 4)),
     "attention_causal": (partial(Attention, mask="causal"), (3, 4)),
     "attention_extra_keys": (partial(Attention, add_bias_kv=True, add_zero_attn=True), (3, 4)),
     "attention_to_memory": (partial(Attention, "memory"), (3, 4)),
-    "attention_to_memory_sequence_first": (partial(Attention, "memory", batch_first=False, add_bias_kv=True), (3, 4)),
+    "attention_to_memory_sequence_first": (
+        partial(Attention, "memory", batch_first=False, add_bias_kv=True),
+        (3, 4),
+    ),
     "attention_of_three": (partial(Attention, "three"), (3, 4)),
-    "attention_of_three_widths": (partial(Attention, "three", kdim=3, vdim=2, batch_first=False), (3, 4)),
-    "encoder_layer": (lambda: Transformer(nn.TransformerEncoderLayer(**LAYER, batch_first=True), memory=False), (3, 4)),
+    "attention_of_three_widths": (
+        partial(Attention, "three", kdim=3, vdim=2, batch_first=False),
+        (3, 4),
+    ),
+    "encoder_layer": (
+        lambda: Transformer(nn.TransformerEncoderLayer(**LAYER, batch_first=True), memory=False),
+        (3, 4),
+    ),
     "encoder_layer_eval": (
-        lambda: Transformer(nn.TransformerEncoderLayer(**LAYER, batch_first=True).eval(), memory=False),
+        lambda: Transformer(
+            nn.TransformerEncoderLayer(**LAYER, batch_first=True).eval(), memory=False
+        ),
         (3, 4),
     ),
     "encoder_sequence_first": (
         lambda: Transformer(
-            nn.TransformerEncoder(nn.TransformerEncoderLayer(**LAYER, norm_first=True), 2, enable_nested_tensor=False),
+            nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(**LAYER, norm_first=True), 2, enable_nested_tensor=False
+            ),
             memory=False,
             batch_first=False,
         ),
         (3, 4),
     ),
-    "decoder_layer": (lambda: Transformer(nn.TransformerDecoderLayer(**LAYER, batch_first=True)), (3, 4)),
+    "decoder_layer": (
+        lambda: Transformer(nn.TransformerDecoderLayer(**LAYER, batch_first=True)),
+        (3, 4),
+    ),
     "decoder_norm_first": (
         lambda: Transformer(
-            nn.TransformerDecoder(nn.TransformerDecoderLayer(**LAYER, norm_first=True), 1), batch_first=False
+            nn.TransformerDecoder(nn.TransformerDecoderLayer(**LAYER, norm_first=True), 1),
+            batch_first=False,
         ),
         (3, 4),
     ),
     "transformer": (
         lambda: Transformer(
-            nn.Transformer(4, 2, 1, 1, dim_feedforward=3, dropout=0.0, activation="gelu", batch_first=True)
+            nn.Transformer(
+                4, 2, 1, 1, dim_feedforward=3, dropout=0.0, activation="gelu", batch_first=True
+            )
         ),
         (3, 4),
     ),
     "product_with_vector": (lambda: Expression(lambda x, W: (x @ W)[:, None], 4), (3, 4)),
     "einsum": (lambda: Expression(lambda x, W: torch.einsum("ntd,dk->nkt", x, W), 4, 2), (3, 4)),
-    "einsum_heads": (lambda: Expression(lambda x, W: torch.einsum("thk, nth", W, x).T, 3, 4, 2), (3, 4)),
-    "einsum_groups": (lambda: Expression(lambda x, W: torch.einsum("ntd,tdk->ntk", x, W), 3, 4, 2), (3, 4)),
-    "einsum_diagonal": (lambda: Expression(lambda x, W: torch.einsum("ntd,td->nd", x, W), 3, 4), (3, 4)),
-    "einsum_sum_of_parameter": (lambda: Expression(lambda x, W: torch.einsum("ntd,dk->nt", x, W), 4, 2), (3, 4)),
-    "einsum_of_three": (lambda: Expression(lambda x, W: torch.einsum("ntd,dk,ntd->nk", x, W, x), 4, 2), (3, 4)),
-    "bmm_experts": (lambda: Expression(lambda x, W: torch.bmm(x.transpose(0, 1), W).transpose(0, 1), 3, 4, 2), (3, 4)),
-    "bmm_from_the_left": (lambda: Expression(lambda x, W: W.bmm(x.permute(1, 2, 0)).permute(2, 0, 1), 3, 2, 4), (3, 4)),
-    "matmul_experts": (lambda: Expression(lambda x, W: (x.transpose(0, 1) @ W).transpose(0, 1), 3, 4, 2), (3, 4)),
+    "einsum_heads": (
+        lambda: Expression(lambda x, W: torch.einsum("thk, nth", W, x).T, 3, 4, 2),
+        (3, 4),
+    ),
+    "einsum_groups": (
+        lambda: Expression(lambda x, W: torch.einsum("ntd,tdk->ntk", x, W), 3, 4, 2),
+        (3, 4),
+    ),
+    "einsum_diagonal": (
+        lambda: Expression(lambda x, W: torch.einsum("ntd,td->nd", x, W), 3, 4),
+        (3, 4),
+    ),
+    "einsum_sum_of_parameter": (
+        lambda: Expression(lambda x, W: torch.einsum("ntd,dk->nt", x, W), 4, 2),
+        (3, 4),
+    ),
+    "einsum_of_three": (
+        lambda: Expression(lambda x, W: torch.einsum("ntd,dk,ntd->nk", x, W, x), 4, 2),
+        (3, 4),
+    ),
+    "bmm_experts": (
+        lambda: Expression(lambda x, W: torch.bmm(x.transpose(0, 1), W).transpose(0, 1), 3, 4, 2),
+        (3, 4),
+    ),
+    "bmm_from_the_left": (
+        lambda: Expression(lambda x, W: W.bmm(x.permute(1, 2, 0)).permute(2, 0, 1), 3, 2, 4),
+        (3, 4),
+    ),
+    "matmul_experts": (
+        lambda: Expression(lambda x, W: (x.transpose(0, 1) @ W).transpose(0, 1), 3, 4, 2),
+        (3, 4),
+    ),
     "baddbmm": (lambda: Expression(lambda x, W: torch.baddbmm(W, x, x.mT), 3, 3), (3, 4)),
     "layer_norm": (partial(nn.LayerNorm, 4), (4,)),
     "layer_norm_positions": (partial(nn.LayerNorm, 4), (3, 2, 4)),
@@ -247,7 +331,9 @@ def test_kronecker_factors_of_op(name, weight_sharing):
 
 # --- laws ------------------------------------------------------------------------------------------------------------
 
-SOME = pytest.mark.parametrize("name", ["linear_narrow_many_positions", "conv2d_groups", "layer_norm_positions"])
+SOME = pytest.mark.parametrize(
+    "name", ["linear_narrow_many_positions", "conv2d_groups", "layer_norm_positions"]
+)
 
 
 def fields_of(problem, *extensions) -> dict[str, dict[str, torch.Tensor]]:
@@ -274,7 +360,9 @@ def test_additive_over_batches(name):
         for field in ("sum_grad_squared", "diag_ggn_exact"):
             assert_close(first[field][key] + second[field][key], whole[field][key], label=field)
         for field in ("grad_batch", "batch_l2", "diag_ggn_exact_batch"):
-            assert_close(torch.cat([first[field][key], second[field][key]]), whole[field][key], label=field)
+            assert_close(
+                torch.cat([first[field][key], second[field][key]]), whole[field][key], label=field
+            )
 
 
 @SOME
@@ -366,7 +454,9 @@ def test_embedding_bag(name):
     """Tokens repeat; one bag has nothing but the padding index."""
     tokens = torch.tensor([[0, 1, 0], [1, 1, 1], [3, 2, 2], [3, 3, 0]])
     torch.manual_seed(0)
-    assert_all_right(table_problem(nn.Sequential(nn.EmbeddingBag(4, 3, **BAGS[name]), nn.Tanh()), tokens))
+    assert_all_right(
+        table_problem(nn.Sequential(nn.EmbeddingBag(4, 3, **BAGS[name]), nn.Tanh()), tokens)
+    )
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["starts", "with_end"])
@@ -382,7 +472,9 @@ def test_embedding_bag_with_offsets(mode, last):
 
     torch.manual_seed(0)
     model = Bags(4, 3, mode=mode.replace("weighted", "sum"), include_last_offset=last)
-    assert_all_right(table_problem(nn.Sequential(model, nn.Tanh()), torch.zeros(4, 2, dtype=torch.float64)))
+    assert_all_right(
+        table_problem(nn.Sequential(model, nn.Tanh()), torch.zeros(4, 2, dtype=torch.float64))
+    )
 
 
 @pytest.mark.parametrize("make", [nn.Embedding, partial(nn.EmbeddingBag, mode="sum")])
@@ -401,7 +493,9 @@ def test_sparse_gradients(make):
 @pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
 def test_frequencies_of_the_batch_are_refused(make):
     tokens = torch.tensor([[0, 1], [1, 1]])
-    problem = table_problem(nn.Sequential(make(4, 3, scale_grad_by_freq=True), nn.Flatten()), tokens)
+    problem = table_problem(
+        nn.Sequential(make(4, 3, scale_grad_by_freq=True), nn.Flatten()), tokens
+    )
     with pytest.raises(NotImplementedError, match="scale_grad_by_freq"):
         compute(problem, BatchGrad())
 
@@ -409,7 +503,11 @@ def test_frequencies_of_the_batch_are_refused(make):
 def test_embedding_with_max_norm():
     tokens = torch.tensor([[0, 1], [1, 1], [3, 2], [0, 3]])
     torch.manual_seed(0)
-    assert_all_right(table_problem(nn.Sequential(nn.Embedding(4, 3, max_norm=0.7), nn.Flatten(), nn.Tanh()), tokens))
+    assert_all_right(
+        table_problem(
+            nn.Sequential(nn.Embedding(4, 3, max_norm=0.7), nn.Flatten(), nn.Tanh()), tokens
+        )
+    )
 
 
 def test_numbered_slots_of_a_rule():

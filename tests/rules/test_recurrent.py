@@ -128,7 +128,9 @@ def no_replay(*_):
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *CELLS])
-def test_closed_form_serves_every_quantity_that_is_no_derivative_of_its_cotangents(name, monkeypatch):
+def test_closed_form_serves_every_quantity_that_is_no_derivative_of_its_cotangents(
+    name, monkeypatch
+):
     """Blocks of one step at a time; the replay is there for the Hessian alone."""
     monkeypatch.setattr(recurrent._Network, "replayed", no_replay)
     monkeypatch.setattr(cells, "BLOCK_BYTES", 1)
@@ -162,7 +164,9 @@ def test_as_many_steps_as_samples(batch_first):
 
 
 def test_one_sample_and_one_step():
-    assert_everything_right(problem(Network(nn.LSTM, True, "both"), torch.ones(1, 1, 4, dtype=torch.float64)))
+    assert_everything_right(
+        problem(Network(nn.LSTM, True, "both"), torch.ones(1, 1, 4, dtype=torch.float64))
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -181,7 +185,10 @@ def test_states_from_another_layer():
     class Conditioned(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn, self.h = nn.LSTM(4, 2, num_layers=2, batch_first=True), nn.Parameter(torch.rand(2, 1, 2))
+            self.rnn, self.h = (
+                nn.LSTM(4, 2, num_layers=2, batch_first=True),
+                nn.Parameter(torch.rand(2, 1, 2)),
+            )
             self.to_c = nn.Linear(4, 4)
 
         def forward(self, x):
@@ -193,7 +200,9 @@ def test_states_from_another_layer():
     assert_everything_right(problem(Conditioned()))
 
 
-@pytest.mark.parametrize("frozen", [["weight_ih_l0"], ["weight_hh_l0", "bias_ih_l0"], ["bias_ih_l0", "bias_hh_l0"]])
+@pytest.mark.parametrize(
+    "frozen", [["weight_ih_l0"], ["weight_hh_l0", "bias_ih_l0"], ["bias_ih_l0", "bias_hh_l0"]]
+)
 def test_frozen_weights(frozen):
     case = problem(Network(nn.LSTM, True, "outputs"))
     for name in frozen:
@@ -211,13 +220,22 @@ def test_frozen_network_passes_gradients_on():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_derived_weights():
-    case = problem(Network(lambda *a, **k: nn.utils.weight_norm(nn.LSTM(*a, **k), "weight_hh_l0"), True, "states"))
+    case = problem(
+        Network(
+            lambda *a, **k: nn.utils.weight_norm(nn.LSTM(*a, **k), "weight_hh_l0"), True, "states"
+        )
+    )
     assert_everything_right(case)
 
 
 # --- packed sequences -------------------------------------------------------------------------------------------------
 
-BUILTIN = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
+BUILTIN = {
+    "LSTM": torch.lstm,
+    "GRU": torch.gru,
+    "RNN_TANH": torch.rnn_tanh,
+    "RNN_RELU": torch.rnn_relu,
+}
 
 
 def packed_call(name, lengths):
@@ -258,7 +276,9 @@ def test_terms_of_packed_sequences_are_those_of_every_sequence(name, lengths, re
         J = Jacobian(weight, [terms[f"params{k}"]]).per_sample()
         assert J.shape[:2] == (2, len(lengths))
         for v, n in product(range(2), range(len(lengths))):
-            (expected,) = torch.autograd.grad(whole, weight, g[v] * (owner == n)[:, None], retain_graph=True)
+            (expected,) = torch.autograd.grad(
+                whole, weight, g[v] * (owner == n)[:, None], retain_graph=True
+            )
             assert_close(J[v, n], expected, label=f"params{k}")
 
 
@@ -414,7 +434,9 @@ def test_replay_equals_the_builtin_in_float32():
     with curvature(BatchGrad()):
         F.mse_loss(model(X), torch.zeros(8, 20)).backward()
     for p in model.parameters():
-        torch.testing.assert_close(p.grad_batch.sum(0), p.grad, rtol=1e-4, atol=1e-5 * p.grad.abs().max().item())
+        torch.testing.assert_close(
+            p.grad_batch.sum(0), p.grad, rtol=1e-4, atol=1e-5 * p.grad.abs().max().item()
+        )
 
 
 def test_terms_are_made_when_the_builtin_has_freed_its_memory(monkeypatch):
@@ -447,7 +469,9 @@ def test_backward_to_some_of_the_weights():
     with curvature(BatchGrad()):
         case.loss.function(case.model(case.X), case.y).backward(inputs=[params["rnn.bias_hh_l0"]])
     for key in ("rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.bias_ih_l0", "rnn.bias_hh_l0"):
-        assert_close(params[key].grad_batch, expected[key].reshape(params[key].grad_batch.shape), label=key)
+        assert_close(
+            params[key].grad_batch, expected[key].reshape(params[key].grad_batch.shape), label=key
+        )
 
 
 def test_nothing_recorded_survives_the_backward_pass():

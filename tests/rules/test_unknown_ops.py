@@ -69,7 +69,11 @@ def test_custom_function_is_right_and_names_parameter_op_and_price(extensions, t
     assert "rule" in messages
     for extension in extensions:
         if not isinstance(extension, KFLR):
-            name = {"grad_batch": "grad_batch", "diag_ggn_exact": "diag_ggn", "variance": "variance"}
+            name = {
+                "grad_batch": "grad_batch",
+                "diag_ggn_exact": "diag_ggn",
+                "variance": "variance",
+            }
             naive = getattr(oracle, name[extension.savefield])
             assert_fields(case, extension.savefield, naive(case))
 
@@ -103,7 +107,9 @@ def test_weight_penalty_is_found_by_the_check(penalised):
     case = problem()
     extend(case.model)
     p = dict(case.model.named_parameters())[penalised]
-    finds = pytest.raises((RuntimeError, AssertionError, NotImplementedError), match=penalised.replace(".", r"\."))
+    finds = pytest.raises(
+        (RuntimeError, AssertionError, NotImplementedError), match=penalised.replace(".", r"\.")
+    )
     with finds, curvature(BatchGrad(), check=True):
         (case.compute_loss() + 0.1 * (p**2).sum()).backward()
 
@@ -152,7 +158,10 @@ def test_wrong_rule_is_found_by_the_check(registry):
 
     case = problem()
     case.model = Scaled().double()
-    with pytest.raises((RuntimeError, AssertionError), match="gain"), curvature(BatchGrad(), check=True):
+    with (
+        pytest.raises((RuntimeError, AssertionError), match="gain"),
+        curvature(BatchGrad(), check=True),
+    ):
         case.compute_loss().backward()
 
 
@@ -194,7 +203,12 @@ def test_target_changed_in_place_after_the_forward_is_an_error_or_harmless():
 
 def test_empty_batch():
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    case = Problem(model, torch.zeros(0, 5, dtype=torch.float64), torch.zeros(0, dtype=torch.long), LOSS["ce_sum"])
+    case = Problem(
+        model,
+        torch.zeros(0, 5, dtype=torch.float64),
+        torch.zeros(0, dtype=torch.long),
+        LOSS["ce_sum"],
+    )
     compute(case, *both(), BatchL2Grad(), SumGradSquared())
     for p in model.parameters():
         assert p.grad_batch.shape == (0, *p.shape)
@@ -225,15 +239,21 @@ def test_autocast():
         loss.backward()
     for p in model.parameters():
         assert p.grad_batch.dtype == torch.float32
-        torch.testing.assert_close(p.grad_batch.sum(0), p.grad, rtol=2**-6, atol=2**-6 * p.grad.abs().max().item())
+        torch.testing.assert_close(
+            p.grad_batch.sum(0), p.grad, rtol=2**-6, atol=2**-6 * p.grad.abs().max().item()
+        )
     precise = copy.deepcopy(case)
     compute(precise, *both())
     for p, q in zip(model.parameters(), precise.model.parameters()):
         largest = q.diag_ggn_exact.max().item()
-        torch.testing.assert_close(p.diag_ggn_exact, q.diag_ggn_exact, rtol=0.05, atol=0.05 * largest)
+        torch.testing.assert_close(
+            p.diag_ggn_exact, q.diag_ggn_exact, rtol=0.05, atol=0.05 * largest
+        )
 
 
-@pytest.mark.parametrize("name", ["vit", "language_model", "transformer_encoder", "transformer_decoder", "products"])
+@pytest.mark.parametrize(
+    "name", ["vit", "language_model", "transformer_encoder", "transformer_decoder", "products"]
+)
 def test_autocast_around_what_stays_in_float32(name):
     """Norms, embeddings and products get cotangents that went through bfloat16; batch and time may be equally long."""
     expected, case = reference("grad_batch", name), ROW[name].make()
@@ -241,10 +261,14 @@ def test_autocast_around_what_stays_in_float32(name):
     with curvature(*both()):
         with torch.autocast("cpu", torch.bfloat16):
             output = model(X)
-        case.loss.function(output.float(), case.y.float() if case.y.is_floating_point() else case.y).backward()
+        case.loss.function(
+            output.float(), case.y.float() if case.y.is_floating_point() else case.y
+        ).backward()
     largest = max(g.abs().max().item() for g in expected.values())
     for key, p in model.named_parameters():
-        torch.testing.assert_close(p.grad_batch.double(), expected[key], rtol=0.1, atol=0.1 * largest)
+        torch.testing.assert_close(
+            p.grad_batch.double(), expected[key], rtol=0.1, atol=0.1 * largest
+        )
 
 
 def test_reentrant_checkpoints_are_refused():
@@ -284,7 +308,9 @@ def test_activation_checkpointing():
 def test_dropout_is_the_one_of_the_forward():
     """Σ_n of the terms is the gradient of the very forward pass that was run."""
     case = problem()
-    case.model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)).double()
+    case.model = nn.Sequential(
+        nn.Linear(5, 6), nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3)
+    ).double()
     compute(case, BatchGrad(), DiagGGNMC(), check=True)
     for p in case.model.parameters():
         assert_close(p.grad_batch.sum(0), p.grad)

@@ -39,19 +39,29 @@ def by_hand(z, y):
 LOSSES: dict[str, Callable] = {
     "cross entropy": lambda z, y: F.cross_entropy(z.mean(1), y),
     "by hand": lambda z, y: by_hand(z.mean(1), y),
-    "of every token": lambda z, y: F.cross_entropy(z.flatten(0, 1), y.repeat_interleave(z.shape[1])),
-    "of every token, by hand": lambda z, y: by_hand(z.flatten(0, 1), y.repeat_interleave(z.shape[1])),
+    "of every token": lambda z, y: F.cross_entropy(
+        z.flatten(0, 1), y.repeat_interleave(z.shape[1])
+    ),
+    "of every token, by hand": lambda z, y: by_hand(
+        z.flatten(0, 1), y.repeat_interleave(z.shape[1])
+    ),
 }
 MIXES: dict[str, Callable] = {
     "mean": lambda z: z - z.mean(0),
     "neighbours": lambda z: z + z.roll(1, 0),
-    "attention": lambda z: torch.einsum("nm,mtd->ntd", (z.flatten(1) @ z.flatten(1).T).softmax(-1), z),
+    "attention": lambda z: torch.einsum(
+        "nm,mtd->ntd", (z.flatten(1) @ z.flatten(1).T).softmax(-1), z
+    ),
 }
 
 
 def draw(mix):
     torch.manual_seed(0)
-    return Prompted(mix).double(), torch.randn(N, T, D, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    return (
+        Prompted(mix).double(),
+        torch.randn(N, T, D, dtype=torch.float64),
+        torch.tensor([0, 1, 2, 0]),
+    )
 
 
 def sizes(x, y):
@@ -65,7 +75,8 @@ def test_prompts_have_the_gradient_of_each_sample(loss, size):
     with curvature(BatchGrad(), batch_size=sizes(x, y)[size]):
         LOSSES[loss](model(x), y).backward()
     alone = [
-        torch.autograd.grad(LOSSES[loss](model(x[n : n + 1]), y[n : n + 1]) / N, model.prompt)[0] for n in range(N)
+        torch.autograd.grad(LOSSES[loss](model(x[n : n + 1]), y[n : n + 1]) / N, model.prompt)[0]
+        for n in range(N)
     ]
     torch.testing.assert_close(model.prompt.grad_batch, torch.stack(alone))
 

@@ -7,7 +7,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_curv import curvature, record
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.extensions import HMP, BatchDiagGGNExact, BatchGrad, BatchL2Grad, DiagHessian, Variance
+from lightning_curv.extensions import (
+    HMP,
+    BatchDiagGGNExact,
+    BatchGrad,
+    BatchL2Grad,
+    DiagHessian,
+    Variance,
+)
 from lightning_curv.recording import row_numbers
 from lightning_curv.recording.provenance import roots_of
 
@@ -51,7 +58,9 @@ def test_gradients_are_those_of_each_sample_alone(name, loss, count):
 
 
 def hessian_of(loss, output, y):
-    return torch.autograd.functional.hessian(lambda o: LOSSES[loss](o, y), output.detach()).reshape(C, C)
+    return torch.autograd.functional.hessian(lambda o: LOSSES[loss](o, y), output.detach()).reshape(
+        C, C
+    )
 
 
 @pytest.mark.filterwarnings(IGNORED)
@@ -69,7 +78,9 @@ def test_ggn_diagonals_are_those_of_each_sample_alone(name, loss):
         for key, p in model.named_parameters():
             J = torch.stack([row[key].flatten() for row in rows])
             expected = torch.einsum("cp,cd,dp->p", J, H, J).reshape(p.shape)
-            torch.testing.assert_close(p.diag_ggn_exact_batch[n], expected, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                p.diag_ggn_exact_batch[n], expected, msg=lambda text, key=key: f"{key}: {text}"
+            )
 
 
 def hessian_times(loss, p, vector):
@@ -97,7 +108,9 @@ def test_hessian_diagonals_are_right_or_refused(name):
         return
     other, loss = reference_loss(name)
     for (key, p), q in zip(model.named_parameters(), other.parameters()):
-        columns = [hessian_times(loss, q, unit.reshape(q.shape)) for unit in torch.eye(q.numel()).to(q)]
+        columns = [
+            hessian_times(loss, q, unit.reshape(q.shape)) for unit in torch.eye(q.numel()).to(q)
+        ]
         expected = torch.stack(columns).reshape(q.numel(), q.numel()).diagonal().reshape(q.shape)
         torch.testing.assert_close(p.diag_h, expected, msg=lambda text, key=key: f"{key}: {text}")
 
@@ -112,14 +125,18 @@ def test_hessian_products_need_no_samples(name):
     for (key, p), q in zip(model.named_parameters(), other.parameters()):
         vector = torch.linspace(-1, 2, q.numel()).to(q).reshape(q.shape)
         expected = hessian_times(loss, q, vector)
-        torch.testing.assert_close(p.hmp(vector), expected, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            p.hmp(vector), expected, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_numbers_of_moved_rows_are_found_once_for_a_structure(monkeypatch):
     """Later calls of the same kind have the numbers that the first one found; calls of other kinds their own."""
     looks = []
     narrowed = row_numbers._narrowed
-    monkeypatch.setattr(row_numbers, "_narrowed", lambda numbers: looks.append(numbers) or narrowed(numbers))
+    monkeypatch.setattr(
+        row_numbers, "_narrowed", lambda numbers: looks.append(numbers) or narrowed(numbers)
+    )
     monkeypatch.setattr(row_numbers, "_MOVED", {})
     calls = [
         (lambda x: x.transpose(0, 1), [[[0], [1], [2], [3]]]),
@@ -139,4 +156,7 @@ def test_numbers_of_moved_rows_are_found_once_for_a_structure(monkeypatch):
         for tensor, (_, expected) in zip(moved, calls):
             assert roots_of(tensor).numbers[4].tolist() == expected
         seen.append(len(looks))
-    assert seen == [8, 8 + 3]  # what moves rows by a tensor, or rows that are not in their order, is followed anew
+    assert seen == [
+        8,
+        8 + 3,
+    ]  # what moves rows by a tensor, or rows that are not in their order, is followed anew

@@ -62,7 +62,10 @@ def stacked_views(x, y, lengths):
 
 
 def stacked_inside(x, y, lengths):
-    yield torch.stack([x[:, 0], x[:, 2]], 1).flatten(0, 1), torch.stack([y[:, 0], y[:, 2]], 1).flatten()
+    yield (
+        torch.stack([x[:, 0], x[:, 2]], 1).flatten(0, 1),
+        torch.stack([y[:, 0], y[:, 2]], 1).flatten(),
+    )
 
 
 def repeated(x, y, lengths):
@@ -82,7 +85,11 @@ def rolled(x, y, lengths):
 
 
 def unequal(x, y, lengths):
-    index = torch.tensor([3, 0, 0, 2, 1, 3, 3])[: 2 * len(x)] if len(x) == N else torch.zeros(0, dtype=torch.long)
+    index = (
+        torch.tensor([3, 0, 0, 2, 1, 3, 3])[: 2 * len(x)]
+        if len(x) == N
+        else torch.zeros(0, dtype=torch.long)
+    )
     index = index if len(x) == N else torch.zeros(COUNTS[int(y[0, 0])], dtype=torch.long)
     yield x[:, 0].index_select(0, index), y[:, 0].index_select(0, index)
 
@@ -210,7 +217,9 @@ def draw() -> tuple[Model, Tensor, Tensor, Tensor]:
 
 def total(name, loss, model, x, y, lengths):
     """The sum over the pieces that the case runs."""
-    return sum(LOSSES[loss](model(rows), targets % C) for rows, targets in CASES[name](x, y, lengths))
+    return sum(
+        LOSSES[loss](model(rows), targets % C) for rows, targets in CASES[name](x, y, lengths)
+    )
 
 
 def gradients(scalar, model):
@@ -226,7 +235,10 @@ def test_gradients_are_those_of_each_row_of_the_batch(name, loss, size):
     model, x, y, lengths = draw()
     with curvature(BatchGrad(), batch_size=size):
         (total(name, loss, model, x, y, lengths) / N).backward()
-    alone = [total(name, loss, model, x[n : n + 1], y[n : n + 1], lengths[n : n + 1]) / N for n in range(N)]
+    alone = [
+        total(name, loss, model, x[n : n + 1], y[n : n + 1], lengths[n : n + 1]) / N
+        for n in range(N)
+    ]
     rows = [gradients(scalar, model) for scalar in alone]
     for key, p in model.named_parameters():
         torch.testing.assert_close(
@@ -234,7 +246,9 @@ def test_gradients_are_those_of_each_row_of_the_batch(name, loss, size):
         )
 
 
-@pytest.mark.parametrize("name", ["masked", "time_major", "views", "unequal", "one_by_one", "splits"])
+@pytest.mark.parametrize(
+    "name", ["masked", "time_major", "views", "unequal", "one_by_one", "splits"]
+)
 def test_ggn_diagonals_are_those_of_each_row_of_the_batch(name):
     model, x, y, lengths = draw()
     with curvature(BatchDiagGGNExact(), batch_size=N):
@@ -249,7 +263,9 @@ def test_ggn_diagonals_are_those_of_each_row_of_the_batch(name):
                 columns = [gradients(entry, model) for entry in row]
                 for key in expected:
                     J = torch.stack([column[key].flatten() for column in columns])
-                    expected[key] += torch.einsum("cp,cd,dp->p", J, H, J).reshape(expected[key].shape)
+                    expected[key] += torch.einsum("cp,cd,dp->p", J, H, J).reshape(
+                        expected[key].shape
+                    )
         for key, p in model.named_parameters():
             torch.testing.assert_close(p.diag_ggn_exact_batch[n], expected[key])
 
@@ -260,7 +276,9 @@ def test_rows_that_another_batch_moves_otherwise_are_assigned_anew():
     for _ in range(3):
         index = torch.randperm(2 * N) % N
         with curvature(BatchGrad(), batch_size=N):
-            by_hand(model(x[:, 0].index_select(0, index)), y[:, 0].index_select(0, index) % C).backward()
+            by_hand(
+                model(x[:, 0].index_select(0, index)), y[:, 0].index_select(0, index) % C
+            ).backward()
         for n in range(N):
             alone = gradients(2 * by_hand(model(x[n, 0]), y[n, 0] % C), model)
             for key, p in model.named_parameters():
@@ -326,11 +344,15 @@ POOLED: dict[str, Callable[[Tensor], Tensor]] = {
     "quantile": lambda x: x - torch.quantile(x, 0.5, dim=0),
     "singular vectors": lambda x: torch.linalg.svd(x[:, 0], full_matrices=False)[0] @ WHITENED[:4],
     "several products": lambda x: torch.linalg.multi_dot([x[:, 0], x[:, 0].T, x[:, 0]]),
-    "summed by index": lambda x: x - x.new_zeros(1, T, D).index_add(0, torch.zeros(N, dtype=torch.long), x),
+    "summed by index": lambda x: (
+        x - x.new_zeros(1, T, D).index_add(0, torch.zeros(N, dtype=torch.long), x)
+    ),
     "summed in place": lambda x: x.clone().index_add_(0, torch.tensor([0, 1]), x[2:]),
     "written in place": lambda x: exchanged(x),
     "added in place": lambda x: added_in_place(x),
-    "smoothed": lambda x: F.conv1d(x[:, 0].T[:, None], torch.ones(1, 1, 3).to(x), padding=1)[:, 0].T.contiguous(),
+    "smoothed": lambda x: F.conv1d(x[:, 0].T[:, None], torch.ones(1, 1, 3).to(x), padding=1)[
+        :, 0
+    ].T.contiguous(),
     "inside of vmap": lambda x: torch.func.vmap(lambda row: row - x.mean(0))(x),
     "rows inside of vmap": lambda x: torch.func.vmap(lambda row: (row - x).sum(0))(x),
 }
@@ -353,7 +375,9 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "ranks": lambda x: x.argsort(1).double(),
     "centres": lambda x: torch.cdist(x[:, 0], WHITENED),
     "inside of vmap": lambda x: torch.func.vmap(lambda row: row - row.mean(0))(x),
-    "evaluated": lambda x: F.batch_norm(x[:, 0], torch.zeros(D).to(x), torch.ones(D).to(x), training=False),
+    "evaluated": lambda x: F.batch_norm(
+        x[:, 0], torch.zeros(D).to(x), torch.ones(D).to(x), training=False
+    ),
 }
 
 
@@ -361,12 +385,17 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
 def test_statistics_of_the_raw_batch_are_refused(name):
     model, x, y, _ = draw()
     with curvature(BatchGrad(), batch_size=N):
-        loss = squares(z := model(POOLED[name](x)), y[:, 0].reshape(-1, *[1] * (z.ndim - 2)).expand(z.shape[:-1]) % C)
+        loss = squares(
+            z := model(POOLED[name](x)),
+            y[:, 0].reshape(-1, *[1] * (z.ndim - 2)).expand(z.shape[:-1]) % C,
+        )
         with pytest.raises(NotImplementedError, match="the batch"):
             loss.backward()
 
 
-@pytest.mark.parametrize("mix", [lambda x: x - x.mean(1, keepdim=True), lambda x: x[0] - x[0].mean(0)])
+@pytest.mark.parametrize(
+    "mix", [lambda x: x - x.mean(1, keepdim=True), lambda x: x[0] - x[0].mean(0)]
+)
 def test_statistics_of_a_batch_that_is_second_are_refused(mix):
     model, x, y, _ = draw()
     with curvature(BatchGrad(), batch_size=N):
@@ -378,7 +407,9 @@ def test_statistics_of_a_batch_that_is_second_are_refused(mix):
 def test_a_model_that_is_mapped_over_a_statistic_of_the_batch_is_refused():
     model, x, y, _ = draw()
     with curvature(BatchGrad(), batch_size=N):
-        loss = cross_entropy(torch.func.vmap(lambda row: model(row - x[:, 0].mean(0)))(x[:, 0]), y[:, 0] % C)
+        loss = cross_entropy(
+            torch.func.vmap(lambda row: model(row - x[:, 0].mean(0)))(x[:, 0]), y[:, 0] % C
+        )
         with pytest.raises(NotImplementedError, match="the batch"):
             loss.backward()
 

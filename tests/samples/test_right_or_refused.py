@@ -42,7 +42,11 @@ class PerSampleTable(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, cell, batch_first):
         super().__init__()
-        self.cell, self.head, self.batch_first = cell(5, 3, batch_first=batch_first), nn.Linear(3, 3), batch_first
+        self.cell, self.head, self.batch_first = (
+            cell(5, 3, batch_first=batch_first),
+            nn.Linear(3, 3),
+            batch_first,
+        )
 
     def forward(self, x):
         states, _ = self.cell(x if self.batch_first else x.transpose(0, 1))
@@ -73,7 +77,11 @@ class RowsOfAParameter(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.p, self.q, self.head = nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(1, 2, 5)), nn.Linear(5, 3)
+        self.p, self.q, self.head = (
+            nn.Parameter(torch.rand(5)),
+            nn.Parameter(torch.rand(1, 2, 5)),
+            nn.Linear(5, 3),
+        )
 
     def forward(self, x):
         x = x * self.p.repeat(x.shape[0], x.shape[1], 1)
@@ -152,7 +160,9 @@ class Phases(nn.Module):
         self.inp, self.head = nn.Linear(5, 4), nn.Linear(2, 3)
 
     def forward(self, x):
-        return self.head(torch.view_as_complex(self.inp(x.mean(1)).unflatten(1, (2, 2))).square().abs())
+        return self.head(
+            torch.view_as_complex(self.inp(x.mean(1)).unflatten(1, (2, 2))).square().abs()
+        )
 
 
 class Routed(nn.Module):
@@ -206,16 +216,22 @@ UNPROMISED = {
     "gru_sequence_first": lambda: Recurrent(nn.GRU, False),
     "rnn": lambda: Recurrent(nn.RNN, True),
     "multihead_attention": Attention,
-    "transformer_layer": lambda: sequences(nn.TransformerEncoderLayer(5, 1, 6, dropout=0.0, batch_first=True))(),
+    "transformer_layer": lambda: sequences(
+        nn.TransformerEncoderLayer(5, 1, 6, dropout=0.0, batch_first=True)
+    )(),
     "transformer_layer_norm_first": lambda: sequences(
         nn.TransformerEncoderLayer(5, 1, 6, dropout=0.0, batch_first=True, norm_first=True)
     )(),
     "embedding_bag": Bag,
     "instance_norm": lambda: sequences(nn.InstanceNorm1d(4, affine=True))(),
-    "spectral_norm": lambda: sequences(nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3)).eval())(),
+    "spectral_norm": lambda: sequences(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3)).eval()
+    )(),
     "orthogonal": lambda: sequences(nn.utils.parametrizations.orthogonal(nn.Linear(5, 3)))(),
     "old_weight_norm": lambda: sequences(nn.utils.weight_norm(nn.Linear(5, 3)))(),
-    "transposed_convolution_groups": lambda: sequences(nn.ConvTranspose1d(4, 2, 3, stride=2, groups=2))(),
+    "transposed_convolution_groups": lambda: sequences(
+        nn.ConvTranspose1d(4, 2, 3, stride=2, groups=2)
+    )(),
     "prelu": lambda: sequences(nn.PReLU())(),
     "repeats": RowsOfAParameter,
     "stacked_along_the_batch": StackedAlongTheBatch,
@@ -278,8 +294,12 @@ def test_other_spellings_of_the_loss_are_right_or_refused(spelling):
 @pytest.mark.parametrize(
     "spelling",
     [
-        lambda output, y: sum(F.cross_entropy(output[n : n + 1], y[n : n + 1]) for n in range(4)) / 4,
-        lambda output, y: F.cross_entropy(output[:2], y[:2]) / 2 + F.cross_entropy(output[2:], y[2:]) / 2,
+        lambda output, y: (
+            sum(F.cross_entropy(output[n : n + 1], y[n : n + 1]) for n in range(4)) / 4
+        ),
+        lambda output, y: (
+            F.cross_entropy(output[:2], y[:2]) / 2 + F.cross_entropy(output[2:], y[2:]) / 2
+        ),
         lambda output, y: F.cross_entropy(output.T[None], y[None]),
     ],
     ids=["four_losses_of_one", "two_losses_of_two", "positions"],
@@ -305,7 +325,9 @@ def test_losses_of_two_kinds_add_their_curvature():
         g = 0.5 * oracle.grad_batch(case)[key] + 2 * oracle.grad_batch(other)[key]
         assert_close(p.grad_batch, g)
         assert_close(p.sum_grad_squared, g.square().sum(0))
-        assert_close(p.diag_ggn_exact, 0.5 * oracle.diag_ggn(case)[key] + 2 * oracle.diag_ggn(other)[key])
+        assert_close(
+            p.diag_ggn_exact, 0.5 * oracle.diag_ggn(case)[key] + 2 * oracle.diag_ggn(other)[key]
+        )
 
 
 def test_language_model_with_flattened_loss():
@@ -323,7 +345,12 @@ def test_language_model_with_flattened_loss():
 
 @pytest.mark.parametrize(
     "mix",
-    [lambda h: h - h.mean(0), lambda h: h / h.norm(), lambda h: (h @ h.T).softmax(1) @ h, lambda h: h + h.flip(0)],
+    [
+        lambda h: h - h.mean(0),
+        lambda h: h / h.norm(),
+        lambda h: (h @ h.T).softmax(1) @ h,
+        lambda h: h + h.flip(0),
+    ],
 )
 def test_mixing_of_samples_is_found_by_the_check(mix):
     class Mixed(nn.Module):
@@ -352,7 +379,12 @@ def test_backward_to_some_inputs_only():
 def test_sparse_embedding_gradients():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(6, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3)).double()
-    case = Problem(model, torch.tensor([[0, 1], [1, 1], [5, 2], [0, 5]]), torch.tensor([0, 1, 2, 1]), LOSS["ce"])
+    case = Problem(
+        model,
+        torch.tensor([[0, 1], [1, 1], [5, 2], [0, 5]]),
+        torch.tensor([0, 1, 2, 1]),
+        LOSS["ce"],
+    )
     with curvature(*both(), check=True):
         case.compute_loss().backward()
     dense = copy.deepcopy(case)

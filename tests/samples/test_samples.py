@@ -58,7 +58,9 @@ def test_kronecker_factors_do_not_ask():
 def test_every_structure_is_verified_once(monkeypatch):
     passes = []
     backward = Passes.backward
-    monkeypatch.setattr(Passes, "backward", lambda self, *args: passes.append(args) or backward(self, *args))
+    monkeypatch.setattr(
+        Passes, "backward", lambda self, *args: passes.append(args) or backward(self, *args)
+    )
     case = problem()
     case.model = Mixing(lambda h: h.sin() * 0.7391 + h.cos()).double()  # a structure of its own
     counts = []
@@ -85,7 +87,9 @@ def test_a_size_that_is_given_is_looked_for_in_what_the_network_reads(tensors):
     with curvature(BatchGrad(), batch_size=Batch(5, tensors=[x, y] if tensors else None)):
         loss(x, y).backward()
     for n, found in enumerate(model.a.weight.grad_batch):
-        (expected,) = torch.autograd.grad(loss(x[:, n : n + 1], y[:, n : n + 1]) / 5, model.a.weight)
+        (expected,) = torch.autograd.grad(
+            loss(x[:, n : n + 1], y[:, n : n + 1]) / 5, model.a.weight
+        )
         torch.testing.assert_close(found, expected)
 
 
@@ -196,7 +200,10 @@ def test_losses_that_couple_samples_are_refused(name):
     case = problem()
     target = torch.rand(4, 3, dtype=torch.float64)
     for check in (False, True):
-        with pytest.raises(NotImplementedError, match="sample"), curvature(BatchGrad(), check=check):
+        with (
+            pytest.raises(NotImplementedError, match="sample"),
+            curvature(BatchGrad(), check=check),
+        ):
             COUPLED[name](case.model(case.X), target).backward()
 
 
@@ -205,8 +212,14 @@ SECOND = {
         lambda h: torch.cat([h[0:3] * h[0:3].tanh(), h[3:]]),
         lambda h: torch.cat([h[0:3] * h[1:4].tanh(), h[3:]]),
     ),
-    "matrices": (lambda h: h + torch.eye(4).double() @ h, lambda h: h + torch.ones(4, 4).double() @ h),
-    "factors": (lambda h: torch.add(h, h.tanh(), alpha=2), lambda h: torch.add(h, h.flip(0).tanh(), alpha=2)),
+    "matrices": (
+        lambda h: h + torch.eye(4).double() @ h,
+        lambda h: h + torch.ones(4, 4).double() @ h,
+    ),
+    "factors": (
+        lambda h: torch.add(h, h.tanh(), alpha=2),
+        lambda h: torch.add(h, h.flip(0).tanh(), alpha=2),
+    ),
 }
 
 
@@ -255,9 +268,13 @@ def test_a_gate_that_opens_is_found_at_the_tenth_graph():
 POINTS = {
     "linspace": lambda: torch.linspace(0, 1, 6, dtype=torch.float64)[:, None],
     "arange": lambda: torch.arange(6, dtype=torch.float64)[:, None] / 6,
-    "grid": lambda: torch.cartesian_prod(*[torch.linspace(0, 1, k).double() for k in (3, 2)]).sum(1, keepdim=True),
+    "grid": lambda: torch.cartesian_prod(*[torch.linspace(0, 1, k).double() for k in (3, 2)]).sum(
+        1, keepdim=True
+    ),
     "random": lambda: torch.rand(6, 1, dtype=torch.float64),
-    "differentiated": lambda: torch.linspace(0, 1, 6, dtype=torch.float64)[:, None].requires_grad_(),
+    "differentiated": lambda: torch.linspace(0, 1, 6, dtype=torch.float64)[
+        :, None
+    ].requires_grad_(),
 }
 
 
@@ -284,19 +301,28 @@ def test_points_that_the_step_makes_are_samples_where_nothing_else_is_read(name,
     """Also where the loader draws batches of another size, which the step does not look at."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
-    sizes = {"found": None, "given": 6, "of the batch": Batch(expected=4, tensors=[torch.zeros(4, 1)])}
+    sizes = {
+        "found": None,
+        "given": 6,
+        "of the batch": Batch(expected=4, tensors=[torch.zeros(4, 1)]),
+    }
     with curvature(BatchGrad(), batch_size=sizes[size]):
         points = POINTS[name]()
         RESIDUALS[loss](model, points).backward()
     for p in model.parameters():
-        alone = [torch.autograd.grad(RESIDUALS[loss](model, t[None]) / 6, p)[0] for t in points.detach()]
+        alone = [
+            torch.autograd.grad(RESIDUALS[loss](model, t[None]) / 6, p)[0] for t in points.detach()
+        ]
         torch.testing.assert_close(p.grad_batch, torch.stack(alone))
 
 
 def test_points_of_another_number_than_the_batch_are_refused():
     model = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     x = torch.rand(4, 1, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="4 samples"), curvature(BatchGrad(), batch_size=4):
+    with (
+        pytest.raises(NotImplementedError, match="4 samples"),
+        curvature(BatchGrad(), batch_size=4),
+    ):
         (F.mse_loss(model(x), x) + RESIDUALS["by hand"](model, POINTS["linspace"]())).backward()
 
 
@@ -307,14 +333,19 @@ SCALED = {
     "without a summand": lambda s, z, y: (-s[0]).exp() * F.cross_entropy(z, y),
     "divided": lambda s, z, y: F.cross_entropy(z, y) / s[0].square() + s[0].square().log(),
     "by hand": lambda s, z, y: (-s[0]).exp() * z.square().mean() + s[0],
-    "two": lambda s, z, y: (torch.stack([F.cross_entropy(z, y), z.square().mean()]) * (-s).exp() + s).sum(),
+    "two": lambda s, z, y: (
+        torch.stack([F.cross_entropy(z, y), z.square().mean()]) * (-s).exp() + s
+    ).sum(),
 }
 
 
 @pytest.mark.parametrize("name", SCALED)
 def test_parameters_that_multiply_an_averaged_loss_are_refused(name):
     case, s = problem(), nn.Parameter(torch.tensor([0.3, 0.5], dtype=torch.float64))
-    with pytest.raises(NotImplementedError, match="Multiply and add before averaging"), curvature(BatchGrad()):
+    with (
+        pytest.raises(NotImplementedError, match="Multiply and add before averaging"),
+        curvature(BatchGrad()),
+    ):
         SCALED[name](s, case.model(case.X), case.y).backward()
 
 
@@ -328,5 +359,8 @@ def test_parameters_that_multiply_the_loss_of_every_sample_are_right():
         loss(case.X, case.y).backward()
     n = len(case.X)
     for p in (s, *case.model.parameters()):
-        alone = [torch.autograd.grad(loss(case.X[i : i + 1], case.y[i : i + 1]) / n, p)[0] for i in range(n)]
+        alone = [
+            torch.autograd.grad(loss(case.X[i : i + 1], case.y[i : i + 1]) / n, p)[0]
+            for i in range(n)
+        ]
         torch.testing.assert_close(p.grad_batch, torch.stack(alone))

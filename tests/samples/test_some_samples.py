@@ -28,7 +28,12 @@ from lightning_curv.passes.randomness import random_subset
 from lightning_curv.rules.fallback import FallbackWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
-PER_SAMPLE = {BatchGrad: 0, BatchL2Grad: 0, BatchDiagGGNExact: 0, SqrtGGNMC: 1}  # where the samples are in the results
+PER_SAMPLE = {
+    BatchGrad: 0,
+    BatchL2Grad: 0,
+    BatchDiagGGNExact: 0,
+    SqrtGGNMC: 1,
+}  # where the samples are in the results
 
 
 def fixed(chosen, extensions):
@@ -64,7 +69,9 @@ def assert_those_of_the_chosen(forward, kinds, count):
         for parameter, expected in every[one].items():
             axis = PER_SAMPLE[kind]
             rows = expected.index_select(axis, torch.tensor(chosen))
-            assert_close(found[other][parameter], rows, 1e-6, f"{kind.__name__} of {tuple(parameter.shape)}")
+            assert_close(
+                found[other][parameter], rows, 1e-6, f"{kind.__name__} of {tuple(parameter.shape)}"
+            )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,11 +113,17 @@ def test_sums_are_those_of_the_chosen_samples(kind, name):
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["filled_matrix", "custom_function", "written_in_place", "derivative"])
+@pytest.mark.parametrize(
+    "name", ["filled_matrix", "custom_function", "written_in_place", "derivative"]
+)
 @pytest.mark.parametrize("kind", [BatchL2Grad, DiagGGNExact])
 def test_a_join_takes_one_pass_per_chosen_sample(monkeypatch, name, kind):
     passes, original = [], Join._calls
-    monkeypatch.setattr(Join, "_calls", lambda self, gs, shape: (passes.append(len(gs)), original(self, gs, shape))[1])
+    monkeypatch.setattr(
+        Join,
+        "_calls",
+        lambda self, gs, shape: (passes.append(len(gs)), original(self, gs, shape))[1],
+    )
 
     def count(chosen):
         passes.clear()
@@ -138,7 +151,10 @@ def test_an_op_without_a_rule_is_differentiated_for_the_chosen_samples_alone(mon
 
     def counting(function, *arguments, **options):
         inner = original(function, *arguments, **options)
-        return lambda *tensors: (sizes.append(tensors[0].shape[: tensors[0].ndim - 1]), inner(*tensors))[1]
+        return lambda *tensors: (
+            sizes.append(tensors[0].shape[: tensors[0].ndim - 1]),
+            inner(*tensors),
+        )[1]
 
     monkeypatch.setattr(torch.func, "vmap", counting)
 
@@ -156,7 +172,11 @@ def test_an_op_without_a_rule_is_differentiated_for_the_chosen_samples_alone(mon
 
 def test_exact_columns_of_other_samples_are_zero(monkeypatch):
     seeds, original = [], Passes.pull
-    monkeypatch.setattr(Passes, "pull", lambda self, column: (seeds.append(column.seeds[0]), original(self, column))[1])
+    monkeypatch.setattr(
+        Passes,
+        "pull",
+        lambda self, column: (seeds.append(column.seeds[0]), original(self, column))[1],
+    )
     results(of_routing("prompt", 5)[1], [DiagGGNExact()], [1, 3])
     assert seeds
     for seed in seeds:
@@ -177,7 +197,11 @@ def test_who_shares_passes_with_what_needs_all_samples_gets_all():
     _, forward = of_routing("prompt", 5)
     mine, other, columns = BatchGrad(), BatchL2Grad(), DiagGGNExact()
     backprop, found = results(forward, [mine, other, columns], [0, 2], capped=[other, columns])
-    assert {len(rows) for rows in found[mine].values()} == {len(rows) for rows in found[other].values()} == {5}
+    assert (
+        {len(rows) for rows in found[mine].values()}
+        == {len(rows) for rows in found[other].values()}
+        == {5}
+    )
     assert backprop.counts == {columns: 2}
 
 
@@ -203,7 +227,10 @@ def test_the_self_check_is_off_where_some_samples_are_left_out(monkeypatch):
     _, forward = of_routing("prompt", 4)
     results(forward, [BatchL2Grad()], [0, 1], check=True)
     original = Passes.terms
-    doubled = lambda *arguments: ((p, term.of(2 * term.g, term.x)) for p, term in original(*arguments))  # noqa: E731
+
+    def doubled(*arguments):
+        return ((p, term.of(2 * term.g, term.x)) for p, term in original(*arguments))
+
     monkeypatch.setattr(Passes, "terms", doubled)
     with pytest.raises(RuntimeError, match="add up"):
         results(forward, [BatchL2Grad()], [0, 1, 2, 3], check=True)
@@ -215,7 +242,12 @@ def test_the_price_that_is_warned_of_is_that_of_the_chosen_samples():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             results(of_routing("custom_function", 7)[1], extensions, chosen, capped, check=True)
-        (found,) = {str(w.message) for w in caught if issubclass(w.category, FallbackWarning) if "Parameters" in str(w)}
+        (found,) = {
+            str(w.message)
+            for w in caught
+            if issubclass(w.category, FallbackWarning)
+            if "Parameters" in str(w)
+        }
         return found
 
     assert "for each of the 7 samples" in message(None)
@@ -241,7 +273,9 @@ def test_all_subsets_are_equally_likely_and_in_order():
     drawn = Counter(tuple(random_subset(5, 2, generator).tolist()) for _ in range(5000))
     assert len(drawn) == 10
     assert all(a < b for a, b in drawn)
-    assert sum((times - 500) ** 2 / 500 for times in drawn.values()) < 27.9  # χ² of 9 degrees, 0.1 %
+    assert (
+        sum((times - 500) ** 2 / 500 for times in drawn.values()) < 27.9
+    )  # χ² of 9 degrees, 0.1 %
 
 
 def test_nothing_is_drawn_from_the_global_generator():

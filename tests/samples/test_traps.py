@@ -79,7 +79,10 @@ def test_extended_model_with_functional_loss_outside_the_context():
 def test_forward_that_nobody_recorded_is_an_error():
     case = problem()
     loss = case.compute_loss()
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"extend|record"), curvature(BatchGrad()):
+    with (
+        pytest.raises((RuntimeError, NotImplementedError), match=r"extend|record"),
+        curvature(BatchGrad()),
+    ):
         loss.backward()
 
 
@@ -87,7 +90,10 @@ def test_extended_submodule_in_an_unrecorded_model_names_what_is_missing():
     case = problem()
     extend(case.model[0])
     loss = case.compute_loss()
-    with pytest.raises((RuntimeError, NotImplementedError), match=r"extend|record"), curvature(BatchGrad()):
+    with (
+        pytest.raises((RuntimeError, NotImplementedError), match=r"extend|record"),
+        curvature(BatchGrad()),
+    ):
         loss.backward()
 
 
@@ -245,7 +251,12 @@ def test_seed_of_the_backward_pass_scales_everything():
 
 @pytest.mark.parametrize(
     "scaled",
-    [lambda loss: 3 * loss, lambda loss: loss / (1 / 3), lambda loss: loss + loss + loss, lambda loss: loss.mul(3) + 1],
+    [
+        lambda loss: 3 * loss,
+        lambda loss: loss / (1 / 3),
+        lambda loss: loss + loss + loss,
+        lambda loss: loss.mul(3) + 1,
+    ],
     ids=["factor", "quotient", "sum", "affine"],
 )
 def test_what_multiplies_the_loss_multiplies_everything(scaled):
@@ -258,7 +269,11 @@ def test_what_multiplies_the_loss_multiplies_everything(scaled):
         assert_close(p.diag_ggn_exact, 3 * oracle.diag_ggn(case)[key])
         assert_close(p.batch_l2, 9 * oracle.batch_l2(case)[key])
         assert_close(p.sum_grad_squared, 9 * oracle.sum_grad_squared(case)[key])
-        assert_close(p.variance, 9 * oracle.variance(case)[key], rounding=1e-14 * p.grad.square().max().item())
+        assert_close(
+            p.variance,
+            9 * oracle.variance(case)[key],
+            rounding=1e-14 * p.grad.square().max().item(),
+        )
         assert_close((p.sqrt_ggn_exact**2).sum((0, 1)), 3 * oracle.diag_ggn(case)[key])
         assert_close(p.kflr[0], 3 * kron[key][0])
         if len(kron[key]) == 2:
@@ -280,11 +295,15 @@ def test_loss_unpacked_by_a_metric_first():
 # --- architectures ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish])
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, nn.ELU, nn.SiLU, nn.Hardtanh, nn.LeakyReLU, nn.Hardswish]
+)
 def test_in_place_activations(activation):
     case = problem()
     inplace = activation(inplace=True)
-    case.model = nn.Sequential(nn.Linear(5, 6), inplace, nn.Dropout(0.0, inplace=True), nn.Linear(6, 3)).double()
+    case.model = nn.Sequential(
+        nn.Linear(5, 6), inplace, nn.Dropout(0.0, inplace=True), nn.Linear(6, 3)
+    ).double()
     compute(case, *both())
     out_of_place = copy.deepcopy(case)
     out_of_place.model[1].inplace = False
@@ -342,13 +361,26 @@ def test_updating_parameters_between_forward_and_backward_is_an_error():
 
 def batchnorm_case():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).double()
-    return Problem(model, torch.randn(4, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0]), LOSS["ce"])
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
+    ).double()
+    return Problem(
+        model, torch.randn(4, 1, 3, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0]), LOSS["ce"]
+    )
 
 
 @pytest.mark.parametrize(
     "extension",
-    [BatchGrad, BatchL2Grad, SumGradSquared, Variance, DiagGGNExact, BatchDiagGGNExact, SqrtGGNExact, DiagGGNMC],
+    [
+        BatchGrad,
+        BatchL2Grad,
+        SumGradSquared,
+        Variance,
+        DiagGGNExact,
+        BatchDiagGGNExact,
+        SqrtGGNExact,
+        DiagGGNMC,
+    ],
 )
 def test_batchnorm_in_training_mode_is_refused(extension):
     case = batchnorm_case()
@@ -406,7 +438,9 @@ def test_functional_batchnorm_in_training_mode_is_refused():
 
 def test_embedding_of_one_token_per_sample():
     case = problem()
-    case.model = nn.Sequential(nn.Embedding(5, 4, padding_idx=1), nn.Tanh(), nn.Linear(4, 3)).double()
+    case.model = nn.Sequential(
+        nn.Embedding(5, 4, padding_idx=1), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
     case.X = torch.tensor([0, 1, 4, 4])
     compute(case, *both(), KFLR())
     assert_right(case)

@@ -15,7 +15,9 @@ IGNORED = "ignore::lightning_curv.rules.fallback.FallbackWarning"
 def poisoned_memory(monkeypatch):
     """What is not written holds something."""
     full = torch.Tensor.new_full
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size, **options: full(tensor, *_size(size), 1.0))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda tensor, *size, **options: full(tensor, *_size(size), 1.0)
+    )
 
 
 def _size(size):
@@ -24,10 +26,16 @@ def _size(size):
 
 def test_products_beside_per_sample_gradients_read_no_memory_that_was_not_written(poisoned_memory):
     torch.manual_seed(0)
-    first, last, x = nn.Linear(3, 4).double(), nn.Linear(4, 2).double(), torch.randn(5, 3, dtype=torch.float64)
+    first, last, x = (
+        nn.Linear(3, 4).double(),
+        nn.Linear(4, 2).double(),
+        torch.randn(5, 3, dtype=torch.float64),
+    )
     order = torch.tensor([3, 0, 2, 4])  # one row is dropped
     with curvature(BatchGrad(), GGNMP(), batch_size=5):
-        F.mse_loss(last(first(x.flip(0)).tanh()[order]), torch.zeros(4, 2, dtype=torch.float64)).backward()
+        F.mse_loss(
+            last(first(x.flip(0)).tanh()[order]), torch.zeros(4, 2, dtype=torch.float64)
+        ).backward()
     for p in (*first.parameters(), *last.parameters()):
         torch.testing.assert_close(p.grad_batch.sum(0), p.grad)
         torch.testing.assert_close(p.grad_batch[3], torch.zeros_like(p))
@@ -48,12 +56,18 @@ class Prototypes(nn.Module):
 @pytest.mark.filterwarnings(IGNORED)
 def test_all_columns_of_an_op_without_a_rule_are_right():
     torch.manual_seed(0)
-    model, x, y = Prototypes().double(), torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    model, x, y = (
+        Prototypes().double(),
+        torch.randn(5, 4, dtype=torch.float64),
+        torch.tensor([0, 1, 2, 0, 1]),
+    )
     with curvature(BatchDiagGGNExact()):
         F.cross_entropy(model(x), y, reduction="sum").backward()
     for n in range(5):
         z = model(x[n : n + 1])[0]
-        J = torch.stack([torch.autograd.grad(e, model.prototypes, retain_graph=True)[0].flatten() for e in z])
+        J = torch.stack(
+            [torch.autograd.grad(e, model.prototypes, retain_graph=True)[0].flatten() for e in z]
+        )
         p = z.detach().softmax(0)
         expected = torch.einsum("cp,cd,dp->p", J, p.diag() - p.outer(p), J).reshape(3, 4)
         torch.testing.assert_close(model.prototypes.diag_ggn_exact_batch[n], expected)
@@ -72,7 +86,9 @@ class Attention(nn.Module):
         scores = (z * self.score).sum(1)
         weight = (z.sum(1)[source] + scores[target]).exp()
         total = z.new_zeros(len(x)).index_add(0, target, weight)
-        return z.new_zeros(len(x), 6).index_add(0, target, z[source] * (weight / total[target])[:, None])
+        return z.new_zeros(len(x), 6).index_add(
+            0, target, z[source] * (weight / total[target])[:, None]
+        )
 
 
 def rings(sizes):
@@ -98,11 +114,15 @@ def test_gradients_that_are_rounding_errors_only_belong_to_anybody(seed, dtype, 
     owner = torch.arange(count).repeat_interleave(torch.tensor(sizes))
     with curvature(BatchGrad()):
         nodes = model(x, rings(sizes)).tanh()
-        F.mse_loss(nodes.new_zeros(count, 6).index_add(0, owner, nodes), y, reduction="sum").backward()
+        F.mse_loss(
+            nodes.new_zeros(count, 6).index_add(0, owner, nodes), y, reduction="sum"
+        ).backward()
     scale = max(float(p.grad.abs().max()) for p in model.parameters())
     for n, rows in enumerate(x.split(sizes)):
         nodes = model(rows, rings(sizes[n : n + 1])).tanh()
-        alone = torch.autograd.grad(F.mse_loss(nodes.sum(0), y[n], reduction="sum"), [*model.parameters()])
+        alone = torch.autograd.grad(
+            F.mse_loss(nodes.sum(0), y[n], reduction="sum"), [*model.parameters()]
+        )
         for p, expected in zip(model.parameters(), alone, strict=True):
             tolerance = 100 * torch.finfo(dtype).eps * scale
             torch.testing.assert_close(p.grad_batch[n], expected, rtol=0, atol=tolerance)
@@ -112,11 +132,16 @@ def test_rows_of_several_per_sample_with_as_many_features_as_samples():
     """Here 16 rows of 4 features are 4 graphs of 4 nodes, not 16 steps of 4 sequences."""
     torch.manual_seed(0)
     count = 4
-    x, y = torch.randn(count * 4, count, dtype=torch.float64), torch.randn(count, count, dtype=torch.float64)
+    x, y = (
+        torch.randn(count * 4, count, dtype=torch.float64),
+        torch.randn(count, count, dtype=torch.float64),
+    )
     scale = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
     with curvature(BatchGrad()):
         nodes = ((1 + scale) * x).tanh()
-        pooled = nodes.new_zeros(count, count).index_add(0, torch.arange(count).repeat_interleave(4), nodes)
+        pooled = nodes.new_zeros(count, count).index_add(
+            0, torch.arange(count).repeat_interleave(4), nodes
+        )
         F.mse_loss(pooled, y, reduction="sum").backward()
     for n in range(count):
         pooled = ((1 + scale) * x[4 * n : 4 * n + 4]).tanh().sum(0)

@@ -39,9 +39,13 @@ class Choice(nn.Module):
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "layer norm of two": lambda: nn.Sequential(nn.Linear(D, 2), nn.LayerNorm(2), nn.Linear(2, C)),
-    "plain layer norm of two": lambda: nn.Sequential(nn.Linear(D, 2), nn.LayerNorm(2, bias=False), nn.Linear(2, C)),
+    "plain layer norm of two": lambda: nn.Sequential(
+        nn.Linear(D, 2), nn.LayerNorm(2, bias=False), nn.Linear(2, C)
+    ),
     "layer norm of one": lambda: nn.Sequential(nn.Linear(D, 1), nn.LayerNorm(1), nn.Linear(1, C)),
-    "group norm of two": lambda: nn.Sequential(nn.Linear(D, 4), nn.GroupNorm(2, 4), nn.Linear(4, C)),
+    "group norm of two": lambda: nn.Sequential(
+        nn.Linear(D, 4), nn.GroupNorm(2, 4), nn.Linear(4, C)
+    ),
     "dead rows": Dead,
     "saturated": lambda: nn.Sequential(nn.Linear(D, 4), nn.Hardtanh(-1e-3, 1e-3), nn.Linear(4, C)),
     "hard choices": Choice,
@@ -71,7 +75,9 @@ def test_gradients_that_vanish_are_right(name, loss, seed):
         for p in model.parameters():
             torch.testing.assert_close(p.grad_batch.sum(0), p.grad, atol=1e-11 * scale, rtol=1e-9)
         for n in range(N) if name != "hard choices" else ():
-            alone = torch.autograd.grad(LOSSES[loss](model(x[n : n + 1]), y[n : n + 1]) / N, [*model.parameters()])
+            alone = torch.autograd.grad(
+                LOSSES[loss](model(x[n : n + 1]), y[n : n + 1]) / N, [*model.parameters()]
+            )
             for p, g in zip(model.parameters(), alone, strict=True):
                 torch.testing.assert_close(p.grad_batch[n], g, atol=1e-11 * scale, rtol=1e-9)
 
@@ -80,14 +86,20 @@ def test_gradients_that_vanish_are_right(name, loss, seed):
 def test_private_sums_change_by_the_clip_norm_at_most(name):
     model, x, y = draw(name, 0)
     for loss in LOSSES.values():
-        assert change(model, lambda model, x, y, loss=loss: loss(model(x), y), (x, y), 0.1) < 1 + 1e-9
+        assert (
+            change(model, lambda model, x, y, loss=loss: loss(model(x), y), (x, y), 0.1) < 1 + 1e-9
+        )
 
 
 def test_the_check_still_fails_where_small_gradients_are_wrong(monkeypatch):
     total = Jacobian.total
-    monkeypatch.setattr(Jacobian, "total", lambda self: total(self) * (2 if self.parameter.shape == (2, D) else 1))
+    monkeypatch.setattr(
+        Jacobian, "total", lambda self: total(self) * (2 if self.parameter.shape == (2, D) else 1)
+    )
     model = nn.Sequential(nn.Linear(D, 2), nn.Tanh(), nn.Linear(2, C)).double()
     with torch.no_grad():
         model[2].weight.mul_(1e-9)
     with pytest.raises(RuntimeError, match="add up"), curvature(BatchGrad(), check=True):
-        F.cross_entropy(model(torch.randn(N, D, dtype=torch.float64)), torch.arange(N) % C).backward()
+        F.cross_entropy(
+            model(torch.randn(N, D, dtype=torch.float64)), torch.arange(N) % C
+        ).backward()

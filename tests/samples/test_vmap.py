@@ -49,10 +49,16 @@ FORMS: dict[str, Callable] = {
     "rows by number": lambda m, x, y: by_hand(vmap(lambda i: m(x[i]))(ORDER), y[ORDER]),
     "loss": lambda m, x, y: vmap(lambda a, b: of_one(m, a, b))(x, y).sum(),
     "loss, by hand": lambda m, x, y: vmap(lambda a, b: of_one_by_hand(m, a, b))(x, y).sum(),
-    "loss of moved rows": lambda m, x, y: vmap(lambda a, b: of_one(m, a, b))(x[ORDER], y[ORDER]).sum(),
-    "loss of moved rows, by hand": lambda m, x, y: vmap(lambda a, b: of_one_by_hand(m, a, b))(x[ORDER], y[ORDER]).sum(),
+    "loss of moved rows": lambda m, x, y: vmap(lambda a, b: of_one(m, a, b))(
+        x[ORDER], y[ORDER]
+    ).sum(),
+    "loss of moved rows, by hand": lambda m, x, y: vmap(lambda a, b: of_one_by_hand(m, a, b))(
+        x[ORDER], y[ORDER]
+    ).sum(),
     "loss by number": lambda m, x, y: vmap(lambda i: of_one(m, x[i], y[i]))(ORDER).sum(),
-    "functional call": lambda m, x, y: known(functional_call(m, dict(m.named_parameters()), (x,)), y),
+    "functional call": lambda m, x, y: known(
+        functional_call(m, dict(m.named_parameters()), (x,)), y
+    ),
     "second axis": lambda m, x, y: known(vmap(m, in_dims=1)(x.T), y),
     "twice": lambda m, x, y: by_hand(vmap(vmap(m))(x[:, None])[:, 0], y),
 }
@@ -65,7 +71,9 @@ def test_gradients_are_those_of_each_row_of_the_batch(name, size):
     with curvature(BatchGrad(), batch_size=size):
         FORMS[name](model, x, y).backward()
     for p in model.parameters():
-        alone = [torch.autograd.grad(known(model(x[n : n + 1]), y[n : n + 1]), p)[0] for n in range(N)]
+        alone = [
+            torch.autograd.grad(known(model(x[n : n + 1]), y[n : n + 1]), p)[0] for n in range(N)
+        ]
         torch.testing.assert_close(p.grad_batch, torch.stack(alone))
 
 
@@ -74,7 +82,9 @@ MIXING: dict[str, Callable] = {
     "hidden": lambda m, x, y: by_hand(vmap(m[2])((h := vmap(m[0])(x)) - h.mean(0)), y),
     "raw mean": lambda m, x, y: by_hand(vmap(lambda row: m(row - x.mean(0)))(x), y),
     "raw rows": lambda m, x, y: vmap(lambda row: (m(row) @ m(x).T).logsumexp(0))(x).sum(),
-    "batch of raw rows": lambda m, x, y: vmap(lambda row: (m[0](row) @ x[:, :1].T.expand(6, -1)).logsumexp(0))(x).sum(),
+    "batch of raw rows": lambda m, x, y: vmap(
+        lambda row: (m[0](row) @ x[:, :1].T.expand(6, -1)).logsumexp(0)
+    )(x).sum(),
 }
 
 

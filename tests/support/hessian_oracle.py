@@ -23,12 +23,16 @@ def hessian(problem) -> Values:
     blocks: dict[str, list[Tensor]] = {name: [] for name in params}
     for n in range(len(output)):
         summand = problem.loss.summand(output, problem.y, n)
-        first = torch.autograd.grad(summand, list(params.values()), create_graph=True, allow_unused=True)
+        first = torch.autograd.grad(
+            summand, list(params.values()), create_graph=True, allow_unused=True
+        )
         for (name, p), g in zip(params.items(), first):
             if g is None or not g.requires_grad:
                 blocks[name].append(torch.zeros(p.numel(), p.numel(), dtype=p.dtype))
             else:
-                blocks[name].append(torch.stack([gradient(entry, [p])[0].flatten() for entry in g.flatten()]))
+                blocks[name].append(
+                    torch.stack([gradient(entry, [p])[0].flatten() for entry in g.flatten()])
+                )
     return {name: torch.stack(rows) for name, rows in blocks.items()}
 
 
@@ -44,10 +48,13 @@ def diag_hessian(problem) -> Values:
     return {name: diagonal.sum(0) for name, diagonal in diag_hessian_batch(problem).items()}
 
 
-def residual_part(summand, preactivations: list[Tensor], second: list, parameter: Tensor, modify) -> Tensor:
+def residual_part(
+    summand, preactivations: list[Tensor], second: list, parameter: Tensor, modify
+) -> Tensor:
     """Σ over nonlinearities of Jᵀ diag(modify(φ''(z) g)) J for one summand, every matrix written out.
 
-    `preactivations`: z of this sample, each followed by a recorded output; `second`: φ''(z)·g per entry.
+    `preactivations`: z of this sample, each followed by a recorded output; `second`: φ''(z)·g per
+        entry.
     """
     total = torch.zeros(parameter.numel(), parameter.numel(), dtype=parameter.dtype)
     for z, residual in zip(preactivations, second):

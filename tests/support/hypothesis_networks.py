@@ -47,18 +47,32 @@ def image_layers(draw):
     channels, size = draw(st.sampled_from([2, 4])), draw(st.integers(5, 6))
     layers, shape = [], (channels, size, size)
     for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["conv", "transposed", "group", "instance", "pool", "residual"]))
+        kind = draw(
+            st.sampled_from(["conv", "transposed", "group", "instance", "pool", "residual"])
+        )
         if kind == "conv":
             groups, stride = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 1, 2]))
             mode = draw(st.sampled_from(["zeros", "circular", "reflect"]))
             dilation = draw(st.sampled_from([1, 1, 2])) if size >= 5 else 1
             layers.append(
-                nn.Conv2d(channels, 4, 2, stride, 1, dilation, groups, draw(st.booleans()), padding_mode=mode)
+                nn.Conv2d(
+                    channels,
+                    4,
+                    2,
+                    stride,
+                    1,
+                    dilation,
+                    groups,
+                    draw(st.booleans()),
+                    padding_mode=mode,
+                )
             )
             layers += [nn.ReLU(inplace=True)] if draw(st.booleans()) else []
             channels = 4
         elif kind == "transposed" and size <= 4:
-            layers.append(nn.ConvTranspose2d(channels, 2, 2, stride=draw(st.sampled_from([1, 2])), padding=1))
+            layers.append(
+                nn.ConvTranspose2d(channels, 2, 2, stride=draw(st.sampled_from([1, 2])), padding=1)
+            )
             channels = 2
         elif kind == "group":
             layers.append(nn.GroupNorm(draw(st.sampled_from([1, 2])), channels))
@@ -67,7 +81,9 @@ def image_layers(draw):
         elif kind == "pool" and size >= 4:
             layers.append(draw(st.sampled_from([nn.AvgPool2d, nn.MaxPool2d]))(2))
         elif kind == "residual":
-            inner = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), draw(st.sampled_from(ACTIVATIONS))())
+            inner = nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1), draw(st.sampled_from(ACTIVATIONS))()
+            )
             layers.append(Residual(inner, draw(st.booleans())))
         layers.append(draw(st.sampled_from(ACTIVATIONS))())
         size = nn.Sequential(*layers)(torch.zeros(1, *shape)).shape[-1]
@@ -78,14 +94,20 @@ def image_layers(draw):
 
 @st.composite
 def sequence_layers(draw):
-    length, d = draw(st.integers(2, 4)), draw(st.integers(3, 5))  # a norm over two entries has no gradient
+    length, d = (
+        draw(st.integers(2, 4)),
+        draw(st.integers(3, 5)),
+    )  # a norm over two entries has no gradient
     tokens = draw(st.booleans())
     layers = [nn.Embedding(5, d, padding_idx=draw(st.sampled_from([None, 0])))] if tokens else []
     for _ in range(draw(st.integers(1, 2))):
         kind = draw(st.sampled_from(["linear", "norm", "residual", "attention"]))
         if kind == "linear":
             out = draw(st.integers(3, 5))
-            layers += [nn.Linear(d, out, bias=draw(st.booleans())), draw(st.sampled_from(ACTIVATIONS))()]
+            layers += [
+                nn.Linear(d, out, bias=draw(st.booleans())),
+                draw(st.sampled_from(ACTIVATIONS))(),
+            ]
             d = out
         elif kind == "norm":
             layers.append(nn.LayerNorm(d))

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 CLASS_WEIGHT = torch.tensor([0.5, 2.0, 1.3], dtype=torch.float64)
 POS_WEIGHT = torch.tensor([3.0, 0.4, 1.7], dtype=torch.float64)
-ENTRY_WEIGHT = torch.tensor([[0.3, 1.0, 2.0], [1.5, 0.2, 0.9], [0.7, 0.1, 1.1], [2.2, 0.6, 0.8]], dtype=torch.float64)
+ENTRY_WEIGHT = torch.tensor(
+    [[0.3, 1.0, 2.0], [1.5, 0.2, 0.9], [0.7, 0.1, 1.1], [2.2, 0.6, 0.8]], dtype=torch.float64
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def cross_entropy_summand(
     if reduction == "sum":
         return total
     if indices:
-        return total / sum(weight[int(label)] for label in y.flatten() if int(label) != ignore_index)
+        return total / sum(
+            weight[int(label)] for label in y.flatten() if int(label) != ignore_index
+        )
     return total / (output.numel() // C)
 
 
@@ -173,7 +177,17 @@ def elementwise_summand(output, y, n, entry, reduction="mean"):
     return entry(output, y)[n].sum() / normaliser
 
 
-def elementwise(name, function, module, entry, target=real, extra=(), transform=None, reduction="mean", **options):
+def elementwise(
+    name,
+    function,
+    module,
+    entry,
+    target=real,
+    extra=(),
+    transform=None,
+    reduction="mean",
+    **options,
+):
     """A loss that is a sum over entries; `entry` writes one of them as a function of the network's output."""
     options["reduction"] = reduction
     return Loss(
@@ -193,7 +207,9 @@ def huber_entry(output, y, zone, slope):
 
 def stirling(y):
     """Approximation of log y! for counts above one, as torch has it."""
-    return torch.where(y > 1, y * torch.log(y) - y + torch.log(2 * math.pi * y) / 2, torch.zeros_like(y)).nan_to_num()
+    return torch.where(
+        y > 1, y * torch.log(y) - y + torch.log(2 * math.pi * y) / 2, torch.zeros_like(y)
+    ).nan_to_num()
 
 
 def kl_entry(output, y, log_target=False):
@@ -213,17 +229,28 @@ def gaussian(name, var, extra=(), **options) -> Loss:
         name,
         lambda output, y, **kwargs: F.gaussian_nll_loss(output, y, var, **kwargs),
         lambda **kwargs: Called(lambda output, y: nn.GaussianNLLLoss(**kwargs)(output, y, var)),
-        lambda output, y: ((output - y) ** 2 / var + torch.log(torch.as_tensor(var, dtype=y.dtype)) + constant) / 2,
+        lambda output, y: (
+            ((output - y) ** 2 / var + torch.log(torch.as_tensor(var, dtype=y.dtype)) + constant)
+            / 2
+        ),
         extra=extra,
         **options,
     )
 
 
 kl = partial(
-    elementwise, function=F.kl_div, module=nn.KLDivLoss, target=probabilities, transform=partial(F.log_softmax, dim=1)
+    elementwise,
+    function=F.kl_div,
+    module=nn.KLDivLoss,
+    target=probabilities,
+    transform=partial(F.log_softmax, dim=1),
 )
 bits = partial(
-    elementwise, function=F.binary_cross_entropy, module=nn.BCELoss, target=soft_bits, transform=torch.sigmoid
+    elementwise,
+    function=F.binary_cross_entropy,
+    module=nn.BCELoss,
+    target=soft_bits,
+    transform=torch.sigmoid,
 )
 poisson = partial(elementwise, function=F.poisson_nll_loss, module=nn.PoissonNLLLoss, target=counts)
 huber = partial(elementwise, function=F.huber_loss, module=nn.HuberLoss)
@@ -250,11 +277,15 @@ def mixup(output, y):
 
 
 def mixup_summand(output, y, n):
-    return 0.3 * cross_entropy_summand(output, y, n) + 0.7 * cross_entropy_summand(output, y.flip(0), n)
+    return 0.3 * cross_entropy_summand(output, y, n) + 0.7 * cross_entropy_summand(
+        output, y.flip(0), n
+    )
 
 
 def two_tasks(output, y):
-    return 2 * F.mse_loss(output[:, :2], y[:, :2]) + F.binary_cross_entropy_with_logits(output[:, 2], y[:, 2])
+    return 2 * F.mse_loss(output[:, :2], y[:, :2]) + F.binary_cross_entropy_with_logits(
+        output[:, 2], y[:, 2]
+    )
 
 
 def two_tasks_summand(output, y, n):
@@ -275,7 +306,11 @@ LOSSES = [
     cross_entropy("ce_smoothing", label_smoothing=0.2),
     cross_entropy("ce_smoothing_weight", label_smoothing=0.2, weight=CLASS_WEIGHT),
     cross_entropy(
-        "ce_weight_ignore_smoothing", target=IGNORE_1, label_smoothing=0.2, weight=CLASS_WEIGHT, ignore_index=1
+        "ce_weight_ignore_smoothing",
+        target=IGNORE_1,
+        label_smoothing=0.2,
+        weight=CLASS_WEIGHT,
+        ignore_index=1,
     ),
     cross_entropy(
         "ce_all_sum",
@@ -287,12 +322,22 @@ LOSSES = [
     cross_entropy("ce_probabilities", target=probabilities),
     cross_entropy("ce_probabilities_sum", target=probabilities, reduction="sum"),
     cross_entropy("ce_probabilities_weight", target=probabilities, weight=CLASS_WEIGHT),
-    cross_entropy("ce_probabilities_weight_smoothing", target=probabilities, weight=CLASS_WEIGHT, label_smoothing=0.2),
+    cross_entropy(
+        "ce_probabilities_weight_smoothing",
+        target=probabilities,
+        weight=CLASS_WEIGHT,
+        label_smoothing=0.2,
+    ),
     cross_entropy("ce_sequence", extra=(2,)),
     cross_entropy("ce_image", extra=(2, 3)),
     cross_entropy("ce_image_sum", extra=(2, 3), reduction="sum"),
     cross_entropy(
-        "ce_image_all", target=IGNORE_1, extra=(2, 2), weight=CLASS_WEIGHT, ignore_index=1, label_smoothing=0.1
+        "ce_image_all",
+        target=IGNORE_1,
+        extra=(2, 2),
+        weight=CLASS_WEIGHT,
+        ignore_index=1,
+        label_smoothing=0.1,
     ),
     cross_entropy("ce_image_probabilities", target=probabilities, extra=(2, 2)),
     nll("nll"),
@@ -309,7 +354,12 @@ LOSSES = [
     bce("bce_pos_weight", pos_weight=POS_WEIGHT),
     bce("bce_weight_pos_weight_sum", weight=ENTRY_WEIGHT, pos_weight=POS_WEIGHT, reduction="sum"),
     poisson("poisson", entry=lambda f, y: f.exp() - y * f),
-    poisson("poisson_full_sum", entry=lambda f, y: f.exp() - y * f + stirling(y), full=True, reduction="sum"),
+    poisson(
+        "poisson_full_sum",
+        entry=lambda f, y: f.exp() - y * f + stirling(y),
+        full=True,
+        reduction="sum",
+    ),
     poisson(
         "poisson_rates",
         entry=lambda f, y: f.exp() - y * torch.log(f.exp() + 1e-8),
@@ -322,9 +372,21 @@ LOSSES = [
     gaussian("gaussian_float", 0.7, extra=(2, 2)),
     elementwise("l1", F.l1_loss, nn.L1Loss, lambda f, y: (f - y).abs()),
     smooth_l1("smooth_l1", entry=partial(huber_entry, zone=1.0, slope=1.0)),
-    smooth_l1("smooth_l1_beta", entry=partial(huber_entry, zone=1.5, slope=1.0), beta=1.5, extra=(2,), reduction="sum"),
+    smooth_l1(
+        "smooth_l1_beta",
+        entry=partial(huber_entry, zone=1.5, slope=1.0),
+        beta=1.5,
+        extra=(2,),
+        reduction="sum",
+    ),
     huber("huber", entry=partial(huber_entry, zone=1.0, slope=1.0)),
-    huber("huber_delta", entry=partial(huber_entry, zone=1.5, slope=1.5), delta=1.5, extra=(2,), reduction="sum"),
+    huber(
+        "huber_delta",
+        entry=partial(huber_entry, zone=1.5, slope=1.5),
+        delta=1.5,
+        extra=(2,),
+        reduction="sum",
+    ),
     kl("kl_batchmean", entry=kl_entry, reduction="batchmean"),
     kl("kl_mean", entry=kl_entry, extra=(2,)),
     kl(
@@ -352,7 +414,9 @@ LOSSES = [
     reduced_by_hand(
         "ce_image_none_mask",
         lambda output, y: (F.cross_entropy(output, y, reduction="none") * MASK).sum() / MASK.sum(),
-        lambda output, y, n: sum(MASK[n, t] * ce_sum(output[:, :, t], y[:, t], n) for t in range(3)) / MASK.sum(),
+        lambda output, y, n: (
+            sum(MASK[n, t] * ce_sum(output[:, :, t], y[:, t], n) for t in range(3)) / MASK.sum()
+        ),
         labels,
         extra=(3,),
     ),
@@ -383,13 +447,20 @@ LOSSES = [
     reduced_by_hand(
         "bce_none_weights",
         lambda output, y: (
-            SAMPLE_WEIGHT @ F.binary_cross_entropy_with_logits(output, y, reduction="none").sum(1) / SAMPLE_WEIGHT.sum()
+            SAMPLE_WEIGHT
+            @ F.binary_cross_entropy_with_logits(output, y, reduction="none").sum(1)
+            / SAMPLE_WEIGHT.sum()
         ),
         weighted(SAMPLE_WEIGHT / SAMPLE_WEIGHT.sum(), partial(bce_summand, reduction="sum")),
         soft_bits,
     ),
     reduced_by_hand("ce_mixup", mixup, mixup_summand, labels, calls=2),
     reduced_by_hand("two_tasks", two_tasks, two_tasks_summand, soft_bits),
-    bce("bce_image", extra=(2, 2), pos_weight=POS_WEIGHT.view(3, 1, 1), weight=ENTRY_WEIGHT.view(4, 3, 1, 1)),
+    bce(
+        "bce_image",
+        extra=(2, 2),
+        pos_weight=POS_WEIGHT.view(3, 1, 1),
+        weight=ENTRY_WEIGHT.view(4, 3, 1, 1),
+    ),
 ]
 LOSS = {loss.name: loss for loss in LOSSES}

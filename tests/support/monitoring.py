@@ -12,10 +12,26 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curv import KFACOptimizer
 
-CONSTANT = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
-NORMS = {"sample_norm_p5": 0.05, "sample_norm_median": 0.5, "sample_norm_p95": 0.95, "sample_norm_max": 1.0}
+CONSTANT = {
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+NORMS = {
+    "sample_norm_p5": 0.05,
+    "sample_norm_median": 0.5,
+    "sample_norm_p95": 0.95,
+    "sample_norm_max": 1.0,
+}
 WITH_TRACE = ["default", "ggn_trace"]
-SCALARS = ("grad_norm", "grad_variance", "grad_signal", "noise_scale", "suggested_batch_size", "ggn_trace")
+SCALARS = (
+    "grad_norm",
+    "grad_variance",
+    "grad_signal",
+    "noise_scale",
+    "suggested_batch_size",
+    "ggn_trace",
+)
 TAGS = {f"curvature/{name}" for name in (*NORMS, *SCALARS)}
 
 
@@ -50,7 +66,9 @@ class Net(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        self.seen.append((step, {name: p.detach().clone() for name, p in self.named_parameters()}, batch))
+        self.seen.append(
+            (step, {name: p.detach().clone() for name, p in self.named_parameters()}, batch)
+        )
         return self.loss(self(batch[0]), batch[1])
 
     def forward(self, x):
@@ -93,7 +111,13 @@ def data(size=24, dtype=torch.float64):
 
 
 def fit(net, *callbacks, batch_size=6, epochs=2, tmp_path=None, size=24, loader=None, **kwargs):
-    settings = {"accelerator": "cpu", "precision": "64-true", "log_every_n_steps": 1, "logger": False, **CONSTANT}
+    settings = {
+        "accelerator": "cpu",
+        "precision": "64-true",
+        "log_every_n_steps": 1,
+        "logger": False,
+        **CONSTANT,
+    }
     if tmp_path is not None:
         settings["logger"] = TensorBoardLogger(tmp_path, name="", version="")
     trainer = pl.Trainer(callbacks=list(callbacks), max_epochs=epochs, **(settings | kwargs))
@@ -101,19 +125,27 @@ def fit(net, *callbacks, batch_size=6, epochs=2, tmp_path=None, size=24, loader=
     dtype = torch.float64 if trainer.precision == "64-true" else torch.float32
     trainer.fit(
         net,
-        DataLoader(data(size, dtype), batch_size=batch_size) if loader is None else DataLoader(loader, batch_size=None),
+        DataLoader(data(size, dtype), batch_size=batch_size)
+        if loader is None
+        else DataLoader(loader, batch_size=None),
     )
     return trainer
 
 
 def events(tmp_path):
-    accumulator = EventAccumulator(str(tmp_path), size_guidance=dict.fromkeys(("scalars", "histograms"), 0))
+    accumulator = EventAccumulator(
+        str(tmp_path), size_guidance=dict.fromkeys(("scalars", "histograms"), 0)
+    )
     return accumulator.Reload()
 
 
 def series(tmp_path, name):
     logged, tag = events(tmp_path), f"curvature/{name}"
-    return {event.step: event.value for event in logged.Scalars(tag)} if tag in logged.Tags()["scalars"] else {}
+    return (
+        {event.step: event.value for event in logged.Scalars(tag)}
+        if tag in logged.Tags()["scalars"]
+        else {}
+    )
 
 
 def per_sample_gradients(net, step):
@@ -124,7 +156,9 @@ def per_sample_gradients(net, step):
             leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
             output = torch.func.functional_call(net, leaves, (x[n : n + 1],))
             scale = len(x) if net.loss is cross_entropy_sum else 1
-            gradient = torch.autograd.grad(scale * net.loss(output, y[n : n + 1]), list(leaves.values()))
+            gradient = torch.autograd.grad(
+                scale * net.loss(output, y[n : n + 1]), list(leaves.values())
+            )
             rows.append(torch.cat([g.flatten() for g in gradient]))
     return torch.stack(rows)
 
@@ -132,7 +166,11 @@ def per_sample_gradients(net, step):
 def expected(gradients):
     mean, norms, n = gradients.mean(0), gradients.norm(dim=1), len(gradients)
     trace = gradients.var(0).sum()
-    values = {"grad_norm": mean.norm(), "grad_variance": trace, "grad_signal": mean @ mean - trace / n}
+    values = {
+        "grad_norm": mean.norm(),
+        "grad_variance": trace,
+        "grad_signal": mean @ mean - trace / n,
+    }
     values |= {name: norms.quantile(q) for name, q in NORMS.items()}
     return {name: value.item() for name, value in values.items()}
 
@@ -140,9 +178,13 @@ def expected(gradients):
 def exact_ggn_trace(net, step):
     traces = []
     for _, params, (x, y) in [seen for seen in net.seen if seen[0] == step]:
-        jacobians = torch.func.jacrev(lambda p, x=x: torch.func.functional_call(net, p, (x,)))(params)
+        jacobians = torch.func.jacrev(lambda p, x=x: torch.func.functional_call(net, p, (x,)))(
+            params
+        )
         probabilities = torch.func.functional_call(net, params, (x,)).softmax(1)
-        hessians = torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
+        hessians = (
+            torch.diag_embed(probabilities) - probabilities[:, :, None] * probabilities[:, None]
+        )
         for jacobian in jacobians.values():
             flat = jacobian.flatten(2)
             traces.append(torch.einsum("ncp,ncd,ndp->", flat, hessians, flat) / len(x))

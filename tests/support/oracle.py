@@ -1,7 +1,9 @@
 """Brute force: one naive function per quantity, plain autograd loops in float64, independent of the library.
 
-Notation: n sample, C entries of one sample's output, p parameter with P entries. A problem is anything with
-`model`, `X`, `y`, `loss` (a row of `losses_table`). Every function returns a dict from parameter name to tensor.
+Notation: n sample, C entries of one sample's output, p parameter with P entries. A problem is
+    anything with
+`model`, `X`, `y`, `loss` (a row of `losses_table`). Every function returns a dict from parameter
+name to tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ def trainable(model: nn.Module) -> Values:
 
 def gradient(scalar: Tensor, inputs: list[Tensor], seed: Tensor | None = None) -> list[Tensor]:
     """∂scalar/∂inputs, zero where the graph does not reach; `seed` is the cotangent if it is no scalar."""
-    return list(torch.autograd.grad(scalar, inputs, seed, retain_graph=True, allow_unused=True, materialize_grads=True))
+    return list(
+        torch.autograd.grad(
+            scalar, inputs, seed, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 def per_sample(rows: list[list[Tensor]], names) -> Values:
@@ -39,7 +45,9 @@ def grad_batch(problem) -> Values:
 
 
 def batch_l2(problem) -> Values:
-    return {name: torch.stack([(g_n**2).sum() for g_n in g]) for name, g in grad_batch(problem).items()}
+    return {
+        name: torch.stack([(g_n**2).sum() for g_n in g]) for name, g in grad_batch(problem).items()
+    }
 
 
 def sum_grad_squared(problem) -> Values:
@@ -47,7 +55,10 @@ def sum_grad_squared(problem) -> Values:
 
 
 def variance(problem) -> Values:
-    return {name: sum((g_n - g.mean(0)) ** 2 for g_n in g) / len(g) for name, g in grad_batch(problem).items()}
+    return {
+        name: sum((g_n - g.mean(0)) ** 2 for g_n in g) / len(g)
+        for name, g in grad_batch(problem).items()
+    }
 
 
 # --- generalised Gauss-Newton ----------------------------------------------------------------------------------------
@@ -70,7 +81,9 @@ def loss_hessian(problem) -> Tensor:
 
     def hessian(n):
         def summand(output_n):
-            return problem.loss.summand(torch.stack([*output[:n], output_n, *output[n + 1 :]]), problem.y, n)
+            return problem.loss.summand(
+                torch.stack([*output[:n], output_n, *output[n + 1 :]]), problem.y, n
+            )
 
         C = output[n].numel()
         return torch.autograd.functional.hessian(summand, output[n]).reshape(C, C)
@@ -109,9 +122,13 @@ class Uses:
     def __init__(self, model: nn.Module):
         self.outputs: dict[str, Tensor] = {}
         kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-        self.modules = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+        self.modules = {
+            name: module for name, module in model.named_modules() if isinstance(module, kinds)
+        }
         for name, module in self.modules.items():
-            module.register_forward_hook(lambda _module, _inputs, output, name=name: self.keep(name, output))
+            module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: self.keep(name, output)
+            )
 
     def keep(self, name, output):
         self.outputs[name] = output
@@ -140,7 +157,10 @@ def positions_of_inputs(module: nn.Module, z: Tensor) -> Tensor:
 
     N, S, G, _ = z.shape
     return torch.stack(
-        [torch.stack([torch.stack([patch(n, s, q) for q in range(G)]) for s in range(S)]) for n in range(N)]
+        [
+            torch.stack([torch.stack([patch(n, s, q) for q in range(G)]) for s in range(S)])
+            for n in range(N)
+        ]
     )
 
 
@@ -157,9 +177,10 @@ def hessian_columns(problem) -> list[tuple[int, Tensor]]:
 def kronecker(problem, weight_sharing: str) -> dict[str, list[Tensor]]:
     """Factors in row-major order of the parameter's axes; leading group axis for grouped convolutions.
 
-    expand: A = 1/(N·S) Σ_n Σ_s a aᵀ,  B = Σ_n Σ_c Σ_s g gᵀ;  reduce: A = 1/N Σ_n ā āᵀ with ā = 1/S Σ_s a,
-    B = Σ_n Σ_c (Σ_s g)(Σ_s g)ᵀ. The cotangents g carry the loss' scale. A bias is a weight whose input is 1 (A = 1);
-    groups do not split it.
+    expand: A = 1/(N·S) Σ_n Σ_s a aᵀ,  B = Σ_n Σ_c Σ_s g gᵀ;  reduce: A = 1/N Σ_n ā āᵀ with ā = 1/S
+        Σ_s a,
+    B = Σ_n Σ_c (Σ_s g)(Σ_s g)ᵀ. The cotangents g carry the loss' scale. A bias is a weight whose
+    input is 1 (A = 1); groups do not split it.
     """
     model = copy.deepcopy(problem.model)  # the hooks stay on the copy
     uses = Uses(model)

@@ -9,7 +9,9 @@ from lightning_curv.optimizers import DPSGD
 def clipped_sum(model, compute_loss, batch, C, **settings):
     """Σ(S), flat, in float64."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = DPSGD(parameters, lr=0.0, clip_norm=C, noise_multiplier=0.0, expected_batch_size=1.0, **settings)
+    optimizer = DPSGD(
+        parameters, lr=0.0, clip_norm=C, noise_multiplier=0.0, expected_batch_size=1.0, **settings
+    )
     with curvature(*optimizer.extensions, batch_size=len(batch[0])):
         compute_loss(model, *batch).backward()
     return torch.cat([total.flatten().double() for total in optimizer.statistics.totals()])

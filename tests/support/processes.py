@@ -1,6 +1,7 @@
 """Training runs in three processes, then in two: one spawn for all of them.
 
-Every process writes what it saw to a file; the tests compare it with a run of one process on the union batch.
+Every process writes what it saw to a file; the tests compare it with a run of one process on the
+union batch.
 """
 
 import os
@@ -26,7 +27,14 @@ from lightning_curv.optimizers.curvature.kronecker import KroneckerCurvature
 from lightning_curv.passes import randomness
 
 STEPS, SIZE = 4, 4  # optimizer steps, samples per process and micro-batch
-EXACT = ["default", "norm_test", "inner_product_test", "orthogonality_test", "grad_diversity", "mean_gsnr"]
+EXACT = [
+    "default",
+    "norm_test",
+    "inner_product_test",
+    "orthogonality_test",
+    "grad_diversity",
+    "mean_gsnr",
+]
 SAMPLED = ["ggn_trace", "tic_trace", "tic_diag"]
 EXACT += ["early_stopping", "cabs", "ggn_trace_exact", "update_size", "distance", "alpha"]
 
@@ -92,9 +100,10 @@ class Watch(pl.Callback):
         dist.all_reduce = self.counting
         self.inverse, self.subset = KroneckerCurvature.inverted, randomness.random_subset
         randomness.random_subset = self.choosing
-        KroneckerCurvature.inverted = lambda curvature, due: (self.inverted.extend(due), self.inverse(curvature, due))[
-            1
-        ]
+        KroneckerCurvature.inverted = lambda curvature, due: (
+            self.inverted.extend(due),
+            self.inverse(curvature, due),
+        )[1]
 
     def counting(self, *args, **kwargs):
         self.count += 1
@@ -111,16 +120,25 @@ class Watch(pl.Callback):
             return
         self.collectives.append(self.count)
         self.count = 0
-        logged = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("curvature")}
+        logged = {
+            name: float(v)
+            for name, v in trainer.callback_metrics.items()
+            if name.startswith("curvature")
+        }
         self.values.append(logged)
         self.parameters.append([p.detach().clone() for p in module.parameters()])
-        self.curvature.append([value for state in trainer.optimizers[0].state.values() for value in curvature(state)])
+        self.curvature.append(
+            [value for state in trainer.optimizers[0].state.values() for value in curvature(state)]
+        )
 
 
 def curvature(state):
     """Factors and inverses, or the diagonal."""
     found = [*state.get("factors", []), *state.get("inverses", []), *state.get("basis", [])]
-    return [tensor.clone() for tensor in (*found, *(state[k] for k in ("diagonal", "moments") if k in state))]
+    return [
+        tensor.clone()
+        for tensor in (*found, *(state[k] for k in ("diagonal", "moments") if k in state))
+    ]
 
 
 def batches(world, accumulate):
@@ -145,7 +163,11 @@ def trained(net, loader, callback, **settings):
         **settings,
     )
     trainer.fit(net, DataLoader(loader, batch_size=None))
-    return {"values": watch.values, "parameters": watch.parameters, "collectives": watch.collectives} | {
+    return {
+        "values": watch.values,
+        "parameters": watch.parameters,
+        "collectives": watch.collectives,
+    } | {
         "curvature": watch.curvature,
         "inverted": len(watch.inverted),
         "subsets": watch.subsets,
@@ -170,7 +192,16 @@ RUNS = {
     "some_samples": ({}, {}, 2),
     "monte_carlo": ({}, {}, 1),
 }
-IN_TWO = ("plain", "static_graph", "branch", "failing", "kfac", "sharded", "some_samples", "monte_carlo")
+IN_TWO = (
+    "plain",
+    "static_graph",
+    "branch",
+    "failing",
+    "kfac",
+    "sharded",
+    "some_samples",
+    "monte_carlo",
+)
 CASES = [(3, name) for name in RUNS if name != "monte_carlo"] + [(2, name) for name in IN_TWO]
 
 
@@ -196,7 +227,9 @@ def run(name, monitored=True):
         Net(**network),
         [(x[i, rank], y[i, rank]) for i in range(len(x))],
         callback,
-        strategy=DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo", **strategy),
+        strategy=DDPStrategy(
+            cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo", **strategy
+        ),
         devices=world,
         accumulate_grad_batches=accumulate,
     )
@@ -206,7 +239,13 @@ def run_alone(name, world):
     """The same in one process, on the union batch."""
     network, _, accumulate = RUNS[name]
     x, y = (t.flatten(1, 2) for t in batches(world, accumulate))
-    return trained(Net(**network), list(zip(x, y)), monitor(name), devices=1, accumulate_grad_batches=accumulate)
+    return trained(
+        Net(**network),
+        list(zip(x, y)),
+        monitor(name),
+        devices=1,
+        accumulate_grad_batches=accumulate,
+    )
 
 
 def worker(rank, folder, ports):
@@ -217,13 +256,19 @@ def worker(rank, folder, ports):
             break
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         names = ("RANK", "LOCAL_RANK", "GROUP_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        os.environ |= dict.fromkeys(names[0], str(rank)) | dict.fromkeys(names[1], str(world)) | {"GROUP_RANK": "0"}
+        os.environ |= (
+            dict.fromkeys(names[0], str(rank))
+            | dict.fromkeys(names[1], str(world))
+            | {"GROUP_RANK": "0"}
+        )
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=300))
         evaluate = SumGradSquared.evaluate
         for name in (name for size, name in CASES if size == world):
             for monitored in (True, False):
                 SumGradSquared.evaluate = fail if (name, rank) == ("failing", 1) else evaluate
-                torch.save(run(name, monitored), Path(folder) / f"{world}-{rank}-{name}-{monitored}")
+                torch.save(
+                    run(name, monitored), Path(folder) / f"{world}-{rank}-{name}-{monitored}"
+                )
         dist.destroy_process_group()
 
 

@@ -1,7 +1,8 @@
 """Networks that move rows in every way that people publish; a row of the table is tested with every loss and quantity.
 
-A routing makes its modules, draws a batch of N samples, and runs them: `forward(net, batch)` gives ``[N, C]`` (or
-``[N, ...]``), and `sample(batch, n)` is the batch that holds the n-th sample alone, which is what brute force runs.
+A routing makes its modules, draws a batch of N samples, and runs them: `forward(net, batch)` gives
+``[N, C]`` (or ``[N, ...]``), and `sample(batch, n)` is the batch that holds the n-th sample alone,
+which is what brute force runs.
 """
 
 from __future__ import annotations
@@ -113,7 +114,9 @@ def packed(kind):
         out, _ = pad_packed_sequence(model.rnn(sequences)[0], batch_first=True)
         return model.head(out.sum(1))
 
-    return Routing(net(rnn=lambda: kind(D, D, batch_first=True), head=linear(D, C)), draw_masked, forward, pair)
+    return Routing(
+        net(rnn=lambda: kind(D, D, batch_first=True), head=linear(D, C)), draw_masked, forward, pair
+    )
 
 
 def pair(batch, n):
@@ -285,20 +288,35 @@ ROUTINGS = {
     "gathered": Routing(net(**ALONE), rows(5, D), gathered, first),
     "siamese": Routing(net(**ALONE), rows(2, D), siamese, first),
     "interleaved": Routing(net(**ALONE), rows(2, D), interleaved, first),
-    "batch_second": Routing(net(**ALONE, mix=lambda: nn.MultiheadAttention(D, 2)), rows(5, D), batch_second, first),
-    "heads_in_the_batch": Routing(net(**ALONE, b=linear(2, 2)), rows(5, D), heads_in_the_batch, first),
+    "batch_second": Routing(
+        net(**ALONE, mix=lambda: nn.MultiheadAttention(D, 2)), rows(5, D), batch_second, first
+    ),
+    "heads_in_the_batch": Routing(
+        net(**ALONE, b=linear(2, 2)), rows(5, D), heads_in_the_batch, first
+    ),
     "samples_in_channels": Routing(
-        net(kernel=table(2, 1, 3), style=linear(D, 2), head=linear(D, C)), rows(3, D), samples_in_channels, first
+        net(kernel=table(2, 1, 3), style=linear(D, 2), head=linear(D, C)),
+        rows(3, D),
+        samples_in_channels,
+        first,
     ),
     "relative_bias": Routing(net(**ALONE, table=table(5, 1)), rows(3, D), relative_bias, first),
-    "coordinate_network": Routing(net(**ALONE, c=linear(1, D), b=linear(D, 1)), rows(3, D), coordinate_network, first),
+    "coordinate_network": Routing(
+        net(**ALONE, c=linear(1, D), b=linear(D, 1)), rows(3, D), coordinate_network, first
+    ),
     "prompt": Routing(net(**TWO, tokens=table(2, D)), rows(3, D), prompt, first),
-    "queries_batch_second": Routing(net(**ALONE, query=table(2, D)), rows(3, D), queries_batch_second, first),
+    "queries_batch_second": Routing(
+        net(**ALONE, query=table(2, D)), rows(3, D), queries_batch_second, first
+    ),
     "written_in_place": Routing(net(**ALONE, token=table(D)), rows(3, D), written_in_place, first),
-    "filled_matrix": Routing(net(**ALONE, entries=table(D * (D - 1) // 2)), rows(3, D), filled_matrix, first),
+    "filled_matrix": Routing(
+        net(**ALONE, entries=table(D * (D - 1) // 2)), rows(3, D), filled_matrix, first
+    ),
     "noise_level": Routing(net(**ALONE, rho=table()), rows(3, D), noise_level, first),
     "custom_function": Routing(net(**ALONE, gain=table(D)), rows(3, D), custom_function, first),
-    "custom_function_first": Routing(net(gain=table(D), head=linear(D, C)), rows(3, D), custom_function_first, first),
+    "custom_function_first": Routing(
+        net(gain=table(D), head=linear(D, C)), rows(3, D), custom_function_first, first
+    ),
     "derivative": Routing(net(**TWO), rows(3, D), derivative, first),
     "transformed": Routing(net(**ALONE), rows(3, D), transformed, first),
     "tangent": Routing(net(**ALONE), rows(3, D), tangent, first),
@@ -321,7 +339,9 @@ def quantile(output, y):
 
 LOSSES = {
     "cross_entropy": lambda output, y: F.cross_entropy(output, y),
-    "cross_entropy_unreduced": lambda output, y: F.cross_entropy(output, y, reduction="none").mean(),
+    "cross_entropy_unreduced": lambda output, y: F.cross_entropy(
+        output, y, reduction="none"
+    ).mean(),
     "mse": lambda output, y: F.mse_loss(output, F.one_hot(y, C).to(output.dtype)),
     "focal": lambda output, y: focal(output, y).mean(),
     "quantile": lambda output, y: quantile(output, y).sum() / len(output),
@@ -329,7 +349,11 @@ LOSSES = {
     "flattened": lambda output, y: F.binary_cross_entropy_with_logits(
         output.flatten(), F.one_hot(y, C).to(output.dtype).flatten()
     ),
-    "loop": lambda output, y: sum(F.cross_entropy(output[n : n + 1], y[n : n + 1]) for n in range(len(y))) / len(y),
-    "stacked": lambda output, y: torch.stack([focal(output[n : n + 1], y[n : n + 1])[0] for n in range(len(y))]).mean(),
+    "loop": lambda output, y: (
+        sum(F.cross_entropy(output[n : n + 1], y[n : n + 1]) for n in range(len(y))) / len(y)
+    ),
+    "stacked": lambda output, y: torch.stack(
+        [focal(output[n : n + 1], y[n : n + 1])[0] for n in range(len(y))]
+    ).mean(),
 }
 KNOWN = ("cross_entropy", "cross_entropy_unreduced", "mse", "flattened", "loop")

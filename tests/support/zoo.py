@@ -1,6 +1,7 @@
 """The architecture zoo: one row per model; a new row is tested by every quantity.
 
-Sizes differ on purpose (a mixed-up axis must not fit), except in the row where all of them are equal on purpose.
+Sizes differ on purpose (a mixed-up axis must not fit), except in the row where all of them are
+equal on purpose.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class Mean(nn.Module):
 
 
 def mlp():
-    return nn.Sequential(nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 2, bias=False), nn.Tanh(), nn.Linear(2, 3))
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.Sigmoid(), nn.Linear(6, 2, bias=False), nn.Tanh(), nn.Linear(2, 3)
+    )
 
 
 def image_net(*layers, head):
@@ -142,25 +145,41 @@ def conv2d_stride_dilation():
 
 
 def conv2d_same_dilated():
-    return image_net(nn.Conv2d(2, 4, (2, 3), padding="same", dilation=2, groups=2), nn.Tanh(), head=80)
+    return image_net(
+        nn.Conv2d(2, 4, (2, 3), padding="same", dilation=2, groups=2), nn.Tanh(), head=80
+    )
 
 
 def conv1d():
     return image_net(
-        nn.Conv1d(2, 4, 3, dilation=2), nn.Softplus(), nn.Conv1d(4, 2, 2, stride=2, groups=2, padding=1), head=6
+        nn.Conv1d(2, 4, 3, dilation=2),
+        nn.Softplus(),
+        nn.Conv1d(4, 2, 2, stride=2, groups=2, padding=1),
+        head=6,
     )
 
 
 def conv3d():
-    return image_net(nn.Conv3d(2, 2, 2, stride=(1, 2, 1), padding=(0, 1, 0), groups=2), nn.Tanh(), head=32)
+    return image_net(
+        nn.Conv3d(2, 2, 2, stride=(1, 2, 1), padding=(0, 1, 0), groups=2), nn.Tanh(), head=32
+    )
 
 
 def groupnorm_cnn():
-    return image_net(nn.Conv2d(1, 4, 2), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 2, 2), nn.GroupNorm(1, 2), head=18)
+    return image_net(
+        nn.Conv2d(1, 4, 2),
+        nn.GroupNorm(2, 4),
+        nn.SiLU(),
+        nn.Conv2d(4, 2, 2),
+        nn.GroupNorm(1, 2),
+        head=18,
+    )
 
 
 def batchnorm_eval_cnn():
-    model = image_net(nn.Conv2d(1, 4, 2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 2), head=18)
+    model = image_net(
+        nn.Conv2d(1, 4, 2, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 2), head=18
+    )
     model[1].running_mean.normal_()
     model[1].running_var.uniform_(0.5, 2.0)
     nn.init.normal_(model[1].weight)
@@ -169,7 +188,10 @@ def batchnorm_eval_cnn():
 
 def deconvolution():
     return image_net(
-        nn.Conv2d(1, 3, 2), nn.Tanh(), nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1, output_padding=1), head=72
+        nn.Conv2d(1, 3, 2),
+        nn.Tanh(),
+        nn.ConvTranspose2d(3, 2, 3, stride=2, padding=1, output_padding=1),
+        head=72,
     )
 
 
@@ -185,7 +207,9 @@ def segmentation():
 
 
 def parametrized():
-    return nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.Tanh(), weight_norm(nn.Linear(4, 3), dim=None))
+    return nn.Sequential(
+        weight_norm(nn.Linear(5, 4)), nn.Tanh(), weight_norm(nn.Linear(4, 3), dim=None)
+    )
 
 
 def mlp_head():
@@ -194,13 +218,20 @@ def mlp_head():
 
 def transformer_encoder():
     layer = nn.TransformerEncoderLayer(4, 2, 3, dropout=0.0, activation="gelu", batch_first=True)
-    return nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), Mean(1), nn.Linear(4, 3))
+    return nn.Sequential(
+        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), Mean(1), nn.Linear(4, 3)
+    )
 
 
 def token_norm():
     """LayerNorm over two axes, one without bias."""
     return nn.Sequential(
-        nn.Linear(5, 4), nn.LayerNorm((2, 4)), nn.GELU(), nn.LayerNorm(4, bias=False), Mean(1), nn.Linear(4, 3)
+        nn.Linear(5, 4),
+        nn.LayerNorm((2, 4)),
+        nn.GELU(),
+        nn.LayerNorm(4, bias=False),
+        Mean(1),
+        nn.Linear(4, 3),
     )
 
 
@@ -324,7 +355,10 @@ class Broadcast(nn.Module):
         super().__init__()
         self.inp = nn.Linear(5, 4)
         self.shift, self.scale, self.position = raw(4), raw(4), raw(1, 2, 4)
-        self.temperature, self.divisor = Parameter(torch.tensor(0.7)), Parameter(torch.rand(2, 1) + 0.5)
+        self.temperature, self.divisor = (
+            Parameter(torch.tensor(0.7)),
+            Parameter(torch.rand(2, 1) + 0.5),
+        )
         self.channel, self.offset = raw(2, 1, 1), raw(1)
         self.head = nn.Linear(8, 3)
 
@@ -456,7 +490,12 @@ class SequenceFirst(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inp, self.mid, self.scale, self.out = nn.Linear(5, 4), nn.Linear(4, 4), raw(4), nn.Linear(4, 3)
+        self.inp, self.mid, self.scale, self.out = (
+            nn.Linear(5, 4),
+            nn.Linear(4, 4),
+            raw(4),
+            nn.Linear(4, 3),
+        )
 
     def forward(self, x):  # [N, T, d]
         N, T, _ = x.shape
@@ -507,7 +546,11 @@ class Positions(nn.Module):
     def __init__(self, leading=False):
         super().__init__()
         self.leading = leading
-        self.tokens, self.positions, self.segments = nn.Embedding(6, 4), nn.Embedding(7, 4), nn.Embedding(2, 4)
+        self.tokens, self.positions, self.segments = (
+            nn.Embedding(6, 4),
+            nn.Embedding(7, 4),
+            nn.Embedding(2, 4),
+        )
         self.head = nn.Linear(4, 3)
 
     def forward(self, tokens):
@@ -535,7 +578,11 @@ class LanguageModel(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.norm, self.head = nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 3, bias=False)
+        self.embedding, self.norm, self.head = (
+            nn.Embedding(6, 4),
+            nn.LayerNorm(4),
+            nn.Linear(4, 3, bias=False),
+        )
 
     def forward(self, tokens):
         return self.head(self.norm(self.embedding(tokens))).transpose(1, 2)
@@ -546,7 +593,10 @@ class Tagger(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.lstm = nn.Embedding(5, 2), nn.LSTM(2, 2, bidirectional=True, batch_first=True)
+        self.embedding, self.lstm = (
+            nn.Embedding(5, 2),
+            nn.LSTM(2, 2, bidirectional=True, batch_first=True),
+        )
         self.head = nn.Linear(4, 3, bias=False)
 
     def forward(self, tokens):
@@ -558,10 +608,16 @@ class SequenceToOne(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.gru, self.initial, self.head = nn.GRU(3, 2, num_layers=2), raw(2, 1, 2), nn.Linear(6, 3)
+        self.gru, self.initial, self.head = (
+            nn.GRU(3, 2, num_layers=2),
+            raw(2, 1, 2),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x):
-        states, final = self.gru(x.transpose(0, 1), self.initial.expand(-1, len(x), -1).contiguous())
+        states, final = self.gru(
+            x.transpose(0, 1), self.initial.expand(-1, len(x), -1).contiguous()
+        )
         return self.head(torch.cat([states.mean(0), *final], -1))
 
 
@@ -570,7 +626,11 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.decoder, self.start = nn.LSTM(2, 3, batch_first=True), nn.LSTMCell(3, 3), raw(3)
+        self.encoder, self.decoder, self.start = (
+            nn.LSTM(2, 3, batch_first=True),
+            nn.LSTMCell(3, 3),
+            raw(3),
+        )
 
     def forward(self, x):
         _, (h, c) = self.encoder(x)
@@ -583,11 +643,17 @@ class CrossAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=2, add_bias_kv=True, add_zero_attn=True)
+        self.attention = nn.MultiheadAttention(
+            4, 2, kdim=3, vdim=2, add_bias_kv=True, add_zero_attn=True
+        )
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):  # [N, 3, 4]
-        query, keys, values = x.transpose(0, 1), x[:, :2, :3].sin().transpose(0, 1), x[:, 1:, :2].transpose(0, 1)
+        query, keys, values = (
+            x.transpose(0, 1),
+            x[:, :2, :3].sin().transpose(0, 1),
+            x[:, 1:, :2].transpose(0, 1),
+        )
         padding = x[:, 1:, 0] > 0
         return self.head(self.attention(query, keys, values, key_padding_mask=padding)[0].mean(0))
 
@@ -597,7 +663,9 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.TransformerDecoderLayer(4, 2, 3, dropout=0.0, norm_first=True, activation="gelu")
+        self.layer = nn.TransformerDecoderLayer(
+            4, 2, 3, dropout=0.0, norm_first=True, activation="gelu"
+        )
 
     def forward(self, x):
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
@@ -675,8 +743,18 @@ ZOO = [
     Row("sequence_linear", lambda: nn.Sequential(mlp(), Mean(1, 2)), randn(4, 2, 3, 5)),
     Row("sequence_first", SequenceFirst, randn(6, 2, 5)),
     Row("language_model", LanguageModel, ints(6, 4, 5), "ce_sequence"),
-    Row("scalar_output_mse", lambda: nn.Sequential(mlp(), nn.Linear(3, 1), nn.Flatten(0)), randn(4, 5), "mse"),
-    Row("scalar_output_bce", lambda: nn.Sequential(mlp(), nn.Linear(3, 1), nn.Flatten(0)), randn(4, 5), "bce"),
+    Row(
+        "scalar_output_mse",
+        lambda: nn.Sequential(mlp(), nn.Linear(3, 1), nn.Flatten(0)),
+        randn(4, 5),
+        "mse",
+    ),
+    Row(
+        "scalar_output_bce",
+        lambda: nn.Sequential(mlp(), nn.Linear(3, 1), nn.Flatten(0)),
+        randn(4, 5),
+        "bce",
+    ),
     Row("frames", Frames, randn(4, 2, 1, 3, 3)),
     Row("features_first", FeaturesFirst, randn(6, 5)),
     Row("constant_branch", partial(ConstantBranch, ()), randn(6, 2, 5)),
@@ -689,7 +767,11 @@ ZOO = [
     Row("transposed", Transposed, randn(6, 5)),
     Row("cast", Cast, randn(6, 5), rtol=1e-5),  # the gradient of the cast is rounded to float32
     Row("weight_norm", parametrized, randn(6, 5)),
-    Row("subclass", lambda: nn.Sequential(ScaledLinear(5, 4), nn.Tanh(), ScaledLinear(4, 3)), randn(6, 5)),
+    Row(
+        "subclass",
+        lambda: nn.Sequential(ScaledLinear(5, 4), nn.Tanh(), ScaledLinear(4, 3)),
+        randn(6, 5),
+    ),
     Row("windows", Windows, randn(4, 8, 3)),
     Row("all_sizes_equal", AllEqual, randn(3, 3, 3)),
     Row("segmentation_ce", segmentation, randn(4, 2, 3, 2), "ce_image"),
@@ -700,7 +782,11 @@ ZOO = [
     Row("transformer_decoder", TransformerDecoder, randn(3, 3, 4), "mse"),
     Row("cross_attention", CrossAttention, randn(4, 3, 4)),
     Row("experts", Experts, randn(5, 3)),
-    Row("spectral_norm", lambda: nn.Sequential(spectral_norm(nn.Linear(5, 4)), mlp_head()).eval(), randn(6, 5)),
+    Row(
+        "spectral_norm",
+        lambda: nn.Sequential(spectral_norm(nn.Linear(5, 4)), mlp_head()).eval(),
+        randn(6, 5),
+    ),
     Row("segmentation_mse", segmentation, randn(4, 2, 3, 2), "mse_image"),
 ]
 NAMES = [row.name for row in ZOO]
@@ -723,17 +809,28 @@ def compute(problem: Problem, *extensions, **options) -> None:
             problem.compute_loss().backward()
 
 
-def assert_close(actual: Tensor, expected: Tensor, rtol: float = 1e-6, label: str = "", rounding: float = 0.0) -> None:
+def assert_close(
+    actual: Tensor, expected: Tensor, rtol: float = 1e-6, label: str = "", rounding: float = 0.0
+) -> None:
     """Relative agreement, entries far below the largest one excepted, and `rounding` (of what cancels) allowed."""
-    assert actual.shape == expected.shape, f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     largest = expected.abs().max().item() if expected.numel() else 0.0
     atol = max(1e-3 * rtol * largest, rounding)
     torch.testing.assert_close(
-        actual, expected, rtol=rtol, atol=atol, check_dtype=False, msg=lambda text: f"{label}: {text}"
+        actual,
+        expected,
+        rtol=rtol,
+        atol=atol,
+        check_dtype=False,
+        msg=lambda text: f"{label}: {text}",
     )
 
 
-def assert_fields(problem: Problem, field: str, expected: dict[str, Tensor], rtol: float = 1e-6) -> None:
+def assert_fields(
+    problem: Problem, field: str, expected: dict[str, Tensor], rtol: float = 1e-6
+) -> None:
     """Every trainable parameter that the loss depends on carries the expected field."""
     for name, p in problem.parameters().items():
         if not hasattr(p, field) and expected[name].count_nonzero() == 0 and p.grad is None:
