@@ -80,19 +80,20 @@ class CurvatureCallback(Callback):
     `lightning_curv.callbacks.monitoring.quantities` and
     `lightning_curv.callbacks.monitoring.trajectory`.
 
-    What is there by default and cannot be computed for a model is left out, with one warning before the first step.
-    Where samples influence each other (BatchNorm in training mode, a contrastive loss) or have no rows of their own,
-    variance, signal and noise scale come from the gradients of micro-batches and processes, if there are several
-    (`accumulate_grad_batches`, several devices), and the GGN trace is that of the whole batch. `preview` tells it
-    before a run.
+    What is there by default and cannot be computed for a model is left out, with one warning before
+    the first step. Where samples influence each other (BatchNorm in training mode, a contrastive
+    loss) or have no rows of their own, variance, signal and noise scale come from the gradients of
+    micro-batches and processes, if there are several (`accumulate_grad_batches`, several devices),
+    and the GGN trace is that of the whole batch. `preview` tells it before a run.
 
-    $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss reduction, gradient
-    accumulation and gradient scaler. A step is the union of the micro-batches that it accumulates; eigenvalues are
-    averages over them. With several optimizers each gets its own series, `curvature/grad_norm/optimizer_0` and so on.
-    Every value is written once, at the trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`.
-    Values for TensorBoard are written up to eight logged steps at a time, and at least every second while steps follow.
-    In distributed training all are those of the global batch, by one reduction per logged step; what is promised and
-    refused is listed in `docs/guarantees.md`.
+    $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss
+    reduction, gradient accumulation and gradient scaler. A step is the union of the micro-batches
+    that it accumulates; eigenvalues are averages over them. With several optimizers each gets its
+    own series, `curvature/grad_norm/optimizer_0` and so on. Every value is written once, at the
+    trainer's own step count, and goes to `trainer.callback_metrics` for `monitor=`. Values for
+    TensorBoard are written up to eight logged steps at a time, and at least every second while
+    steps follow. In distributed training all are those of the global batch, by one reduction per
+    logged step; what is promised and refused is listed in `docs/guarantees.md`.
 
     With gradient accumulation the optimizers average the curvature of the micro-batches, each that
     of the loss as `training_step` returned it: the curvature of the accumulated mean. In manual
@@ -125,29 +126,34 @@ class CurvatureCallback(Callback):
             regular expression that is searched in their names. All layers, if there are more, make
             one heat-map image per logged step.
         histograms: write the histogram of the per-sample norms to loggers that take one.
-        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses without a second
-            derivative.
-        output: the module where the network ends, or its name in the `LightningModule`, instead of where the last
-            parameters enter; for losses that torch has no function for, see `curvature`.
-        strict: raise when a quantity that `quantities` names, or an extension, cannot be computed: a parameter or a
-            loss is not supported, or memory runs out. What the graph tells is told before the first step. False, and
-            for what is there by default or with "all": warn once and go on without.
-        extensions: computed on logged steps too and left on the parameters until the batch ends, for other callbacks.
+        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses
+            without a second derivative.
+        output: the module where the network ends, or its name in the `LightningModule`, instead of
+            where the last parameters enter; for losses that torch has no function for, see
+            `curvature`.
+        strict: raise when a quantity that `quantities` names, or an extension, cannot be computed:
+            a parameter or a loss is not supported, or memory runs out. What the graph tells is told
+            before the first step. False, and for what is there by default or with "all": warn once
+            and go on without.
+        extensions: computed on logged steps too and left on the parameters until the batch ends,
+            for other callbacks.
         ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
         seed: of the random labels, and of the random samples.
         max_layers: the most layers with series of their own.
         prog_bar: series to show on the progress bar.
-        layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band. TensorBoard reads
-            one such description per run: leave it out if you write your own.
-        batch_size: the number of samples in a batch, or a function from the batch to it, for instance
-            `lambda batch: batch[0].shape[1]` for sequences first; `None`: the number that Lightning itself extracts,
-            the leading size of the batch's tensors. Where these have several, or where the graph contradicts, it is
-            found from the graph. A number that is given is verified, and an error if the graph contradicts; so it has
-            to fit a smaller last batch too, which a function does. With several processes it is that of one.
-        max_samples: measure at most that many samples of a backward pass, at random: see above. `None`: all.
-        budget: the share of the time of training steps that this callback may take, in (0, 1): steps are logged more
-            rarely than `every_n_steps` says where they would take more. Which ones then depends on the clock. `None`:
-            no limit.
+        layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band.
+            TensorBoard reads one such description per run: leave it out if you write your own.
+        batch_size: the number of samples in a batch, or a function from the batch to it, for
+            instance `lambda batch: batch[0].shape[1]` for sequences first; `None`: the number that
+            Lightning itself extracts, the leading size of the batch's tensors. Where these have
+            several, or where the graph contradicts, it is found from the graph. A number that is
+            given is verified, and an error if the graph contradicts; so it has to fit a smaller
+            last batch too, which a function does. With several processes it is that of one.
+        max_samples: measure at most that many samples of a backward pass, at random: see above.
+            `None`: all.
+        budget: the share of the time of training steps that this callback may take, in (0, 1):
+            steps are logged more rarely than `every_n_steps` says where they would take more. Which
+            ones then depends on the clock. `None`: no limit.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -238,8 +244,8 @@ class CurvatureCallback(Callback):
     def preview(cls, module: LightningModule, batch: Any, **settings: Any) -> Preview:
         """What would be logged for a model, by which path and at what price; `print` it.
 
-        `training_step` runs three times on the batch, without a Trainer, where the module and the batch are; nothing of
-        that stays in the module or in the random state.
+        `training_step` runs three times on the batch, without a Trainer, where the module and the
+        batch are; nothing of that stays in the module or in the random state.
 
         Args:
             module: with a `training_step` that returns a loss.
@@ -379,7 +385,8 @@ class CurvatureCallback(Callback):
         logs = self._report is not None and (self._observation.logged or self._report.listens)
         if logs and not pl_module.automatic_optimization:
             self._follow_zero_grad(pl_module)
-        # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more than rounding.
+        # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more
+        # than rounding.
         check = bool(
             self._report
             and not self._checked

@@ -91,7 +91,7 @@ class SecondOrderOptimizer(Optimizer):
 
     @property
     def relative_lr(self) -> bool:
-        """Whether the learning rates of groups, and what schedulers make of them, are factors of one that is found."""
+        """Whether the learning rates of groups, and schedulers' values, are factors of one found."""
         return isinstance(self.step_rule, QuadraticModel)
 
     @property
@@ -138,8 +138,8 @@ class SecondOrderOptimizer(Optimizer):
         if self.relative_lr and given not in (None, 1.0) and not self._told_relative:
             self._told_relative = True
             warn(
-                f'finds its learning rate itself (`lr="auto"`): {given}, that of a parameter group, is taken as a '
-                "factor of it. Leave it out, or give a number to all groups."
+                f'finds its learning rate itself (`lr="auto"`): {given}, that of a parameter '
+                "group, is taken as a factor of it. Leave it out, or give a number to all groups."
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -321,7 +321,8 @@ class SecondOrderOptimizer(Optimizer):
         self.loss_floor = floor / len(limits)  # it falls with the number of predictions
         if not size:
             return float(room)
-        # No step promises more than the loss was worth lately: at once it may be zero on its way to negative numbers.
+        # No step promises more than the loss was worth lately: at once it may be zero on its way to
+        # negative numbers.
         self.loss_size = (
             LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size if self.loss_size else size
         )

@@ -61,8 +61,8 @@ def warning_of_price(
 class Budget:
     """When to log next, so that logging takes at most a share of the time.
 
-    With T seconds for a step and M more for a logged one, logging every n-th takes the share M / (n T + M), which is
-    at most b for n ≥ M (1 - b) / (b T). Both are running averages over this run.
+    With T seconds for a step and M more for a logged one, logging every n-th takes the share M / (n
+    T + M), which is at most b for n ≥ M (1 - b) / (b T). Both are running averages over this run.
 
     Args:
         share: b; `None`: no limit.

@@ -87,7 +87,8 @@ class Quantity:
         series: names that are logged.
         per_layer: whether it makes sense for the parameters of one layer.
         instead: savefields that it can be computed from as well, where those are not to be had.
-        spacing: least number of steps between two measurements, once the first `DENSE` steps are over.
+        spacing: least number of steps between two measurements, once the first `DENSE` steps are
+            over.
     """
 
     name: str
@@ -217,8 +218,9 @@ def sample_norms(m: Measurement) -> list[float]:
 def grad_variance(m: Measurement) -> float:
     r"""$\widehat{\mathrm{tr}\,\Sigma}$, unbiased.
 
-    Where samples have no gradients of their own, it and what follows from it come from the gradients of micro-batches
-    and processes: `lightning_curv.metrics.functional.unbiased_moments_of_parts`.
+    Where samples have no gradients of their own, it and what follows from it come from the
+    gradients of micro-batches and processes:
+    `lightning_curv.metrics.functional.unbiased_moments_of_parts`.
     """
     return m.variance
 
@@ -246,7 +248,8 @@ _of_the_course("suggested_batch_size")
 def ggn_trace(m: Measurement) -> float:
     """Trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate. Dangel et al., *BackPACK*, ICLR 2020.
 
-    Where samples influence each other, that of the network as a function of the whole batch: `GGNTraceJointMC`.
+    Where samples influence each other, that of the network as a function of the whole batch:
+    `GGNTraceJointMC`.
     """
     return m.first_of("ggn_trace_mc", "ggn_trace_joint_mc")
 

@@ -26,7 +26,8 @@ class BackwardPass:
         factor: of the loss: first-order results carry it, curvature does not.
         loss: with the factor, [].
         samples: N, their number.
-        counts: by savefield, the number S of samples that results are of, where these are a random subset of the N.
+        counts: by savefield, the number S of samples that results are of, where these are a random
+            subset of the N.
         size: the number of samples in the batch, which may be known where their rows are not.
     """
 

@@ -67,7 +67,8 @@ class Backprop:
         count: N, once it is known.
         counts: The number of samples behind the results of every extension that got some of the N.
         clock: Gives seconds, where prices are wanted.
-        seconds: The price of every extension by this clock; a pass that several share is in that of each.
+        seconds: The price of every extension by this clock; a pass that several share is in that of
+            each.
         spent: The price of all of them.
 
     Raises:

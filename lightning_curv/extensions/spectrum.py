@@ -78,9 +78,10 @@ class HessianTraceMC(GraphExtension):
 class GGNTraceJointMC(GraphExtension):
     r"""Estimate of the trace of the parameter's GGN block from whole batches, in ``ggn_trace_joint_mc``, a scalar.
 
-    :math:`\frac1M \sum_m \|J^\top s_m\|^2` with the Jacobian J of all outputs of the batch and random :math:`s_m` with
-    :math:`E\,s s^\top = H`. No samples are taken apart, so that they may influence each other (BatchNorm, a contrastive
-    loss): the GGN is then that of the network as a function of the batch. Where they do not, `GGNTraceMC` varies less.
+    :math:`\frac1M \sum_m \|J^\top s_m\|^2` with the Jacobian J of all outputs of the batch and
+    random :math:`s_m` with :math:`E\,s s^\top = H`. No samples are taken apart, so that they may
+    influence each other (BatchNorm, a contrastive loss): the GGN is then that of the network as a
+    function of the batch. Where they do not, `GGNTraceMC` varies less.
 
     Args:
         mc_samples: M; each costs one backward pass.
