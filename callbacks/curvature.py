@@ -541,9 +541,8 @@ class CurvatureCallback(Callback):
             for optimizer in trainer.optimizers
             if hasattr(optimizer, "required_extensions")
         ]
-        if not asking or self is not next(
-            c for c in trainer.callbacks if isinstance(c, CurvatureCallback)
-        ):  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not asking or self is not next(c for c in callbacks if isinstance(c, CurvatureCallback)):
             return []
         return required_extensions(asking, partial=trainer.fit_loop._should_accumulate())
 

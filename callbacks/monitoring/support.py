@@ -1,4 +1,4 @@
-"""What of the chosen quantities a model has, by which path, and how that is said to somebody who has a Trainer."""
+"""What of the chosen quantities a model has, by which path, and how that is said."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantities import Quantity
 
-PATHS = {
-    PARTS: "from micro-batches",
-    "ggn_trace_joint_mc": "of the whole batch",
-}  # other than the first one
+# Paths other than the first one, in words.
+PATHS = {PARTS: "from micro-batches", "ggn_trace_joint_mc": "of the whole batch"}
 # What errors advise to those who call `curvature`, for those who have a Trainer.
 INSIDE = "inside `training_step`"
 ADVICE = {
