@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_curv.errors import UnsupportedError, describe, names_of
+from lightning_curv.errors import SampleCountError, UnsupportedError, describe, names_of
 from lightning_curv.graph.heads import LINEAR, Head, find_heads, frontier, name_of
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.graph.tape import Tape, leaf_of, nodes_below
@@ -348,7 +348,8 @@ class _Finder:
         if not self.independent and (samples := self._assumed(default)) is not None:
             return Found(samples, {}, [])
         self._refuse_scales()
-        raise UnsupportedError(self._message(default, reason))
+        kind = UnsupportedError if self.batch.size is None else SampleCountError
+        raise kind(self._message(default, reason))
 
     def _refuse_penalties(self) -> None:
         """Raise if a summand of the loss depends on parameters alone.
