@@ -89,5 +89,6 @@ for name in ("curvature", "BatchGrad", "KFACOptimizer"):
     getattr(lightning_curv, name)
 print(between - start, time.process_time() - between)
 """
-    _, ours = min((tuple(map(float, run_python(code))) for _ in range(3)), key=lambda pair: pair[1])
-    assert ours <= 0.3
+    runs = [tuple(map(float, run_python(code))) for _ in range(3)]
+    torchs, ours = min(runs, key=lambda pair: pair[1] / max(1.0, pair[0]))
+    assert ours <= 0.3 * max(1.0, torchs)  # where torch takes more than its second, so do we
