@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
+from weakref import ReferenceType, ref
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
@@ -20,6 +21,7 @@ from lightning_curv.graph.heads import head_at, linear_inputs
 from lightning_curv.graph.joins import node_of
 from lightning_curv.graph.tape import Tape
 from lightning_curv.losses.autograd import Quadratic
+from lightning_curv.losses.likelihoods import Likelihood
 from lightning_curv.losses.parts import KnownPart, LossPart
 from lightning_curv.recording.records import LossCall, edge_of
 from lightning_curv.terms.owners import BatchAxis, Owners
@@ -134,7 +136,7 @@ def loss_parts(passes: Passes) -> list[LossPart]:
             call.arguments["input"],
             passes.samples.losses[node],
             call.function,
-            partial(passes.likelihood, node),
+            partial(_likelihood, ref(passes), node),
         )
         for node, call in found.known.items()
     ]
@@ -169,6 +171,13 @@ def nodes_of_loss(passes: Passes) -> set[Node]:
             found.add(node)
             stack += [after for after, _ in node.next_functions if after is not None]
     return found
+
+
+def _likelihood(passes: ReferenceType[Passes], node: Node) -> Likelihood:
+    """The likelihood of a loss call. The passes keep their parts: a strong reference would be a circle."""
+    alive = passes()
+    assert alive is not None
+    return alive.likelihood(node)
 
 
 def _owners(passes: Passes) -> dict[Place, Owners]:
