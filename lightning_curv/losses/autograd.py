@@ -17,7 +17,7 @@ from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, dif
 from lightning_curv.kernels.symmetric import eigh, root_product
 from lightning_curv.losses.likelihoods import signs_of
 from lightning_curv.losses.parts import LossPart, Multiplication, Signed
-from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners, golden
+from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners, RowOwners, golden
 
 LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
 STEPS = 32
@@ -107,8 +107,7 @@ class Quadratic(LossPart):
     with weighted vectors.
 
     Cost: one differentiation of the loss (not of the network) per entry of a block, and at most six
-        more; N·E·B numbers
-    of memory for E output entries of a sample in blocks of B. Samples of blocks of more than
+    more; N·E·B numbers of memory for E output entries of a sample in blocks of B. Samples of blocks of more than
     `LARGE` entries take `STEPS` differentiations and as many vectors, see `root_product`.
 
     Attributes:
@@ -154,13 +153,19 @@ class Quadratic(LossPart):
         """V √Λ₊ ε; of blocks too large to be decomposed by products with the Hessian."""
         rows, blocks = self._layout
         if blocks.size > LARGE and "_eigen" not in self.__dict__:
-            noise = torch.empty_like(blocks.split(rows.split(self.likes))).normal_(
-                generator=generator
-            )
+            noise = self._noise(blocks.split(rows.split(self.likes)), generator)
             return self._joined(root_product(self._times_blocks, noise, STEPS))
         values, vectors = self._eigen
-        noise = torch.empty_like(values).normal_(generator=generator)
+        noise = self._noise(values, generator)
         return self._joined(_product(vectors, values.clamp(min=0).sqrt() * noise))
+
+    def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard normal numbers ``[N, ...]``; some of the samples get what they would among all."""
+        owners = self.owners[0] if self._layout[0].owners is not None else None
+        if not isinstance(owners, ChosenOwners):
+            return torch.empty_like(like).normal_(generator=generator)
+        every = like.new_empty(owners.whole.count, *like.shape[1:]).normal_(generator=generator)
+        return every[owners.chosen.to(like.device)]
 
     def multiplication(self) -> Multiplication:
         """V Λ₊ Vᵀ v."""

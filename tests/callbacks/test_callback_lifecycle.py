@@ -7,7 +7,6 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import needs
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from monitoring import (
     CONSTANT,
@@ -22,6 +21,7 @@ from monitoring import (
     kfac,
     series,
 )
+from packages import needs
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from conftest import needs
 from monitoring import NORMS, Net, data, fit, per_sample_gradients
+from packages import needs
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger

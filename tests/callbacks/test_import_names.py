@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import needs
+from packages import needs
 
 NAMES = ("pytorch_lightning", "lightning.pytorch")
 MODEL = """

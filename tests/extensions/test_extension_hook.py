@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import needs
+from packages import needs
 from torch import nn
 from torch.nn import functional as F
 from zoo import NAMES, ROW, assert_close

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import needs
+from packages import needs
 from torch import nn
 from zoo import assert_close
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import needs
+from packages import needs
 from torch import nn
 from zoo import Mean, assert_close
 

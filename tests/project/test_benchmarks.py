@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs
+from packages import needs
 from torch import nn
 from zoo import assert_close
 

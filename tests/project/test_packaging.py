@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs
+from packages import needs
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_curv
@@ -184,8 +184,8 @@ def test_missing_packages_fail_in_ci_and_skip_elsewhere(monkeypatch):
 def test_every_optional_package_is_needed_by_the_same_helper():
     for path in (ROOT / "tests").rglob("*.py"):
         direct = re.search(r"pytest\.importorskip", path.read_text())
-        assert path.name == "conftest.py" or not direct, (
-            f"{path}: `from conftest import needs` instead"
+        assert path.name == "packages.py" or not direct, (
+            f"{path}: `from packages import needs` instead"
         )
 
 

@@ -4,8 +4,8 @@ import hessian_oracle
 import oracle
 import pytest
 import torch
-from conftest import needs
 from losses_table import LOSS
+from packages import needs
 from torch import nn
 from torch.nn import functional as F
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
