@@ -81,12 +81,13 @@ class Extension(ABC):
             jacobian: Columns that are not in it.
 
         Returns:
-            The result of all of them: what `evaluate` and `merge` make, unless a subclass is faster.
+            The result of all of them: what `evaluate` and `merge` make, unless a subclass is
+            faster.
         """
         return self.merge(previous, self.evaluate(jacobian), jacobian)
 
     def merge(self, previous: Any, new: Any, jacobian: Jacobian) -> Any:
-        """Combine results of disjoint sets of columns, which add up unless a subclass says otherwise.
+        """Combine results of disjoint sets of columns; unless a subclass differs, they add up.
 
         Args:
             previous: The result so far.

@@ -75,7 +75,9 @@ class Exact:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Gradients for targets drawn from the model, divided by √M: their outer products estimate the GGN.
+    """Gradients for targets drawn from the model, divided by √M.
+
+    Their outer products estimate the GGN: their expectation is G.
 
     Attributes:
         samples: M, the number of draws.
@@ -121,7 +123,10 @@ class Signed:
     """
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
-        """Yield the Jacobians; a column costs one pass, and piecewise linear networks have no residuals."""
+        """Yield the Jacobians; each column costs one backward pass.
+
+        Piecewise linear networks have no residuals.
+        """
         for part in passes.parts:
             columns = part.signed_columns(fewest=not passes.ends_at(part.edges))
             yield from passes.jacobians(

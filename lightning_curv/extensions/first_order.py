@@ -112,8 +112,8 @@ class Variance(Differentiable):
     r"""Variance of the per-sample gradients, in ``variance`` of the parameter's shape.
 
     It is the population variance over the batch,
-    :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0`, of the *scaled* gradients: for
-    a mean loss multiply by N² for the variance of the :math:`g_n`. It is free of cancellation,
+    :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0`, of the *scaled* gradients:
+    for a mean loss multiply by N² for the variance of the :math:`g_n`. It is free of cancellation,
     since no difference of float32 moments is taken. Cost: as `SumGradSquared`.
 
     Example:

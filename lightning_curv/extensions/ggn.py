@@ -20,10 +20,10 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class DiagGGNExact(Extension):
-    r"""Diagonal of the GGN, :math:`s \sum_n \mathrm{diag}(J_n^\top H_n J_n)`, in ``diag_ggn_exact``.
+    r"""Diagonal of the GGN, in ``diag_ggn_exact`` of the parameter's shape.
 
-    It has the parameter's shape. Cost: as many backward passes as a sample has output entries.
-    Memory: one pass.
+    It is :math:`s \sum_n \mathrm{diag}(J_n^\top H_n J_n)`. Cost: as many backward passes as a
+    sample has output entries. Memory: one pass.
 
     Example:
         >>> import torch
@@ -189,7 +189,7 @@ class SqrtGGNMC(SqrtGGNExact):
 
 
 class GGNTraceMC(Extension):
-    """Monte-Carlo estimate of the trace of the parameter's GGN block, in ``ggn_trace_mc``, a scalar.
+    """Estimate of the trace of the parameter's GGN block, in ``ggn_trace_mc``, a scalar.
 
     A draw costs no more than `BatchL2Grad`: no matrix of the parameter's shape is formed.
 

@@ -13,10 +13,11 @@ from lightning_curv.terms.jacobian import Jacobian
 class DiagHessian(Extension):
     r"""Diagonal of the Hessian of the loss, in ``diag_h`` of the parameter's shape.
 
-    The second derivatives of the network are included. Exact for any architecture: elementwise nonlinearities contribute one signed column per unit,
-    other nonlinear ops (softmax, norms, products) as many as they have inputs, piecewise linear
-    ones none. Cost: one backward pass per column; for piecewise linear networks that of
-    `DiagGGNExact`. Dangel, Kunstner & Hennig, *BackPACK*, ICLR 2020, appendix A.
+    The second derivatives of the network are included. Exact for any architecture: elementwise
+    nonlinearities contribute one signed column per unit, other nonlinear ops (softmax, norms,
+    products) as many as they have inputs, piecewise linear ones none. Cost: one backward pass per
+    column; for piecewise linear networks that of `DiagGGNExact`. Dangel, Kunstner & Hennig,
+    *BackPACK*, ICLR 2020, appendix A.
 
     Example:
         >>> import torch

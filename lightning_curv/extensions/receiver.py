@@ -44,7 +44,7 @@ class GradientReceiver(GraphExtension):
 
     @abstractmethod
     def receive(self, jacobian: Jacobian) -> None:
-        """Take one parameter's Jacobian, whose only column is the gradient of the samples' losses."""
+        """Take one parameter's Jacobian: its only column is the gradient of the samples' losses."""
 
     @abstractmethod
     def end(self) -> None:

@@ -11,10 +11,11 @@ from lightning_curv.terms.jacobian import Jacobian
 class GradientJacobian(Extension):
     r"""The per-sample gradients :math:`s\,g_n`, unevaluated, in ``jacobian_grad``.
 
-    They are a `Jacobian` whose contractions are not carried out. ``p.jacobian_grad.dot(d)`` are the directional derivatives :math:`s\,g_n \cdot d` of every
-    sample, ``[1, N]``, for a direction that is known only after the backward pass, such as the mean
-    gradient. Cost: none until then, and one product per layer for each `dot`. Memory: inputs and
-    cotangents of the ops until the attribute is deleted.
+    They are a `Jacobian` whose contractions are not carried out. ``p.jacobian_grad.dot(d)`` are the
+    directional derivatives :math:`s\,g_n \cdot d` of every sample, ``[1, N]``, for a direction that
+    is known only after the backward pass, such as the mean gradient. Cost: none until then, and one
+    product per layer for each `dot`. Memory: inputs and cotangents of the ops until the attribute
+    is deleted.
 
     Example:
         >>> import torch
