@@ -74,8 +74,8 @@ class KFRA(GraphExtension):
                 continue
             terms = _terms(passes, point, average)
             if all(_kronecker(p, term) for p, term in terms.items()):
-                # A term orders the entries as its op needs them: the rows of the averaged GGN have
-                # been, and so are its columns once they go through the rule as well.
+                # A term has the entries in the order of its op. Once through the rule every row of
+                # the averaged GGN is in that order; transposed and through it again, its columns.
                 squares = {
                     p: _terms(passes, point, term.g[:, 0].flatten(1).mT)[p]
                     for p, term in terms.items()
