@@ -92,7 +92,7 @@ def regrouped(monkeypatch):
             if isinstance(owners, BatchAxis)
             and passes.tape.uses[node].shape[owners.axis] != owners.count
             else owners
-            for node, owners in finder.uses.items()
+            for node, owners in samples.uses.items()
         }
         return dataclasses.replace(samples, uses=uses)
 
