@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from lightning_curv.callbacks.import_names import Callback
+from lightning_curv.callbacks.import_names import Callback, MisconfigurationException
 from lightning_curv.callbacks.privacy import PrivacyCallback
 from lightning_curv.callbacks.private_training.loader import with_batches
 from lightning_curv.callbacks.private_training.poisson import PoissonBatchSampler
@@ -22,6 +20,9 @@ from lightning_curv.callbacks.private_training.refusals import private_optimizer
 from lightning_curv.callbacks.private_training.undisturbed import undisturbed
 from lightning_curv.optimizers.privacy.audit_canaries import GradientCanaries
 from lightning_curv.optimizers.privacy.audit_report import PrivacyAudit
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def privacy_audit(

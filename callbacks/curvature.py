@@ -1,12 +1,14 @@
 """The callback that feeds second-order optimizers and logs gradient noise and curvature."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -19,16 +21,32 @@ from lightning_curv.callbacks.monitoring.observation import (
     AnyExtension,
     Observation,
     explained,
+    for_optimizers,
     required_extensions,
     seed_of_batch,
 )
+from lightning_curv.callbacks.monitoring.parts import PARTS, PartNorms
+from lightning_curv.callbacks.monitoring.preview import Preview, preview
+from lightning_curv.callbacks.monitoring.prices import Budget, clock, warning_of_price
 from lightning_curv.callbacks.monitoring.publish import Events, add_layout
-from lightning_curv.callbacks.monitoring.quantities import FIELDS, SAMPLED, select
+from lightning_curv.callbacks.monitoring.quantities import FIELDS, SAMPLED, named, select
 from lightning_curv.callbacks.monitoring.report import Report, warn_of_noise
+from lightning_curv.callbacks.monitoring.step_lengths import restore_monitors, show_steps
+from lightning_curv.callbacks.monitoring.support import announcement, for_trainers, reason
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory
 from lightning_curv.callbacks.monitoring.window import BackwardPass, Window
-from lightning_curv.callbacks.settings import check, find_output, require_whole_parameters
+from lightning_curv.callbacks.settings import (
+    check,
+    find_output,
+    key_of,
+    longest_interval,
+    require_whole_parameters,
+)
 from lightning_curv.callbacks.user_batch import BatchSize
+from lightning_curv.errors import SampleCountError, UnsupportedError
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 Extensions = Sequence[AnyExtension]
 
@@ -61,6 +79,12 @@ class CurvatureCallback(Callback):
     ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources are in
     `lightning_curv.callbacks.monitoring.quantities` and
     `lightning_curv.callbacks.monitoring.trajectory`.
+
+    What is there by default and cannot be computed for a model is left out, with one warning before
+    the first step. Where samples influence each other (BatchNorm in training mode, a contrastive
+    loss) or have no rows of their own, variance, signal and noise scale come from the gradients of
+    micro-batches and processes, if there are several (`accumulate_grad_batches`, several devices),
+    and the GGN trace is that of the whole batch. `preview` tells it before a run.
 
     $g_n$ is scaled such that the mean over the samples of a step is the gradient, under any loss
     reduction, gradient accumulation and gradient scaler. A step is the union of the micro-batches
@@ -107,8 +131,10 @@ class CurvatureCallback(Callback):
         output: the module where the network ends, or its name in the `LightningModule`, instead of
             where the last parameters enter; for losses that torch has no function for, see
             `curvature`.
-        strict: raise when a quantity cannot be computed: a parameter or a loss is not supported, or
-            memory runs out; otherwise warn once and go on without this quantity.
+        strict: raise when a quantity that `quantities` names, or an extension, cannot be computed:
+            a parameter or a loss is not supported, or memory runs out. What the graph tells is told
+            before the first step. False, and for what is there by default or with "all": warn once
+            and go on without.
         extensions: computed on logged steps too and left on the parameters until the batch ends,
             for other callbacks.
         ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
@@ -125,6 +151,9 @@ class CurvatureCallback(Callback):
             last batch too, which a function does. With several processes it is that of one.
         max_samples: measure at most that many samples of a backward pass, at random: see above.
             `None`: all.
+        budget: the share of the time of training steps that this callback may take, in (0, 1):
+            steps are logged more rarely than `every_n_steps` says where they would take more. Which
+            ones then depends on the clock. `None`: no limit.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -152,6 +181,7 @@ class CurvatureCallback(Callback):
         layout: bool = False,
         batch_size: BatchSize = None,
         max_samples: int | None = None,
+        budget: float | None = None,
     ) -> None:
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
         self._quantities = (
@@ -169,6 +199,7 @@ class CurvatureCallback(Callback):
             self._series,
             batch_size,
             max_samples,
+            budget,
         )
         self.quantities = quantities
         self.every_n_steps = every_n_steps
@@ -185,31 +216,68 @@ class CurvatureCallback(Callback):
         self.layout = layout
         self.batch_size = batch_size
         self.max_samples = max_samples
+        self.budget = budget
         names = quantities if isinstance(quantities, str) else list(quantities)
-        settings = {
-            "every_n_steps": every_n_steps,
-            "layers": layers,
-            "ema": ema,
-            "mc_samples": mc_samples,
-        }
-        self._state_key = self._generate_state_key(
-            quantities=names, **settings
-        )  # Lightning reads it at every hook
+        self._state_key = key_of(
+            type(self).__name__, (names, every_n_steps, layers, ema, mc_samples)
+        )
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
-        self._off: set[str] = set()  # savefields that could not be computed
+        self._named = named(quantities)
+        self._off: dict[str, Exception] = {}  # savefields and quantities that could not be computed
+        self._looked = False  # at the graph of the first batch
+        self._priced = False  # the first logged step
+        self._budget = Budget(budget)
+        self._started, self._step = 0.0, 0  # the batch
+        self._longest = 0  # interval that is short enough for what watches a series
         self._checked = False
         self._noisy = False
         self._loaded = False  # from a checkpoint
         self._passes = 0  # since the gradients were last set to zero
+        self._parts = PartNorms()
         self._window = Window()
         self._trajectory = Trajectory()
         self._events = Events()
         self._rest()
 
+    @classmethod
+    def preview(cls, module: LightningModule, batch: Any, **settings: Any) -> Preview:
+        """What would be logged for a model, by which path and at what price; `print` it.
+
+        `training_step` runs three times on the batch, without a Trainer, where the module and the
+        batch are; nothing of that stays in the module or in the random state.
+
+        Args:
+            module: with a `training_step` that returns a loss.
+            batch: as `training_step` gets it.
+            settings: arguments of this class.
+
+        Example:
+            >>> import torch, pytorch_lightning as pl
+            >>> class Net(pl.LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.net = torch.nn.Linear(2, 1)
+            ...     def training_step(self, batch, batch_idx):
+            ...         return (self.net(batch) ** 2).mean()
+            >>> table = CurvatureCallback.preview(Net(), torch.ones(4, 2))
+            >>> [row.path for row in table.rows if row.quantity == "grad_variance"]
+            ['exact']
+        """
+        own = cls(**settings)
+        output = find_output(module, own.output)
+
+        def observe(considered: Sequence[AnyExtension]) -> Observation:
+            seed = partial(int, own.seed)
+            return Observation((), (), seed, output, own.batch_size, own.max_samples, considered)
+
+        return preview(module, batch, own._quantities, observe, output, own.mc_samples)
+
     def _rest(self) -> None:
         """Forget everything that belongs to one batch."""
         self._observation = Observation()
+        self._looking = False  # at the first graph
+        self._parts.stop()
         self._report: Report | None = None  # on logging steps
         self._loss: Tensor | None = None
         self._factor: Tensor | float = 1.0
@@ -238,8 +306,9 @@ class CurvatureCallback(Callback):
             self._trajectory, self._loaded = Trajectory(), False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._off = set()
-        self._checked = self._noisy = False
+        self._off = {}
+        self._checked = self._noisy = self._looked = self._priced = False
+        self._budget = Budget(self.budget)
         find_output(pl_module, self.output)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
 
@@ -252,13 +321,17 @@ class CurvatureCallback(Callback):
             self._trajectory.initial = {
                 name: p.detach().clone() for name, p in pl_module.named_parameters()
             }
+        show_steps(trainer)
+        self._longest = longest_interval(trainer)
         if self.layout:
-            add_layout(trainer, self._series)
+            add_layout(trainer, self._series, self._events)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        supplied, logged = self._required(trainer), []
+        self._started = time.perf_counter()
+        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        supplied, logged, considered = self._required(trainer), [], []
         self._required_fields = {extension.savefield for extension in supplied}
         if self._is_logging_step(trainer):
             step, interval = (
@@ -270,18 +343,27 @@ class CurvatureCallback(Callback):
                 quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off
             )
             logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
-            supplied += [
-                e for e in self.extensions if e.savefield not in self._required_fields | self._off
-            ]
+            known = self._required_fields | self._off.keys()
+            supplied += [e for e in self.extensions if e.savefield not in known]
         else:
             self._window = Window()
-        if not logged and not supplied:
+        if not self._looked and self._interval(trainer):
+            considered = self._considered()
+            if self._report is None and recorded_step.is_compiled(pl_module):
+                considered = []  # this step runs as it would without
+        listens = self._report is not None and self._report.listens
+        if not logged and not supplied and not considered and not listens:
             return
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
         self._observation = Observation(
-            supplied, logged, seed, output, self.batch_size, self.max_samples
+            supplied, logged, seed, output, self.batch_size, self.max_samples, considered
         )
+        if self._report is not None and not self._priced:
+            self._observation.clock = clock
+        if not self._observation:
+            self._observation.read(batch)
+            return
         recorded_step.record_training_step(pl_module, output, self._observation.read)
 
     def on_before_zero_grad(
@@ -300,9 +382,8 @@ class CurvatureCallback(Callback):
         if pl_module.automatic_optimization:
             self._factor = self._factor / trainer.accumulate_grad_batches
         self._loss = loss.detach() if loss.ndim == 0 else None
-        if not self._observation:
-            return
-        if self._observation.logged and not pl_module.automatic_optimization:
+        logs = self._report is not None and (self._observation.logged or self._report.listens)
+        if logs and not pl_module.automatic_optimization:
             self._follow_zero_grad(pl_module)
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more
         # than rounding.
@@ -315,11 +396,17 @@ class CurvatureCallback(Callback):
         returned = (
             recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
         )
-        if returned is None:
-            self._observation.begin(loss, torch.ones_like(loss) / self._factor, check)
-        else:
-            self._observation.begin(returned, torch.ones_like(returned), check)
-        self._turn_off_failed()
+        root = loss if returned is None else returned
+        seed = (
+            torch.ones_like(loss) / self._factor if returned is None else torch.ones_like(returned)
+        )
+        if self._observation.considered:
+            self._look(trainer, pl_module, root, seed)
+        if self._observation:
+            self._observation.begin(root, seed, check)
+            self._turn_off_failed()
+        if self._report is not None and self._report.listens:
+            self._parts.listen(pl_module.parameters())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._passes += 1
@@ -332,8 +419,14 @@ class CurvatureCallback(Callback):
                     optimizer.accumulate()  # type: ignore[attr-defined]
         if self._report:
             self._checked = True
-            samples, counts = self._observation.count, self._observation.counts
-            backward = BackwardPass(found, self._factor, self._loss, samples, counts)
+            if self._report.listens:
+                found[PARTS] = self._parts.stop()
+            samples, counts, size = (
+                self._observation.count,
+                self._observation.counts,
+                self._observation.size,
+            )
+            backward = BackwardPass(found, self._factor, self._loss, samples, counts, size)
             self._window.add(backward.without(self._partial))
 
     def on_before_optimizer_step(
@@ -354,9 +447,15 @@ class CurvatureCallback(Callback):
         passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
         divisor = passes / trainer.accumulate_grad_batches
         if self._report:
-            self._report.measure(
-                trainer, pl_module, optimizer, grads, self._window, divisor, passes
-            )
+            try:
+                self._report.measure(
+                    trainer, pl_module, optimizer, grads, self._window, divisor, passes
+                )
+            except Exception as error:
+                self._report.failures.append((self._names, error))
+            for what, reasoned in self._report.failures:
+                self._leave_out(what, reasoned)
+            self._report.failures.clear()
             if self._report.too_noisy and not self._noisy:
                 self._noisy = True
                 warn_of_noise(trainer, self._report.too_noisy, self.ema)
@@ -367,9 +466,29 @@ class CurvatureCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._report:
-            self._report.follow_updates(pl_module)
+            try:
+                self._report.follow_updates(pl_module)
+            except Exception as error:
+                self._leave_out({"update_size", "distance"}, error)
             self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
+        self._reckon(trainer)
         self._release(pl_module)
+
+    def _reckon(self, trainer: Trainer) -> None:
+        """What this batch has cost."""
+        seconds, observation, logged = (
+            time.perf_counter() - self._started,
+            self._observation,
+            self._report is not None,
+        )
+        if logged and not self._priced:
+            self._priced = True
+            rest = max(seconds - observation.spent, 1e-9)
+            text = warning_of_price(self._quantities, observation.seconds, observation.spent, rest)
+            if text and self.budget is None:
+                rank_zero_warn(text)
+        if logged or not self._looking:
+            self._budget.add(self._step, seconds, logged, trainer.strategy)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events.write()
@@ -391,6 +510,7 @@ class CurvatureCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._window = Window()
         self._trajectory.forget()
+        restore_monitors(trainer)
         self._release(pl_module)
         self._events.write()
 
@@ -401,17 +521,18 @@ class CurvatureCallback(Callback):
         self._rest()
 
     def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
-        # From counters only, which are equal on all ranks and constant while gradients accumulate.
+        # From what is equal on all ranks and constant while gradients accumulate.
         step, interval = (
             trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead,
             self._interval(trainer),
         )
-        return interval > 0 and step % interval == 0
+        return interval > 0 and step % interval == 0 and self._budget.allows(step)
 
     def _interval(self, trainer: Trainer) -> int:
-        if self.every_n_steps is None:
-            return 1 if trainer.fast_dev_run else trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return min(self.every_n_steps, 1) if trainer.fast_dev_run else self.every_n_steps  # type: ignore[attr-defined]
+        given = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return 1 if self.every_n_steps is None else min(given, 1)
+        return min(given, self._longest) if self._longest else given
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
@@ -420,28 +541,102 @@ class CurvatureCallback(Callback):
             for optimizer in trainer.optimizers
             if hasattr(optimizer, "required_extensions")
         ]
-        if not asking or self is not next(
-            c for c in trainer.callbacks if isinstance(c, CurvatureCallback)
-        ):  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not asking or self is not next(c for c in callbacks if isinstance(c, CurvatureCallback)):
             return []
         return required_extensions(asking, partial=trainer.fit_loop._should_accumulate())
 
     def _turn_off_failed(self) -> None:
-        """What cannot be computed is not logged in the rest of the run, or stops it."""
+        """What could not be computed in a backward pass."""
         for fields, error in self._observation.failures():
-            names = [q.name for q in self._quantities if fields & {*q.fields}]
-            names += [
-                repr(extension) for extension in self.extensions if extension.savefield in fields
-            ]
             if fields & self._required_fields:
-                raise error
-            if self.strict and names:
-                raise explained(error, names) from error
-            if names:
-                rank_zero_warn(f"CurvatureCallback stops logging {', '.join(names)}: {error}")
-            self._off |= fields
-            if self._report is not None:
-                self._report.turn_off(fields)
+                raise for_optimizers(error)
+            self._leave_out(fields, error)
+
+    def _considered(self) -> list[AnyExtension]:
+        """All that may have to be computed for logging in this run."""
+        fields = dict.fromkeys(
+            field
+            for quantity in self._quantities
+            for field in (*quantity.fields, *quantity.instead)
+        )
+        found = [FIELDS[name](self.mc_samples) for name in fields if name in FIELDS]
+        self._looked = not found
+        return [*found, *self.extensions]
+
+    def _look(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, seed: Tensor
+    ) -> None:
+        """At the first graph: what the model has, what it has not, and one warning for all of it."""
+        self._looked = self._looking = True
+        considered = {extension.savefield for extension in self._observation.considered}
+        try:
+            found = self._observation.look(loss, seed)
+        except Exception as error:  # of ours: training goes on
+            found = dict.fromkeys(considered, error)
+        for field, refusal in found.items():
+            self._lost({field}, refusal, {**found, **self._without_parts(trainer, pl_module)})
+        self._off = {
+            name: error for name, error in found.items() if name in FIELDS
+        }  # the rest is tried
+        if self._report is not None:
+            self._report.turn_off(found)
+            self._observation.logged = [
+                FIELDS[name](self.mc_samples) for name in self._report.fields
+            ]
+        off = {**self._without_parts(trainer, pl_module), **self._off}
+        less = any(reason(quantity, off) is not None for quantity in self._quantities)
+        say = rank_zero_warn if less else rank_zero_info
+        say(announcement(self._quantities, off))
+
+    def _without_parts(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Exception]:
+        """Why there is no noise from the gradients of parts of a batch, if there is none."""
+        processes = getattr(trainer.strategy, "world_size", 1)
+        parts = processes * (
+            trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        )
+        if parts == 1:
+            text = "with `accumulate_grad_batches=2` the noise would come from micro-batches"
+        elif self._observation.size is None:
+            text = "with `batch_size=` the noise would come from micro-batches"
+        else:
+            return {}
+        return {PARTS: UnsupportedError(text)}
+
+    def _lost(self, what: Collection[str], error: Exception, off: Collection[str]) -> list[str]:
+        """What is lost with savefields or quantities; that ends the run if the user asked for some of it.
+
+        Args:
+            what: savefields or names.
+            error: why they cannot be computed.
+            off: all that cannot be.
+        """
+        touched = [q for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}]
+        lost = [quantity.name for quantity in touched if quantity.path(off) is None]
+        extensions = [
+            repr(extension) for extension in self.extensions if extension.savefield in what
+        ]
+        asked = [*(name for name in lost if name in self._named), *extensions]
+        if isinstance(error, SampleCountError):  # the user gave it
+            asked = [*lost, *extensions]
+        if self.strict and asked:
+            raise explained(error, asked) from error
+        return lost + extensions
+
+    def _leave_out(self, what: Collection[str], error: Exception) -> None:
+        """What fails in the course of the run, for whatever reason, is not logged in the rest of it, or stops it."""
+        failed = {q.name for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}} | {
+            *what
+        }
+        off = {**self._off, **{name: error for name in failed if name not in self._off}}
+        new = [name for name in self._lost(failed, error, off) if name not in self._off]
+        if new:
+            rank_zero_warn(
+                f"CurvatureCallback stops logging {', '.join(new)}: {for_trainers(error)}"
+            )
+        self._off = off
+        if self._report is not None:
+            self._report.turn_off(off)
 
     def _follow_zero_grad(self, pl_module: LightningModule) -> None:
         """In manual optimization nothing announces `zero_grad`: the gradients themselves tell."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_curv.callbacks.import_names import Callback
+from lightning_curv.callbacks.import_names import Callback, MisconfigurationException
 from lightning_curv.callbacks.private_training import logs
 from lightning_curv.callbacks.private_training.budget import Budget
 from lightning_curv.callbacks.private_training.checks import Checks
@@ -38,6 +36,9 @@ from lightning_curv.optimizers.privacy.accounting import (
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
 from lightning_curv.samples.batch import Batch
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
 

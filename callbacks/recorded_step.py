@@ -1,16 +1,20 @@
 """Run one `training_step` under `record()`, by a patch on the instance that is easy to undo."""
 
+from __future__ import annotations
+
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_curv.recording.record import record
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
 
 _REPLACED = "_lightning_curv_replaced"
 _OUTPUTS = "_lightning_curv_outputs"
@@ -75,7 +79,11 @@ def returned_loss(pl_module: LightningModule) -> Tensor | None:
     With `static_graph` DDP adds a node that must be passed once per step only.
     """
     returned: list[Any] = getattr(pl_module.training_step, _RETURNED, [])
-    loss = returned[0] if returned else None
+    return loss_of(returned[0] if returned else None)
+
+
+def loss_of(loss: Any) -> Tensor | None:
+    """The loss in what a `training_step` returned."""
     if not isinstance(loss, Tensor) and isinstance(loss, Mapping):
         loss = loss.get("loss")
     return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None
@@ -93,6 +101,16 @@ def restore_training_step(pl_module: LightningModule) -> None:
         del vars(pl_module)["training_step"]
         if getattr(recorded, _REPLACED) is not None:
             vars(pl_module)["training_step"] = getattr(recorded, _REPLACED)
+
+
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Whether a part of a module is compiled: its steps are run eagerly only where that is needed."""
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        return True
+    return any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)
+        for m in pl_module.modules()
+    )
 
 
 def eager() -> AbstractContextManager[Any]:

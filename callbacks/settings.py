@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import zlib
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
 from torch import nn
 
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.user_batch import BatchSize
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 
 def check(
@@ -23,6 +28,7 @@ def check(
     series: Collection[str],
     batch_size: BatchSize = None,
     max_samples: int | None = None,
+    budget: float | None = None,
 ) -> None:
     """Raise a `ValueError` for what is out of range."""
     if every_n_steps is not None and every_n_steps < 0:
@@ -37,6 +43,8 @@ def check(
         )
     if not (max_samples is None or _positive(max_samples)):
         raise ValueError(f"`max_samples` must be None or a positive number, found {max_samples!r}.")
+    if not (budget is None or 0 < budget < 1):
+        raise ValueError(f"`budget` must be None or a share of the time in (0, 1), found {budget}.")
     if max_layers < 1:
         raise ValueError(f"`max_layers` must be positive, found {max_layers}.")
     if isinstance(layers, str):
@@ -65,6 +73,27 @@ def require_whole_parameters(trainer: Trainer) -> None:
             f"CurvatureCallback needs a strategy that keeps whole parameters in every process, found {strategy}; use "
             "one device or `strategy='ddp'`."
         )
+
+
+def key_of(name: str, settings: object) -> str:
+    """A short name for the state of a callback in checkpoints and in the rows of profilers."""
+    return f"{name}-{zlib.crc32(repr(settings).encode()):08x}"
+
+
+def longest_interval(trainer: Trainer) -> int:
+    """The most steps between two logged ones such that a callback that watches a series finds it, or 0: any number.
+
+    Lightning checks `EarlyStopping` and `ModelCheckpoint` at the end of every epoch and validation.
+    """
+    watched = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    watched += [config.monitor for config in trainer.lr_scheduler_configs]
+    if not any(isinstance(name, str) and name.startswith("curvature") for name in watched):
+        return 0
+    batches = [trainer.num_training_batches, getattr(trainer, "val_check_batch", None) or math.inf]
+    shortest = min(float(number) for number in batches)
+    return (
+        max(1, int(shortest) // trainer.accumulate_grad_batches) if math.isfinite(shortest) else 0
+    )
 
 
 def near(name: str, valid: Collection[str]) -> str:

@@ -116,8 +116,14 @@ add_rooms(__path__)
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOM.get(name, 'extensions')}"), name)
-    globals()[name] = value
+    room = import_module(f"{__name__}.{_ROOM.get(name, 'extensions')}")
+    value = getattr(room, name)
+    if (
+        _ROOM.get(name) == "callbacks"
+    ):  # asked again for every use: Lightning may be imported after us
+        room.follow()
+    else:
+        globals()[name] = value
     return value
 
 

@@ -16,6 +16,10 @@ class UnsupportedError(NotImplementedError):
     """A quantity is not defined, or not implemented, for this graph; it is never computed approximately instead."""
 
 
+class SampleCountError(UnsupportedError):
+    """The graph contradicts the number of samples that was given."""
+
+
 class NoSecondDerivativeError(UnsupportedError):
     """A loss that torch has no function for, and that cannot be differentiated twice."""
 

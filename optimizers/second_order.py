@@ -24,7 +24,7 @@ from lightning_curv.optimizers.step.restore import restored_state
 from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
 from lightning_curv.optimizers.step_size.loss_limits import LossLimits
-from lightning_curv.optimizers.step_size.rules import Step, StepRule
+from lightning_curv.optimizers.step_size.rules import QuadraticModel, Step, StepRule
 from lightning_curv.optimizers.step_size.trial import Trial
 from lightning_curv.optimizers.warn import warn
 
@@ -83,10 +83,16 @@ class SecondOrderOptimizer(Optimizer):
         self.tried = False
         self.loss_fn: Callable[[], Any] | None = None
         self.last_step: dict[str, float] = {}
+        self._told_relative = False
         self._after: float | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._micro_batches = MicroBatches()
         super().__init__(params, defaults)
+
+    @property
+    def relative_lr(self) -> bool:
+        """Whether the learning rates of groups, and schedulers' values, are factors of one found."""
+        return isinstance(self.step_rule, QuadraticModel)
 
     @property
     def extensions(self) -> tuple[Extension | GraphExtension, ...]:
@@ -128,6 +134,13 @@ class SecondOrderOptimizer(Optimizer):
                 raise ValueError(
                     f"`{name}` holds for all parameter groups; pass it to {type(self).__name__}."
                 )
+        given = param_group.get("lr")
+        if self.relative_lr and given not in (None, 1.0) and not self._told_relative:
+            self._told_relative = True
+            warn(
+                f'finds its learning rate itself (`lr="auto"`): {given}, that of a parameter '
+                "group, is taken as a factor of it. Leave it out, or give a number to all groups."
+            )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

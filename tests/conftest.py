@@ -7,6 +7,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if device := os.environ.get("CURV_TEST_DEVICE"):
+    torch.set_default_device(device)  # tables of tests make tensors when they are imported
 
 
 def needs(name):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pytorch_lightning.strategies import Strategy
 
 from lightning_curv.callbacks.monitoring.measurement import Measurement
 from lightning_curv.callbacks.monitoring.quantities import Quantity
 from lightning_curv.callbacks.monitoring.window import wide
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
 
 
 class RunningNoiseScale:
@@ -127,7 +130,11 @@ def _values(job: Job) -> dict[str, float]:
         return values
     for quantity in job.quantities:
         if quantity.formula is not None and (m.covered or not quantity.fields):
-            results = quantity.formula(m)
+            try:
+                results = quantity.formula(m)
+            except Exception as error:  # the run goes on without it
+                m.failures.append(({quantity.name}, error))
+                continue
             values.update(
                 zip(quantity.series, map(float, results if len(quantity.series) > 1 else [results]))
             )

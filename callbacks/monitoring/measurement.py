@@ -5,17 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.monitoring.window import Statistics, wide
-from lightning_curv.metrics.functional import entry_moments, unbiased_moments
+from lightning_curv.metrics.functional import (
+    entry_moments,
+    unbiased_moments,
+    unbiased_moments_of_parts,
+)
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
 
 EIGENVALUES = {"ggn_max_eigenvalue", "hessian_max_eigenvalue"}
 Key = str | tuple[str, Parameter]
@@ -63,6 +70,9 @@ class Measurement:
         )
         self._sums: dict[Key, Tensor | float] = {}
         self.covered: frozenset[Parameter] = frozenset()
+        self.failures: list[
+            tuple[set[str], Exception]
+        ] = []  # savefields that could not be summed up
         self.norms: Numbers  # of the samples, ascending
         self.norm_weights: Numbers | None  # how many samples each stands for, if not one
 
@@ -78,13 +88,16 @@ class Measurement:
         if self._world > 1:
             sums["covered"] = torch.tensor([p in self.statistics.covered for p in self._params])
         for field in self._fields:
-            if field in self._lost:
-                sums |= {
-                    key: math.nan * value
-                    for key, value in self._of_field(field, available=False).items()
-                }
-            else:
-                sums |= self._of_field(field)
+            if field not in self._lost:
+                try:
+                    sums |= self._of_field(field)
+                    continue
+                except Exception as error:  # the other processes wait for the same keys
+                    self.failures.append(({field}, error))
+            sums |= {
+                key: math.nan * value
+                for key, value in self._of_field(field, available=False).items()
+            }
         return sums
 
     def _of_field(self, field: str, available: bool = True) -> Mapping[Key, Tensor | float]:
@@ -101,6 +114,13 @@ class Measurement:
                 norms = s.sq_norms.sqrt() if available else torch.zeros(1)
                 sums["norms"] = shared_sketch(norms, self._rank, self._world)
             return sums
+        if field == PARTS:
+            second, inverse, parts = s.parts if available else (math.nan, math.nan, 1.0)
+            return {
+                "part_second": second,
+                "part_inverse": inverse,
+                "whole_inverse": inverse / (parts * self._world),
+            }
         if field == "jacobian_grad":
             vectors = {p: self._params[p].to_dense() for p in s.covered} if available else {}
             return {
@@ -227,6 +247,11 @@ class Measurement:
 
     any_of = sum_of
 
+    def first_of(self, *savefields: str) -> np.float64:
+        """The first of several estimates of a trace that exists."""
+        found = [self.sum_of(field) for field in savefields if field in self._sums]
+        return next((value for value in found if np.isfinite(value)), np.float64(np.nan))
+
     def mean_of(self, savefield: str) -> dict[Parameter, Tensor]:
         """A curvature of the parameters' shapes."""
         return {
@@ -271,7 +296,14 @@ class Measurement:
 
     @cached_property
     def _unbiased(self) -> tuple[float, float]:
-        return unbiased_moments(*self.moments)
+        """Of the samples, or else of the backward passes."""
+        found = unbiased_moments(*self.moments)
+        if math.isfinite(found[0]) or "part_second" not in self._sums:
+            return found
+        inverses = [np.float64(self._sums[key]) for key in ("part_inverse", "whole_inverse")]
+        return unbiased_moments_of_parts(
+            np.float64(self._sums["part_second"]), self.grad_sq_norm, *inverses
+        )
 
     @property
     def variance(self) -> float:

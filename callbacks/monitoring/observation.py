@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import Trainer
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_curv.callbacks.monitoring.support import for_trainers
 from lightning_curv.callbacks.user_batch import BatchSize, describe_batch
 from lightning_curv.engine.backprop import Backprop
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, Gradient, GraphExtension
 from lightning_curv.passes.randomness import Cap
 from lightning_curv.samples.batch import Batch
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 AnyExtension = Extension | GraphExtension
 Fields = dict[str, dict[Parameter, Any]]  # results by savefield and parameter
@@ -31,10 +35,15 @@ class Observation:
         output: the network's output, if the loss is no known function.
         batch_size: the number of samples, or a function of the batch.
         max_samples: how many of them are enough for what is logged and not supplied.
+        considered: what may be logged in later batches: `look` tells whether it can be.
 
     Attributes:
+        size: the number of samples that the batch says it has, if it does.
         count: the number of samples of the last backward pass.
         counts: by savefield, of how many samples its results are, where these are a subset.
+        clock: gives seconds, where prices are wanted.
+        seconds: by savefield; a pass that several share is in that of each.
+        spent: on all of them.
     """
 
     def __init__(
@@ -45,7 +54,9 @@ class Observation:
         output: nn.Module | None = None,
         batch_size: BatchSize = None,
         max_samples: int | None = None,
+        considered: Sequence[AnyExtension] = (),
     ) -> None:
+        self.considered = list(considered)
         self.supplied, self.logged = list(supplied), list(logged)
         self._seed, self._output = seed, output
         self._batch_size, self._batch = batch_size, Batch()
@@ -59,13 +70,46 @@ class Observation:
         self._left: list[tuple[Tensor, str]] = []  # fields of parameters
         self.count = 0
         self.counts: dict[str, int] = {}
+        self.clock: Callable[[], float] | None = None
+        self.seconds: dict[str, float] = {}
+        self.spent = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self.supplied or self.logged)
+        return bool(self.supplied or self.logged or self.considered)
 
     def read(self, batch: Any) -> None:
         """Before `training_step`: what its batch says of the samples."""
         self._batch = describe_batch(batch, self._batch_size)
+
+    @property
+    def size(self) -> int | None:
+        """N, as far as the batch says it."""
+        return self._batch.expected if self._batch.size is None else self._batch.size
+
+    def look(self, loss: Tensor, seed: Tensor) -> dict[str, Exception]:
+        """Before a backward pass: savefields of what is considered and cannot be computed on this graph, and why.
+
+        Args:
+            loss: as for `begin`.
+            seed: as for `begin`.
+        """
+        considered, self.considered = self.considered, []
+        cap = None
+        if self._max_samples is not None and self._subsets is not None:
+            cap = Cap(self._max_samples, considered, self._subsets)
+        backprop = Backprop(
+            loss,
+            considered,
+            None,
+            self._batch,
+            False,
+            seed,
+            defer=True,
+            output=self._output,
+            cap=cap,
+        )
+        backprop.look()
+        return {e.savefield: error for extensions, error in backprop.failures for e in extensions}
 
     def begin(self, loss: Tensor, seed: Tensor, check: bool) -> None:
         """Before a backward pass.
@@ -80,6 +124,7 @@ class Observation:
         fields = {extension.savefield for extension in self.supplied}
         logged = [e for e in self.logged if e.savefield not in fields]
         extensions = [*self.supplied, *logged]
+        check = check and not all(map(_draws, extensions))  # of gradients, if there are any
         cap = None
         if self._max_samples is not None and self._subsets is not None:
             cap = Cap(self._max_samples, logged, self._subsets)
@@ -96,7 +141,14 @@ class Observation:
             output=self._output,
             cap=cap,
         )
-        backprop.before()
+        backprop.clock = self.clock
+        try:
+            backprop.before()
+        except Exception as error:
+            backprop.abort()
+            self._backprop = None
+            self._failures.append((tuple(extensions), error))
+            return
         self._failures, backprop.failures = backprop.failures, []
 
     def finish(self) -> Fields:
@@ -104,8 +156,17 @@ class Observation:
         backprop, self._backprop = self._backprop, None
         if backprop is None:
             return {}
-        results = backprop.finish()
+        try:
+            results = backprop.finish()
+        except Exception as error:
+            backprop.abort()
+            self._failures.append(((*self.supplied, *self.logged), error))
+            return {}
         self._failures = backprop.failures
+        self.seconds = {
+            extension.savefield: seconds for extension, seconds in backprop.seconds.items()
+        }
+        self.spent = backprop.spent
         self.count = backprop.count
         self.counts = {extension.savefield: count for extension, count in backprop.counts.items()}
         found: dict[str, dict[Any, Any]] = {extension.savefield: {} for extension in self.logged}
@@ -165,7 +226,18 @@ def required_extensions(optimizers: Iterable[Optimizer], partial: bool) -> list[
 def explained(error: Exception, names: Sequence[str]) -> RuntimeError:
     """The error with the quantities that it stops, and what to do."""
     kind = type(error) if isinstance(error, RuntimeError) else RuntimeError
+    drawn = "`mc_samples=0` leaves out the GGN trace and " if "ggn_trace" in names else ""
     return kind(
-        f"{error} (CurvatureCallback needs this for {', '.join(names)}. `mc_samples=0` leaves out the GGN trace and "
-        "`quantities` chooses what is computed; `strict=False` trains on without.)"
+        f"{for_trainers(error)} (CurvatureCallback needs this for {', '.join(names)}. {drawn}`quantities` chooses what "
+        "is computed; `strict=False` trains on without.)"
     )
+
+
+def for_optimizers(error: Exception) -> Exception:
+    """The error with advice for those who have a Trainer."""
+    text = for_trainers(error)
+    if text == str(error) or not isinstance(error, UnsupportedError):
+        return error
+    told = type(error)(text)
+    told.__cause__ = error
+    return told

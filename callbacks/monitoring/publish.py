@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.loggers import Logger
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning.loggers import Logger
 
 GROUP = "curvature"
 LAYERS = "curvature_layers"
@@ -32,6 +36,7 @@ class Events:
     def __init__(self) -> None:
         self._held: list[tuple[Any, ...]] = []
         self._due = 0.0
+        self._warned = False
 
     def add(self, *event: Any) -> None:
         """Take the arguments of `_write_event` without the time."""
@@ -43,8 +48,22 @@ class Events:
     def write(self) -> None:
         """Write what is held back."""
         while self._held:
-            _write_event(*self._held.pop(0))
+            with self.tolerating():
+                _write_event(*self._held.pop(0))
         self._due = time.time() + HELD_SECONDS
+
+    @contextmanager
+    def tolerating(self) -> Iterator[None]:
+        """What loggers raise does not end the run: a full disk, a folder that is read only, a logger of a test."""
+        try:
+            yield
+        except Exception as error:
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"CurvatureCallback cannot write to a logger ({type(error).__name__}: {error}) and goes on "
+                    "without; its values are still in `trainer.callback_metrics`."
+                )
 
 
 def publish(
@@ -61,18 +80,6 @@ def publish(
 
     `LightningModule.log` would write the values again at every later logging step of the epoch.
     """
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    for logger in trainer.loggers:
-        separator = logger.group_separator
-        metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
-        metrics |= {
-            f"{LAYERS}{separator}{name.replace('/', separator)}": value
-            for name, value in layers.items()
-        }
-        samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
-        images = {} if image is None else {f"{LAYERS}{separator}all": image}
-        write = events.add if _is_plain_tensorboard(logger) else _write
-        write(logger, step, metrics, samples, images)
     tagged = {f"{GROUP}/{name}": torch.scalar_tensor(value) for name, value in values.items()}
     trainer._logger_connector._callback_metrics.update(
         tagged
@@ -80,6 +87,20 @@ def publish(
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for logger in trainer.loggers:
+        separator = getattr(logger, "group_separator", "/")
+        separator = separator if isinstance(separator, str) else "/"  # of a mock
+        metrics = {f"{GROUP}{separator}{name}": value for name, value in values.items()}
+        metrics |= {
+            f"{LAYERS}{separator}{name.replace('/', separator)}": value
+            for name, value in layers.items()
+        }
+        samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
+        images = {} if image is None else {f"{LAYERS}{separator}all": image}
+        with events.tolerating():
+            write = events.add if _is_plain_tensorboard(logger) else _write
+            write(logger, step, metrics, samples, images)
 
 
 def _write(
@@ -90,7 +111,7 @@ def _write(
     images: Mapping[str, Tensor],
 ) -> None:
     """Through the methods of a logger; histograms and images if its experiment takes them."""
-    logger.log_metrics(metrics, step=step)
+    logger.log_metrics(metrics, step)
     experiment = getattr(logger, "experiment", None)
     if add_histogram := getattr(experiment, "add_histogram_raw", None):
         for name, found in samples.items():
@@ -106,11 +127,15 @@ def _is_plain_tensorboard(logger: Any) -> bool:
     tensorboard = sys.modules.get(
         "torch.utils.tensorboard"
     )  # 0.1 s to import, for loggers that do not need it
-    if tensorboard is None or not type(logger).log_metrics.__module__.endswith(
+    if tensorboard is None or not _module_of_log_metrics(logger).endswith(
         "fabric.loggers.tensorboard"
     ):
         return False
     return type(logger.experiment) is tensorboard.SummaryWriter and not logger._prefix
+
+
+def _module_of_log_metrics(logger: Any) -> str:
+    return getattr(getattr(type(logger), "log_metrics", None), "__module__", None) or ""
 
 
 def _write_event(
@@ -152,7 +177,7 @@ def binned(samples: Numbers) -> dict[str, Any]:
     }
 
 
-def add_layout(trainer: Trainer, series: Collection[str]) -> None:
+def add_layout(trainer: Trainer, series: Collection[str], events: Events) -> None:
     """Describe the charts of TensorBoard's "Custom Scalars": the norms as a band, every other series by itself."""
     charts: dict[str, list[object]] = {}
     if set(NORM_BAND) <= set(series):
@@ -161,9 +186,10 @@ def add_layout(trainer: Trainer, series: Collection[str]) -> None:
         name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND
     }
     for logger in trainer.loggers:
-        add = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
-        if add is not None:
-            add({GROUP: charts})
+        with events.tolerating():
+            add = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
+            if add is not None:
+                add({GROUP: charts})
 
 
 def heat_map(rows: Mapping[str, Mapping[str, float]], pixels: int = 8) -> Tensor | None:

@@ -25,7 +25,7 @@ divide by a curvature of the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,11 +34,17 @@ import torch
 from torch import Tensor
 
 from lightning_curv.callbacks.monitoring.measurement import Measurement
+from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import quantiles
 from lightning_curv.callbacks.settings import near
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
-from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
+from lightning_curv.extensions.spectrum import (
+    GGNTraceExact,
+    GGNTraceJointMC,
+    HessianTraceMC,
+    MaxEigenvalue,
+)
 from lightning_curv.extensions.unevaluated import GradientJacobian, GradientSum
 from lightning_curv.metrics import functional
 
@@ -56,6 +62,7 @@ FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
     "jacobian_grad": lambda _: GradientJacobian(),
     "grad_sum": lambda _: GradientSum(),
     "ggn_trace_mc": GGNTraceMC,
+    "ggn_trace_joint_mc": GGNTraceJointMC,
     "diag_ggn_mc": DiagGGNMC,
     "ggn_trace_exact": lambda _: GGNTraceExact(),
     "hessian_trace_mc": HessianTraceMC,
@@ -79,6 +86,7 @@ class Quantity:
         fields: savefields of the extensions that it needs.
         series: names that are logged.
         per_layer: whether it makes sense for the parameters of one layer.
+        instead: savefields that it can be computed from as well, where those are not to be had.
         spacing: least number of steps between two measurements, once the first `DENSE` steps are
             over.
     """
@@ -88,7 +96,20 @@ class Quantity:
     fields: tuple[str, ...]
     series: tuple[str, ...]
     per_layer: bool
+    instead: tuple[str, ...] = ()
     spacing: int = 1
+
+    def path(self, off: Collection[str]) -> tuple[str, ...] | None:
+        """The savefields that it is computed from.
+
+        Args:
+            off: savefields, or names of quantities, that cannot be computed.
+
+        Returns:
+            `None` where it cannot be computed either.
+        """
+        paths = [self.fields, self.instead] if self.instead else [self.fields]
+        return next((fields for fields in paths if not {self.name, *fields} & {*off}), None)
 
     @property
     def of_some(self) -> Quantity:
@@ -144,12 +165,21 @@ def select(quantities: str | Sequence[str]) -> list[Quantity]:
     ]
 
 
+def named(quantities: str | Sequence[str]) -> set[str]:
+    """Those that the user chose by name: what is there by default, or with all, was not asked for."""
+    given = [quantities] if isinstance(quantities, str) else list(quantities)
+    return {name for name in given if name in QUANTITIES}
+
+
 def _quantity(
-    *fields: str, series: tuple[str, ...] = (), per_layer: bool = True
+    *fields: str,
+    series: tuple[str, ...] = (),
+    per_layer: bool = True,
+    instead: tuple[str, ...] = (),
 ) -> Callable[[Callable[[Measurement], Any]], Callable[[Measurement], Any]]:
     def add(formula: Callable[[Measurement], Any]) -> Callable[[Measurement], Any]:
         name = formula.__name__
-        QUANTITIES[name] = Quantity(name, formula, fields, series or (name,), per_layer)
+        QUANTITIES[name] = Quantity(name, formula, fields, series or (name,), per_layer, instead)
         return formula
 
     return add
@@ -157,8 +187,9 @@ def _quantity(
 
 def _of_the_course(name: str) -> None:
     """A quantity of several steps, which is not a function of one measurement."""
-    fields = ("batch_l2",) if name in ("noise_scale", "suggested_batch_size") else ()
-    QUANTITIES[name] = Quantity(name, None, fields, (name,), name == "noise_scale")
+    noise = name in ("noise_scale", "suggested_batch_size")
+    fields, instead = (("batch_l2",), (PARTS,)) if noise else ((), ())
+    QUANTITIES[name] = Quantity(name, None, fields, (name,), name == "noise_scale", instead)
 
 
 def _ratio(parts: tuple[float, float]) -> float:
@@ -183,13 +214,18 @@ def sample_norms(m: Measurement) -> list[float]:
     return quantiles(m.norms, m.norm_weights, [*LEVELS.values()])
 
 
-@_quantity("batch_l2")
+@_quantity("batch_l2", instead=(PARTS,))
 def grad_variance(m: Measurement) -> float:
-    r"""$\widehat{\mathrm{tr}\,\Sigma}$, unbiased."""
+    r"""$\widehat{\mathrm{tr}\,\Sigma}$, unbiased.
+
+    Where samples have no gradients of their own, it and what follows from it come from the
+    gradients of micro-batches and processes:
+    `lightning_curv.metrics.functional.unbiased_moments_of_parts`.
+    """
     return m.variance
 
 
-@_quantity("batch_l2")
+@_quantity("batch_l2", instead=(PARTS,))
 def grad_signal(m: Measurement) -> float:
     r"""$\widehat{\|G\|^2} = \|\bar g\|^2 - c\,\widehat{\mathrm{tr}\,\Sigma}$: squared norm without noise, unbiased.
 
@@ -208,10 +244,14 @@ _of_the_course("noise_scale")
 _of_the_course("suggested_batch_size")
 
 
-@_quantity("ggn_trace_mc")
+@_quantity("ggn_trace_mc", instead=("ggn_trace_joint_mc",))
 def ggn_trace(m: Measurement) -> float:
-    """Trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate. Dangel et al., *BackPACK*, ICLR 2020."""
-    return m.sum_of("ggn_trace_mc")
+    """Trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate. Dangel et al., *BackPACK*, ICLR 2020.
+
+    Where samples influence each other, that of the network as a function of the whole batch:
+    `GGNTraceJointMC`.
+    """
+    return m.first_of("ggn_trace_mc", "ggn_trace_joint_mc")
 
 
 @_quantity("ggn_trace_exact")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -14,11 +14,15 @@ from torch.optim import Optimizer
 from lightning_curv.callbacks.monitoring.layers import parameters_by_layer
 from lightning_curv.callbacks.monitoring.measure import Job, RunningNoiseScale, measure
 from lightning_curv.callbacks.monitoring.measurement import Measurement
+from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.publish import Events, heat_map, publish
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
 from lightning_curv.callbacks.monitoring.quantities import Quantity
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory, distance
 from lightning_curv.callbacks.monitoring.window import Window
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 NOISE_SCALE = {"noise_scale", "suggested_batch_size"}
 
@@ -35,7 +39,9 @@ class Report:
         off: savefields that cannot be computed.
 
     Attributes:
-        fields: savefields that are to be computed.
+        fields: savefields that extensions are to compute.
+        listens: whether the norms of whole gradients are needed, too.
+        failures: savefields or names of quantities that could not be computed in the end, and why.
     """
 
     def __init__(
@@ -54,17 +60,18 @@ class Report:
         self._updated: dict[str, list[Parameter]] = {}
         self._histograms: dict[str, Numbers] = {}
         self._off: set[str] = set()
+        self.failures: list[tuple[set[str], Exception]] = []
         self.too_noisy = 0  # samples of a batch that was too small
         self.turn_off(off)
 
     def turn_off(self, fields: Collection[str]) -> None:
-        """Leave out what needs one of these savefields, which could not be computed in this process."""
+        """Leave out what needs one of these, savefields or names, that could not be computed in this process."""
         self._off |= set(fields)
-        possible = [q for q in self._quantities if self._off.isdisjoint(q.fields)]
-        self._names = {quantity.name for quantity in possible}
-        self.fields = list(
-            dict.fromkeys(field for quantity in possible for field in quantity.fields)
-        )
+        paths = {quantity.name: quantity.path(self._off) for quantity in self._quantities}
+        self._names = {name for name, path in paths.items() if path is not None}
+        self._fields = dict.fromkeys(field for path in paths.values() for field in path or ())
+        self.fields = [field for field in self._fields if field != PARTS]
+        self.listens = PARTS in self._fields
 
     @torch.no_grad()
     def measure(
@@ -99,8 +106,13 @@ class Report:
             part = {p: grads[p] for p in params}
             statistics = window.statistics(params, share=1 / passes)
             quantities = [q for q in self._quantities if not name or q.per_layer]
-            fields = dict.fromkeys(field for quantity in quantities for field in quantity.fields)
-            lost, names = fields.keys() - {*self.fields}, {quantity.name for quantity in quantities}
+            fields = dict.fromkeys(
+                field for quantity in quantities for field in (*quantity.fields, *quantity.instead)
+            )
+            lost, names = (
+                fields.keys() - self._fields.keys(),
+                {quantity.name for quantity in quantities},
+            )
             pool, with_loss = "sample_norms" in names, "cabs" in names
             measurement = Measurement(
                 statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss
@@ -113,6 +125,7 @@ class Report:
             if mine := [p for p in params if p in grads]:
                 jobs[layer] = job(mine, layer)
         found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
+        self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
         self._values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
         self._layers |= found
         measurement = jobs[""].measurement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
 
 
@@ -26,6 +28,7 @@ class BackwardPass:
         samples: N, their number.
         counts: by savefield, the number S of samples that results are of, where these are a random
             subset of the N.
+        size: the number of samples in the batch, which may be known where their rows are not.
     """
 
     fields: dict[str, dict[Parameter, Any]] = field(default_factory=dict)
@@ -33,6 +36,7 @@ class BackwardPass:
     loss: Tensor | None = None
     samples: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
+    size: int | None = None
 
     def count(self, savefield: str) -> int:
         """How many samples the results of an extension are of."""
@@ -149,6 +153,23 @@ class Statistics:
         r"""$\sum_n w_n g_n$, of the parameters' shapes: $\bar g$ if all samples are known, else an estimate of it."""
         return self._means("grad_sum", power=1)
 
+    @property
+    def parts(self) -> tuple[Tensor | float, float, float]:
+        r"""$\sum_k v_k \|G_k\|^2$, $\sum_k v_k / n_k$ and the number of parts: the passes, of mean gradients $G_k$.
+
+        NaN where a pass is no part of the mean, or its number of samples is not known.
+        """
+        squares = [_total(found) / backward.factor**2 for backward, found in self._found(PARTS)]
+        sizes = [backward.size for backward in self._passes]
+        shared = self._share * len(self._passes) == 1 and len(squares) == len(sizes)
+        if not squares or not shared or not all(sizes):
+            return math.nan, math.nan, 1.0
+        return (
+            torch.stack([wide(square) for square in squares]).mean(),
+            _mean([1 / n for n in sizes if n]),
+            len(sizes),
+        )
+
     def curvatures(self, savefield: str) -> dict[Parameter, Tensor]:
         r"""A curvature of the window's loss, $\alpha \sum_m C_m$; for eigenvalues an upper bound of that."""
         return self._summed(
@@ -216,6 +237,10 @@ class Window:
         params = list(params)
         passes = [backward for backward in self._passes if not backward.covered.isdisjoint(params)]
         return Statistics(passes or self._passes, params, share)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.private_training.collation import refuse_mixed_batches
 from lightning_curv.callbacks.private_training.independence import refuse_coupled_samples
 from lightning_curv.callbacks.private_training.state import StateWatch
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 _FIRST_ROUNDS = 3  # pairs of batches of a loader that are compared at first
 

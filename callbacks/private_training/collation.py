@@ -7,20 +7,22 @@ import random
 import secrets
 import warnings
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.private_training.equal_randomness import EqualRandomness, seeded
 from lightning_curv.callbacks.private_training.independence import compare, observe, tolerance
 from lightning_curv.callbacks.private_training.loader import dataset_size
 from lightning_curv.callbacks.private_training.undisturbed import equal, undisturbed
 from lightning_curv.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 _MOST = 4  # samples that two batches share
 Pair = tuple[Any, Any]

@@ -7,14 +7,12 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule
-from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_curv.callbacks.import_names import MisconfigurationException, from_lightning
 from lightning_curv.callbacks.private_training.equal_randomness import EqualRandomness, seeded
 from lightning_curv.callbacks.private_training.undisturbed import Kept, equal, undisturbed
 from lightning_curv.callbacks.recorded_step import eager
@@ -26,6 +24,9 @@ from lightning_curv.recording.record import record
 from lightning_curv.recording.records import edge_of
 from lightning_curv.samples.batch import Batch
 from lightning_curv.terms.jacobian import Jacobian
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
 
 
 class _Gradients(GraphExtension):
@@ -99,11 +100,8 @@ def observe(
     """
     known: Batch = describe_batch(batch, size)
     step = pl_module.training_step
-    arguments = (
-        (batch, batch_idx)
-        if is_param_in_hook_signature(step, "batch_idx", min_args=2)
-        else (batch,)
-    )
+    takes = from_lightning("utilities.signature_utils", "is_param_in_hook_signature")
+    arguments = (batch, batch_idx) if takes(step, "batch_idx", min_args=2) else (batch,)
     device = pl_module.device
     forward = pl_module.trainer.precision_plugin.forward_context()
     with seeded(0, device), torch.enable_grad(), forward, eager(), record(), randomness:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sized
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
-from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -18,7 +15,14 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_curv.callbacks.import_names import MisconfigurationException, from_lightning
 from lightning_curv.callbacks.private_training.poisson import PoissonBatchSampler
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.trainer.connectors.data_connector import _DataLoaderSource
+else:
+    _DataLoaderSource = from_lightning("trainer.connectors.data_connector", "_DataLoaderSource")
 
 
 class ConvertedSource(_DataLoaderSource):

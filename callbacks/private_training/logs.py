@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from pytorch_lightning import Trainer
 
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 
 def private_values(optimizer: DPOptimizer) -> dict[str, float]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader
 
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.private_training.loader import (
     dataset_size,
     require_each_sample_once,
@@ -24,6 +23,9 @@ from lightning_curv.optimizers.privacy.accounting import (
     Sampling,
     TruncatedPoissonSampling,
 )
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
 
 
 class PlannedBatches(PoissonBatchSampler):

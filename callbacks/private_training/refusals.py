@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningModule, Trainer
 from torch import nn
 
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.private_training.loader import require_plain_loader
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
 
 
 def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
     """Raise if something that is known before the model is set up is not private."""
     strategy = type(trainer.strategy).__name__
     callbacks = [kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__]  # type: ignore[attr-defined]
+    overfits = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
     refusals = {
         "automatic optimization, found manual; use `DPOptimizer` with `curvature(...)` in a loop of your own": (
             not pl_module.automatic_optimization
@@ -40,9 +43,7 @@ def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
         "`fit`, they would forget what was spent; use 'ddp'": (
             "MultiProcessing" in type(trainer.strategy.launcher).__name__
         ),
-        "`overfit_batches=0`, found another value; limit the data set itself": bool(
-            trainer.overfit_batches
-        ),  # type: ignore[attr-defined]
+        "`overfit_batches=0`, found another value; limit the data set itself": overfits,
     }
     for message, refused in refusals.items():
         if refused:

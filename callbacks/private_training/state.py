@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Seen = tuple[int, int, Tensor | None]  # identity, version, fingerprint

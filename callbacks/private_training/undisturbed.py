@@ -6,12 +6,14 @@ import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule
 
 _OF_EVERY_MODULE = {*vars(nn.Module())} - {"_buffers"}
 _CONTAINERS = (list, dict, set, deque)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from operator import attrgetter
 from traceback import clear_frames
 from typing import Any
 from weakref import WeakSet
@@ -65,6 +66,10 @@ class Backprop:
         failures: What was gone on without, and why.
         count: N, once it is known.
         counts: The number of samples behind the results of every extension that got some of the N.
+        clock: Gives seconds, where prices are wanted.
+        seconds: The price of every extension by this clock; a pass that several share is in that of
+            each.
+        spent: The price of all of them.
 
     Raises:
         UnsupportedError: A parameter, a loss or a quantity is not covered.
@@ -98,18 +103,22 @@ class Backprop:
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
         self.count = 0
         self.counts: dict[AnyExtension, int] = {}
+        self.clock: Callable[[], float] | None = None
+        self.seconds: dict[AnyExtension, float] = {}
+        self.spent = 0.0
 
     @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
         with _Failing(self, self._extensions):
-            self._passes = passes = self._walked()
-            self._refuse_uncovered(passes.tape)
-            self._find_samples(passes)
+            passes = self._looked()
             self._choose(passes)
+        if self.failures and not self._extensions:
+            return
         units = _units(self._extensions, passes)
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
+            start = self._now()
             with _Failing(self, extensions):
                 if isinstance(unit, GraphExtension):
                     self._results[unit] = unit.compute(passes)
@@ -117,6 +126,7 @@ class Backprop:
                     for jacobians in unit.jacobians(self._passes_of(extensions)):
                         for jacobian in jacobians.values() if extensions else ():
                             self._evaluate(jacobian, extensions)
+            self._spend(extensions, start)
         if gradient and self._create_graph:
             self._differentiate(passes, gradient)
             gradient = [
@@ -130,6 +140,23 @@ class Backprop:
             parameters = (p for found in passes.tape.parameters.values() for p in found)
             self._handover = Handover(self._hook, parameters, self._leave)
         _PENDING.add(self)
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Find the samples and what is refused, without computing anything; with `defer`, see `failures`."""
+        with _Failing(self, self._extensions):
+            passes = self._looked()
+        with _Failing(self, [e for e in self._extensions if e.needs_likelihood]) as some:
+            if some:
+                list(
+                    map(attrgetter("flat"), passes.parts)
+                )  # differentiates losses that are not known
+
+    def _looked(self) -> Passes:
+        self._passes = passes = self._walked()
+        self._refuse_uncovered(passes.tape)
+        self._find_samples(passes)
+        return passes
 
     def _listen(self, extensions: list[Extension]) -> None:
         """Hear the gradients of the user's pass."""
@@ -297,7 +324,9 @@ class Backprop:
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
         jacobian.shared = len(extensions) > 1
+        heard = extensions is self._heard and self.clock is not None
         for extension in [*extensions]:
+            start = self._now() if heard else 0.0
             try:
                 results = self._results.setdefault(extension, {})
                 previous = results.get(jacobian.parameter)
@@ -311,6 +340,18 @@ class Backprop:
                     raise
                 self.fail(extensions if isinstance(extension, SumCheck) else [extension], error)
                 extensions[:] = [e for e in extensions if e in self._extensions]
+            if heard:
+                self._spend([extension], start)
+
+    def _now(self) -> float:
+        return 0.0 if self.clock is None else self.clock()
+
+    def _spend(self, extensions: Sequence[AnyExtension], start: float) -> None:
+        """Note the time since the start for every one of some extensions, which shared it."""
+        if self.clock is not None:
+            seconds = self.clock() - start
+            self.spent += seconds
+            self.seconds.update((e, self.seconds.get(e, 0.0) + seconds) for e in extensions)
 
     def fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
         """Go on without some extensions, and free what they had in memory."""
@@ -335,8 +376,8 @@ class _Failing:
     def __init__(self, backprop: Backprop, extensions: Sequence[AnyExtension]) -> None:
         self._backprop, self._extensions = backprop, extensions
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> bool:
+        return bool(self._extensions)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
         if isinstance(error, Exception) and self._backprop.defers:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.errors import differentiating_twice
@@ -47,6 +48,7 @@ class HessianTraceMC(GraphExtension):
 
     savefield = "hessian_trace_mc"
     independent = False
+    needs_samples = False
     needs_likelihood = False
 
     def __init__(self, mc_samples: int = 1) -> None:
@@ -70,6 +72,43 @@ class HessianTraceMC(GraphExtension):
                 ]
                 for p, sign, image in zip(params, signs, product(signs), strict=True):
                     totals[p] += (sign * image).sum() / self.mc_samples
+        return totals
+
+
+class GGNTraceJointMC(GraphExtension):
+    r"""Estimate of the trace of the parameter's GGN block from whole batches, in ``ggn_trace_joint_mc``, a scalar.
+
+    :math:`\frac1M \sum_m \|J^\top s_m\|^2` with the Jacobian J of all outputs of the batch and
+    random :math:`s_m` with :math:`E\,s s^\top = H`. No samples are taken apart, so that they may
+    influence each other (BatchNorm, a contrastive loss): the GGN is then that of the network as a
+    function of the batch. Where they do not, `GGNTraceMC` varies less.
+
+    Args:
+        mc_samples: M; each costs one backward pass.
+    """
+
+    savefield = "ggn_trace_joint_mc"
+    independent = False
+    needs_samples = False
+    batchwise = True
+
+    def __init__(self, mc_samples: int = 1) -> None:
+        self.mc_samples = mc_samples
+
+    def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
+        """One number per parameter."""
+        params = all_parameters(passes)
+        edges = [get_gradient_edge(p) for p in params]
+        totals = {
+            p: torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            for p in params
+        }
+        for part in passes.parts:
+            for _ in range(self.mc_samples):
+                found = passes.backward(part.edges, edges, part.sample(passes.generator))
+                for p, gradient in zip(params, found, strict=True):
+                    if gradient is not None:
+                        totals[p] += gradient.to(totals[p]).square().sum() / self.mc_samples
         return totals
 
 
@@ -100,6 +139,8 @@ class MaxEigenvalue(GraphExtension):
     """
 
     independent = False
+    needs_samples = False
+    batchwise = True
 
     def __init__(
         self,

@@ -44,8 +44,42 @@ def unbiased_moments(
         >>> unbiased_moments(g.square().sum(1).mean(), g.mean(0).square().sum(), torch.tensor(1 / 2))
         (tensor(2.), tensor(3.))
     """
-    trace = (second_moment - grad_sq_norm) / (1 - concentration)
-    return trace, grad_sq_norm - trace * concentration
+    return unbiased_moments_of_parts(second_moment, grad_sq_norm, 1, concentration)
+
+
+def unbiased_moments_of_parts(
+    second_moment: Number, grad_sq_norm: Number, part_inverse: Number | float, whole_inverse: Number
+) -> tuple[Number, Number]:
+    r"""The same two from gradients of parts of a batch: micro-batches, or the batches of several processes.
+
+    No gradient of a single sample is needed. Part $k$ of $n_k$ samples has the mean gradient $G_k$
+    and the weight $v_k$, $\sum_k v_k = 1$, and $\bar g = \sum_k v_k G_k$. From
+    $E\|G_k\|^2 = \|G\|^2 + \mathrm{tr}\,\Sigma / n_k$ and
+    $E\|\bar g\|^2 = \|G\|^2 + \mathrm{tr}\,\Sigma \sum_k v_k^2 / n_k$ follow
+
+    $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_k v_k \|G_k\|^2 - \|\bar g\|^2}{\sum_k v_k / n_k - \sum_k v_k^2 / n_k},
+    \qquad \widehat{\|G\|^2} = \|\bar g\|^2 - \widehat{\mathrm{tr}\,\Sigma} \sum_k v_k^2 / n_k .$$
+
+    For parts of one size these are the estimators of two batch sizes of McCandlish et al., 2018,
+    appendix A. They vary more than `unbiased_moments`: the trace by a factor of about
+    $(N - 1) / (K - 1)$ for K parts of N samples. Where samples of one part influence each other
+    (BatchNorm), $\mathrm{tr}\,\Sigma$ is n times the variance of the gradient of a part.
+
+    Args:
+        second_moment: $\sum_k v_k \|G_k\|^2$, [].
+        grad_sq_norm: $\|\bar g\|^2$, [].
+        part_inverse: $\sum_k v_k / n_k$, [].
+        whole_inverse: $\sum_k v_k^2 / n_k$, less than that, [].
+
+    Returns:
+        The two estimates, [] and [].
+
+    Example:
+        >>> unbiased_moments_of_parts(5.0, 4.0, 1 / 8, 1 / 16)  # two parts of 8 with gradients [1, 0] and [3, 0]
+        (16.0, 3.0)
+    """
+    trace = (second_moment - grad_sq_norm) / (part_inverse - whole_inverse)
+    return trace, grad_sq_norm - trace * whole_inverse
 
 
 def gradient_diversity(

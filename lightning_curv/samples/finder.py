@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lightning_curv.errors import UnsupportedError
+from lightning_curv.errors import SampleCountError, UnsupportedError
 from lightning_curv.graph.heads import Head
 from lightning_curv.graph.tape import Tape
 from lightning_curv.passes.owned import Samples
@@ -130,7 +130,8 @@ def _first_that_agrees(search: Search, counts: Sequence[int]) -> Found:
     if not search.independent and (samples := _assumed(search, default)) is not None:
         return Found(samples, {}, [])
     refuse_scales(search)
-    raise UnsupportedError(message(search, default, reason))
+    kind = UnsupportedError if search.batch.size is None else SampleCountError
+    raise kind(message(search, default, reason))
 
 
 def _attempt(search: Search, count: int) -> Found | None:

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
+import lightning_curv
 from lightning_curv import CurvatureCallback, KFACOptimizer
 from lightning_curv.engine.sum_check import SumCheck
 
@@ -83,13 +84,15 @@ def test_unsupported_model_raises_or_warns_once():
             self.net.append(nn.BatchNorm1d(3))
 
     with pytest.raises(RuntimeError, match=r"(?i)batch.?norm"):
-        fit(Normed(), CurvatureCallback())
+        fit(Normed(), CurvatureCallback(["default", "sample_norms"]))
     net = Normed()
-    with pytest.warns(UserWarning, match="CurvatureCallback stops logging") as caught:
-        trainer = fit(net, CurvatureCallback(strict=False))
-    assert sum("stops logging" in str(warning.message) for warning in caught) == 1
+    with pytest.warns(
+        UserWarning, match="CurvatureCallback logs .* leaves out sample_norms"
+    ) as caught:
+        trainer = fit(net, CurvatureCallback())
+    assert sum("CurvatureCallback" in str(warning.message) for warning in caught) == 1
     logged = {name for name in trainer.callback_metrics if name.startswith("curvature")}
-    assert logged == {"curvature/grad_norm"}  # needs no sample
+    assert logged == {"curvature/grad_norm", "curvature/ggn_trace"}  # need no sample
     assert_nothing_left_behind(net)
 
 
@@ -99,13 +102,13 @@ def test_a_failed_check_raises_or_trains_on_without_logging(monkeypatch):
 
     monkeypatch.setattr(SumCheck, "evaluate", fail)
     with pytest.raises(RuntimeError, match=r"on purpose.*`strict=False` trains on"):
-        fit(Net(), CurvatureCallback())
+        fit(Net(), CurvatureCallback(["grad_variance"]))
     plain, watched = Net(optimizer=kfac), Net(optimizer=kfac)
     fit(plain, CurvatureCallback(every_n_steps=0))
     with pytest.warns(
         UserWarning, match="CurvatureCallback stops logging .*grad_variance.*: on purpose"
     ):
-        fit(watched, CurvatureCallback(strict=False))
+        fit(watched, CurvatureCallback())
     assert_same_parameters(plain, watched)
     assert_nothing_left_behind(watched)
 
@@ -197,8 +200,8 @@ def test_values_of_two_processes_equal_those_of_one(tmp_path):
 
 def test_either_import_name_trains_with_the_callback_and_kfac(tmp_path):
     lightning = needs("lightning.pytorch")
-    assert issubclass(CurvatureCallback, pl.Callback)
-    assert issubclass(CurvatureCallback, lightning.Callback)
+    assert issubclass(lightning_curv.CurvatureCallback, pl.Callback)
+    assert issubclass(lightning_curv.CurvatureCallback, lightning.Callback)
 
     class Other(lightning.LightningModule):
         def __init__(self):

@@ -80,7 +80,7 @@ def test_out_of_memory_stops_a_strict_run_with_the_name_of_the_quantity(monkeypa
     with pytest.raises(
         torch.OutOfMemoryError, match=f"out of memory on purpose .*needs this for {name}"
     ):
-        fit(net, CurvatureCallback(QUANTITIES))
+        fit(net, CurvatureCallback([*QUANTITIES, name]))
     assert_nothing_left_behind(net)
 
 

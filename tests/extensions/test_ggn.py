@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from estimates import RUNS, assert_unbiased
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from zoo import NAMES, ROW, assert_close, assert_fields, compute, reference
@@ -74,22 +75,7 @@ def test_square_root_of_chosen_samples():
 
 # --- Monte Carlo -----------------------------------------------------------------------------------------------------
 
-RUNS, SAMPLES = 100, 8
-
-
-def assert_unbiased(estimates: torch.Tensor, exact: torch.Tensor, label: str) -> None:
-    """The mean of independent estimates [RUNS, …] is within six of its standard errors of the exact value.
-
-    Six standard errors fail by chance about once in 1e8 entries; that the largest entry's tolerance
-    stays below half its value shows that a wrong constant (2, N, M) would be found.
-    """
-    mean, error = estimates.mean(0), estimates.std(0) / len(estimates) ** 0.5
-    largest = exact.abs().argmax()
-    assert 6 * error.flatten()[largest] < 0.5 * exact.flatten()[largest].abs(), (
-        f"{label}: too few samples to tell"
-    )
-    excess = (mean - exact).abs() - 6 * error - 1e-9 * exact.abs().max()
-    assert excess.max() <= 0, f"{label}: {excess.max():.2e} beyond six standard errors"
+SAMPLES = 8
 
 
 @pytest.mark.parametrize(

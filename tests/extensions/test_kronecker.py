@@ -7,8 +7,8 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from estimates import RUNS, assert_unbiased
 from losses_table import LOSS
-from test_ggn import RUNS, assert_unbiased
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

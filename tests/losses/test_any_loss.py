@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ggn import RUNS, assert_unbiased
-from test_output import Once
+from estimates import RUNS, assert_unbiased
+from refused_ops import Once
 from torch import Tensor, nn
 from torch.distributions import (
     Categorical,

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from estimates import RUNS, assert_unbiased
 from losses_table import (
     LOSS,
     LOSSES,
@@ -16,7 +17,7 @@ from losses_table import (
     real,
     soft_bits,
 )
-from test_ggn import RUNS, assert_unbiased
+from small_networks import N, small_problem
 from torch import nn
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
@@ -34,18 +35,7 @@ from lightning_curv.losses import PARTS
 from lightning_curv.losses.categorical import Categorical, _classes
 from lightning_curv.terms.owners import BatchAxis
 
-N = 4
 pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # kl_div
-
-
-def small_problem(loss) -> Problem:
-    torch.manual_seed(len(loss.name))
-    shape = torch.Size((3, *loss.extra))
-    model = nn.Sequential(
-        nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, shape.numel()), nn.Unflatten(1, shape)
-    ).double()
-    X = torch.randn(N, 5, dtype=torch.float64)
-    return Problem(model, X, loss.target((N, *shape)), loss)
 
 
 def by_function(problem):

@@ -10,9 +10,10 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from estimates import RUNS, assert_unbiased
 from losses_table import LOSS, Loss, cross_entropy_summand, labels, mse_summand, real, soft_bits
-from test_ggn import RUNS, assert_unbiased
-from test_losses import small_problem
+from refused_ops import Once
+from small_networks import small_problem
 from torch import nn
 from zoo import ROW, assert_close, assert_fields, compute
 
@@ -307,18 +308,6 @@ def test_hooks_are_removed_and_nothing_is_kept():
 
 def batch_statistics(f, y):
     return (f - f.mean(0)).pow(4).sum()
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, f):
-        ctx.save_for_backward(f)
-        return f.square().sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * g * ctx.saved_tensors[0]
 
 
 @pytest.mark.parametrize(

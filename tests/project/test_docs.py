@@ -58,7 +58,7 @@ def test_code_runs(path, tmp_path, monkeypatch):
 
 def test_diffs_are_of_the_files_that_they_name():
     diffs = re.findall(r"```diff\n(.*?)```", (DOCS / "architecture.md").read_text(), re.DOTALL)
-    assert len(diffs) == 4
+    assert len(diffs) == 6
     for path, lines in re.findall(r"\+\+\+ b/(\S+)\n((?:\+(?!\+).*\n)+)", "".join(diffs)):
         source = iter((ROOT / path).read_text().splitlines())
         for line in lines.splitlines():

@@ -326,3 +326,11 @@ def test_doctests(path):
         doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).failed
         == 0
     )
+
+
+def test_every_file_of_tests_runs_alone():
+    """What several of them need is in `support/`, which is on the path of all."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len({path.name for path in files}) == len(files)
+    for path in files:
+        assert not re.search(r"^\s*(?:from|import) test_", path.read_text(), re.MULTILINE), path

@@ -1,0 +1,53 @@
+"""Norms of the gradients of whole backward passes: what is known of the noise where no sample has a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from lightning_curv.differentiation.internal_pass import own_pass
+
+PARTS = "part_l2"  # the savefield
+
+
+class PartNorms:
+    """Listens to one backward pass where the gradients reach the parameters, before processes are averaged."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._found: dict[Parameter, Tensor] = {}
+
+    def listen(self, params: Iterable[Parameter]) -> None:
+        """Begin."""
+        self.stop()
+        for param in params:
+            if param.requires_grad:
+                node = get_gradient_edge(param).node
+                self._found[param] = torch.zeros((), dtype=torch.float32, device=param.device)
+                self._handles.append(node.register_prehook(partial(self._hear, param)))
+
+    def _hear(self, param: Parameter, gradients: tuple[Any, ...]) -> None:
+        gradient = gradients[0]
+        if gradient is None or own_pass():
+            return
+        with torch.no_grad():
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
+            real = values.abs() if values.is_complex() else values
+            norm = torch.linalg.vector_norm(
+                real, dtype=torch.promote_types(real.dtype, torch.float32)
+            )
+            self._found[param] = norm.square()
+
+    def stop(self) -> dict[Parameter, Tensor]:
+        """End; the squared norms by parameter, [] each, zero for what the pass did not reach."""
+        while self._handles:
+            self._handles.pop().remove()
+        found, self._found = self._found, {}
+        return found
