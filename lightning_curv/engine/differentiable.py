@@ -20,7 +20,7 @@ from lightning_curv.errors import UnsupportedError, describe, differentiating_tw
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import Use
-from lightning_curv.samples.finder import owner_of_rows
+from lightning_curv.samples.groups import owner_of_rows
 
 
 def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Extensions: one small class per quantity, each a function of a parameter's per-sample Jacobian."""
+"""Extensions: one class per quantity, each a function of a parameter's per-sample Jacobian."""
 
 from lightning_curv.extensions.base import (
     Differentiable,

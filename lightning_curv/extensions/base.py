@@ -1,4 +1,4 @@
-"""What an extension is."""
+"""What an extension is: a name, a source of columns, and one function of a `Jacobian`."""
 
 from __future__ import annotations
 
@@ -63,19 +63,39 @@ class Extension(ABC):
 
     @abstractmethod
     def evaluate(self, jacobian: Jacobian) -> Any:
-        """The quantity, for some columns of the parameter's Jacobian."""
+        """Compute the quantity from some columns of the parameter's Jacobian.
+
+        Args:
+            jacobian: The Jacobian of one parameter, for columns of the source. It carries the scale
+                of the loss.
+
+        Returns:
+            The quantity of these columns, which `merge` combines with that of others.
+        """
 
     def accumulate(self, previous: Any, jacobian: Jacobian) -> Any:
-        """The result so far with further columns: `evaluate` and `merge`, unless it can be changed in place."""
+        """Add further columns to the result so far; override it to change a large one in place.
+
+        Args:
+            previous: The result so far.
+            jacobian: Columns that are not in it.
+
+        Returns:
+            The result of all of them: what `evaluate` and `merge` make, unless a subclass is
+            faster.
+        """
         return self.merge(previous, self.evaluate(jacobian), jacobian)
 
     def merge(self, previous: Any, new: Any, jacobian: Jacobian) -> Any:
-        """Combine the results of disjoint sets of columns; they add up unless a subclass says otherwise.
+        """Combine results of disjoint sets of columns; unless a subclass differs, they add up.
 
         Args:
             previous: The result so far.
             new: The result for the columns of ``jacobian``.
             jacobian: What ``new`` was evaluated on.
+
+        Returns:
+            The result for all these columns.
         """
         return previous + new
 
@@ -86,19 +106,45 @@ class Extension(ABC):
 
 
 class Differentiable(Extension):
-    """A first-order quantity that is differentiable where the gradient is: ``loss.backward(create_graph=True)``."""
+    """A first-order quantity that has a graph after ``loss.backward(create_graph=True)``.
+
+    It is then as differentiable as ``.grad``: for penalties on the variance of the gradient and the
+    like. A subclass writes one more function, of the per-sample gradients.
+
+    Example:
+        The mean absolute per-sample gradient, as a quantity that can be a penalty:
+
+        >>> import torch
+        >>> from lightning_curv import curvature
+        >>> from lightning_curv.extensions import Differentiable
+        >>> class MeanAbsolute(Differentiable):
+        ...     savefield = "mean_absolute"
+        ...     def evaluate(self, jacobian):
+        ...         return self.of_gradients(jacobian.per_sample()[0])
+        ...     def of_gradients(self, gradients):
+        ...         return gradients.abs().mean(0)
+        >>> w = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> with curvature(MeanAbsolute()):  # the gradients of (w x)² are 2 w x²
+        ...     (torch.tensor([[1.0], [3.0]]) * w).square().sum().backward(create_graph=True)
+        >>> torch.autograd.grad(w.mean_absolute.sum(), w)  # the mean of 2 x²
+        (tensor([10.]),)
+    """
 
     @abstractmethod
     def of_gradients(self, gradients: Tensor) -> Tensor:
-        """The quantity by operations that autograd can differentiate.
+        """Compute the quantity by operations that autograd can differentiate.
 
         Args:
-            gradients: The per-sample gradients, ``[N, *p]``.
+            gradients: The per-sample gradients, ``[N, *p]``, with a graph. They carry the scale of
+                the loss.
+
+        Returns:
+            The same value as `evaluate`, with a graph.
         """
 
 
 class GraphExtension(ABC):
-    """A quantity that is no function of backpropagated columns, and makes its own passes through the graph.
+    """A quantity that is no function of backpropagated columns, and makes passes of its own.
 
     Attributes:
         savefield: Name of the parameter's attribute that receives the result.
@@ -109,6 +155,24 @@ class GraphExtension(ABC):
             other.
         needs_likelihood: Whether it needs the curvature of the loss.
         keeps_graph: Whether the results need the graph after the backward pass.
+
+    Example:
+        How many ops use each parameter, read from the graph without any pass:
+
+        >>> import torch
+        >>> from lightning_curv import curvature
+        >>> from lightning_curv.extensions import GraphExtension
+        >>> class Uses(GraphExtension):
+        ...     savefield = "uses"
+        ...     needs_samples = needs_likelihood = False
+        ...     def compute(self, passes):
+        ...         used = [p for found in passes.tape.parameters.values() for p in found]
+        ...         return {p: used.count(p) for p in passes.tape.all_parameters}
+        >>> layer = torch.nn.Linear(2, 2, bias=False)
+        >>> with curvature(Uses()):
+        ...     layer(layer(torch.ones(3, 2))).sum().backward()
+        >>> layer.weight.uses
+        2
     """
 
     savefield: str
@@ -120,7 +184,14 @@ class GraphExtension(ABC):
 
     @abstractmethod
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
-        """The quantity of every parameter."""
+        """Compute the quantity of every parameter, before the user's own pass frees the graph.
+
+        Args:
+            passes: The graph of the loss, where its samples are, and passes through it.
+
+        Returns:
+            One result per parameter; parameters that are left out get none.
+        """
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -33,7 +33,7 @@ from lightning_curv.second_derivatives.snapshot import Snapshot
 
 
 class _Product(GraphExtension):
-    """A product per parameter."""
+    """One product per parameter, as a function that is left on it."""
 
     keeps_graph = True
     needs_samples = False
@@ -43,20 +43,22 @@ class _Product(GraphExtension):
         self.savefield = savefield
 
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
-        """One function per parameter."""
-        found = passes.tape.all_parameters
+        """Make one function per parameter."""
+        parameters = passes.tape.all_parameters
         uses = only_uses(passes)
-        snapshot = Snapshot([p for p in found if p not in uses or uses[p].needs_value])
+        # Products come after an optimizer's step, perhaps: values that they read are kept.
+        needed = [p for p in parameters if p not in uses or uses[p].needs_value]
+        snapshot = Snapshot(needed)
         matrix = self._prepare(passes, uses)
-        return {p: _Block(p, snapshot, matrix, self) for p in found}
+        return {p: _Block(p, snapshot, matrix, self) for p in parameters}
 
     @abstractmethod
     def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
-        """What all parameters share."""
+        """Make what all parameters share."""
 
 
 class _Matrix(ABC):
-    """The blocks of a curvature matrix; what does not depend on the vector is found at the first product.
+    """The blocks of a curvature matrix; what depends on no vector is found at the first product.
 
     Args:
         passes: The graph.
@@ -82,11 +84,11 @@ class _Matrix(ABC):
 
     @abstractmethod
     def products(self, parameter: Tensor, vectors: Tensor) -> list[Tensor]:
-        """The parameter's block times every vector."""
+        """Multiply the parameter's block by every vector."""
 
     @abstractmethod
     def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-        """The cotangents that are differentiated, at ``edges``, with a graph."""
+        """Make the cotangents that are differentiated, at ``edges``, with a graph."""
 
     @cached_property
     def _cotangents(self) -> dict[GradientEdge, Tensor | None]:
@@ -94,10 +96,10 @@ class _Matrix(ABC):
         return dict(zip(edges, self._backpropagated(edges), strict=True)) if edges else {}
 
     def _gradient(self, parameter: Tensor) -> tuple[OnlyUse | None, Tensor | None]:
-        """What is differentiated for the parameter's block.
+        """Find what is differentiated for the parameter's block.
 
-        The cotangent at its only use, if that can be applied to vectors; else the gradient by the
-        parameter itself.
+        It is the cotangent at the parameter's only use, if that can be applied to vectors; else the
+        gradient by the parameter itself.
         """
         use = self._uses.get(parameter)
         if use is None:
@@ -111,7 +113,10 @@ class _Matrix(ABC):
 
 
 class _Block:
-    """One parameter's block as a function of vectors, as in ``p.hmp(V)``; pickles and copies to a `_Gone`."""
+    """One parameter's block as a function of vectors, as in ``p.hmp(V)``.
+
+    It pickles and copies to a `_Gone`.
+    """
 
     def __init__(
         self, parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, extension: _Product
@@ -129,18 +134,13 @@ class _Block:
                 f"Expected vectors of shape [{sizes}] or [V, {sizes}], found {list(vectors.shape)}."
             )
         with torch.enable_grad(), self._snapshot.restored(), unheard(), differentiating_twice():
-            rows = self._matrix.products(
-                self._parameter, vectors.detach()[None] if single else vectors.detach()
-            )
+            several = vectors.detach()[None] if single else vectors.detach()
+            rows = self._matrix.products(self._parameter, several)
         if single:
             return rows[0]
-        return (
-            rows[0][None]
-            if len(rows) == 1
-            else torch.stack(rows)
-            if rows
-            else torch.zeros_like(vectors)
-        )
+        if not rows:
+            return torch.zeros_like(vectors)
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)  # one row needs no copy
 
     def __reduce__(self) -> tuple[type[_Gone], tuple[str, str]]:
         return _Gone, (self._name, self._savefield)
@@ -154,18 +154,20 @@ class _Gone:
 
     def __call__(self, vectors: Tensor) -> Tensor:
         raise RuntimeError(
-            f"`{self._savefield}` needs the graph of a loss, found one that was saved or copied, which graphs are not. "
-            f"Run `loss.backward()` inside `curvature({self._name})` again, or delete the attribute."
+            f"`{self._savefield}` needs the graph of a loss, found one that was saved or copied, "
+            f"which graphs are not. Run `loss.backward()` inside `curvature({self._name})` again, "
+            "or delete the attribute."
         )
 
 
 class HMP(_Product):
-    """Products with the parameter's block of the Hessian of the loss, exact for any differentiable network and loss.
+    """Products with the parameter's block of the Hessian of the loss, in ``hmp``.
 
-    Cost: a backward pass with a graph at the first call, and two passes per vector between the
-        parameter's op and the
-    loss (Pearlmutter, *Fast exact multiplication by the Hessian*, Neural Computation 1994); one
-    more to the parameter per call where it is used several times.
+    ``p.hmp(V)`` takes vectors ``[V, *p]`` or ``[*p]`` and returns as many; the scale of the loss is
+    included. Exact for any differentiable network and loss. Cost: a backward pass with a graph at
+    the first call, and two passes per vector between the parameter's op and the loss (Pearlmutter,
+    *Fast exact multiplication by the Hessian*, Neural Computation 1994); one more to the parameter
+    per call where it is used several times.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -175,8 +177,8 @@ class HMP(_Product):
         >>> from lightning_curv import HMP, curvature
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> with curvature(HMP()):
-        ...     loss = torch.nn.functional.mse_loss(layer(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 1))
-        ...     loss.backward()
+        ...     output = layer(torch.tensor([[1.0, 2.0]]))
+        ...     torch.nn.functional.mse_loss(output, torch.zeros(1, 1)).backward()
         >>> layer.weight.hmp(torch.tensor([[1.0, 0.0]]))
         tensor([[2., 4.]])
     """
@@ -192,7 +194,7 @@ class HMP(_Product):
 
 
 class _Hessian(_Matrix):
-    """The derivative of the gradient."""
+    """The Hessian, as the derivative of the gradient."""
 
     def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
         super().__init__(passes, uses)
@@ -216,16 +218,26 @@ class _Hessian(_Matrix):
 
 
 class GGNMP(_Product):
-    """Products with the parameter's block of the generalised Gauss-Newton matrix.
+    """Products with the parameter's block of the generalised Gauss-Newton matrix, in ``ggnmp``.
 
-    Cost: a backward pass with a graph at the first call, and two passes per vector between the
-        parameter's op and the
-    loss (Schraudolph, *Fast curvature matrix-vector products for second-order gradient descent*,
-    Neural Computation 2002); one more to the parameter per call where it is used several times. No
-    Jacobian is formed.
+    ``p.ggnmp(V)`` takes vectors ``[V, *p]`` or ``[*p]`` and returns as many; the scale of the loss
+    is included. Cost: a backward pass with a graph at the first call, and two passes per vector
+    between the parameter's op and the loss (Schraudolph, *Fast curvature matrix-vector products for
+    second-order gradient descent*, Neural Computation 2002); one more to the parameter per call
+    where it is used several times. No Jacobian is formed.
 
     Args:
         savefield: Name of the parameter's attribute.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import GGNMP, curvature
+        >>> w = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> with curvature(GGNMP()):
+        ...     output = (torch.tensor([[1.0]]) * w).square()
+        ...     torch.nn.functional.mse_loss(output, torch.ones(1, 1)).backward()
+        >>> w.ggnmp(torch.tensor([1.0]))  # 2 (2 w)², without the second derivative of the square
+        tensor([32.])
     """
 
     def __init__(self, savefield: str = "ggnmp") -> None:
@@ -236,17 +248,31 @@ class GGNMP(_Product):
 
 
 class PCHMP(GGNMP):
-    r"""Products with the parameter's block of the positive-curvature Hessian.
+    r"""Products with the parameter's block of the positive-curvature Hessian, in ``pchmp``.
 
-    The Hessian's residual of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise,
-    else the eigenvalues of its per-sample residual matrix, is made non-negative (Chen et al.,
-    *Positive curvature Hessian*; Dangel, Harmeling & Hennig, AISTATS 2020, section 4). The
-    nonlinearities are the nodes of the graph: a fused attention kernel is one, attention written
-    out is several, and their matrices differ.
+    ``p.pchmp(V)`` takes vectors ``[V, *p]`` or ``[*p]`` and returns as many. The Hessian's residual
+    of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise, else the eigenvalues of
+    its per-sample residual matrix, is made non-negative (Chen et al., *Positive curvature Hessian*;
+    Dangel, Harmeling & Hennig, AISTATS 2020, section 4). The nonlinearities are the nodes of the
+    graph: a fused attention kernel is one, attention written out is several, and their matrices
+    differ.
 
     Args:
         savefield: Name of the parameter's attribute.
         modify: ``"clip"`` sets negative residuals to zero, ``"abs"`` takes their absolute value.
+
+    Raises:
+        ValueError: ``modify`` is neither.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import PCHMP, curvature
+        >>> w = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> with curvature(PCHMP()):
+        ...     output = (torch.tensor([[1.0]]) * w).square()
+        ...     torch.nn.functional.mse_loss(output, 5 * torch.ones(1, 1)).backward()
+        >>> w.pchmp(torch.tensor([1.0]))  # the residual 2 · 2 (w² - 5) is negative: the GGN is left
+        tensor([32.])
     """
 
     needs_samples = True
@@ -271,7 +297,7 @@ class _Part:
 
 
 class _Curvatures(_Matrix):
-    """Σ Jᵀ C J over curvature matrices at places of the graph: the losses', and residuals of nonlinear nodes."""
+    """Σ Jᵀ C J over places of the graph: losses, and nonlinear nodes with their residuals."""
 
     def __init__(
         self, passes: Passes, uses: Mapping[Tensor, OnlyUse], found: Sequence[Residual]
@@ -281,12 +307,15 @@ class _Curvatures(_Matrix):
         self._parts = [
             _Part(part.edges, [like.shape for like in part.likes], part.multiplication())
             for part in passes.parts
-        ] + [_Part(r.edges, r.shapes, r.product) for r in found]
+        ]
+        self._parts += [
+            _Part(residual.edges, residual.shapes, residual.product) for residual in found
+        ]
         self._edges = [edge for part in self._parts for edge in part.edges]
 
     @cached_property
     def _dual(self) -> list[Tensor]:
-        """What the backpropagated cotangents are linear in, and are differentiated by.
+        """Make what the backpropagated cotangents are linear in, and are differentiated by.
 
         Its values do not matter, but where all are zero no lost graph is noticed.
         """
@@ -300,8 +329,9 @@ class _Curvatures(_Matrix):
         use, transposed = self._gradient(parameter)
         if transposed is not None and not transposed.requires_grad and bool(transposed.any()):
             raise UnsupportedError(
-                "Products with the GGN differentiate a backward pass by its seed, found an op whose backward pass "
-                "leaves no graph (a custom `Function`, or a sparse op). Use `DiagGGNExact` or `KFLR`, which need none."
+                "Products with the GGN differentiate a backward pass by its seed, found an op "
+                "whose backward pass leaves no graph (a custom `Function`, or a sparse op). Use "
+                "`DiagGGNExact` or `KFLR`, which need none."
             )
         if transposed is None or not transposed.requires_grad:
             return [torch.zeros_like(parameter) for _ in vectors]
@@ -314,20 +344,21 @@ class _Curvatures(_Matrix):
         return rows
 
     def _pulled(self, images: Sequence[Tensor | None], by: GradientEdge) -> Tensor:
-        """Jᵀ C u, for u = J v at all places, ``None`` at those that it does not reach."""
+        """Make Jᵀ C u, for u = J v at all places; u is ``None`` at those that v does not reach."""
         edges: list[GradientEdge] = []
         seeds: list[Tensor] = []
-        left = iter(images)
+        remaining = iter(images)
         for part in self._parts:
-            own = list(islice(left, len(part.edges)))
-            if any(u is not None for u in own):
-                like = next(u for u in own if u is not None)
-                full = [
-                    like.new_zeros(shape) if u is None else u
-                    for u, shape in zip(own, part.shapes, strict=True)
-                ]
-                edges += part.edges
-                seeds += part.product(full)
+            own = list(islice(remaining, len(part.edges)))
+            reached = next((image for image in own if image is not None), None)
+            if reached is None:
+                continue
+            full = [
+                reached.new_zeros(shape) if image is None else image
+                for image, shape in zip(own, part.shapes, strict=True)
+            ]
+            edges += part.edges
+            seeds += part.product(full)
         (row,) = self._grad(edges, by, seeds)
         assert row is not None
         return row

@@ -16,26 +16,56 @@ from lightning_curv.terms.jacobian import Jacobian
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient itself, taken from the user's backward pass where it reaches the parameters' ops."""
+    """The gradient itself, taken from the user's backward pass where it reaches the ops.
+
+    The single column of a parameter's Jacobian is the gradient of every sample, ``[1, N, *p]``.
+
+    Example:
+        >>> from lightning_curv import BatchGrad
+        >>> BatchGrad().source
+        Gradient()
+    """
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
-        """Nothing: the engine listens to the user's pass instead of making one."""
+        """Yield nothing: the engine listens to the user's pass instead of making one.
+
+        Args:
+            passes: The graph of the loss.
+
+        Yields:
+            No Jacobian.
+        """
         yield from ()
 
 
 @dataclass(frozen=True)
 class Exact:
-    """A square root of the loss Hessian.
+    r"""Columns whose outer products add up to the exact GGN: a square root of the loss Hessian.
+
+    They are :math:`J_n^\top \sqrt{s H_n}`, with the network's Jacobian :math:`J_n`, the loss
+    Hessian :math:`H_n` and the scale s of the loss.
 
     Attributes:
-        complete: One column per output entry of a sample, where fewer would do (for classes, one
-            less).
+        complete: Whether to make one column per output entry of a sample, where fewer would do (for
+            classes, one less).
+
+    Example:
+        >>> from lightning_curv import DiagGGNExact
+        >>> DiagGGNExact().source
+        Exact(complete=False)
     """
 
     complete: bool = False
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
-        """One pass per column."""
+        """Yield the Jacobians of the columns; each column costs one backward pass.
+
+        Args:
+            passes: The graph of the loss.
+
+        Yields:
+            The Jacobians of one parameter or more, for as many columns as are held at once.
+        """
         for part in passes.parts:
             every = self.complete or passes.ends_at(part.edges)  # where a column costs no pass
             yield from passes.jacobians(
@@ -47,8 +77,18 @@ class Exact:
 class Sampled:
     """Gradients for targets drawn from the model, divided by √M.
 
+    Their outer products estimate the GGN: their expectation is G.
+
     Attributes:
         samples: M, the number of draws.
+
+    Raises:
+        ValueError: M is not positive.
+
+    Example:
+        >>> from lightning_curv import DiagGGNMC
+        >>> DiagGGNMC(mc_samples=3).source
+        Sampled(samples=3)
     """
 
     samples: int = 1
@@ -58,7 +98,14 @@ class Sampled:
             raise ValueError(f"`mc_samples` must be at least 1, found {self.samples}.")
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
-        """One pass per draw."""
+        """Yield the Jacobians of the draws; each draw costs one backward pass.
+
+        Args:
+            passes: The graph of the loss, whose `Passes.generator` draws the targets.
+
+        Yields:
+            The Jacobians of one parameter or more, for as many draws as are held at once.
+        """
         root = self.samples**-0.5
         for part in passes.parts:
             draws = (part.sample(passes.generator) for _ in range(self.samples))
@@ -69,10 +116,17 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Signed:
-    """Columns with signs whose squares add up to the Hessian: the loss Hessian's and the network's residuals."""
+    """Columns with signs whose squares add up to the Hessian.
+
+    They are those of the loss Hessian, of the second derivatives of the network (its residuals) and
+    of the parameters' own ops.
+    """
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
-        """One pass per column; none for the residuals of piecewise linear networks."""
+        """Yield the Jacobians; each column costs one backward pass.
+
+        Piecewise linear networks have no residuals.
+        """
         for part in passes.parts:
             columns = part.signed_columns(fewest=not passes.ends_at(part.edges))
             yield from passes.jacobians(
@@ -88,7 +142,7 @@ class Chosen(Protocol):
     """A source that is chosen when the loss is known."""
 
     def on(self, passes: Passes) -> Source:
-        """The source for some passes."""
+        """Choose the source for the graph of a loss."""
         ...
 
 

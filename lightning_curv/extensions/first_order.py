@@ -13,11 +13,10 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class BatchGrad(Differentiable):
-    r"""Per-sample gradients :math:`s\,g_n`, in ``grad_batch`` of shape ``[N, *p]``; they sum to ``.grad``.
+    r"""Per-sample gradients :math:`s\,g_n`, in ``grad_batch`` of shape ``[N, *p]``.
 
-    Cost: one more product per layer; memory N times the parameters. Dangel, Kunstner & Hennig,
-        *BackPACK*, ICLR 2020,
-    eq. 2.
+    They sum to ``.grad``. Cost: one more product per layer; memory: N times the parameters. Dangel,
+    Kunstner & Hennig, *BackPACK*, ICLR 2020, eq. 2.
 
     Args:
         subsampling: Indices of the samples whose gradients are wanted, in the wanted order;
@@ -42,72 +41,97 @@ class BatchGrad(Differentiable):
         self.subsampling = subsampling
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """The single column of J."""
-        return (jacobian if self.subsampling is None else jacobian[self.subsampling]).per_sample()[
-            0
-        ]
+        """Return the single column of J."""
+        wanted = jacobian if self.subsampling is None else jacobian[self.subsampling]
+        return wanted.per_sample()[0]
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
-        """All of them, or those that are wanted."""
+        """Return all of them, or those that are wanted."""
         return gradients if self.subsampling is None else gradients[self.subsampling]
 
 
 class BatchL2Grad(Differentiable):
-    r"""Squared norms of the per-sample gradients :math:`\|s\,g_n\|^2`, in ``batch_l2`` of shape ``[N]``.
+    r"""Squared norms of the per-sample gradients :math:`\|s\,g_n\|^2`, in ``batch_l2``, ``[N]``.
 
-    Per parameter; sum over the parameters for the norm of the whole gradient. Cost: small; layers
-    with shared weights use Gram matrices of their positions where these are cheaper than the
-    per-sample gradient (Goodfellow, *Efficient per-example gradient computations*, 2015; Rochette
-    et al., 2019). Memory does not grow with N times the parameters.
+    They are those of one parameter; sum over the parameters for the norm of the whole gradient.
+    Cost: small; layers with shared weights use Gram matrices of their positions where these are
+    cheaper than the per-sample gradient (Goodfellow, *Efficient per-example gradient computations*,
+    2015; Rochette et al., 2019). Memory does not grow with N times the parameters.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import BatchL2Grad, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(BatchL2Grad()):  # the gradients are the inputs
+        ...     layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+        >>> layer.weight.batch_l2
+        tensor([ 5., 25.])
     """
 
     savefield = "batch_l2"
     totals = False
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Norms of the single column of J."""
+        """Take the squared norms of the single column of J."""
         return jacobian.squared_norms()[0]
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
-        """Sums of squares of their entries."""
+        """Sum the squares of their entries."""
         return gradients.unsqueeze(-1).flatten(1).square().sum(1)
 
 
 class SumGradSquared(Differentiable):
     r"""Sum of the squared per-sample gradients :math:`\sum_n (s\,g_n)^2`, in ``sum_grad_squared``.
 
-    Has the parameter's shape; the uncentred second moment times N. Cost: one more product per layer
-    without weight sharing; no per-sample gradients in memory.
+    It has the parameter's shape, and is the uncentred second moment times N. Cost: one more product
+    per layer without weight sharing; no per-sample gradients are in memory.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import SumGradSquared, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(SumGradSquared()):  # the gradients are the inputs
+        ...     layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+        >>> layer.weight.sum_grad_squared
+        tensor([[10., 20.]])
     """
 
     savefield = "sum_grad_squared"
     totals = False
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Squares of the single column of J, summed over the samples."""
+        """Sum the squares of the single column of J over the samples."""
         return jacobian.sum_squares()
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
-        """Sum of their squares."""
+        """Sum their squares over the samples."""
         return gradients.square().sum(0)
 
 
 class Variance(Differentiable):
-    r"""Variance of the per-sample gradients over the batch, in ``variance`` of the parameter's shape.
+    r"""Variance of the per-sample gradients, in ``variance`` of the parameter's shape.
 
-    The population variance :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0` of the
-    *scaled*
-    gradients: for a mean loss multiply by N² for the variance of the :math:`g_n`. Free of
-        cancellation: no difference
-    of float32 moments is taken.
+    It is the population variance over the batch,
+    :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0`, of the *scaled* gradients:
+    for a mean loss multiply by N² for the variance of the :math:`g_n`. It is free of cancellation,
+    since no difference of float32 moments is taken. Cost: as `SumGradSquared`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import Variance, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(Variance()):  # the gradients are the inputs
+        ...     layer(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).sum().backward()
+        >>> layer.weight.variance
+        tensor([[1., 4.]])
     """
 
     savefield = "variance"
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Variance of the single column of J over the samples."""
+        """Take the variance of the single column of J over the samples."""
         return jacobian.variance()
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
-        """Their mean squared distance from the mean."""
+        """Take their mean squared distance from the mean."""
         return gradients.var(0, correction=0)

@@ -20,18 +20,18 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class DiagGGNExact(Extension):
-    r"""Diagonal of the GGN, :math:`s \sum_n \mathrm{diag}(J_n^\top H_n J_n)`, in ``diag_ggn_exact``.
+    r"""Diagonal of the GGN, in ``diag_ggn_exact`` of the parameter's shape.
 
-    Has the parameter's shape. Cost: as many backward passes as a sample has output entries. Memory:
-    one pass.
+    It is :math:`s \sum_n \mathrm{diag}(J_n^\top H_n J_n)`. Cost: as many backward passes as a
+    sample has output entries. Memory: one pass.
 
     Example:
         >>> import torch
         >>> from lightning_curv import DiagGGNExact, curvature
         >>> layer = torch.nn.Linear(2, 1)
         >>> with curvature(DiagGGNExact()):
-        ...     loss = torch.nn.functional.mse_loss(layer(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 1))
-        ...     loss.backward()
+        ...     output = layer(torch.tensor([[1.0, 2.0]]))
+        ...     torch.nn.functional.mse_loss(output, torch.zeros(1, 1)).backward()
         >>> layer.weight.diag_ggn_exact.round(decimals=4)
         tensor([[2., 8.]])
     """
@@ -40,32 +40,60 @@ class DiagGGNExact(Extension):
     source: Source = Exact()
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Squares of J, summed over columns and samples."""
+        """Sum the squares of J over columns and samples."""
         return jacobian.sum_squares()
 
 
 class BatchDiagGGNExact(Extension):
-    """The summands of `DiagGGNExact`, scale included, in ``diag_ggn_exact_batch`` of shape ``[N, *p]``."""
+    """The summands of `DiagGGNExact`, in ``diag_ggn_exact_batch`` of shape ``[N, *p]``.
+
+    They carry the scale of the loss: their sum over the samples is the diagonal. Cost: as
+    `DiagGGNExact`; memory: N times the parameters.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import BatchDiagGGNExact, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(BatchDiagGGNExact()):
+        ...     output = layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        ...     torch.nn.functional.mse_loss(output, torch.zeros(2, 1)).backward()
+        >>> layer.weight.diag_ggn_exact_batch.squeeze(1).round(decimals=4)
+        tensor([[ 1.,  4.],
+                [ 9., 16.]])
+    """
 
     savefield = "diag_ggn_exact_batch"
     source: Source = Exact()
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Squares of J, summed over columns."""
+        """Sum the squares of J over columns."""
         return jacobian.sum_squares_per_sample()
 
     def accumulate(self, previous: Tensor, jacobian: Jacobian) -> Tensor:
-        """They add up, in place."""
+        """Add those of further columns in place."""
         return jacobian.sum_squares_per_sample(previous)
 
 
 class SqrtGGNExact(Extension):
-    r"""Square root V of the GGN block, :math:`\sum V V^\top = G`, in ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
+    r"""Square root V of the GGN block, in ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
 
-    C: output entries of a sample (classes times extra axes).
+    :math:`\sum_{c,n} V_{cn} V_{cn}^\top = G`, where C is the number of output entries of a sample
+    (classes times extra axes). Cost: as `DiagGGNExact`; memory: C N times the parameters.
 
     Args:
         subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import SqrtGGNExact, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(SqrtGGNExact()):
+        ...     output = layer(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        ...     torch.nn.functional.mse_loss(output, torch.zeros(2, 1)).backward()
+        >>> v = layer.weight.sqrt_ggn_exact.flatten(0, 1).flatten(1)
+        >>> (v.T @ v).round(decimals=4)  # the Hessian of a least-squares problem: 2/N XᵀX
+        tensor([[10., 14.],
+                [14., 20.]])
     """
 
     savefield = "sqrt_ggn_exact"
@@ -76,11 +104,12 @@ class SqrtGGNExact(Extension):
         self.subsampling = subsampling
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """J itself."""
-        return (jacobian if self.subsampling is None else jacobian[self.subsampling]).per_sample()
+        """Form J, of the samples that are wanted."""
+        wanted = jacobian if self.subsampling is None else jacobian[self.subsampling]
+        return wanted.per_sample()
 
     def merge(self, previous: Tensor, new: Tensor, jacobian: Jacobian) -> Tensor:
-        """Columns are stacked."""
+        """Stack the columns."""
         both = huge_pages.empty(new, len(previous) + len(new), *new.shape[1:])
         return torch.cat([previous, new], out=both)
 
@@ -88,8 +117,19 @@ class SqrtGGNExact(Extension):
 class DiagGGNMC(DiagGGNExact):
     """Monte-Carlo estimate of `DiagGGNExact` from ``mc_samples`` draws, in ``diag_ggn_mc``.
 
+    Its expectation is the exact diagonal; the standard error falls with √M.
+
     Args:
         mc_samples: M, the number of target draws; each costs one backward pass.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import DiagGGNMC, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(DiagGGNMC(mc_samples=10)):
+        ...     torch.nn.functional.mse_loss(layer(torch.ones(5, 2)), torch.zeros(5, 1)).backward()
+        >>> layer.weight.diag_ggn_mc.shape
+        torch.Size([1, 2])
     """
 
     savefield = "diag_ggn_mc"
@@ -101,8 +141,19 @@ class DiagGGNMC(DiagGGNExact):
 class BatchDiagGGNMC(BatchDiagGGNExact):
     """The summands of `DiagGGNMC`, in ``diag_ggn_mc_batch`` of shape ``[N, *p]``.
 
+    They carry the scale of the loss: their sum over the samples is the estimate.
+
     Args:
-        mc_samples: M, the number of target draws.
+        mc_samples: M, the number of target draws; each costs one backward pass.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import BatchDiagGGNMC, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(BatchDiagGGNMC()):
+        ...     torch.nn.functional.mse_loss(layer(torch.ones(5, 2)), torch.zeros(5, 1)).backward()
+        >>> layer.weight.diag_ggn_mc_batch.shape
+        torch.Size([5, 1, 2])
     """
 
     savefield = "diag_ggn_mc_batch"
@@ -114,9 +165,20 @@ class BatchDiagGGNMC(BatchDiagGGNExact):
 class SqrtGGNMC(SqrtGGNExact):
     """Monte-Carlo estimate of `SqrtGGNExact`, in ``sqrt_ggn_mc`` of shape ``[M, N, *p]``.
 
+    The columns are divided by √M: the sum of their outer products estimates the GGN block.
+
     Args:
-        mc_samples: M, the number of target draws.
+        mc_samples: M, the number of target draws; each costs one backward pass.
         subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import SqrtGGNMC, curvature
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(SqrtGGNMC(mc_samples=3, subsampling=[4, 0])):
+        ...     torch.nn.functional.mse_loss(layer(torch.ones(5, 2)), torch.zeros(5, 1)).backward()
+        >>> layer.weight.sqrt_ggn_mc.shape
+        torch.Size([3, 2, 1, 2])
     """
 
     savefield = "sqrt_ggn_mc"
@@ -127,12 +189,22 @@ class SqrtGGNMC(SqrtGGNExact):
 
 
 class GGNTraceMC(Extension):
-    """Monte-Carlo estimate of the trace of the parameter's GGN block, in ``ggn_trace_mc``, a scalar.
+    """Estimate of the trace of the parameter's GGN block, in ``ggn_trace_mc``, a scalar.
 
-    Costs no more than `BatchL2Grad` per draw: no matrix of the parameter's shape is formed.
+    A draw costs no more than `BatchL2Grad`: no matrix of the parameter's shape is formed.
 
     Args:
-        mc_samples: M, the number of target draws.
+        mc_samples: M, the number of target draws; each costs one backward pass.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import curvature
+        >>> from lightning_curv.extensions import GGNTraceMC
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(GGNTraceMC()):
+        ...     torch.nn.functional.mse_loss(layer(torch.ones(5, 2)), torch.zeros(5, 1)).backward()
+        >>> layer.weight.ggn_trace_mc.shape
+        torch.Size([])
     """
 
     savefield = "ggn_trace_mc"
@@ -141,21 +213,31 @@ class GGNTraceMC(Extension):
         self.source = Sampled(mc_samples)
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Sum of all squared entries of J."""
+        """Sum all squared entries of J."""
         return jacobian.squared_norms().sum()
 
 
 class JacobianMC(Extension):
     """The Jacobian of the Monte-Carlo columns itself, unevaluated, in ``jacobian_mc``.
 
-    A `lightning_curv.terms.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional
+    It is a `lightning_curv.terms.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional
     derivatives along d, ``[M, N]``, and ``(Σ_p p.jacobian_mc.dot(d_p)).square().sum()`` is dᵀGd for
     a direction over all parameters, without another backward pass. Memory: the op's inputs and
     cotangents until the attribute is deleted or overwritten. Batch statistics are taken as given,
     as for Kronecker factors: with BatchNorm in training mode dᵀGd is an approximation.
 
     Args:
-        mc_samples: M, the number of target draws.
+        mc_samples: M, the number of target draws; each costs one backward pass.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import curvature
+        >>> from lightning_curv.extensions import JacobianMC
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> with curvature(JacobianMC(mc_samples=3)):
+        ...     torch.nn.functional.mse_loss(layer(torch.ones(5, 2)), torch.zeros(5, 1)).backward()
+        >>> layer.weight.jacobian_mc.dot(layer.weight.grad).shape
+        torch.Size([3, 5])
     """
 
     savefield = "jacobian_mc"
@@ -165,16 +247,31 @@ class JacobianMC(Extension):
         self.source = Sampled(mc_samples)
 
     def evaluate(self, jacobian: Jacobian) -> Jacobian:
-        """J, without what other quantities have formed of it."""
+        """Keep J, without what other quantities have formed of it."""
         return Jacobian(jacobian.parameter, jacobian.terms, jacobian.signs)
 
     def merge(self, previous: Jacobian, new: Jacobian, jacobian: Jacobian) -> Jacobian:
-        """Columns are stacked."""
+        """Stack the columns."""
         return previous.stacked(new)
 
 
 class JacobianExact(JacobianMC):
-    """The Jacobian of the exact GGN columns, unevaluated, in ``jacobian_exact``; see `JacobianMC`."""
+    """The Jacobian of the exact GGN columns, unevaluated, in ``jacobian_exact``; see `JacobianMC`.
+
+    Cost: as many backward passes as a sample has output entries.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import curvature
+        >>> from lightning_curv.extensions import JacobianExact
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> with curvature(JacobianExact()):
+        ...     output = layer(torch.tensor([[1.0, 2.0]]))
+        ...     torch.nn.functional.mse_loss(output, torch.zeros(1, 1)).backward()
+        >>> along = layer.weight.jacobian_exact.dot(torch.tensor([[1.0, 1.0]]))
+        >>> along.square().sum().round(decimals=4)  # dᵀGd, with G = 2 x xᵀ
+        tensor(18.)
+    """
 
     savefield = "jacobian_exact"
 

@@ -28,9 +28,8 @@ from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners
 from lightning_curv.terms.term import Term
 
-SAME = frozenset(
-    ("AddmmBackward0", "ConvolutionBackward0", "MmBackward0")
-)  # J is the same in all samples of an axis
+# Nodes whose J is the same in all samples of an axis.
+SAME = frozenset(("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"))
 
 
 class KFRA(GraphExtension):
@@ -47,13 +46,17 @@ class KFRA(GraphExtension):
     Args:
         weight_sharing: ``"expand"`` or ``"reduce"`` as in `KFLR`.
 
+    Raises:
+        ValueError: ``weight_sharing`` is neither.
+
     Example:
         >>> import torch
         >>> from lightning_curv import KFRA, curvature
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> hidden, output = torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)
         >>> with curvature(KFRA()):
-        ...     torch.nn.functional.cross_entropy(model(torch.ones(5, 4)), torch.tensor([0, 1, 0, 1, 0])).backward()
-        >>> [factor.shape for factor in model[0].weight.kfra]
+        ...     logits = output(hidden(torch.ones(5, 4)).relu())
+        ...     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 0, 1, 0])).backward()
+        >>> [factor.shape for factor in hidden.weight.kfra]
         [torch.Size([3, 3]), torch.Size([4, 4])]
     """
 
@@ -64,42 +67,47 @@ class KFRA(GraphExtension):
         self._kflr = KFLR(weight_sharing)
 
     def compute(self, passes: Passes) -> dict[Tensor, list[Tensor]]:
-        """The factors of every parameter, from the last layer to the first."""
+        """Make the factors of every parameter, from the last layer to the first."""
         factors: dict[Tensor, list[Tensor]] = {}
         for point, average in _recursion(passes):
             if point.edge.node not in passes.tape.uses:
                 continue
             terms = _terms(passes, point, average)
             if all(_kronecker(p, term) for p, term in terms.items()):
-                found = {
+                # A term has the entries in the order of its op. Once through the rule every row of
+                # the averaged GGN is in that order; transposed and through it again, its columns.
+                squares = {
                     p: _terms(passes, point, term.g[:, 0].flatten(1).mT)[p]
                     for p, term in terms.items()
                 }
-                made = {p: self._factors(p, term) for p, term in found.items()}
+                made = {p: self._factors(p, term) for p, term in squares.items()}
             else:
-                found = _terms(passes, point, _root(average, point.count))
-                made = {p: self._kflr.evaluate(Jacobian(p, [term])) for p, term in found.items()}
+                roots = _terms(passes, point, _root(average, point.count))
+                made = {p: self._kflr.evaluate(Jacobian(p, [term])) for p, term in roots.items()}
             if again := made.keys() & factors.keys():
                 raise _used_again(again.pop())
             factors |= made
         return factors
 
     def _factors(self, parameter: Tensor, term: Term) -> list[Tensor]:
-        """The factors, from a term whose columns are the rows of the averaged GGN, in the order of its entries."""
+        """Make the factors from a term whose columns are the rows of the averaged GGN.
+
+        Rows and entries are in the same order.
+        """
         jacobian = Jacobian(parameter, [term])
         term, sharing = jacobian.terms[0], self._kflr.weight_sharing
-        paired = (
-            "q" if sharing == "reduce" else "q" + term.shared
-        )  # letters that both sides of the GGN have in common
-        other = "".join(x if x in paired else x.upper() for x in term.out)
-        features = "".join(x for x in term.out if x in term.par and x != "q")
+        # Letters that both sides of the GGN have in common.
+        paired = "q" if sharing == "reduce" else "q" + term.shared
+        other = "".join(letter if letter in paired else letter.upper() for letter in term.out)
+        features = "".join(letter for letter in term.out if letter in term.par and letter != "q")
         groups = "q" if "q" in term.out else ""
         average = term.g[:, 0].reshape(2 * term.g.shape[2:])
-        factor = torch.einsum(f"{term.out}{other}->{groups}{features}{features.upper()}", average)
+        equation = f"{term.out}{other}->{groups}{features}{features.upper()}"
+        factor = torch.einsum(equation, average)
         factor = factor.flatten(-len(features)).flatten(len(groups), -2).clone()
         return [
-            factor if x == "o" else kronecker_factor(term, x, sharing)
-            for x in kronecker_axes(jacobian)
+            factor if axis == "o" else kronecker_factor(term, axis, sharing)
+            for axis in kronecker_axes(jacobian)
         ]
 
 
@@ -128,14 +136,17 @@ class _Point:
         return math.prod(self.shape) // self.count if self.count else math.prod(self.shape[1:])
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Rows ``[R, E]`` as tensors that are equal in all samples, ``[R, *shape]``; one sample in memory if it can."""
+        """Make tensors ``[R, *shape]`` that are equal in all samples of rows ``[R, E]``.
+
+        Where the samples are an axis of their own, one of them is in memory.
+        """
         owners = self.owners
         if not isinstance(owners, BatchAxis) or self.shape[owners.axis] != self.count:
-            return torch.stack(
-                [owners.join(row.expand(self.count, -1), self.shape) for row in rows]
-            )
+            whole = [owners.join(row.expand(self.count, -1), self.shape) for row in rows]
+            return torch.stack(whole)
         rest = [size for axis, size in enumerate(self.shape) if axis != owners.axis]
-        return rows.reshape(len(rows), *rest).unsqueeze(1 + owners.axis).expand(-1, *self.shape)
+        one_sample = rows.reshape(len(rows), *rest).unsqueeze(1 + owners.axis)
+        return one_sample.expand(-1, *self.shape)
 
 
 def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
@@ -155,11 +166,9 @@ def _at_output(passes: Passes, output: _Point) -> Tensor:
     roots = [
         output.owners.split(column) for (column,) in part.columns(complete=True) if output.count
     ]
-    return (
-        gram(torch.cat(roots).mT)
-        if roots
-        else passes.seed.new_zeros(output.entries, output.entries)
-    )
+    if not roots:
+        return passes.seed.new_zeros(output.entries, output.entries)
+    return gram(torch.cat(roots).mT)
 
 
 def _chain(passes: Passes) -> list[_Point]:
@@ -173,8 +182,8 @@ def _chain(passes: Passes) -> list[_Point]:
     while inputs := dependence.inputs(edges[-1].node):
         if len(inputs) > 1:
             raise UnsupportedError(
-                f"KFRA expects a chain of layers, found a branch at `{edges[-1].node.name()}`: {len(inputs)} inputs "
-                "depend on parameters. Use `KFLR` or `KFAC`."
+                f"KFRA expects a chain of layers, found a branch at `{edges[-1].node.name()}`: "
+                f"{len(inputs)} inputs depend on parameters. Use `KFLR` or `KFAC`."
             )
         edges += inputs
         if inputs[0].node._input_metadata[inputs[0].output_nr].dtype.is_complex:
@@ -189,8 +198,9 @@ def _chain(passes: Passes) -> list[_Point]:
     for point in points:
         if isinstance(point.owners, RowOwners) and len({*point.owners.lengths.tolist()}) > 1:
             raise UnsupportedError(
-                "KFRA averages over the batch and expects equally many rows of every sample, found a tensor of shape "
-                f"{tuple(point.shape)} with {_some(point.owners.lengths)} of them. Use `KFLR` or `KFAC`."
+                "KFRA averages over the batch and expects equally many rows of every sample, "
+                f"found a tensor of shape {tuple(point.shape)} with {_some(point.owners.lengths)} "
+                "of them. Use `KFLR` or `KFAC`."
             )
     return points
 
@@ -213,14 +223,11 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
 
     def pull(entries: Tensor) -> Tensor:
         """``[N, E_out]`` to ``[N, E_in]``."""
-        (g,) = passes.backward(
-            [output.edge], [source.edge], [output.owners.join(entries, output.shape)]
-        )
-        return (
-            average.new_zeros(count, source.entries)
-            if g is None
-            else source.owners.split(g).to(average)
-        )
+        seed = output.owners.join(entries, output.shape)
+        (g,) = passes.backward([output.edge], [source.edge], [seed])
+        if g is None:
+            return average.new_zeros(count, source.entries)
+        return source.owners.split(g).to(average)
 
     def pull_rows(rows: Tensor) -> Tensor:
         """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
@@ -228,9 +235,8 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
         return torch.cat([pull(part) for part in parts])[: len(rows)]
 
     generator = torch.Generator(average.device).manual_seed(0)
-    same = (
-        output.edge.node.name() in SAME and _axis(output.owners) == _axis(source.owners) is not None
-    )
+    axis = _axis(output.owners)
+    same = axis is not None and axis == _axis(source.owners) and output.edge.node.name() in SAME
     if source.entries == output.entries and not same:
         entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
         image, diagonal = pull(entries), pull(torch.ones_like(entries))
@@ -241,14 +247,12 @@ def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -
     half = pull_rows(average)
     if same:
         return pull_rows(half.mT)
-    weights, mix = (
-        average.new_empty(n).uniform_(-1, 1, generator=generator) for n in (count, len(average))
-    )
-    if _same(
-        pull(torch.outer(weights, mix @ average)),
-        torch.outer(weights, mix @ half),
-        (mix.abs() @ half.abs()).amax(),
-    ):
+    # If J is the same in all samples, a mixture of the rows weighted by sample comes out weighted.
+    weights = average.new_empty(count).uniform_(-1, 1, generator=generator)
+    mixture = average.new_empty(len(average)).uniform_(-1, 1, generator=generator)
+    image = pull(torch.outer(weights, mixture @ average))
+    expected = torch.outer(weights, mixture @ half)
+    if _same(image, expected, (mixture.abs() @ half.abs()).amax()):
         return pull_rows(half.mT)
     half = torch.stack([pull(row.expand(count, -1)) for row in average], -1)  # [N, E_in, E_out]
     full = [pull(column).mean(0) for column in half.unbind(1)]
@@ -265,7 +269,10 @@ def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:
 
 
 def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
-    """The terms of the parameters used at a point, for cotangents ``[R, E]`` that are equal in all samples."""
+    """The terms of the parameters used at a point, for cotangents ``[R, E]``.
+
+    They are equal in all samples.
+    """
     node, found = point.edge.node, dict[Tensor, Term]()
     for parameter, term in passes.terms(node, passes.tape.uses[node], point.spread(rows)):
         if parameter in found:
@@ -276,16 +283,16 @@ def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
 
 def _used_again(parameter: Tensor) -> UnsupportedError:
     return UnsupportedError(
-        f"KFRA expects every parameter to be used once, found {describe(parameter)} used again. Use `KFLR` or `KFAC`."
+        f"KFRA expects every parameter to be used once, found {describe(parameter)} used again. "
+        "Use `KFLR` or `KFAC`."
     )
 
 
 def _kronecker(parameter: Tensor, term: Term) -> bool:
-    """Whether the block has Kronecker factors, and the cotangents of all samples are those of one."""
+    """Whether the block has Kronecker factors, and all samples have the cotangents of one."""
     samples = term.g.shape[1]
-    return bool(kronecker_axes(Jacobian(parameter, [term]))) and (
-        samples == 1 or (samples > 1 and not term.g.stride(1))
-    )
+    shared = samples == 1 or (samples > 1 and not term.g.stride(1))
+    return shared and bool(kronecker_axes(Jacobian(parameter, [term])))
 
 
 def _root(average: Tensor, count: int) -> Tensor:

@@ -10,9 +10,10 @@ Eschenhagen, Immer, Turner, Schneider & Hennig, *Kronecker-factored approximate 
 neural network architectures*, NeurIPS 2023, distinguish
 
 .. math::
-    \text{expand:}\quad & A = \tfrac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top, & B &= \sum_{v,n,s}
-    g_{vns} g_{vns}^\top \\ \text{reduce:}\quad & A = \tfrac1N \sum_n \bar a_n \bar a_n^\top, & B &=
-    \sum_{v,n} \hat g_{vn} \hat g_{vn}^\top,
+    \text{expand:}\quad & A = \tfrac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top, &
+    B &= \sum_{v,n,s} g_{vns} g_{vns}^\top \\
+    \text{reduce:}\quad & A = \tfrac1N \sum_n \bar a_n \bar a_n^\top, &
+    B &= \sum_{v,n} \hat g_{vn} \hat g_{vn}^\top,
 
 with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the positions.
 """
@@ -36,36 +37,53 @@ from lightning_curv.terms.term import Term
 
 WeightSharing = Literal["expand", "reduce"]
 Product = Callable[[Tensor], Tensor]
-KRONECKER = (
-    "oixyz"  # letters of matrix axes; x y z belong to the patches of the input or of the output
-)
+# Letters of matrix axes; x y z belong to the patches of the input or of the output.
+KRONECKER = "oixyz"
 _LATEST = {"o": Latest(), "i": Latest()}
 
 
 class KFLR(Extension):
     r"""Kronecker factors from the exact GGN columns, in ``kflr``.
 
-    A list of factors in row-major order of the parameter. Linear and convolution weight: ``[B, A]``
-    of shapes ``[out, out]`` and ``[in/groups·K, in/groups·K]``; with groups ``[G, out/G, out/G]``
-    and ``[G, in/G·K, in/G·K]``. A weight used as ``x @ W``: ``[A, B]``. Transposed convolution:
-    ``[B, A]`` of the weight with outputs in front, ``W.transpose(0, 1)``, of shapes
-    ``[out/groups, out/groups]`` and ``[in/groups·K, in/groups·K]``; its positions are the pixels of
-    the output, each of which sees one patch of the input with ``stride - 1`` zeros between its
-    pixels (BackPACK's layout). Experts of a grouped product: as groups, A is the mean over the rows
-    of all experts. Bias: ``[B]``. Recurrent weights: ``[B, A]``, the steps are positions. A factor
-    with one axis is a diagonal matrix: ``[counts/(N·S), B]`` for an embedding (with ``"reduce"``
-    the diagonal of A), ``[diagonal of the GGN]`` for every parameter without Kronecker structure
-    (norm scales, offsets, parameters used by ops of different kinds, such as an embedding that is
-    also the output projection).
+    They are a list, in row-major order of the parameter; B carries the scale of the loss. Linear
+    and convolution weight: ``[B, A]`` of shapes ``[out, out]`` and ``[in/groups·K, in/groups·K]``;
+    with groups ``[G, out/G, out/G]`` and ``[G, in/G·K, in/G·K]``. A weight used as ``x @ W``:
+    ``[A, B]``. Transposed convolution: ``[B, A]`` of the weight with outputs in front,
+    ``W.transpose(0, 1)``, of shapes ``[out/groups, out/groups]`` and
+    ``[in/groups·K, in/groups·K]``; its positions are the pixels of the output, each of which sees
+    one patch of the input with ``stride - 1`` zeros between its pixels (BackPACK's layout). Experts
+    of a grouped product: as groups, A is the mean over the rows of all experts. Bias: ``[B]``.
+    Recurrent weights: ``[B, A]``, the steps are positions. A factor with one axis is a diagonal
+    matrix: ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A),
+    ``[diagonal of the GGN]`` for every parameter without Kronecker structure (norm scales, offsets,
+    parameters used by ops of different kinds, such as an embedding that is also the output
+    projection).
 
     In training mode BatchNorm couples the samples; the factors then take its batch statistics as
     given, as all implementations do.
 
     Botev, Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017
-    (KFLR).
+    (KFLR). Cost: one backward pass per output entry of a sample, and one product per layer and
+    pass.
 
     Args:
-        weight_sharing: ``"expand"`` or ``"reduce"``, see above.
+        weight_sharing: ``"expand"`` or ``"reduce"``: whether positions that share the weight count
+            as samples, or are averaged before the products.
+
+    Raises:
+        ValueError: ``weight_sharing`` is neither.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import KFLR, curvature
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> with curvature(KFLR()):
+        ...     output = layer(torch.tensor([[1.0, 2.0]]))
+        ...     torch.nn.functional.mse_loss(output, torch.zeros(1, 1)).backward()
+        >>> B, A = layer.weight.kflr
+        >>> torch.kron(B, A).round(decimals=4)  # exact for one sample: 2 x xᵀ
+        tensor([[2., 4.],
+                [4., 8.]])
     """
 
     savefield = "kflr"
@@ -80,29 +98,32 @@ class KFLR(Extension):
         self.weight_sharing = weight_sharing
 
     def evaluate(self, jacobian: Jacobian) -> list[Tensor]:
-        """The factors of the parameter's block, in the order of its axes."""
+        """Make the factors of the parameter's block, in the order of its axes."""
         axes = kronecker_axes(jacobian)
         if not axes:
             return [jacobian.sum_squares().flatten()]
-        known = (
-            "i" if jacobian.continues else ""
-        )  # the inputs' factor stays that of the first columns, see `merge`
+        # The inputs' factor stays that of the first columns: `merge` does not look at this one.
+        known = "i" if jacobian.continues else ""
         term = jacobian.terms[0]
         return [term.g if axis in known else self._factor(term, axis) for axis in axes]
 
     def _factor(self, term: Term, axis: str) -> Tensor:
+        """Make one factor, or copy it from the parameter that has the same, such as the bias."""
         factor, letters = (term.g, term.out) if axis == "o" else (term.x, term.inp)
         assert factor is not None
-        key = letters, *(x for x in letters if x not in term.par), self.weight_sharing, term.classes
+        positions = [letter for letter in letters if letter not in term.par]
+        key = letters, *positions, self.weight_sharing, term.classes
         result, known = _LATEST[axis].of(
             factor, key, lambda: kronecker_factor(term, axis, self.weight_sharing)
         )
+        # Each parameter owns its factors, since they are added to in place.
         return result.clone() if known else result
 
     def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
-        """The factors of the columns add up, that of the inputs stays."""
+        """Add the factors of the columns; that of the inputs depends on no column and stays."""
         axes = kronecker_axes(jacobian) or "o"
-        return [a if axis == "i" else a + b for axis, a, b in zip(axes, previous, new, strict=True)]
+        pairs = zip(axes, previous, new, strict=True)
+        return [before if axis == "i" else before + added for axis, before, added in pairs]
 
 
 class KFAC(KFLR):
@@ -114,7 +135,20 @@ class KFAC(KFLR):
 
     Args:
         mc_samples: Number of target draws; each costs one backward pass.
-        weight_sharing: ``"expand"`` or ``"reduce"``.
+        weight_sharing: ``"expand"`` or ``"reduce"``, as in `KFLR`.
+
+    Raises:
+        ValueError: ``weight_sharing`` is neither, or ``mc_samples`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import KFAC, curvature
+        >>> layer = torch.nn.Linear(2, 3)
+        >>> with curvature(KFAC()):
+        ...     output = layer(torch.ones(5, 2))
+        ...     torch.nn.functional.cross_entropy(output, torch.tensor([0, 1, 2, 0, 1])).backward()
+        >>> [factor.shape for factor in layer.weight.kfac]
+        [torch.Size([3, 3]), torch.Size([2, 2])]
     """
 
     savefield = "kfac"
@@ -125,34 +159,38 @@ class KFAC(KFLR):
 
 
 def kronecker_axes(jacobian: Jacobian) -> str:
-    """The factors of the block, ``o`` and ``i`` in the order of the parameter's axes; empty: no Kronecker structure.
+    """Name the factors of the block, ``o`` and ``i`` in the order of the parameter's axes.
 
-    Outputs are first where they are in between the inputs, see `interleaved`.
+    Empty where it has no Kronecker structure. Outputs are first where they are in between the
+    inputs, see `interleaved`.
     """
     term = jacobian.terms[0]
     if len(jacobian.terms) > 1 or any(letter not in "q" + KRONECKER for letter in term.par):
         return ""
     par = term.par.removeprefix("q")
-    out, inp = (
-        "".join(letter for letter in letters if letter in par) for letters in (term.out, term.inp)
-    )
-    orders = (
-        {out + inp: "oi", inp[:1] + out + inp[1:]: "oi", inp + out: "io"} if inp else {out: "o"}
-    )
-    return orders.get(par, "") if par else ""
+    if not par:
+        return ""
+    out = "".join(letter for letter in term.out if letter in par)
+    inp = "".join(letter for letter in term.inp if letter in par)
+    if not inp:
+        return "o" if par == out else ""
+    orders = {out + inp: "oi", inp[:1] + out + inp[1:]: "oi", inp + out: "io"}
+    return orders.get(par, "")
 
 
 def interleaved(jacobian: Jacobian) -> tuple[int, int] | None:
-    """Groups, and inputs per group, of a weight whose factors are those of it with its first two axes swapped.
+    """Groups, and inputs per group, of a weight whose outputs are in between its inputs.
 
-    That is the weight of a transposed convolution, ``[in, out/groups, *kernel]``.
+    That is the weight of a transposed convolution, ``[in, out/groups, *kernel]``: its factors are
+    those of it with its first two axes swapped. ``None`` for all others.
     """
-    term, axes = jacobian.terms[0], kronecker_axes(jacobian)
-    par = "".join("o" if letter in term.out else "i" for letter in term.par.removeprefix("q"))
-    if axes != "oi" or par[0] == "o" or par[-1] == "o":
+    term = jacobian.terms[0]
+    letters = term.par.removeprefix("q")
+    sides = ["o" if letter in term.out else "i" for letter in letters]
+    if kronecker_axes(jacobian) != "oi" or sides[0] == "o" or sides[-1] == "o":
         return None
     sizes = term.sizes()
-    return sizes.get("q", 1), sizes[term.par.removeprefix("q")[0]]
+    return sizes.get("q", 1), sizes[letters[0]]
 
 
 def kronecker_factor(
@@ -171,31 +209,36 @@ def kronecker_factor(
 
 
 def _output_factor(term: Term, weight_sharing: WeightSharing, product: Product) -> Tensor:
-    """Sum over columns, samples and positions, ``[(q), o, o]``."""
+    """B: the sum over columns, samples and positions, ``[(q), o, o]``."""
     return _second_moment(term.g.transpose(0, 1), term.out, term.par, weight_sharing, product)
 
 
 def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -> Tensor:
-    """Mean over samples and positions, ``[(q), i, i]``."""
+    """A: the mean over samples and positions, ``[(q), i, i]``."""
     assert term.x is not None
     if term.classes:
         return one_hot.second_moment(term, weight_sharing == "reduce")
-    sizes = term.sizes()
-    positions = max(1, math.prod(sizes[letter] for letter in term.inp if letter not in term.par))
     if term.lengths is not None:
         return _ragged_input_factor(term, term.lengths.to(term.x.device), weight_sharing, product)
+    sizes = term.sizes()
+    samples = max(1, len(term.x))
+    positions = max(1, math.prod(sizes[letter] for letter in term.inp if letter not in term.par))
     total = _second_moment(term.x, term.inp, term.par, weight_sharing, product)
-    return total.div_(max(1, len(term.x)) * positions ** (2 if weight_sharing == "reduce" else 1))
+    # "reduce" has summed the positions, where it needs the product of two means over them.
+    power = 2 if weight_sharing == "reduce" else 1
+    return total.div_(samples * positions**power)
 
 
 def _ragged_input_factor(
     term: Term, lengths: Tensor, weight_sharing: WeightSharing, product: Product
 ) -> Tensor:
-    """The same for samples with different numbers of positions; a sample without any counts as zero."""
+    """A for samples with different numbers of positions; a sample without any counts as zero."""
     assert term.x is not None
-    x, count = term.x, lengths.sum()
+    x = term.x
+    count = lengths.sum()
     if weight_sharing == "reduce":
-        x = x / lengths.clamp(min=1).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        lengths_of_rows = lengths.clamp(min=1).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        x = x / lengths_of_rows
         count = torch.tensor(len(x))
     total = _second_moment(x, term.inp, term.par, weight_sharing, product)
     return total.div_(count.clamp(min=1).to(total.device))
@@ -214,26 +257,34 @@ def _second_moment(
             over the positions.
         product: Of a matrix with itself, ``[D, R]``.
     """
+    # A factor that is expanded over the samples is the same for all of them: it is worked on once.
     repeats = len(factor) if len(factor) > 1 and factor.stride(0) == 0 else 1
-    factor = factor[: len(factor) // repeats]  # the same for all samples: once
+    factor = factor[: len(factor) // repeats]
     lead = factor.ndim - len(letters)
-    groups = "q" if "q" in letters else ""
-    features = [lead + letters.index(x) for x in letters if x in par and x != "q"]
-    positions = [lead + letters.index(x) for x in letters if x not in par]
+    axis_of = {letter: lead + position for position, letter in enumerate(letters)}
+    groups = [axis_of["q"]] if "q" in letters else []
+    features = [axis_of[letter] for letter in letters if letter in par and letter != "q"]
+    positions = [axis_of[letter] for letter in letters if letter not in par]
     summed = [*range(lead), *positions]
-    if weight_sharing == "expand":  # in the order of memory, where they are one axis
+    if weight_sharing == "expand":
+        # In the order of memory they are one axis, so that the reshape below need not copy.
         strides = factor.stride()
         summed.sort(key=lambda axis: -strides[axis])
-    order = [*(lead + letters.index(x) for x in groups), *features, *summed]
-    size = max(1, CHUNK_BYTES // max(1, math.prod(factor.shape[1:]) * factor.element_size()))
+    order = [*groups, *features, *summed]
+    width = math.prod(factor.shape[axis] for axis in features)
+    sample_bytes = math.prod(factor.shape[1:]) * factor.element_size()
+    chunk = max(1, CHUNK_BYTES // max(1, sample_bytes))
     total = None
-    for start in range(0, max(1, len(factor)), size):
-        rows = factor[start : start + size].permute(order)
+    for start in range(0, max(1, len(factor)), chunk):
+        rows = factor[start : start + chunk].permute(order)
         if weight_sharing == "reduce" and positions:
             rows = rows.sum(list(range(-len(positions), 0)))
-        shape = (rows.shape[0] if groups else 1, math.prod(factor.shape[axis] for axis in features))
-        rows = rows.reshape(*shape, rows.numel() // max(1, math.prod(shape)))
-        moment = torch.stack([product(matrix) for matrix in rows]) if groups else product(rows[0])
+        number = rows.shape[0] if groups else 1
+        matrices = rows.reshape(number, width, rows.numel() // max(1, number * width))
+        if groups:
+            moment = torch.stack([product(matrix) for matrix in matrices])
+        else:
+            moment = product(matrices[0])
         total = moment if total is None else total.add_(moment)
     assert total is not None
     return total if repeats == 1 else total * repeats

@@ -1,4 +1,4 @@
-"""Products with curvature matrices of all parameters at once, off-diagonal blocks included; matrix-free."""
+"""Products with curvature matrices of all parameters at once, off-diagonal blocks included."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     r""":math:`v \mapsto H v` of the loss for vectors with one tensor per parameter.
 
     Cost: a backward pass with a graph once, and one more backward pass per product (Pearlmutter,
-        *Fast exact
-    multiplication by the Hessian*, Neural Computation 1994).
+    *Fast exact multiplication by the Hessian*, Neural Computation 1994).
     """
     with differentiable(fused([passes.loss])):
         found = torch.autograd.grad(
@@ -36,48 +35,45 @@ def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     def product(vectors: Vectors) -> list[Tensor]:
         if not gradients:
             return [torch.zeros_like(p) for p in params]
-        outputs, seeds = [g for _, g in gradients], [vectors[i] for i, _ in gradients]
-        return _dense(
-            params,
-            torch.autograd.grad(outputs, params, seeds, retain_graph=True, allow_unused=True),
-        )
+        outputs = [gradient for _, gradient in gradients]
+        seeds = [vectors[i] for i, _ in gradients]
+        rows = torch.autograd.grad(outputs, params, seeds, retain_graph=True, allow_unused=True)
+        return _dense(params, rows)
 
     return product
 
 
 def ggn_product(passes: Passes, params: Sequence[Tensor]) -> Product:
-    r""":math:`v \mapsto \sum_n J_n^\top H_n J_n v`, the generalised Gauss-Newton matrix of the loss.
+    r""":math:`v \mapsto G v` with the generalised Gauss-Newton matrix of the loss.
 
-    Cost: a backward pass with a graph once, and two more backward passes per product (Schraudolph,
-        *Fast curvature
-    matrix-vector products for second-order gradient descent*, Neural Computation 2002).
+    It is :math:`G v = \sum_n J_n^\top H_n J_n v`. Cost: a backward pass with a graph once, and two
+    more backward passes per product (Schraudolph, *Fast curvature matrix-vector products for
+    second-order gradient descent*, Neural Computation 2002).
     """
     parts = [(len(part.edges), part.multiplication()) for part in passes.parts]
     edges = [edge for part in passes.parts for edge in part.edges]
-    dual = [
-        torch.ones_like(like, requires_grad=True) for part in passes.parts for like in part.likes
-    ]
+    likes = [like for part in passes.parts for like in part.likes]
+    # Jᵀu is linear in u, whatever its value; its derivative by u is J.
+    dual = [torch.ones_like(like, requires_grad=True) for like in likes]
     with differentiable(fused(edges)):
         found = torch.autograd.grad(edges, params, dual, create_graph=True, allow_unused=True)
-    transposed = [(i, t) for i, t in enumerate(found) if t is not None]
+    transposed = [(i, gradient) for i, gradient in enumerate(found) if gradient is not None]
 
     def product(vectors: Vectors) -> list[Tensor]:
-        outputs, seeds = [t for _, t in transposed], [vectors[i] for i, _ in transposed]
-        images = iter(
-            _dense(
-                dual,
-                torch.autograd.grad(outputs, dual, seeds, retain_graph=True, allow_unused=True),
-            )
-        )
-        out = [image for size, times in parts for image in times([*islice(images, size)])]
-        return _dense(
-            params, torch.autograd.grad(edges, params, out, retain_graph=True, allow_unused=True)
-        )
+        outputs = [gradient for _, gradient in transposed]
+        seeds = [vectors[i] for i, _ in transposed]
+        forward = torch.autograd.grad(outputs, dual, seeds, retain_graph=True, allow_unused=True)
+        images = iter(_dense(dual, forward))
+        curved = [image for size, times in parts for image in times([*islice(images, size)])]
+        rows = torch.autograd.grad(edges, params, curved, retain_graph=True, allow_unused=True)
+        return _dense(params, rows)
 
     return product
 
 
 def _dense(like: Sequence[Tensor], found: Sequence[Tensor | None]) -> list[Tensor]:
+    """Put zeros in the place of what was not reached."""
     return [
-        torch.zeros_like(p) if x is None else x.detach() for p, x in zip(like, found, strict=True)
+        torch.zeros_like(tensor) if row is None else row.detach()
+        for tensor, row in zip(like, found, strict=True)
     ]

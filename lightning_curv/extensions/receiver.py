@@ -13,7 +13,7 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class GradientReceiver(GraphExtension):
-    """Receives the per-sample Jacobians of the user's own backward pass, and stands in for the gradient.
+    """Receives the per-sample Jacobians of the user's backward pass in place of the gradient.
 
     The pass then ends at the recorded ops: the gradient of a parameter that is received is not
     computed, and nothing is left on the parameter, so that nothing can be stale. The norm of a
@@ -33,20 +33,23 @@ class GradientReceiver(GraphExtension):
 
     @abstractmethod
     def receives(self, parameter: Tensor) -> bool:
-        """Whether the parameter's gradient is replaced."""
+        """Say whether the parameter's gradient is replaced."""
 
     @abstractmethod
     def begin(self, samples: int) -> None:
-        """A backward pass over this many samples is about to run; an earlier one that has not ended has failed."""
+        """Prepare for a backward pass over this many samples.
+
+        An earlier pass that has not ended has failed.
+        """
 
     @abstractmethod
     def receive(self, jacobian: Jacobian) -> None:
-        """The Jacobian of one parameter; its only column is the gradient of the samples' own losses."""
+        """Take one parameter's Jacobian: its only column is the gradient of the samples' losses."""
 
     @abstractmethod
     def end(self) -> None:
-        """The pass is over: every parameter without a Jacobian has a gradient of zero."""
+        """Conclude the pass: every parameter without a Jacobian has a gradient of zero."""
 
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
-        """Nothing before the pass."""
+        """Compute nothing: all is received during the pass."""
         return {}

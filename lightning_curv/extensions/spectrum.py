@@ -19,17 +19,17 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class GGNTraceExact(Extension):
-    r"""Trace of the parameter's block of the GGN, :math:`\sum_{v,n} \|J[v, n]\|^2`, in ``ggn_trace_exact``, a scalar.
+    r"""Trace of the parameter's block of the GGN, in ``ggn_trace_exact``, a scalar.
 
-    Cost: one backward pass per output entry of a sample; no matrix of the parameter's shape is
-        formed.
+    It is :math:`\sum_{v,n} \|J[v, n]\|^2`. Cost: one backward pass per output entry of a sample; no
+    matrix of the parameter's shape is formed.
     """
 
     savefield = "ggn_trace_exact"
     source = Exact()
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """Sum of all squared entries of J."""
+        """Sum all squared entries of J."""
         return jacobian.squared_norms().sum()
 
 
@@ -55,7 +55,7 @@ class HessianTraceMC(GraphExtension):
         self.mc_samples = mc_samples
 
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
-        """One number per parameter."""
+        """Estimate one number per parameter."""
         params = all_parameters(passes)
         totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
         with (
@@ -70,8 +70,8 @@ class HessianTraceMC(GraphExtension):
                     torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1)
                     for p in params
                 ]
-                for p, v, image in zip(params, signs, product(signs), strict=True):
-                    totals[p] += (v * image).sum() / self.mc_samples
+                for p, sign, image in zip(params, signs, product(signs), strict=True):
+                    totals[p] += (sign * image).sum() / self.mc_samples
         return totals
 
 
@@ -113,9 +113,10 @@ class GGNTraceJointMC(GraphExtension):
 
 
 class MaxEigenvalue(GraphExtension):
-    r"""Largest eigenvalue of the Hessian or the GGN of all parameters jointly, in ``{matrix}_max_eigenvalue``.
+    r"""Largest eigenvalue of a curvature matrix of all parameters, in ``{matrix}_max_eigenvalue``.
 
-    The same number on every parameter. By Lanczos' recurrence, whose largest Ritz value after k
+    The matrix is the Hessian or the GGN of all parameters jointly, and the number the same on every
+    parameter. It is found by Lanczos' recurrence, whose largest Ritz value after k
     products is at least as good as k steps of power iteration and never too large, up to rounding.
     For the Hessian it is the largest algebraic eigenvalue, the sharpness, also where a negative one
     is larger in magnitude. Memory: three vectors and the graph of a gradient. Golub & Van Loan,
@@ -131,7 +132,8 @@ class MaxEigenvalue(GraphExtension):
         >>> from lightning_curv import curvature
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> with curvature(MaxEigenvalue("hessian")):
-        ...     torch.nn.functional.mse_loss(layer(torch.tensor([[1.0, 2.0]])), torch.zeros(1, 1)).backward()
+        ...     output = layer(torch.tensor([[1.0, 2.0]]))
+        ...     torch.nn.functional.mse_loss(output, torch.zeros(1, 1)).backward()
         >>> layer.weight.hessian_max_eigenvalue.round(decimals=3)
         tensor(10.)
     """
@@ -151,21 +153,23 @@ class MaxEigenvalue(GraphExtension):
         self.needs_likelihood = matrix == "ggn"
 
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
-        """The same value for all parameters."""
+        """Find the value, the same for all parameters."""
         params = all_parameters(passes)
-        start = [
-            torch.randn(
-                p.shape, dtype=p.dtype, device=p.device, generator=passes.generator
-            ).contiguous()
-            for p in params
-        ]
+
+        def random_like(parameter: Tensor) -> Tensor:
+            shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
+            noise = torch.randn(shape, dtype=dtype, device=device, generator=passes.generator)
+            return noise.contiguous()
+
+        start = [random_like(parameter) for parameter in params]
         with (
             torch.enable_grad(),
             unheard(),
             differentiating_twice(),
             fast_products(passes.multiplies),
         ):
-            product = (hessian_product if self.matrix == "hessian" else ggn_product)(passes, params)
+            make_product = hessian_product if self.matrix == "hessian" else ggn_product
+            product = make_product(passes, params)
             value = largest_eigenvalue(product, start, self.products, self.tolerance)
         return {p: passes.seed.new_tensor(value) for p in params}
 
@@ -173,9 +177,13 @@ class MaxEigenvalue(GraphExtension):
 def largest_eigenvalue(
     product: Product, start: list[Tensor], products: int, tolerance: float
 ) -> float:
-    """Largest Ritz value of a symmetric matrix after at most that many products with it."""
+    """Largest Ritz value of a symmetric matrix after at most that many products with it.
+
+    Lanczos' recurrence: ``alpha`` and ``beta`` are the entries of the tridiagonal matrix.
+    """
     norm = _dot(start, start) ** 0.5
-    current, previous = [x / norm for x in start], [torch.zeros_like(x) for x in start]
+    current = [x / norm for x in start]
+    previous = [torch.zeros_like(x) for x in start]
     diagonal: list[float] = []
     beside: list[float] = []
     value, beta = math.nan, 0.0
@@ -183,26 +191,31 @@ def largest_eigenvalue(
         image = product(current)
         alpha = _dot(current, image)
         diagonal.append(alpha)
-        last, value = value, _largest(diagonal, beside)
+        last = value
+        value = _largest(diagonal, beside)
         rest = [y - alpha * x - beta * z for y, x, z in zip(image, current, previous, strict=True)]
         beta = _dot(rest, rest) ** 0.5
         # NaN compares false: not in the first round, and not for ever where the loss is not finite
         if abs(value - last) <= tolerance * abs(value) or not beta > 1e-6 * abs(value):
             break
         beside.append(beta)
-        current, previous = [x / beta for x in rest], current
+        previous = current
+        current = [x / beta for x in rest]
     return value
 
 
 def _largest(diagonal: list[float], beside: list[float]) -> float:
+    """The largest eigenvalue of a symmetric tridiagonal matrix; NaN if it is not finite."""
     matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     if beside:
         off = torch.tensor(beside, dtype=torch.float64)
         matrix += torch.diag(off, 1) + torch.diag(off, -1)
-    return float(torch.linalg.eigvalsh(matrix)[-1]) if bool(matrix.isfinite().all()) else math.nan
+    if not bool(matrix.isfinite().all()):
+        return math.nan
+    return float(torch.linalg.eigvalsh(matrix)[-1])
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return float(
-        torch.stack([(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]).sum()
-    )
+    """The dot product, summed in float64 and read from the device once."""
+    products = [(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]
+    return float(torch.stack(products).sum())

@@ -1,4 +1,4 @@
-"""The per-sample gradients, unevaluated or summed: for what needs the mean gradient after the backward pass."""
+"""The per-sample gradients, unevaluated or summed: for what needs them after the backward pass."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class GradientJacobian(Extension):
-    r"""The per-sample gradients :math:`s\,g_n` as a `Jacobian` that is not carried out, in ``jacobian_grad``.
+    r"""The per-sample gradients :math:`s\,g_n`, unevaluated, in ``jacobian_grad``.
 
-    ``p.jacobian_grad.dot(d)`` are the directional derivatives :math:`s\,g_n \cdot d` of every
-    sample, ``[1, N]``, for a direction that is known only after the backward pass, such as the mean
-    gradient. Cost: none until then, and one product per layer for each `dot`. Memory: inputs and
-    cotangents of the ops until the attribute is deleted.
+    They are a `Jacobian` whose contractions are not carried out. ``p.jacobian_grad.dot(d)`` are the
+    directional derivatives :math:`s\,g_n \cdot d` of every sample, ``[1, N]``, for a direction that
+    is known only after the backward pass, such as the mean gradient. Cost: none until then, and one
+    product per layer for each `dot`. Memory: inputs and cotangents of the ops until the attribute
+    is deleted.
 
     Example:
         >>> import torch
@@ -30,23 +31,23 @@ class GradientJacobian(Extension):
     totals = False
 
     def evaluate(self, jacobian: Jacobian) -> Jacobian:
-        """J, without the gradient, which the user may change in place."""
+        """Keep J, without the gradient, which the user may change in place."""
         return Jacobian(jacobian.parameter, jacobian.terms)
 
     def merge(self, previous: Jacobian, new: Jacobian, jacobian: Jacobian) -> Jacobian:
-        """There is a single column."""
+        """Fail: there is a single column."""
         raise AssertionError("the gradient is one column")
 
 
 class GradientSum(Extension):
-    r"""The sum of the per-sample gradients :math:`\sum_n s\,g_n`, in ``grad_sum`` of the parameter's shape.
+    r"""The sum of the per-sample gradients :math:`\sum_n s\,g_n`, in ``grad_sum``.
 
-    Of all samples that is the gradient; of some of them, one more product per layer with their
-    rows.
+    It has the parameter's shape. Over all samples it is the gradient; over some of them it costs
+    one more product per layer, with their rows.
     """
 
     savefield = "grad_sum"
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
-        """A copy, which the user's changes of the gradient do not reach."""
+        """Return a copy, which the user's changes of the gradient do not reach."""
         return jacobian.sum_of_gradients().clone()

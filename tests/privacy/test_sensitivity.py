@@ -92,7 +92,7 @@ def regrouped(monkeypatch):
             if isinstance(owners, BatchAxis)
             and passes.tape.uses[node].shape[owners.axis] != owners.count
             else owners
-            for node, owners in finder.uses.items()
+            for node, owners in samples.uses.items()
         }
         return dataclasses.replace(samples, uses=uses)
 
@@ -166,9 +166,9 @@ def test_a_private_step_finds_a_gate_that_opens_at_once(name):
 
 def verifications(monkeypatch, model, compute_loss, batch):
     """How often samples were searched for in three private steps."""
-    searched, search = [], finder._Finder.found
+    searched, search = [], finder._first_that_agrees
     monkeypatch.setattr(
-        finder._Finder, "found", lambda *arguments: searched.append(1) or search(*arguments)
+        finder, "_first_that_agrees", lambda *arguments: searched.append(1) or search(*arguments)
     )
     finder.MEMORY.entries.clear()
     for _ in range(3):

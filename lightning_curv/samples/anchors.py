@@ -1,0 +1,135 @@
+"""What the rows of the batch that ops read, and the targets of losses, tell of the samples.
+
+They are told by the numbers of the rows (`row_numbers`): no pass through the graph is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from lightning_curv.graph.heads import Head
+from lightning_curv.graph.joins import Join
+from lightning_curv.recording.provenance import Roots
+from lightning_curv.recording.records import Mapped, Use
+from lightning_curv.samples.groups import groups_of
+from lightning_curv.samples.search import Search
+from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners, owners_of
+
+
+def anchor_of(search: Search, node: Node | Join, use: Use, count: int) -> Owners | None:
+    """Where a use has its samples, as the rows of the batch that it reads tell; ``None``: they do not."""
+    if (node, count) not in search.anchors:
+        search.anchors[node, count] = _told_by_rows(search, node, use, count)
+    return search.anchors[node, count]
+
+
+def _told_by_rows(search: Search, node: Node | Join, use: Use, count: int) -> Owners | None:
+    if groups_of(use) is not None:
+        return None
+    for name, roots in use.roots.items():
+        shape = use.shapes.get(name)
+        constant = search.batch.tensors is not None and not search.batch.holds(roots)
+        if name in use.operands or not shape or not roots.tensors or constant:
+            continue
+        numbers = (roots.numbers or {}).get(count)
+        found = (
+            _rows_in_order(search, node, use, shape, roots, count)
+            if numbers is None
+            else _numbered(search, node, use, shape, numbers, count)
+        )
+        if found is not None:
+            return found
+    return None
+
+
+def _rows_in_order(
+    search: Search, node: Node | Join, use: Use, shape: torch.Size, roots: Roots, count: int
+) -> BatchAxis | None:
+    """The first axis, if the rows of the batch are on it; else the first axis of N of a tensor read as it is."""
+    rows = len(use.shape) > 0 and shape[0] == use.shape[0]
+    if (
+        rows
+        and count
+        and use.shape[0] % count == 0
+        and 0 in search.axes[node]
+        and in_order(roots, count)
+    ):
+        return BatchAxis(count)
+    as_it_is = (
+        [root.shape for root in roots.tensors] == [tuple(shape)]
+        and not roots.data
+        and not roots.routed
+    )
+    axis = shape.index(count) if as_it_is and count in shape else 0
+    if axis and axis in search.axes[node] and use.shape[axis : axis + 1] == (count,):
+        return BatchAxis(count, axis)
+    return None
+
+
+def _numbered(
+    search: Search, node: Node | Join, use: Use, shape: torch.Size, numbers: Tensor, count: int
+) -> Owners | None:
+    """The same axes as in what it reads, if all are among its own; or all of it, if it reads one sample only."""
+    owners = owners_of(numbers, shape, count)
+    axes = (owners.axis,) if isinstance(owners, BatchAxis) else owners.axes
+    if all(axis in search.axes[node] and use.shape[axis] == shape[axis] for axis in axes):
+        return owners
+    return owners_of(numbers.flatten(), use.shape, count) if numbers.numel() == 1 else None
+
+
+def told_by_map(search: Search, op: Mapped, count: int) -> Owners | None:
+    """Where an op under ``vmap`` has its samples, as the rows that it reads tell; ``None``: they do not."""
+    numbers = (op.roots.numbers or {}).get(count)
+    return None if numbers is None else owners_of(numbers, op.like.shape, count)
+
+
+def told_by_target(head: Head, count: int) -> Owners | None:
+    """Who owns the rows of a head, as the targets of the loss call tell, whose rows were moved; ``None``: no such."""
+    target = None if head.call is None else head.call.arguments.get("target")
+    if (
+        head.call is None
+        or not isinstance(target, Tensor)
+        or not target.ndim
+        or len(head.like) != len(target)
+    ):
+        return None
+    numbers = (head.call.roots.numbers or {}).get(count)
+    if (
+        numbers is None
+        or not numbers.ndim
+        or numbers.numel() != len(numbers)
+        or len(numbers) != len(target)
+    ):
+        return None
+    return owners_of(numbers.reshape(-1, *[1] * (head.like.ndim - 1)), head.like.shape, count)
+
+
+def agrees_with_target(head: Head, owners: RowOwners) -> bool:
+    """Whether the targets of a loss call, if they are the batch's as they are, belong to the samples of its input."""
+    target = None if head.call is None else head.call.arguments.get("target")
+    if head.call is None or not isinstance(target, Tensor) or not target.ndim:
+        return True
+    as_they_are = len(target) == owners.count and in_order(head.call.roots, owners.count)
+    return not as_they_are or torch.equal(owners.index.cpu(), torch.arange(owners.count))
+
+
+def in_order(roots: Roots, count: int) -> bool:
+    """Whether something has the rows of the batch in their order, several per sample perhaps, or depends on none."""
+    several = [root for root in roots.tensors if root.ndim and len(root) > 1]
+    if roots.numbers is None or not several:
+        return not roots.data and not roots.routed and all(len(root) == count for root in several)
+    numbers = roots.numbers.get(count)
+    if numbers is None or roots.data:
+        return False
+    return (
+        numbers.ndim > 0 and numbers.numel() == len(numbers) and _counts(numbers.flatten(), count)
+    )
+
+
+def _counts(numbers: Tensor, count: int) -> bool:
+    """Whether the rows are those of the batch in their order, one or several per sample."""
+    rows = len(numbers)
+    expected = torch.arange(rows, device=numbers.device) // max(1, rows // max(1, count))
+    return rows % max(1, count) == 0 and torch.equal(numbers.long(), expected)

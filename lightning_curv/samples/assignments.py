@@ -1,0 +1,116 @@
+"""Who may own the rows of the heads of a loss: what is then verified, the likeliest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_curv.graph.heads import Head, frontier
+from lightning_curv.graph.joins import node_of
+from lightning_curv.recording.records import Use
+from lightning_curv.samples.anchors import (
+    agrees_with_target,
+    anchor_of,
+    told_by_map,
+    told_by_target,
+)
+from lightning_curv.samples.coupling import Undecided, separable
+from lightning_curv.samples.probing import forward_owners
+from lightning_curv.samples.search import Search
+from lightning_curv.terms.owners import BatchAxis, Owners, batch_axes
+
+
+def assignments(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]]]:
+    """Who may own the rows of the heads, the likeliest first."""
+    if count <= 1:
+        yield [(head, BatchAxis(count)) for head in search.heads]
+        return
+    told = [
+        (head, owners)
+        for head in search.heads
+        if (owners := told_by_target(head, count)) is not None
+    ]
+    if len(told) == len(search.heads):
+        yield told
+    options = [(head, batch_axes(head.like.shape, head.axes, count)) for head in search.heads]
+    if all(found for _, found in options):
+        for i in range(max((len(found) for _, found in options), default=0)):
+            yield [(head, found[min(i, len(found) - 1)]) for head, found in options]
+    yield from _from_inputs(search, count)
+    yield from _from_outputs(search, count)
+
+
+def _from_inputs(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]]]:
+    """Rows of the heads in any order, as the network's inputs tell."""
+    sources = [
+        (Head(GradientEdge(node_of(node), use.output_nr), _like(search, use)), anchor)
+        for node, use in search.uses.items()
+        if (anchor := anchor_of(search, node, use, count))
+    ]
+    sources += [
+        (Head(op.edge, op.like), owners)
+        for op in search.tape.mapped
+        if (owners := told_by_map(search, op, count)) is not None
+    ]
+    heads = [head for head in search.heads if head.like.ndim]
+    if not sources or len(heads) < len(search.heads):
+        return
+    found = forward_owners(search.passes, heads, sources, count)
+    if found is not None and all(map(agrees_with_target, heads, found)):
+        yield list(zip(heads, found, strict=True))
+
+
+def _like(search: Search, use: Use) -> Tensor:
+    return torch.zeros((), dtype=use.dtype, device=search.passes.loss.device).expand(use.shape)
+
+
+def _from_outputs(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]]]:
+    """The network's outputs instead of the heads, for losses that are no sum of anything with N rows.
+
+    Heads that are inputs of known loss functions stay, if that does not agree all that have N
+    rows.
+    """
+    rows = [
+        head
+        for head in search.heads
+        if head.like.ndim and batch_axes(head.like.shape, head.axes, count)
+    ]
+    calls = [head for head in rows if head.call is not None]
+    for kept in [calls, rows] if len(calls) < len(rows) < len(search.heads) else [calls]:
+        yield from _beside(search, kept, count)
+
+
+def _beside(
+    search: Search, kept: Sequence[Head], count: int
+) -> Iterator[list[tuple[Head, Owners]]]:
+    """Some heads as they are, and outputs of the network instead of the others."""
+    unknown = [head for head in search.heads if head not in kept]
+    if not unknown:
+        return
+    below = [head for head in frontier(search.tape, unknown, search.passes.loss) if head.like.ndim]
+    options = [batch_axes(head.like.shape, _axes_of(search, head), count) for head in below]
+    calls = [batch_axes(head.like.shape, head.axes, count) for head in kept]
+    if not below or not all(options) or not all(calls):
+        return
+    for i in range(max(map(len, options))):
+        picked = [found[min(i, len(found) - 1)] for found in options]
+        outputs: list[tuple[Head, Owners]] = list(zip(below, picked, strict=True))
+        try:
+            apart = separable(search.passes, unknown, outputs)
+        except Undecided as error:
+            search.reason = f"in the loss, which cannot be looked into: {error}"
+            return
+        if apart:
+            yield [
+                *((head, found[0]) for head, found in zip(kept, calls, strict=True)),
+                *outputs,
+            ]
+        else:
+            search.reason = "in the loss, above the outputs of the network"
+
+
+def _axes_of(search: Search, output: Head) -> list[int]:
+    return search.axes.get(output.edge.node) or list(range(output.like.ndim))

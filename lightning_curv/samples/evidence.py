@@ -1,0 +1,134 @@
+"""Whether it is plain which rows belong to which sample, where several answers agree with the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.graph import GradientEdge, Node
+
+from lightning_curv.graph.heads import Head
+from lightning_curv.graph.joins import node_of
+from lightning_curv.graph.tape import leaf_of, nodes_below
+from lightning_curv.recording.provenance import Roots, roots_of
+from lightning_curv.recording.records import shape_at
+from lightning_curv.samples.anchors import anchor_of, in_order, told_by_map, told_by_target
+from lightning_curv.samples.coupling import differ
+from lightning_curv.samples.probing import Place, Probe
+from lightning_curv.samples.search import Search
+from lightning_curv.terms.owners import BatchAxis, Owners
+
+
+def evident(search: Search, heads: Sequence[tuple[Head, Owners]] | None, count: int) -> bool:
+    """Whether it is plain which rows belong to which sample.
+
+    It is where all that the network reads keeps the order of the batch, where the targets of
+    every loss call do, or where a head has one row per sample and all others depend on the same
+    rows. ``None``: wherever the heads are.
+    """
+    heads = [(head, BatchAxis(count)) for head in search.heads] if heads is None else heads
+    if all(head.call is not None and in_order(head.call.roots, count) for head, _ in heads):
+        return True
+    told = [(told_by_target(head, count), owners, head.like.shape) for head, owners in heads]
+    if all(
+        target is not None and not differ(target.owner(s), owners.owner(s))
+        for target, owners, s in told
+    ):
+        return True
+    single = [
+        isinstance(o, BatchAxis) and head.like.shape[o.axis] == count
+        for head, o in heads
+        if head.like.ndim
+    ]
+    if (
+        heads
+        and search.tape.mapped
+        and all(told_by_map(search, op, count) is not None for op in search.tape.mapped)
+    ):
+        return True
+    read = [
+        [roots for name, roots in use.roots.items() if name not in use.operands]
+        for use in search.uses.values()
+    ]
+    read += [[op.roots] for op in search.tape.mapped]
+    if all(single) and not search.blind and _from_nothing(search):
+        return True
+    known = not any(_unknown_order(search, roots, count) for roots in read)
+    if known and any(single) and _linked(search, [head for head, _ in heads]):
+        return True
+    outside = [  # last: to see whether a module holds a tensor takes long
+        (node, use)
+        for node, use in search.uses.items()
+        if node not in search.silent
+        and any(
+            k not in use.operands and roots.tensors and search.batch.holds(roots)
+            for k, roots in use.roots.items()
+        )
+    ]
+    return (
+        bool(outside)
+        and not search.blind
+        and all(anchor_of(search, n, use, count) is not None for n, use in outside)
+    )
+
+
+def told_inside(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -> bool:
+    """Whether rows of the batch that enter between ops without trainable parameters are where the weights arrive.
+
+    Such as the inputs of a frozen network, beside a prompt.
+    """
+    read = [
+        node
+        for node, roots in search.tape.read.items()
+        if search.batch.holds(roots) and in_order(roots, count)
+    ]
+    edges = [
+        GradientEdge(node, 0) for node in read if shape_at(GradientEdge(node, 0))[:1] == (count,)
+    ]
+    if not edges or count <= 1:
+        return False
+    found = Probe(search.passes, heads, count).findings(
+        [Place.anywhere(edge, count) for edge in edges]
+    )
+    arrived = [finding.owners for finding in found if not finding.silent]
+    return bool(arrived) and all(owners == BatchAxis(count) for owners in arrived)
+
+
+def _from_nothing(
+    search: Search,
+) -> bool:
+    """Whether the loss depends on nothing from outside: on points that recorded code has made, perhaps."""
+    tape = search.tape
+    read = [roots for use in search.uses.values() for roots in use.roots.values()] + [
+        *tape.read.values()
+    ]
+    read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
+    return all(roots.constant for roots in (*read, *map(roots_of, tape.leaves)))
+
+
+def _unknown_order(search: Search, read: Sequence[Roots], count: int) -> bool:
+    """Whether all rows of the batch that an op reads were moved by something unknown."""
+    unknown = [roots for roots in read if roots.numbers is not None and count not in roots.numbers]
+    known = [roots for roots in read if roots.numbers is None or count in roots.numbers]
+    told = unknown and any(map(search.batch.holds, known))
+    return not told and any(map(search.batch.holds, unknown))
+
+
+def _linked(search: Search, heads: Sequence[Head]) -> bool:
+    """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other.
+
+    Heads that depend on no parameter, such as targets that are differentiated, do not count
+    beside others.
+    """
+    keys = {node_of(node) for node in search.uses}
+    groups: list[set[Node]] = []
+    for head in heads:
+        nodes = [*nodes_below(head.edge.node)]
+        if len(heads) > 1 and not any(
+            isinstance(leaf_of(node), torch.nn.Parameter) for node in nodes
+        ):
+            continue
+        below = {node for node in nodes if node in keys}
+        apart = [group for group in groups if not group & below]
+        groups = [*apart, below.union(*(group for group in groups if group & below))]
+    return len(groups) == 1

@@ -1,0 +1,140 @@
+"""Losses that are no sum over samples, and what to say where the samples are not found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.autograd.graph import Node
+
+from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.graph.heads import LINEAR, name_of
+from lightning_curv.graph.tape import Tape, leaf_of, nodes_below
+from lightning_curv.recording.records import CONSTANT, PURE, marks
+from lightning_curv.samples.batch import Batch
+from lightning_curv.samples.search import Search
+
+
+def refuse_penalties(
+    search: Search,
+) -> None:
+    """Raise if a summand of the loss depends on parameters alone.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    for head in search.heads:
+        node, mark = head.edge.node, marks(head.edge.node)
+        if isinstance(leaf_of(node), torch.nn.Parameter) or (
+            mark is not None and mark.origin == PURE
+        ):
+            found = [leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None]
+            refuse_scales(search)
+            raise UnsupportedError(
+                "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on no "
+                f"sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
+                "(`weight_decay`)."
+            )
+
+
+def refuse_scales(
+    search: Search,
+) -> None:
+    """Raise if a parameter multiplies a loss whose samples were summed before.
+
+    Raises:
+        UnsupportedError: One does.
+    """
+    for node in _top([head.edge.node for head in search.heads if head.call is None]):
+        factors = [after for after, _ in node.next_functions if after is not None]
+        scales = [factor for factor in factors if _of_parameters(factor)]
+        if name_of(node) in ("Div", "Mul") and scales and len(scales) < len(factors):
+            parameter = next(
+                leaf for below in nodes_below(scales[0]) if (leaf := leaf_of(below)) is not None
+            )
+            raise UnsupportedError(
+                "Per-sample quantities need a loss that is a sum over samples, found parameter "
+                f"{describe(parameter)} that multiplies a loss whose samples were averaged before: what each of "
+                "them contributes to the parameter's gradient is gone. Multiply and add before averaging: "
+                '`(scale * F.cross_entropy(..., reduction="none") + penalty).mean()`.'
+            )
+
+
+def refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
+    """Raise if a parameter meets a statistic of the raw batch, or rows that were computed with one.
+
+    Raises:
+        UnsupportedError: One does.
+    """
+    read = [
+        (use.name, roots)
+        for use in tape.uses.values()
+        for k, roots in use.roots.items()
+        if k not in use.operands
+    ]
+    read += [(call.name, call.roots) for call in tape.losses.values()]
+    read += [(op.name, op.roots) for op in tape.mapped]
+    for name, roots in read:
+        if count in roots.pooled and batch.holds(roots):
+            raise UnsupportedError(
+                "Per-sample quantities need samples that do not influence each other, but samples mix in what "
+                f"`{name}` reads: a statistic over the {count} samples of the batch (a mean, a maximum, a sum of rows "
+                "of several samples). Take it over the data set, beforehand."
+            )
+
+
+def message(search: Search, count: int, reason: str) -> str:
+    """Say why the graph does not agree with N, and what to do."""
+    shapes = Counter(f"{use.name}: {tuple(use.shape)}" for use in search.uses.values())
+    some = ", ".join(shape for shape, _ in shapes.most_common(4))
+    where = (
+        f"samples mix {reason}"
+        if reason
+        else "no axis of the loss or of the network's outputs has them"
+    )
+    known = "`batch_size` says" if search.batch.size is not None else "The batch has"
+    return (
+        f"Per-sample quantities need samples that do not influence each other. {known} {count} samples, but "
+        f"{where} (ops with parameters: {some}). {_way_out(search, reason)}"
+    )
+
+
+def _way_out(search: Search, reason: str) -> str:
+    if search.tape.stray:
+        # stray parameters may have been used before recording began
+        parameter, op = search.tape.stray[0]
+        return (
+            f"Parameter {describe(parameter)} is used by `{op}`, which was not recorded: if the forward pass ran "
+            "outside of `curvature(...)`, run it inside or `extend` the model. Else pass `batch_size=`."
+        )
+    if search.batch.size is None:
+        return (
+            "Pass `batch_size=` if their number is another one. Statistics over the batch, contrastive losses and "
+            "penalties of batch means have no per-sample gradients: use quantities that need no samples (`HMP`, "
+            "`GGNMP`), or evaluation mode for BatchNorm."
+        )
+    return (
+        "Statistics over the batch, contrastive losses and penalties of batch means have no per-sample gradients: "
+        "use quantities that need no samples (`HMP`, `GGNMP`), or evaluation mode for BatchNorm."
+    )
+
+
+def _top(heads: Sequence[Node]) -> Iterator[Node]:
+    """Heads, and below those that add or multiply what they add or multiply."""
+    stack, seen = [*heads], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            if name_of(node) in LINEAR | {"Div", "Mul"}:
+                stack += [after for after, _ in node.next_functions if after is not None]
+
+
+def _of_parameters(node: Node) -> bool:
+    """Whether a value was computed from parameters and constants alone."""
+    mark = marks(node)
+    return isinstance(leaf_of(node), torch.nn.Parameter) or (
+        mark is not None and mark.origin in (PURE, CONSTANT)
+    )
