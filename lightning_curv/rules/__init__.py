@@ -1,4 +1,4 @@
-"""One rule per op: how its output's cotangent and its recorded inputs give the `Term`s of its parameters."""
+"""One rule per op: its output's cotangent and its recorded inputs give its parameters' `Term`s."""
 
 from __future__ import annotations
 

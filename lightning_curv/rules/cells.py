@@ -22,10 +22,9 @@ from torch import Tensor
 from lightning_curv.kernels import onednn
 
 BLOCK_BYTES = 2**19  # of products with the weights that are worked on at once
-by_sigmoid, by_tanh = (
-    torch.ops.aten.sigmoid_backward,
-    torch.ops.aten.tanh_backward,
-)  # of factors and values
+# Functions of a cotangent (a factor of the derivative) and of the nonlinearity's value.
+by_sigmoid = torch.ops.aten.sigmoid_backward
+by_tanh = torch.ops.aten.tanh_backward
 Products = list[tuple[Tensor, Tensor]]
 
 
@@ -53,62 +52,77 @@ class Run:
     ends: Mapping[int, slice] = field(default_factory=dict)
 
     def blocks(self) -> list[range]:
-        """Some consecutive steps each."""
-        bytes_ = self.x.shape[1] * len(self.weights[0]) * self.x.element_size()
-        size, steps = max(1, BLOCK_BYTES // max(1, bytes_)), len(self.x)
+        """Ranges of consecutive steps whose products with the weights stay in cache."""
+        step_bytes = self.x.shape[1] * len(self.weights[0]) * self.x.element_size()
+        size = max(1, BLOCK_BYTES // max(1, step_bytes))
+        steps = len(self.x)
         return [range(start, min(start + size, steps)) for start in range(0, steps, size)]
 
     def product(self, number: int, steps: range) -> Tensor:
         """W_i x_t + b_i (number 0) or W_h h_{t-1} + b_h (1), ``[t, N, o]``."""
-        y = times((self.x, self.before)[number][steps.start : steps.stop], self.weights[number].mT)
+        inputs = (self.x, self.before)[number]
+        y = times(inputs[steps.start : steps.stop], self.weights[number].mT)
         return y.add_(self.biases[number]) if self.biases else y
 
     def arriving(self, g: Tensor, final: Tensor) -> list[Tensor]:
-        """Cotangents ``[V, N, P]`` of every h_t; those of the final states are added at the last steps."""
-        found = [*g.unbind()]
+        """Cotangents ``[V, N, P]`` of every h_t, those of the final states added at the ends."""
+        arriving = [*g.unbind()]
         for t, ended in self.ends.items():
-            found[t] = found[t].clone()
-            found[t][:, ended] += final[:, ended]
-        return found
+            arriving[t] = arriving[t].clone()  # `g` belongs to others
+            arriving[t][:, ended] += final[:, ended]
+        return arriving
 
     def back(self, products: Tensor, g: Tensor) -> Tensor:
-        """Cotangents ``[V, N, P]`` of h_t: those ``[V, N, …]`` of the next step's products with W_h, and its own."""
-        return (
-            onednn.mm(products.view(-1, len(self.weights[1])), self.weights[1])
-            .view(g.shape)
-            .add_(g)
-        )
+        """Cotangents of h_t, ``[V, N, P]``.
+
+        Args:
+            products: Cotangents of the products of the next step with W_h, ``[V, N, o]``.
+            g: Cotangents that arrive at h_t itself, ``[V, N, P]``.
+        """
+        recurrent = self.weights[1]
+        rows = products.view(-1, len(recurrent))
+        return onednn.mm(rows, recurrent).view(g.shape).add_(g)
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix`` for ``x [*, k]``."""
-    return onednn.mm(x.reshape(-1, x.shape[-1]), matrix).view(*x.shape[:-1], matrix.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    return onednn.mm(rows, matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
-    """Long short-term memory, its output projected or not."""
+    """Long short-term memory, its output projected or not.
+
+    The loop over the steps is the bottleneck of recurrent networks: everything that needs no step
+    before it is computed for a block of steps, and a step writes into memory that is there.
+    """
     gates, cells = _lstm_states(run)
-    found = gates[None] if g.shape[1] == 1 else gates.new_empty(g.shape[1], *gates.shape)
+    # A single column's cotangents take the memory of the gates: the gates of a step are read for
+    # the last time before its cotangents are written.
+    columns = g.shape[1]
+    by_gates = gates[None] if columns == 1 else gates.new_empty(columns, *gates.shape)
     projected = hidden = None
     if len(run.weights) > 2:
-        hidden, projected = (
-            torch.empty_like(cells[1:]),
-            g.new_empty(*g.shape[1:3], len(g), g.shape[3]),
-        )
-    c, arriving, to = torch.zeros_like(final[1]), run.arriving(g, final[0]), found.unbind(2)
+        hidden = torch.empty_like(cells[1:])
+        projected = g.new_empty(*g.shape[1:3], len(g), g.shape[3])
+    c = torch.zeros_like(final[1])
+    arriving = run.arriving(g, final[0])
+    steps_of_gates = by_gates.unbind(2)
     h = arriving[-1]
     row = g.new_empty(*g.shape[1:3], *gates.shape[2:])
-    row_by_c, row_by_h, wide = row[:, :, :3], row[:, :, 3], c.unsqueeze(2)
+    row_by_c, row_by_h, wide = row[:, :, :3], row[:, :, 3], c.unsqueeze(2)  # views
     for block in reversed(run.blocks()):
         i, f, z, o = gates[:, block.start : block.stop].permute(2, 1, 0, 3)
+        before = cells[block.start : block.stop]
         squashed = cells[block.start + 1 : block.stop + 1].tanh()
         if hidden is not None:
             torch.mul(o, squashed, out=hidden[block.start : block.stop])
         by_c = g.new_empty(len(block), len(gates), 3, gates.shape[3])
         by_sigmoid.grad_input(z, i, grad_input=by_c[:, :, 0])
-        by_sigmoid.grad_input(cells[block.start : block.stop], f, grad_input=by_c[:, :, 1])
+        by_sigmoid.grad_input(before, f, grad_input=by_c[:, :, 1])
         by_tanh.grad_input(i, z, grad_input=by_c[:, :, 2])
-        by_h, through = by_sigmoid(squashed, o), by_tanh(o, squashed)
+        by_h = by_sigmoid(squashed, o)
+        through = by_tanh(o, squashed)
         derivatives = zip(
             by_c.unbind(), by_h.unbind(), through.unbind(), f.unbind(), block, strict=True
         )
@@ -122,10 +136,10 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
             torch.mul(by_c_t, wide, out=row_by_c)
             torch.mul(by_h_t, h, out=row_by_h)
             c.mul_(f_t)
-            to[t].copy_(row)
+            steps_of_gates[t].copy_(row)
             if t:
                 h = run.back(row, arriving[t - 1])
-    products = found.flatten(3)
+    products = by_gates.flatten(3)
     result = [(products, run.x), (products, run.before)]
     return result if projected is None or hidden is None else [*result, (projected, hidden)]
 
@@ -133,21 +147,20 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
 def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
     """The gates i, f, z, o, ``[N, T, 4, H]``, and c_0 … c_T, ``[T + 1, N, H]``."""
     assert run.cell is not None
-    steps, samples, width = *run.x.shape[:2], run.cell.shape[1]
-    gates, cells = (
-        run.x.new_empty(samples, steps, 4, width),
-        run.x.new_empty(steps + 1, samples, width),
-    )
+    steps, samples = run.x.shape[:2]
+    width = run.cell.shape[1]
+    gates = run.x.new_empty(samples, steps, 4, width)
+    cells = run.x.new_empty(steps + 1, samples, width)
+    # One product of matrices instead of two: the inputs beside the states, W_i beside W_h.
     weight = torch.cat([run.weights[0], run.weights[1]], dim=1).mT
     bias = run.biases[0] + run.biases[1] if run.biases else run.x.new_zeros(())
     cells[0] = last = run.cell
     for block in run.blocks():
-        inputs = torch.cat(
-            [run.x[block.start : block.stop], run.before[block.start : block.stop]], dim=2
-        )
-        pre = times(inputs, weight).add_(bias).unflatten(2, (4, -1))
+        x = run.x[block.start : block.stop]
+        before = run.before[block.start : block.stop]
+        pre = times(torch.cat([x, before], dim=2), weight).add_(bias).unflatten(2, (4, -1))
         i, f, z, o = pre.unbind(2)
-        pre[:, :, :2].sigmoid_()
+        pre[:, :, :2].sigmoid_()  # i and f
         z.tanh_()
         o.sigmoid_()
         c = torch.mul(i, z, out=cells[block.start + 1 : block.stop + 1])
@@ -159,8 +172,9 @@ def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
 
 def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     """Gated recurrent unit."""
-    shape = (*g.shape[1:3], len(g), 3, len(run.weights[0]) // 3)
-    by_x, by_h = g.new_empty(2, *shape)
+    columns, samples = g.shape[1:3]
+    width = len(run.weights[0]) // 3
+    by_x, by_h = g.new_empty(2, columns, samples, len(g), 3, width)
     arriving = run.arriving(g, final[0])
     h = arriving[-1]
     for block in reversed(run.blocks()):
@@ -168,6 +182,7 @@ def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
         for k, t in reversed([*enumerate(block)]):
             row = gates[k] * h.unsqueeze(2)
             by_h[:, :, t] = row
+            # The gates r and z see the sum of both products, n sees that with W_h times r.
             by_x[:, :, t, :2] = row[:, :, :2]
             torch.mul(candidate[k], h, out=by_x[:, :, t, 2])
             if t:
@@ -176,15 +191,19 @@ def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
 
 
 def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
-    """∂h_t by W_h h_{t-1} through the gates r, z, n, ``[t, N, 3, H]``; ∂h_t by n's part of W_i x_t; z."""
-    x, h = (run.product(k, block).unflatten(2, (3, -1)) for k in (0, 1))
+    """Derivatives of h_t by the products of a gated recurrent unit.
+
+    Those by W_h h_{t-1} through the gates r, z, n, ``[t, N, 3, H]``; that by the part of W_i x_t in
+    n, ``[t, N, H]``; and the gate z, the derivative by h_{t-1} itself.
+    """
+    x = run.product(0, block).unflatten(2, (3, -1))
+    h = run.product(1, block).unflatten(2, (3, -1))
+    before = run.before[block.start : block.stop]
     r, z = (x[:, :, :2] + h[:, :, :2]).sigmoid_().unbind(2)
     n = torch.addcmul(x[:, :, 2], r, h[:, :, 2]).tanh_()
     by_n = by_tanh(1 - z, n)
-    by_r, by_z = (
-        by_sigmoid(by_n * h[:, :, 2], r),
-        by_sigmoid(run.before[block.start : block.stop] - n, z),
-    )
+    by_r = by_sigmoid(by_n * h[:, :, 2], r)
+    by_z = by_sigmoid(before - n, z)
     return torch.stack([by_r, by_z, by_n * r], dim=2), by_n, z
 
 
@@ -192,14 +211,16 @@ def _elman(
     derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]
 ) -> Products:
     """Elman's network, whose nonlinearity has a derivative that is a function of its value."""
-    found, arriving = g.new_empty(*g.shape[1:3], len(g), g.shape[3]), run.arriving(g, final[0])
-    slopes, h = derivative(run.after), arriving[-1]
+    arriving = run.arriving(g, final[0])
+    products = g.new_empty(*g.shape[1:3], len(g), g.shape[3])
+    slopes = derivative(run.after)
+    h = arriving[-1]
     for t in reversed(range(len(g))):
         row = slopes[t] * h
-        found[:, :, t] = row
+        products[:, :, t] = row
         if t:
             h = run.back(row, arriving[t - 1])
-    return [(found, run.x), (found, run.before)]
+    return [(products, run.x), (products, run.before)]
 
 
 def tanh(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:

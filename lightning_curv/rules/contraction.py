@@ -16,35 +16,37 @@ SUMMED = "stuwabc"
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     equation, *operands = args
-    flat = (
-        operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    )
-    return {"equation": equation, **{f"operands{k}": v for k, v in enumerate(flat)}}
+    listed = len(operands) == 1 and isinstance(operands[0], (list, tuple))
+    numbered = enumerate(operands[0] if listed else operands)
+    return {"equation": equation, **{f"operands{k}": operand for k, operand in numbered}}
 
 
 def _parsed(arguments: dict[str, Any]) -> tuple[list[str], str] | None:
-    """The letters of the operands and of the output; ``None``: no product of two tensors with plain letters."""
+    """The letters of the two operands and of the output.
+
+    ``None``: the call is no product of two tensors, or has other than plain letters.
+    """
     equation = arguments["equation"]
     if not isinstance(equation, str) or "." in equation or "operands2" in arguments:
         return None
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")
-    out = (
-        out if arrow else "".join(sorted(x for x in inputs if x.isalpha() and inputs.count(x) == 1))
-    )
-    return (
-        (operands, out)
-        if len(operands) == 2 and all(len({*o}) == len(o) for o in operands)
-        else None
-    )
+    if not arrow:
+        # Without an arrow the output has the letters that occur once, in alphabetical order.
+        once = [letter for letter in inputs if letter.isalpha() and inputs.count(letter) == 1]
+        out = "".join(sorted(once))
+    # A letter twice in one operand is a diagonal of it.
+    plain = all(len({*letters}) == len(letters) for letters in operands)
+    return (operands, out) if len(operands) == 2 and plain else None
 
 
 def _outside_parameters(call: Call, arguments: dict[str, Any]) -> list[int]:
     parsed = _parsed(arguments)
     if parsed is None or len(call.operands) != 1:
         return [0]
-    par = parsed[0][int(call.operands[0][-1])]
-    return [axis for axis, letter in enumerate(parsed[1]) if letter not in par]
+    operands, out = parsed
+    par = operands[int(call.operands[0][-1])]
+    return [axis for axis, letter in enumerate(out) if letter not in par]
 
 
 @rule(
@@ -57,11 +59,12 @@ def einsum(call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
     """A product of one parameter and data; anything else by the fallback."""
     parsed = _parsed(arguments)
     if parsed is not None and len(call.operands) == 1:
-        (name,), (operands, out) = call.operands, parsed
-        k = int(name[-1])
-        term = contraction(
-            call, g, arguments[f"operands{1 - k}"], operands[1 - k], operands[k], out
-        )
+        (name,) = call.operands
+        operands, out = parsed
+        own = int(name[-1])
+        other = 1 - own
+        data = arguments[f"operands{other}"]
+        term = contraction(call, g, data, operands[other], operands[own], out)
         if term is not None:
             return {name: term}
 
@@ -72,25 +75,46 @@ def einsum(call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
 
 
 def contraction(call: Call, g: Tensor, x: Tensor, inp: str, par: str, out: str) -> Term | None:
-    """The term of a parameter with the axes ``par`` in the product ``inp, par -> out`` with the data ``x``.
+    """The term of a parameter in a product with data, ``inp, par -> out``.
 
     ``None``: the parameter alone is summed over an axis, or there are more axes than letters.
+
+    Args:
+        call: The recorded call.
+        g: Cotangents, ``[V, N, *]``.
+        x: The data.
+        inp: The letters of the data's axes.
+        par: Those of the parameter's axes.
+        out: Those of the output's axes.
     """
     sample = out[call.axis]
     if sample not in inp or {*par} - {*inp, *out}:
         return None
-    both = [x for x in par if x in inp and x in out]
-    rows, columns = [x for x in par if x not in inp], [x for x in par if x not in out]
-    shared = [x for x in dict.fromkeys(inp + out) if x not in par and x != sample]
-    spare = iter("xyz")
-    letters = dict(zip(both, "q" if len(both) == 1 and rows + columns else DIAGONAL, strict=False))
-    letters.update(zip(shared, SUMMED, strict=False))
-    for first, axes in (("o", rows), ("i", columns)):
-        letters.update((x, first if k == 0 else next(spare, "")) for k, x in enumerate(axes))
-    if not all(letters.get(x) for x in (*par, *shared)):
+    letters = _meanings(inp, par, out, sample)
+    if letters is None:
         return None
-    named = ["".join(letters[x] for x in axes if x != sample) for axes in (out, inp, par)]
-    return Term(named[0], named[1], named[2], g, x.movedim(inp.index(sample), 0))
+
+    def named(axes: str) -> str:
+        return "".join(letters[axis] for axis in axes if axis != sample)
+
+    return Term(named(out), named(inp), named(par), g, x.movedim(inp.index(sample), 0))
+
+
+def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | None:
+    """The letters of a `Term` for those of the product ``inp, par -> out``; ``None``: too few."""
+    both = [axis for axis in par if axis in inp and axis in out]
+    rows = [axis for axis in par if axis not in inp]
+    columns = [axis for axis in par if axis not in out]
+    shared = [axis for axis in dict.fromkeys(inp + out) if axis not in par and axis != sample]
+    # One axis beside rows or columns counts groups; without any of these the map is diagonal.
+    grouped = len(both) == 1 and bool(rows + columns)
+    letters = dict(zip(both, "q" if grouped else DIAGONAL, strict=False))
+    letters.update(zip(shared, SUMMED, strict=False))
+    spare = iter("xyz")
+    for first, axes in (("o", rows), ("i", columns)):
+        for number, axis in enumerate(axes):
+            letters[axis] = first if number == 0 else next(spare, "")
+    return letters if all(letters.get(axis) for axis in (*par, *shared)) else None
 
 
 @rule(
@@ -100,13 +124,20 @@ def contraction(call: Call, g: Tensor, x: Tensor, inp: str, par: str, out: str) 
 )
 def bmm(call: Call, g: Tensor, input: Tensor, mat2: Tensor) -> dict[str, Term]:
     """Y_q = X_q W_q: one matrix per expert."""
-    return {{"other": "mat2"}.get(k, k): term for k, term in batched(call, g, input, mat2).items()}
+    terms = batched(call, g, input, mat2)
+    return {"mat2" if name == "other" else name: term for name, term in terms.items()}
 
 
 def batched(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Term]:
-    """The term of one of two factors of equally many matrices; the samples are rows or columns of the other one."""
+    """The term of one of two stacks of equally many matrices.
+
+    The samples are the rows or the columns of the other one.
+    """
     first = call.operands == ("input",)
-    term = contraction(call, g, *((other, "adc", "abd") if first else (input, "abd", "adc")), "abc")
+    if first:
+        term = contraction(call, g, other, inp="adc", par="abd", out="abc")
+    else:
+        term = contraction(call, g, input, inp="abd", par="adc", out="abc")
     if term is None or len(call.operands) > 1:
         raise NotImplementedError("no rule for a batched product without rows or columns of data")
     return {"input" if first else "other": term}

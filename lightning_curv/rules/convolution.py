@@ -1,4 +1,7 @@
-"""Convolutions: products of the weight with patches of the padded input, spread out first where transposed."""
+"""Convolutions: products of the weight with patches of the padded input.
+
+The input of a transposed convolution is spread out first.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ from lightning_curv.terms.term import Adjoint, Term
 
 Sizes = int | tuple[int, ...]
 Settings = tuple[tuple[int, ...], list[int], tuple[int, ...]]
-VECTOR, LARGEST = 8, 2**16  # of `_by_groups`: channels of a group, entries of the weight
+VECTOR = 8  # channels of a group, in multiples of which oneDNN uses whole vectors: `_by_groups`
+LARGEST = 2**16  # entries of a weight that stays in cache: `_by_groups`
 
 
 def _batched(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
+    """The axes that may carry samples: none where a single image came without a batch axis."""
     return (0,) if arguments["input"].ndim == arguments["weight"].ndim else ()
 
 
@@ -47,12 +52,13 @@ def convolution(
     pads = _pads(weight, padding, dilation)
     padded = _padded(input, pads)
     x = patches(padded, weight, stride, dilation, groups)
-    q, by_group = ("", g) if groups == 1 else ("q", g.unflatten(2, (groups, -1)))
-    x = x[:, 0] if groups == 1 else x
-    even = all(before == after for before, after in pads)  # the op itself can pad: faster
-    settings = stride, [before if even else 0 for before, _ in pads], dilation
-
-    own = _adjoint(x, input if even else padded, weight, settings, groups)
+    q, x, by_group = _grouped(x, g, groups)
+    even = all(before == after for before, after in pads)
+    if even:  # the op itself can pad, which is faster
+        own_input, own_padding = input, [before for before, _ in pads]
+    else:
+        own_input, own_padding = padded, [0] * dims
+    own = _adjoint(x, own_input, weight, (stride, own_padding, dilation), groups)
     weight_term = Term(q + "o" + s, q + "i" + k + s, q + "oi" + k, by_group, x, adjoint=own)
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
 
@@ -77,68 +83,84 @@ def transposed_convolution(
     groups: int = 1,
     dilation: Sizes = 1,
 ) -> dict[str, Term]:
-    """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``: convolutions of a spread input.
+    """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``.
 
-    Positions are the pixels of the output. They run backwards, so that the patches that they see
-    are views.
+    They are convolutions of a spread input. Positions are the pixels of the output. They run
+    backwards, so that the patches that they see are views.
     """
     dims = weight.ndim - 2
-    s, k, kernel = "stu"[:dims], "xyz"[:dims], weight.shape[2:]
+    kernel = weight.shape[2:]
+    s, k = "stu"[:dims], "xyz"[:dims]
     stride, dilation = _per_axis(stride, dims), _per_axis(dilation, dims)
     backwards = [axis for axis in range(dims) if kernel[axis] > 1]
     spread = _spread(input, stride).flip([2 + axis for axis in backwards])
     padded = _padded(spread, _transposed_pads(kernel, padding, output_padding, dilation))
     x = patches(padded, weight, (1,) * dims, dilation, groups)
     shown = _flipped(g, [3 + axis for axis in backwards])
-    q, x, shown = (
-        ("", x[:, 0], shown) if groups == 1 else ("q", x, shown.unflatten(2, (groups, -1)))
-    )
+    q, x, by_group = _grouped(x, shown, groups)
+    # A weight of the shape that a convolution of the spread input has; it takes no memory.
     outputs_first = weight.new_empty(()).expand(g.shape[2], len(weight) // groups, *kernel)
     settings = (1,) * dims, [0] * dims, dilation
     own = _adjoint(x, padded, outputs_first, settings, groups, transposed=True)
-    weight_term = Term(q + "o" + s, q + "i" + k + s, q + "io" + k, shown, x, adjoint=own)
+    weight_term = Term(q + "o" + s, q + "i" + k + s, q + "io" + k, by_group, x, adjoint=own)
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
+
+
+def _grouped(x: Tensor, g: Tensor, groups: int) -> tuple[str, Tensor, Tensor]:
+    """The letter of the groups, patches and cotangents: without that axis if there is one group."""
+    if groups == 1:
+        return "", x[:, 0], g
+    return "q", x, g.unflatten(2, (groups, -1))
 
 
 def patches(
     input: Tensor, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
 ) -> Tensor:
-    """The receptive fields ``[N, groups, in/groups, *kernel, *positions]``, a view of the padded input."""
+    """The receptive fields, ``[N, groups, in/groups, *kernel, *positions]``.
+
+    They are a view of the padded input: pixels of overlapping fields are the same memory.
+    """
     kernel = weight.shape[2:]
-    fields = list(zip(input.shape[2:], kernel, stride, dilation, strict=True))
-    positions = [(size - d * (k - 1) - 1) // step + 1 for size, k, step, d in fields]
-    n, c, *steps = input.stride()
+    positions = []
+    for size, taps, step, gap in zip(input.shape[2:], kernel, stride, dilation, strict=True):
+        field = gap * (taps - 1) + 1
+        positions.append((size - field) // step + 1)
     channels = input.shape[1] // groups
+    by_sample, by_channel, *by_pixel = input.stride()
+    by_tap = [pixel * gap for pixel, gap in zip(by_pixel, dilation, strict=True)]
+    by_position = [pixel * step for pixel, step in zip(by_pixel, stride, strict=True)]
     return input.as_strided(
         (input.shape[0], groups, channels, *kernel, *positions),
-        (
-            n,
-            c * channels,
-            c,
-            *(s * d for s, d in zip(steps, dilation, strict=True)),
-            *(s * d for s, d in zip(steps, stride, strict=True)),
-        ),
+        (by_sample, by_channel * channels, by_channel, *by_tap, *by_position),
     )
 
 
 def _pads(weight: Tensor, padding: Sizes | str, dilation: tuple[int, ...]) -> list[tuple[int, int]]:
     """Zeros before and after the input, per axis."""
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-        return [(t // 2, t - t // 2) for t in total]
-    return [(p, p) for p in _per_axis(0 if isinstance(padding, str) else padding, len(dilation))]
+        kernel = weight.shape[2:]
+        totals = [gap * (taps - 1) for gap, taps in zip(dilation, kernel, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    zeros = 0 if isinstance(padding, str) else padding  # the other word is "valid"
+    return [(before, before) for before in _per_axis(zeros, len(dilation))]
 
 
 def _transposed_pads(
     kernel: Sequence[int], padding: Sizes, output_padding: Sizes, dilation: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """Zeros before and after the spread input of a transposed convolution, per axis; negative: what is cut off."""
+    """Zeros before and after the spread input of a transposed convolution, per axis.
+
+    Negative numbers are pixels that are cut off.
+    """
     dims = len(kernel)
-    settings = zip(
-        kernel, _per_axis(padding, dims), _per_axis(output_padding, dims), dilation, strict=True
-    )
-    pads = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, p, more, d in settings]
-    return [pair[::-1] if k > 1 else pair for pair, k in zip(pads, kernel, strict=True)]
+    cropped, added = _per_axis(padding, dims), _per_axis(output_padding, dims)
+    pads = []
+    for taps, crop, more, gap in zip(kernel, cropped, added, dilation, strict=True):
+        before = gap * (taps - 1) - crop
+        after = before + more
+        # Axes with several taps run backwards, see `transposed_convolution`.
+        pads.append((after, before) if taps > 1 else (before, after))
+    return pads
 
 
 def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
@@ -155,13 +177,16 @@ def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
 def _flipped(g: Tensor, axes: list[int]) -> Tensor:
     """Cotangents with reversed axes; those that are equal in all samples stay one in memory."""
     same = g.shape[1] > 1 and not g.stride(1)
-    return g[:, :1].flip(axes).expand(g.shape) if same else g.flip(axes) if axes else g
+    if same:
+        return g[:, :1].flip(axes).expand(g.shape)
+    return g.flip(axes) if axes else g
 
 
 def _padded(input: Tensor, pads: list[tuple[int, int]]) -> Tensor:
-    return (
-        F.pad(input, [p for pair in reversed(pads) for p in pair]) if any(map(any, pads)) else input
-    )
+    """The input with zeros around it; `F.pad` takes the last axis first."""
+    if not any(map(any, pads)):
+        return input
+    return F.pad(input, [zeros for pair in reversed(pads) for zeros in pair])
 
 
 def _adjoint(
@@ -186,24 +211,24 @@ def _adjoint(
     def flat(g: Tensor) -> Tensor:
         return g if groups == 1 else g.flatten(1, 2)
 
-    def ordered(found: Tensor) -> Tensor:
+    def ordered(gradients: Tensor) -> Tensor:
         """``[*, out, in/groups, *kernel]``, or with the two axes swapped in every group."""
-        axis = found.ndim - weight.ndim
-        return (
-            found.unflatten(axis, (groups, -1)).transpose(axis + 1, axis + 2)
-            if transposed
-            else found
-        )
+        if not transposed:
+            return gradients
+        axis = gradients.ndim - weight.ndim
+        return gradients.unflatten(axis, (groups, -1)).transpose(axis + 1, axis + 2)
 
     def gradient(g: Tensor, input: Tensor) -> Tensor:
         return ordered(weight_gradient(flat(g), input, weight, *settings, groups))
 
     def gradients(g: Tensor, input: Tensor) -> Tensor:
         """Every sample is a group of its own."""
-        n, shape = len(g), weight.shape
-        g, input = flat(g).flatten(0, 1)[None], input.flatten(0, 1)[None]
-        some = weight.new_empty(n * shape[0], *shape[1:])
-        return ordered(weight_gradient(g, input, some, *settings, n * groups).unflatten(0, (n, -1)))
+        samples, (outputs, *rest) = len(g), weight.shape
+        g = flat(g).flatten(0, 1)[None]
+        input = input.flatten(0, 1)[None]
+        weights = weight.new_empty(samples * outputs, *rest)
+        stacked = weight_gradient(g, input, weights, *settings, samples * groups)
+        return ordered(stacked.unflatten(0, (samples, -1)))
 
     return Adjoint(x, input, gradient, gradients if _by_groups(input, weight, groups) else None)
 
@@ -218,33 +243,29 @@ def weight_gradient(
     groups: int,
 ) -> Tensor:
     """The gradient by a weight whose shape alone is looked at."""
-    none, mask = [0] * len(stride), [False, True, False]
-    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward.default(
-        g, input, weight, None, stride, padding, dilation, False, none, groups, mask
+    output_padding = [0] * len(stride)
+    wanted = [False, True, False]  # by the input, the weight, the bias
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward.default(
+        g, input, weight, None, stride, padding, dilation, False, output_padding, groups, wanted
     )
-    return found[1]
+    return gradients[1]
 
 
 def _by_groups(input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether oneDNN forms the gradients of samples as groups faster than products of patches do, measured.
+    """Whether oneDNN forms samples' gradients as groups faster than products of patches do.
 
-    Whole vectors of channels, no copies of patches; large weights do not stay in cache.
+    This was measured. It uses whole vectors of channels and makes no copies of patches; large
+    weights do not stay in cache.
     """
+    in_float32 = input.device.type == "cpu" and input.dtype == torch.float32
+    if not (in_float32 and torch.backends.mkldnn.enabled):
+        return False
     outputs, inputs, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
-    known = (
-        input.device.type == "cpu"
-        and input.dtype == torch.float32
-        and bool(torch.backends.mkldnn.enabled)
-    )
-    return (
-        known
-        and taps > 1
-        and not outputs % VECTOR
-        and not inputs % VECTOR
-        and weight.numel() <= LARGEST
-    )
+    whole_vectors = outputs % VECTOR == 0 and inputs % VECTOR == 0
+    return taps > 1 and whole_vectors and weight.numel() <= LARGEST
 
 
 def _per_axis(value: Sizes, dims: int) -> tuple[int, ...]:
+    """A setting of a convolution for every axis."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * dims if len(values) == 1 else values

@@ -1,4 +1,4 @@
-"""Broadcast arithmetic with a parameter: position embeddings, layer scale, offsets, class tokens."""
+"""Broadcast arithmetic with a parameter: position embeddings, layer scale, class tokens."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ def _aligned(shape: torch.Size, rank: int) -> tuple[int, ...]:
 
 def _repeats(call: Call, arguments: dict[str, Any]) -> list[int]:
     """The axes along which every parameter of the call is repeated."""
-    shapes = [_aligned(arguments[name].shape, len(call.shape)) for name in call.operands]
-    return [axis for axis in range(len(call.shape)) if all(shape[axis] == 1 for shape in shapes)]
+    rank = len(call.shape)
+    shapes = [_aligned(arguments[name].shape, rank) for name in call.operands]
+    repeated_everywhere = []
+    for axis in range(rank):
+        if all(shape[axis] == 1 for shape in shapes):
+            repeated_everywhere.append(axis)
+    return repeated_everywhere
 
 
 def _repeated_in_front(name: str, tensor: Tensor, out: Tensor) -> bool:
@@ -30,23 +35,39 @@ def _repeated_in_front(name: str, tensor: Tensor, out: Tensor) -> bool:
 def broadcast(call: Call, g: Tensor, operand: Tensor, factor: Tensor | None = None) -> Term:
     """The term of a parameter that is broadcast to the output and multiplied by ``factor``."""
     sizes = list(_aligned(operand.shape, len(call.shape)))
+    # The axes that make up the rows are in front of g, as n.
     del sizes[call.axis : call.axis + call.lead]
-    if any(size not in (1, full) for size, full in zip(sizes, g.shape[2:], strict=True)):
-        raise NotImplementedError("no rule for a parameter that is tiled")
-    letters = [DIAGONAL[j] if size == sizes[j] else SUMMED[j] for j, size in enumerate(g.shape[2:])]
+    letters = []
+    for axis, (size, full) in enumerate(zip(sizes, g.shape[2:], strict=True)):
+        if size not in (1, full):
+            raise NotImplementedError("no rule for a parameter that is tiled")
+        # An axis that the parameter has is one of its own; along all others its gradient is summed.
+        letters.append(DIAGONAL[axis] if size == full else SUMMED[axis])
     out = "".join(letters)
-    x = None if factor is None else call.rows(factor.expand(call.shape))
-    return Term(
-        out, out if x is not None else "", "".join(x for x in letters if x in DIAGONAL), g, x
-    )
+    par = "".join(letter for letter in letters if letter in DIAGONAL)
+    if factor is None:
+        return Term(out, "", par, g)
+    return Term(out, out, par, g, call.rows(factor.expand(call.shape)))
 
 
 def _value(value: Tensor | float, like: Tensor) -> Tensor:
-    return (
-        value
-        if isinstance(value, Tensor)
-        else torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    )
+    """A number as a tensor of the type and on the device of another; a tensor as it is."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _sum_terms(
+    call: Call, operands: dict[str, Tensor], cotangents: dict[str, Tensor]
+) -> dict[str, Term]:
+    """The terms of the parameters among the summands of an output.
+
+    Args:
+        call: The recorded call.
+        operands: The summands by name.
+        cotangents: The cotangents of each, ``[V, N, *]``.
+    """
+    return {name: broadcast(call, cotangents[name], operands[name]) for name in call.operands}
 
 
 @rule(
@@ -57,10 +78,9 @@ def add(
     call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
 ) -> dict[str, Term]:
     """Y = a + α b."""
-    return {
-        k: broadcast(call, *((g, input) if k == "input" else (alpha * g, other)))
-        for k in call.operands
-    }
+    scaled = alpha * g if "other" in call.operands else g
+    operands = {"input": input, "other": other}
+    return _sum_terms(call, operands, {"input": g, "other": scaled})
 
 
 @rule(
@@ -85,42 +105,48 @@ def rsub(
     call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
 ) -> dict[str, Term]:
     """Y = b - α a."""
-    return {
-        k: broadcast(call, *((g, other) if k == "other" else (-alpha * g, input)))
-        for k in call.operands
-    }
+    scaled = -alpha * g if "input" in call.operands else g
+    operands = {"input": input, "other": other}
+    return _sum_terms(call, operands, {"input": scaled, "other": g})
 
 
 @rule(
-    torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_, Tensor.__imul__,
+    torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_,
+    Tensor.__imul__,
     axes=_repeats, accepts=_repeated_in_front,
 )  # fmt: skip
 def mul(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str, Term]:
     """Y = a b."""
-    pairs = {"input": (input, other), "other": (other, input)}
-    return {k: broadcast(call, g, pairs[k][0], _value(pairs[k][1], g)) for k in call.operands}  # type: ignore[arg-type]
+    # The derivative by either factor is the other one.
+    first, second = _value(input, g), _value(other, g)
+    pairs = {"input": (first, second), "other": (second, first)}
+    return {name: broadcast(call, g, *pairs[name]) for name in call.operands}
 
 
 @rule(
-    torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.__truediv__, Tensor.__div__, Tensor.div_,
-    Tensor.__itruediv__, Tensor.__idiv__,
+    torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.__truediv__, Tensor.__div__,
+    Tensor.div_, Tensor.__itruediv__, Tensor.__idiv__,
     axes=_repeats, accepts=_repeated_in_front, affine=False,
 )  # fmt: skip
 def div(
     call: Call, g: Tensor, input: Tensor, other: Tensor | float, *, rounding_mode: str | None = None
 ) -> dict[str, Term]:
     """Y = a / b."""
-    a, b = _value(input, g), _value(other, g)
-    pairs = {"input": (a, 1 / b), "other": (b, -a / b.square())}
-    return {k: broadcast(call, g, *pairs[k]) for k in call.operands}
+    numerator, denominator = _value(input, g), _value(other, g)
+    pairs = {
+        "input": (numerator, 1 / denominator),
+        "other": (denominator, -numerator / denominator.square()),
+    }
+    return {name: broadcast(call, g, *pairs[name]) for name in call.operands}
 
 
 @rule(Tensor.__rdiv__, axes=_repeats, accepts=_repeated_in_front, affine=False)
 def rdiv(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str, Term]:
     """Y = b / a."""
     swapped = {"input": "other", "other": "input"}
-    call = Call(call.shape, tuple(swapped[k] for k in call.operands), call.axis)
-    return {swapped[k]: term for k, term in div(call, g, _value(other, g), input).items()}
+    operands = tuple(swapped[name] for name in call.operands)
+    terms = div(Call(call.shape, operands, call.axis), g, _value(other, g), input)
+    return {swapped[name]: term for name, term in terms.items()}
 
 
 @rule(
@@ -132,14 +158,15 @@ def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> dict[str, Ter
     """Y = max(x, 0) + a min(x, 0), with one slope or one per channel (axis 1)."""
     x = call.rows(input).clamp(max=0)
     if weight.numel() == 1:
-        return {"weight": Term("s", "s", "", g.reshape(*g.shape[:2], -1), x.reshape(len(x), -1))}
-    return {
-        "weight": Term("ds", "ds", "d", g.reshape(*g.shape[:3], -1), x.reshape(*x.shape[:2], -1))
-    }
+        g = g.reshape(*g.shape[:2], -1)
+        return {"weight": Term("s", "s", "", g, x.reshape(len(x), -1))}
+    g = g.reshape(*g.shape[:3], -1)
+    return {"weight": Term("ds", "ds", "d", g, x.reshape(*x.shape[:2], -1))}
 
 
 @rule(
-    Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat, torch.tile, Tensor.tile,
+    Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat,
+    torch.tile, Tensor.tile,
     axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (), expands=True,
 )  # fmt: skip
 def expand(call: Call, g: Tensor, input: Tensor, *sizes: Any, **named: Any) -> dict[str, Term]:

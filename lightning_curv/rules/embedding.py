@@ -25,14 +25,12 @@ def embedding(
 ) -> dict[str, Term]:
     """``F.embedding``; the row ``padding_idx`` gets no gradient."""
     _refuse_frequencies(scale_grad_by_freq)
-    index, classes = call.rows(input).reshape(g.shape[1], -1), weight.shape[0]
+    classes = weight.shape[0]
+    index = call.rows(input).reshape(g.shape[1], -1)
     if padding_idx is not None:
         index = index.masked_fill(index == padding_idx % classes, -1)
-    return {
-        "weight": Term(
-            "so", "si", "io", g.reshape(*g.shape[:2], index.shape[1], g.shape[-1]), index, classes
-        )
-    }
+    g = g.reshape(*g.shape[:2], index.shape[1], g.shape[-1])
+    return {"weight": Term("so", "si", "io", g, index, classes)}
 
 
 @rule(
@@ -63,23 +61,24 @@ def embedding_bag(
     index = input.flatten()[place].masked_fill(place < 0, -1)  # [N, tokens]
     if padding_idx is not None:
         index = index.masked_fill(index == padding_idx % len(weight), -1)
+    # The share of every token in the cotangent of its bag, per feature or for all of them.
     if mode == "max":
         values = weight[index].masked_fill((index < 0).unsqueeze(-1), -torch.inf)
-        share = torch.zeros_like(values).scatter_(1, values.argmax(1, keepdim=True), 1.0)
+        largest = values.argmax(1, keepdim=True)
+        share = torch.zeros_like(values).scatter_(1, largest, 1.0)
     elif mode == "mean":
-        share = 1 / (index >= 0).sum(1).clamp(min=1).to(g.dtype)[:, None, None]
+        lengths = (index >= 0).sum(1).clamp(min=1)
+        share = 1 / lengths.to(g.dtype)[:, None, None]
+    elif per_sample_weights is None:
+        share = g.new_ones(())
     else:
-        share = (
-            g.new_ones(())
-            if per_sample_weights is None
-            else per_sample_weights.flatten()[place].unsqueeze(-1)
-        )
-    g = (g.unsqueeze(2) * share).expand(-1, -1, index.shape[1], -1)
-    return {"weight": Term("so", "si", "io", g, index, len(weight))}
+        share = per_sample_weights.flatten()[place].unsqueeze(-1)
+    by_token = (g.unsqueeze(2) * share).expand(-1, -1, index.shape[1], -1)
+    return {"weight": Term("so", "si", "io", by_token, index, len(weight))}
 
 
 def rows_of(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Term:
-    """The term of a parameter whose entries along the leading axis are picked by indices: rows, or matrices of experts.
+    """The term of a parameter whose leading axis is indexed: rows, or matrices of experts.
 
     Args:
         call: The recorded call.
@@ -88,23 +87,17 @@ def rows_of(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Term:
         index: Integers, of the shape of the output without the axes behind the first of ``table``.
     """
     index = (call.rows(index) % len(table)).reshape(g.shape[1], -1)
-    feature = (
-        "o" if table.ndim == 2 else "d"
-    )  # a factor for the entries of a matrix would be its size squared
-    return Term(
-        "s" + feature,
-        "si",
-        "i" + feature,
-        g.reshape(*g.shape[:2], index.shape[1], -1),
-        index,
-        len(table),
-    )
+    # A Kronecker factor for the entries of a matrix would have its size squared.
+    feature = "o" if table.ndim == 2 else "d"
+    g = g.reshape(*g.shape[:2], index.shape[1], -1)
+    return Term("s" + feature, "si", "i" + feature, g, index, len(table))
 
 
 def _bags(starts: Tensor, length: int) -> Tensor:
     """The place of every token of every bag, ``[N, longest]``; -1 behind the end of a bag."""
     ends = torch.cat([starts[1:], starts.new_tensor([length])])
-    place = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
+    longest = int((ends - starts).max())
+    place = starts[:, None] + torch.arange(longest, device=starts.device)
     return place.masked_fill(place >= ends[:, None], -1)
 
 
@@ -112,5 +105,6 @@ def _refuse_frequencies(scale_grad_by_freq: bool) -> None:
     if scale_grad_by_freq:
         raise UnsupportedError(
             "Per-sample quantities need an embedding whose rows do not depend on the batch, found "
-            "`scale_grad_by_freq=True`, which divides by counts over the whole batch. Use `scale_grad_by_freq=False`."
+            "`scale_grad_by_freq=True`, which divides by counts over the whole batch. Use "
+            "`scale_grad_by_freq=False`."
         )

@@ -20,10 +20,12 @@ def _rows_or_columns(call: Call, arguments: dict[str, Any]) -> list[int]:
     return [2] if mat2.ndim == 3 and "mat2" not in call.operands else [1]
 
 
+# Torch has the op from 2.8 on; before, the rule is one of no function.
+_GROUPED_MM = [torch._grouped_mm] if hasattr(torch, "_grouped_mm") else []
+
+
 @rule(
-    *(
-        function for function in [getattr(torch, "_grouped_mm", None)] if function
-    ),  # of torch 2.8 and later
+    *_GROUPED_MM,
     axes=_rows_or_columns,
     accepts=lambda name, tensor, out: name == "mat2" and tensor.ndim == 3 and out.ndim == 2,
 )
@@ -36,16 +38,19 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> dict[str, Term]:
-    """``F.grouped_mm``: row r times the matrix of its expert, Y_r = x_r W_e(r); also W_e X with columns of experts.
+    """``F.grouped_mm``: row r times the matrix of its expert, Y_r = x_r W_e(r).
 
-    Expert e ends with row ``offs[e] - 1``; rows that no expert has get no gradient. Rows are zero
-    for all experts but their own: memory is that of the rows times the number of experts.
+    The op also multiplies W_e X, whose columns have experts. Expert e ends with row
+    ``offs[e] - 1``; rows that no expert has get no gradient. Rows are zero for all experts but
+    their own: memory is that of the rows times the number of experts.
     """
     dims = input.ndim, mat2.ndim
     if call.operands == ("mat2",) and dims == (2, 3) and offs is not None:
-        return {"mat2": Term("qo", "qi", "qio", *_of_experts(g, input, offs))}
+        by_expert, x = _of_experts(g, input, offs)
+        return {"mat2": Term("qo", "qi", "qio", by_expert, x)}
     if call.operands == ("input",) and dims == (3, 2) and offs is not None:
-        return {"input": Term("qo", "qi", "qoi", *_of_experts(g, mat2.mT, offs))}
+        by_expert, x = _of_experts(g, mat2.mT, offs)
+        return {"input": Term("qo", "qi", "qoi", by_expert, x)}
     if dims == (3, 3) and "bias" not in call.operands:
         return contraction.bmm(call, g, input, mat2)
     raise NotImplementedError(
@@ -56,6 +61,9 @@ def grouped_mm(
 def _of_experts(g: Tensor, x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
     """Cotangents ``[V, R, q, o]`` and inputs ``[R, q, i]`` of rows ``[V, R, o]`` and ``[R, i]``."""
     rows = torch.arange(len(x), device=x.device)
-    expert = torch.bucketize(rows, offs.to(rows.dtype), right=True)
-    others = (expert[:, None] != torch.arange(len(offs), device=x.device))[..., None]
-    return g.unsqueeze(2).masked_fill(others, 0), x.unsqueeze(1).masked_fill(others, 0)
+    own_expert = torch.bucketize(rows, offs.to(rows.dtype), right=True)
+    experts = torch.arange(len(offs), device=x.device)
+    others = (own_expert[:, None] != experts)[..., None]
+    # Both factors are masked: what is not finite in the one would meet zeros of the other as NaN.
+    by_expert = g.unsqueeze(2).masked_fill(others, 0)
+    return by_expert, x.unsqueeze(1).masked_fill(others, 0)

@@ -24,13 +24,12 @@ class FallbackWarning(UserWarning):
 def rule_for(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Rule, dict[str, Any]]:
-    """A rule for one call of any op, and the call's arguments by the names that this rule gives them."""
+    """A rule for one call of any op, and the call's arguments by the names that it gives them."""
     if _picks(func, args, kwargs):
-        axes = range(args[1].ndim)
-        return Rule(_picked, axes=lambda call, arguments: axes), {
-            "table": args[0],
-            "index": args[1],
-        }
+        table, index = args
+        axes = range(index.ndim)
+        rule = Rule(_picked, axes=lambda call, arguments: axes)
+        return rule, {"table": table, "index": index}
     leaves, structure = tree_flatten((args, kwargs))
 
     def op(**arguments: Any) -> Any:
@@ -43,14 +42,12 @@ def rule_for(
 
 def _picks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call is ``table[index]`` with a tensor of integers."""
-    if (
-        func is not Tensor.__getitem__
-        or kwargs
-        or not isinstance(args[1], Tensor)
-        or not args[1].ndim
-    ):
+    if func is not Tensor.__getitem__ or kwargs:
         return False
-    return args[1].dtype in (torch.int64, torch.int32) and not args[1].requires_grad
+    index = args[1]
+    if not isinstance(index, Tensor) or not index.ndim:
+        return False
+    return index.dtype in (torch.int64, torch.int32) and not index.requires_grad
 
 
 def _picked(call: Call, g: Tensor, table: Tensor, index: Tensor) -> dict[str, Term]:
@@ -64,7 +61,7 @@ def _apply(op: Callable[..., Any], call: Call, g: Tensor, **arguments: Any) -> d
 def per_sample(
     op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[str, Any]
 ) -> dict[str, Term]:
-    """The terms of ``op(**arguments)``, which treats the entries of the leading axis of its data independently.
+    """The terms of an op that treats the entries of the leading axis of its data independently.
 
     Args:
         op: The op as a function of named arguments.
@@ -77,44 +74,52 @@ def per_sample(
         NotImplementedError: The op does not batch over the leading axis, or ``vmap`` cannot run it.
     """
     warnings.warn(
-        f"`{op.__name__}` has no rule: its per-sample gradients are exact but slow, and held in memory. "
-        "`@lightning_curv.rule` registers one.",
+        f"`{op.__name__}` has no rule: its per-sample gradients are exact but slow, and held in "
+        "memory. `@lightning_curv.rule` registers one.",
         FallbackWarning,
         stacklevel=2,
     )
-    operands = {k: arguments[k] for k in call.operands}
-    data = {
-        k: v
-        for k, v in arguments.items()
-        if k not in operands and isinstance(v, Tensor) and v.ndim and len(v) == g.shape[1]
-    }
-    others = {k: v for k, v in arguments.items() if k not in operands and k not in data}
+    operands = {name: arguments[name] for name in call.operands}
+    data: dict[str, Tensor] = {}
+    others: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name in operands:
+            continue
+        if isinstance(value, Tensor) and value.ndim and len(value) == g.shape[1]:
+            data[name] = value
+        else:
+            others[name] = value
     if call.chosen is not None:
         rows = call.chosen.to(g.device)
-        g, data = g[:, rows], {k: v[rows] for k, v in data.items()}
+        g, data = g[:, rows], {name: value[rows] for name, value in data.items()}
 
     def pull(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        return torch.func.vjp(lambda operands: op(**operands, **data, **others), operands)[1](
-            cotangent
-        )[0]
+        def output(operands: dict[str, Tensor]) -> Tensor:
+            result: Tensor = op(**operands, **data, **others)
+            return result
+
+        _, vector_jacobian_product = torch.func.vjp(output, operands)
+        (gradients,) = vector_jacobian_product(cotangent)
+        return gradients
 
     def one(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
-        return pull(cotangent[None], {k: v[None] for k, v in data.items()})
+        # The op sees a batch of one sample, so that it finds the axes that it expects.
+        return pull(cotangent[None], {name: value[None] for name, value in data.items()})
 
     def columns_at_once() -> dict[str, Tensor]:
         return torch.func.vmap(torch.func.vmap(one), in_dims=(0, None))(g, data)
 
     def column_by_column() -> dict[str, Tensor]:
-        found = [torch.func.vmap(one)(column, data) for column in g]
-        return {name: torch.stack([column[name] for column in found]) for name in operands}
+        gradients = [torch.func.vmap(one)(column, data) for column in g]
+        return {name: torch.stack([column[name] for column in gradients]) for name in operands}
 
-    weights = golden(len(g)).to(g.device, g.dtype)  # of the columns; pulling back is linear
+    # Pulling back is linear: one pass with a weighted sum of the columns checks all of them.
+    weights = golden(len(g)).to(g.device, g.dtype)
     try:
         total = pull(torch.tensordot(weights, g, 1), data)
         result = columns_at_once()
-        if len(g) > 1 and not _agree(
-            result, total, weights
-        ):  # torch batches a few ops wrongly twice (`cdist`)
+        # Torch batches a few ops (`cdist`) wrongly where two `vmap` are nested.
+        if len(g) > 1 and not _agree(result, total, weights):
             result = column_by_column()
     except Exception as error:
         raise NotImplementedError(
@@ -128,14 +133,16 @@ def per_sample(
 
 
 def _agree(result: dict[str, Tensor], total: dict[str, Tensor], weights: Tensor) -> bool:
-    """Whether per-sample gradients add up to those of the whole batch; samples that are not finite tell nothing."""
+    """Whether per-sample gradients add up to those of the whole batch.
+
+    Samples that are not finite tell nothing.
+    """
     for name, whole in total.items():
-        found = torch.tensordot(weights, result[name].sum(1), 1)
-        known = whole.isfinite() & found.isfinite()
-        found, whole = found[known], whole[known]
-        if not torch.allclose(
-            found, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().amax() if len(whole) else 0)
-        ):
+        summed = torch.tensordot(weights, result[name].sum(1), 1)
+        finite = whole.isfinite() & summed.isfinite()
+        summed, whole = summed[finite], whole[finite]
+        largest = float(whole.abs().amax() if len(whole) else 0)
+        if not torch.allclose(summed, whole, rtol=1e-3, atol=1e-4 * largest):
             return False
     return True
 

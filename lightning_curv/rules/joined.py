@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Axes = (
-    Sequence[int | None] | None
-)  # of every output; `None`: no axis carries the samples, rows belong to them
+# The axis of every output that carries the samples; `None`: none does, rows belong to samples.
+Axes = Sequence[int | None] | None
 
 
 def joined(outputs: Sequence[Tensor], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The outputs as the rows ``[N, K]`` of one tensor, and the same outputs computed from that tensor.
+    """The outputs as the rows ``[N, K]`` of one tensor, and the outputs computed from that.
 
     Values, strides and version counters stay; gradients pass through unchanged.
 
@@ -37,16 +36,25 @@ def rows(tensors: Sequence[Tensor], axes: Axes) -> Tensor:
             those of one tensor behind those of another and with zeros where another's are wider.
     """
     if axes is None:
-        width = max(t.shape[-1] for t in tensors)
-        return torch.cat([F.pad(t.flatten(0, -2), (0, width - t.shape[-1])) for t in tensors])
-    by_sample = [
-        t[None] if axis is None else t.movedim(axis, 0)
-        for t, axis in zip(tensors, axes, strict=True)
-    ]
-    return torch.cat([t.flatten(1) for t in by_sample], dim=1)
+        width = max(tensor.shape[-1] for tensor in tensors)
+        ragged = []
+        for tensor in tensors:
+            missing = width - tensor.shape[-1]
+            ragged.append(F.pad(tensor.flatten(0, -2), (0, missing)))
+        return torch.cat(ragged)
+    by_sample = []
+    for tensor, axis in zip(tensors, axes, strict=True):
+        samples_first = tensor[None] if axis is None else tensor.movedim(axis, 0)
+        by_sample.append(samples_first.flatten(1))
+    return torch.cat(by_sample, dim=1)
 
 
 class _Parts(torch.autograd.Function):
+    """The outputs of an op as functions of its rows: gradients are brought together again.
+
+    What is returned are the outputs themselves, detached: nothing is computed or copied.
+    """
+
     @staticmethod
     def forward(ctx: Any, whole: Tensor, axes: Axes, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         ctx.axes = axes

@@ -37,12 +37,12 @@ def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Ter
     if call.operands == ("other",) and other.ndim == 1:
         return {"other": product(g.unsqueeze(-1), call.rows(input), "oi")[0]}
     if call.operands == ("input",) and input.ndim == 2 and other.ndim >= 2:
-        features, x = (
-            (g, call.rows(other))
-            if call.axis == last
-            else (g.transpose(-1, -2), call.rows(other.mT).contiguous())
-        )
-        return {"input": product(features, x, "oi")[0]}
+        # Where the columns of the data are the samples, moving them to the front leaves the
+        # features last; else the columns are shared positions, which belong before the features.
+        if call.axis == last:
+            return {"input": product(g, call.rows(other), "oi")[0]}
+        features_last = call.rows(other.mT).contiguous()
+        return {"input": product(g.transpose(-1, -2), features_last, "oi")[0]}
     if input.ndim == other.ndim == 3 and len(input) == len(other) and call.axis > 0:
         return contraction.batched(call, g, input, other)
     return fallback.per_sample(torch.matmul, call, g, {"input": input, "other": other})
@@ -65,16 +65,12 @@ def addmm(
     alpha: float = 1,
 ) -> dict[str, Term]:
     """Y = β b + α x W, as in layers that keep the weight transposed."""
-    terms = (
-        {"mat2": Term("o", "i", "io", g, alpha * call.rows(mat1))}
-        if "mat2" in call.operands
-        else {}
-    )
-    return (
-        {**terms, "input": elementwise.broadcast(call, beta * g, input)}
-        if "input" in call.operands
-        else terms
-    )
+    terms = {}
+    if "mat2" in call.operands:
+        terms["mat2"] = Term("o", "i", "io", g, alpha * call.rows(mat1))
+    if "input" in call.operands:
+        terms["input"] = elementwise.broadcast(call, beta * g, input)
+    return terms
 
 
 @rule(
@@ -92,14 +88,25 @@ def bilinear(
     bias: Tensor | None = None,
 ) -> dict[str, Term]:
     """Y = x₁ᵀ W x₂ + b: linear in the outer product of the inputs."""
-    x = flatten_shared(call.rows(input1.unsqueeze(-1) * input2.unsqueeze(-2)), 1, -2)
-    s = "s" if x.ndim > 3 else ""
+    outer_product = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+    x = flatten_shared(call.rows(outer_product), 1, -2)
     g = flatten_shared(g, 2, -1)
-    return {"weight": Term(s + "o", s + "ix", "oix", g, x), "bias": Term(s + "o", "", "o", g)}
+    shared = "s" if x.ndim > 3 else ""
+    return {
+        "weight": Term(shared + "o", shared + "ix", "oix", g, x),
+        "bias": Term(shared + "o", "", "o", g),
+    }
 
 
 def product(g: Tensor, x: Tensor, par: str) -> tuple[Term, Term]:
-    """The terms of a matrix and of an offset of its output."""
-    g, x = flatten_shared(g, 2, -1), flatten_shared(x, 1, -1)
-    s = "s" if x.ndim > 2 else ""
-    return Term(s + "o", s + "i", par, g, x), Term(s + "o", "", "o", g)
+    """The terms of a matrix and of an offset of its output.
+
+    Args:
+        g: Cotangents of the output, ``[V, N, *, out]``.
+        x: Inputs, ``[N, *, in]``.
+        par: The letters of the matrix in the order of its memory, ``"oi"`` or ``"io"``.
+    """
+    g = flatten_shared(g, 2, -1)
+    x = flatten_shared(x, 1, -1)
+    shared = "s" if x.ndim > 2 else ""
+    return Term(shared + "o", shared + "i", par, g, x), Term(shared + "o", "", "o", g)

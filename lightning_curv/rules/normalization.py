@@ -17,15 +17,20 @@ def _before_normalized(call: Call, arguments: dict[str, Any]) -> range:
 
 
 def _trailing(call: Call, g: Tensor, x: Tensor, features: int) -> dict[str, Term]:
-    """Scale and shift per entry of the last ``features`` axes."""
-    g, x = g.flatten(-features), call.rows(x).flatten(-features)
-    g, x = g.reshape(*g.shape[:2], -1, g.shape[-1]), x.reshape(x.shape[0], -1, x.shape[-1])
+    """Terms of scale and shift, one entry each per entry of the last ``features`` axes."""
+    # All axes between the sample and the features become one axis of shared positions.
+    g = g.flatten(-features)
+    g = g.reshape(*g.shape[:2], -1, g.shape[-1])
+    x = call.rows(x).flatten(-features)
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
     return {"weight": Term("sd", "sd", "d", g, x), "bias": Term("sd", "", "d", g)}
 
 
 def _channels(g: Tensor, x: Tensor) -> dict[str, Term]:
-    """Scale and shift per channel (axis 1)."""
-    g, x = g.reshape(*g.shape[:3], -1), x.reshape(*x.shape[:2], -1)
+    """Terms of scale and shift, one entry each per channel (axis 1)."""
+    # All axes behind the channels become one axis of shared positions.
+    g = g.reshape(*g.shape[:3], -1)
+    x = x.reshape(*x.shape[:2], -1)
     return {"weight": Term("ds", "ds", "d", g, x), "bias": Term("ds", "", "d", g)}
 
 
@@ -101,6 +106,7 @@ def batch_norm(
 ) -> dict[str, Term]:
     """``F.batch_norm``; in training mode the normalised input is taken as given."""
     if training:
+        # The call itself has moved the running averages: they must not be moved once more.
         running_mean = running_var = None
     return _channels(g, F.batch_norm(input, running_mean, running_var, training=training, eps=eps))
 

@@ -28,9 +28,8 @@ from lightning_curv.terms.term import Term
 LAYERS = "input hx params has_biases num_layers dropout train bidirectional batch_first"
 PACKED = "input batch_sizes hx params has_biases num_layers dropout train bidirectional"
 CELL = "input hx w_ih w_hh b_ih b_hh"
-Numbered = Iterator[
-    tuple[int, Tensor, Tensor]
-]  # a weight's number, cotangents [V, N, T, o], inputs [N, T, i]
+# A weight's number, cotangents [V, N, T, o] of its product, and inputs [N, T, i] of that.
+Numbered = Iterator[tuple[int, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,27 +48,30 @@ class _Kind:
 
 
 def _bind_layers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    # Torch's overloads differ in their fourth argument: the parameters are a list, a flag is none.
     packed = "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (list, tuple)))
-    given = {**dict(zip((PACKED if packed else LAYERS).split(), args, strict=False)), **kwargs}
+    names = (PACKED if packed else LAYERS).split()
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     return _flat(given.pop("hx"), given.pop("params"), given)
 
 
 def _bind_cell(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     given = {**dict(zip(CELL.split(), args, strict=False)), **kwargs}
-    weights = [
-        given[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if given.get(name) is not None
-    ]
-    return _flat(given["hx"], weights, {"input": given["input"], "has_biases": len(weights) == 4})
+    names = ("w_ih", "w_hh", "b_ih", "b_hh")
+    weights = [given[name] for name in names if given.get(name) is not None]
+    others = {"input": given["input"], "has_biases": len(weights) == 4}
+    return _flat(given["hx"], weights, others)
 
 
 def _flat(
     states: Tensor | Sequence[Tensor], params: Sequence[Tensor], others: dict[str, Any]
 ) -> dict[str, Any]:
+    """The arguments of a call with a name for every state and every parameter."""
     states = [states] if isinstance(states, Tensor) else states
     return {
         **others,
-        **{f"states{k}": v for k, v in enumerate(states)},
-        **{f"params{k}": v for k, v in enumerate(params)},
+        **{f"states{number}": state for number, state in enumerate(states)},
+        **{f"params{number}": parameter for number, parameter in enumerate(params)},
     }
 
 
@@ -78,23 +80,24 @@ def _numbered(arguments: dict[str, Any], name: str) -> list[Tensor]:
 
 
 def _sample_axes(arguments: dict[str, Any]) -> list[int | None] | None:
+    """The axes of the outputs that carry the samples; ``None``: rows of packed outputs do."""
     if "batch_sizes" in arguments:
         return None
-    first = [] if "num_layers" not in arguments else [0 if arguments["batch_first"] else 1]
-    return [*first, *(0 if not first else 1 for _ in _numbered(arguments, "states"))]
+    states = _numbered(arguments, "states")
+    if "num_layers" not in arguments:  # a cell returns its states [N, H] alone
+        return [0] * len(states)
+    output_axis = 0 if arguments["batch_first"] else 1
+    return [output_axis, *[1] * len(states)]
 
 
 def _owners(arguments: dict[str, Any]) -> Tensor | None:
-    """The sequence that every row of a packed output and of the final states behind it belongs to."""
+    """The sequence of every row of a packed output and of the final states behind it."""
     if "batch_sizes" not in arguments:
         return None
-    steps, states = _steps(arguments), _numbered(arguments, "states")
-    return torch.cat(
-        [
-            steps.sample,
-            torch.arange(steps.sizes[0], device=steps.sample.device).repeat(sum(map(len, states))),
-        ]
-    )
+    steps = _steps(arguments)
+    states = _numbered(arguments, "states")
+    sequences = torch.arange(steps.sizes[0], device=steps.sample.device)
+    return torch.cat([steps.sample, sequences.repeat(sum(map(len, states)))])
 
 
 def _steps(arguments: dict[str, Any]) -> PackedSteps:
@@ -104,8 +107,9 @@ def _steps(arguments: dict[str, Any]) -> PackedSteps:
 def _backpropagable(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
     if arguments.get("num_layers", 1) > 1 and arguments["train"] and arguments["dropout"] > 0:
         raise UnsupportedError(
-            f"Expected a recurrent network without dropout between its layers, found dropout={arguments['dropout']}, "
-            "whose masks are hidden. Use `dropout=0`, or one-layer networks with `nn.Dropout` in between."
+            "Expected a recurrent network without dropout between its layers, found "
+            f"dropout={arguments['dropout']}, whose masks are hidden. Use `dropout=0`, or "
+            "one-layer networks with `nn.Dropout` in between."
         )
     return (0,)
 
@@ -124,97 +128,111 @@ class _Network:
     """
 
     def __init__(self, kind: _Kind, arguments: dict[str, Any]) -> None:
-        self.kind, self.arguments, self.is_cell = kind, arguments, "num_layers" not in arguments
+        self.kind, self.arguments = kind, arguments
+        self.is_cell = "num_layers" not in arguments
         self.weights = _numbered(arguments, "params")
-        x, *initial = [
-            t.to(self.weights[0].dtype)
-            for t in (arguments["input"], *_numbered(arguments, "states"))
-        ]
-        self.initial = [s[None] for s in initial] if self.is_cell else initial
-        packed = "batch_sizes" in arguments
-        self.steps = (
-            _steps(arguments)
-            if packed
-            else Steps(1 if self.is_cell else x.shape[int(arguments["batch_first"])])
-        )
+        dtype = self.weights[0].dtype  # under autocast the inputs may have another one
+        x = arguments["input"].to(dtype)
+        initial = [state.to(dtype) for state in _numbered(arguments, "states")]
+        self.initial = [state[None] for state in initial] if self.is_cell else initial
+        self.steps: Steps
+        if "batch_sizes" in arguments:
+            self.steps = _steps(arguments)
+        else:
+            self.steps = Steps(1 if self.is_cell else x.shape[int(arguments["batch_first"])])
         self.x = self._steps_first(x)
         self.directions = 1 + arguments.get("bidirectional", False)
+        # Torch has W_i, W_h, b_i, b_h, W_r of one direction of one layer behind each other; the
+        # biases and the projection W_r may be missing.
         count = len(self.weights) // len(self.initial[0])
-        firsts = range(0, len(self.weights), count)
-        self.biases = {k + j: k + j + 2 for k in firsts for j in (0, 1) if arguments["has_biases"]}
-        self.matrices = [[k, k + 1, *([k + count - 1] if count % 2 else [])] for k in firsts]
+        self.biases: dict[int, int] = {}
+        self.matrices: list[list[int]] = []
+        for first in range(0, len(self.weights), count):
+            if arguments["has_biases"]:
+                self.biases |= {first: first + 2, first + 1: first + 3}
+            projection = [first + count - 1] if count % 2 else []
+            self.matrices.append([first, first + 1, *projection])
 
     def _steps_first(self, tensor: Tensor) -> Tensor:
+        """Inputs or outputs as ``[T, N, *]``, padded if they are packed."""
         if self.is_cell:
             return tensor[None]
-        return (
-            tensor.transpose(0, 1)
-            if self.arguments.get("batch_first")
-            else self.steps.padded(tensor)
-        )
+        if self.arguments.get("batch_first"):
+            return tensor.transpose(0, 1)
+        return self.steps.padded(tensor)
 
     def replayed(self, g: Tensor) -> Numbered:
-        """Cotangents ``g [V, N, K]`` of all outputs at the products with the weights, by differentiating every step."""
+        """The cotangents at the products with the weights, by differentiating every step.
 
-        def outputs(shifts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-            run = replay.Replay(self.kind.step, self.weights, self.biases, shifts, self.steps)
-            h, final = run.network(self.x, self.initial, self.directions)
-            h = h.transpose(0, 1) if self.arguments.get("batch_first") else self.steps.rows(h)
-            tensors = [state[0] for state in final] if self.is_cell else [h, *final]
-            inputs = {k: v[0] if v[0].ndim == 3 else torch.stack(v) for k, v in run.inputs.items()}
-            return rows(tensors, _sample_axes(self.arguments)), inputs
-
+        Args:
+            g: Cotangents of all outputs, ``[V, N, K]``.
+        """
+        # A shift is added to every product: the cotangent of the shift is that of the product.
         shifts = {
-            k: self.x.new_zeros(*self.x.shape[:2], len(w))
-            for k, w in enumerate(self.weights)
-            if w.ndim == 2
+            number: self.x.new_zeros(*self.x.shape[:2], len(weight))
+            for number, weight in enumerate(self.weights)
+            if weight.ndim == 2
         }
-        whole, pull, inputs = torch.func.vjp(outputs, shifts, has_aux=True)  # type: ignore[misc]
+        whole, pull, inputs = torch.func.vjp(self._outputs, shifts, has_aux=True)  # type: ignore[misc]
         g = g.to(whole.dtype)
-        if len(g) == 1:
-            cotangents = {k: y[None] for k, y in pull(g[0])[0].items()}
+        if len(g) == 1:  # `vmap` costs time, and gains none for one column
+            cotangents = {number: y[None] for number, y in pull(g[0])[0].items()}
         else:
             (cotangents,) = torch.func.vmap(pull)(g)
-        for k, y in cotangents.items():
-            yield k, y.movedim(1, 2), self.steps.masked(inputs[k]).movedim(0, 1)
+        for number, y in cotangents.items():
+            x = self.steps.masked(inputs[number]).movedim(0, 1)
+            yield number, y.movedim(1, 2), x
+
+    def _outputs(self, shifts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        """All outputs as rows ``[N, K]``, and the inputs ``[T, N, i]`` of every product."""
+        run = replay.Replay(self.kind.step, self.weights, self.biases, shifts, self.steps)
+        h, final = run.network(self.x, self.initial, self.directions)
+        h = h.transpose(0, 1) if self.arguments.get("batch_first") else self.steps.rows(h)
+        tensors = [state[0] for state in final] if self.is_cell else [h, *final]
+        inputs = {}
+        for number, parts in run.inputs.items():
+            # W_i is applied to all steps at once, the other weights to one after the other.
+            inputs[number] = parts[0] if parts[0].ndim == 3 else torch.stack(parts)
+        return rows(tensors, _sample_axes(self.arguments)), inputs
 
     @torch.no_grad()
     def backpropagated(self, g: Tensor, output: Tensor) -> Numbered:
-        """The same in closed form.
+        """The same in closed form, from the last layer to the first.
 
         Args:
             g: Cotangents of all outputs.
             output: What the call returned first.
         """
         dtype = torch.promote_types(self.weights[0].dtype, torch.float32)
-        layers = [t.to(dtype) for t in self._layers(output)]
+        layers = [values.to(dtype) for values in self._layers(output)]
         arriving, final = self._split(g.to(dtype))
         for layer in reversed(range(len(layers) - 1)):
             below = []
             for direction in range(self.directions):
-                number, backwards = layer * self.directions + direction, direction == 1
-                h, y = (
-                    t.chunk(self.directions, dim=-1)[direction]
-                    for t in (layers[layer + 1], arriving)
-                )
-                if backwards:
-                    x, h, y = (self.steps.backwards(t, t.ndim - 2) for t in (layers[layer], h, y))
-                else:
-                    x = layers[layer]
+                number = layer * self.directions + direction
+                x = layers[layer]
+                h = layers[layer + 1].chunk(self.directions, dim=-1)[direction]
+                y = arriving.chunk(self.directions, dim=-1)[direction]
+                backwards = direction == 1
+                if backwards:  # the other direction begins with the last step of every sequence
+                    x, h, y = (self.steps.backwards(t, t.ndim - 2) for t in (x, h, y))
                 run = self._run(number, x, h, dtype)
                 products = self.kind.cell(run, y, [state[:, :, number] for state in final])
                 if layer:
-                    pulled = cells.times(products[0][0], run.weights[0]).permute(2, 0, 1, 3)
+                    by_inputs, _ = products[0]
+                    pulled = cells.times(by_inputs, run.weights[0]).permute(2, 0, 1, 3)
                     below.append(self.steps.backwards(pulled, 2) if backwards else pulled)
-                for k, (cotangents, inputs) in zip(self.matrices[number], products, strict=True):
-                    yield k, cotangents, self.steps.masked(inputs).transpose(0, 1)
-            arriving = sum(below[1:], start=below[0]) if below else arriving
+                for weight, (cotangents, inputs) in zip(
+                    self.matrices[number], products, strict=True
+                ):
+                    yield weight, cotangents, self.steps.masked(inputs).transpose(0, 1)
+            if below:
+                arriving = sum(below[1:], start=below[0])
 
     def _run(self, number: int, x: Tensor, h: Tensor, dtype: torch.dtype) -> cells.Run:
-        matrices, initial = (
-            self.matrices[number],
-            [state[number].to(dtype) for state in self.initial],
-        )
+        """One direction of one layer that has run with inputs ``x`` and outputs ``h``."""
+        matrices = self.matrices[number]
+        initial = [state[number].to(dtype) for state in self.initial]
         weights = [self.weights[k].to(dtype) for k in matrices]
         biases = [self.weights[self.biases[k]].to(dtype) for k in matrices if k in self.biases]
         before = torch.cat([initial[0][None], h[:-1]])
@@ -222,49 +240,57 @@ class _Network:
         return cells.Run(weights, biases, x, before, h, cell, self.steps.ends)
 
     def _layers(self, output: Tensor) -> list[Tensor]:
-        """The input of the first layer and the outputs of all, ``[T, N, *]``, of which the last is known."""
-        found, count = [self.x], len(self.initial[0]) // self.directions
+        """The input of the first layer and the outputs of all layers, ``[T, N, *]``.
+
+        The call has returned the output of the last layer alone: those below are run again.
+        """
+        values = [self.x]
+        count = len(self.initial[0]) // self.directions
+        size = len(self.weights) // count
+        sizes = self.arguments.get("batch_sizes")
+        options = self.arguments["has_biases"], 1, 0.0, False, self.directions == 2
         for layer in range(count - 1):
             states = [state.chunk(count)[layer].contiguous() for state in self.initial]
-            size = len(self.weights) // count
             weights = self.weights[layer * size : (layer + 1) * size]
-            options = self.arguments["has_biases"], 1, 0.0, False, self.directions == 2
             hx = states if len(states) > 1 else states[0]
             with warnings.catch_warnings():  # weights that are not in one block of a GPU's memory
                 warnings.simplefilter("ignore")
-                if (sizes := self.arguments.get("batch_sizes")) is None:
-                    found.append(self.kind.builtin(found[-1], hx, weights, *options, False)[0])
+                if sizes is None:
+                    h, *_ = self.kind.builtin(values[-1], hx, weights, *options, False)
                 else:
-                    rows = self.kind.builtin(
-                        self.steps.rows(found[-1]), sizes, hx, weights, *options
-                    )[0]
-                    found.append(self.steps.padded(rows))
-        return [*found, self._steps_first(output)]
+                    packed = self.steps.rows(values[-1])
+                    h, *_ = self.kind.builtin(packed, sizes, hx, weights, *options)
+                    h = self.steps.padded(h)
+            values.append(h)
+        return [*values, self._steps_first(output)]
 
     def _split(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Cotangents of the outputs h_t, ``[T, V, N, *]``, and of the final states, ``[V, N, k, *]``."""
+        """Cotangents of outputs, ``[T, V, N, *]``, and of final states, ``[V, N, k, *]``."""
         if "batch_sizes" in self.arguments:
             return self._split_rows(g)
         steps, width = len(self.x), self.directions * self.initial[0].shape[2]
-        own = g.new_zeros(*g.shape[:2], steps * width) if self.is_cell else g[:, :, : steps * width]
+        if self.is_cell:  # its output is its state
+            own = g.new_zeros(*g.shape[:2], steps * width)
+        else:
+            own = g[:, :, : steps * width]
         sizes = [len(state) * state.shape[2] for state in self.initial]
-        states = g[:, :, -sum(sizes) :].split(sizes, dim=2)
-        final = [
-            part.unflatten(2, (len(s), -1)) for part, s in zip(states, self.initial, strict=True)
-        ]
+        parts = g[:, :, -sum(sizes) :].split(sizes, dim=2)
+        final = []
+        for part, state in zip(parts, self.initial, strict=True):
+            final.append(part.unflatten(2, (len(state), -1)))
         return own.unflatten(2, (steps, width)).permute(2, 0, 1, 3), final
 
     def _split_rows(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The same for the rows of packed outputs and of the final states behind them."""
         counts = [len(state) * state.shape[1] for state in self.initial]
-        own, *states = g.split([g.shape[1] - sum(counts), *counts], dim=1)
-        own = self.steps.padded(
-            own[:, :, : self.directions * self.initial[0].shape[2]].transpose(0, 1)
-        )
-        final = [
-            part[:, :, : s.shape[2]].unflatten(1, (len(s), -1)).transpose(1, 2)
-            for part, s in zip(states, self.initial, strict=True)
-        ]
+        own, *parts = g.split([g.shape[1] - sum(counts), *counts], dim=1)
+        # Rows are as wide as the widest output; what is behind the end of narrower ones is zero.
+        width = self.directions * self.initial[0].shape[2]
+        own = self.steps.padded(own[:, :, :width].transpose(0, 1))
+        final = []
+        for part, state in zip(parts, self.initial, strict=True):
+            states = part[:, :, : state.shape[2]].unflatten(1, (len(state), -1))
+            final.append(states.transpose(1, 2))
         return own.transpose(1, 2).contiguous(), final
 
 
@@ -272,12 +298,14 @@ def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str
     """``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``, ``torch.rnn_relu`` and their cells."""
     network = _Network(kind, arguments)
     output, version = arguments["output"] or (g, -1)
-    products = (
-        network.backpropagated(g, output) if output._version == version else network.replayed(g)
-    )
+    # The closed form is right for what the call returned, as long as nobody has changed it.
+    unchanged = output._version == version
+    products = network.backpropagated(g, output) if unchanged else network.replayed(g)
     terms = {}
-    for k, y, x in products:
-        terms[f"params{k}"], terms[f"params{network.biases.get(k)}"] = linear.product(y, x, "oi")
+    for number, y, x in products:
+        weight_term, bias_term = linear.product(y, x, "oi")
+        terms[f"params{number}"] = weight_term
+        terms[f"params{network.biases.get(number)}"] = bias_term
     return terms
 
 
@@ -293,6 +321,12 @@ for _name, _kind in _KINDS.items():
         (getattr(torch, f"{_name}_cell"), _bind_cell),
     ):
         rule(
-            _function, binds=_binds, slots=("params",), axes=_backpropagable, outputs=_sample_axes, groups=_owners,
-            affine=False, bulky=True,
-        )(partial(_recurrent, _kind))  # fmt: skip
+            _function,
+            binds=_binds,
+            slots=("params",),
+            axes=_backpropagable,
+            outputs=_sample_axes,
+            groups=_owners,
+            affine=False,
+            bulky=True,
+        )(partial(_recurrent, _kind))

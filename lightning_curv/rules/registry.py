@@ -21,6 +21,12 @@ RULES: dict[Callable[..., Any], Rule] = {}
 class Call:
     """What a rule sees of a recorded call besides its arguments.
 
+    Example:
+        >>> import torch
+        >>> call = Call(shape=torch.Size([3, 4, 2]), operands=("weight",), axis=1)
+        >>> call.rows(torch.zeros(3, 4, 5)).shape  # four samples with three positions each
+        torch.Size([4, 3, 5])
+
     Attributes:
         shape: The output's shape as recorded.
         operands: Names of the arguments that are parameters (or computed from parameters).
@@ -38,7 +44,14 @@ class Call:
     chosen: Tensor | None = None
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """``tensor`` (leading axes as in the output) with the sample axis in front."""
+        """Move the sample axis of a tensor to the front.
+
+        Args:
+            tensor: A tensor whose leading axes are those of the output.
+
+        Returns:
+            The tensor as ``[N, *]``, a view.
+        """
         if self.lead > 1:
             return tensor.flatten(0, self.lead - 1)
         return tensor.movedim(self.axis, 0) if self.axis else tensor
@@ -62,6 +75,14 @@ def leading_axes(features: int) -> Callable[[Call, dict[str, Any]], Iterable[int
 @dataclass(frozen=True)
 class Rule:
     """How one op contributes to the per-sample Jacobians of its parameters.
+
+    Example:
+        >>> import torch
+        >>> linear = RULES[torch.nn.functional.linear]
+        >>> linear.bind((torch.zeros(4, 3), torch.zeros(2, 3)), {}).keys()
+        dict_keys(['input', 'weight', 'bias'])
+        >>> linear.holds("weight"), linear.holds("input")
+        (True, False)
 
     Attributes:
         function: ``function(call, g, **arguments)`` returns the `Term` of each parameter argument
@@ -102,11 +123,26 @@ class Rule:
     bulky: bool = False
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by the names that the rule gives them."""
+        """Give the arguments of a call the names that the rule knows them by.
+
+        Args:
+            args: The positional arguments of the call.
+            kwargs: Its arguments by name.
+
+        Returns:
+            All arguments by name, defaults included.
+        """
         return self.binds(args, kwargs) if self.binds else bind(self.function, args, kwargs)
 
     def holds(self, name: str) -> bool:
-        """Whether the argument is one of the slots."""
+        """Tell whether an argument is one of the slots.
+
+        Args:
+            name: The name of the argument, with its number where the op takes several.
+
+        Returns:
+            Whether the argument holds a parameter.
+        """
         return name in self.slots or name.rstrip("0123456789") in self.slots
 
     @staticmethod
@@ -130,6 +166,9 @@ def rule(
     Args:
         functions: The torch functions as a `TorchFunctionMode` sees them, for example ``F.linear``.
         attributes: The other fields of `Rule`.
+
+    Returns:
+        The decorator, which returns the function that it is given.
 
     Example:
         A layer ``scale(x, w) = x * w`` written as one function of its own:
@@ -161,22 +200,40 @@ def rule(
 
 @cache
 def _names(function: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of a rule's op arguments (behind those that the engine fills in) and their defaults."""
-    parameters = [
-        p for p in signature(function).parameters.values() if p.name not in ("call", "g", "scale")
-    ]
-    parameters = [
-        p for p in parameters if p.kind not in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
-    ]
-    return tuple(p.name for p in parameters), {
-        p.name: p.default for p in parameters if p.default is not Parameter.empty
-    }
+    """The names of the arguments of a rule's op, and their defaults."""
+    names = []
+    defaults = {}
+    for parameter in signature(function).parameters.values():
+        filled_in = parameter.name in ("call", "g", "scale")  # by the engine
+        if filled_in or parameter.kind in (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL):
+            continue
+        names.append(parameter.name)
+        if parameter.default is not Parameter.empty:
+            defaults[parameter.name] = parameter.default
+    return tuple(names), defaults
 
 
 def bind(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by the names that ``function``, its rule, gives them."""
+    """Give the arguments of a call the names that its rule knows them by.
+
+    Args:
+        function: The function of the rule.
+        args: The positional arguments of the call.
+        kwargs: Its arguments by name.
+
+    Returns:
+        All arguments by name: those that were given, then the defaults of the others.
+
+    Example:
+        >>> def scale(call, g, x, factor=2.0):
+        ...     "A rule."
+        >>> bind(scale, (1.0,), {})
+        {'x': 1.0, 'factor': 2.0}
+    """
     names, defaults = _names(function)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {**given, **{k: v for k, v in defaults.items() if k not in given}}
+    for name, default in defaults.items():
+        given.setdefault(name, default)
+    return given

@@ -1,8 +1,9 @@
-"""The recurrence written out in differentiable steps: where the derivatives of its cotangents are wanted too.
+"""The recurrence written out in differentiable steps.
 
-The textbook recurrence runs on the recorded inputs and is differentiated at the results of its
-matrix products. Slower than `cells`, which needs the recorded outputs and cannot be differentiated
-itself.
+It is for calls whose outputs have changed since, and where the derivatives of the cotangents are
+wanted too. The textbook recurrence runs on the recorded inputs and is differentiated at the results
+of its matrix products. It is slower than `cells`, which needs the recorded outputs and cannot be
+differentiated itself.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ Step = Callable[[Tensor, Tensor, States], States]  # from W_i x + b_i, W_h h + b
 def lstm(x: Tensor, h: Tensor, states: States) -> States:
     """One step of a long short-term memory."""
     i, f, z, o = (x + h).chunk(4, dim=-1)
-    c = f.sigmoid() * states[1] + i.sigmoid() * z.tanh()
+    kept = f.sigmoid() * states[1]
+    c = kept + i.sigmoid() * z.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
 def gru(x: Tensor, h: Tensor, states: States) -> States:
     """One step of a gated recurrent unit."""
-    (x_r, x_z, x_n), (h_r, h_z, h_n) = x.chunk(3, dim=-1), h.chunk(3, dim=-1)
-    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    x_r, x_z, x_n = x.chunk(3, dim=-1)
+    h_r, h_z, h_n = h.chunk(3, dim=-1)
+    r = (x_r + h_r).sigmoid()
+    z = (x_z + h_z).sigmoid()
     n = (x_n + r * h_n).tanh()
     return (n + z * (states[0] - n),)
 
@@ -46,9 +50,10 @@ def relu(x: Tensor, h: Tensor, states: States) -> States:
 
 
 class Replay:
-    """The recurrence, with a shift added to the results ``[T, N, o]`` of every matrix product; keeps their inputs.
+    """The recurrence, with a shift added to the results ``[T, N, o]`` of every matrix product.
 
-    Shifts, inputs and the numbers of the biases go by the number of the weight.
+    It keeps the inputs of the products. Shifts, inputs and the numbers of the biases go by the
+    number of the weight.
     """
 
     def __init__(
@@ -59,15 +64,13 @@ class Replay:
         shifts: dict[int, Tensor],
         sequences: Steps,
     ) -> None:
-        self.step, self.weights, self.biases, self.shifts, self.sequences = (
-            step,
-            weights,
-            biases,
-            shifts,
-            sequences,
-        )
-        # one node for all steps: the backward function of an index fills a tensor of all steps with
-        # zeros
+        self.step = step
+        self.weights = weights
+        self.biases = biases
+        self.shifts = shifts
+        self.sequences = sequences
+        # `unbind` is one node for all steps: the backward function of an index would fill a tensor
+        # of all steps with zeros, for every step.
         self.steps = {weight: shift.unbind(0) for weight, shift in shifts.items()}
         self.inputs: dict[int, list[Tensor]] = defaultdict(list)
 
@@ -76,19 +79,24 @@ class Replay:
         self.inputs[weight].append(x)
         bias = self.biases.get(weight)
         y = F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
-        return y + (self.shifts[weight] if step is None else self.steps[weight][step])
+        shift = self.shifts[weight] if step is None else self.steps[weight][step]
+        return y + shift
 
     def direction(self, x: Tensor, states: States, first: int, last: int) -> tuple[Tensor, States]:
-        """One direction of one layer with the weights ``first`` to ``last``: all h, and the final states."""
+        """One direction of one layer with the weights ``first`` to ``last``.
+
+        Returns all outputs h, ``[T, N, P]``, and the final states.
+        """
         projected = (last - first) % 2
-        found = []
+        states_by_step = []
         for t, x_t in enumerate(self.product(x, first)):
             states = self.step(x_t, self.product(states[0], first + 1, t), states)
             if projected:
                 states = (self.product(states[0], last - 1, t), *states[1:])
-            found.append(states)
-        every = [*zip(*found, strict=True)]
-        return torch.stack(every[0]), tuple(self.sequences.last(state) for state in every)
+            states_by_step.append(states)
+        steps_by_state = [*zip(*states_by_step, strict=True)]
+        final = tuple(self.sequences.last(steps) for steps in steps_by_state)
+        return torch.stack(steps_by_state[0]), final
 
     def network(
         self, x: Tensor, initial: Sequence[Tensor], directions: int

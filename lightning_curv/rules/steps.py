@@ -29,7 +29,7 @@ class Steps:
         return steps[-1]
 
     def backwards(self, tensor: Tensor, axis: int = 1) -> Tensor:
-        """``[T, *]`` with the steps of every sequence in reverse order, at ``axis`` the sequences."""
+        """``[T, *]`` with the steps of every sequence in reverse order; ``axis``: of sequences."""
         return tensor.flip(0)
 
     def padded(self, rows: Tensor) -> Tensor:
@@ -60,8 +60,13 @@ class PackedSteps(Steps):
 
     @property
     def ends(self) -> Mapping[int, slice]:
-        pairs = zip(self.sizes, [*self.sizes[1:], 0], strict=True)
-        return {t: slice(after, size) for t, (size, after) in enumerate(pairs) if after < size}
+        ended = {}
+        for step, size in enumerate(self.sizes):
+            # The longest sequences are first, so those that go on are in front of those that end.
+            following = self.sizes[step + 1] if step + 1 < len(self.sizes) else 0
+            if following < size:
+                ended[step] = slice(following, size)
+        return ended
 
     @cached_property
     def sample(self) -> Tensor:
@@ -72,27 +77,28 @@ class PackedSteps(Steps):
     def _exists(self) -> Tensor:
         """Whether a sequence has a step, ``[T, N]``."""
         sizes = torch.tensor(self.sizes, device=self._device)
-        return torch.arange(self.sizes[0], device=self._device) < sizes[:, None]
+        sequences = torch.arange(self.sizes[0], device=self._device)
+        return sequences < sizes[:, None]
 
     @cached_property
     def _lengths(self) -> Tensor:
         return self._exists.sum(0)
 
     def last(self, steps: Sequence[Tensor]) -> Tensor:
-        return torch.stack([*steps])[
-            self._lengths - 1, torch.arange(len(self._lengths), device=self._device)
-        ]
+        sequences = torch.arange(len(self._lengths), device=self._device)
+        return torch.stack([*steps])[self._lengths - 1, sequences]
 
     def backwards(self, tensor: Tensor, axis: int = 1) -> Tensor:
         step = torch.arange(self.count, device=self._device)[:, None]
+        # What is behind the end of a sequence stays where it is.
         source = torch.where(self._exists, self._lengths - 1 - step, step)
-        samples = torch.arange(len(self._lengths), device=self._device)
-        return tensor.transpose(1, axis)[source, samples].transpose(1, axis).contiguous()
+        sequences = torch.arange(len(self._lengths), device=self._device)
+        reversed_steps = tensor.transpose(1, axis)[source, sequences]
+        return reversed_steps.transpose(1, axis).contiguous()
 
     def padded(self, rows: Tensor) -> Tensor:
-        return rows.new_zeros(*self._exists.shape, *rows.shape[1:]).masked_scatter(
-            self._mask(rows.ndim + 1), rows
-        )
+        zeros = rows.new_zeros(*self._exists.shape, *rows.shape[1:])
+        return zeros.masked_scatter(self._mask(rows.ndim + 1), rows)
 
     def rows(self, padded: Tensor) -> Tensor:
         return padded[self._exists]

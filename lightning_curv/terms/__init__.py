@@ -1,4 +1,4 @@
-"""The mathematics: derivatives of samples as contractions that are not carried out, and sums of them."""
+"""The mathematics: derivatives of samples as contractions that are not carried out, and sums."""
 
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.term import Term

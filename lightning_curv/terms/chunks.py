@@ -1,8 +1,8 @@
-"""Per-sample gradients of one term, in pieces of consecutive samples: products of matrices with the positions last.
+"""Per-sample gradients of one term, in pieces of consecutive samples.
 
-The features of the output are the columns of a product: they are more often a multiple of the width
-of the vector units than those of a patch. Overlapping patches are copied a few samples at a time,
-so that they stay in cache.
+They are products of matrices with the positions last. The features of the output are the columns of
+a product: they are more often a multiple of the width of the vector units than those of a patch.
+Overlapping patches are copied a few samples at a time, so that they stay in cache.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from lightning_curv.kernels import huge_pages, onednn
 from lightning_curv.terms import one_hot
 from lightning_curv.terms.term import Term
 
-CHUNK_BYTES = (
-    2**21
-)  # of copies and of intermediate results; they then stay in cache, and memory does not grow with N
+# Size of copies and of intermediate results: they stay in cache, and memory does not grow with N.
+CHUNK_BYTES = 2**21
 
 
 def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
@@ -58,21 +57,22 @@ class Matrices:
     """
 
     def __init__(self, term: Term, ordered: bool = False) -> None:
-        self.term, self.ordered = (
-            term,
-            ordered or len(term.g) > 1,
-        )  # columns apart: each is squared on its own
-        self.both = [x for x in term.par if x in term.out and x in term.inp]
-        self.outputs = [x for x in term.par if x in term.out and x not in term.inp]
-        self.inputs = [x for x in term.par if x not in term.out]
+        self.term = term
+        # Several columns are kept apart in memory: each is squared on its own.
+        self.ordered = ordered or len(term.g) > 1
+        self.both = [y for y in term.par if y in term.out and y in term.inp]
+        self.outputs = [y for y in term.par if y in term.out and y not in term.inp]
+        self.inputs = [y for y in term.par if y not in term.out]
         self.shared = [*term.shared]
 
     @property
     def regular(self) -> bool:
         """Whether J is a product of the two matrices."""
-        common = all(x in self.term.out and x in self.term.inp for x in self.shared)
-        dense = self.term.x is not None and not self.term.classes
-        return dense and bool(self.shared) and common and bool(self.outputs or self.inputs)
+        if self.term.x is None or self.term.classes or not self.shared:
+            return False
+        out, inp = self.term.out, self.term.inp
+        common = all(letter in out and letter in inp for letter in self.shared)
+        return common and bool(self.outputs or self.inputs)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
@@ -80,80 +80,87 @@ class Matrices:
 
     def size(self, letters: list[str]) -> int:
         """Number of entries along the axes ``letters``."""
-        return math.prod(self._sizes[x] for x in letters)
+        return math.prod(self._sizes[letter] for letter in letters)
 
     @cached_property
     def large(self) -> bool:
         """Whether the product of a single sample is large."""
-        sizes = [self.size(x) for x in (self.outputs, self.inputs, self.shared)]
-        multiplications = len(self.term.g) * math.prod(sizes)
+        rows = len(self.term.g) * self.size(self.outputs)
+        multiplications = rows * self.size(self.inputs) * self.size(self.shared)
         return self.regular and onednn.is_large(self.term.g, multiplications)
 
     @cached_property
     def _views(self) -> tuple[Tensor, Tensor, bool]:
-        """Cotangents ``[N, *q, *s, V, *o]`` if their features are next to each other in memory (as told by the last).
+        """Views of the factors that need no copy to become matrices, and whether features are last.
 
-        Otherwise ``[N, *q, V, *o, *s]``; inputs ``[N, *q, *i, *s]``.
+        Cotangents are ``[N, *q, *s, V, *o]`` if their features are next to each other in memory,
+        otherwise ``[N, *q, V, *o, *s]``; inputs are ``[N, *q, *i, *s]``.
         """
         term = self.term
         assert term.x is not None
-        groups = self.both, self.outputs, self.shared
-        both, rows, shared = ([2 + term.out.index(x) for x in group] for group in groups)
-        last = bool(rows) and term.g.stride(rows[-1]) < term.g.stride(shared[-1])
-        g = term.g.permute(1, *both, *(shared if last else []), 0, *rows, *([] if last else shared))
-        return (
-            g,
-            term.x.permute(
-                0, *(1 + term.inp.index(x) for x in self.both + self.inputs + self.shared)
-            ),
-            last,
-        )
+        both = [2 + term.out.index(letter) for letter in self.both]
+        rows = [2 + term.out.index(letter) for letter in self.outputs]
+        shared = [2 + term.out.index(letter) for letter in self.shared]
+        features_last = bool(rows) and term.g.stride(rows[-1]) < term.g.stride(shared[-1])
+        features = [0, *rows]
+        positions_and_features = shared + features if features_last else features + shared
+        g = term.g.permute(1, *both, *positions_and_features)
+        input_letters = self.both + self.inputs + self.shared
+        x = term.x.permute(0, *(1 + term.inp.index(letter) for letter in input_letters))
+        return g, x, features_last
 
     def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
-        q, o, i, s = (self.size(x) for x in (self.both, self.outputs, self.inputs, self.shared))
-        g, x, last = self._views
-        g, x, o = g[start:stop], x[start:stop], len(self.term.g) * o
-        g = g.reshape(len(g), q, s, o).mT if last else g.reshape(len(g), q, o, s)
+        q, s, i = self.size(self.both), self.size(self.shared), self.size(self.inputs)
+        o = len(self.term.g) * self.size(self.outputs)
+        g, x, features_last = self._views
+        g, x = g[start:stop], x[start:stop]
+        if features_last:
+            g = g.reshape(len(g), q, s, o).mT
+        else:
+            g = g.reshape(len(g), q, o, s)
         return g, x.reshape(len(x), q, i, s)
 
     def pieces(self, size: int) -> Iterator[Tensor]:
         """See `pieces`."""
+        # Products made one by one come in small pieces; their factors are still copied together.
         step = size * max(1, CHUNK_BYTES // (size * self._bytes)) if self.large else size
         for start in range(0, max(self.term.g.shape[1], 1), step):
             g, x = self.of(start, start + step)
             left, right = (g, x) if self.ordered else (x, g)
-            if self.large:
-                products = onednn.one_by_one(left.flatten(0, 1), right.flatten(0, 1).mT)
-                while some := [*islice(products, size * left.shape[1])]:
-                    yield self._shaped(some[0] if len(some) == 1 else torch.stack(some))
-            else:
-                yield self._shaped(huge_pages.bmm(left.flatten(0, 1), right.flatten(0, 1).mT))
+            groups = left.shape[1]
+            left, right = left.flatten(0, 1), right.flatten(0, 1).mT
+            if not self.large:
+                yield self._shaped(huge_pages.bmm(left, right))
+                continue
+            products = onednn.one_by_one(left, right)
+            while some := [*islice(products, size * groups)]:
+                yield self._shaped(some[0] if len(some) == 1 else torch.stack(some))
 
     @property
     def _bytes(self) -> int:
-        """Of the inputs of one sample."""
+        """The size of the inputs of one sample."""
         letters = self.both + self.inputs + self.shared
         return self.size(letters) * self.term.g.element_size()
 
     @cached_property
     def _axes(self) -> tuple[list[int], list[int] | None]:
         """Sizes of the axes of products behind ``n``, and their order in J; ``None``: the same."""
-        both, rows, columns = (
-            [self._sizes[x] for x in group] for group in (self.both, self.outputs, self.inputs)
-        )
-        outputs, inputs = (["v", *self.outputs], [len(self.term.g), *rows]), (self.inputs, columns)
-        first, second = (outputs, inputs) if self.ordered else (inputs, outputs)
-        found = [*self.both, *first[0], *second[0]]
-        order = [1 + found.index("v"), 0, *(1 + found.index(x) for x in self.term.par)]
-        return [*both, *first[1], *second[1]], None if order == [
-            1,
-            0,
-            *range(2, len(order)),
-        ] else order
+        outputs = ["v", *self.outputs]
+        factors = outputs + self.inputs if self.ordered else self.inputs + outputs
+        letters = self.both + factors
+        order = [1 + letters.index("v"), 0]
+        order += [1 + letters.index(letter) for letter in self.term.par]
+        sizes = {**self._sizes, "v": len(self.term.g)}
+        as_they_are = order == [1, 0, *range(2, len(order))]
+        return [sizes[letter] for letter in letters], None if as_they_are else order
 
     def _shaped(self, product: Tensor) -> Tensor:
-        """Products ``[n, q, rows, columns]`` or ``[n·q, rows, columns]``, or a single one, as ``[V, n, *par]``."""
+        """Products as ``[V, n, *par]``.
+
+        Args:
+            product: ``[n, q, rows, columns]``, ``[n·q, rows, columns]``, or a single product.
+        """
         sizes, order = self._axes
         product = product.view(product.numel() // max(1, math.prod(sizes)), *sizes)
         return product.transpose(0, 1) if order is None else product.permute(order)

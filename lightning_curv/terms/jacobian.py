@@ -21,21 +21,30 @@ from lightning_curv.terms import ghost_norms, one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, pieces
 from lightning_curv.terms.term import DIAGONAL, Term, signed
 
-STACK_BYTES = (
-    2**18
-)  # of products that are worked on together: those made one by one, or of single entries
-KEPT_BYTES = (
-    2**25
-)  # of a Jacobian that several quantities share, up to which it is kept once formed
+# Size of per-sample products that are worked on together where they are made one by one or, entry
+# by entry, without a product of matrices.
+STACK_BYTES = 2**18
+# Size of a Jacobian up to which it is kept once formed, if several quantities share it.
+KEPT_BYTES = 2**25
 BLOCK = 2**16  # entries of several tensors that are worked on in turn, in cache
 SMALL = 2**12  # entries of a parameter up to which squares are summed by one reduction
 
 
 class Jacobian:
-    r"""J[v, n, *p]: derivatives of the backpropagated columns ``v`` of sample ``n`` by one parameter.
+    r"""J[v, n, *p]: derivatives of backpropagated columns ``v`` of sample ``n`` by one parameter.
 
     With the gradient as the only column, ``J[0, n]`` is the per-sample gradient :math:`s\,g_n`;
     with the columns of :math:`\sqrt{s H_n}`, :math:`\sum_{v,n} J[v,n] J[v,n]^\top` is the GGN.
+
+    Example:
+        >>> g, x = torch.ones(1, 2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> jacobian = Jacobian(torch.zeros(1, 2), [Term("o", "i", "oi", g, x)])
+        >>> jacobian.per_sample()  # one column, two samples
+        tensor([[[[1., 2.]],
+        <BLANKLINE>
+                 [[3., 4.]]]])
+        >>> jacobian.sum_squares()
+        tensor([[10., 20.]])
 
     Attributes:
         parameter: The parameter.
@@ -81,11 +90,14 @@ class Jacobian:
     @cached_property
     def _factorised(self) -> Term | None:
         """The term, if J is an outer product: then J² is one too."""
-        term = self.terms[0]
-        return term if len(self.terms) == 1 and {*term.out, *term.inp} <= {*term.par} else None
+        if len(self.terms) > 1:
+            return None
+        (term,) = self.terms
+        return None if term.shared else term
 
     @property
     def _onehot(self) -> Term | None:
+        """The term, if it is the only one and has one-hot inputs."""
         return self.terms[0] if len(self.terms) == 1 and self.terms[0].classes else None
 
     def __getitem__(self, samples: slice | list[int]) -> Jacobian:
@@ -94,74 +106,80 @@ class Jacobian:
         return Jacobian(self.parameter, [term[samples] for term in self.terms], signs)
 
     def stacked(self, other: Jacobian) -> Jacobian:
-        """The Jacobian of the columns of both; the uses must be the same."""
+        """Take the columns of two Jacobians together.
+
+        Args:
+            other: The Jacobian of other columns of the same uses.
+
+        Returns:
+            The Jacobian of the columns of both.
+        """
         terms = [
-            a.of(torch.cat([a.g, b.g]), a.x) for a, b in zip(self.terms, other.terms, strict=True)
+            own.of(torch.cat([own.g, others.g]), own.x)
+            for own, others in zip(self.terms, other.terms, strict=True)
         ]
         return Jacobian(self.parameter, terms)
 
     def per_sample(self) -> Tensor:
-        """J itself, ``[V, N, *p]``."""
+        """Form J itself.
+
+        Returns:
+            J, ``[V, N, *p]``.
+        """
         if self._formed is not None:
             return self._formed
         if not self._in_pieces:
             formed = next(self._pieces(max(1, self.samples), ordered=True))
         else:
-            formed, start = (
-                huge_pages.empty(self.terms[0].g, self.columns, self.samples, *self.shape),
-                0,
-            )
+            formed = huge_pages.empty(self.terms[0].g, self.columns, self.samples, *self.shape)
+            start = 0
             for piece in self._pieces(self._size, ordered=True):
-                formed[:, start : start + piece.shape[1]] = piece
-                start += piece.shape[1]
+                stop = start + piece.shape[1]
+                formed[:, start:stop] = piece
+                start = stop
         if self.shared:
             self._formed = formed
         return formed
 
     def chunks(self) -> Iterator[Tensor]:
-        """J in pieces ``[V, n, *p]`` of consecutive samples, each of at most `CHUNK_BYTES` where one sample fits.
+        """Form J some samples at a time.
 
-        They are not to be changed in place.
+        Returns:
+            Pieces ``[V, n, *p]`` of consecutive samples, each of at most `CHUNK_BYTES` where one
+            sample fits. They are not to be changed in place.
         """
         sparse = any(term.classes for term in self.terms)
-        if (
-            self.shared
-            and self._formed is None
-            and not sparse
-            and self._bytes * self.samples <= KEPT_BYTES
-        ):
-            self.per_sample()
-        return (
-            self._pieces(self._size)
-            if self._formed is None
-            else iter(self._formed.split(self._size, dim=1))
-        )
+        small = self._bytes * self.samples <= KEPT_BYTES
+        if self.shared and small and not sparse:
+            self.per_sample()  # and keep it
+        if self._formed is None:
+            return self._pieces(self._size)
+        return iter(self._formed.split(self._size, dim=1))
 
     @property
     def _bytes(self) -> int:
-        """Of J of one sample."""
+        """The size of J of one sample."""
         return self.columns * self.parameter.numel() * self.terms[0].g.element_size()
 
     @cached_property
     def _size(self) -> int:
-        """Samples at a time."""
-        products = [t for t in self.terms if t.own_gradients is None]
-        if any(Matrices(t).large for t in products):  # made one by one
+        """The number of samples of a piece, so that it and what it is made of stay in cache."""
+        products = [term for term in self.terms if term.own_gradients is None]
+        if any(Matrices(term).large for term in products):  # made one by one
             return max(1, STACK_BYTES // self._bytes)
-        inputs = [
-            math.prod(t.x.shape[1:]) * t.g.element_size() for t in products if t.x is not None
-        ]
-        if any({*t.out} == {*t.inp} for t in products):  # multiplied entry by entry, then summed
-            return max(
-                1, STACK_BYTES // max(self._bytes, *(self.columns * size for size in inputs), 1)
-            )
-        return max(1, CHUNK_BYTES // max(self._bytes, *inputs, 1, 1))
+        sizes = [self._bytes, 1]
+        entry_by_entry = any({*term.out} == {*term.inp} for term in products)
+        for term in products:
+            if term.x is not None:
+                input_bytes = math.prod(term.x.shape[1:]) * term.g.element_size()
+                # Entry by entry the products are as large as the inputs, for every column.
+                sizes.append(self.columns * input_bytes if entry_by_entry else input_bytes)
+        return max(1, (STACK_BYTES if entry_by_entry else CHUNK_BYTES) // max(sizes))
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
-        return (
-            self._added(parts)
-            for parts in zip(*(pieces(t, size, ordered) for t in self.terms), strict=True)
-        )
+        """J of ``size`` samples at a time, summed over the terms; ``ordered``: see `pieces`."""
+        by_term = [pieces(term, size, ordered) for term in self.terms]
+        return (self._added(parts) for parts in zip(*by_term, strict=True))
 
     @cached_property
     def _in_pieces(self) -> bool:
@@ -177,13 +195,19 @@ class Jacobian:
         return sum(parts[1:], start=parts[0])
 
     def total(self) -> Tensor:
-        """Sum over the samples, ``[V, *p]``."""
-        parts = [one_hot.total(t) if t.classes else t.contract(f"v{t.par}") for t in self.terms]
-        parts = [p.reshape(self.columns, *self.shape) for p in parts]
+        """Sum over the samples, without forming J.
+
+        Returns:
+            The sum of every column, ``[V, *p]``.
+        """
+        parts = []
+        for term in self.terms:
+            part = one_hot.total(term) if term.classes else term.contract(f"v{term.par}")
+            parts.append(part.reshape(self.columns, *self.shape))
         return sum(parts[1:], start=parts[0])
 
     def weighted_total(self, weights: Tensor) -> Tensor:
-        r"""Weighted sum over the samples of the only column, :math:`\sum_n c_n J[0, n]`, of the parameter's shape.
+        r"""Sum the only column over the samples, each times a weight: :math:`\sum_n c_n J[0, n]`.
 
         One contraction per term; no per-sample gradient is formed. With norms from `norms` this is
         the second half of book-keeping (Bu, Wang, Zha & Karypis, *Differentially Private
@@ -191,49 +215,70 @@ class Jacobian:
 
         Args:
             weights: c, ``[N]``.
+
+        Returns:
+            The weighted sum, of the parameter's shape.
         """
-        parts = [
-            one_hot.weighted_total(t, weights) if t.classes else t.weighted_total(weights)
-            for t in self.terms
-        ]
-        return sum((p.reshape(self.shape) for p in parts[1:]), start=parts[0].reshape(self.shape))
+        parts = []
+        for term in self.terms:
+            if term.classes:
+                part = one_hot.weighted_total(term, weights)
+            else:
+                part = term.weighted_total(weights)
+            parts.append(part.reshape(self.shape))
+        return sum(parts[1:], start=parts[0])
 
     @cached_property
     def forms_norms(self) -> bool:
-        """Whether `norms` have to form the per-sample gradients: no product of norms or Gram matrices do."""
+        """Whether `norms` form per-sample gradients, not products of norms or Gram matrices."""
         if self._onehot is not None or self._factorised is not None:
             return False
         return len(self.terms) > 1 or not ghost_norms.pay(self.terms[0])
 
     def formed(self) -> Jacobian:
-        """The same with its only column formed, in the order of memory that is the fastest."""
+        """Form the only column, in the order of memory that is the fastest.
+
+        Returns:
+            The same Jacobian, as one term without inputs.
+        """
         if self._factorised is not None and self._factorised.x is None:
             return self
         chunks = self.chunks()
         first = next(chunks)
         order = sorted(range(first.ndim - 2), key=lambda axis: -first.stride(axis + 2))
-        places = 0, 1, *(axis + 2 for axis in order)
-        rows, start = first.permute(places), 0
+        by_memory = 0, 1, *(axis + 2 for axis in order)
+        rows = first.permute(by_memory)
         if first.shape[1] < self.samples:
             rows = huge_pages.empty(first, 1, self.samples, *rows.shape[2:])
-            for j in chain([first], chunks):
-                rows[:, start : start + j.shape[1]] = j.permute(places)
-                start += j.shape[1]
+            start = 0
+            for chunk in chain([first], chunks):
+                stop = start + chunk.shape[1]
+                rows[:, start:stop] = chunk.permute(by_memory)
+                start = stop
         letters = DIAGONAL[: len(order)]
-        return Jacobian(
-            self.parameter, [Term("".join(letters[axis] for axis in order), "", letters, rows)]
-        )
+        out = "".join(letters[axis] for axis in order)
+        return Jacobian(self.parameter, [Term(out, "", letters, rows)])
 
     def dot(self, vector: Tensor) -> Tensor:
-        """Inner products of J[v, n] with a vector of the parameter's shape, ``[V, N]``: directional derivatives.
+        """Compute directional derivatives: inner products of J[v, n] with a vector.
 
         The op is applied with the vector in the parameter's place; no per-sample gradient is
         formed.
+
+        Args:
+            vector: The direction, of the parameter's shape.
+
+        Returns:
+            The inner products, ``[V, N]``.
         """
-        return torch.stack([_dot(t, vector.to(t.g.dtype)) for t in self.terms]).sum(0)
+        return torch.stack([_dot(term, vector.to(term.g.dtype)) for term in self.terms]).sum(0)
 
     def squared_norms(self) -> Tensor:
-        """Squared norms of J[v, n], ``[V, N]``."""
+        """Compute the squared norms of J[v, n], the cheapest way that there is.
+
+        Returns:
+            The squared norms, ``[V, N]``.
+        """
         if self._onehot is not None:
             return one_hot.squared_norms(self._onehot)
         if self._factorised is not None:
@@ -247,53 +292,64 @@ class Jacobian:
         return torch.cat(norms, dim=1).square_()
 
     def norms(self) -> Tensor:
-        """Norms of J[v, n] that bound what a sample adds to `weighted_total`, ``[V, N]`` of float64.
+        """Compute norms of J[v, n] that bound what a sample adds to `weighted_total`.
 
         They are no less than those, in spite of rounding, and neither underflow nor overflow where
         only one factor of J is very small or large. Where a factor is larger than the root of the
         largest number they are infinite.
+
+        Returns:
+            The norms, ``[V, N]`` of float64.
         """
         return self.norms_and_sizes()[0]
 
     def norms_and_sizes(self) -> tuple[Tensor, Tensor]:
-        """`norms`, and those of the same sum if nothing of it cancelled: how much larger its rounding errors may be."""
+        """Compute `norms`, and how much larger the rounding errors of what they measure may be.
+
+        Returns:
+            The norms, and those that the same sums would have if nothing of them cancelled,
+            ``[V, N]`` of float64 each.
+        """
         if self._onehot is not None:
             return one_hot.norms(self._onehot)
-        if not self.forms_norms and self._factorised is None:
-            return ghost_norms.norms(self.terms[0])
         if self._factorised is not None:
             norms = self._factorised.norms()
-        else:
-            parts = [
-                torch.linalg.vector_norm(_rows(j), dim=2, dtype=torch.float64)
-                for j in self.chunks()
-            ]
-            norms = torch.cat(parts, dim=1)
+            return norms, norms
+        if not self.forms_norms:
+            return ghost_norms.norms(self.terms[0])
+        parts = []
+        for chunk in self.chunks():
+            parts.append(torch.linalg.vector_norm(_rows(chunk), dim=2, dtype=torch.float64))
+        norms = torch.cat(parts, dim=1)
         return norms, norms
 
     def sum_squares(self) -> Tensor:
-        """Sum over columns and samples of the squared entries, of the parameter's shape."""
+        """Sum the squared entries over columns and samples, each times the sign of its column.
+
+        Returns:
+            The sums, of the parameter's shape.
+        """
         if self._squares is not None:
             return self._squares
+        term = self._factorised
         if self._onehot is not None:
             squares = one_hot.sum_squares(self._onehot, self.signs).reshape(self.shape)
-        elif self._factorised is not None:
-            squares = (
-                self._factorised.squared(self.signs)
-                .contract(self._factorised.par)
-                .reshape(self.shape)
-            )
+        elif term is not None:
+            squares = term.squared(self.signs).contract(term.par).reshape(self.shape)
         else:
             squares = _sum_squares(self.chunks(), self.signs)
         self._squares = squares if self.shared else None
         return squares
 
     def sum_squares_per_sample(self, total: Tensor | None = None) -> Tensor:
-        """Sum over columns of the squared entries, ``[N, *p]``.
+        """Sum the squared entries over the columns, each times the sign of its column.
 
         Args:
             total: What they are added to, in place: a second tensor of this size is never in
                 memory.
+
+        Returns:
+            The sums, ``[N, *p]``; ``total`` where it was given.
         """
         term = self._factorised
         if term is not None and not self._onehot:
@@ -302,90 +358,107 @@ class Jacobian:
                 return squares.contract(f"n{term.par}").reshape(self.samples, *self.shape)
             squares.add_to(total)
             return total
-        result = (
-            huge_pages.empty(self.terms[0].g, self.samples, *self.shape) if total is None else total
-        )
+        result = total
+        if result is None:
+            result = huge_pages.empty(self.terms[0].g, self.samples, *self.shape)
         start = 0
-        for j in self.chunks():
-            stop = start + j.shape[1]
-            added = signed(
-                j.square(), None if self.signs is None else self.signs[:, start:stop]
-            ).sum(0)
+        for chunk in self.chunks():
+            stop = start + chunk.shape[1]
+            signs = None if self.signs is None else self.signs[:, start:stop]
+            added = signed(chunk.square(), signs).sum(0)
             part = result[start:stop]
             part.copy_(added) if total is None else part.add_(added)
             start = stop
         return result
 
     def variance(self) -> Tensor:
-        """Population variance over the samples of the (single-column) Jacobian, of the parameter's shape."""
+        """Compute the population variance over the samples of the only column.
+
+        Returns:
+            The variance of every entry, of the parameter's shape.
+        """
         if self._onehot is not None:
             return one_hot.variance(self._onehot).reshape(self.shape)
         term = self._factorised
         if term is not None and term.x is None:
-            j = term.contract(f"vn{term.par}")[0]
-            return (j - j.mean(0)).square_().mean(0).reshape(self.shape)
+            gradients = term.contract(f"vn{term.par}")[0]
+            deviations = gradients - gradients.mean(0)
+            return deviations.square_().mean(0).reshape(self.shape)
         if term is not None and term.g.dtype == torch.float32:
             return self._variance_of_moments()
-        return _sum_squares(self._deviations(self.sum_of_gradients() / self.samples), None).div_(
-            self.samples
-        )
+        mean = self.sum_of_gradients() / self.samples
+        return _sum_squares(self._deviations(mean), None).div_(self.samples)
 
     def _deviations(self, mean: Tensor) -> Iterator[Tensor]:
         """The chunks minus the mean, in their order of memory."""
-        first = True
-        for j in self.chunks():
-            if first and j.shape[1]:
-                mean, first = torch.empty_like(j[0, 0]).copy_(mean), False
-            yield j - mean
+        reordered = False
+        for chunk in self.chunks():
+            if not reordered and chunk.shape[1]:
+                mean = torch.empty_like(chunk[0, 0]).copy_(mean)
+                reordered = True
+            yield chunk - mean
 
     def sum_of_gradients(self) -> Tensor:
-        """Sum over the samples of the only column: the gradient, where it is known in full."""
-        if (
-            self.gradient is not None
-            and self.gradient.dtype == self.terms[0].g.dtype
-            and not self.gradient.is_sparse
-        ):
-            return self.gradient
-        return self.total()[0]
+        """Sum the only column over the samples.
+
+        Returns:
+            The gradient where it is known in full, else `total`; of the parameter's shape.
+        """
+        gradient = self.gradient
+        if gradient is None or gradient.is_sparse or gradient.dtype != self.terms[0].g.dtype:
+            return self.total()[0]
+        return gradient
 
     def _variance_of_moments(self) -> Tensor:
-        """The difference of the moments; if it cancels anywhere, in float64, where products of float32 are exact."""
+        """The difference of the moments; where it cancels, that of all entries in float64.
+
+        There, products of two numbers of float32 are exact.
+        """
         squares = self.sum_squares()
-        result = (
-            squares.clone(memory_format=torch.contiguous_format)
-            if self.shared
-            else squares.contiguous()
-        )
-        if _subtract_mean(result.view(-1), self.sum_of_gradients().reshape(-1), self.samples):
+        if self.shared:  # others want the squares too
+            result = squares.clone(memory_format=torch.contiguous_format)
+        else:
+            result = squares.contiguous()
+        total = self.sum_of_gradients()
+        if _subtract_mean(result.view(-1), total.reshape(-1), self.samples):
             exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
-            second = exact.sum_squares() / self.samples
-            result = (second - (exact.total()[0] / self.samples).square()).clamp_(min=0).float()
+            second_moment = exact.sum_squares() / self.samples
+            mean = exact.total()[0] / self.samples
+            result = (second_moment - mean.square()).clamp_(min=0).float()
         return result
 
 
 def _subtract_mean(squares: Tensor, total: Tensor, samples: int) -> bool:
-    """Σ j² becomes Σ j² / N - (Σ j / N)², in place and in cache; whether less than a tenth is left anywhere."""
+    """Turn Σ j² into Σ j² / N - (Σ j / N)², in place; whether less than a tenth is left anywhere.
+
+    A difference of less than (Σ j / 3N)² is less than a tenth of the second moment.
+    """
     cancelled = []
+    # Blocks stay in cache from the first operation to the last.
     for part, sums in zip(squares.split(BLOCK), total.split(BLOCK), strict=True):
         part.div_(samples).addcmul_(sums, sums, value=-1 / samples**2)
-        cancelled.append(torch.addcmul(part, sums, sums, value=-1 / (3 * samples) ** 2).amin() < 0)
+        beyond_tenth = torch.addcmul(part, sums, sums, value=-1 / (3 * samples) ** 2)
+        cancelled.append(beyond_tenth.amin() < 0)
     return bool(torch.stack(cancelled).any())
 
 
 def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
-    """Sum over columns and samples of the squares of ``[V, n, *p]``, one entry of ``v n`` at a time: all in cache."""
+    """Sum over columns and samples of the squares of ``[V, n, *p]``."""
     result, start = None, 0
-    for j in parts:
+    for part in parts:
+        stop = start + part.shape[1]
         if result is None:
-            result = torch.zeros_like(j.select(1, 0)[0] if j.shape[1] else j.sum((0, 1)))
-        if j.device.type != "cpu" or result.numel() < SMALL:
-            part = None if signs is None else signs[:, start : start + j.shape[1]]
-            result += signed(j.square(), part).flatten(0, 1).sum(0)
+            like = part.select(1, 0)[0] if part.shape[1] else part.sum((0, 1))
+            result = torch.zeros_like(like)
+        if part.device.type != "cpu" or result.numel() < SMALL:
+            some_signs = None if signs is None else signs[:, start:stop]
+            result += signed(part.square(), some_signs).flatten(0, 1).sum(0)
         else:
-            for v, column in enumerate(j.unbind(0)):
+            # One row at a time: it and the result stay in cache, and squares are never written.
+            for v, column in enumerate(part.unbind(0)):
                 for n, row in enumerate(column.unbind(0), start):
                     result.addcmul_(row, row if signs is None else row * signs[v, n])
-        start += j.shape[1]
+        start = stop
     assert result is not None
     return result.contiguous()
 
@@ -398,6 +471,7 @@ def _rows(j: Tensor) -> Tensor:
 
 
 def _dot(term: Term, vector: Tensor) -> Tensor:
+    """The share of one term in `Jacobian.dot`: the op's output for the vector, times cotangents."""
     sizes = term.sizes()
     vector = vector.reshape([sizes[letter] for letter in term.par])
     if term.classes:
@@ -419,23 +493,27 @@ def _merged(terms: Sequence[Term]) -> list[Term]:
 
 
 def _structure(term: Term) -> tuple[str, ...]:
+    """What the terms of uses must have in common to become one."""
     sizes = term.sizes()
-    inp = "".join(letter for letter in term.inp if letter in term.par) + (
-        "" if term.x is not None else "1"
-    )
-    return term.par, inp, str([sizes[letter] for letter in term.par]), str(term.classes)
+    inputs = "".join(letter for letter in term.inp if letter in term.par)
+    ones = "1" if term.x is None else ""
+    par_sizes = [sizes[letter] for letter in term.par]
+    return term.par, inputs + ones, str(par_sizes), str(term.classes)
 
 
 def _concatenated(terms: list[Term]) -> Term:
-    terms = [t.canonical() for t in terms]
-    x = [t.x for t in terms if t.x is not None]
-    merged = terms[0].of(torch.cat([t.g for t in terms], dim=2), torch.cat(x, dim=1) if x else None)
-    if all(t.lengths is None for t in terms):
+    """Terms of one structure as one, the shared positions of all behind each other."""
+    terms = [term.canonical() for term in terms]
+    g = torch.cat([term.g for term in terms], dim=2)
+    inputs = [term.x for term in terms if term.x is not None]
+    merged = terms[0].of(g, torch.cat(inputs, dim=1) if inputs else None)
+    if all(term.lengths is None for term in terms):
         return merged
-    lengths = [
-        torch.full(t.g.shape[1:2], t.g.shape[2]) if t.lengths is None else t.lengths.cpu()
-        for t in terms
-    ]
+    lengths = []
+    for term in terms:
+        samples, positions = term.g.shape[1:3]
+        every = torch.full((samples,), positions)
+        lengths.append(every if term.lengths is None else term.lengths.cpu())
     return replace(merged, lengths=torch.stack(lengths).sum(0))
 
 

@@ -13,7 +13,10 @@ from lightning_curv.terms.term import ROUNDING, Term, signed
 
 
 class Rows(NamedTuple):
-    """Per-sample gradients of an embedding as its touched rows, each (sample, index) pair once; made to be changed."""
+    """Per-sample gradients of an embedding as its touched rows, each (sample, index) pair once.
+
+    They are made to be changed in place.
+    """
 
     g: Tensor  # [V, U, *]
     sample: Tensor  # [U]
@@ -24,7 +27,8 @@ def rows(term: Term) -> Rows:
     """The touched rows of the per-sample gradients; repeated tokens of a sample are added up."""
     term = term.canonical()
     sample, index, position = _touched(term)
-    key, inverse = (index + term.classes * sample).unique(return_inverse=True)
+    pair = index + term.classes * sample  # one number per sample and index
+    key, inverse = pair.unique(return_inverse=True)
     g = _at(term.g.flatten(1, 2), position, 1)
     return Rows(_added(g, inverse, len(key)), key // term.classes, key % term.classes)
 
@@ -43,6 +47,7 @@ def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
+    """Cotangents at some positions; all of them: nothing is copied."""
     return g if len(position) == g.shape[axis] else g.index_select(axis, position)
 
 
@@ -50,40 +55,40 @@ def dot(term: Term, vector: Tensor) -> Tensor:
     """Inner products of the per-sample gradients with ``vector [classes, *]``, ``[V, N]``."""
     touched = rows(term)
     products = (touched.g * vector[touched.token]).flatten(2).sum(2)
-    return products.new_zeros(len(products), term.g.shape[1]).index_add_(
-        1, touched.sample, products
-    )
+    return _added(products, touched.sample, term.g.shape[1])
 
 
 def second_moment(term: Term, reduce: bool) -> Tensor:
-    """Diagonal of the mean over samples of x xᵀ, ``[classes]``; x: the positions (expand) or their mean (reduce)."""
+    """The diagonal of the mean over samples of x xᵀ, ``[classes]``.
+
+    Args:
+        term: The term of an embedding.
+        reduce: Whether x is the mean of a sample's positions, instead of one of them (expand).
+    """
     term = term.canonical()
     assert term.x is not None
     sample, index, _ = _touched(term)
     samples, positions = term.x.shape
-    lengths = (
-        torch.full((samples,), positions) if term.lengths is None else term.lengths.clamp(min=1)
-    )
-    lengths = lengths.to(term.x.device)
     if not reduce:
         number = samples * positions if term.lengths is None else max(1, int(term.lengths.sum()))
         return torch.bincount(index, minlength=term.classes).to(term.g.dtype) / number
+    if term.lengths is None:
+        lengths = torch.full((samples,), positions, device=term.x.device)
+    else:
+        lengths = term.lengths.clamp(min=1).to(term.x.device)
     key, counts = (index + term.classes * sample).unique(return_counts=True)
+    token, owner = key % term.classes, key // term.classes
+    squares = (counts / lengths[owner]).square()
     result = term.g.new_zeros(term.classes)
-    return (
-        result.index_add_(
-            0, key % term.classes, (counts / lengths[key // term.classes]).square().to(result.dtype)
-        )
-        / samples
-    )
+    return result.index_add_(0, token, squares.to(result.dtype)) / samples
 
 
 def per_sample(term: Term) -> Tensor:
-    """``[V, N, classes, *]``, dense."""
-    touched, samples = rows(term), term.g.shape[1]
-    dense = huge_pages.empty(
-        touched.g, term.g.shape[0], samples * term.classes, *touched.g.shape[2:]
-    ).zero_()
+    """The per-sample gradients themselves, ``[V, N, classes, *]``."""
+    touched = rows(term)
+    columns, samples = term.g.shape[:2]
+    size = samples * term.classes
+    dense = huge_pages.empty(touched.g, columns, size, *touched.g.shape[2:]).zero_()
     dense[:, touched.sample * term.classes + touched.token] = touched.g
     return dense.unflatten(1, (samples, term.classes))
 
@@ -98,27 +103,33 @@ def weighted_total(term: Term, weights: Tensor) -> Tensor:
     term = term.canonical()
     sample, index, position = _touched(term)
     g = _at(term.g[0].flatten(0, 1), position, 0)
-    g = g * weights.to(g.dtype)[sample].reshape(-1, *[1] * (g.ndim - 1))
-    return g.new_zeros(term.classes, *g.shape[1:]).index_add_(0, index, g)
+    by_row = weights.to(g.dtype)[sample].reshape(-1, *[1] * (g.ndim - 1))
+    total = g.new_zeros(term.classes, *g.shape[1:])
+    return total.index_add_(0, index, g * by_row)
 
 
 def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
     """Sum over columns and samples of the squared per-sample gradients, ``[classes, *]``."""
     touched = rows(term)
-    squares = signed(touched.g.square_(), None if signs is None else signs[:, touched.sample])
-    return _scatter(touched._replace(g=squares.sum(0, keepdim=True)), term.classes)[0]
+    row_signs = None if signs is None else signs[:, touched.sample]
+    squares = signed(touched.g.square_(), row_signs)
+    summed = touched._replace(g=squares.sum(0, keepdim=True))
+    return _scatter(summed, term.classes)[0]
 
 
 def variance(term: Term) -> Tensor:
-    """Population variance over the samples of the first column, ``[classes, *]``; untouched rows are zero."""
+    """Population variance over the samples of the first column, ``[classes, *]``.
+
+    Rows that no sample touches have none; a sample that does not touch a row has zeros there.
+    """
     touched, samples = rows(term), term.g.shape[1]
     mean = _scatter(touched, term.classes)[0] / samples
     deviations = touched.g.sub_(mean[touched.token]).square_()
-    untouched = samples - torch.bincount(touched.token, minlength=term.classes).to(mean.dtype)
-    untouched = untouched.reshape(-1, *[1] * (mean.ndim - 1))
-    return (
-        _scatter(touched._replace(g=deviations), term.classes)[0] + untouched * mean.square()
-    ) / samples
+    touching = torch.bincount(touched.token, minlength=term.classes)
+    others = samples - touching.to(mean.dtype)
+    others = others.reshape(-1, *[1] * (mean.ndim - 1))
+    by_touching = _scatter(touched._replace(g=deviations), term.classes)[0]
+    return (by_touching + others * mean.square()) / samples
 
 
 def squared_norms(term: Term) -> Tensor:
@@ -129,34 +140,34 @@ def squared_norms(term: Term) -> Tensor:
 
 
 def norms(term: Term) -> tuple[Tensor, Tensor]:
-    """The same, rounded up as in `grams.norms`, and what repeated rows would have without cancelling; ``[V, N]`` each.
+    """The norms, rounded up as in `ghost_norms.norms`, and those without cancelling; ``[V, N]``.
 
-    Only the rows of tokens that a sample repeats are added up before they are squared.
+    The second are what the norms would be if nothing cancelled where a sample repeats a token. Only
+    the rows of such tokens are added up before they are squared.
     """
     samples, eps = term.g.shape[1], torch.finfo(term.g.dtype).eps
     term = term.canonical()
     sample, index, position = _touched(term)
-    key, pair, counts = (index + term.classes * sample).unique(
-        return_inverse=True, return_counts=True
-    )
+    pair = index + term.classes * sample  # one number per sample and index
+    key, number, counts = pair.unique(return_inverse=True, return_counts=True)
     g = _at(term.g.flatten(1, 2), position, 1)
     norms = row_norms(g, 2)
-    repeats = (counts > 1)[pair]
+    repeats = (counts > 1)[number]
     squares = _added(norms.square().masked_fill_(repeats, 0), sample, samples)
-    sizes = squares
     repeated = repeats.nonzero().squeeze(1)
-    if len(repeated):
-        some, place = pair[repeated].unique(return_inverse=True)
-        sums = row_norms(_added(_at(g, repeated, 1), place, len(some)), 2).square_()
-        every, owners = (
-            _added(norms[:, repeated], place, len(some)).square_(),
-            key[some] // term.classes,
-        )
-        sizes = squares + _added(every, owners, samples)
-        squares = squares + _added(sums.add_(every, alpha=ROUNDING * eps), owners, samples)
+    if not len(repeated):
+        return squares.sqrt(), squares.sqrt()
+    some, place = number[repeated].unique(return_inverse=True)
+    owners = key[some] // term.classes
+    summed_rows = _added(_at(g, repeated, 1), place, len(some))
+    sums = row_norms(summed_rows, 2).square_()
+    without_cancelling = _added(norms[:, repeated], place, len(some)).square_()
+    sizes = squares + _added(without_cancelling, owners, samples)
+    rounded_up = sums.add_(without_cancelling, alpha=ROUNDING * eps)
+    squares = squares + _added(rounded_up, owners, samples)
     return squares.sqrt(), sizes.sqrt()
 
 
 def _scatter(touched: Rows, classes: int) -> Tensor:
-    result = touched.g.new_zeros(touched.g.shape[0], classes, *touched.g.shape[2:])
-    return result.index_add_(1, touched.token, touched.g)
+    """The sum over the samples, ``[V, classes, *]``."""
+    return _added(touched.g, touched.token, classes)

@@ -1,4 +1,4 @@
-"""Owners: the sample that every row of a tensor belongs to, and how to split and join tensors by it.
+"""Owners: the sample that every row of a tensor belongs to; tensors split and joined by it.
 
 `BatchAxis` is the cheap form: one axis, whose size is N or a multiple of it. `RowOwners` is the
 general one: rows in any order and of any number per sample, each with the number of its sample.
@@ -34,7 +34,12 @@ class Owners(ABC):
 
     @abstractmethod
     def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
-        """The entries of every sample, ``[N, E, *trailing]``, filled up with zeros where samples have fewer rows."""
+        """The entries of every sample, ``[N, E, *trailing]``; zeros where one has fewer rows.
+
+        Args:
+            tensor: The tensor.
+            trailing: The number of trailing axes that stay as they are.
+        """
 
     @abstractmethod
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
@@ -42,7 +47,11 @@ class Owners(ABC):
 
     @abstractmethod
     def without(self, axis: int) -> Owners:
-        """The same for a tensor whose axis ``axis``, which does not carry samples, was moved to the end."""
+        """The same for a tensor one of whose axes, which carries no samples, moved to the end.
+
+        Args:
+            axis: The axis that moved.
+        """
 
     def only(self, chosen: Tensor) -> ChosenOwners:
         """The same for some of the samples, ``chosen [S]`` in ascending order."""
@@ -84,9 +93,11 @@ class BatchAxis(Owners):
         if not len(shape):
             return torch.zeros((), dtype=torch.long)
         rows = torch.arange(shape[self.axis])
-        positions = max(1, shape[self.axis] // max(1, self.count))
-        index = rows % max(1, self.count) if self.minor else rows // positions
-        return index.reshape(-1, *[1] * (len(shape) - self.axis - 1))
+        samples = max(1, self.count)
+        positions = max(1, shape[self.axis] // samples)
+        index = rows % samples if self.minor else rows // positions
+        following = len(shape) - self.axis - 1
+        return index.reshape(-1, *[1] * following)
 
     def without(self, axis: int) -> Owners:
         return replace(self, axis=self.axis - 1) if self.axis > axis else self
@@ -109,9 +120,11 @@ class BatchAxis(Owners):
         if not self.axis and not self.minor:
             return entries.reshape(torch.Size(shape))
         rest = [size for axis, size in enumerate(shape) if axis != self.axis]
-        rows = entries.reshape(len(entries), shape[self.axis] // max(1, len(entries)), *rest)
-        rows = (rows.transpose(0, 1) if self.minor else rows).reshape(shape[self.axis], *rest)
-        return rows.movedim(0, self.axis)
+        positions = shape[self.axis] // max(1, len(entries))
+        rows = entries.reshape(len(entries), positions, *rest)
+        if self.minor:
+            rows = rows.transpose(0, 1)
+        return rows.reshape(shape[self.axis], *rest).movedim(0, self.axis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,8 +149,8 @@ class RowOwners(Owners):
     @cached_property
     def table(self) -> Tensor:
         """The rows of every sample, ``[N, longest]``; R behind the last one."""
-        rows, longest = len(self.index), int(self.lengths.max()) if self.count else 0
-        table = self.index.new_full((self.count, longest), rows)
+        longest = int(self.lengths.max()) if self.count else 0
+        table = self.index.new_full((self.count, longest), len(self.index))
         owned = (self.index >= 0).nonzero().squeeze(1)
         table[self.index[owned], self.position[owned]] = owned
         return table
@@ -145,25 +158,25 @@ class RowOwners(Owners):
     @cached_property
     def position(self) -> Tensor:
         """The place of every row among those of its sample, ``[R]``; 0 for those of no sample."""
-        order = self.index.argsort(stable=True)
+        order = self.index.argsort(stable=True)  # rows of a sample stay in their order
         ordered = self.index[order]
         starts = torch.searchsorted(ordered, ordered)  # where the rows of the same sample begin
+        place_in_order = torch.arange(len(order), device=order.device)
         position = torch.empty_like(order)
-        position[order] = torch.arange(len(order), device=order.device) - starts
+        position[order] = place_in_order - starts
         return position.masked_fill_(self.index < 0, 0)
 
     def to(self, device: torch.device) -> RowOwners:
         """The same on a device."""
-        return (
-            self
-            if self.index.device == device
-            else RowOwners(self.count, self.index.to(device), self.axes)
-        )
+        if self.index.device == device:
+            return self
+        return RowOwners(self.count, self.index.to(device), self.axes)
 
     def owner(self, shape: Sequence[int]) -> Tensor:
         sizes = [shape[axis] for axis in self.axes]
         rest = [axis for axis in range(len(shape)) if axis not in self.axes]
         index = self.index.reshape(*sizes, *[1] * len(rest))
+        # The axes of the rows are in front: bring every axis back to its place.
         places = [*self.axes, *rest]
         return index.permute([places.index(axis) for axis in range(len(shape))])
 
@@ -173,32 +186,41 @@ class RowOwners(Owners):
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The rows of a tensor in front, ``[R, *]``."""
-        moved = tensor.movedim(self.axes, tuple(range(len(self.axes))))
-        return moved.flatten(0, len(self.axes) - 1) if len(self.axes) > 1 else moved
+        front = tuple(range(len(self.axes)))
+        moved = tensor.movedim(self.axes, front)
+        return moved.flatten(0, len(front) - 1) if len(front) > 1 else moved
 
     def padded(self, rows: Tensor, axis: int = 0, fill: float = 0) -> Tensor:
-        """Rows on one axis as ``[..., N, longest, ...]``, filled up."""
+        """Rows on one axis as ``[..., N, longest, ...]``, filled up.
+
+        Args:
+            rows: A tensor with R entries along one axis.
+            axis: That axis.
+            fill: What stands where samples have fewer rows than the longest.
+        """
         table = self.table.to(rows.device)
-        shape = [*rows.shape[:axis], 1, *rows.shape[axis + 1 :]]
-        extended = torch.cat([rows, rows.new_full(shape, fill)], axis)
-        return extended.index_select(axis, table.flatten()).unflatten(axis, table.shape)
+        # The number R in the table is that of one more row, which holds the filling.
+        filling_shape = [*rows.shape[:axis], 1, *rows.shape[axis + 1 :]]
+        extended = torch.cat([rows, rows.new_full(filling_shape, fill)], axis)
+        by_sample = extended.index_select(axis, table.flatten())
+        return by_sample.unflatten(axis, table.shape)
 
     def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
         padded = self.padded(self.rows(tensor))
-        kept = padded.shape[padded.ndim - trailing :]
-        return padded.reshape(
-            self.count, math.prod(padded.shape[1 : padded.ndim - trailing]), *kept
-        )
+        last = padded.ndim - trailing
+        entries = math.prod(padded.shape[1:last])
+        return padded.reshape(self.count, entries, *padded.shape[last:])
 
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
         rest = [size for axis, size in enumerate(shape) if axis not in self.axes]
         here = self.to(entries.device)
-        rows = entries.reshape(self.count, self.table.shape[1], *rest)[
-            here.index.clamp(min=0), here.position
-        ]
-        rows = rows.masked_fill((here.index < 0).reshape(-1, *[1] * len(rest)), 0)
-        moved = rows.reshape(*(shape[axis] for axis in self.axes), *rest)
-        return moved.movedim(tuple(range(len(self.axes))), self.axes)
+        by_sample = entries.reshape(self.count, self.table.shape[1], *rest)
+        rows = by_sample[here.index.clamp(min=0), here.position]
+        unowned = (here.index < 0).reshape(-1, *[1] * len(rest))
+        rows = rows.masked_fill(unowned, 0)
+        row_sizes = [shape[axis] for axis in self.axes]
+        front = tuple(range(len(self.axes)))
+        return rows.reshape(*row_sizes, *rest).movedim(front, self.axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,24 +263,29 @@ class ChosenOwners(Owners):
         return self.whole.join(every, shape)
 
     def rows(self, count: int) -> Tensor:
-        """Which of ``count`` rows belong to the chosen samples, ascending but for those of a minor `BatchAxis`."""
+        """Which of ``count`` rows belong to the chosen samples.
+
+        They ascend, but for those of a minor `BatchAxis`.
+        """
         whole = self.whole
         if isinstance(whole, RowOwners):
-            return (self._places_of(whole.index) >= 0).nonzero().squeeze(1)
+            places = self._places_of(whole.index)
+            return (places >= 0).nonzero().squeeze(1)
         assert isinstance(whole, BatchAxis)
         position = torch.arange(count // whole.count)
         if whole.minor:
-            return (position[:, None] * whole.count + self.chosen).flatten()
-        return (self.chosen[:, None] * len(position) + position).flatten()
+            rows = position[:, None] * whole.count + self.chosen
+        else:
+            rows = self.chosen[:, None] * len(position) + position
+        return rows.flatten()
 
     @cached_property
     def within(self) -> Owners:
         """Which of the chosen samples owns each of the rows that `rows` has left."""
         whole = self.whole
         if isinstance(whole, RowOwners):
-            return RowOwners(
-                self.count, self._places_of(whole.index[self.rows(len(whole.index))]), whole.axes
-            )
+            left = whole.index[self.rows(len(whole.index))]
+            return RowOwners(self.count, self._places_of(left), whole.axes)
         assert isinstance(whole, BatchAxis)
         return replace(whole, count=self.count)
 
@@ -266,7 +293,9 @@ class ChosenOwners(Owners):
 def batch_axes(
     shape: Sequence[int], axes: Iterable[int], count: int, rows: bool = True
 ) -> list[BatchAxis]:
-    """The axes that may carry N samples, axes of exactly N entries first, then rows of several positions per sample.
+    """The axes that may carry N samples.
+
+    Axes of exactly N entries are first, then come rows of several positions per sample.
 
     Args:
         shape: The tensor's shape.
@@ -277,13 +306,14 @@ def batch_axes(
     """
     axes = list(axes)
     exact = [BatchAxis(count, axis) for axis in axes if shape[axis] == count]
-    several = [axis for axis in (axes if rows else axes[:1]) if count and shape[axis] != count]
-    several = [axis for axis in several if shape[axis] % count == 0 and shape[axis]]
-    flat = [
-        BatchAxis(count, axis, minor)
-        for axis in several
-        for minor in (False, True)[: 2 if count > 1 else 1]
-    ]
+    flat = []
+    for axis in axes if rows else axes[:1]:
+        size = shape[axis]
+        multiple = count > 0 and size > 0 and size != count and size % count == 0
+        if multiple:
+            flat.append(BatchAxis(count, axis, minor=False))
+        if multiple and count > 1:  # with one sample both orders are the same
+            flat.append(BatchAxis(count, axis, minor=True))
     return exact + flat
 
 
@@ -295,13 +325,13 @@ def owners_of(numbers: Tensor, shape: Sequence[int], count: int) -> BatchAxis | 
         shape: The tensor's shape.
         count: N.
     """
-    aligned = numbers.long().cpu().reshape([1] * (len(shape) - numbers.ndim) + list(numbers.shape))
-    axes = tuple(axis for axis, size in enumerate(aligned.shape) if size > 1) or (
-        (0,) if shape else ()
-    )
-    index = aligned.expand(
-        [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
-    ).flatten()
+    leading_ones = [1] * (len(shape) - numbers.ndim)
+    aligned = numbers.long().cpu().reshape(leading_ones + list(numbers.shape))
+    axes = tuple(axis for axis, size in enumerate(aligned.shape) if size > 1)
+    if not axes and shape:  # all entries belong to one sample: any axis tells so
+        axes = (0,)
+    row_sizes = [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
+    index = aligned.expand(row_sizes).flatten()
     if len(axes) == 1:
         for choice in batch_axes(shape, axes, count):
             if torch.equal(choice.owner(shape).flatten(), index):
@@ -311,5 +341,9 @@ def owners_of(numbers: Tensor, shape: Sequence[int], count: int) -> BatchAxis | 
 
 def largest_entry(tensors: Iterable[Tensor | None]) -> float:
     """The largest finite absolute value in all tensors."""
-    found = (t.abs().nan_to_num(0.0, 0.0, 0.0) for t in tensors if t is not None and t.numel())
-    return max((float(t.max()) for t in found), default=0.0)
+    largest = 0.0
+    for tensor in tensors:
+        if tensor is not None and tensor.numel():
+            finite = tensor.abs().nan_to_num(0.0, 0.0, 0.0)
+            largest = max(largest, float(finite.max()))
+    return largest

@@ -10,9 +10,9 @@ _SMALL, _LARGE = 2.0**-480, 2.0**480
 
 
 def limit(dtype: torch.dtype) -> float:
-    """The largest norm of a factor of a gradient: times weights that undo a larger one, the other factor may underflow.
+    """The largest norm of a factor of a gradient: the root of the largest number.
 
-    It is the root of the largest number.
+    Times weights that undo a larger one, the other factor may underflow.
     """
     return torch.finfo(torch.promote_types(dtype, torch.float32)).max ** 0.5
 
@@ -28,17 +28,26 @@ def row_norms(tensor: Tensor, start: int) -> Tensor:
     if tensor.dtype == torch.float64:
         odd = ~((norms > _SMALL) & (norms < _LARGE))
         if bool(odd.any()):
-            some = rows[odd]
-            largest = (
-                some.abs().amax(-1, keepdim=True) if some.shape[-1] else some.new_ones(len(some), 1)
-            )
-            largest = largest.where(largest.isfinite() & (largest > 0), torch.ones_like(largest))
-            norms[odd] = torch.linalg.vector_norm(some / largest, dim=-1) * largest[:, 0]
+            norms[odd] = _scaled_norms(rows[odd])
     return norms
 
 
+def _scaled_norms(rows: Tensor) -> Tensor:
+    """Norms of rows ``[R, E]``, divided by their largest entry before they are squared."""
+    if not rows.shape[-1]:
+        return rows.new_zeros(len(rows))
+    largest = rows.abs().amax(-1, keepdim=True)
+    # Rows of zeros, and those that are not finite, have no scale.
+    scaled = largest.isfinite() & (largest > 0)
+    largest = largest.where(scaled, torch.ones_like(largest))
+    return torch.linalg.vector_norm(rows / largest, dim=-1) * largest[:, 0]
+
+
 def product_norms(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norms of products of two factors; infinite where one is beyond `limit` and the other is not zero."""
+    """Norms of products of two factors from those of the factors.
+
+    They are infinite where one factor is beyond `limit` and the other is not zero.
+    """
     products = g * x
     large = torch.maximum(g, x.expand_as(g)) > limit(dtype)
     return products.masked_fill_(large & (products != 0), torch.inf)

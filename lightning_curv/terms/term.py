@@ -35,11 +35,8 @@ SHARED = "rstu"
 CHUNK_BYTES = 2**25  # of products that are added up at once
 WASTE = 4  # how many times as much memory as their rows samples of different lengths may take
 SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
-_SQUARES, _NORMS, _ROW_NORMS = (
-    Latest(),
-    Latest(),
-    Latest(),
-)  # of the cotangents that a weight and its bias share
+# What was computed of the cotangents that a weight and its bias share.
+_SQUARES, _NORMS, _ROW_NORMS = Latest(), Latest(), Latest()
 # Rounding of a squared norm and of a weighted sum together, in machine epsilons of the squared sum
 # of what is added up.
 ROUNDING = 2.0  # measured: at most 1.5 + 0.4 (two positions), less for more of them
@@ -49,11 +46,9 @@ def flatten_shared(tensor: Tensor, start: int, stop: int) -> Tensor:
     """The axes ``start`` to ``stop`` (excluded) as one axis; no such axes: unchanged."""
     shape = tensor.shape
     stop = stop % tensor.ndim
-    return (
-        tensor.reshape(*shape[:start], math.prod(shape[start:stop]), *shape[stop:])
-        if stop > start
-        else tensor
-    )
+    if stop <= start:
+        return tensor
+    return tensor.reshape(*shape[:start], math.prod(shape[start:stop]), *shape[stop:])
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,15 @@ class Adjoint:
 
 @dataclass(frozen=True)
 class Term:
-    """The contribution of one use of a parameter.
+    """The contribution of one use of a parameter to its per-sample Jacobian.
+
+    Example:
+        >>> g, x = torch.ones(1, 2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> term = Term("o", "i", "oi", g, x)  # of the weight in F.linear(x, weight)
+        >>> term.contract("voi")  # the sum over the samples
+        tensor([[[4., 6.]]])
+        >>> term.squared_norms()  # one per column and sample
+        tensor([[ 5., 25.]])
 
     Attributes:
         out: Letters of ``g`` behind ``v n``.
@@ -110,38 +113,41 @@ class Term:
         )
 
     def sizes(self) -> dict[str, int]:
-        """Size of every letter."""
+        """Look the sizes of the axes up.
+
+        Returns:
+            The number of entries along the axis of every letter.
+        """
         sizes = dict(zip(self.out, self.g.shape[2:], strict=True))
         if self.x is not None:
-            sizes.update(
-                zip(
-                    self.inp.replace("i", "") if self.classes else self.inp,
-                    self.x.shape[1:],
-                    strict=True,
-                )
-            )
-        return {**sizes, "i": self.classes} if self.classes else sizes
+            letters = self.inp.replace("i", "") if self.classes else self.inp
+            sizes.update(zip(letters, self.x.shape[1:], strict=True))
+        if self.classes:
+            sizes["i"] = self.classes
+        return sizes
 
     def __getitem__(self, samples: slice | list[int] | Tensor) -> Term:
-        x, own = None if self.x is None else self.x[samples], self.own
-        adjoint = None if own is None or x is None else replace(own, x=x, input=own.input[samples])
+        g = self.g[:, samples]
+        x = None if self.x is None else self.x[samples]
+        adjoint = self.adjoint
+        if (own := self.own) is not None and x is not None:
+            adjoint = replace(own, x=x, input=own.input[samples])
         lengths = None if self.lengths is None else self.lengths[samples]
-        return Term(
-            self.out,
-            self.inp,
-            self.par,
-            self.g[:, samples],
-            x,
-            self.classes,
-            adjoint or self.adjoint,
-            lengths,
-        )
+        return Term(self.out, self.inp, self.par, g, x, self.classes, adjoint, lengths)
 
     def of(self, g: Tensor, x: Tensor | None, adjoint: Adjoint | None = None) -> Term:
-        """The same letters with other cotangents and inputs; in a third of the time of `dataclasses.replace`."""
-        return Term(
-            self.out, self.inp, self.par, g, x, self.classes, adjoint or self.adjoint, self.lengths
-        )
+        """Make a term of other tensors, in a third of the time of `dataclasses.replace`.
+
+        Args:
+            g: Cotangents, ``[V, N, *out]``.
+            x: Inputs, ``[N, *inp]``.
+            adjoint: The op's own gradient for them; ``None``: that of this term.
+
+        Returns:
+            A term with the same letters.
+        """
+        adjoint = adjoint or self.adjoint
+        return Term(self.out, self.inp, self.par, g, x, self.classes, adjoint, self.lengths)
 
     @property
     def own(self) -> Adjoint | None:
@@ -150,17 +156,20 @@ class Term:
 
     @property
     def own_gradients(self) -> Callable[[], Tensor] | None:
-        """The op's own per-sample gradients, ``[N, *]``, where they are the fastest way to the only column."""
+        """The op's own per-sample gradients, ``[N, *]``, where no other way is faster."""
         own = self.own
         if own is None or own.gradients is None or len(self.g) > 1 or not self.g.shape[1]:
             return None
         return partial(own.gradients, self.g[0], own.input)
 
     def promoted(self) -> Term:
-        """The term in float32 or better, with one dtype for ``g`` and ``x``."""
-        if self.g.dtype == torch.float32 and (
-            self.x is None or self.classes or self.x.dtype == torch.float32
-        ):
+        """Convert the term to float32 or better, with one dtype for ``g`` and ``x``.
+
+        Returns:
+            The term; itself if nothing has to be converted.
+        """
+        dense_x = None if self.classes else self.x
+        if self.g.dtype == torch.float32 and (dense_x is None or dense_x.dtype == torch.float32):
             return self
         dtype = torch.promote_types(self.g.dtype, torch.float32)
         x = self.x
@@ -170,10 +179,13 @@ class Term:
         return self if self.g.dtype == dtype and x is self.x else self.of(self.g.to(dtype), x)
 
     def grouped(self, owners: Owners) -> Term:
-        """Rows regrouped to samples: the rows of a sample become its shared positions ``r``.
+        """Regroup rows to samples: the rows of a sample become its shared positions ``r``.
 
         Args:
             owners: Which sample owns each row.
+
+        Returns:
+            The term of N samples.
 
         Raises:
             RuntimeError: A cotangent arrives at a row that was found to belong to no sample.
@@ -191,57 +203,64 @@ class Term:
             return tensor.unflatten(axis, (rows // samples, samples)).transpose(axis, axis + 1)
 
         x = None if self.x is None else split(self.x, 0)
-        return replace(
-            self,
-            out="r" + self.out,
-            inp="r" + self.inp if x is not None else "",
-            g=split(self.g, 1),
-            x=x,
-        )
+        inp = "r" + self.inp if x is not None else ""
+        return replace(self, out="r" + self.out, inp=inp, g=split(self.g, 1), x=x)
 
     def of_chosen(self, owners: ChosenOwners, left: Tensor | None) -> Term:
-        """Rows of some samples regrouped to these.
+        """Regroup the rows of some samples to these.
 
         Args:
             owners: The samples, and which rows belong to them.
             left: The rows that the rule was asked for; it may have left out all others.
+
+        Returns:
+            The term of the chosen samples.
         """
         if left is not None and self.g.shape[1] == len(left):
             return self.grouped(owners.within)
         if isinstance(owners.whole, RowOwners):
             self._refuse_unowned(owners.whole.to(self.g.device))
-        return self[owners.rows(self.g.shape[1]).to(self.g.device)].grouped(owners.within)
+        rows = owners.rows(self.g.shape[1]).to(self.g.device)
+        return self[rows].grouped(owners.within)
 
     def _refuse_unowned(self, owners: RowOwners) -> None:
-        unowned = self.g[:, owners.index < 0]
-        rounding = (
-            1e4 * torch.finfo(self.g.dtype).eps * self.g.abs().amax() if unowned.numel() else 0
-        )
-        if bool((unowned.abs() > rounding).any()):
-            raise RuntimeError(
-                "Expected no gradient at rows that no sample depended on when the samples were found, found one. Pass "
-                "`check=True` to `curvature`: the samples are then found anew."
-            )
-        if (
-            self.x is not None
-            and not self.classes
-            and not bool(self.x[owners.index < 0].isfinite().all())
-        ):
+        """Raise where a row that no sample owns has a cotangent, or an input that is not finite."""
+        unowned = owners.index < 0
+        cotangents = self.g[:, unowned]
+        if cotangents.numel():
+            rounding = 1e4 * torch.finfo(self.g.dtype).eps * self.g.abs().amax()
+            if bool((cotangents.abs() > rounding).any()):
+                raise RuntimeError(
+                    "Expected no gradient at rows that no sample depended on when the samples were "
+                    "found, found one. Pass `check=True` to `curvature`: the samples are then "
+                    "found anew."
+                )
+        if self.x is None or self.classes:
+            return
+        if not bool(self.x[unowned].isfinite().all()):
             raise UnsupportedError(
-                "Expected finite inputs in rows that no gradient arrives at, found others: which sample they make "
-                "undefined cannot be told. Leave samples that are not finite out of the batch."
+                "Expected finite inputs in rows that no gradient arrives at, found others: which "
+                "sample they make undefined cannot be told. Leave samples that are not finite out "
+                "of the batch."
             )
 
     def _gathered(self, owners: RowOwners) -> Term:
-        """The rows of every sample next to each other, filled up; where that costs more memory than J, J itself."""
+        """The rows of every sample next to each other, filled up.
+
+        Where that costs more memory than J, J itself is formed.
+        """
         self._refuse_unowned(owners)
-        sizes, (samples, longest) = self.sizes(), owners.table.shape
-        padded = longest * (self.g[:, :1].numel() + (0 if self.x is None else self.x[:1].numel()))
-        formed = len(self.g) * math.prod(sizes[letter] for letter in self.par)
-        if not self.classes and longest * samples > WASTE * len(owners.index) and padded > formed:
+        sizes = self.sizes()
+        samples, longest = owners.table.shape
+        row_entries = self.g[:, :1].numel() + (0 if self.x is None else self.x[:1].numel())
+        padded_entries = longest * row_entries  # per sample
+        formed_entries = len(self.g) * math.prod(sizes[letter] for letter in self.par)
+        wasteful = longest * samples > WASTE * len(owners.index)
+        if wasteful and padded_entries > formed_entries and not self.classes:
             return self._formed(owners)
+        no_input = -1 if self.classes else 0  # a one-hot row of zeros, or zeros
+        x = None if self.x is None else owners.padded(self.x, 0, no_input)
         positions = math.prod(sizes[letter] for letter in self.shared)
-        x = None if self.x is None else owners.padded(self.x, 0, -1 if self.classes else 0)
         return replace(
             self,
             out="r" + self.out,
@@ -256,7 +275,8 @@ class Term:
         sizes = self.sizes()
         shape = [sizes[letter] for letter in self.par]
         total = self.g.new_zeros(len(self.g), owners.count, *shape)
-        size = max(1, CHUNK_BYTES // max(1, total[:, :1].numel() * total.element_size()))
+        row_bytes = total[:, :1].numel() * total.element_size()
+        size = max(1, CHUNK_BYTES // max(1, row_bytes))
         for start in range(0, len(owners.index), size):
             index = owners.index[start : start + size]
             owned = (index >= 0).nonzero().squeeze(1)
@@ -266,51 +286,50 @@ class Term:
         return Term(letters, "", letters, total if shape else total[..., None])
 
     def canonical(self) -> Term:
-        """The same term with one shared letter ``s``, in front."""
-        out = [letter for letter in self.out if letter in self.par]
-        g = self.g.permute(
-            0,
-            1,
-            *(2 + self.out.index(x) for x in self.out if x in self.shared),
-            *(2 + self.out.index(x) for x in out),
-        )
-        g = g.flatten(2, g.ndim - len(out) - 1) if g.ndim - len(out) > 2 else g.unsqueeze(2)
+        """Bring all shared positions together on one axis.
+
+        Returns:
+            The same term with one shared letter ``s``, in front.
+        """
+        out = "".join(letter for letter in self.out if letter in self.par)
+        g = self._positions_first(self.g, self.out, 2)
         if self.x is None:
-            return replace(self, out="s" + "".join(out), inp="", g=g)
+            return replace(self, out="s" + out, inp="", g=g)
         letters = self.inp.replace("i", "") if self.classes else self.inp
-        kept = [letter for letter in letters if letter in self.par]
-        x = self.x.permute(
-            0,
-            *(1 + letters.index(y) for y in letters if y in self.shared),
-            *(1 + letters.index(y) for y in kept),
-        )
-        x = x.flatten(1, x.ndim - len(kept) - 1) if x.ndim - len(kept) > 1 else x.unsqueeze(1)
-        return replace(
-            self,
-            out="s" + "".join(out),
-            inp="s" + ("i" if self.classes else "") + "".join(kept),
-            g=g,
-            x=x,
-        )
+        inp = "".join(letter for letter in letters if letter in self.par)
+        classes = "i" if self.classes else ""
+        x = self._positions_first(self.x, letters, 1)
+        return replace(self, out="s" + out, inp="s" + classes + inp, g=g, x=x)
+
+    def _positions_first(self, tensor: Tensor, letters: str, lead: int) -> Tensor:
+        """A factor ``[*lead, *letters]`` with its shared axes as one, in front of the others."""
+        shared = [lead + axis for axis, letter in enumerate(letters) if letter in self.shared]
+        kept = [lead + axis for axis, letter in enumerate(letters) if letter in self.par]
+        ordered = tensor.permute(*range(lead), *shared, *kept)
+        if not shared:
+            return ordered.unsqueeze(lead)
+        return ordered.flatten(lead, lead + len(shared) - 1)
 
     def contract(self, result: str) -> Tensor:
-        """``g·x`` summed to the letters ``result`` (of ``v n`` and ``par``); dense inputs only."""
+        """Carry the contraction out; dense inputs only.
+
+        Args:
+            result: The letters of the result's axes, of ``v n`` and ``par``; all others are summed.
+
+        Returns:
+            ``g·x`` with one axis per letter.
+        """
         if self.x is None:
-            summed = [axis for axis, letter in enumerate("vn" + self.out) if letter not in result]
-            kept = [letter for letter in "vn" + self.out if letter in result]
+            letters = "vn" + self.out
+            summed = [axis for axis, letter in enumerate(letters) if letter not in result]
+            kept = [letter for letter in letters if letter in result]
             total = self.g.sum(summed) if summed else self.g
-            return (
-                total
-                if kept == [*result]
-                else total.permute([kept.index(letter) for letter in result])
-            )
+            if kept == [*result]:
+                return total
+            return total.permute([kept.index(letter) for letter in result])
         columns = "v" if "v" in result or len(self.g) > 1 else ""
-        if set(result) == {
-            *columns,
-            "n",
-            *self.out,
-            *self.inp,
-        }:  # an outer product: no matrix product
+        # Where nothing is summed J is an outer product, and no product of matrices.
+        if set(result) == {*columns, "n", *self.out, *self.inp}:
             g = _placed(self.g if columns else self.g[0], columns + "n" + self.out, result)
             return huge_pages.multiply(g, _placed(self.x, "n" + self.inp, result))
         if {*self.out} == {*self.inp}:  # a norm's scale: nothing to multiply out
@@ -319,7 +338,11 @@ class Term:
         return einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
 
     def add_to(self, total: Tensor) -> None:
-        """Add the outer products of the only column to ``total [N, *p]``, in place and without making them."""
+        """Add the outer products of the only column to a tensor, without making them.
+
+        Args:
+            total: What they are added to in place, ``[N, *p]``.
+        """
         sizes, result = self.sizes(), f"n{self.par}"
         total = total.view(len(total), *(sizes[letter] for letter in self.par))
         g = _placed(self.g[0], f"n{self.out}", result)
@@ -329,7 +352,16 @@ class Term:
             total.addcmul_(g, _placed(self.x, f"n{self.inp}", result))
 
     def weighted_total(self, weights: Tensor) -> Tensor:
-        """``g·x`` of the first column, times ``weights [N]``, summed over the samples; dense inputs only."""
+        """Sum the first column over the samples, each times a weight; dense inputs only.
+
+        The weights are multiplied into the smaller factor.
+
+        Args:
+            weights: One number per sample, ``[N]``.
+
+        Returns:
+            The weighted sum, ``[*par]``.
+        """
         g, x = self.g[:1], self.x
         if x is None:
             kept = "".join(letter for letter in self.out if letter in self.par)
@@ -347,84 +379,104 @@ class Term:
         return self.of(g, x).contract(self.par)
 
     def _weighted_matrix(self, weights: Tensor) -> Tensor | None:
-        """The first column's ``g`` times weights, in memory as `contract` multiplies it; ``None``: no need for that.
+        """The first column's ``g`` times weights, in memory as `contract` multiplies it.
 
         oneDNN copies a first matrix that is transposed. That copy is made here, and multiplied in
-        place.
+        place. ``None``: there would be no such copy.
         """
         g, sizes = self.g[0], self.sizes()
-        rows = [y for y in self.out if y in self.par]
-        summed = ["n", *(y for y in self.out if y not in self.par)]
-        columns = math.prod(sizes[y] for y in self.par if y not in self.out)
+        letters = "n" + self.out
+        rows = [letter for letter in self.out if letter in self.par]
+        summed = ["n", *(letter for letter in self.out if letter not in self.par)]
+        columns = math.prod(sizes[letter] for letter in self.par if letter not in self.out)
         if {*rows} & {*self.inp} or not is_large(g, g.numel() * columns):
             return None
-        transposed = g.permute([("n" + self.out).index(y) for y in summed + rows])
+        transposed = g.permute([letters.index(letter) for letter in summed + rows])
         if not transposed.is_contiguous():
             return None
-        matrix = transposed.flatten(0, len(summed) - 1).flatten(1)
-        matrix = g.new_empty(matrix.shape[::-1]).copy_(matrix.t())
+        stacked = transposed.flatten(0, len(summed) - 1).flatten(1)  # [n·s, rows]
+        matrix = g.new_empty(stacked.shape[::-1]).copy_(stacked.t())
         matrix.view(len(matrix), len(weights), -1).mul_(weights[:, None])
         shape = transposed.shape[len(summed) :] + transposed.shape[: len(summed)]
-        return matrix.view(shape).permute([(rows + summed).index(y) for y in "n" + self.out])[None]
+        axes = [(rows + summed).index(letter) for letter in letters]
+        return matrix.view(shape).permute(axes)[None]
 
     def squared_norms(self) -> Tensor:
-        """Squared norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``."""
+        """Compute the squared norms of the outer products ``g ⊗ x`` where nothing is shared.
+
+        Returns:
+            The squared norms, ``[V, N]``.
+        """
         if {*self.out} & {*self.inp}:
-            return self.of(self.g.square(), None if self.x is None else self.x.square()).contract(
-                "vn"
-            )
+            x_squared = None if self.x is None else self.x.square()
+            return self.of(self.g.square(), x_squared).contract("vn")
         norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
-        return norms.square() if self.x is None else (norms * _norms(self.x, 1)).square_()
+        if self.x is None:
+            return norms.square()  # the norms are kept for the next parameter
+        return (norms * _norms(self.x, 1)).square_()
 
     def norms(self) -> Tensor:
-        """Norms of the outer products ``g ⊗ x`` where nothing is shared, ``[V, N]``: see `Jacobian.norms`."""
+        """Bound the norms of the outer products ``g ⊗ x`` where nothing is shared.
+
+        Returns:
+            The norms, ``[V, N]``, as of `Jacobian.norms`.
+        """
         both = [letter for letter in self.out if letter in self.inp]
         if not both:
             norms, _ = _ROW_NORMS.of(self.g, (), partial(row_norms, self.g, 2))
-            return (
-                norms
-                if self.x is None
-                else product_norms(norms, row_norms(self.x, 1), self.g.dtype)
-            )
+            if self.x is None:
+                return norms
+            return product_norms(norms, row_norms(self.x, 1), self.g.dtype)
         assert self.x is not None
-        g = _placed(
-            self.g, "vn" + self.out, "vn" + "".join(both + [y for y in self.out if y not in both])
-        )
-        x = _placed(
-            self.x, "n" + self.inp, "n" + "".join(both + [y for y in self.inp if y not in both])
-        )
-        return row_norms(
-            product_norms(row_norms(g, 2 + len(both)), row_norms(x, 1 + len(both)), self.g.dtype), 2
-        )
+        # Where both factors have an axis, the norm is one of products of norms along that axis.
+        outputs = both + [letter for letter in self.out if letter not in both]
+        inputs = both + [letter for letter in self.inp if letter not in both]
+        g = _placed(self.g, "vn" + self.out, "vn" + "".join(outputs))
+        x = _placed(self.x, "n" + self.inp, "n" + "".join(inputs))
+        g_norms = row_norms(g, 2 + len(both))
+        x_norms = row_norms(x, 1 + len(both))
+        return row_norms(product_norms(g_norms, x_norms, self.g.dtype), 2)
 
     def squared(self, signs: Tensor | None = None) -> Term:
-        """``g²`` (summed over the columns) and ``x²``: contracts to sums of squares where nothing is shared."""
+        """Square both factors: the result contracts to sums of squares where nothing is shared.
+
+        Args:
+            signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
+
+        Returns:
+            The term of ``g²``, summed over the columns, and of ``x²``.
+        """
         if signs is None and len(self.g) > 1:
             g, _ = _SQUARES.of(self.g, (), partial(squares_of_columns, self.g))
         else:
             g = squares_of_columns(self.g, signs)
-        return self.of(g, None if self.x is None else self.x if self.classes else self.x.square())
+        x = self.x
+        if x is not None and not self.classes:  # the square of a one-hot row is the row
+            x = x.square()
+        return self.of(g, x)
 
 
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
     """``squares [V, N, *]`` times ``signs [V, N]``."""
-    return (
-        squares
-        if signs is None
-        else squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
-    )
+    if signs is None:
+        return squares
+    return squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
 
 
 def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
-    """The sum of the squares over the columns, ``[1, N, *]``; one column after the other where that pays."""
+    """The sum of the squares over the columns, ``[1, N, *]``.
+
+    Large columns are added up one after the other: their squares are never all in memory.
+    """
     if len(g) == 1 or g[0].numel() < SMALL:
         squares = signed(g.square(), signs)
         return squares if len(g) == 1 else squares.sum(0, keepdim=True)
     total = torch.zeros_like(g[:1])
-    for v, column in enumerate(g.unbind()):
-        total[0].addcmul_(
-            column, column if signs is None else signed(column[None], signs[v : v + 1])[0]
-        )
+    for number, column in enumerate(g.unbind()):
+        factor = column
+        if signs is not None:
+            factor = signed(column[None], signs[number : number + 1])[0]
+        total[0].addcmul_(column, factor)
     return total
 
 
@@ -432,14 +484,12 @@ def _norms(tensor: Tensor, start: int) -> Tensor:
     """Norms over all axes from ``start`` on."""
     if tensor.ndim == start:
         return tensor.abs()
-    return torch.linalg.vector_norm(
-        tensor if tensor.ndim == start + 1 else tensor.flatten(start), dim=start
-    )
+    rows = tensor if tensor.ndim == start + 1 else tensor.flatten(start)
+    return torch.linalg.vector_norm(rows, dim=start)
 
 
 def _placed(tensor: Tensor, letters: str, result: str) -> Tensor:
-    """``tensor`` with its axes where ``result`` has their letters, and axes of size 1 for the others."""
+    """A tensor with its axes where ``result`` has their letters, and axes of size 1 for others."""
+    order = [letters.index(letter) for letter in result if letter in letters]
     shape = [tensor.shape[letters.index(letter)] if letter in letters else 1 for letter in result]
-    return tensor.permute(
-        [letters.index(letter) for letter in result if letter in letters]
-    ).reshape(shape)
+    return tensor.permute(order).reshape(shape)
