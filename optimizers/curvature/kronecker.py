@@ -39,7 +39,7 @@ class KroneckerCurvature(Curvature):
         sharded: see `Curvature`.
     """
 
-    derived = ("inverses",)
+    derived: tuple[str, ...] = ("inverses",)
 
     def __init__(
         self,
