@@ -258,7 +258,7 @@ class SecondOrderOptimizer(Optimizer):
                 curvature, state[block.params[0]], block, self.relative_damping, self.loss_floor
             )
             for block in blocks
-            if "weight" in state[block.params[0]]  # its curvature was measured
+            if curvature.measured(state[block.params[0]])
         }
         refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
         exact = (
@@ -347,13 +347,9 @@ class SecondOrderOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Settings, state and step count: tensors and plain types only."""
         saved = {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
-        if self.curvature.sharded:  # this process has only some of the inverses
-            saved["state"] = {
-                number: {
-                    key: value for key, value in state.items() if key not in ("inverses", "owner")
-                }
-                for number, state in saved["state"].items()
-            }
+        saved["state"] = {
+            number: self.curvature.saved(state) for number, state in saved["state"].items()
+        }
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,9 +1,10 @@
 """What an optimizer needs from a model of the curvature."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ Part = tuple[State, int, Tensor]  # state of a block, number of a part of it, da
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters that one block of curvature covers: a parameter alone, or weight and bias of one layer.
+    """Parameters that one block of curvature covers: one alone, or weight and bias of a layer.
 
     The first one's group has the settings of the block, and its state the curvature.
     """
@@ -81,22 +82,29 @@ class Gradient:
     damping: Tensor
 
 
-class Curvature(Protocol):
+class Curvature(ABC):
     """A positive semi-definite matrix per block: measured, averaged, damped, inverted.
 
     The object holds settings only. Everything measured lives in the state of a block (tensors and
-    plain types).
+    plain types), which only methods of this class and its subclasses read and write.
+
+    Attributes:
+        extension: what leaves the fields of one batch on the parameters.
+        sharded: whether every process keeps only the parts that it inverts.
+        derived: keys of what follows from the measured means and the damping.
     """
 
     extension: Extension
-    sharded: bool  # whether every process keeps only the parts that it inverts
+    sharded: bool = False
+    derived: tuple[str, ...] = ()
 
+    @abstractmethod
     def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
         """The bias that each weight shares a block with."""
-        ...
 
+    @abstractmethod
     def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
-        """The statistics of one batch, linear in the scale of the loss in the first tensor and those of its shape.
+        """The statistics of one batch.
 
         Args:
             state: state of the block.
@@ -104,11 +112,14 @@ class Curvature(Protocol):
             fields: what `extension` left on each of them.
             step: number of the step, the seed of everything random.
 
+        Returns:
+            Tensors; the first one and those of its shape are linear in the scale of the loss.
+
         Raises:
             ValueError: the fields do not fit the parameters.
         """
-        ...
 
+    @abstractmethod
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
         """Average statistics into the state.
 
@@ -118,16 +129,20 @@ class Curvature(Protocol):
             statistics: what `measure` returned, averaged over processes.
             scale: what the curvature in them is to be multiplied by.
         """
-        ...
 
+    def measured(self, state: State) -> bool:
+        """Whether statistics were absorbed; `weight` is the sum of their weights in the mean."""
+        return "weight" in state
+
+    @abstractmethod
     def mean_eigenvalue(self, state: State) -> Tensor:
-        """Of the undamped block, []."""
-        ...
+        """The mean eigenvalue of the undamped block, []."""
 
+    @abstractmethod
     def units(self, state: State) -> int:
-        """Number of parts of the block that are refreshed independently."""
-        ...
+        """The number of parts of the block that are refreshed independently."""
 
+    @abstractmethod
     def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
         """Recompute parts of blocks that depend on the damping, from what is measured.
 
@@ -137,24 +152,55 @@ class Curvature(Protocol):
         Returns:
             For each what `accept` takes; None if it failed.
         """
-        ...
 
+    @abstractmethod
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
-        """Of the tensors of a part, in the dtype of the first factor."""
-        ...
+        """The shapes of the tensors of a part."""
 
+    @abstractmethod
+    def dtype(self, state: State) -> torch.dtype:
+        """The dtype of the tensors of all parts, and of preconditioned gradients."""
+
+    @abstractmethod
     def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
         """Put a part into use."""
-        ...
 
+    @abstractmethod
     def ready(self, state: State) -> bool:
         """Whether gradients of this block can be preconditioned."""
-        ...
 
+    @abstractmethod
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
-        """Precondition the gradients of many blocks, those of equal shapes together; the results have their shapes."""
-        ...
+        """Precondition the gradients of many blocks, those of equal shapes together.
 
+        Returns:
+            The directions of each block, in the shapes of its gradients.
+        """
+
+    @abstractmethod
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
-        """A parameter's share of the squared length of the direction in the metric of the curvature, []."""
-        ...
+        """A parameter's share of the squared length of a direction, [].
+
+        Args:
+            state: state of the block.
+            grad: gradient of the parameter.
+            value: its direction; lengths are those in the metric of the curvature.
+        """
+
+    def owner(self, state: State) -> int | None:
+        """The number of the process that inverts a sharded block; None before it has any."""
+        return state.get("owner")
+
+    def assign(self, state: State, owner: int) -> None:
+        """Let a process invert a sharded block from now on."""
+        state["owner"] = owner
+
+    def saved(self, state: State) -> State:
+        """The state of a block in a checkpoint.
+
+        A process of a sharded curvature has only some of the parts: a checkpoint has none, nor who
+        owned them, and the first step after it is loaded makes them anew.
+        """
+        if not self.sharded:
+            return state
+        return {key: value for key, value in state.items() if key not in ("owner", *self.derived)}

@@ -7,19 +7,17 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions import Extension
-from lightning_curv.optimizers.curvature.base import Block, Gradient, Part, State
+from lightning_curv.optimizers.curvature.base import Block, Curvature, Gradient, Part, State
 from lightning_curv.optimizers.curvature.fields import as_tensors
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
 
 
-class DiagonalCurvature:
+class DiagonalCurvature(Curvature):
     r"""Diagonal $h$ per parameter, a bias-corrected running mean with the second of the group's `betas`.
 
     Args:
         extension: leaves the diagonal of one batch on the parameters.
     """
-
-    sharded = False
 
     def __init__(self, extension: Extension) -> None:
         self.extension = extension
@@ -53,6 +51,10 @@ class DiagonalCurvature:
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
         return []
+
+    def dtype(self, state: State) -> torch.dtype:
+        diagonal: Tensor = state["diagonal"]
+        return diagonal.dtype
 
     def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
         pass

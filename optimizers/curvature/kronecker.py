@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions import KFLR, Extension
-from lightning_curv.optimizers.curvature.base import Block, Gradient, Part, State
+from lightning_curv.optimizers.curvature.base import Block, Curvature, Gradient, Part, State
 from lightning_curv.optimizers.curvature.blocks import weight_bias_pairs
 from lightning_curv.optimizers.curvature.statistics import kronecker_factors
 from lightning_curv.optimizers.curvature.weight_and_bias import centered, joined, separated
@@ -24,7 +24,7 @@ from lightning_curv.optimizers.linear_algebra.inverse import damped_inverses
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
 
 
-class KroneckerCurvature:
+class KroneckerCurvature(Curvature):
     r"""Block $F_1 \otimes \dots \otimes F_k$, each factor a running mean (`factor_decay` of the group).
 
     The inverse is that of $\bigotimes_i (F_i + \gamma_i I)$, see `damping.split_damping`.
@@ -39,9 +39,7 @@ class KroneckerCurvature:
         sharded: see `Curvature`.
     """
 
-    derived: tuple[str, ...] = (
-        "inverses",
-    )  # keys of the state that become invalid when factors change their shape
+    derived: tuple[str, ...] = ("inverses",)
 
     def __init__(
         self,
@@ -123,6 +121,10 @@ class KroneckerCurvature:
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
         return [state["factors"][unit].shape]
+
+    def dtype(self, state: State) -> torch.dtype:
+        factor: Tensor = state["factors"][0]
+        return factor.dtype
 
     def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
         state.setdefault("inverses", [None] * len(state["factors"]))[unit] = tensors[0]

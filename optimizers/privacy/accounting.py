@@ -1,4 +1,7 @@
-"""How much privacy was spent: events of a run, kept run-length encoded, evaluated by ``dp-accounting``."""
+"""How much privacy was spent: the events of a run, evaluated by ``dp-accounting``.
+
+Events are kept run-length encoded, as most of a run's steps cost the same.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ NEIGHBOURS = {
 class Sampling(ABC):
     """How the samples of a step were drawn, and what one release of it costs.
 
+    The sampling, and the noise multiplier σ of a release, are all that an account is made of.
+
     Attributes:
         relation: Which data sets are neighbours, as ``dp_accounting.NeighboringRelation`` names it.
     """
@@ -33,7 +38,14 @@ class Sampling(ABC):
 
     @abstractmethod
     def event(self, noise_multiplier: float) -> Any:
-        """The ``DpEvent`` of one release."""
+        """The ``dp_accounting.DpEvent`` of one release.
+
+        Args:
+            noise_multiplier: σ.
+
+        Returns:
+            The event, to be composed by an accountant of that library.
+        """
 
     @property
     def neighbours(self) -> str:
@@ -45,8 +57,17 @@ class Sampling(ABC):
 class PoissonSampling(Sampling):
     """Every sample takes part in a step with probability ``sampling_rate``, independently.
 
+    Neighbours differ by one sample that is added or removed.
+
     Args:
-        sampling_rate: q = expected batch size / data set size.
+        sampling_rate: q = expected batch size / data set size, in (0, 1].
+
+    Raises:
+        ValueError: q is out of range.
+
+    Example:
+        >>> PoissonSampling(sampling_rate=256 / 60000).neighbours
+        'one sample added or removed'
     """
 
     sampling_rate: float
@@ -54,8 +75,8 @@ class PoissonSampling(Sampling):
     def __post_init__(self) -> None:
         if not 0 < self.sampling_rate <= 1:
             raise ValueError(
-                f"`sampling_rate` must lie in (0, 1], found {self.sampling_rate}: it is the expected batch size "
-                "divided by the size of the data set."
+                f"`sampling_rate` must lie in (0, 1], found {self.sampling_rate}: it is the "
+                "expected batch size divided by the size of the data set."
             )
 
     def event(self, noise_multiplier: float) -> Any:
@@ -70,6 +91,19 @@ class TruncatedPoissonSampling(PoissonSampling):
 
     Neighbours differ by one sample replaced by a null sample: the size of the data set is public.
     See ``dp_accounting.TruncatedSubsampledGaussianDpEvent``.
+
+    Args:
+        sampling_rate: q in (0, 1], before the batch is truncated.
+        dataset_size: Number of samples.
+        max_batch_size: Largest number of samples of a step.
+
+    Raises:
+        ValueError: q is out of range.
+
+    Example:
+        >>> sampling = TruncatedPoissonSampling(0.01, dataset_size=1000, max_batch_size=20)
+        >>> sampling.neighbours
+        'one sample zeroed out, data set size public'
     """
 
     dataset_size: int
@@ -88,7 +122,9 @@ class TruncatedPoissonSampling(PoissonSampling):
 
 @dataclass(frozen=True)
 class EpochSampling(Sampling):
-    """Any order in which every sample takes part at most once per epoch: one Gaussian per *epoch*, no amplification.
+    """Any order in which every sample takes part at most once per epoch.
+
+    One Gaussian per *epoch* is accounted, without amplification by sampling.
 
     Neighbours differ by one sample whose gradient is replaced by zero ("zero-out"): the batches
     stay what they are. If a sample were added or removed instead, all others could move to other
@@ -96,6 +132,13 @@ class EpochSampling(Sampling):
 
     Args:
         steps_per_epoch: Optimizer steps of an epoch.
+
+    Example:
+        >>> accountant = PrivacyAccountant(EpochSampling(steps_per_epoch=3))
+        >>> for _ in range(6):
+        ...     accountant.step(noise_multiplier=1.0)
+        >>> sum(releases for _, _, releases in accountant.history)  # two epochs
+        2
     """
 
     steps_per_epoch: int
@@ -126,6 +169,9 @@ class PrivacyAccountant:
         method: ``"pld"``, privacy loss distributions (tight), or ``"rdp"``, Rényi divergences
             (looser).
 
+    Raises:
+        ValueError: The method is unknown.
+
     Example:
         >>> accountant = PrivacyAccountant(PoissonSampling(256 / 60000))
         >>> accountant.release(1.1, times=3525)
@@ -144,7 +190,10 @@ class PrivacyAccountant:
 
     @property
     def history(self) -> list[Entry]:
-        """``(sampling, noise multiplier, releases)`` of all runs; equal neighbours are merged."""
+        """The account: ``(sampling, noise multiplier, releases)`` of all runs, in their order.
+
+        Neighbours of equal sampling and noise are merged, so that they are composed at once.
+        """
         history: list[Entry] = []
         for entries in self._runs.values():
             for sampling, sigma, count in entries:
@@ -169,7 +218,17 @@ class PrivacyAccountant:
         return not (isinstance(self.sampling, EpochSampling) and self._paid)
 
     def step(self, noise_multiplier: float) -> None:
-        """Account for one optimizer step."""
+        """Account for one optimizer step.
+
+        With `EpochSampling` only the first step of an epoch is a release, as long as σ stays the
+        same: each sample takes part in one step of the epoch, whichever it is.
+
+        Args:
+            noise_multiplier: σ of the step.
+
+        Raises:
+            RuntimeError: `sampling` is not set.
+        """
         if isinstance(self.sampling, EpochSampling):
             entries = self._runs.get(self._run or "", [])
             if self._paid and entries and entries[-1][:2] == (self.sampling, noise_multiplier):
@@ -179,7 +238,15 @@ class PrivacyAccountant:
         self.release(noise_multiplier)
 
     def release(self, noise_multiplier: float, times: int = 1) -> None:
-        """Account for ``times`` releases."""
+        """Account for equal releases.
+
+        Args:
+            noise_multiplier: σ of each.
+            times: How many.
+
+        Raises:
+            RuntimeError: `sampling` is not set.
+        """
         if self.sampling is None:
             raise RuntimeError(
                 "`accountant.sampling` must be set before the first step, found None."
@@ -188,9 +255,20 @@ class PrivacyAccountant:
         _append(self._runs.setdefault(self._run, []), self.sampling, noise_multiplier, times)
 
     def epsilon(self, delta: float) -> float:
-        """ε of everything released, at ``delta``; infinite if anything was released without noise."""
+        """The ε of everything that was released.
+
+        Args:
+            delta: δ in (0, 1).
+
+        Returns:
+            ε at δ; 0 before the first release, infinite if anything was released without noise.
+
+        Raises:
+            ValueError: δ is out of range, or releases of two notions of neighbours come together.
+        """
         history = self.history
         key = (*history, delta)
+        # Callbacks ask again and again: the last answer is kept until something more is released.
         if self._known is None or self._known[0] != key:
             self._known = key, epsilon_of(history, delta, self.method, _INTERVAL)
         return float(self._known[1])
@@ -198,17 +276,32 @@ class PrivacyAccountant:
     def releases_left(
         self, epsilon: float, delta: float, noise_multiplier: float, at_most: float = 10**6
     ) -> int:
-        """How many more releases keep ε at or below ``epsilon``, up to ``at_most``."""
+        """How many more releases of one kind a budget allows.
+
+        Args:
+            epsilon: ε, the budget of everything that was and will be released.
+            delta: δ in (0, 1).
+            noise_multiplier: σ of the coming releases.
+            at_most: No more than these are asked for, nor more than 10⁶.
+
+        Returns:
+            The largest number of releases that keep ε at or below the budget, from above: by an
+            accountant that overestimates ε a little.
+
+        Raises:
+            RuntimeError: `sampling` is not set.
+            ValueError: δ is out of range, or releases of two notions of neighbours come together.
+        """
         _require_delta(delta)
         if self.sampling is None:
             raise RuntimeError(
                 "`accountant.sampling` must be set before it is asked for releases, found None."
             )
-        history, sampling = self.history, self.sampling
+        history = self.history
         if noise_multiplier == 0 or any(sigma == 0 for _, sigma, _ in history):
             return 0
-        spent = self._compose(history, sampling)
-        event = sampling.event(noise_multiplier)
+        spent = self._compose(history, self.sampling)
+        event = self.sampling.event(noise_multiplier)
 
         def fits(count: int) -> bool:
             trial = copy.deepcopy(spent)
@@ -217,7 +310,8 @@ class PrivacyAccountant:
             return float(trial.get_epsilon(delta)) <= epsilon
 
         limit = int(min(at_most, 10**6))
-        low, high = 0, 1  # upwards: an ε far above the budget takes long to evaluate
+        # Upwards from 1, then bisection: an ε far above the budget takes long to evaluate.
+        low, high = 0, 1
         while high < limit and fits(high):
             low, high = high, min(2 * high, limit)
         if high == limit and fits(high):
@@ -228,13 +322,17 @@ class PrivacyAccountant:
         return low
 
     def _compose(self, history: list[Entry], sampling: Sampling) -> Any:
-        """A coarse accountant of the library with all of the history, made from the one of last time."""
+        """A coarse accountant of the library with all of the history.
+
+        It is the one of last time, to which only what came since is added.
+        """
         spent: Any = None
         new: list[Entry] | None = None
         if self._composed is not None and self._composed[0] == sampling.relation:
             _, earlier, spent = self._composed
             new = _entries_after(history, earlier)
-        self._composed = None  # until all is composed
+        # An exception below would leave an accountant that knows a part of the entries.
+        self._composed = None
         if new is None:
             relations = {how.relation for how in (sampling, *(how for how, _, _ in history))}
             spent, new = _accountant(relations, self.method, _COARSE), history
@@ -244,14 +342,24 @@ class PrivacyAccountant:
         return spent
 
     def state_dict(self) -> dict[str, Any]:
-        """All runs in plain types."""
-        return {"runs": {name: _plain(entries) for name, entries in self._runs.items()}}
+        """The account for a checkpoint.
+
+        Returns:
+            The releases of all runs, by the name of the run, in plain types.
+        """
+        plain_runs = {name: _plain(entries) for name, entries in self._runs.items()}
+        return {"runs": plain_runs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add what is not known yet. What comes next is a run of its own, accounted with this accountant's sampling."""
-        runs = (
-            state["runs"] if "runs" in state else {"": state["history"]}
-        )  # older versions kept one list
+        """Add what is not known yet.
+
+        What comes next is a run of its own, accounted with this accountant's sampling.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        # Older versions kept one list.
+        runs = state["runs"] if "runs" in state else {"": state["history"]}
         for name, entries in runs.items():
             if _length(entries) > _length(self._runs.get(name, ())):
                 self._runs[name] = [
@@ -260,19 +368,22 @@ class PrivacyAccountant:
         self.start_run()
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy goes on as a run of its own, else two runs would share a name
+        # A copy goes on as a run of its own: else two runs would share a name, and of two runs of
+        # one name only the longer one is kept.
         runs = {name: list(entries) for name, entries in self._runs.items()}
         return {**self.__dict__, "_runs": runs, "_run": None, "_composed": None}
 
 
 def _append(entries: list[Entry], sampling: Sampling, sigma: float, count: int) -> None:
+    """Add releases to the last entry if they are of its kind, else as a new one."""
     if entries and entries[-1][:2] == (sampling, sigma):
-        count += entries.pop()[2]
+        _, _, before = entries.pop()
+        count += before
     entries.append((sampling, sigma, count))
 
 
 def _length(entries: Iterable[tuple[Any, ...]]) -> int:
-    """Number of releases."""
+    """The number of releases."""
     return sum(entry[-1] for entry in entries)
 
 
@@ -284,26 +395,27 @@ def _plain(entries: list[Entry]) -> list[tuple[Any, ...]]:
 
 
 def _entries_after(history: list[Entry], earlier: list[Entry]) -> list[Entry] | None:
-    """What came to a history since an earlier one; ``None`` if it does not go on from there."""
+    """What came to a history since an earlier one; ``None`` if it does not go on from there.
+
+    The last entry of the earlier one may have grown, as equal releases are merged.
+    """
     if not earlier:
         return history
-    (sampling, sigma, count), last = earlier[-1], len(earlier) - 1
-    if (
-        history[:last] != earlier[:-1]
-        or len(history) <= last
-        or history[last][:2] != (sampling, sigma)
-    ):
+    last = len(earlier) - 1
+    sampling, sigma, count_before = earlier[last]
+    if history[:last] != earlier[:last] or len(history) <= last:
         return None
-    more = history[last][2] - count
-    if more < 0:
+    *kind, count_now = history[last]
+    if kind != [sampling, sigma] or count_now < count_before:
         return None
-    return [*([(sampling, sigma, more)] if more else []), *history[last + 1 :]]
+    grown = [(sampling, sigma, count_now - count_before)] if count_now > count_before else []
+    return [*grown, *history[last + 1 :]]
 
 
 def epsilon_of(
     history: list[Entry], delta: float, method: str = "pld", interval: float = _INTERVAL
 ) -> float:
-    """ε of a history at ``delta``."""
+    """The ε of a history at δ, with the privacy loss in steps of ``interval``."""
     _require_delta(delta)
     if not history:
         return 0.0
@@ -334,6 +446,12 @@ def calibrated_noise(
         schedule: The noise multiplier of a release is the result times this function of the
             release's number.
 
+    Returns:
+        σ, to about 10⁻⁴.
+
+    Raises:
+        ValueError: An argument is out of range.
+
     Example:
         >>> sigma = calibrated_noise(3.0, 1e-5, PoissonSampling(256 / 60000), 3525)
         >>> 0.725 < sigma < 0.735
@@ -345,30 +463,31 @@ def calibrated_noise(
     da = _library()
     runs = [(1.0, releases)] if schedule is None else runs_of(schedule, releases)
 
-    def event(sigma: float) -> Any:
+    def whole_run(sigma: float) -> Any:
         return da.ComposedDpEvent(
             [da.SelfComposedDpEvent(sampling.event(sigma * share), count) for share, count in runs]
         )
 
-    return float(
-        da.calibrate_dp_mechanism(
-            lambda: _accountant({sampling.relation}, method, _COARSE),
-            event,
-            epsilon,
-            delta,
-            bracket_interval=da.LowerEndpointAndGuess(0, 1.0),
-            tol=1e-4,
-        )
+    noise_multiplier = da.calibrate_dp_mechanism(
+        lambda: _accountant({sampling.relation}, method, _COARSE),
+        whole_run,
+        epsilon,
+        delta,
+        bracket_interval=da.LowerEndpointAndGuess(0, 1.0),
+        tol=1e-4,
     )
+    return float(noise_multiplier)
 
 
 def _accountant(relations: set[str], method: str, interval: float) -> Any:
+    """An accountant of the library, of which nothing is released yet."""
     da = _library()
     if len(relations) > 1:
-        found = " and ".join(f"{name} ({NEIGHBOURS[name]})" for name in sorted(relations))
+        notions = " and ".join(f"{name} ({NEIGHBOURS[name]})" for name in sorted(relations))
         raise ValueError(
-            f"Expected one notion of neighbouring data sets in a history, found {found}: Poisson sampling and samplings"
-            " of fixed or largest sizes cannot be added up. Keep `sampling=` as it was when the run began."
+            "Expected one notion of neighbouring data sets in a history, found "
+            f"{notions}: Poisson sampling and samplings of fixed or largest sizes cannot be added "
+            "up. Keep `sampling=` as it was when the run began."
         )
     relation = da.NeighboringRelation[relations.pop()]
     if method == "pld":
@@ -386,12 +505,14 @@ def _require_delta(delta: float) -> None:
 
 
 def _library() -> Any:
+    """The library, which is imported where something is accounted: it takes a second."""
     try:
         import dp_accounting
         import dp_accounting.pld
         import dp_accounting.rdp
     except ImportError as error:
         raise ImportError(
-            "Privacy accounting needs `dp-accounting`, which is not installed: `pip install lightning-curv[privacy]`."
+            "Privacy accounting needs `dp-accounting`, which is not installed: "
+            "`pip install lightning-curv[privacy]`."
         ) from error
     return dp_accounting

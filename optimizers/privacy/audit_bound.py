@@ -36,16 +36,19 @@ def tail_bound(canaries: int, guesses: int, correct: int, epsilon: float, delta:
         delta: δ in [0, 1].
 
     Returns:
-        A probability. Cost: O(v).
+        A probability.
+
+    Cost: O(v).
 
     Example:
-        >>> round(tail_bound(canaries=100, guesses=10, correct=10, epsilon=0.0, delta=0.0) * 2**10, 6)
+        >>> chance = tail_bound(canaries=100, guesses=10, correct=10, epsilon=0.0, delta=0.0)
+        >>> round(chance * 2**10, 6)
         1.0
     """
     if not 0 <= correct <= guesses <= canaries:
         raise ValueError(
-            f"Expected 0 <= correct <= guesses <= canaries, found correct={correct}, guesses={guesses}, "
-            f"canaries={canaries}."
+            f"Expected 0 <= correct <= guesses <= canaries, found correct={correct}, "
+            f"guesses={guesses}, canaries={canaries}."
         )
     if not (epsilon >= 0 and 0 <= delta <= 1):
         raise ValueError(
@@ -56,9 +59,8 @@ def tail_bound(canaries: int, guesses: int, correct: int, epsilon: float, delta:
     binomial = _binomial()
     accuracy = 1 / (1 + math.exp(-epsilon))
     tail = float(binomial.sf(correct - 1, guesses, accuracy))
-    below = binomial.pmf(
-        np.arange(correct - 1, -1, -1), guesses, accuracy
-    ).cumsum()  # P[v > B >= v - i], i = 1 ... v
+    # P[v > B >= v - i] for i = 1 ... v
+    below = binomial.pmf(np.arange(correct - 1, -1, -1), guesses, accuracy).cumsum()
     gained = float((below / np.arange(1, correct + 1)).max())
     return min(1.0, tail + 2 * canaries * delta * gained)
 
@@ -92,8 +94,8 @@ def epsilon_lower_bound(
 
     if not rejected(0.0):
         return 0.0
-    # upwards in small steps: the bound need not be monotone in ε, and all smaller ε must be
-    # rejected too
+    # Upwards in small steps: the bound need not be monotone in ε, and all smaller ε must be
+    # rejected too.
     low = 0.0
     while low < _LARGEST and rejected(low + _STEP):
         low += _STEP
@@ -109,6 +111,7 @@ def _binomial() -> Any:
         from scipy.stats import binom
     except ImportError as error:
         raise ImportError(
-            "The bound of an audit needs `scipy`, which is not installed: `pip install lightning-curv[privacy]`."
+            "The bound of an audit needs `scipy`, which is not installed: "
+            "`pip install lightning-curv[privacy]`."
         ) from error
     return binom

@@ -1,4 +1,4 @@
-"""Canaries: samples of the worst kind, which an auditor puts into a private run to see whether they are noticed."""
+"""Canaries: samples of the worst kind, put into a private run to see whether they are noticed."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ class GradientCanaries:
 
     In Lightning `privacy_audit` does all of it. In a loop of your own, sample among N + ``count``,
     the last ``count`` of which are the canaries, and call `backward` before every
-    `DPOptimizer.step`. The trained weights have seen the
-    canaries: they are for the audit only.
+    `DPOptimizer.step`. The trained weights have seen the canaries: they are for the audit only.
 
     Args:
         optimizer: Of the run, with an `accountant`.
@@ -79,17 +78,16 @@ class GradientCanaries:
         require_positive("norm", norm)
         if optimizer.accountant is None:
             raise ValueError(
-                "An audit compares with the ε of an accountant, found an optimizer without one; pass "
-                "`accountant=PrivacyAccountant(...)` to it."
+                "An audit compares with the ε of an accountant, found an optimizer without one; "
+                "pass `accountant=PrivacyAccountant(...)` to it."
             )
         self.optimizer, self.count, self.norm = optimizer, count, norm
         generator = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
         self.members: np.ndarray = generator.random(count) < 0.5
         self.scores = np.zeros(count)
         self._entries = _entries(optimizer, count, generator)
-        self._others: list[Tensor] | None = (
-            None  # what all other samples contribute to the running step
-        )
+        # What all other samples contribute to the running step, along the canaries.
+        self._others: list[Tensor] | None = None
         self._clip_norm = optimizer.clip_norm
         self._hook = optimizer.optimizer.register_step_pre_hook(self._released)
 
@@ -102,66 +100,67 @@ class GradientCanaries:
         """
         self._clip_norm = self.optimizer.clip_norm
         extensions = self.optimizer.extensions
-        self._others = self._along(
-            dict(zip(extensions[0].parameters, extensions[0].totals(), strict=True))
-        )
+        (clipped_sum,) = extensions
+        totals = dict(zip(clipped_sum.parameters, clipped_sum.totals(), strict=True))
+        self._others = self._along(totals)
         chosen = [int(i) for i in drawn if self.members[i]]
         if not chosen:
             self.optimizer.add_empty_pass()
             return
-        inputs = [
-            self._one_hot(parameter, entries[chosen])
+        inputs = {
+            parameter: self._one_hot(parameter, entries[chosen])
             for parameter, entries in self._entries.items()
-        ]
-        batch = Batch(len(chosen), tensors=[tensor for pair in inputs for tensor in pair])
+        }
+        batch = Batch(len(chosen), tensors=[tensor for pair in inputs.values() for tensor in pair])
         with torch.enable_grad(), curvature(*extensions, batch_size=batch):
-            losses = [
-                (_apply(parameter, x) * g).sum(1)
-                for parameter, (x, g) in zip(self._entries, inputs, strict=True)
-            ]
-            loss = torch.stack(losses).sum(0)
-            reduced = loss.mean() if self.optimizer.loss_reduction == "mean" else loss.sum()
+            products = [(_apply(parameter, x) * g).sum(1) for parameter, (x, g) in inputs.items()]
+            losses = torch.stack(products).sum(0)
+            reduced = losses.mean() if self.optimizer.loss_reduction == "mean" else losses.sum()
             (reduced * self.optimizer.loss_scale).backward()
 
     def _one_hot(self, parameter: Tensor, entries: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Inputs and cotangents of a linear op whose gradients have one entry each, ``[n, *]`` and ``[n, outputs]``."""
-        rows, columns = np.divmod(entries, parameter[0].numel())
-        samples = np.arange(len(entries))
-        x = torch.zeros(
-            len(entries), parameter[0].numel(), dtype=parameter.dtype, device=parameter.device
-        )
-        g = torch.zeros(
-            len(entries), len(parameter), dtype=parameter.dtype, device=parameter.device
-        )
+        """Inputs and cotangents of a linear op whose gradients have one entry each.
+
+        Args:
+            parameter: Whose gradients these are.
+            entries: The entry of each of n canaries, a number in the flat parameter.
+
+        Returns:
+            Inputs, ``[n, *]``, and cotangents, ``[n, outputs]``.
+        """
+        count, inputs_per_row = len(entries), parameter[0].numel()
+        rows, columns = np.divmod(entries, inputs_per_row)
+        samples = np.arange(count)
+        x = torch.zeros(count, inputs_per_row, dtype=parameter.dtype, device=parameter.device)
+        g = torch.zeros(count, len(parameter), dtype=parameter.dtype, device=parameter.device)
         x[samples, columns] = 1.0
+        # One entry in each parameter: together they have the norm that is asked for.
         g[samples, rows] = self.norm * self._clip_norm / math.sqrt(len(self._entries))
-        return x.reshape(len(entries), *parameter.shape[1:]), g
+        return x.reshape(count, *parameter.shape[1:]), g
 
     def _along(self, values: dict[Tensor, Tensor]) -> list[Tensor]:
         """The entries of the canaries, ``[m]`` for every parameter."""
-        return [
-            values[parameter]
-            .detach()
-            .flatten()[torch.from_numpy(entries).to(parameter.device)]
-            .double()
-            .cpu()
-            for parameter, entries in self._entries.items()
-        ]
+        along = []
+        for parameter, entries in self._entries.items():
+            flat = values[parameter].detach().flatten()
+            indices = torch.from_numpy(entries).to(parameter.device)
+            along.append(flat[indices].double().cpu())
+        return along
 
     def _released(self, *_: Any) -> None:
-        """The step's gradient is private now, and about to be used."""
+        """Score the canaries: the step's gradient is private now, and about to be used."""
         if self._others is None:
             raise RuntimeError(
-                "Expected `canaries.backward(drawn)` before every step of the optimizer, found a step without; call it "
-                "with an empty list where no canary was drawn."
+                "Expected `canaries.backward(drawn)` before every step of the optimizer, found a "
+                "step without; call it with an empty list where no canary was drawn."
             )
         gradients = {
             parameter: parameter.grad for parameter in self._entries if parameter.grad is not None
         }
         size = float(self.optimizer.expected_batch_size or 1.0)
-        alone = [
-            g * size - other for g, other in zip(self._along(gradients), self._others, strict=True)
-        ]
+        # The released sum minus what the other samples contributed: the canary's own, and noise.
+        released = self._along(gradients)
+        alone = [g * size - other for g, other in zip(released, self._others, strict=True)]
         z = torch.stack(alone).sum(0).numpy() / (math.sqrt(len(alone)) * self._clip_norm)
         self.scores += _log_odds(z, *self._claim())
         self._others = None
@@ -175,19 +174,34 @@ class GradientCanaries:
     def audit(
         self, delta: float, confidence: float = 0.95, guesses: Sequence[int] | None = None
     ) -> PrivacyAudit:
-        """Compare with the accountant's ε; the arguments are those of `PrivacyAudit.of`."""
+        """Compare what the scores show with the accountant's ε.
+
+        Args:
+            delta: δ in (0, 1).
+            confidence: Of all trials together.
+            guesses: Numbers of guesses, each a trial, fixed before the run; see `PrivacyAudit.of`.
+
+        Returns:
+            The result.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
         assert self.optimizer.accountant is not None
         epsilon = self.optimizer.accountant.epsilon(delta)
         return PrivacyAudit.of(self.scores, self.members, epsilon, delta, confidence, guesses)
 
     def close(self) -> None:
-        """Steps of the optimizer are no longer watched."""
+        """Watch steps of the optimizer no longer."""
         self._hook.remove()
 
 
 def _log_odds(z: np.ndarray, rate: float, sigma: float) -> np.ndarray:
-    ratio = (2 * z - 1) / (2 * sigma**2)
-    return ratio if rate >= 1 else np.logaddexp(math.log1p(-rate), math.log(rate) + ratio)
+    """The logarithm of 1 - q + q exp((2z - 1) / 2σ²), without overflow."""
+    gaussian = (2 * z - 1) / (2 * sigma**2)
+    if rate >= 1:
+        return gaussian
+    return np.logaddexp(math.log1p(-rate), math.log(rate) + gaussian)
 
 
 def _entries(
@@ -199,8 +213,8 @@ def _entries(
     if not large:
         most = max((p.numel() for p in trainable if 2 <= p.ndim <= 5), default=0)
         raise ValueError(
-            f"{count} canaries need a trainable parameter of two to five axes with at least as many entries, found "
-            f"none with more than {most}; take fewer canaries."
+            f"{count} canaries need a trainable parameter of two to five axes with at least as "
+            f"many entries, found none with more than {most}; take fewer canaries."
         )
     return {p: generator.choice(p.numel(), count, replace=False) for p in large}
 
@@ -209,7 +223,6 @@ def _apply(parameter: Tensor, x: Tensor) -> Tensor:
     """The inner products of every row of a parameter with every input, ``[n, rows]``."""
     if parameter.ndim == 2:
         return F.linear(x, parameter)
-    convolution = (F.conv1d, F.conv2d, F.conv3d)[
-        parameter.ndim - 3
-    ]  # of a kernel as large as its input
+    # A kernel as large as its input has one position.
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[parameter.ndim - 3]
     return convolution(x, parameter).flatten(1)

@@ -10,13 +10,8 @@ import numpy as np
 
 from lightning_curv.optimizers.privacy.audit_bound import epsilon_lower_bound, tail_bound
 
-SHARES = (
-    1 / 16,
-    1 / 8,
-    1 / 4,
-    1 / 2,
-    1.0,
-)  # of the canaries that are guessed; fixed, whatever the run gives
+# Of the canaries, these shares are guessed: fixed beforehand, whatever the run gives.
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,12 @@ class PrivacyAudit:
             right. A claim above it cannot be refuted; take more canaries.
         scores: One per canary; larger means more likely to have been included, ``[m]``.
         members: Whether it was, ``[m]``.
+
+    Example:
+        >>> scores, members = [3.0, -2.0] * 100, [True, False] * 100
+        >>> audit = PrivacyAudit.of(scores, members, epsilon=6.0, delta=1e-5)
+        >>> print(str(audit).splitlines()[0])
+        ε_lower = 3.75 <= ε = 6.00 at δ = 1e-05: nothing speaks against the claim (95% confidence)
     """
 
     epsilon_lower: float
@@ -91,11 +92,15 @@ class PrivacyAudit:
             guesses: Numbers of guesses, each a trial, fixed before the run. Default: `SHARES` of
                 the canaries.
 
+        Returns:
+            The result.
+
         Raises:
             ValueError: Lengths differ, or a number of guesses is out of range.
 
         Example:
-            >>> audit = PrivacyAudit.of([3.0, -2.0] * 100, [True, False] * 100, epsilon=1.0, delta=1e-5)
+            >>> scores, members = [3.0, -2.0] * 100, [True, False] * 100
+            >>> audit = PrivacyAudit.of(scores, members, epsilon=1.0, delta=1e-5)
             >>> audit.refuted, round(audit.epsilon_lower, 2)
             (True, 3.75)
         """
@@ -103,30 +108,38 @@ class PrivacyAudit:
         m = len(scores)
         if scores.shape != members.shape or scores.ndim != 1 or not m:
             raise ValueError(
-                f"Expected one score and one coin per canary, found shapes {scores.shape} and {members.shape}."
+                f"Expected one score and one coin per canary, found shapes {scores.shape} and "
+                f"{members.shape}."
             )
-        counts = (
-            sorted({max(1, round(share * m)) for share in SHARES})
-            if guesses is None
-            else list(guesses)
-        )
+        if guesses is None:
+            counts = sorted({max(1, round(share * m)) for share in SHARES})
+        else:
+            counts = list(guesses)
         if not counts or not all(1 <= count <= m for count in counts):
             raise ValueError(
                 f"`guesses` must be numbers between 1 and {m}, the canaries, found {counts}."
             )
-        each = 1 - (1 - confidence) / len(counts)
-        right = _right(scores, members)
+        # Bonferroni: the trials share the probability of a false alarm.
+        confidence_of_trial = 1 - (1 - confidence) / len(counts)
+        is_right = _right(scores, members)
         trials = []
         for count in counts:
-            correct = int(right[:count].sum())
-            trials.append(
-                Trial(count, correct, epsilon_lower_bound(m, count, correct, delta, each))
-            )
-        largest = max(epsilon_lower_bound(m, count, count, delta, each) for count in counts)
-        lower = max(trial.epsilon_lower for trial in trials)
-        included = int(members.sum())
+            correct = int(is_right[:count].sum())
+            shown = epsilon_lower_bound(m, count, correct, delta, confidence_of_trial)
+            trials.append(Trial(count, correct, shown))
         return cls(
-            lower, epsilon, delta, confidence, m, included, tuple(trials), largest, scores, members
+            epsilon_lower=max(trial.epsilon_lower for trial in trials),
+            epsilon=epsilon,
+            delta=delta,
+            confidence=confidence,
+            canaries=m,
+            included=int(members.sum()),
+            trials=tuple(trials),
+            largest=max(
+                epsilon_lower_bound(m, count, count, delta, confidence_of_trial) for count in counts
+            ),
+            scores=scores,
+            members=members,
         )
 
     @property
@@ -140,17 +153,16 @@ class PrivacyAudit:
         return max(self.trials, key=lambda trial: trial.epsilon_lower)
 
     def __str__(self) -> str:
-        sign, verdict = (
-            (">", "the claim is REFUTED")
-            if self.refuted
-            else ("<=", "nothing speaks against the claim")
-        )
+        sign, verdict = "<=", "nothing speaks against the claim"
+        if self.refuted:
+            sign, verdict = ">", "the claim is REFUTED"
         best = self.best
         lines = [
-            f"ε_lower = {self.epsilon_lower:.2f} {sign} ε = {self.epsilon:.2f} at δ = {self.delta:g}: {verdict} "
-            f"({100 * self.confidence:g}% confidence)",
-            f"{self.canaries} canaries, {self.included} of them in the training data; {best.correct} of {best.guesses} "
-            f"guesses right; an audit of this size can show at most {self.largest:.2f}",
+            f"ε_lower = {self.epsilon_lower:.2f} {sign} ε = {self.epsilon:.2f} "
+            f"at δ = {self.delta:g}: {verdict} ({100 * self.confidence:g}% confidence)",
+            f"{self.canaries} canaries, {self.included} of them in the training data; "
+            f"{best.correct} of {best.guesses} guesses right; "
+            f"an audit of this size can show at most {self.largest:.2f}",
         ]
         if self.epsilon >= self.largest:
             lines.append("the claim is above that: this audit cannot refute it, take more canaries")
@@ -177,9 +189,8 @@ class PrivacyAudit:
         low, high = np.quantile(self.scores, [0.002, 0.998])
         bins = np.linspace(low, high if high > low else low + 1, 41)
         for member, label in ((True, "in the training data"), (False, "left out")):
-            axis.hist(
-                self.scores[self.members == member].clip(low, high), bins, alpha=0.6, label=label
-            )
+            scores = self.scores[self.members == member].clip(low, high)
+            axis.hist(scores, bins, alpha=0.6, label=label)
         axis.set(
             xlabel="score of a canary", ylabel="canaries", title="What the released steps tell"
         )
@@ -187,18 +198,18 @@ class PrivacyAudit:
 
     def _draw_guesses(self, axis: Any) -> None:
         counts = np.unique(np.geomspace(self.trials[0].guesses, self.canaries, 60).astype(int))
-        found = _right(self.scores, self.members).cumsum()[counts - 1] / counts
-        axis.plot(counts, 100 * found, color="C0", label="right guesses")
+        share_right = _right(self.scores, self.members).cumsum()[counts - 1] / counts
+        axis.plot(counts, 100 * share_right, color="C0", label="right guesses")
         error = (1 - self.confidence) / len(self.trials)
         for epsilon, style in ((self.epsilon, "C3-"), (self.epsilon_lower, "k:")):
             if np.isfinite(epsilon):
-                limits = [
-                    _most(self.canaries, int(count), epsilon, self.delta, error) / count
-                    for count in counts
-                ]
-                axis.plot(
-                    counts, 100 * np.array(limits), style, label=f"limit for ε = {epsilon:.2f}"
+                limits = np.array(
+                    [
+                        _most(self.canaries, int(count), epsilon, self.delta, error) / count
+                        for count in counts
+                    ]
                 )
+                axis.plot(counts, 100 * limits, style, label=f"limit for ε = {epsilon:.2f}")
         for trial in self.trials:
             axis.plot(trial.guesses, 100 * trial.correct / trial.guesses, "C0o")
         axis.set_xscale("log")
@@ -212,14 +223,17 @@ class PrivacyAudit:
 
 def _right(scores: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Which guesses are right, the surest first."""
-    distance = np.nan_to_num(scores) - np.median(np.nan_to_num(scores))
-    surest = np.argsort(-np.abs(distance), kind="stable")
-    return ((distance > 0) == members)[surest]
+    numbers = np.nan_to_num(scores)
+    distance = numbers - np.median(numbers)
+    surest_first = np.argsort(-np.abs(distance), kind="stable")
+    is_right = (distance > 0) == members
+    return is_right[surest_first]
 
 
 def _most(canaries: int, guesses: int, epsilon: float, delta: float, error: float) -> int:
     """The most right guesses that do not refute ε."""
-    low, high = 0, guesses + 1  # `high` refutes it, or is out of reach
+    # `low` does not refute ε; `high` does, or is out of reach.
+    low, high = 0, guesses + 1
     while high - low > 1:
         middle = (low + high) // 2
         refutes = tail_bound(canaries, guesses, middle, epsilon, delta) <= error
@@ -234,7 +248,7 @@ def _figure(axes: Sequence[Any] | None) -> tuple[Any, Sequence[Any]]:
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise ImportError(
-            "The picture of an audit needs `matplotlib`, which is not installed: `pip install matplotlib`. "
-            "`print(audit)` says the same in words."
+            "The picture of an audit needs `matplotlib`, which is not installed: "
+            "`pip install matplotlib`. `print(audit)` says the same in words."
         ) from error
     return plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")

@@ -1,4 +1,4 @@
-"""The sum of clipped per-sample gradients, over the backward passes that make one optimizer step."""
+"""The sum of clipped per-sample gradients, over the backward passes of one optimizer step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ CANCELS = 32
 
 
 class ClippedSum(GradientReceiver):
-    r""":math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped before they are accumulated.
+    r"""The sum :math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped one by one.
 
     Book-keeping: one backward pass as far as the recorded ops, squared norms from their inputs and
-        cotangents, then one
-    weighted contraction of the same. Where a norm needs the per-sample gradient itself, all such
-    gradients of a few samples are formed at once, in cache, and the sample's factor is known while
-    they are there: no second contraction.
+    cotangents, then one weighted contraction of the same. Where a norm needs the per-sample
+    gradient itself, all such gradients of a few samples are formed at once, in cache, and the
+    sample's factor is known while they are there: no second contraction.
 
     Args:
         parameters: The norm is taken over all of them together.
@@ -74,10 +73,10 @@ class ClippedSum(GradientReceiver):
         """A backward pass begins."""
         self._jacobians: list[Jacobian] = []
         self._norms: list[Tensor] = []  # of these
-        self._formed: list[Jacobian] = []  # those whose norms need per-sample gradients
-        self._cancelling: set[Jacobian] = (
-            set()
-        )  # those of which a sum over all samples would round too much
+        # Those whose norms need per-sample gradients.
+        self._formed: list[Jacobian] = []
+        # Those of which a sum over all samples at once would round too much.
+        self._cancelling: set[Jacobian] = set()
         self._samples = samples
 
     def receive(self, jacobian: Jacobian) -> None:
@@ -96,51 +95,49 @@ class ClippedSum(GradientReceiver):
     @torch.no_grad()
     def end(self) -> None:
         """Clip and add up the pass."""
-        jacobians, norms, formed, samples = (
-            self._jacobians,
-            self._norms,
-            self._formed,
-            self._samples,
-        )
-        cancelling = self._cancelling
+        jacobians, formed, samples = self._jacobians, self._formed, self._samples
+        norms, cancelling = self._norms, self._cancelling
         self.begin(0)
         self.passes += 1
         if not (jacobians or formed) or not samples:
             return
-        bytes_ = sum(4 * jacobian.parameter.numel() for jacobian in formed)
-        size = max(1, CHUNK_BYTES // bytes_) if formed else samples
-        smallest = max(
-            torch.finfo(jacobian.terms[0].g.dtype).tiny for jacobian in [*jacobians, *formed]
-        )
-        parts, before = [], self.discarded
+        bytes_of_sample = sum(4 * jacobian.parameter.numel() for jacobian in formed)
+        size = max(1, CHUNK_BYTES // bytes_of_sample) if formed else samples
+        dtypes = {jacobian.terms[0].g.dtype for jacobian in (*jacobians, *formed)}
+        smallest_normal = max(torch.finfo(dtype).tiny for dtype in dtypes)
+        weights_of_chunks, discarded_before = [], self.discarded
         for start in range(0, samples, size):
-            some = slice(start, start + size)
-            rows = [jacobian[some].formed() for jacobian in formed]
-            owners = [jacobian.parameter for jacobian in [*jacobians, *rows]]
+            chunk = slice(start, start + size)
+            rows = [jacobian[chunk].formed() for jacobian in formed]
+            norms_of_rows = [row.norms()[0] for row in rows]
             weights = self._weights(
-                [*(n[some] for n in norms), *(row.norms()[0] for row in rows)], owners, smallest
+                [*(norms_of_all[chunk] for norms_of_all in norms), *norms_of_rows],
+                [jacobian.parameter for jacobian in (*jacobians, *rows)],
+                smallest_normal,
             )
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
-                self._add(row, weight, self.discarded > before)
-            parts.append(weights[: len(jacobians)])
+                self._add(row, weight, self.discarded > discarded_before)
+            weights_of_chunks.append(weights[: len(jacobians)])
         formed.clear()
-        weights = torch.cat(parts, dim=1)
-        while jacobians:  # one after the other, so that memory falls
+        weights = torch.cat(weights_of_chunks, dim=1)
+        # One after the other, so that memory falls.
+        while jacobians:
             jacobian = jacobians.pop()
-            size = (
-                max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel()))
-                if jacobian in cancelling
-                else samples
-            )
+            weight = weights[len(jacobians)]
+            any_discarded = self.discarded > discarded_before
+            if jacobian not in cancelling:
+                self._add(jacobian, weight, any_discarded)
+                continue
+            size = max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel()))
             for start in range(0, samples, size):
-                some = slice(start, start + size)
-                part = jacobian[some].formed() if jacobian in cancelling else jacobian
-                self._add(part, weights[len(jacobians)][some], self.discarded > before)
+                chunk = slice(start, start + size)
+                self._add(jacobian[chunk].formed(), weight[chunk], any_discarded)
 
-    def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest: float) -> Tensor:
-        """Factors of the gradients of some samples, one row per parameter; NaN where a sample does not count.
+    def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest_normal: float) -> Tensor:
+        """Factors of the gradients of some samples, one row per parameter.
 
-        That is where its gradient is not finite, or so large that the factor is no normal number.
+        A sample's factor is NaN where it does not count. That is where its gradient is not finite,
+        or so large that the factor is no normal number.
         """
         device = norms[0].device
         stacked = torch.stack([norm.to(device) for norm in norms])
@@ -148,15 +145,20 @@ class ClippedSum(GradientReceiver):
         joint = stacked.norm(dim=0)
         if self.keep_norms:
             self.norms.append(joint)
-        counted = joint.isfinite() & ((factors >= smallest) & (factors < math.inf)).all(0)
+        normal = (factors >= smallest_normal) & (factors < math.inf)
+        counted = joint.isfinite() & normal.all(0)
         self.discarded += len(counted) - int(counted.sum())
         return factors.where(counted, math.nan).expand(len(norms), -1)
 
     def _add(self, jacobian: Jacobian, weights: Tensor, discarded: bool) -> None:
-        """Add the samples; if some were discarded, those whose weight is a number: 0 · NaN would be NaN."""
+        """Add the samples; if some were discarded, those whose weight is a number.
+
+        A weight of zero would not do for the others: 0 · NaN is NaN.
+        """
         if discarded:
             finite = weights.isfinite()
-            jacobian, weights = jacobian[finite.nonzero().flatten().tolist()], weights[finite]
+            kept = finite.nonzero().flatten().tolist()
+            jacobian, weights = jacobian[kept], weights[finite]
         if not jacobian.samples:
             return
         total = jacobian.weighted_total(weights.to(jacobian.terms[0].g.device))
@@ -174,7 +176,8 @@ class ClippedSum(GradientReceiver):
 
 def _is_small(jacobian: Jacobian) -> bool:
     """Whether a per-sample gradient takes much less memory than what it is made of."""
-    return 4 * jacobian.parameter.numel() <= max(term.g[0, 0].numel() for term in jacobian.terms)
+    cotangents_of_sample = max(term.g[0, 0].numel() for term in jacobian.terms)
+    return 4 * jacobian.parameter.numel() <= cotangents_of_sample
 
 
 def _zeros(parameter: Tensor) -> Tensor:

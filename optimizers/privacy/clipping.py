@@ -14,10 +14,26 @@ from lightning_curv.optimizers.settings import require_choice, require_positive
 
 
 class Clipping(ABC):
-    """A rule that bounds the contribution of every sample by ``clip_norm``.
+    r"""A rule that bounds the contribution of every sample by ``clip_norm``.
 
-    Attributes:
-        clip_norm: C, the largest norm of a sample's contribution over all parameters together.
+    A subclass says by which factor :math:`c_i` the gradient of sample i is multiplied; whatever it
+    says must depend on that sample alone.
+
+    Args:
+        clip_norm: C > 0, the largest norm of a sample's contribution over all parameters together;
+            kept under this name.
+
+    Raises:
+        ValueError: C is not positive.
+
+    Example:
+        >>> import torch
+        >>> class Halved(Clipping):  # gradients of half their size, or none
+        ...     def factors(self, norms, parameters):
+        ...         small = norms.norm(dim=0, keepdim=True) <= 2 * self.clip_norm
+        ...         return small / 2
+        >>> Halved(clip_norm=1.0).factors(torch.tensor([[1.0, 3.0]]), parameters=1)
+        tensor([[0.5000, 0.0000]])
     """
 
     def __init__(self, clip_norm: float = 1.0) -> None:
@@ -25,7 +41,11 @@ class Clipping(ABC):
         self.clip_norm = float(clip_norm)
 
     def set_clip_norm(self, clip_norm: float) -> None:
-        """Change C between steps, by a schedule."""
+        """Change C between two steps, as a schedule does.
+
+        Args:
+            clip_norm: The new C > 0.
+        """
         self.clip_norm = clip_norm
 
     @abstractmethod
@@ -47,26 +67,57 @@ class Clipping(ABC):
         """`factors` for rules that need to know whose gradients these are.
 
         Args:
-            norms: ``[P, N]``.
+            norms: Norms of the gradients of every parameter and sample, ``[P, N]``.
             rows: The parameter of every row of ``norms``.
             parameters: All parameters.
+
+        Returns:
+            ``[P, N]`` or ``[1, N]``; zero where the norm is not finite.
         """
         return self.factors(norms, len(parameters))
 
     def noise_multiplier(self, accounted: float, expected_batch_size: float) -> float:
-        """The share of the accounted noise multiplier that goes to the gradient."""
+        """The noise multiplier of the gradient, which may pay for other releases of the step too.
+
+        Args:
+            accounted: σ that the accountant is told of.
+            expected_batch_size: B̄, samples per step over all processes.
+
+        Returns:
+            The noise multiplier of the gradient; ``accounted`` unless the rule releases counts.
+
+        Raises:
+            ValueError: What else is released would cost more than σ allows.
+        """
         return accounted
 
     def counts(self) -> Tensor | None:
-        """What the rule has counted since the last step and needs from all processes, ``[]``."""
+        """What the rule has counted since the last step.
+
+        Returns:
+            The count of this process, ``[]``, to be summed over all of them; ``None`` if the rule
+            counts nothing.
+        """
         return None
 
     def end_step(self, counts: Tensor | None, expected_batch_size: float) -> None:
-        """The step is done; ``counts`` are summed over the processes and noised."""
+        """Take in what the step released besides the gradient.
+
+        Args:
+            counts: `counts`, summed over the processes and noised, ``[]``.
+            expected_batch_size: B̄, samples per step over all processes.
+        """
         return None
 
     def count_noise(self, expected_batch_size: float) -> float:
-        """Standard deviation of the noise of the counts."""
+        """The noise that `counts` gets.
+
+        Args:
+            expected_batch_size: B̄, samples per step over all processes.
+
+        Returns:
+            Its standard deviation; 0 for a rule that counts nothing.
+        """
         return 0.0
 
     def forget(self) -> None:
@@ -74,11 +125,19 @@ class Clipping(ABC):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes during training."""
+        """What changes during training.
+
+        Returns:
+            Plain types; empty for a rule that stays as it is.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a checkpoint.
+
+        Args:
+            state: What `state_dict` returned.
+        """
         return None
 
 
@@ -88,6 +147,7 @@ def _joint(norms: Tensor) -> Tensor:
 
 
 def _where_finite(norms: Tensor, factors: Tensor) -> Tensor:
+    """The factors; zero where a norm is not finite, of which a finite factor makes no bound."""
     return factors.where(norms.isfinite(), torch.zeros_like(factors))
 
 
@@ -95,12 +155,21 @@ class FlatClipping(Clipping):
     r"""One norm over all parameters, :math:`c_i = \min(1, C / \|g_i\|)`.
 
     Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, algorithm 1.
+
+    Args:
+        clip_norm: C > 0.
+
+    Example:
+        >>> import torch
+        >>> norms = torch.tensor([[0.5, 3.0], [0.0, 4.0]])
+        >>> FlatClipping(clip_norm=1.0).factors(norms, parameters=2)
+        tensor([[1.0000, 0.2000]])
     """
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
         """Factors of the per-sample gradients, ``[1, N]``."""
-        norms = _joint(norms)
-        return _where_finite(norms, (self.clip_norm / norms).clamp(max=1))
+        joint = _joint(norms)
+        return _where_finite(joint, (self.clip_norm / joint).clamp(max=1))
 
 
 class AutomaticClipping(Clipping):
@@ -110,8 +179,17 @@ class AutomaticClipping(Clipping):
     and Stronger*, NeurIPS 2023, eq. 4.1.
 
     Args:
-        clip_norm: C.
-        stability: γ > 0.
+        clip_norm: C > 0.
+        stability: γ > 0; samples with much smaller gradients count less.
+
+    Raises:
+        ValueError: An argument is not positive.
+
+    Example:
+        >>> import torch
+        >>> rule = AutomaticClipping(clip_norm=1.0, stability=1.0)
+        >>> rule.factors(torch.tensor([[1.0, 3.0]]), parameters=1)
+        tensor([[0.5000, 0.2500]])
     """
 
     def __init__(self, clip_norm: float = 1.0, stability: float = 0.01) -> None:
@@ -121,8 +199,8 @@ class AutomaticClipping(Clipping):
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
         """Factors of the per-sample gradients, ``[1, N]``."""
-        norms = _joint(norms)
-        return _where_finite(norms, self.clip_norm / (norms + self.stability))
+        joint = _joint(norms)
+        return _where_finite(joint, self.clip_norm / (joint + self.stability))
 
 
 class PerLayerClipping(Clipping):
@@ -130,10 +208,22 @@ class PerLayerClipping(Clipping):
 
     McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language Models*,
     ICLR 2018, section 3.
+
+    Args:
+        clip_norm: C > 0, over all parameters together.
+
+    Example:
+        >>> import torch
+        >>> rule = PerLayerClipping(clip_norm=2.0)
+        >>> rule.factors(torch.tensor([[1.0], [4.0], [0.5], [2.0]]), parameters=4).flatten()
+        tensor([1.0000, 0.2500, 1.0000, 0.5000])
     """
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
-        """Factors of the per-sample gradients, ``[P, N]``; a sample with any norm that is not finite counts nowhere."""
+        """Factors of the per-sample gradients, ``[P, N]``.
+
+        A sample with any norm that is not finite counts nowhere.
+        """
         factors = (self.clip_norm / math.sqrt(parameters) / norms).clamp(max=1)
         return _where_finite(_joint(norms), factors)
 
@@ -148,11 +238,20 @@ class AdaptiveClipping(FlatClipping):
     Private Learning with Adaptive Clipping*, NeurIPS 2021, algorithm 1 and theorem 1.
 
     Args:
-        clip_norm: The first C.
-        quantile: γ, the share of samples that are not clipped.
-        rate: η.
+        clip_norm: The first C > 0.
+        quantile: γ in [0, 1], the share of samples that are not clipped.
+        rate: η > 0, by how much C moves in a step.
         count_noise: σ_b, standard deviation of the count's noise; default: a twentieth of the
             expected batch size, and no less than the accounted σ.
+
+    Raises:
+        ValueError: An argument is out of range; in `noise_multiplier`, the noise of the count is
+            too small for the σ that is accounted.
+
+    Example:
+        >>> rule = AdaptiveClipping(clip_norm=1.0, count_noise=10.0)
+        >>> round(rule.noise_multiplier(1.0, expected_batch_size=100), 4)  # σ = 1 pays for both
+        1.0013
     """
 
     def __init__(
@@ -174,55 +273,63 @@ class AdaptiveClipping(FlatClipping):
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
         """Factors of the per-sample gradients, ``[1, N]``; counts the samples."""
-        below = (_joint(norms) <= self.clip_norm).to(
-            norms.dtype
-        ) - 0.5  # a sample changes the count by a half
+        # Counted as ±1/2, a sample changes the count by a half, and by no more if it is removed.
+        below = (_joint(norms) <= self.clip_norm).to(norms.dtype) - 0.5
         self._count = below.sum() + (0.0 if self._count is None else self._count)
         return super().factors(norms, parameters)
 
     def set_clip_norm(self, clip_norm: float) -> None:
-        """Refuse.
+        """Refuse any other norm: this rule moves C itself.
+
+        Args:
+            clip_norm: The C of a schedule.
 
         Raises:
             ValueError: C follows the norms already.
         """
         raise ValueError(
-            "AdaptiveClipping moves C by itself, found a schedule for `clip_norm` too; pass a number, the first C, or "
-            "use another `clipping`."
+            "AdaptiveClipping moves C by itself, found a schedule for `clip_norm` too; pass a "
+            "number, the first C, or use another `clipping`."
         )
 
     def noise_multiplier(self, accounted: float, expected_batch_size: float) -> float:
-        """The larger noise multiplier of the gradient that leaves room for the noisy count."""
+        """The larger noise multiplier of the gradient that leaves room for the noisy count.
+
+        Theorem 1 of the paper: the inverse squares of both multipliers add up to that of σ, where
+        the count has sensitivity 1/2.
+
+        Raises:
+            ValueError: The count alone would cost more than σ allows.
+        """
         self._accounted = accounted
         if accounted == 0:
             return 0.0
         count_noise = self.count_noise(expected_batch_size)
         if 2 * count_noise <= accounted:
             raise ValueError(
-                f"`count_noise` must be more than half of the noise multiplier {accounted}, found {count_noise}: the "
-                "count alone would spend the budget."
+                f"`count_noise` must be more than half of the noise multiplier {accounted}, found "
+                f"{count_noise}: the count alone would spend the budget."
             )
         return float((accounted**-2 - (2 * count_noise) ** -2) ** -0.5)
 
     def count_noise(self, expected_batch_size: float) -> float:
-        """σ_b; none where the gradient gets none."""
+        """The standard deviation σ_b; 0 where the gradient gets no noise either."""
         if self._accounted == 0:
             return 0.0
-        return (
-            max(expected_batch_size / 20, self._accounted)
-            if self._count_noise is None
-            else self._count_noise
-        )
+        if self._count_noise is not None:
+            return self._count_noise
+        return max(expected_batch_size / 20, self._accounted)
 
     def counts(self) -> Tensor | None:
-        """Samples below C minus those above, halved."""
+        """The number of samples below C minus those above, halved."""
         return torch.zeros(()) if self._count is None else self._count
 
     def end_step(self, counts: Tensor | None, expected_batch_size: float) -> None:
         """Move C towards the quantile."""
         if counts is not None:
-            share = float(counts) / expected_batch_size + 0.5
-            self.clip_norm *= math.exp(-self.rate * (min(max(share, 0.0), 1.0) - self.quantile))
+            # The noise may take the share out of [0, 1], and C far away with it.
+            share_below = min(max(float(counts) / expected_batch_size + 0.5, 0.0), 1.0)
+            self.clip_norm *= math.exp(-self.rate * (share_below - self.quantile))
         self.forget()
 
     def forget(self) -> None:
@@ -230,7 +337,7 @@ class AdaptiveClipping(FlatClipping):
         self._count = None
 
     def state_dict(self) -> dict[str, Any]:
-        """C."""
+        """The C that the norms have led to."""
         return {"clip_norm": self.clip_norm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -14,26 +14,34 @@ from lightning_curv.optimizers.settings import require_positive
 
 
 class PerGroupClipping(Clipping):
-    r"""Every parameter group on its own: :math:`c_{ig} = \min(1, C_g / \|g_{ig}\|)` for sample i in group g.
+    r"""Every parameter group on its own, by a norm of its own.
 
-    The contribution of a sample is then bounded by :math:`C = \sqrt{\sum_g C_g^2}`, and the noise
-    of all groups is σC. For parts of a network whose gradients differ in size, such as a head and a
-    backbone. McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language
+    The factor of sample i in group g is :math:`c_{ig} = \min(1, C_g / \|g_{ig}\|)`. The
+    contribution of a sample is then bounded by :math:`C = \sqrt{\sum_g C_g^2}`, and the noise of
+    all groups is σC. This is for parts of a network whose gradients differ in size, such as a head
+    and a backbone. McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language
     Models*, ICLR 2018, section 3.
 
     Args:
         optimizer: Its parameter groups may have an entry ``"clip_norm"``, :math:`C_g`.
         clip_norm: :math:`C_g` of groups without one.
 
+    Raises:
+        ValueError: A norm is not positive.
+
     Example:
         >>> head, backbone = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-        >>> groups = [{"params": head.parameters(), "clip_norm": 3.0}, {"params": backbone.parameters()}]
+        >>> groups = [
+        ...     {"params": head.parameters(), "clip_norm": 3.0},
+        ...     {"params": backbone.parameters()},
+        ... ]
         >>> PerGroupClipping(torch.optim.SGD(groups), clip_norm=4.0).clip_norm
         5.0
     """
 
     def __init__(self, optimizer: Optimizer, clip_norm: float = 1.0) -> None:
-        self._optimizer = optimizer  # whose list of groups is replaced when a checkpoint is loaded
+        # The optimizer, not its list of groups, which is replaced when a checkpoint is loaded.
+        self._optimizer = optimizer
         self._default = 1.0
         self.set_clip_norm(clip_norm)
         self._norms()
@@ -53,11 +61,15 @@ class PerGroupClipping(Clipping):
 
     @property
     def clip_norm(self) -> float:  # type: ignore[override]
-        """C, over all groups."""
+        """C, the bound over all groups together."""
         return math.hypot(*self._norms())
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
-        """Not defined: `factors_of` knows the parameters."""
+        """Refuse: only `factors_of` knows which parameters are of which group.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(
             "PerGroupClipping needs to know the parameters; call `factors_of`."
         )
@@ -65,12 +77,22 @@ class PerGroupClipping(Clipping):
     def factors_of(
         self, norms: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]
     ) -> Tensor:
-        """Factors of the per-sample gradients, ``[P, N]``; a sample with any norm that is not finite counts nowhere."""
-        number = {
-            p: i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]
+        """Factors of the per-sample gradients, ``[P, N]``.
+
+        A sample with any norm that is not finite counts nowhere.
+        """
+        group_of_parameter = {
+            parameter: number
+            for number, group in enumerate(self._optimizer.param_groups)
+            for parameter in group["params"]
         }
-        groups = torch.tensor([number[parameter] for parameter in rows], device=norms.device)
+        group_of_row = torch.tensor(
+            [group_of_parameter[parameter] for parameter in rows], device=norms.device
+        )
         limits = norms.new_tensor(self._norms())
-        joint = torch.stack([norms[groups == i].norm(dim=0) for i in range(len(limits))])
-        factors = (limits[:, None] / joint).clamp(max=1)[groups]
+        norms_of_groups = torch.stack(
+            [norms[group_of_row == number].norm(dim=0) for number in range(len(limits))]
+        )
+        factors_of_groups = (limits[:, None] / norms_of_groups).clamp(max=1)
+        factors = factors_of_groups[group_of_row]
         return factors.where(norms.isfinite().all(0), torch.zeros_like(factors))

@@ -49,7 +49,8 @@ class NoiseSource:
         if seed is not None:
             self._generator = torch.Generator().manual_seed(seed)
             warn(
-                f"draws repeatable noise, found `noise_seed={seed}`: not secure, for tests only. Leave it out."
+                f"draws repeatable noise, found `noise_seed={seed}`: not secure, for tests only. "
+                "Leave it out."
             )
 
     def rounded(self, sizes: Sequence[int], deviation: float) -> Iterator[Tensor]:
@@ -63,9 +64,8 @@ class NoiseSource:
             Tensors of float64 on the CPU.
         """
         if self._generator is None:
-            return rounded_gaussian(deviation).draw(
-                sizes, os.urandom if self.secure else _library_bytes
-            )
+            entropy = os.urandom if self.secure else _library_bytes
+            return rounded_gaussian(deviation).draw(sizes, entropy)
         draw = partial(torch.randn, generator=self._generator, dtype=torch.float64, device="cpu")
         return (draw(size).mul_(deviation).round_() for size in sizes)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lightning_curv.optimizers.linear_algebra.collectives import processes, summed
 from lightning_curv.optimizers.privacy.noise import NoiseSource
 
 GRID = 34  # bits of the noise's standard deviation
@@ -38,27 +39,24 @@ def summed_over_ranks(
     Process 0 draws the noise before the sum, so that all processes end with the same numbers.
 
     Args:
-        totals: This process' sums, the same shapes everywhere; they are overwritten.
+        totals: The sums of this process, the same shapes everywhere; they are overwritten.
         stds: Standard deviation of the noise of each; 0: neither noise nor rounding.
         noise: Draws it.
 
     Returns:
-        The noisy sums. Cost: one collective of a flat copy in float64; the noise is drawn on the
-        CPU.
+        The noisy sums, ``totals`` themselves.
+
+    Cost: one collective of a flat copy in float64; the noise is drawn on the CPU.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if processes() == 1:
         for piece, units in _units(totals, stds, noise):
             piece.set(units.mul_(piece.step))
         return list(totals)
-    flat = torch.cat(
-        [
-            units.clone()
-            for _, units in _units(totals, stds, noise if dist.get_rank() == 0 else None)
-        ]
-    )
-    dist.all_reduce(flat)
-    pieces = _pieces(totals, stds)
-    for piece, units in zip(pieces, flat.split([piece.size for piece in pieces]), strict=True):
+    source = noise if dist.get_rank() == 0 else None
+    # Copies: the next piece takes the memory of the last one. What is added up over the processes
+    # are whole numbers, so that their order does not matter.
+    shares = [units.clone() for _, units in _units(totals, stds, source)]
+    for piece, units in zip(_pieces(totals, stds), summed(shares), strict=True):
         piece.set(units.mul_(piece.step))
     return list(totals)
 
@@ -89,34 +87,35 @@ class _Piece:
 
     def get(self, memory: Tensor) -> Tensor:
         """The entries in units, whole numbers if there is noise, in some memory of float64."""
-        values = memory[: self.size].copy_(
-            self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-        )
+        entries = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
+        values = memory[: self.size].copy_(entries)
         return values.div_(self.step).round_() if self.std else values
 
     def set(self, values: Tensor) -> None:
         """Overwrite the entries."""
-        torch._foreach_copy_(self.parts, values.split([part.numel() for part in self.parts]))
+        sizes = [part.numel() for part in self.parts]
+        torch._foreach_copy_(self.parts, values.split(sizes))
 
 
 def _pieces(tensors: Sequence[Tensor], stds: Sequence[float]) -> list[_Piece]:
     """All entries, small tensors together and large ones apart."""
-    found: list[_Piece] = []
+    pieces: list[_Piece] = []
     for tensor, std in zip(tensors, stds, strict=True):
+        # A view, so that what is written into a piece is written into the tensor.
         flat = tensor.view(-1)
         for part in flat.split(PIECE) if flat.numel() > PIECE else [flat]:
-            last, size = found[-1] if found else None, part.numel()
-            if (
-                last is not None
-                and last.std == std
-                and last.size + size <= PIECE
-                and _alike(last.parts[0], part)
-            ):
-                last.parts.append(part)
-                last.size += size
+            if pieces and _fits(part, std, pieces[-1]):
+                pieces[-1].parts.append(part)
+                pieces[-1].size += part.numel()
             else:
-                found.append(_Piece([part], std, size))
-    return found
+                pieces.append(_Piece([part], std, part.numel()))
+    return pieces
+
+
+def _fits(part: Tensor, std: float, piece: _Piece) -> bool:
+    """Whether the piece has room for the part, and noise of the same size."""
+    has_room = piece.size + part.numel() <= PIECE
+    return has_room and piece.std == std and _alike(piece.parts[0], part)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -126,18 +125,22 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def _units(
     totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource | None
 ) -> Iterator[tuple[_Piece, Tensor]]:
-    """The pieces with their entries in units, with noise if there is a source; the next takes the last one's memory."""
+    """The pieces with their entries in units, with noise if there is a source.
+
+    The entries of the next piece take the memory of the last one's.
+    """
     pieces = _pieces(totals, stds)
     size = max((piece.size for piece in pieces), default=0)
-    memory = {
-        device: torch.empty(size, dtype=torch.float64, device=device)
-        for device in {t.device for t in totals}
-    }
-    for std, run in groupby(pieces, key=attrgetter("std")):
-        while some := [*islice(run, PIECES)]:
+    devices = {total.device for total in totals}
+    memory = {device: torch.empty(size, dtype=torch.float64, device=device) for device in devices}
+    for std, pieces_of_std in groupby(pieces, key=attrgetter("std")):
+        # What is rare in the noise is drawn once for some pieces, whose numbers stay in cache.
+        while some := list(islice(pieces_of_std, PIECES)):
             drawn: Iterable[Tensor | None] = len(some) * [None]
             if std and noise is not None:
                 drawn = noise.rounded([piece.size for piece in some], std / grid(std))
             for piece, numbers in zip(some, drawn, strict=True):
                 units = piece.get(memory[piece.parts[0].device])
-                yield piece, units if numbers is None else units.add_(numbers.to(units.device))
+                if numbers is not None:
+                    units.add_(numbers.to(units.device))
+                yield piece, units

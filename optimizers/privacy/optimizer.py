@@ -22,7 +22,8 @@ from lightning_curv.optimizers.settings import require_choice, require_positive
 class DPOptimizer(Optimizer):
     r"""Steps of another optimizer on a differentially private gradient.
 
-    .. math:: \tilde g = \frac1{\bar B} \Big(\sum_i \min(1, C / \|g_i\|)\, g_i + \sigma C\, \mathcal N(0, I)\Big)
+    .. math:: \tilde g = \frac1{\bar B} \Big(
+              \sum_i \min(1, C / \|g_i\|)\, g_i + \sigma C\, \mathcal N(0, I)\Big)
 
     with the gradient :math:`g_i` of sample i's own loss by all trainable parameters together, and
     the *expected* batch size B̄. Samples are clipped before they are accumulated; noise is added
@@ -60,8 +61,7 @@ class DPOptimizer(Optimizer):
     Attributes:
         steps: Steps so far, each of them a release; in the checkpoint too. Schedules go by it.
         noise_schedule, clip_schedule: The functions, if there are any; ``noise_multiplier`` and
-        ``clip_norm`` are the
-            values of the next step.
+            ``clip_norm`` are the values of the next step.
 
     Cost: a backward pass plus the norms, and about the memory of the activations once more.
 
@@ -75,7 +75,8 @@ class DPOptimizer(Optimizer):
         >>> from lightning_curv import curvature
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> optimizer = DPOptimizer(
-        ...     torch.optim.SGD(layer.parameters(), lr=0.1), clip_norm=0.5, noise_multiplier=0.0, expected_batch_size=2
+        ...     torch.optim.SGD(layer.parameters(), lr=0.1),
+        ...     clip_norm=0.5, noise_multiplier=0.0, expected_batch_size=2,
         ... )
         >>> with curvature(*optimizer.extensions):
         ...     layer(torch.tensor([[3.0, 4.0], [0.0, 0.1]])).mean().backward()
@@ -110,11 +111,11 @@ class DPOptimizer(Optimizer):
             None if noise_multiplier is None else value_of("noise_multiplier", noise_multiplier, 0)
         )
         self.expected_batch_size = expected_batch_size
-        first = value_of("clip_norm", clip_norm, 0)
+        first_norm = value_of("clip_norm", clip_norm, 0)
         self.clipping = (
-            PerGroupClipping(optimizer, first)
+            PerGroupClipping(optimizer, first_norm)
             if clipping == "per_group"
-            else clipping_rule(clipping, first)
+            else clipping_rule(clipping, first_norm)
         )
         self.loss_reduction = loss_reduction
         self.accountant = accountant
@@ -123,10 +124,14 @@ class DPOptimizer(Optimizer):
         self._schedule()
         self._noise = NoiseSource(noise_seed, secure)
         self._sum = ClippedSum(self._trainable(), self.clipping, loss_reduction == "mean")
-        self._own: dict[Tensor, tuple[Tensor, int]] = {}  # gradients that the last step left
+        # The gradients that the last step left, and their versions.
+        self._own: dict[Tensor, tuple[Tensor, int]] = {}
 
     def _share(self) -> None:
-        """One list of groups and one state, whichever of the two optimizers a scheduler or checkpoint looks at."""
+        """Share one list of groups and one state.
+
+        So it does not matter which of the two optimizers a scheduler or checkpoint looks at.
+        """
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
     def _schedule(self) -> None:
@@ -137,12 +142,17 @@ class DPOptimizer(Optimizer):
             self.clipping.set_clip_norm(value_of("clip_norm", self.clip_schedule, self.steps))
 
     def same_noise(self, at_most: float) -> float:
-        """For how many steps from the next one on σ is what it is now."""
-        return (
-            at_most
-            if self.noise_schedule is None
-            else held_for(self.noise_schedule, self.steps, at_most)
-        )
+        """For how many steps, from the next one on, σ is what it is now.
+
+        Args:
+            at_most: Number of steps to look ahead.
+
+        Returns:
+            A number from 1 on; ``at_most`` if σ does not change before.
+        """
+        if self.noise_schedule is None:
+            return at_most
+        return held_for(self.noise_schedule, self.steps, at_most)
 
     def _all(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -151,24 +161,32 @@ class DPOptimizer(Optimizer):
         return [p for p in self._all() if p.requires_grad]
 
     def _refresh(self) -> None:
-        """Parameters may have been frozen, unfrozen or added; those of earlier passes of the step stay."""
-        known = {*self._trainable(), *(self._sum.parameters if self._sum.passes else ())}
-        self._sum.parameters = [p for p in self._all() if p in known]
+        """Look up which parameters are trained now: some may have been frozen, unfrozen or added.
+
+        Those of earlier passes of the step stay.
+        """
+        taking_part = set(self._trainable())
+        if self._sum.passes:
+            taking_part.update(self._sum.parameters)
+        self._sum.parameters = [p for p in self._all() if p in taking_part]
 
     @property
     def extensions(self) -> tuple[ClippedSum, ...]:
-        """What every backward pass computes: ``with curvature(*optimizer.extensions): loss.backward()``."""
+        """What every backward pass computes, as ``curvature(*optimizer.extensions)``."""
         self._refresh()
         return (self._sum,)
 
     @property
     def clip_norm(self) -> float:
-        """C as it is now."""
+        """The C of the next step."""
         return self.clipping.clip_norm
 
     @property
     def loss_scale(self) -> float:
-        """Factor on the loss besides the mean over the samples of a pass, for example 1 / accumulated passes."""
+        """The factor on the loss besides the mean over the samples of a pass.
+
+        For example 1 / accumulated passes.
+        """
         return self._sum.loss_scale
 
     @loss_scale.setter
@@ -188,7 +206,7 @@ class DPOptimizer(Optimizer):
             parameter.grad = None
 
     def _raw_gradients(self) -> list[Tensor]:
-        """Parameters with a gradient that no step of this optimizer left: another backward pass did."""
+        """The parameters with a gradient that no step of this optimizer left."""
         return [
             p
             for p in self._all()
@@ -207,7 +225,18 @@ class DPOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Privatise the gradient, tell the accountant, and let the inner optimizer step."""
+        """Privatise the gradient, tell the accountant, and let the inner optimizer step.
+
+        Args:
+            closure: Computes the loss and its gradients inside ``curvature(*extensions)``; called
+                once, before anything else.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: A gradient comes from elsewhere and is not private, or σ or B̄ is unknown.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -215,6 +244,7 @@ class DPOptimizer(Optimizer):
         self._refuse_unprivatised()
         sigma, size = self._settings()
         self._privatise(sigma, size)
+        # Before the inner step: what can be seen is paid for, whatever happens next.
         if self.accountant is not None:
             self.accountant.step(sigma)
         self.steps += 1
@@ -223,60 +253,69 @@ class DPOptimizer(Optimizer):
         return loss
 
     def _settings(self) -> tuple[float, float]:
+        """The σ and B̄ of the step, both of which must be known by now."""
         for name in ("noise_multiplier", "expected_batch_size"):
             if getattr(self, name) is None:
                 raise RuntimeError(
-                    f"`{name}` must be known before the first step, found None; pass it to the optimizer, or add "
-                    "`PrivacyCallback(...)`, which sets it, to the Trainer."
+                    f"`{name}` must be known before the first step, found None; pass it to the "
+                    "optimizer, or add `PrivacyCallback(...)`, which sets it, to the Trainer."
                 )
         return float(self.noise_multiplier), float(self.expected_batch_size)  # type: ignore[arg-type]
 
     def _refuse_unprivatised(self) -> None:
-        """A gradient that no recorded pass explains is from outside; the sum replaces all others."""
+        """Refuse gradients that no recorded pass explains; the sum replaces all others."""
         if self._sum.passes or not self._raw_gradients():
             return
         raise RuntimeError(
-            "Expected gradients from backward passes inside `curvature(*optimizer.extensions)`, found one from "
-            "elsewhere, which is not private. Use that context around `loss.backward()`, or add `PrivacyCallback` to "
-            "the Trainer; an empty batch needs no backward pass at all."
+            "Expected gradients from backward passes inside `curvature(*optimizer.extensions)`, "
+            "found one from elsewhere, which is not private. Use that context around "
+            "`loss.backward()`, or add `PrivacyCallback` to the Trainer; an empty batch needs no "
+            "backward pass at all."
         )
 
     def _is_own(self, parameter: Tensor, grad: Tensor) -> bool:
+        """Whether the last step left this gradient, and nobody has added to it in place since."""
         own, version = self._own.get(parameter, (None, -1))
         return own is grad and version == grad._version
 
     def _privatise(self, sigma: float, size: float) -> None:
         self._refresh()
         totals, counts = self._sum.totals(), self.clipping.counts()
+        # Asked first: a rule that counts learns from it how much noise its count gets.
         gradient_sigma = self.clipping.noise_multiplier(sigma, size)
-        counted = [] if counts is None else [counts.to(totals[0].device, torch.float64, copy=True)]
-        stds = [gradient_sigma * self.clip_norm] * len(totals) + [
-            self.clipping.count_noise(size)
-        ] * len(counted)
-        totals, counted = _split(
-            summed_over_ranks([*totals, *counted], stds, self._noise), len(totals)
-        )
+        released = list(totals)
+        stds = [gradient_sigma * self.clip_norm] * len(totals)
+        if counts is not None:
+            released.append(counts.to(totals[0].device, torch.float64, copy=True))
+            stds.append(self.clipping.count_noise(size))
+        released = summed_over_ranks(released, stds, self._noise)
+        noisy_counts = None if counts is None else released.pop()
         self._own = {}
+        # Also where nothing was summed: the inner optimizer applies whatever it finds.
         for parameter in self._all():
-            parameter.grad = (
-                None  # also where nothing was summed: the inner optimizer applies whatever it finds
-            )
-        for parameter, total in zip(self._sum.parameters, totals, strict=True):
+            parameter.grad = None
+        for parameter, total in zip(self._sum.parameters, released, strict=True):
             parameter.grad = total.div_(size).to(parameter.dtype)
             self._own[parameter] = parameter.grad, parameter.grad._version
-        self.clipping.end_step(counted[0] if counted else None, size)
+        self.clipping.end_step(noisy_counts, size)
         self._sum.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to both optimizers, between steps."""
-        if not hasattr(self, "_sum"):  # the constructor of the base class
+        # The constructor of the base class calls this with groups that are shared already.
+        if not hasattr(self, "_sum"):
             super().add_param_group(param_group)
             return
         self.optimizer.add_param_group(param_group)
         self._share()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state; ``"privacy"``: the account, C, the steps, and with ``exact_resume`` noise."""
+        """The state of the inner optimizer, and what privacy needs besides.
+
+        Returns:
+            The inner optimizer's state; under ``"privacy"`` the account, the state of the clipping,
+            the steps, and with ``exact_resume`` that of the noise.
+        """
         privacy: dict[str, Any] = {"clipping": self.clipping.state_dict(), "steps": self.steps}
         if self.exact_resume:
             privacy["noise"] = self._noise.state_dict()
@@ -285,19 +324,30 @@ class DPOptimizer(Optimizer):
         return {**self.optimizer.state_dict(), "privacy": privacy}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict`: what was spent stays spent, and the noise is fresh unless ``exact_resume``."""
+        """Go on from a checkpoint.
+
+        What was spent stays spent, and the noise is fresh unless ``exact_resume``.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            KeyError: It is the state of another optimizer, or lacks the state of the noise that
+                ``exact_resume`` needs.
+        """
         state = dict(state_dict)
         privacy = state.pop("privacy", None)
         if privacy is None:
             raise KeyError(
-                "Expected the state of a DPOptimizer with an entry 'privacy', found none: it was saved by another "
-                "optimizer, and what that spent is unknown. Load it into `optimizer.optimizer` to go on regardless."
+                "Expected the state of a DPOptimizer with an entry 'privacy', found none: it was "
+                "saved by another optimizer, and what that spent is unknown. Load it into "
+                "`optimizer.optimizer` to go on regardless."
             )
         if self.exact_resume and not privacy.get("noise"):
             raise KeyError(
-                "Expected the state of the noise for `exact_resume=True`, found none: it was saved without that "
-                "option, before the first step, or with noise without a `noise_seed`. Leave `exact_resume` out to go "
-                "on with fresh noise."
+                "Expected the state of the noise for `exact_resume=True`, found none: it was saved "
+                "without that option, before the first step, or with noise without a `noise_seed`. "
+                "Leave `exact_resume` out to go on with fresh noise."
             )
         self.optimizer.load_state_dict(state)
         self._share()
@@ -312,13 +362,15 @@ class DPOptimizer(Optimizer):
             self.accountant.load_state_dict(privacy["accountant"])
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy draws fresh noise: with the same noise the difference of two copies' weights would
-        # have none
-        return {**self.__dict__, "_noise": NoiseSource(secure=self._noise.secure), "_own": {}}
+        # A copy draws fresh noise: with the same noise the difference of two copies' weights would
+        # have none. Its gradients are other tensors than those that the last step left.
+        fresh_noise = NoiseSource(secure=self._noise.secure)
+        return {**self.__dict__, "_noise": fresh_noise, "_own": {}}
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(clip_norm={self.clip_norm:.4g}, noise_multiplier={self.noise_multiplier}, "
+            f"{type(self).__name__}(clip_norm={self.clip_norm:.4g}, "
+            f"noise_multiplier={self.noise_multiplier}, "
             f"expected_batch_size={self.expected_batch_size}, optimizer={self.optimizer!r})"
         )
 
@@ -331,24 +383,15 @@ def _refuse_curvature(optimizer: Optimizer) -> None:
     """
     inner: Any = optimizer
     while isinstance(inner, Optimizer):
-        if (
-            isinstance(inner, DPOptimizer)
-            or hasattr(inner, "required_extensions")
-            or hasattr(inner, "extensions")
-        ):
+        measures = hasattr(inner, "required_extensions") or hasattr(inner, "extensions")
+        if measures or isinstance(inner, DPOptimizer):
             raise TypeError(
                 "DPOptimizer expects an optimizer that reads the data by the gradient alone, found "
-                f"{type(inner).__name__}, which measures more on the batch (`extensions`): no noise covers that. Use "
-                "SGD, Adam or another optimizer of gradients."
+                f"{type(inner).__name__}, which measures more on the batch (`extensions`): no "
+                "noise covers that. Use SGD, Adam or another optimizer of gradients."
             )
-        inner = next(
-            (v for name, v in vars(inner).items() if name != "self" and isinstance(v, Optimizer)),
-            None,
-        )
-
-
-def _split(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
-    return tensors[:count], tensors[count:]
+        attributes = [value for name, value in vars(inner).items() if name != "self"]
+        inner = next((value for value in attributes if isinstance(value, Optimizer)), None)
 
 
 class DPSGD(DPOptimizer):

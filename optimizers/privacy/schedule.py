@@ -1,4 +1,4 @@
-"""Noise multipliers and clip norms that change from step to step, in a way that was fixed beforehand."""
+"""Noise multipliers and clip norms that change from step to step, as was fixed beforehand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class ExponentialSchedule:
-    r"""Decay or growth by a factor, :math:`v_t = v_0 \, \gamma^{\lfloor t / k \rfloor}`, down to a least value.
+    r"""Decay or growth by a factor, down to a least value.
+
+    .. math:: v_t = \max(v_{\min}, v_0 \, \gamma^{\lfloor t / k \rfloor})
 
     Any function of the step's number will do in its place. It must not look at the data: a schedule
     is public.
@@ -22,7 +24,10 @@ class ExponentialSchedule:
         factor: γ > 0.
         every: k; the value is held for so many steps. Each value is composed by the accountant on
             its own, which takes some hundredths of a second: hold a noise multiplier for a while.
-        least: The value does not fall below.
+        least: :math:`v_{\min} \ge 0`; the value does not fall below.
+
+    Raises:
+        ValueError: An argument is out of range.
 
     Example:
         >>> schedule = ExponentialSchedule(2.0, factor=0.5, every=10)
@@ -43,7 +48,8 @@ class ExponentialSchedule:
 
     def __call__(self, step: int) -> float:
         """The value of a step; steps count from 0."""
-        return max(self.least, self.initial * self.factor ** (step // self.every))
+        changes = step // self.every
+        return max(self.least, self.initial * self.factor**changes)
 
 
 def value_of(name: str, setting: float | Schedule, step: int) -> float:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_curv.optimizers.curvature.base import Curvature, Gradient, Part, State
-from lightning_curv.optimizers.linear_algebra.collectives import processes
+from lightning_curv.optimizers.linear_algebra.collectives import processes, summed, wide_dtype
 
 Result = list[Tensor] | None
 
@@ -18,114 +18,128 @@ def shared_inverses(curvature: Curvature, due: Sequence[Part]) -> list[Result]:
     Sent to all of them in one collective; a curvature that is `sharded` leaves each part where it
     was computed, and the others have an empty tensor in its place.
 
+    Args:
+        curvature: what inverts.
+        due: state, number of the part, damping of the block; the same on all processes.
+
+    Returns:
+        For each part what `Curvature.accept` takes; None if it failed where it was computed.
+
     Source: J. G. Pauloski, Q. Huang, L. Huang, S. Venkataraman, K. Chard, I. Foster, Z. Zhang,
-        *KAISA: An Adaptive
-    Second-Order Optimizer Framework for Deep Neural Networks*, SC 2021, section 3.
+        *KAISA: An Adaptive Second-Order Optimizer Framework for Deep Neural Networks*, SC 2021,
+        section 3.
     """
-    world = processes()
-    if world == 1 or not due:
+    if processes() == 1 or not due:
         return curvature.inverted(due)
-    rank, sharded = dist.get_rank(), curvature.sharded
-    owners = (
-        _block_owners(curvature, due)
-        if sharded
-        else _owners([_cost(curvature, *part) for part in due])
-    )
-    computed = curvature.inverted(
-        [part for part, owner in zip(due, owners, strict=True) if owner == rank]
-    )
-    own = dict(zip((i for i, owner in enumerate(owners) if owner == rank), computed, strict=True))
+    sharded = curvature.sharded
+    owners = _block_owners(curvature, due) if sharded else _part_owners(curvature, due)
+    indices_here = [i for i, owner in enumerate(owners) if owner == dist.get_rank()]
+    inverses_here = curvature.inverted([due[i] for i in indices_here])
+    computed: dict[int, Result] = dict(zip(indices_here, inverses_here, strict=True))
+
+    # Where inverses stay, only the flags of success are sent.
     shapes = [[] if sharded else curvature.shapes(state, unit) for state, unit, _ in due]
-    sizes = [
-        1 + sum(shape.numel() for shape in group) for group in shapes
-    ]  # a flag, then the tensors
-    tensors = [state["factors"][0] for state, _, _ in due]
-    dtype = (
-        torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    )
-    longest = max(
-        sum(size for size, o in zip(sizes, owners, strict=True) if o == owner)
-        for owner in range(world)
-    )
-    mine = torch.zeros(longest, dtype=dtype, device=tensors[0].device)
-    if own:
-        packed = torch.cat([_packed(own[i], sizes[i], mine) for i in own])
-        mine[: len(packed)] = packed
-    rows = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(rows, mine)
-    parts: dict[int, Tensor] = {}
-    for owner, row in enumerate(rows):
-        indices = [i for i, o in enumerate(owners) if o == owner]
-        parts.update(
-            zip(
-                indices,
-                row.split(
-                    [*(sizes[i] for i in indices), len(row) - sum(sizes[i] for i in indices)]
-                ),
-            )
-        )
-    good = torch.stack([parts[i][0] for i in range(len(due))]).tolist()
+    sent = _exchanged(curvature, due, owners, shapes, computed)
+    succeeded = torch.stack([numbers[0] for numbers in sent]).tolist()
     results: list[Result] = []
-    for i, like in enumerate(tensors):
-        if not good[i]:
+    for i, (state, _, damping) in enumerate(due):
+        dtype = curvature.dtype(state)
+        if not succeeded[i]:
             results.append(None)
         elif sharded:
-            results.append(own.get(i) or [like.new_empty(0)])
-        else:  # what was computed here too: with other strides a product with it would be rounded differently
-            numbers = parts[i][1:].split([shape.numel() for shape in shapes[i]])
+            elsewhere = torch.empty(0, dtype=dtype, device=damping.device)
+            results.append(computed.get(i) or [elsewhere])
+        else:
+            # What was computed here is taken from what was sent, too: with other strides a product
+            # with it would be rounded differently than on the other processes.
+            flat = sent[i][1:].split([shape.numel() for shape in shapes[i]])
             results.append(
                 [
-                    n.view(s).to(like.dtype, copy=True)
-                    for n, s in zip(numbers, shapes[i], strict=True)
+                    numbers.view(shape).to(dtype, copy=True)
+                    for numbers, shape in zip(flat, shapes[i], strict=True)
                 ]
             )
     return results
 
 
-def preconditioned(curvature: Curvature, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
-    """What `Curvature.precondition` returns; of a `sharded` curvature each block by the process that has its inverse.
+def _exchanged(
+    curvature: Curvature,
+    due: Sequence[Part],
+    owners: Sequence[int],
+    shapes: Sequence[Sequence[torch.Size]],
+    computed: dict[int, Result],
+) -> list[Tensor]:
+    """Send what each process computed to all: per part a flag of success, then its numbers, flat."""
+    world = processes()
+    sizes = [1 + sum(shape.numel() for shape in part) for part in shapes]
+    parts_of = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world)]
+    # All processes send equally many numbers, those with less work zeros behind their own.
+    longest = max(sum(sizes[i] for i in parts) for parts in parts_of)
+    wide = wide_dtype(curvature.dtype(state) for state, _, _ in due)
+    mine = torch.zeros(longest, dtype=wide, device=due[0][2].device)
+    if computed:
+        packed = torch.cat([_packed(result, sizes[i], mine) for i, result in computed.items()])
+        mine[: len(packed)] = packed
+    rows = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(rows, mine)
 
-    Then one collective of the parameters' size sends the results to all.
+    sent: dict[int, Tensor] = {}
+    for parts, row in zip(parts_of, rows, strict=True):
+        used = row[: sum(sizes[i] for i in parts)]
+        if parts:
+            sent.update(zip(parts, used.split([sizes[i] for i in parts]), strict=True))
+    return [sent[i] for i in range(len(due))]
+
+
+def preconditioned(curvature: Curvature, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
+    """What `Curvature.precondition` returns, of a `sharded` curvature from all processes.
+
+    Each block is preconditioned by the process that has its inverse; then one collective of the
+    parameters' size sends the results to all.
+
+    Args:
+        curvature: what preconditions.
+        gradients: of all blocks; the same on all processes.
     """
     if processes() == 1 or not curvature.sharded or not gradients:
         return curvature.precondition(gradients)
-    mine = [g.state["owner"] % processes() == dist.get_rank() for g in gradients]
-    found = iter(curvature.precondition([g for g, own in zip(gradients, mine, strict=True) if own]))
-    values = [
-        value
-        for g, own in zip(gradients, mine, strict=True)
-        for value in (next(found) if own else g.values)
-    ]
-    kept = [own for g, own in zip(gradients, mine, strict=True) for _ in g.values]
-    dtypes = [g.state["factors"][0].dtype for g in gradients for _ in g.values]
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    flat = torch.cat(
-        [value.to(wide).flatten() * own for value, own in zip(values, kept, strict=True)]
+    rank = dist.get_rank()
+    is_mine = [_owner(curvature, gradient.state) == rank for gradient in gradients]
+    directions_here = iter(
+        curvature.precondition([g for g, mine in zip(gradients, is_mine, strict=True) if mine])
     )
-    dist.all_reduce(flat)
-    parts = iter(flat.split([value.numel() for value in values]))
-    results = iter(
-        [next(parts).view(v.shape).to(dtype) for v, dtype in zip(values, dtypes, strict=True)]
-    )
-    return [[next(results) for _ in g.values] for g in gradients]
+    # Every process adds zeros where another one has the direction.
+    shares: list[Tensor] = []
+    for gradient, mine in zip(gradients, is_mine, strict=True):
+        dtype = curvature.dtype(gradient.state)
+        values = next(directions_here) if mine else gradient.values
+        shares += [value.to(dtype) * mine for value in values]
+    sums = iter([total.to(share) for total, share in zip(summed(shares), shares, strict=True)])
+    return [[next(sums) for _ in gradient.values] for gradient in gradients]
 
 
 def _packed(result: Result, size: int, like: Tensor) -> Tensor:
+    """The flag and the numbers of a part; all zeros if its computation failed."""
     if result is None:
         return like.new_zeros(size)
-    flat = [tensor.to(like).flatten() for tensor in result] if size > 1 else []
-    return torch.cat([like.new_ones(1), *flat])
+    numbers = [tensor.to(like).flatten() for tensor in result] if size > 1 else []
+    return torch.cat([like.new_ones(1), *numbers])
 
 
-def _cost(curvature: Curvature, state: State, unit: int, _: Tensor) -> int:
+def _cost(curvature: Curvature, state: State, unit: int) -> int:
+    """Multiplications of an inversion, up to a constant: d³ for a matrix, d for a diagonal."""
     return sum(
-        shape.numel() * shape[-1] if len(shape) > 1 else shape.numel()
+        shape.numel() * (shape[-1] if len(shape) > 1 else 1)
         for shape in curvature.shapes(state, unit)
     )
 
 
-def _owners(costs: Sequence[int]) -> list[int]:
-    """The largest first, each to the process with least work."""
+def _part_owners(curvature: Curvature, due: Sequence[Part]) -> list[int]:
+    return _balanced([_cost(curvature, state, unit) for state, unit, _ in due])
+
+
+def _balanced(costs: Sequence[int]) -> list[int]:
+    """The process for each piece of work: the largest first, each to the one with least work."""
     work, owners = [0] * processes(), [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = work.index(min(work))
@@ -134,14 +148,21 @@ def _owners(costs: Sequence[int]) -> list[int]:
 
 
 def _block_owners(curvature: Curvature, due: Sequence[Part]) -> list[int]:
-    """For good: all parts of a block belong to one process."""
-    new: dict[int, tuple[State, int]] = {}
-    for part in due:
-        if "owner" not in part[0]:
-            cost = new.get(id(part[0]), (part[0], 0))[1]
-            new[id(part[0])] = part[0], cost + _cost(curvature, *part)
-    for (state, _), owner in zip(
-        new.values(), _owners([cost for _, cost in new.values()]), strict=True
-    ):
-        state["owner"] = owner
-    return [state["owner"] % processes() for state, _, _ in due]
+    """The process for each part: one for all parts of a block, and the same for good."""
+    new_states: dict[int, State] = {}  # a state is a dict, which can be no key itself
+    costs: dict[int, int] = {}
+    for state, unit, _ in due:
+        if curvature.owner(state) is None:
+            new_states[id(state)] = state
+            costs[id(state)] = costs.get(id(state), 0) + _cost(curvature, state, unit)
+    owners = _balanced(list(costs.values()))
+    for state, owner in zip(new_states.values(), owners, strict=True):
+        curvature.assign(state, owner)
+    return [_owner(curvature, state) for state, _, _ in due]
+
+
+def _owner(curvature: Curvature, state: State) -> int:
+    """The process that has the inverse of a block; there may be fewer than when it was assigned."""
+    owner = curvature.owner(state)
+    assert owner is not None
+    return owner % processes()
