@@ -212,7 +212,10 @@ class Backprop:
             listener.stop()
 
     def _leave(self, parameter: Tensor) -> bool:
-        """Set a parameter's results, which are then no longer ours; false if none are there, or some are to come."""
+        """Set a parameter's results, which are then no longer ours.
+
+        False if none are there, or some are to come.
+        """
         if self._listener is not None and any(
             parameter not in self._results.get(e, {}) for e in self._heard
         ):
@@ -389,7 +392,10 @@ class _Failing:
 def _units(
     extensions: Sequence[AnyExtension], passes: Passes
 ) -> dict[GraphExtension | Source, list[Any]]:
-    """What shares passes, in the order of the list: what comes first draws the same numbers whatever follows."""
+    """Group what shares passes, in the order of the list.
+
+    What comes first draws the same numbers whatever follows.
+    """
     units: dict[GraphExtension | Source, list[Any]] = {}
     for extension in extensions:
         unit = extension if isinstance(extension, GraphExtension) else extension.source

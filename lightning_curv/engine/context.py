@@ -110,12 +110,13 @@ class curvature(record):
         for extension in extensions:
             if not isinstance(extension, (Extension, GraphExtension)):
                 raise TypeError(
-                    f"`curvature` expects extensions, found {extension!r}; pass instances, for example `Variance()`."
+                    f"`curvature` expects extensions, found {extension!r}; pass instances, for "
+                    "example `Variance()`."
                 )
         if not isinstance(output, (nn.Module, Tensor, type(None))):
             raise TypeError(
-                f"`output` must be a module or a tensor, found {output!r}; a name is turned into a module by "
-                "`model.get_submodule(name)`."
+                f"`output` must be a module or a tensor, found {output!r}; a name is turned into a "
+                "module by `model.get_submodule(name)`."
             )
         if isinstance(batch_size, int) and batch_size < 0:
             raise ValueError(
@@ -123,8 +124,8 @@ class curvature(record):
             )
         if not (extension_hook is None or callable(extension_hook)):
             raise TypeError(
-                "`extension_hook` must be a function of a module or parameter that has its quantities, found "
-                f"{extension_hook!r}."
+                "`extension_hook` must be a function of a module or parameter that has its "
+                f"quantities, found {extension_hook!r}."
             )
         self.extensions = extensions
         self._options: dict[str, Any] = {
@@ -179,7 +180,8 @@ def _of_tensors(
     losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     if len(losses) != 1 or not isinstance(losses[0], Tensor):
         raise UnsupportedError(
-            f"`curvature` expects one loss in `torch.autograd.backward`, found {len(losses)}; call it on their sum."
+            f"`curvature` expects one loss in `torch.autograd.backward`, found {len(losses)}; call "
+            "it on their sum."
         )
     gradient = grad_tensors[0] if isinstance(grad_tensors, (tuple, list)) else grad_tensors
     return _of_tensor(losses[0], gradient, *arguments, **named)

@@ -37,8 +37,9 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
     for parameter in {p for node in uses for p in passes.tape.parameters[node]}:
         if parameter._backward_hooks:
             raise UnsupportedError(
-                "`create_graph` with first-order quantities needs parameters without tensor hooks, found some on "
-                f"{describe(parameter)}; remove them, or change `.grad` after the backward pass instead."
+                "`create_graph` with first-order quantities needs parameters without tensor hooks, "
+                f"found some on {describe(parameter)}; remove them, or change `.grad` after the "
+                "backward pass instead."
             )
     gradients: dict[Tensor, Tensor] = {}
     with torch.enable_grad(), unheard(), differentiating_twice():

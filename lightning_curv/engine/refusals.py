@@ -21,14 +21,15 @@ def refuse_uncovered(
     """
     for name in tape.hidden:
         raise UnsupportedError(
-            f"Every op must be in the graph before the backward pass, found `{name}`, which runs its ops during it. "
-            "Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            f"Every op must be in the graph before the backward pass, found `{name}`, which runs "
+            "its ops during it. Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
         )
     if tape.stray and not tape.uses and not tape.losses and not tape.mapped:
         parameter, op = tape.stray[0]
         raise UnsupportedError(
-            f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and no op was recorded. "
-            "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model."
+            f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and "
+            "no op was recorded. Run the forward pass inside `curvature(...)` or `record()`, or "
+            "`extend` the model."
         )
     for extension in extensions:
         if extension.independent and extension.needs_samples and not extension.batchwise:
@@ -41,14 +42,16 @@ def _refuse_coupled(tape: Tape, extension: Extension | GraphExtension) -> None:
     for use in tape.uses.values():
         if use.couples:
             raise UnsupportedError(
-                f"{extension} needs samples that do not influence each other, found `{use.name}` with statistics of "
-                "the batch. Put the layer into evaluation mode (`.eval()`), or use GroupNorm or LayerNorm."
+                f"{extension} needs samples that do not influence each other, found `{use.name}` "
+                "with statistics of the batch. Put the layer into evaluation mode (`.eval()`), or "
+                "use GroupNorm or LayerNorm."
             )
 
 
 def _refuse_around(tape: Tape, extension: Extension | GraphExtension) -> None:
     name = tape.uses[next(iter(tape.outside))].name
     raise UnsupportedError(
-        f"{extension} with `output=` needs a loss that depends on the network by this output alone, found that "
-        f"`{name}` reaches it around the output. Leave `output=` out: all outputs are then found."
+        f"{extension} with `output=` needs a loss that depends on the network by this output "
+        f"alone, found that `{name}` reaches it around the output. Leave `output=` out: all "
+        "outputs are then found."
     )

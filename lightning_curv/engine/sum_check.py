@@ -23,7 +23,7 @@ class SumCheck(Extension):
         self._largest = 0.0  # norm of a gradient
 
     def evaluate(self, jacobian: Jacobian) -> None:
-        """Raise if the sum is not the parameter's gradient, up to the rounding of a sum of products of this size."""
+        """Raise if the sum is not the parameter's gradient, up to the rounding of such a sum."""
         if jacobian.gradient is None:
             return
         total, whole = jacobian.total()[0], jacobian.gradient.to_dense()
@@ -37,8 +37,8 @@ class SumCheck(Extension):
         rounding = 1e2 * eps * (float(sum(sizes)) + self._largest)
         if not torch.allclose(total, whole, rtol=1e3 * eps, atol=rounding):
             raise RuntimeError(
-                f"The per-sample gradients of parameter {describe(jacobian.parameter)} add up to a tensor of norm "
-                f"{total.norm():.6g}, but its gradient has norm {whole.norm():.6g} (difference "
-                f"{(total - whole).norm():.3g}): the parameter is used in a way that was not recorded, or the rule of "
-                "one of its ops is wrong."
+                f"The per-sample gradients of parameter {describe(jacobian.parameter)} add up to a "
+                f"tensor of norm {total.norm():.6g}, but its gradient has norm {whole.norm():.6g} "
+                f"(difference {(total - whole).norm():.3g}): the parameter is used in a way that "
+                "was not recorded, or the rule of one of its ops is wrong."
             )

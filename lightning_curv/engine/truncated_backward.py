@@ -1,4 +1,4 @@
-"""The user's backward pass, ended at the recorded ops: the gradients of their parameters are never computed."""
+"""The user's backward pass, ended at the recorded ops: no gradient by their parameters is made."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def run(
     """
     if options.get("create_graph") or options.get("inputs") is not None:
         raise UnsupportedError(
-            "A backward pass whose gradients are clipped sample by sample takes neither `create_graph` nor `inputs`; "
-            "leave them out. Parameters that the optimizer does not have get ordinary gradients."
+            "A backward pass whose gradients are clipped sample by sample takes neither "
+            "`create_graph` nor `inputs`; leave them out. Parameters that the optimizer does not "
+            "have get ordinary gradients."
         )
     found = passes.tape.parameters
     leaves = dict.fromkeys([*passes.tape.leaves, *(p for group in found.values() for p in group)])

@@ -22,18 +22,19 @@ from lightning_curv.recording.records import LossCall, like, shape_at
 
 # nodes whose output is linear in all of their differentiable inputs together
 _LINEAR = """
-    Add Alias Cat Clone ConstantPadNd Expand Flip Gather Index IndexSelect MaskedFill MaskedSelect Mean NanToNum
-    Nansum Neg Permute Repeat Reshape ReshapeAlias Roll Rsub Select Slice Split SplitWithSizes Squeeze Stack Sub Sum T
-    ToCopy Transpose Unbind UnsafeView Unsqueeze View Where
+    Add Alias Cat Clone ConstantPadNd Expand Flip Gather Index IndexSelect MaskedFill MaskedSelect
+    Mean NanToNum Nansum Neg Permute Repeat Reshape ReshapeAlias Roll Rsub Select Slice Split
+    SplitWithSizes Squeeze Stack Sub Sum T ToCopy Transpose Unbind UnsafeView Unsqueeze View Where
 """
 LINEAR = frozenset(_LINEAR.split())
 # the same but for kinks: second derivatives are zero almost everywhere
 _PIECEWISE = """
-    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin AsStrided AvgPool2D AvgPool3D
-    Clamp ClampMax ClampMin Col2Im CopySlices Cummax Cummin Cumsum Diagonal Embedding Hardsigmoid Hardtanh Im2Col
-    IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl Kthvalue LeakyRelu MaskedScatter Max MaxPool2DWithIndices
-    MaxPool3DWithIndices Maximum Median Min Minimum MkldnnAdaptiveAvgPool2D NativeDropout Nanmedian ReflectionPad1D
-    ReflectionPad2D ReflectionPad3D Relu ReplicationPad1D ReplicationPad2D ReplicationPad3D Scatter ScatterAdd Sort
+    Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin AsStrided
+    AvgPool2D AvgPool3D Clamp ClampMax ClampMin Col2Im CopySlices Cummax Cummin Cumsum Diagonal
+    Embedding Hardsigmoid Hardtanh Im2Col IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl
+    Kthvalue LeakyRelu MaskedScatter Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Median
+    Min Minimum MkldnnAdaptiveAvgPool2D NativeDropout Nanmedian ReflectionPad1D ReflectionPad2D
+    ReflectionPad3D Relu ReplicationPad1D ReplicationPad2D ReplicationPad3D Scatter ScatterAdd Sort
     Threshold Topk Trace Tril Triu Unfold UpsampleBilinear2D UpsampleNearest2D
 """
 PIECEWISE_LINEAR = LINEAR | frozenset(_PIECEWISE.split())

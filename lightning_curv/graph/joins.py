@@ -61,7 +61,7 @@ class Join:
         return use
 
     def pull(self, g: Tensor, owners: Owners) -> Tensor:
-        """The cotangents of the input for every sample, ``[V, N, *input]``, from those of the output, ``[V, *]``."""
+        """Pull cotangents of the output ``[V, *]`` to the input for every sample, ``[V, N, *input]``."""
         shape = shape_at(self.edge)
         columns = []
         for column in g:
@@ -72,7 +72,7 @@ class Join:
         return torch.stack(columns)
 
     def _broadcast(self, g: Tensor, owners: Owners, shape: torch.Size) -> Tensor | None:
-        """One pass, where the node broadcasts its input entry by entry and autograd adds up what it repeats.
+        """Make one pass, where the node broadcasts its input and autograd adds up what it repeats.
 
         ``None``: it is no such node.
         """

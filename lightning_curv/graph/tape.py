@@ -22,9 +22,9 @@ INSIDE = (
     "backward_pass",
 )  # what the backward pass of a function calls that makes a graph of its own
 _ROUTING = """
-    Embedding EmbeddingBag Gather GroupedMm Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl IndexReduce
-    IndexSelect Kthvalue MaskedScatter MaskedSelect Put RepeatInterleave Scatter ScatterAdd ScatterReduce
-    SegmentReduce Sort Take Topk _PackPaddedSequence
+    Embedding EmbeddingBag Gather GroupedMm Index IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl
+    IndexReduce IndexSelect Kthvalue MaskedScatter MaskedSelect Put RepeatInterleave Scatter
+    ScatterAdd ScatterReduce SegmentReduce Sort Take Topk _PackPaddedSequence
 """
 # attributes of nodes that hold axes, sizes, places and factors: numbers, never tensors
 PLACING = (
@@ -103,7 +103,10 @@ class Tape:
         return steps
 
     def note_routing(self) -> None:
-        """Ops that looked like uses and are none: a product of data with a matrix from outside may permute rows."""
+        """Note products of data with a matrix from outside, which may permute rows.
+
+        They looked like uses before their operands were found to be data.
+        """
         products = [
             use for use in self.uses.values() if not use.operands and {*use.roots} - {*use.inputs}
         ]
@@ -129,7 +132,9 @@ class Tape:
 
 
 def walk(root: Node, output: LossCall | None = None) -> Tape:
-    """Collect the records between the root of a graph and its leaves; below a record only its data is followed.
+    """Collect the records between the root of a graph and its leaves.
+
+    Below a record only its data is followed.
 
     Args:
         root: The node of the loss.
@@ -143,7 +148,10 @@ def walk(root: Node, output: LossCall | None = None) -> Tape:
 
 
 def _data_after_all(tape: Tape) -> list[Step]:
-    """Operands that look computed from parameters, but depend on the network's data (a mean over the batch)."""
+    """Demote operands that look computed from parameters, but depend on the network's data.
+
+    Such as a mean over the batch.
+    """
     return tape.demote(
         lambda _, __, operand: any(found in tape.uses for found in nodes_below(operand.edge.node))
     )
@@ -211,7 +219,7 @@ def _follow(
 
 @cache
 def _hides(kind: type) -> bool:
-    """Whether a custom function runs its ops during the backward pass, with parameters that cannot be seen."""
+    """Whether a custom function runs ops with unseen parameters during its backward pass."""
     backward = getattr(getattr(kind, "_forward_cls", None), "backward", None)
     code = getattr(backward, "__code__", None)
     return code is not None and any(name in INSIDE for name in code.co_names)
@@ -232,13 +240,19 @@ def _kind(name: str) -> str:
 
 @cache
 def _placing(kind: type[Node]) -> tuple[str, ...]:
-    """Attributes of a kind of node that hold axes and sizes: one that works along the samples mixes them."""
+    """Attributes of a kind of node that hold axes and sizes.
+
+    An op that works along the axis of the samples mixes them, another one does not.
+    """
     found = [name for name in dir(kind) if name.startswith(PLACING)]
     return (*found, "_saved_index") if kind.__name__.startswith("Select") else tuple(found)
 
 
 def _above(use: Use, output: LossCall) -> bool:
-    """Whether a use outside of the network is none: what looked like its parameters comes from the output."""
+    """Whether a use above the network's output is none.
+
+    What looked like its parameters was then computed from the output.
+    """
     return all(o.derived and reaches(o.edge.node, output.input.node) for o in use.operands.values())
 
 
@@ -268,10 +282,10 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
         name = f"`{type(output).__name__}`"
     if len(found) != 1:
         raise UnsupportedError(
-            f"`output=` must be something that the loss depends on once, found {name} {len(found)} times in its graph. "
-            "Run the forward pass inside `curvature(..., output=module)` or `record(output=module)`, or `extend` the "
-            "module; pass the tensor instead of a module that is called several times; clone an output that is a view "
-            "before overwriting it."
+            f"`output=` must be something that the loss depends on once, found {name} {len(found)} "
+            "times in its graph. Run the forward pass inside `curvature(..., output=module)` or "
+            "`record(output=module)`, or `extend` the module; pass the tensor instead of a module "
+            "that is called several times; clone an output that is a view before overwriting it."
         )
     return LossCall(
         find_output, {"input": found[0].like}, found[0].edge, loss.shape, loss.output_nr

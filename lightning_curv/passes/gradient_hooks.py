@@ -130,5 +130,8 @@ class Listener:
 
 
 def _late(use: Use) -> bool:
-    """Whether the terms can wait until the op has freed what it saved; those behind a transform need its graph."""
+    """Whether the terms can wait until the op has freed what it saved.
+
+    Terms of parameters behind a transform need its graph.
+    """
     return use.rule.bulky and not any(operand.derived for operand in use.operands.values())

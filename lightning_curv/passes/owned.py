@@ -14,7 +14,7 @@ from lightning_curv.terms.owners import Owners
 
 @dataclass(frozen=True)
 class Samples:
-    """N and the owners of the rows of the output of every use and of the input of every loss call."""
+    """N, and the owners of the rows of every use's output and every loss call's input."""
 
     count: int
     uses: Mapping[Node | Join, Owners]

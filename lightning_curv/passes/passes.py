@@ -75,7 +75,7 @@ class Passes:
     separate: bool = True
 
     def only(self, chosen: Tensor) -> Passes:
-        """The same for some of the samples: Jacobians are those of ``chosen [S]``, in ascending order."""
+        """Passes for some of the samples only, ``chosen [S]`` in ascending order."""
         return replace(self, samples=self.samples.only(chosen))
 
     @cached_property
@@ -146,7 +146,10 @@ class Passes:
         )
 
     def jacobians(self, columns: Iterable[Column]) -> Iterator[dict[Tensor, Jacobian]]:
-        """The parameters' Jacobians for as many columns at a time as `COLUMN_BYTES` allow, one parameter at a time."""
+        """Make the parameters' Jacobians, one parameter at a time.
+
+        They are those of as many columns at a time as `COLUMN_BYTES` allow.
+        """
         bytes_ = (
             sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
         )
@@ -165,7 +168,10 @@ class Passes:
     def _jacobians(
         self, columns: Sequence[tuple[Tensor | None, list[Tensor | None]]]
     ) -> Iterator[tuple[Tensor, Jacobian]]:
-        """Every Jacobian as soon as it is complete; the cotangents are taken out of ``columns``, to be freed."""
+        """Make every Jacobian as soon as its last use is there.
+
+        The cotangents are taken out of ``columns``, to be freed.
+        """
         signs = None
         if any(s is not None for s, _ in columns):
             signs = torch.stack(
@@ -184,7 +190,10 @@ class Passes:
                     yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
 
     def terms(self, node: Node | Join, use: Use, g: Tensor | None) -> Iterator[tuple[Tensor, Term]]:
-        """The terms of one use's parameters, for cotangents ``[V, *output]``; ``None``: the columns do not reach it."""
+        """Make the terms of one use's parameters, for cotangents ``[V, *output]``.
+
+        ``None``: the columns do not reach it.
+        """
         if g is None or not use.operands:
             return
         if use.pull is not None:
@@ -220,7 +229,10 @@ def use_edges(tape: Tape) -> list[GradientEdge]:
 def apply_rule(
     use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None
 ) -> dict[str, Term]:
-    """The terms of a use by argument name, for cotangents ``[V, *output]``; ``inputs`` replace recorded ones."""
+    """Make the terms of a use by argument name, for cotangents ``[V, *output]``.
+
+    What ``inputs`` has replaces the recorded arguments.
+    """
     try:
         return terms_of_rule(use, owners, g, inputs)
     except UnsupportedError:
@@ -228,7 +240,8 @@ def apply_rule(
     except NotImplementedError as error:
         name = describe(parameters(use)[0])
         raise UnsupportedError(
-            f"No rule for `{use.name}` using parameter {name}: {error}. Register one with `@lightning_curv.rule`."
+            f"No rule for `{use.name}` using parameter {name}: {error}. Register one with "
+            "`@lightning_curv.rule`."
         ) from error
 
 
@@ -248,8 +261,9 @@ def terms_of_rule(
     other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
     if True in [tensor.is_complex() for tensor in (g, *operands.values())]:
         raise UnsupportedError(
-            f"Expected real numbers in every op with parameters, found complex ones in `{use.name}` using parameter "
-            f"{describe(parameters(use)[0])}. Multiply real and imaginary parts (`torch.view_as_real`), or use `HMP`."
+            "Expected real numbers in every op with parameters, found complex ones in "
+            f"`{use.name}` using parameter {describe(parameters(use)[0])}. Multiply real and "
+            "imaginary parts (`torch.view_as_real`), or use `HMP`."
         )
     found = use.rule.function(call, g, **{**use.arguments, **operands, **other})
     if isinstance(owners, ChosenOwners):
@@ -258,7 +272,7 @@ def terms_of_rule(
 
 
 def _rows(owners: Owners) -> tuple[int, int]:
-    """The axis of a use's output that carries the rows, and how many leading axes do so together."""
+    """The axis of a use's output with the rows, and how many leading axes carry them together."""
     if isinstance(owners, ChosenOwners):
         owners = owners.whole
     if isinstance(owners, RowOwners):

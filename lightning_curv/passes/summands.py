@@ -1,4 +1,4 @@
-"""The parts of a loss: known loss functions, and everything else as a function of the network's outputs.
+"""The parts of a loss: known loss functions, and all else as functions of the outputs.
 
 Above its outputs the network has no parameters: an output is where the last op with a parameter
 ends, or where what depends on no sample meets the samples. A summand that is no known loss

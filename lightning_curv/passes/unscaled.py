@@ -50,7 +50,7 @@ class _Division:
 
 
 def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
-    """Where to start a backward pass, and with what, for the gradient of the sum of the samples' own losses.
+    """Where to start a backward pass, and with what, for the sum of the samples' own losses.
 
     Args:
         passes: The graph.
@@ -84,18 +84,22 @@ def _refuse_half(passes: Passes, dtype: torch.dtype) -> None:
     eps = max(passes.tape.eps, torch.finfo(dtype).eps)
     if eps > HALF:
         raise UnsupportedError(
-            "Private steps in half precision need a loss that is a mean over the samples in a way that can be seen in "
-            "its graph, found another one: the division by their number would take part in the rounding, so that one "
-            "sample changes the gradients of all others. Return `losses.mean()`, `losses.sum() / len(losses)` or a "
-            "loss function of torch with `reduction='mean'`; or let the loss be a sum (`loss_reduction='sum'`), or "
-            "train in float32."
+            "Private steps in half precision need a loss that is a mean over the samples in a way "
+            "that can be seen in its graph, found another one: the division by their number would "
+            "take part in the rounding, so that one sample changes the gradients of all others. "
+            "Return `losses.mean()`, `losses.sum() / len(losses)` or a loss function of torch with "
+            "`reduction='mean'`; or let the loss be a sum (`loss_reduction='sum'`), or train in "
+            "float32."
         )
 
 
 def _divisions(
     tape: Tape, root: GradientEdge, count: int, loss_scale: float
 ) -> list[_Division] | None:
-    """The first node that divides by N on every way down from the loss; ``None``: there is a way without one."""
+    """The first node that divides by N on every way down from the loss.
+
+    ``None`` if there is a way without one.
+    """
     found: list[_Division] = []
     stack, seen = [root[:2]], set[tuple[Node, int]]()
     while stack:

@@ -1,1 +1,1 @@
-"""Which sample owns each row of a tensor: where the batch is, how that is verified, what is refused."""
+"""Which sample owns each row of a tensor: how that is told, how verified, what is refused."""

@@ -19,7 +19,10 @@ from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners, owners_of
 
 
 def anchor_of(search: Search, node: Node | Join, use: Use, count: int) -> Owners | None:
-    """Where a use has its samples, as the rows of the batch that it reads tell; ``None``: they do not."""
+    """Where a use has its samples, as the rows of the batch that it reads tell.
+
+    ``None`` if they do not tell.
+    """
     if (node, count) not in search.anchors:
         search.anchors[node, count] = _told_by_rows(search, node, use, count)
     return search.anchors[node, count]
@@ -47,7 +50,10 @@ def _told_by_rows(search: Search, node: Node | Join, use: Use, count: int) -> Ow
 def _rows_in_order(
     search: Search, node: Node | Join, use: Use, shape: torch.Size, roots: Roots, count: int
 ) -> BatchAxis | None:
-    """The first axis, if the rows of the batch are on it; else the first axis of N of a tensor read as it is."""
+    """The first axis, if the rows of the batch are on it in their order.
+
+    Else the first axis of N entries of a tensor of the batch that is read as it is.
+    """
     rows = len(use.shape) > 0 and shape[0] == use.shape[0]
     if (
         rows
@@ -71,7 +77,10 @@ def _rows_in_order(
 def _numbered(
     search: Search, node: Node | Join, use: Use, shape: torch.Size, numbers: Tensor, count: int
 ) -> Owners | None:
-    """The same axes as in what it reads, if all are among its own; or all of it, if it reads one sample only."""
+    """The same axes as in what it reads, if all are among its own.
+
+    Or all of it, if it reads one sample only.
+    """
     owners = owners_of(numbers, shape, count)
     axes = (owners.axis,) if isinstance(owners, BatchAxis) else owners.axes
     if all(axis in search.axes[node] and use.shape[axis] == shape[axis] for axis in axes):
@@ -80,13 +89,19 @@ def _numbered(
 
 
 def told_by_map(search: Search, op: Mapped, count: int) -> Owners | None:
-    """Where an op under ``vmap`` has its samples, as the rows that it reads tell; ``None``: they do not."""
+    """Where an op under ``vmap`` has its samples, as the rows that it reads tell.
+
+    ``None`` if they do not tell.
+    """
     numbers = (op.roots.numbers or {}).get(count)
     return None if numbers is None else owners_of(numbers, op.like.shape, count)
 
 
 def told_by_target(head: Head, count: int) -> Owners | None:
-    """Who owns the rows of a head, as the targets of the loss call tell, whose rows were moved; ``None``: no such."""
+    """Who owns the rows of a head, as the targets of the loss call tell.
+
+    ``None`` if there are none whose rows were moved and could be followed.
+    """
     target = None if head.call is None else head.call.arguments.get("target")
     if (
         head.call is None
@@ -107,7 +122,10 @@ def told_by_target(head: Head, count: int) -> Owners | None:
 
 
 def agrees_with_target(head: Head, owners: RowOwners) -> bool:
-    """Whether the targets of a loss call, if they are the batch's as they are, belong to the samples of its input."""
+    """Whether the targets of a loss call belong to the samples of its input.
+
+    Only targets that are the batch's as they are can disagree.
+    """
     target = None if head.call is None else head.call.arguments.get("target")
     if head.call is None or not isinstance(target, Tensor) or not target.ndim:
         return True
@@ -116,7 +134,10 @@ def agrees_with_target(head: Head, owners: RowOwners) -> bool:
 
 
 def in_order(roots: Roots, count: int) -> bool:
-    """Whether something has the rows of the batch in their order, several per sample perhaps, or depends on none."""
+    """Whether something has the rows of the batch in their order, or depends on none.
+
+    It may have several rows of each sample.
+    """
     several = [root for root in roots.tensors if root.ndim and len(root) > 1]
     if roots.numbers is None or not several:
         return not roots.data and not roots.routed and all(len(root) == count for root in several)

@@ -68,7 +68,9 @@ def _like(search: Search, use: Use) -> Tensor:
 
 
 def _from_outputs(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]]]:
-    """The network's outputs instead of the heads, for losses that are no sum of anything with N rows.
+    """The network's outputs instead of the heads.
+
+    For losses that are no sum of anything with N rows.
 
     Heads that are inputs of known loss functions stay, if that does not agree all that have N
     rows.

@@ -1,4 +1,4 @@
-"""The user's batch: what the caller knows of it, which numbers of samples it may have, and what belongs to it."""
+"""The user's batch: what is known of it, how many samples it may have, and what belongs to it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Batch:
         return any(root.pointer in self._pointers for root in (*roots.tensors, *wholes))
 
     def read_by(self, tape: Tape) -> Batch:
-        """This batch, or only the size that the graph must agree with if the graph reads none of its tensors."""
+        """This batch; or only its size, if the graph reads none of its tensors."""
         read = [roots for use in tape.uses.values() for roots in use.roots.values()]
         read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
         read += tape.read.values()
@@ -147,7 +147,7 @@ class Batch:
 
 
 def _whole(roots: Sequence[Root]) -> list[Root]:
-    """The same, where several pieces of one tensor are that tensor: the batch was cut, not drawn."""
+    """Take several pieces of one tensor for that tensor: the batch was cut, not drawn."""
     pieces = Counter(root.whole for root in dict.fromkeys(roots))
     return [
         root.whole if root.whole is not None and pieces[root.whole] > 1 else root for root in roots

@@ -1,4 +1,4 @@
-"""Whether a loss treats the samples apart, told by its second derivative at the network's outputs."""
+"""Whether a loss keeps the samples apart, told by second derivatives at the network's outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Undecided(Exception):
 
 
 def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head, Owners]]) -> bool:
-    """Whether a part of a loss is a sum over samples of functions of their own rows of the network's outputs.
+    """Whether a part of a loss is a sum over samples of functions of their own output rows.
 
     The Hessian H of such a part maps a direction whose rows are weighted by their samples to the
     image with the same weights. It costs two differentiations of what lies above the outputs, and
@@ -154,7 +154,10 @@ def _above(tops: Sequence[Head], outputs: set[Node]) -> Iterator[Node]:
 
 
 def differ(one: Tensor, other: Tensor) -> bool:
-    """Whether entries of two inputs that meet have different owners; what cannot be broadcast is no pointwise op."""
+    """Whether entries of two inputs that meet have different owners.
+
+    Inputs that cannot be broadcast do not meet entry by entry: theirs is no pointwise op.
+    """
     try:
         one, other = torch.broadcast_tensors(one, other)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Whether it is plain which rows belong to which sample, where several answers agree with the graph."""
+"""Whether it is plain which rows are whose, where several answers agree with the graph."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def evident(search: Search, heads: Sequence[tuple[Head, Owners]] | None, count: 
 
 
 def told_inside(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -> bool:
-    """Whether rows of the batch that enter between ops without trainable parameters are where the weights arrive.
+    """Whether the weights arrive in order at rows of the batch that enter between frozen ops.
 
     Such as the inputs of a frozen network, beside a prompt.
     """
@@ -97,7 +97,7 @@ def told_inside(search: Search, heads: Sequence[tuple[Head, Owners]], count: int
 def _from_nothing(
     search: Search,
 ) -> bool:
-    """Whether the loss depends on nothing from outside: on points that recorded code has made, perhaps."""
+    """Whether the loss depends on nothing from outside, but on points that recorded code made."""
     tape = search.tape
     read = [roots for use in search.uses.values() for roots in use.roots.values()] + [
         *tape.read.values()
@@ -115,7 +115,7 @@ def _unknown_order(search: Search, read: Sequence[Roots], count: int) -> bool:
 
 
 def _linked(search: Search, heads: Sequence[Head]) -> bool:
-    """Whether rows of all heads depend on rows of the same ops, so that they were compared with each other.
+    """Whether rows of all heads depend on rows of the same ops, and were so compared.
 
     Heads that depend on no parameter, such as targets that are differentiated, do not count
     beside others.

@@ -1,4 +1,4 @@
-r"""The samples: their number N, and the sample that owns each row of every recorded op's output and of every loss call.
+r"""The samples: their number N, and the sample that owns each row of every op and loss call.
 
 N comes from the user's batch: ``batch_size``, else the leading axis of what the network reads
 first. The graph verifies it, it never chooses: columns whose samples are weighted differently are
@@ -124,8 +124,9 @@ def _first_that_agrees(search: Search, counts: Sequence[int]) -> Found:
     if agreeing:
         sizes = " and ".join(str(found.samples.count) for found in agreeing)
         raise UnsupportedError(
-            f"Expected one number of samples that the graph agrees with, found {sizes} (the network reads "
-            f"{default} rows first, which it does not agree with). Pass `batch_size=`."
+            f"Expected one number of samples that the graph agrees with, found {sizes} (the "
+            f"network reads {default} rows first, which it does not agree with). Pass "
+            "`batch_size=`."
         )
     if not search.independent and (samples := _assumed(search, default)) is not None:
         return Found(samples, {}, [])
@@ -151,8 +152,8 @@ def _attempt(search: Search, count: int) -> Found | None:
     plain = agreeing and (evident(search, None, count) or told_inside(search, first, count))
     if len(agreeing) > 1 or (agreeing and not plain):
         search.reason = (
-            "or not: the rows of the batch were moved before the first parameter, and several ways to assign them "
-            "to samples agree with the graph"
+            "or not: the rows of the batch were moved before the first parameter, and several ways "
+            "to assign them to samples agree with the graph"
         )
         return None
     return next(iter(agreeing), None)

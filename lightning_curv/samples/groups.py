@@ -14,7 +14,7 @@ from lightning_curv.terms.owners import Owners, RowOwners
 
 
 def groups_of(use: Use) -> Tensor | None:
-    """For ops whose rule makes its own samples of ragged rows: which of them every row belongs to."""
+    """The sample of the rule that every row belongs to; ``None``: the rule makes none of its own."""
     return None if use.rule.groups is None or not use.arguments else use.rule.groups(use.arguments)
 
 

@@ -1,4 +1,4 @@
-"""Finding the joins of a graph: from what depends on no sample upwards, to where it meets the samples."""
+"""The joins of a graph: from what depends on no sample upwards, to where it meets the samples."""
 
 from __future__ import annotations
 
@@ -106,7 +106,10 @@ def _inputs(tape: Tape, node: Node) -> list[Node]:
 
 
 def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
-    """For every node the nodes that it is an input of; below a recorded op only its data is followed."""
+    """List for every node the nodes that it is an input of.
+
+    Below a recorded op only its data is followed.
+    """
     links: dict[Node, list[_Link]] = defaultdict(list)
     stack, seen = [head.edge.node for head in heads], set[Node]()
     while stack:
@@ -126,7 +129,10 @@ def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
 
 
 def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
-    """Nodes inside of recorded ops: what arrives there is accounted for by the rules of these ops, in part at least."""
+    """Nodes inside of recorded ops.
+
+    What arrives there is accounted for by the rules of these ops, in part at least.
+    """
     followed = {id(node) for node in tape.nodes}
     found, seen = set[Node](), set[Node]()
     stack = [node for node, use in tape.uses.items() if isinstance(node, Node) and use.operands]
@@ -146,7 +152,10 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
 
 
 def reads_unknown(node: Node, holds: Callable[[Roots], bool]) -> bool:
-    """Whether a node is a custom function that may read the batch: something without gradient that it has not saved."""
+    """Whether a node is a custom function that may read the batch unseen.
+
+    It reads something without gradient, and has saved nothing that tells what.
+    """
     if not isinstance(node, BackwardCFunction) or all(
         after is not None for after, _ in node.next_functions
     ):
@@ -162,7 +171,10 @@ def reads_unknown(node: Node, holds: Callable[[Roots], bool]) -> bool:
 def _data_nodes(
     tape: Tape, heads: Sequence[Head], mixed: Mapping[Node, None], holds: Callable[[Roots], bool]
 ) -> set[Node]:
-    """The nodes that depend on the samples: ops with rows of their own, or that may read them, and what is above."""
+    """The nodes that depend on the samples.
+
+    Ops that have rows of the samples, or may read them, and all that is above.
+    """
     depends: dict[Node, bool] = {}
     reading = {op.edge.node for op in tape.mapped if holds(op.roots)}
     reading |= {node for node, roots in tape.read.items() if node not in mixed and holds(roots)}

@@ -1,4 +1,4 @@
-"""Probing a graph: weights given to the samples at the top of the loss tell who owns each row below.
+"""Probing a graph: weights of the samples at the top of the loss tell who owns each row below.
 
 Backpropagation is linear. Two passes whose cotangents differ by one weight per sample give, at
 every row of every tensor, cotangents that differ by the weight of the row's owner; where they
@@ -214,13 +214,13 @@ def base_of(eps: float) -> int:
 
 
 def spread(count: int, eps: float) -> Tensor:
-    """Powers of two, ``[N]``; neighbours have different ones, and samples with the same are far apart."""
+    """Powers of two, ``[N]``: neighbours have different ones, and equal ones are far apart."""
     return 2.0 ** ((golden(count) - 1) * base_of(eps)).floor()
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much a cotangent of weighted samples may differ from the weight times that of unweighted ones.
+    """How much a weighted cotangent may differ from the weight times the unweighted one.
 
     Attributes:
         relative: To the largest entry of a row.
@@ -234,7 +234,7 @@ class Tolerance:
 
     @classmethod
     def exact(cls, eps: float) -> Tolerance:
-        """The order of additions may differ, and the last digits of the smallest numbers that there are."""
+        """Bound the effect of another order of additions, and the last digits of tiny numbers."""
         tiny = 2.0**-24 if FINE < eps < 2e-3 else 2.0**-149
         return cls(16 * 2.0**-23 if eps < FINE else 2 * eps, 64 * tiny)
 
@@ -247,7 +247,9 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Code:
-    """Numbers of samples, spelled by one weight per pass: the digits are the exponents of powers of two.
+    """Numbers of samples, spelled by one weight per pass.
+
+    The digits are the exponents of powers of two.
 
     Attributes:
         base: The number of digits.
@@ -333,7 +335,9 @@ def consistent(
     choices: Iterable[BatchAxis],
     values: Tensor,
 ) -> list[BatchAxis]:
-    """The axes that two cotangents agree with, where the second started as the first times `Owners.weights`.
+    """The axes that two cotangents agree with.
+
+    The second started as the first times `Owners.weights`.
 
     Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its
     sample. Entries that are not finite tell nothing.
@@ -369,7 +373,7 @@ def consistent(
 
 
 def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, Owners | None]:
-    """Who owns the rows of the tensors at ``edges``; ``None``: nothing arrives there from the losses.
+    """Who owns the rows of the tensors at ``edges``; ``None``: no loss reaches them.
 
     Raises:
         UnsupportedError: Samples mix.
@@ -389,8 +393,9 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
     ):
         if finding.mixed:
             raise UnsupportedError(
-                f"Expected rows of {samples.count} samples in a tensor of shape {tuple(place.shape)}, found rows that "
-                "belong to several of them: an op mixes samples."
+                f"Expected rows of {samples.count} samples in a tensor of shape "
+                f"{tuple(place.shape)}, found rows that belong to several of them: an op mixes "
+                "samples."
             )
         found[place.edge] = finding.owners if finding.reached else None
     return found

@@ -32,9 +32,9 @@ def refuse_penalties(
             found = [leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None]
             refuse_scales(search)
             raise UnsupportedError(
-                "Per-sample quantities need a loss that is a sum over samples, found a summand that depends on no "
-                f"sample: a penalty of parameter {describe(found[0])}. Leave penalties to the optimizer "
-                "(`weight_decay`)."
+                "Per-sample quantities need a loss that is a sum over samples, found a summand "
+                f"that depends on no sample: a penalty of parameter {describe(found[0])}. Leave "
+                "penalties to the optimizer (`weight_decay`)."
             )
 
 
@@ -55,8 +55,9 @@ def refuse_scales(
             )
             raise UnsupportedError(
                 "Per-sample quantities need a loss that is a sum over samples, found parameter "
-                f"{describe(parameter)} that multiplies a loss whose samples were averaged before: what each of "
-                "them contributes to the parameter's gradient is gone. Multiply and add before averaging: "
+                f"{describe(parameter)} that multiplies a loss whose samples were averaged before: "
+                "what each of them contributes to the parameter's gradient is gone. Multiply and "
+                "add before averaging: "
                 '`(scale * F.cross_entropy(..., reduction="none") + penalty).mean()`.'
             )
 
@@ -78,9 +79,10 @@ def refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     for name, roots in read:
         if count in roots.pooled and batch.holds(roots):
             raise UnsupportedError(
-                "Per-sample quantities need samples that do not influence each other, but samples mix in what "
-                f"`{name}` reads: a statistic over the {count} samples of the batch (a mean, a maximum, a sum of rows "
-                "of several samples). Take it over the data set, beforehand."
+                "Per-sample quantities need samples that do not influence each other, but samples "
+                f"mix in what `{name}` reads: a statistic over the {count} samples of the batch (a "
+                "mean, a maximum, a sum of rows of several samples). Take it over the data set, "
+                "beforehand."
             )
 
 
@@ -95,8 +97,8 @@ def message(search: Search, count: int, reason: str) -> str:
     )
     known = "`batch_size` says" if search.batch.size is not None else "The batch has"
     return (
-        f"Per-sample quantities need samples that do not influence each other. {known} {count} samples, but "
-        f"{where} (ops with parameters: {some}). {_way_out(search, reason)}"
+        f"Per-sample quantities need samples that do not influence each other. {known} {count} "
+        f"samples, but {where} (ops with parameters: {some}). {_way_out(search, reason)}"
     )
 
 
@@ -105,18 +107,20 @@ def _way_out(search: Search, reason: str) -> str:
         # stray parameters may have been used before recording began
         parameter, op = search.tape.stray[0]
         return (
-            f"Parameter {describe(parameter)} is used by `{op}`, which was not recorded: if the forward pass ran "
-            "outside of `curvature(...)`, run it inside or `extend` the model. Else pass `batch_size=`."
+            f"Parameter {describe(parameter)} is used by `{op}`, which was not recorded: if the "
+            "forward pass ran outside of `curvature(...)`, run it inside or `extend` the model. "
+            "Else pass `batch_size=`."
         )
     if search.batch.size is None:
         return (
-            "Pass `batch_size=` if their number is another one. Statistics over the batch, contrastive losses and "
-            "penalties of batch means have no per-sample gradients: use quantities that need no samples (`HMP`, "
-            "`GGNMP`), or evaluation mode for BatchNorm."
+            "Pass `batch_size=` if their number is another one. Statistics over the batch, "
+            "contrastive losses and penalties of batch means have no per-sample gradients: use "
+            "quantities that need no samples (`HMP`, `GGNMP`), or evaluation mode for BatchNorm."
         )
     return (
-        "Statistics over the batch, contrastive losses and penalties of batch means have no per-sample gradients: "
-        "use quantities that need no samples (`HMP`, `GGNMP`), or evaluation mode for BatchNorm."
+        "Statistics over the batch, contrastive losses and penalties of batch means have no "
+        "per-sample gradients: use quantities that need no samples (`HMP`, `GGNMP`), or evaluation "
+        "mode for BatchNorm."
     )
 
 

@@ -21,15 +21,15 @@ from lightning_curv.graph.tape import Tape
 from lightning_curv.terms.owners import BatchAxis, Owners
 
 _ENTRYWISE = """
-    Abs Add Alias Clamp ClampMax ClampMin Clone Cos Div Elu Erf Exp Expm1 Gelu Hardsigmoid
-    Hardswish Hardtanh LeakyRelu Log Log1P LogSigmoid MaskedFill Mish Mul NanToNum NativeDropout Neg Pow Reciprocal Relu
-    Rsqrt Rsub Sigmoid Silu Sin Softplus Sqrt Sub Tanh Threshold ToCopy Where
+    Abs Add Alias Clamp ClampMax ClampMin Clone Cos Div Elu Erf Exp Expm1 Gelu Hardsigmoid Hardswish
+    Hardtanh LeakyRelu Log Log1P LogSigmoid MaskedFill Mish Mul NanToNum NativeDropout Neg Pow
+    Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Softplus Sqrt Sub Tanh Threshold ToCopy Where
 """
 _VIEWS = "ReshapeAlias Squeeze UnsafeView Unsqueeze View Reshape".split()  # noqa: SIM905
 _LEADING = """
     AdaptiveAvgPool2D AvgPool2D MaxPool2DWithIndices ReflectionPad2D ReplicationPad2D
-    ScaledDotProductEfficientAttention ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu
-    UpsampleBilinear2D UpsampleNearest2D
+    ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
+    ScaledDotProductFlashAttentionForCpu UpsampleBilinear2D UpsampleNearest2D
 """
 _ALONG = frozenset(("LogSoftmax", "Softmax"))
 _REDUCING = frozenset(("Mean", "Sum"))

@@ -1,4 +1,4 @@
-"""Ops that no sample owns, or whose rule does not apply: their parameters get gradients at joins."""
+"""Ops that no sample owns, or whose rule cannot be applied: their parameters act at joins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def joins_of(
     probe: Probe,
     count: int,
 ) -> tuple[dict[Join, Owners], list[Node]]:
-    """Where what depends on no sample meets the samples, and the ops that are no uses of their own then."""
+    """Where what depends on no sample meets the samples.
+
+    And the ops that are no uses of their own then.
+    """
     unplaced = [
         node
         for node, finding in uses.items()
@@ -66,8 +69,8 @@ def joins_of(
             for name, roots in use.roots.items()
         ):
             raise Mixed(
-                f"in what is computed from the output of `{use.name}` (if its input is the same for all samples, "
-                "let the module hold it as a buffer)"
+                f"in what is computed from the output of `{use.name}` (if its input is the same "
+                "for all samples, let the module hold it as a buffer)"
             )
         mixed.append(node_of(node))
     if mixed or strays:
@@ -100,7 +103,9 @@ def _has_rule(search: Search, node: Node | Join, finding: Finding) -> bool:
 def _refuse_inner_mixing(
     search: Search, use: Use, by_rule: Finding, probe: Probe, count: int
 ) -> None:
-    """Raise if an op may mix the samples that its outputs keep apart: they lie on axes that its rule excludes.
+    """Raise if an op may mix samples that its outputs keep apart.
+
+    It may if they lie on axes that its rule excludes.
 
     Raises:
         Mixed: Its inputs mix samples, or tell nothing.
@@ -132,10 +137,10 @@ def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | N
         else f"{most} of the {count} samples"
     )
     warnings.warn(
-        f"Parameters {some} are used by ops without a rule for this use of them ({ops}): their quantities are exact "
-        f"but slow, every column takes a pass through such an op for each of {price}. A rule for the op "
-        "(`@lightning_curv.rule`) is the fast path; `CurvatureCallback(max_samples=)` logs estimates from fewer "
-        "samples.",
+        f"Parameters {some} are used by ops without a rule for this use of them ({ops}): their "
+        "quantities are exact but slow, every column takes a pass through such an op for each of "
+        f"{price}. A rule for the op (`@lightning_curv.rule`) is the fast path; "
+        "`CurvatureCallback(max_samples=)` logs estimates from fewer samples.",
         FallbackWarning,
         stacklevel=2,
     )

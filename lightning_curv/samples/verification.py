@@ -110,7 +110,7 @@ def _place(search: Search, node: Node | Join, use: Use, count: int) -> Place:
 def _above(
     search: Search, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int
 ) -> dict[Node, Owners]:
-    """Who owns the rows of loss calls that are functions of the heads, instead of the other way round.
+    """Who owns the rows of loss calls that are functions of the heads.
 
     Raises:
         Mixed: A row of theirs has several owners.
@@ -134,7 +134,9 @@ def _above(
 
 
 def _refuse_undefined(search: Search, found: Mapping[Node | Join, Finding]) -> None:
-    """Raise if it cannot be told whose numbers are not finite: nothing arrives that would tell the samples apart.
+    """Raise if it cannot be told whose numbers are not finite.
+
+    Nothing arrives there that would tell the samples apart.
 
     Raises:
         Mixed: There are such.
@@ -146,7 +148,8 @@ def _refuse_undefined(search: Search, found: Mapping[Node | Join, Finding]) -> N
             for v in read
         ):
             raise Mixed(
-                f"or not: what `{search.uses[node].name}` reads is not finite, and whose it is cannot be told"
+                f"or not: what `{search.uses[node].name}` reads is not finite, and whose it is "
+                "cannot be told"
             )
 
 

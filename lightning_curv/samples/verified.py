@@ -59,7 +59,7 @@ class Memory:
     entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
 
     def recall(self, key: Hashable, tape: Tape) -> Found | None:
-        """What was found for a graph of this structure; ``None``: unknown, or due to be verified."""
+        """Recall what was found for a graph of this structure; ``None``: it is to be verified."""
         entry = self.entries.get(key)
         if entry is None:
             return None
@@ -98,7 +98,10 @@ class Memory:
 
 
 def _constants(use: Use) -> tuple[Root, ...]:
-    """The tensors from outside that a use reads; all samples share those of one that is no use of its own."""
+    """The tensors from outside that a use reads.
+
+    All samples share those of one that is no use of its own.
+    """
     return tuple(root for roots in use.roots.values() for root in roots.tensors)
 
 

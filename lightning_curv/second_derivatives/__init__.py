@@ -1,1 +1,1 @@
-"""The Hessian minus the generalized Gauss-Newton: second derivatives of nodes and of a parameter's own ops."""
+"""The Hessian minus the GGN: second derivatives of nodes and of a parameter's own ops."""

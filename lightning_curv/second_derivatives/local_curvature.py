@@ -36,7 +36,7 @@ class Residual(ABC):
 
     @abstractmethod
     def positive(self, modify: str) -> Residual:
-        """The residual with its negative eigenvalues set to zero (``"clip"``) or made positive (``"abs"``)."""
+        """Set the negative eigenvalues to zero (``"clip"``), or make them positive (``"abs"``)."""
 
     @abstractmethod
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -172,7 +172,10 @@ class EigenResidual(Residual):
 
 
 def _blocked(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
-    """Gradients are captured at ``edges`` and go no further: an input may depend on another input of the same node."""
+    """Capture gradients at ``edges``, and let them go no further.
+
+    An input may depend on another input of the same node.
+    """
     return nothing_below(dict.fromkeys(edge.node for edge in edges) if len(edges) > 1 else ())
 
 
@@ -210,7 +213,8 @@ class LocalCurvature:
         self.inputs = [g.detach() for g in gradients if g is not None]
         if any(v.is_complex() for v in self.inputs):
             raise UnsupportedError(
-                f"Second derivatives of ops expect real numbers, found complex ones in `{node.name()}`; use `HMP`."
+                "Second derivatives of ops expect real numbers, found complex ones in "
+                f"`{node.name()}`; use `HMP`."
             )
 
     @cached_property

@@ -70,8 +70,8 @@ def _refuse_curved(passes: Passes, join: Join, use: Use) -> None:
     affine = name_of(join.node) in PIECEWISE_LINEAR | BILINEAR | AFFINE and join.recorded is None
     if not affine or below.intersection(found) or not _is_linear(operand, found):
         raise UnsupportedError(
-            f"The Hessian's diagonal needs a rule for `{name_of(join.node)}` using parameter {describe(found[0])}, "
-            "found none. Use `HMP`, or `HessianTraceMC` for the trace."
+            f"The Hessian's diagonal needs a rule for `{name_of(join.node)}` using parameter "
+            f"{describe(found[0])}, found none. Use `HMP`, or `HessianTraceMC` for the trace."
         )
 
 

@@ -36,8 +36,8 @@ from lightning_curv.terms.owners import Owners
 
 # nodes whose output entries depend on one entry of their only data input each
 _ELEMENTWISE = """
-    Acos Acosh Asin Asinh Atan Atanh Celu Cos Cosh Elu Erf Erfc Exp Expm1 Gelu Hardswish Log Log10 Log1P
-    Log2 LogSigmoid Mish Pow Reciprocal Rsqrt Sigmoid Silu Sin Sinh Softplus Sqrt Tan Tanh
+    Acos Acosh Asin Asinh Atan Atanh Celu Cos Cosh Elu Erf Erfc Exp Expm1 Gelu Hardswish Log Log10
+    Log1P Log2 LogSigmoid Mish Pow Reciprocal Rsqrt Sigmoid Silu Sin Sinh Softplus Sqrt Tan Tanh
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 

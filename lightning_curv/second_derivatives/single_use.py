@@ -1,4 +1,4 @@
-"""Parameters that are used once: products with a block need passes between their op and the loss alone.
+"""Parameters that are used once: products need passes between their op and the loss alone.
 
 The op itself is applied to a vector, and transposed, by its rule where that is a linear layer, a
 norm or alike: without the gradient by the parameter that autograd would form to differentiate it a
@@ -52,7 +52,10 @@ class OnlyUse:
 
     @cached_property
     def _order(self) -> bool | None:
-        """Whether the cotangents of the op's term are those at its output in order; ``None``: it cannot be applied."""
+        """Whether the cotangents of the op's term are those at its output, in order.
+
+        ``None`` if its rule cannot be applied to vectors.
+        """
         rule, value = self.use.rule, self.use.operands[self.name].tensor
         if not (rule.affine and rule.slots):
             return None
@@ -106,7 +109,7 @@ class OnlyUse:
 
 
 def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
-    """The parameters that are used once, not through a transform, and these uses; ops with one output only."""
+    """The parameters that are used once, by themselves and by ops of one output; and these uses."""
     counts: Counter[Tensor] = Counter(parameter for parameter, _ in passes.tape.stray)
     found: dict[Tensor, tuple[Node, Use, str]] = {}
     for node, use in passes.tape.uses.items():

@@ -1,4 +1,4 @@
-"""Parameter values as they were at a backward pass, for computations on its graph after the optimizer's step."""
+"""Parameter values as they were at a backward pass, for products after the optimizer's step."""
 
 from __future__ import annotations
 
