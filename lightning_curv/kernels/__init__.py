@@ -1,1 +1,1 @@
-"""What exists only for speed: products by the faster library, memory in huge pages, shared results."""
+"""What exists only for speed: products by the faster library, huge pages, shared results."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 LARGE = 2**22  # bytes of a tensor from which huge pages are asked for
-LARGEST = (
-    2**29
-)  # and up to which: a virtual machine's host takes free blocks back, and giving them again takes longer
+# Bytes of a tensor up to which they are asked for: the host of a virtual machine takes free blocks
+# back, and giving them again takes longer than small pages would.
+LARGEST = 2**29
 _HUGE_PAGE = 14  # MADV_HUGEPAGE
 _PAGE = 2**12  # bytes, at least
 
@@ -30,14 +30,12 @@ _PAGE = 2**12  # bytes, at least
 def empty(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised tensor of the type and on the device of ``like``, to be filled at once."""
     result = like.new_empty(shape)
-    wanted = (
-        LARGE <= result.nbytes <= LARGEST and result.device.type == "cpu" and type(result) is Tensor
-    )
-    if wanted and (advise := _madvise()):
+    in_memory = result.device.type == "cpu" and type(result) is Tensor
+    if in_memory and LARGE <= result.nbytes <= LARGEST and (advise := _madvise()):
         start = result.data_ptr() // _PAGE * _PAGE
-        advise(
-            start, result.data_ptr() + result.nbytes - start, _HUGE_PAGE
-        )  # advice: nothing is lost if it fails
+        end = result.data_ptr() + result.nbytes
+        # This is advice: nothing is lost if it fails.
+        advise(start, end - start, _HUGE_PAGE)
     return result
 
 
@@ -45,16 +43,16 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """``a * b`` for tensors with as many axes each, of equal sizes or 1."""
     if a.nbytes * b.numel() < LARGE or _transformed(a, b):
         return a * b
-    return torch.mul(
-        a, b, out=empty(a, *(max(sizes) for sizes in zip(a.shape, b.shape, strict=True)))
-    )
+    shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
+    return torch.mul(a, b, out=empty(a, *shape))
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
-    if a.shape[1] * b.nbytes < LARGE or _transformed(a, b):
+    rows, columns = a.shape[1], b.shape[2]
+    if rows * b.nbytes < LARGE or _transformed(a, b):
         return torch.bmm(a, b)
-    return torch.bmm(a, b, out=empty(a, len(a), a.shape[1], b.shape[2]))
+    return torch.bmm(a, b, out=empty(a, len(a), rows, columns))
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

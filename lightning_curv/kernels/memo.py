@@ -45,18 +45,16 @@ class Latest(threading.local):
         )
         if self._source is not None and self._source() is base and self._key == key:
             result = self._result
-            if (
-                result is not None and result._version == self._version
-            ):  # nobody has changed it in place since
+            # Nobody must have changed the result in place since.
+            if result is not None and result._version == self._version:
                 return result, True
         self._result = result = make()
-        self._source, self._key, self._version = (
-            weakref.ref(base, self._forget),
-            key,
-            result._version,
-        )
+        self._source = weakref.ref(base, self._forget)
+        self._key = key
+        self._version = result._version
         return result, False
 
     def _forget(self, source: weakref.ref[Tensor]) -> None:
+        """Callback of the reference: a result must not live longer than what it was made of."""
         if source is self._source:
             self._source = self._result = None

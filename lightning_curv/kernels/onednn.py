@@ -22,17 +22,21 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-LARGE = (
-    2**20
-)  # multiplications from which a product by oneDNN is faster, measured; so are those of a stack, one by one
-# rows or columns of a product that is not worth oneDNN's copy of the other matrix, in new memory
+# Multiplications from which a product by oneDNN is faster, measured; so are the products of a stack
+# of such matrices, one by one.
+LARGE = 2**20
+# Rows or columns of a product that is not worth oneDNN's copy of the other matrix, in new memory.
 NARROW = 16
-SMALL = 2**15  # entries of a matrix that is smaller than this buffer
+# Entries of a matrix that is smaller than the buffer which oneDNN transposes matrices through.
+SMALL = 2**15
 
 
 @cache
 def _onednn() -> Callable[..., Tensor] | None:
-    """``_onednn()(a, b, None, "none", [], "")`` is a bᵀ; ``None``: this build of torch does not have it."""
+    """The product that ``(a, b, None, "none", [], "")`` maps to a bᵀ.
+
+    ``None``: this build of torch does not have it.
+    """
     if not torch.backends.mkldnn.is_available():
         return None
     try:
@@ -57,20 +61,24 @@ def is_large(like: Tensor, multiplications: int) -> bool:
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for matrices ``[m, k]`` and ``[k, n]``."""
+    # Autograd does not know a derivative of oneDNN's op.
     differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     wide = min(a.shape[0], b.shape[1]) >= NARROW and b.dtype == a.dtype
     fast = wide and is_large(a, a.shape[0] * b.numel()) and not differentiated
     product = _onednn() if fast else None
     if product is None:
         return a @ b
-    # oneDNN transposes a matrix by columns through a buffer of its own, which a small one is better
-    # copied for
+    # oneDNN transposes a matrix by columns through a buffer of its own. A small matrix is better
+    # copied before.
     right = b.contiguous() if b.numel() <= SMALL else _dense(b)
     return product(_dense(a), right.mT, None, "none", [], "")
 
 
 class _FastProducts(TorchDispatchMode):
-    """Below autograd every op passes by here, a few microseconds each; ``mm`` of large plain matrices is our `mm`."""
+    """A mode in which ``mm`` of large plain matrices is a product by oneDNN.
+
+    Below autograd every op passes by here, which takes a few microseconds each.
+    """
 
     supports_higher_order_operators = True  # they pass by too
 
@@ -89,9 +97,8 @@ class _FastProducts(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.ops.aten.mm.default and all(
-            type(matrix) in (Tensor, Parameter) for matrix in args
-        ):
+        plain = all(type(matrix) in (Tensor, Parameter) for matrix in args)
+        if func is torch.ops.aten.mm.default and plain:
             a, b = args
             if is_large(a, a.shape[0] * b.numel()) and (product := _onednn()) is not None:
                 return product(_dense(a), _dense(b).mT, None, "none", [], "")
@@ -99,16 +106,23 @@ class _FastProducts(TorchDispatchMode):
 
 
 def fast_products(worthwhile: bool) -> AbstractContextManager[object]:
-    """Context in which ``torch.mm`` is `mm`, in passes of autograd too; where oneDNN is missing, nothing changes."""
-    return (
-        _FastProducts()
-        if worthwhile and torch.backends.mkldnn.enabled and _onednn() is not None
-        else nullcontext()
-    )
+    """Context in which ``torch.mm`` is `mm`, in passes of autograd too.
+
+    Where oneDNN is missing, nothing changes.
+
+    Args:
+        worthwhile: Whether there are products large enough to pay for a mode.
+    """
+    if worthwhile and torch.backends.mkldnn.enabled and _onednn() is not None:
+        return _FastProducts()
+    return nullcontext()
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """The matrix, or each of a stack, in one block by rows or by columns: of anything else oneDNN is slower by far."""
+    """The matrix, or each of a stack, in one block by rows or by columns.
+
+    On anything else oneDNN is slower by far.
+    """
     if matrix.is_contiguous() or matrix.mT.is_contiguous():
         return matrix
     return matrix.mT.contiguous().mT if matrix.stride(-2) == 1 else matrix.contiguous()
@@ -116,16 +130,18 @@ def _dense(matrix: Tensor) -> Tensor:
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
-    if len(a) and is_large(
-        a, a.shape[1] * b[0].numel() // 2
-    ):  # few rows, and by columns: faster from twice the size
+    # Such matrices have few rows, and are by columns: oneDNN is faster from twice the size on.
+    if len(a) and is_large(a, a.shape[1] * b[0].numel() // 2):
         products = [*one_by_one(a, b)]
         return products[0][None] if len(products) == 1 else torch.stack(products)
     return a @ b
 
 
 def one_by_one(a: Tensor, b: Tensor) -> Iterator[Tensor]:
-    """The products of two stacks of matrices one after the other, each of at least `LARGE` multiplications."""
+    """The products of two stacks of matrices, one after the other.
+
+    Each has at least `LARGE` multiplications.
+    """
     product = _onednn()
     assert product is not None
     for left, right in zip(_dense(a).unbind(), _dense(b).mT.unbind(), strict=True):
@@ -150,19 +166,25 @@ def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def _plan(equation: str) -> tuple[list[int], slice, list[int], slice, list[int] | None] | None:
-    """Order of the axes, and which become rows or columns; letters of one operand alone have to be of size 1."""
+    """The order of the axes, and which become rows or columns.
+
+    Letters of one operand alone have to be of size 1.
+    """
     operands, result = equation.split("->")
     left, right = operands.split(",")
-    summed = [x for x in left if x in right and x not in result]
-    rows, columns = ([x for x in own if x in result] for own in (left, right))
+    summed = [letter for letter in left if letter in right and letter not in result]
+    rows = [letter for letter in left if letter in result]
+    columns = [letter for letter in right if letter in result]
     if not summed or {*rows} & {*columns}:
         return None
-    a_ones, b_ones = ([x for x in own if x not in (*result, *summed)] for own in (left, right))
-    order = [(rows + columns).index(x) for x in result]
+    kept = {*result, *summed}
+    a_ones = [letter for letter in left if letter not in kept]
+    b_ones = [letter for letter in right if letter not in kept]
+    order = [(rows + columns).index(letter) for letter in result]
     return (
-        [left.index(x) for x in a_ones + rows + summed],
+        [left.index(letter) for letter in a_ones + rows + summed],
         slice(len(a_ones), len(a_ones + rows)),
-        [right.index(x) for x in b_ones + summed + columns],
+        [right.index(letter) for letter in b_ones + summed + columns],
         slice(len(b_ones + summed), len(right)),
         None if order == sorted(order) else order,
     )

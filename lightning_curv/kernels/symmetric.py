@@ -1,4 +1,4 @@
-"""Symmetric matrices: products at half the cost, an eigendecomposition that does not fail, roots without one."""
+"""Symmetric matrices: products at half the cost, a robust eigendecomposition, roots without one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ def gram(x: Tensor) -> Tensor:
         stop = start + STRIP
         strip = mm(x[start:stop], x[start:].mT)
         result[start:stop, start:] = strip
-        result[stop:, start:stop] = strip[:, STRIP:].mT
+        below_diagonal = strip[:, STRIP:].mT
+        result[stop:, start:stop] = below_diagonal
     return result
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of symmetric matrices, computed in float64 and returned in the matrix' own type.
+    """Eigenvalues and eigenvectors of symmetric matrices, computed in float64.
 
-    LAPACK may fail to converge on low-rank float32 matrices with many equal eigenvalues; should
-    float64 fail too, a perturbation of the size of its rounding errors separates them.
+    They are returned in the matrix' own type. LAPACK may fail to converge on low-rank float32
+    matrices with many equal eigenvalues; should float64 fail too, a perturbation of the size of its
+    rounding errors separates them.
     """
     exact = matrix.double()
     try:
@@ -44,20 +46,21 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def root_product(times: Callable[[Tensor], Tensor], vector: Tensor, steps: int) -> Tensor:
-    r"""The root of the positive part of symmetric matrices H times vectors, ``[..., B]``, by products with H alone.
+    r"""The root of the positive part of symmetric matrices H times vectors, by products with H.
 
-    Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep the
+    This is Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep the
     squared length :math:`v^\top H v` of the root times v exactly, for positive semi-definite H, and
     its direction up to an error that falls with the number of steps (Higham, *Functions of
     Matrices*, SIAM 2008, section 13.2).
 
     Args:
         times: H times vectors.
-        vector: The vectors v.
+        vector: The vectors v, ``[..., B]``.
         steps: The number of products.
     """
     length = vector.norm(dim=-1, keepdim=True)
-    basis, diagonal, beside = [vector / length.clamp(min=torch.finfo(vector.dtype).tiny)], [], []
+    basis = [vector / length.clamp(min=torch.finfo(vector.dtype).tiny)]
+    diagonal, beside = [], []  # of the tridiagonal matrix
     steps = min(steps, vector.shape[-1])
     for step in range(steps):
         image = times(basis[-1])
@@ -66,19 +69,21 @@ def root_product(times: Callable[[Tensor], Tensor], vector: Tensor, steps: int) 
             known = torch.stack(basis, -1)
             largest = image.norm(dim=-1)
             for _ in range(2):  # once leaves rounding errors that grow
-                image = image - (known @ (known.mT @ image.unsqueeze(-1))).squeeze(-1)
+                along_known = known @ (known.mT @ image.unsqueeze(-1))
+                image = image - along_known.squeeze(-1)
             left = image.norm(dim=-1)
-            done = (
-                left <= 100 * torch.finfo(vector.dtype).eps * largest
-            )  # H maps these vectors to each other
+            # Where nothing is left H maps the known vectors to each other.
+            done = left <= 100 * torch.finfo(vector.dtype).eps * largest
             beside.append(left.masked_fill(done, 0))
             basis.append((image / left.unsqueeze(-1)).masked_fill(done.unsqueeze(-1), 0))
-    along = torch.diag_embed(torch.stack(diagonal, -1))
+    tridiagonal = torch.diag_embed(torch.stack(diagonal, -1))
     if beside:
-        off = torch.diag_embed(torch.stack(beside, -1), 1)
-        along = along + off + off.mT
-    broken = ~along.isfinite().all(-1).all(-1)
-    values, vectors = eigh(along.masked_fill(broken[..., None, None], 0))
-    first = vectors @ (values.clamp(min=0).sqrt() * vectors[..., 0, :]).unsqueeze(-1)
-    found = length * (torch.stack(basis, -1) @ first).squeeze(-1)
-    return found.masked_fill(broken.unsqueeze(-1), torch.nan)
+        above = torch.diag_embed(torch.stack(beside, -1), 1)
+        tridiagonal = tridiagonal + above + above.mT
+    broken = ~tridiagonal.isfinite().all(-1).all(-1)  # of a diverging network
+    values, vectors = eigh(tridiagonal.masked_fill(broken[..., None, None], 0))
+    # In the basis v is its length times the first unit vector.
+    roots = values.clamp(min=0).sqrt()
+    in_basis = vectors @ (roots * vectors[..., 0, :]).unsqueeze(-1)
+    product = length * (torch.stack(basis, -1) @ in_basis).squeeze(-1)
+    return product.masked_fill(broken.unsqueeze(-1), torch.nan)

@@ -1,4 +1,4 @@
-"""Loss functions: the curvature that a loss call has at its input, as columns, samples and products."""
+"""Loss functions: the curvature of a loss call at its input, as columns, samples and products."""
 
 from lightning_curv.losses.autograd import Quadratic
 from lightning_curv.losses.categorical import Categorical

@@ -41,32 +41,27 @@ class Rows:
         """The number of entries of a sample in every tensor."""
         if self.owners is None:
             return [like.numel() for like in self.likes]
-        return [
-            owners.split(like).shape[1]
-            for owners, like in zip(self.owners, self.likes, strict=True)
-        ]
+        pairs = zip(self.owners, self.likes, strict=True)
+        return [owners.split(like).shape[1] for owners, like in pairs]
 
     def split(self, tensors: Sequence[Tensor]) -> Tensor:
-        """``[N, E]``, the entries of all tensors."""
+        """The entries of all tensors by sample, ``[N, E]``."""
         if self.owners is None:
             return torch.cat([tensor.reshape(1, -1) for tensor in tensors], 1)
-        return torch.cat(
-            [owners.split(tensor) for owners, tensor in zip(self.owners, tensors, strict=True)], 1
-        )
+        pairs = zip(self.owners, tensors, strict=True)
+        return torch.cat([owners.split(tensor) for owners, tensor in pairs], 1)
 
     def join(self, entries: Tensor) -> list[Tensor]:
         """The tensors whose `split` are ``entries [N, E]``."""
-        if self.owners is None:
-            parts = entries.split(self.sizes, 1)
-            return [
-                part.reshape(like.shape).to(like.dtype)
-                for part, like in zip(parts, self.likes, strict=True)
-            ]
         parts = entries.split(self.sizes, 1)
-        return [
-            owners.join(part.to(like.dtype), like.shape)
-            for owners, part, like in zip(self.owners, parts, self.likes, strict=True)
-        ]
+        tensors = []
+        for number, (part, like) in enumerate(zip(parts, self.likes, strict=True)):
+            part = part.to(like.dtype)
+            if self.owners is None:
+                tensors.append(part.reshape(like.shape))
+            else:
+                tensors.append(self.owners[number].join(part, like.shape))
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -107,8 +102,20 @@ class Quadratic(LossPart):
     with weighted vectors.
 
     Cost: one differentiation of the loss (not of the network) per entry of a block, and at most six
-    more; N·E·B numbers of memory for E output entries of a sample in blocks of B. Samples of blocks of more than
-    `LARGE` entries take `STEPS` differentiations and as many vectors, see `root_product`.
+    more; N·E·B numbers of memory for E output entries of a sample in blocks of B. Samples of blocks
+    of more than `LARGE` entries take `STEPS` differentiations and as many vectors, see
+    `root_product`.
+
+    Example:
+        The quadratic f₀ f₁ has an indefinite Hessian; the GGN takes its positive part.
+
+        >>> from torch.autograd.graph import get_gradient_edge
+        >>> f = torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> value = f.prod()
+        >>> edges, owners = [get_gradient_edge(f)], [BatchAxis(1)]
+        >>> part = Quadratic(edges, [f.detach()], owners, value, torch.ones(()))
+        >>> part.multiplication()([torch.tensor([[1.0, 1.0]])])
+        [tensor([[1., 1.]])]
 
     Attributes:
         edges: Where the outputs are in the graph.
@@ -137,22 +144,23 @@ class Quadratic(LossPart):
         return not bool(self._trial[1].any())
 
     def columns(self, complete: bool) -> Iterator[list[Tensor]]:
-        """√λ₊ times every eigenvector of a sample."""
+        """The columns √λ₊ v for every eigenvector v of a sample."""
         values, vectors = self._eigen
         if self.chosen and self.flat:
             warnings.warn(
                 "The GGN is zero: the loss is linear in `output` of shape "
-                f"{tuple(self.likes[0].shape)}. Choose an output further down, for example the logits below a "
-                "log-softmax.",
+                f"{tuple(self.likes[0].shape)}. Choose an output further down, for example the "
+                "logits below a log-softmax.",
                 stacklevel=2,
             )
         values = values.clamp(min=0)
         return (self._column(values, vectors, block, k) for block, k in _used(values, complete))
 
     def sample(self, generator: torch.Generator) -> list[Tensor]:
-        """V √Λ₊ ε; of blocks too large to be decomposed by products with the Hessian."""
+        """The product V √Λ₊ ε; for blocks too large to be decomposed by products with H."""
         rows, blocks = self._layout
-        if blocks.size > LARGE and "_eigen" not in self.__dict__:
+        decomposed = "_eigen" in self.__dict__  # another quantity has needed it
+        if blocks.size > LARGE and not decomposed:
             noise = self._noise(blocks.split(rows.split(self.likes)), generator)
             return self._joined(root_product(self._times_blocks, noise, STEPS))
         values, vectors = self._eigen
@@ -168,17 +176,18 @@ class Quadratic(LossPart):
         return every[owners.chosen.to(like.device)]
 
     def multiplication(self) -> Multiplication:
-        """V Λ₊ Vᵀ v."""
+        """The product V Λ₊ Vᵀ v as a function of v."""
         values, basis = self._eigen
         return partial(_positive_part, *self._layout, values.clamp(min=0), basis)
 
     def signed_columns(self, fewest: bool) -> Iterator[Signed]:
-        """√|λ| times every eigenvector of a sample, with the signs of λ."""
+        """The columns √|λ| v for every eigenvector v of a sample, with the signs of λ."""
         values, vectors = self._eigen
         for block, k in _used(values, not fewest):
             yield self._column(values.abs(), vectors, block, k), signs_of(values[:, block, k])
 
     def _column(self, values: Tensor, vectors: Tensor, block: int, k: int) -> list[Tensor]:
+        """The k-th eigenvector of a block times the root of its eigenvalue, zero elsewhere."""
         column = torch.zeros_like(values)
         column[:, block] = vectors[:, block, :, k] * values[:, block, k].sqrt().unsqueeze(1)
         return self._joined(column)
@@ -191,32 +200,36 @@ class Quadratic(LossPart):
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
         hessian = self._hessian()
-        self.__dict__.pop("_gradients", None)
-        hessian = hessian.to(
-            torch.promote_types(hessian.dtype, torch.float32)
-        )  # eigh takes no half precision
+        self.__dict__.pop("_gradients", None)  # their graph is not needed any more
+        # `eigh` takes no half precision.
+        hessian = hessian.to(torch.promote_types(hessian.dtype, torch.float32))
         if hessian.shape[-1] == 1:
             return hessian[..., 0], torch.ones_like(hessian)
-        broken = ~hessian.isfinite().all(-1).all(
-            -1
-        )  # of a diverging network, which no decomposition takes
+        # No decomposition takes the blocks of a diverging network.
+        broken = ~hessian.isfinite().all(-1).all(-1)
         values, vectors = eigh(hessian.masked_fill(broken[..., None, None], 0))
         return values.masked_fill(broken[..., None], torch.nan), vectors
 
     def _hessian(self) -> Tensor:
-        """``[N, blocks, B, B]``, one differentiation per entry of a block, all blocks and samples at once."""
+        """The Hessian of every block, ``[N, blocks, B, B]``.
+
+        One differentiation gives a column of the matrices of all blocks and samples at once.
+        """
         rows, blocks = self._layout
         if blocks.size > MOST:
             raise UnsupportedError(
-                f"The exact curvature of a loss that torch has no function for takes a matrix of {blocks.size} x "
-                f"{blocks.size} numbers for outputs that have second derivatives in common; at most {MOST} are taken. "
-                "Use Monte-Carlo quantities (`DiagGGNMC`, `KFAC`), which take none, or `HMP`."
+                "The exact curvature of a loss that torch has no function for takes a matrix of "
+                f"{blocks.size} x {blocks.size} numbers for outputs that have second derivatives "
+                f"in common; at most {MOST} are taken. Use Monte-Carlo quantities (`DiagGGNMC`, "
+                "`KFAC`), which take none, or `HMP`."
             )
-        unit = blocks.split(torch.zeros_like(rows.split(self.likes)))
-        places = torch.arange(unit.shape[2], device=unit.device)
-        found = [self._times_blocks(unit.index_fill(2, e, 1)) for e in places]
-        hessian = torch.stack(found, 2) if found else unit[..., None]
-        return (hessian + hessian.mT) / 2
+        zeros = blocks.split(torch.zeros_like(rows.split(self.likes)))
+        columns = []
+        for entry in torch.arange(zeros.shape[2], device=zeros.device):
+            direction = zeros.index_fill(2, entry, 1)
+            columns.append(self._times_blocks(direction))
+        hessian = torch.stack(columns, 2) if columns else zeros[..., None]
+        return (hessian + hessian.mT) / 2  # rounding makes it asymmetric
 
     def _times_blocks(self, direction: Tensor) -> Tensor:
         """The Hessian times a direction, both ``[N, blocks, B]``."""
@@ -229,11 +242,12 @@ class Quadratic(LossPart):
 
     @cached_property
     def _trial(self) -> tuple[Tensor, Tensor]:
-        """A direction that no structure annihilates, and its image: zero only where the Hessian is."""
+        """A direction that no structure annihilates, and its image: zero where the Hessian is."""
         if any(like.is_complex() for like in self.likes):
             raise UnsupportedError(
-                "Expected real numbers at the outputs of the network, found complex ones. Let the last op with "
-                "parameters return real and imaginary parts (`torch.view_as_real`), or use `HMP`."
+                "Expected real numbers at the outputs of the network, found complex ones. Let the "
+                "last op with parameters return real and imaginary parts (`torch.view_as_real`), "
+                "or use `HMP`."
             )
         zeros = self._rows.split(self.likes)
         trial = zeros + 1 + golden(zeros.numel()).reshape(zeros.shape).to(zeros)
@@ -246,72 +260,81 @@ class Quadratic(LossPart):
         Raises:
             UnsupportedError: Second derivatives mix the samples, and they must be separate.
         """
-        rows, (trial, image) = self._rows, self._trial
-        # of rounding: relative to the image, and larger where much cancels, as in a confident
-        # softmax
-        noise = 10 * (self._times(rows, 1.1 * trial) / 1.1 - image).abs()
+        rows = self._rows
+        trial, image = self._trial
+        # Rounding errors are relative to the image, and larger where much cancels, as in a
+        # confident softmax: those of the same product computed otherwise tell.
+        difference = self._times(rows, 1.1 * trial) / 1.1 - image
+        noise = 10 * difference.abs()
         noise = noise + 100 * torch.finfo(image.dtype).eps * image.abs()
-        whole = Blocks(1, trial.shape[1])
         for blocks in self._candidates(trial.shape[1]):
             if self._apart(rows, blocks, trial, image, noise.amax(1, keepdim=True)):
                 return rows, blocks
+        whole = Blocks(1, trial.shape[1])
+        # Whoever found the owners of the outputs has verified that samples do not meet; an output
+        # that the user has chosen was not looked at.
         verified = self.separate and not self.chosen
-        if (
-            verified
-            or not noise.numel()
-            or self._apart(rows, whole, trial, image, 10 * noise.amax())
-        ):
+        if verified or not noise.numel():
+            return rows, whole
+        if self._apart(rows, whole, trial, image, 10 * noise.amax()):
             return rows, whole
         if self.separate:
             raise UnsupportedError(
-                "Expected a loss that treats the samples of a batch separately, found one whose second derivatives mix "
-                "them (statistics over the batch, a contrastive loss, a batch axis other than 0?). Use `GGNMP` or "
-                "`HMP`, which need no samples."
+                "Expected a loss that treats the samples of a batch separately, found one whose "
+                "second derivatives mix them (statistics over the batch, a contrastive loss, a "
+                "batch axis other than 0?). Use `GGNMP` or `HMP`, which need no samples."
             )
         return Rows(self.likes, None), Blocks(1, sum(like.numel() for like in self.likes))
 
     def _apart(
         self, rows: Rows, blocks: Blocks, trial: Tensor, image: Tensor, tolerance: Tensor
     ) -> bool:
-        """Whether H maps a direction with a weight per block to the image with the same weights, or to NaN."""
-        shape = blocks.split(trial).shape
-        weights = golden(shape[0] * shape[1]).reshape(*shape[:2], 1).to(trial).expand(shape)
-        weights = blocks.join(weights)
-        return not bool(
-            ((self._times(rows, weights * trial) - weights * image).abs() > tolerance).any()
-        )
+        """Whether blocks have no second derivatives in common.
+
+        Then H maps a direction with a weight per block to the image with the same weights. NaN,
+        which compares with nothing, is taken for that.
+        """
+        samples, count, size = blocks.split(trial).shape
+        block_weights = golden(samples * count).reshape(samples, count, 1).to(trial)
+        weights = blocks.join(block_weights.expand(samples, count, size))
+        error = self._times(rows, weights * trial) - weights * image
+        return not bool((error.abs() > tolerance).any())
 
     def _candidates(self, entries: int) -> list[Blocks]:
         """Ways in which the entries of a sample may fall into blocks, the smallest first."""
-        found = [Blocks(entries, 1)]
+        candidates = [Blocks(entries, 1)]
         if len(self.likes) == 1:
-            shape, owners = self.likes[0].shape, getattr(self.owners[0], "whole", self.owners[0])
-            taken = {owners.axis} if isinstance(owners, BatchAxis) else {0}
-            taken = set(owners.axes) if isinstance(owners, RowOwners) else taken
+            shape = self.likes[0].shape
+            owners = getattr(self.owners[0], "whole", self.owners[0])
+            taken = {0}
+            if isinstance(owners, BatchAxis):
+                taken = {owners.axis}
+            elif isinstance(owners, RowOwners):
+                taken = set(owners.axes)
+            # The last axis holds the classes, as of tokens [N, T, C] …
             if len(shape) > 1 and len(shape) - 1 not in taken and shape[-1]:
-                found.append(Blocks(entries // shape[-1], shape[-1]))
+                candidates.append(Blocks(entries // shape[-1], shape[-1]))
+            # … or the second one does, as of pixels [N, C, H, W].
             if len(shape) > 2 and taken == {0} and shape[1:].numel():
                 inner = shape[2:].numel()
-                found.append(Blocks(entries // (shape[1] * inner), shape[1], inner))
-        return sorted(
-            (blocks for blocks in found if 0 < blocks.size < entries),
-            key=lambda blocks: blocks.size,
-        )
+                candidates.append(Blocks(entries // (shape[1] * inner), shape[1], inner))
+        smaller = [blocks for blocks in candidates if 0 < blocks.size < entries]
+        return sorted(smaller, key=lambda blocks: blocks.size)
 
     def _times(self, rows: Rows, direction: Tensor) -> Tensor:
         """The Hessian of all samples jointly times a direction, both as entries ``[N, E]``."""
         vectors, gradients = rows.join(direction), self._gradients
         if not gradients:
             return torch.zeros_like(direction)
-        outputs, seeds = [g for _, g in gradients], [vectors[i] for i, _ in gradients]
+        outputs = [gradient for _, gradient in gradients]
+        seeds = [vectors[number] for number, _ in gradients]
         with torch.enable_grad(), unheard(), nothing_below(self.others), differentiating_loss():
-            found = torch.autograd.grad(
+            by_output = torch.autograd.grad(
                 outputs, self.edges, seeds, retain_graph=True, allow_unused=True
             )
-        images = [
-            torch.zeros_like(v) if image is None else image
-            for image, v in zip(found, vectors, strict=True)
-        ]
+        images = []
+        for image, vector in zip(by_output, vectors, strict=True):
+            images.append(torch.zeros_like(vector) if image is None else image)
         return rows.split(images)
 
     @cached_property
@@ -325,24 +348,25 @@ class Quadratic(LossPart):
             differentiating_loss(),
             differentiable(fused([self.root])),
         ):
-            found = torch.autograd.grad(
+            by_output = torch.autograd.grad(
                 self.root, self.edges, seed, create_graph=True, allow_unused=True
             )
-        gradients = [(i, g) for i, g in enumerate(found) if g is not None]
+        gradients = [(number, g) for number, g in enumerate(by_output) if g is not None]
         if gradients:
             self._refuse_lost([g for _, g in gradients], seed)
-        return [(i, g) for i, g in gradients if g.requires_grad]
+        # Those without a graph are constants: the loss is linear in these outputs.
+        return [(number, g) for number, g in gradients if g.requires_grad]
 
     def _refuse_lost(self, gradients: Sequence[Tensor], seed: Tensor) -> None:
-        """Raise where torch has dropped the graph of a ``once_differentiable`` function, which it does silently.
+        """Raise where the graph of a ``once_differentiable`` function is lost.
 
-        Gradients are linear in the seed where their graph is whole.
+        Torch drops it silently. Gradients are linear in the seed where their graph is whole.
         """
         size = torch.stack([g.detach().double().square().sum() for g in gradients]).sum()
         whole = [g for g in gradients if g.requires_grad]
 
-        def found(scale: float) -> Tensor:
-            """The same size by the graph, if it is whole; other factors have other rounding errors."""
+        def size_by_graph(scale: float) -> Tensor:
+            """The same size if the graph is whole; other scales have other rounding errors."""
             directions = [scale * g.detach() for g in whole]
             with differentiating_loss():
                 (share,) = torch.autograd.grad(
@@ -350,37 +374,48 @@ class Quadratic(LossPart):
                 )
             return (share * self.seed).double().sum() / scale
 
-        first, second = (found(1.0), found(1.1)) if whole else (0 * size, 0 * size)
+        first = second = 0 * size
+        if whole:
+            first, second = size_by_graph(1.0), size_by_graph(1.1)
         eps = max(torch.finfo(g.dtype).eps for g in [seed, *gradients])
-        if bool((first - size).abs() > 1e3 * eps * size + 100 * (first - second).abs()):
+        rounding = 1e3 * eps * size + 100 * (first - second).abs()
+        if bool((first - size).abs() > rounding):
             raise NoSecondDerivativeError(
-                "Expected a loss that can be differentiated twice at the outputs of the network, found one with an op "
-                "whose backward function leaves no graph. First-order quantities work with any loss."
+                "Expected a loss that can be differentiated twice at the outputs of the network, "
+                "found one with an op whose backward function leaves no graph. First-order "
+                "quantities work with any loss."
             )
 
 
 def _positive_part(
     rows: Rows, blocks: Blocks, values: Tensor, basis: Tensor, vectors: Sequence[Tensor]
 ) -> list[Tensor]:
-    along = torch.einsum("nbek,nbe->nbk", basis, blocks.split(rows.split(vectors)).to(basis.dtype))
+    """The product V Λ₊ Vᵀ v, with the eigenvalues ``values`` and the eigenvectors ``basis``."""
+    entries = blocks.split(rows.split(vectors)).to(basis.dtype)
+    along = torch.einsum("nbek,nbe->nbk", basis, entries)
     return rows.join(blocks.join(_product(basis, values * along)))
 
 
 def _product(basis: Tensor, along: Tensor) -> Tensor:
+    """The matrix of every block times a vector, ``[N, blocks, B]``."""
     return torch.einsum("nbek,nbk->nbe", basis, along)
 
 
 def _used(values: Tensor, complete: bool) -> list[tuple[int, int]]:
-    """Block and number of the eigenvalues ``[N, blocks, B]`` that are not zero up to rounding in all samples.
+    """The eigenvalues that are not zero up to rounding in all samples, as block and number.
 
     At least one, if there are any, so that parameters get zeros and not nothing.
+
+    Args:
+        values: The eigenvalues, ``[N, blocks, B]``.
+        complete: Take all of them.
     """
     if complete or not values.numel():
-        every = torch.ones(values.shape[1:], dtype=torch.bool)
+        used = torch.ones(values.shape[1:], dtype=torch.bool)
     else:
         magnitudes = values.abs()
-        threshold = (
-            torch.finfo(values.dtype).eps * values.shape[2] * magnitudes.amax(2, keepdim=True)
-        )
-        every = ~(magnitudes <= threshold).all(0)  # NaN too
-    return [(block, k) for block, k in every.nonzero().tolist()] or [(0, 0)][: every.numel()]
+        largest = magnitudes.amax(2, keepdim=True)
+        rounding = torch.finfo(values.dtype).eps * values.shape[2] * largest
+        used = ~(magnitudes <= rounding).all(0)  # NaN is used too
+    numbers = [(block, k) for block, k in used.nonzero().tolist()]
+    return numbers or [(0, 0)][: used.numel()]

@@ -25,7 +25,11 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Categorical:
-    """Σ_c τ_c (-log p_c) per row, divided by Σ of the rows' weights for class indices, by their number otherwise."""
+    """Σ_c τ_c (-log p_c) per row; a row weighs Σ_c τ_c.
+
+    The mean is taken over the weights of the rows for class indices, over the number of rows for
+    class probabilities.
+    """
     axis = 1 if input.ndim > 1 else 0
     p = input.softmax(axis)
     if target.is_floating_point():
@@ -39,17 +43,12 @@ def cross_entropy(
         rows = label
         if label_smoothing:
             uniform = 1.0 if weight is None else weight.sum() / input.shape[axis]
-            rows = (1 - label_smoothing) * label + label_smoothing * uniform * (
-                target != ignore_index
-            )
+            kept = target != ignore_index
+            rows = (1 - label_smoothing) * label + label_smoothing * uniform * kept
         normaliser = label.sum()
-    return Categorical(
-        p,
-        reduced(rows, normaliser, scale, reduction_of(reduction, size_average, reduce)).unsqueeze(
-            axis
-        ),
-        axis,
-    )
+    reduction = reduction_of(reduction, size_average, reduce)
+    weights = reduced(rows, normaliser, scale, reduction)
+    return Categorical(p, weights.unsqueeze(axis), axis)
 
 
 @loss(F.nll_loss)
@@ -66,14 +65,16 @@ def nll_loss(
     """Cross-entropy of log-probabilities."""
     axis = 1 if input.ndim > 1 else 0
     p = input.exp()
-    if not torch.allclose(p.sum(axis), torch.ones((), dtype=p.dtype, device=p.device), atol=1e-2):
+    one = torch.ones((), dtype=p.dtype, device=p.device)
+    if not torch.allclose(p.sum(axis), one, atol=1e-2):
         raise UnsupportedError(
-            "`nll_loss` expects log-probabilities (the output of `log_softmax`), found an input whose exponentials do "
-            "not sum to one; use `cross_entropy` with the logits."
+            "`nll_loss` expects log-probabilities (the output of `log_softmax`), found an input "
+            "whose exponentials do not sum to one; use `cross_entropy` with the logits."
         )
     rows = _label_weight(input, target, weight, ignore_index)
-    rows = reduced(rows, rows.sum(), scale, reduction_of(reduction, size_average, reduce))
-    return Categorical(p, rows.unsqueeze(axis), axis, normalized=True)
+    reduction = reduction_of(reduction, size_average, reduce)
+    weights = reduced(rows, rows.sum(), scale, reduction)
+    return Categorical(p, weights.unsqueeze(axis), axis, normalized=True)
 
 
 @loss(F.kl_div)
@@ -86,13 +87,13 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Categorical:
-    """Cross-entropy of log-probabilities with given probabilities; a row weighs as much as its target."""
+    """Cross-entropy of log-probabilities with given ones; a row weighs as much as its target."""
     same_shape("kl_div", input, target)
     axis = _normalized_axis(input)
-    normaliser = {"mean": input.numel(), "batchmean": len(input)}.get(
-        reduction_of(reduction, size_average, reduce), 1
-    )
-    entries = (target.exp() if log_target else target) * scale / normaliser
+    reduction = reduction_of(reduction, size_average, reduce)
+    normalisers = {"mean": input.numel(), "batchmean": len(input)}
+    probabilities = target.exp() if log_target else target
+    entries = probabilities * scale / normalisers.get(reduction, 1)
     return Categorical(input.exp(), entries.sum(axis, keepdim=True), axis, normalized=True)
 
 
@@ -100,12 +101,16 @@ def _normalized_axis(input: Tensor) -> int:
     """The axis over which the exponentials sum to one."""
     p = input.exp()
     tolerance = max(1e-4, 4 * torch.finfo(p.dtype).eps)
-    axes = [axis for axis in range(1, p.ndim) if bool(((p.sum(axis) - 1).abs() <= tolerance).all())]
+    axes = []
+    for axis in range(1, p.ndim):
+        error = (p.sum(axis) - 1).abs()
+        if bool((error <= tolerance).all()):
+            axes.append(axis)
     if len(axes) != 1:
         raise UnsupportedError(
-            "`kl_div` expects log-probabilities (the output of `log_softmax`) over one axis other than the first, "
-            f"found an input of shape {tuple(input.shape)} whose exponentials sum to one over {len(axes)} axes; "
-            "flatten it to rows `[N, C]`."
+            "`kl_div` expects log-probabilities (the output of `log_softmax`) over one axis other "
+            f"than the first, found an input of shape {tuple(input.shape)} whose exponentials sum "
+            f"to one over {len(axes)} axes; flatten it to rows `[N, C]`."
         )
     return axes[0]
 
@@ -121,9 +126,8 @@ def binary_cross_entropy(
     reduction: str = "mean",
 ) -> Bernoulli:
     """Binary cross-entropy of probabilities over any shape."""
-    weights = reduced(
-        full(input, weight), input.numel(), scale, reduction_of(reduction, size_average, reduce)
-    )
+    reduction = reduction_of(reduction, size_average, reduce)
+    weights = reduced(full(input, weight), input.numel(), scale, reduction)
     return Bernoulli(weights, input, target)
 
 
@@ -142,7 +146,8 @@ def binary_cross_entropy_with_logits(
     weights = full(input, weight)
     if pos_weight is not None:
         weights = weights * (target * pos_weight + 1 - target)
-    weights = reduced(weights, input.numel(), scale, reduction_of(reduction, size_average, reduce))
+    reduction = reduction_of(reduction, size_average, reduce)
+    weights = reduced(weights, input.numel(), scale, reduction)
     return Bernoulli(weights, input.sigmoid())
 
 
@@ -153,4 +158,5 @@ def _label_weight(
     kept = target != ignore_index
     if weight is None:
         return kept.to(input.dtype)
-    return weight[target.where(kept, torch.zeros_like(target))] * kept
+    label = target.where(kept, torch.zeros_like(target))  # an ignored index may be any number
+    return weight[label] * kept

@@ -1,4 +1,4 @@
-r"""Likelihoods: the curvature of a loss at the network's output and a square root of it, exact or sampled.
+r"""Likelihoods: the curvature of a loss at the network's output, and square roots of it.
 
 A loss is the negative logarithm of a likelihood with the network's output ``f`` as parameter. The
 curvature used by the GGN is the Fisher information
@@ -26,38 +26,78 @@ SMALLEST = 1e-12  # variance of a bit that is divided by, as in torch
 
 
 class Likelihood(ABC):
-    """The curvature of a loss at its input ``f``, the weight of every entry or row included."""
+    """The curvature of a loss at its input ``f``, the weight of every entry or row included.
+
+    Example:
+        >>> likelihood = Gaussian(weight=torch.ones(2, 1))  # of (f - y)² for two samples
+        >>> isinstance(likelihood, Likelihood)
+        True
+        >>> likelihood.product(torch.ones(2, 1))  # H v
+        tensor([[2.],
+                [2.]])
+    """
 
     flat = False  # whether H is zero whatever the numbers are
 
     @abstractmethod
     def columns(self, owners: Owners) -> Iterator[Tensor]:
-        """Columns S, each of the input's shape, with Σ S[n] S[n]ᵀ = H_n for every sample n.
+        """Factor H: yield columns S with Σ S[n] S[n]ᵀ = H_n for every sample n.
 
         Args:
             owners: Which sample owns each row of the input.
+
+        Returns:
+            The columns, each of the input's shape.
         """
 
     def fewest_columns(self, owners: Owners) -> Iterator[Tensor]:
-        """Another square root of H, with no more columns than H has ranks where that is known."""
+        """Factor H with no more columns than its rank, where that is known.
+
+        Args:
+            owners: Which sample owns each row of the input.
+
+        Returns:
+            The columns of another square root, each of the input's shape.
+        """
         yield from self.columns(owners)
 
     @abstractmethod
     def sample(self, generator: torch.Generator) -> Tensor:
-        """The gradient at the input for targets drawn from the model; its expected outer product is H."""
+        """Draw targets from the model and take the gradient of the loss at the input.
+
+        Args:
+            generator: The source of random numbers, on the device of the input.
+
+        Returns:
+            The gradient, of the input's shape; its expected outer product is H.
+        """
 
     @abstractmethod
     def product(self, v: Tensor) -> Tensor:
-        """H v, for v of the input's shape."""
+        """Multiply H by a vector.
+
+        Args:
+            v: A tensor of the input's shape.
+
+        Returns:
+            H v, of the same shape.
+        """
 
     @abstractmethod
     def hessian_columns(
         self, owners: Owners, fewest: bool = True
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Columns with signs ``[N]`` (``None``: all positive); their signed squares add up to the loss' own Hessian.
+        """Factor the loss' own Hessian: yield columns whose signed squares add up to it.
 
         It differs from H where the input holds no natural parameters: see the head of this module.
-        ``fewest``: as few as there are; otherwise those that are made the fastest.
+
+        Args:
+            owners: Which sample owns each row of the input.
+            fewest: As few columns as there are; otherwise those that are made the fastest.
+
+        Returns:
+            The columns, each of the input's shape, and their signs, ``[N]``; ``None``: all
+            positive.
         """
 
 
@@ -72,9 +112,14 @@ def nonnegative(weight: Tensor) -> Tensor:
 
 
 def drawable(distribution: Tensor, instead: float) -> Tensor:
-    """Random number generators raise, and on a GPU end the process, where a diverging network returns NaN or inf.
+    """A distribution that can be drawn from where a diverging network returns NaN or inf.
 
-    The draw means nothing there, and what is made of it is NaN again.
+    There random number generators raise, and on a GPU end the process. The draw means nothing, and
+    what is made of it is NaN again.
+
+    Args:
+        distribution: The parameters of the distribution.
+        instead: A parameter to use where they are not finite.
     """
     return distribution.where(distribution.isfinite(), instead)
 
@@ -110,7 +155,7 @@ class _Independent(Likelihood):
         return self.diagonal
 
     def columns(self, owners: Owners) -> Iterator[Tensor]:
-        """√H_ee e_e for every output entry e of a sample."""
+        """The columns √H_ee e_e for every output entry e of a sample."""
         for column, _ in _entries(nonnegative(self.diagonal), owners):
             yield column
 
@@ -126,13 +171,16 @@ class _Independent(Likelihood):
 
 
 def _entries(diagonal: Tensor, owners: Owners) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """√|h_e| e_e and the sign of h_e for every entry e of a sample; entries without curvature too."""
+    """The columns √|h_e| e_e and the signs of h_e for every entry e of a sample.
+
+    Entries without curvature have a column of zeros.
+    """
     values = owners.split(diagonal)
     roots = values.abs().sqrt()
-    for e in range(values.shape[1]):
+    for entry in range(values.shape[1]):
         column = torch.zeros_like(roots)
-        column[:, e] = roots[:, e]
-        yield owners.join(column, diagonal.shape), signs_of(values[:, e])
+        column[:, entry] = roots[:, entry]
+        yield owners.join(column, diagonal.shape), signs_of(values[:, entry])
 
 
 @dataclass(frozen=True)
@@ -141,16 +189,26 @@ class Gaussian(_Independent):
 
     It also stands in for losses with second derivative 2 w and no likelihood (Huber): samples need
     no more than H.
+
+    Args:
+        weight: w, of the input's shape.
+
+    Example:
+        >>> likelihood = Gaussian(weight=torch.tensor([[0.5], [1.5]]))
+        >>> likelihood.diagonal
+        tensor([[1.],
+                [3.]])
     """
 
     @property
     def diagonal(self) -> Tensor:
-        """2 w."""
+        """The second derivatives 2 w."""
         return 2 * self.weight
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """√(2 w) ε with standard normal ε."""
-        return root_of(self.diagonal) * torch.empty_like(self.weight).normal_(generator=generator)
+        """The product √(2 w) ε with standard normal ε."""
+        noise = torch.empty_like(self.weight).normal_(generator=generator)
+        return root_of(self.diagonal) * noise
 
 
 class PiecewiseLinear(Gaussian):
@@ -160,14 +218,15 @@ class PiecewiseLinear(Gaussian):
 
 
 class Variance(Gaussian):
-    """The variance of a normal distribution: H is its Fisher information. Samples as in `Gaussian`."""
+    """The variance of a normal distribution: H is its Fisher information."""
 
     @property
     def hessian(self) -> Tensor:
         """Refused: the Hessian couples mean and variance."""
         raise UnsupportedError(
-            "Hessian quantities need a `gaussian_nll_loss` whose `var` is no output of the network: mean and variance "
-            "share a Hessian. Detach it, or return mean and variance in one tensor and pass it as `output=`."
+            "Hessian quantities need a `gaussian_nll_loss` whose `var` is no output of the "
+            "network: mean and variance share a Hessian. Detach it, or return mean and variance in "
+            "one tensor and pass it as `output=`."
         )
 
 
@@ -175,7 +234,13 @@ class Variance(Gaussian):
 class Bernoulli(_Independent):
     """Binary cross-entropy: H = w p (1 - p) for logits, w / (p (1 - p)) for probabilities.
 
+    Example:
+        >>> p = torch.tensor([[0.5, 0.2]])
+        >>> Bernoulli(weight=torch.ones(1, 2), probabilities=p).diagonal  # of logits
+        tensor([[0.2500, 0.1600]])
+
     Attributes:
+        weight: w, of the input's shape.
         probabilities: p, of the input's shape.
         target: y, where the input holds probabilities; ``None``: it holds logits.
     """
@@ -185,7 +250,7 @@ class Bernoulli(_Independent):
 
     @property
     def variance(self) -> Tensor:
-        """P (1 - p), kept away from 0 where it divides, as `binary_cross_entropy` does."""
+        """The variance p (1 - p), kept away from 0 where it divides, as torch's loss does."""
         variance = self.probabilities * (1 - self.probabilities)
         return variance if self.target is None else variance.clamp(min=SMALLEST)
 
@@ -196,20 +261,17 @@ class Bernoulli(_Independent):
 
     @property
     def hessian(self) -> Tensor:
-        """For probabilities w (y / p² + (1 - y) / (1 - p)²)."""
+        """The loss' own second derivatives; of probabilities w (y / p² + (1 - y) / (1 - p)²)."""
         if self.target is None:
             return self.diagonal
-        p, q = (
-            part.square().clamp(min=SMALLEST)
-            for part in (self.probabilities, 1 - self.probabilities)
-        )
-        return self.weight * (self.target / p + (1 - self.target) / q)
+        p_squared = self.probabilities.square().clamp(min=SMALLEST)
+        q_squared = (1 - self.probabilities).square().clamp(min=SMALLEST)
+        return self.weight * (self.target / p_squared + (1 - self.target) / q_squared)
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """√w (p - y), divided by p (1 - p) for probabilities, with y drawn from the model."""
-        drawn = torch.empty_like(self.probabilities).bernoulli_(
-            drawable(self.probabilities, 0.5), generator=generator
-        )
+        """The gradient √w (p - y), over p (1 - p) for probabilities, with y from the model."""
+        p = drawable(self.probabilities, 0.5)
+        drawn = torch.empty_like(self.probabilities).bernoulli_(p, generator=generator)
         gradient = root_of(self.weight) * (self.probabilities - drawn)
         return gradient if self.target is None else gradient / self.variance
 
@@ -218,7 +280,12 @@ class Bernoulli(_Independent):
 class Poisson(_Independent):
     """Poisson negative log-likelihood: H = w λ for log-rates, w / λ for rates.
 
+    Example:
+        >>> Poisson(weight=torch.ones(1, 2), rate=torch.tensor([[3.0, 4.0]])).diagonal
+        tensor([[3., 4.]])
+
     Attributes:
+        weight: w, of the input's shape.
         rate: λ, of the input's shape.
         target: y, where the input holds rates; ``None``: it holds log-rates.
     """
@@ -233,14 +300,13 @@ class Poisson(_Independent):
 
     @property
     def hessian(self) -> Tensor:
-        """For rates w y / λ²."""
-        return (
-            self.diagonal if self.target is None else self.weight * self.target / self.rate.square()
-        )
+        """The loss' own second derivatives; of rates w y / λ²."""
+        if self.target is None:
+            return self.diagonal
+        return self.weight * self.target / self.rate.square()
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """√w (λ - y), divided by λ for rates, with y drawn from the model."""
-        gradient = root_of(self.weight) * (
-            self.rate - torch.poisson(drawable(self.rate, 0.0), generator=generator)
-        )
+        """The gradient √w (λ - y), over λ for rates, with y from the model."""
+        drawn = torch.poisson(drawable(self.rate, 0.0), generator=generator)
+        gradient = root_of(self.weight) * (self.rate - drawn)
         return gradient if self.target is None else gradient / self.rate

@@ -1,4 +1,4 @@
-"""Parts of a loss: what of it is a function of the same outputs of the network, and the curvature of that function."""
+"""Parts of a loss: functions of the same outputs of the network, and their curvature."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_curv.losses.likelihoods import Likelihood
 from lightning_curv.terms.owners import Owners
 
 Signed = tuple[list[Tensor], Tensor | None]  # a column at every output, and its sign per sample
-
-
-Multiplication = Callable[[Sequence[Tensor]], list[Tensor]]
+Multiplication = Callable[[Sequence[Tensor]], list[Tensor]]  # a matrix times vectors
 
 
 class LossPart(ABC):
-    """A part of a loss as a function of outputs of the network; every tensor list has one entry per output.
+    """A part of a loss as a function of outputs of the network.
+
+    Every list of tensors has one entry per output.
 
     Attributes:
         edges: Where the outputs are in the graph.
@@ -56,7 +56,11 @@ class LossPart(ABC):
 
     @abstractmethod
     def signed_columns(self, fewest: bool) -> Iterator[Signed]:
-        """Columns whose signed squares add up to the Hessian; ``fewest``: leave out what is zero."""
+        """Columns whose signed squares add up to the Hessian.
+
+        Args:
+            fewest: Leave out what is zero.
+        """
 
 
 @dataclass
@@ -82,7 +86,7 @@ class KnownPart(LossPart):
 
     @cached_property
     def likelihood(self) -> Likelihood:
-        """Of the targets, scaled as in the final loss."""
+        """The likelihood of the targets, scaled as in the final loss."""
         return self.make()
 
     @property
@@ -100,11 +104,11 @@ class KnownPart(LossPart):
         return partial(_times, self.likelihood)
 
     def signed_columns(self, fewest: bool) -> Iterator[Signed]:
-        return (
-            ([column], signs)
-            for column, signs in self.likelihood.hessian_columns(self.owner, fewest)
-        )
+        columns = self.likelihood.hessian_columns(self.owner, fewest)
+        return (([column], signs) for column, signs in columns)
 
 
 def _times(likelihood: Likelihood, vectors: Sequence[Tensor]) -> list[Tensor]:
-    return [likelihood.product(vectors[0])]
+    """The curvature of a likelihood times the vector at its only output."""
+    (vector,) = vectors
+    return [likelihood.product(vector)]

@@ -30,6 +30,6 @@ def same_shape(name: str, input: Tensor, target: Tensor) -> None:
     """Raise if the loss would broadcast."""
     if input.shape != target.shape:
         raise UnsupportedError(
-            f"`{name}` expects input and target of one shape, found {tuple(input.shape)} and {tuple(target.shape)}; "
-            "broadcast them yourself before the loss."
+            f"`{name}` expects input and target of one shape, found {tuple(input.shape)} and "
+            f"{tuple(target.shape)}; broadcast them yourself before the loss."
         )

@@ -24,9 +24,8 @@ def mse_loss(
     """Squared error over any shape."""
     same_shape("mse_loss", input, target)
     weights = full(input, weight)
-    return Gaussian(
-        reduced(weights, weights.sum(), scale, reduction_of(reduction, size_average, reduce))
-    )
+    reduction = reduction_of(reduction, size_average, reduce)
+    return Gaussian(reduced(weights, weights.sum(), scale, reduction))
 
 
 @loss(F.l1_loss)
@@ -56,15 +55,10 @@ def smooth_l1_loss(
 ) -> Gaussian:
     """Second derivative 1/β in the zone between ±β, else 0."""
     same_shape("smooth_l1_loss", input, target)
-    inside = ((input - target).abs() < beta) / (2 * beta or 1.0)
-    return Gaussian(
-        reduced(
-            inside.to(input.dtype),
-            input.numel(),
-            scale,
-            reduction_of(reduction, size_average, reduce),
-        )
-    )
+    # Half of the second derivative, see `Gaussian`; for β = 0 there is no zone to divide.
+    halves = ((input - target).abs() < beta) / (2 * beta or 1.0)
+    reduction = reduction_of(reduction, size_average, reduce)
+    return Gaussian(reduced(halves.to(input.dtype), input.numel(), scale, reduction))
 
 
 @loss(F.huber_loss)
@@ -78,8 +72,9 @@ def huber_loss(
 ) -> Gaussian:
     """Second derivative 1 in the zone between ±δ, else 0."""
     same_shape("huber_loss", input, target)
-    inside = ((input - target).abs() < delta) / 2
-    return Gaussian(reduced(full(input, weight) * inside, input.numel(), scale, reduction))
+    halves = ((input - target).abs() < delta) / 2  # of the second derivative, see `Gaussian`
+    weights = full(input, weight) * halves
+    return Gaussian(reduced(weights, input.numel(), scale, reduction))
 
 
 @loss(F.poisson_nll_loss)
@@ -96,10 +91,11 @@ def poisson_nll_loss(
 ) -> Poisson:
     """Counts with the rate exp(f) or f + ε."""
     same_shape("poisson_nll_loss", input, target)
-    weights = reduced(
-        torch.ones_like(input), input.numel(), scale, reduction_of(reduction, size_average, reduce)
-    )
-    return Poisson(weights, input.exp()) if log_input else Poisson(weights, input + eps, target)
+    reduction = reduction_of(reduction, size_average, reduce)
+    weights = reduced(torch.ones_like(input), input.numel(), scale, reduction)
+    if log_input:
+        return Poisson(weights, input.exp())
+    return Poisson(weights, input + eps, target)
 
 
 @loss(F.gaussian_nll_loss)
@@ -112,7 +108,7 @@ def gaussian_nll_loss(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> Gaussian:
-    """Squared error over twice a variance; a variance from the network is described by `gaussian_variance`."""
+    """Squared error over twice a variance, which `gaussian_variance` describes."""
     same_shape("gaussian_nll_loss", input, target)
     weights = 0.5 / _variance(var, input, eps)
     return Gaussian(reduced(weights, input.numel(), scale, reduction))
@@ -128,16 +124,22 @@ def gaussian_variance(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> Variance:
-    """The variance ``input`` around the mean ``var``: Fisher information 1/(2 v²), none between mean and variance."""
-    variance = _variance(input, var, eps)
-    shape = input.shape if input.ndim == var.ndim else (*input.shape, 1)
-    weights = reduced(0.25 / variance.square(), var.numel(), scale, reduction)
+    """The variance ``input`` around the mean ``var``, with the Fisher information 1/(2 v²).
+
+    There is none between mean and variance.
+    """
+    mean = var  # see `loss`: the differentiable argument is the input
+    variance = _variance(input, mean, eps)
+    weights = reduced(0.25 / variance.square(), mean.numel(), scale, reduction)
+    # One variance may belong to several entries of the mean, whose information adds up.
+    shape = input.shape if input.ndim == mean.ndim else (*input.shape, 1)
     return Variance(weights.sum_to_size(shape).reshape(input.shape))
 
 
 def _variance(var: Tensor | float, mean: Tensor, eps: float) -> Tensor:
     """The variance in the shape of the mean."""
     variance = torch.as_tensor(var, dtype=mean.dtype, device=mean.device)
-    if variance.ndim and variance.shape == mean.shape[:-1] and variance.shape != mean.shape:
+    one_per_row = variance.ndim > 0 and variance.shape == mean.shape[:-1]
+    if one_per_row and variance.shape != mean.shape:
         variance = variance.unsqueeze(-1)
     return variance.clamp(min=eps).expand(mean.shape)
