@@ -1,1 +1,1 @@
-"""Curvatures that a step can use: Kronecker factors, their eigenbasis, diagonals, and how they are measured."""
+"""Curvatures that a step can use: Kronecker factors, their eigenbasis, diagonals."""

@@ -15,36 +15,46 @@ def weight_bias_pairs(jacobians: dict[Tensor, Jacobian]) -> dict[Tensor, Tensor]
 
     Args:
         jacobians: of the parameters.
+
+    Returns:
+        The bias of each of these weights.
     """
-    biases = [
-        (param, jacobian.terms[0]) for param, jacobian in jacobians.items() if _is_bias(jacobian)
-    ]
+    biases = {
+        param: jacobian.terms[0] for param, jacobian in jacobians.items() if _is_bias(jacobian)
+    }
     pairs: dict[Tensor, Tensor] = {}
     for weight, jacobian in jacobians.items():
-        term = jacobian.terms[0]
-        if (
-            len(jacobian.terms) > 1
-            or term.x is None
-            or term.classes
-            or not term.par.startswith("oi")
-        ):
+        if not _is_weight(jacobian):
             continue
-        found = next(
-            (i for i, (_, bias) in enumerate(biases) if _same_cotangents(term, bias)), None
-        )
-        if found is not None:
-            pairs[weight] = biases.pop(found)[0]
+        term = jacobian.terms[0]
+        partner = next((b for b, other in biases.items() if _same_cotangents(term, other)), None)
+        if partner is not None:
+            pairs[weight] = partner
+            del biases[partner]  # a bias belongs to one weight
     return pairs
 
 
+def _is_weight(jacobian: Jacobian) -> bool:
+    """Whether it is a weight of one use with outputs in front, a matrix of one group."""
+    term = jacobian.terms[0]
+    if len(jacobian.terms) > 1 or term.x is None or term.classes:
+        return False
+    return term.par.startswith("oi")
+
+
 def _is_bias(jacobian: Jacobian) -> bool:
-    return len(jacobian.terms) == 1 and jacobian.terms[0].x is None and jacobian.terms[0].par == "o"
+    """Whether the derivative by this parameter is the cotangents themselves."""
+    term = jacobian.terms[0]
+    return len(jacobian.terms) == 1 and term.x is None and term.par == "o"
 
 
 def _same_cotangents(weight: Term, bias: Term) -> bool:
     if (weight.out, weight.g.shape) != (bias.out, bias.g.shape):
         return False
-    if (weight.g.data_ptr(), weight.g.stride()) == (bias.g.data_ptr(), bias.g.stride()):
+    same_memory = weight.g.data_ptr() == bias.g.data_ptr()
+    if same_memory and weight.g.stride() == bias.g.stride():
         return True
     # Copies, from a conversion out of low precision. Cotangents that are all zero say nothing.
-    return weight.g.dtype == bias.g.dtype and torch.equal(weight.g, bias.g) and bool(weight.g.any())
+    if weight.g.dtype != bias.g.dtype:
+        return False
+    return torch.equal(weight.g, bias.g) and bool(weight.g.any())

@@ -13,7 +13,10 @@ from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, u
 
 
 class DiagonalCurvature(Curvature):
-    r"""Diagonal $h$ per parameter, a bias-corrected running mean with the second of the group's `betas`.
+    r"""A diagonal $h$ per parameter, a bias-corrected running mean.
+
+    Its decay is the second of the group's `betas`. There is nothing to invert: directions are
+    quotients.
 
     Args:
         extension: leaves the diagonal of one batch on the parameters.
@@ -26,18 +29,21 @@ class DiagonalCurvature(Curvature):
         return {}
 
     def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
-        field, (param,) = as_tensors(fields[0]), block.params
-        if len(field) != 1 or field[0].shape != param.shape:
+        (param,) = block.params
+        diagonals = as_tensors(fields[0])
+        if len(diagonals) != 1 or diagonals[0].shape != param.shape:
             raise ValueError(
-                f"`{self.extension.savefield}` must be one tensor of its parameter's shape {tuple(param.shape)}, "
-                f"found {[tuple(tensor.shape) for tensor in field]}."
+                f"`{self.extension.savefield}` must be one tensor of its parameter's shape "
+                f"{tuple(param.shape)}, found {[tuple(tensor.shape) for tensor in diagonals]}."
             )
-        return field
+        return diagonals
 
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
         if "diagonal" not in state:
-            state["diagonal"], state["weight"] = _zeros(block.params[0]), 0.0
-        state["weight"] = next_weight(state["weight"], block.group["betas"][1])
+            state["diagonal"] = _zeros(block.params[0])
+            state["weight"] = 0.0
+        _, decay = block.group["betas"]
+        state["weight"] = next_weight(state["weight"], decay)
         update_mean(state["diagonal"], statistics[0] * scale, state["weight"])
 
     def mean_eigenvalue(self, state: State) -> Tensor:
@@ -63,13 +69,19 @@ class DiagonalCurvature(Curvature):
         return "diagonal" in state
 
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
-        r"""$d = g / (\hat h + \lambda)$."""
-        return [[g.values[0] / (g.state["diagonal"] + g.damping)] for g in gradients]
+        r"""The directions $d = g / (\hat h + \lambda)$."""
+        directions = []
+        for gradient in gradients:
+            (value,) = gradient.values
+            damped = gradient.state["diagonal"] + gradient.damping
+            directions.append([value / damped])
+        return directions
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
-        r"""$d^\top \operatorname{diag}(\hat h) \, d$."""
+        r"""The squared length $d^\top \operatorname{diag}(\hat h) \, d$."""
         return (value.square() * state["diagonal"]).sum()
 
 
 def _zeros(tensor: Tensor) -> Tensor:
+    """Zeros to average into, in float32 or wider: a mean of many in bfloat16 would stand still."""
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))

@@ -28,35 +28,34 @@ from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, u
 
 
 class EigenCurvature(KroneckerCurvature):
-    r"""Block $Q \operatorname{diag}(s) Q^\top$ with $Q = \bigotimes_i Q_i$ from the factors' eigenvectors.
+    r"""A block $Q \operatorname{diag}(s) Q^\top$ in the eigenbasis of Kronecker factors.
 
+    $Q = \bigotimes_i Q_i$ are the eigenvectors of the factors, and
     $s = \mathbb{E} \sum_{v,n} (Q^\top J_{vn})^2$ are the second moments of the columns in this
     basis, the best diagonal in Frobenius norm; damping is exact, $(s + \lambda)^{-1}$. The first
     basis starts with the eigenvalues of the Kronecker product, a later one with the diagonal that
     $Q \operatorname{diag}(s) Q^\top$ has in it.
 
     Source: T. George, C. Laurent, X. Bouthillier, N. Ballas, P. Vincent, *Fast Approximate Natural
-        Gradient Descent in
-    a Kronecker-factored Eigenbasis*, NeurIPS 2018, algorithm 1.
+        Gradient Descent in a Kronecker-factored Eigenbasis*, NeurIPS 2018, algorithm 1.
     """
 
     derived = ("basis", "moments", "moments_weight")
 
     def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
         factors = super().measure(state, block, fields, step)
-        if not self.ready(state) or [f.shape for f in factors] != [f.shape for f in means(state)]:
+        shapes, known_shapes = [f.shape for f in factors], [f.shape for f in means(state)]
+        if not self.ready(state) or shapes != known_shapes:
             return factors
-        return [
-            second_moments(fields, state["basis"], state["batched"], state.get("center", ())),
-            *factors,
-        ]
+        center_of_basis = state.get("center", ())
+        moments = second_moments(fields, state["basis"], state["batched"], center_of_basis)
+        return [moments, *factors]
 
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
         if self.ready(state) and statistics[0].shape == state["moments"].shape:
             moments, *statistics = statistics
-            state["moments_weight"] = next_weight(
-                state["moments_weight"], block.group["factor_decay"]
-            )
+            decay = block.group["factor_decay"]
+            state["moments_weight"] = next_weight(state["moments_weight"], decay)
             update_mean(state["moments"], moments * scale, state["moments_weight"])
         super().absorb(state, block, statistics, scale)
 
@@ -69,12 +68,11 @@ class EigenCurvature(KroneckerCurvature):
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
         factors, batched = state["factors"], state["batched"]
         groups = factors[0].shape[: int(batched)]
-        return [
-            *(f.shape for f in factors),
-            torch.Size([*groups, *(rows(f, batched) for f in factors)]),
-        ]
+        moments = torch.Size([*groups, *(rows(factor, batched) for factor in factors)])
+        return [*(factor.shape for factor in factors), moments]
 
     def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
+        # The eigenvalues that a first basis starts with count as one measurement.
         if "basis" not in state:
             state["moments_weight"] = 1.0
         *state["basis"], state["moments"] = tensors
@@ -84,40 +82,44 @@ class EigenCurvature(KroneckerCurvature):
         return "basis" in state
 
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
-        states = [g.state for g in gradients]
-        values = [matrix(g).to(g.state["moments"].dtype) for g in gradients]
-        inverse = [[_transposed(q, state["batched"]) for q in state["basis"]] for state in states]
-        values = _rotated(states, inverse, values)
-        values = [
-            v / (g.state["moments"].view(v.shape) + g.damping)
-            for v, g in zip(values, gradients, strict=True)
+        r"""The directions $Q \operatorname{diag}(s + \lambda)^{-1} Q^\top g$ of all blocks."""
+        states = [gradient.state for gradient in gradients]
+        bases = [state["basis"] for state in states]
+        inverse_bases = [
+            [_transposed(q, state["batched"]) for q in state["basis"]] for state in states
         ]
-        values = _rotated(states, [state["basis"] for state in states], values)
+        values = [matrix(g).to(g.state["moments"].dtype) for g in gradients]
+        values = _rotated(states, inverse_bases, values)
+        values = [
+            value / (gradient.state["moments"].view(value.shape) + gradient.damping)
+            for value, gradient in zip(values, gradients, strict=True)
+        ]
+        values = _rotated(states, bases, values)
         return [from_matrix(value, g) for value, g in zip(values, gradients, strict=True)]
 
 
 def _rotated(
     states: Sequence[State], bases: Sequence[list[Tensor]], values: Sequence[Tensor]
 ) -> list[Tensor]:
-    return kronecker_matmuls(
-        [
-            (basis, value, state["batched"])
-            for state, basis, value in zip(states, bases, values, strict=True)
-        ]
-    )
+    """Every value times the matrices of a basis, those of equal shapes in one product."""
+    products = [
+        (basis, value, state["batched"])
+        for state, basis, value in zip(states, bases, values, strict=True)
+    ]
+    return kronecker_matmuls(products)
 
 
 def _decomposition(state: State) -> list[Tensor] | None:
-    """The eigenvectors of the factors and the second moments in their basis."""
+    """The eigenvectors of the factors and the second moments in their basis; None if it failed."""
     batched = state["batched"]
-    decomposed = [
-        _eigenvectors(to_invert(state, unit), batched) for unit in range(len(state["factors"]))
-    ]
-    if any(result is None for result in decomposed):
-        return None
-    values, basis = (
-        list(parts) for parts in zip(*(result for result in decomposed if result), strict=True)
-    )
+    values: list[Tensor] = []
+    basis: list[Tensor] = []
+    for unit in range(len(state["factors"])):
+        decomposed = _eigenvectors(to_invert(state, unit), batched)
+        if decomposed is None:
+            return None
+        values.append(decomposed[0])
+        basis.append(decomposed[1])
     if "basis" not in state:
         return [*basis, kronecker_matmul(values, _outer_ones(values, batched), batched)]
     # The diagonal of U diag(s) Uᵀ is (U ∘ U) s, U from the old basis to the new one.
@@ -129,28 +131,39 @@ def _decomposition(state: State) -> list[Tensor] | None:
 
 
 def _outer_ones(values: Sequence[Tensor], batched: bool) -> Tensor:
+    """Ones, [d_1, …, d_k] or [G, d_1, …, d_k], for eigenvalues [d_i] or [G, d_i]."""
     groups = values[0].shape[:-1] if batched else torch.Size()
-    return values[0].new_ones(*groups, *(value.shape[-1] for value in values))
+    sizes = [value.shape[-1] for value in values]
+    return values[0].new_ones(*groups, *sizes)
 
 
 def _squared_cosines(q: Tensor, old: Tensor) -> Tensor:
+    """The squares U ∘ U of the rotation U = Qᵀ Q_old."""
     return (q.mT @ old).square()
 
 
 def _eigenvectors(factor: Tensor, batched: bool) -> tuple[Tensor, Tensor] | None:
-    """Eigenvalues and eigenvectors; of a diagonal: itself and ones, the diagonal of the identity."""
+    """Eigenvalues and eigenvectors; None where some diagonal block has none that are finite.
+
+    Of a diagonal they are itself and ones, the diagonal of the identity.
+    """
     if is_diagonal(factor, batched):
         return factor, torch.ones_like(factor)
-    decomposed = [_decomposed(part) for part in parts_of(factor, batched)]
-    if any(result is None for result in decomposed):
-        return None
-    values, vectors = zip(*(result for result in decomposed if result is not None), strict=True)
+    values: list[Tensor] = []
+    vectors: list[Tensor] = []
+    for part in parts_of(factor, batched):
+        decomposed = _decomposed(part)
+        if decomposed is None:
+            return None
+        values.append(decomposed[0])
+        vectors.append(decomposed[1])
     remaining = iter(vectors)
     basis = partwise(lambda _: next(remaining), factor, batched=batched)
     return (values[0] if len(values) == 1 else torch.cat(values)), basis
 
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues, none below zero, and eigenvectors, in float64 where the own dtype fails."""
     for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
         try:
             values, vectors = torch.linalg.eigh(matrix.to(dtype))
@@ -162,4 +175,7 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _transposed(q: Tensor, batched: bool) -> Tensor:
-    return q if is_diagonal(q, batched) else partwise(lambda part: part.mT, q, batched=batched)
+    """The transpose of an orthogonal factor, its inverse."""
+    if is_diagonal(q, batched):
+        return q
+    return partwise(lambda part: part.mT, q, batched=batched)

@@ -1,4 +1,7 @@
-"""The columns of the empirical Fisher matrix: the per-sample gradients themselves; alone, or where no others are."""
+"""The columns of the empirical Fisher matrix: the per-sample gradients themselves.
+
+They are taken where they are asked for, and where the loss gives no other columns.
+"""
 
 import math
 from collections.abc import Iterator
@@ -29,7 +32,7 @@ class Labels:
     fitted: bool = False
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
-        """One pass."""
+        """The Jacobian of the one column, by one pass."""
         # A loss that is a mean over N samples has per-sample gradients g / N, its Fisher matrix
         # columns g / √N.
         seed = passes.seed * math.sqrt(passes.samples.count)
@@ -40,10 +43,10 @@ class Labels:
 
 
 class Curved:
-    """The columns of a source, or fitted `Labels` where the loss gives it none, with a warning the first time.
+    """The columns of a source, or fitted `Labels` where the loss gives it none.
 
-    That is where a loss that torch has no function for has no second derivative, and where it is
-    piecewise linear, so that all of its curvature is zero.
+    A warning says so the first time. That is where a loss that torch has no function for has no
+    second derivative, and where it is piecewise linear, so that all of its curvature is zero.
 
     Args:
         source: What is to be taken as long as there is curvature.
@@ -56,16 +59,20 @@ class Curved:
     def on(self, passes: Passes) -> Source:
         """The source for some passes."""
         try:
-            if not all(part.flat for part in passes.parts):
-                return self.source
-            reason = "the curvature of the loss is zero"
+            is_flat = all(part.flat for part in passes.parts)
         except NoSecondDerivativeError:
             reason = "the loss has no second derivative"
-        except UnsupportedError:  # raised again where it belongs
+        except UnsupportedError:
+            # It is raised again, with its own message, by the source that needs what is missing.
             return self.source
+        else:
+            if not is_flat:
+                return self.source
+            reason = "the curvature of the loss is zero"
         if reason not in self._told:
             warn(
-                f"takes the empirical Fisher matrix (the gradients of the samples) as curvature: {reason}."
+                "takes the empirical Fisher matrix (the gradients of the samples) as curvature: "
+                f"{reason}."
             )
             self._told.add(reason)
         return Labels(fitted=True)  # type: ignore[return-value]
@@ -79,10 +86,11 @@ def curved(*extensions: Extension) -> None:
 
 
 class JacobianEmpirical(JacobianMC):
-    r"""The per-sample gradients times $\sqrt N$, unevaluated, in `jacobian_empirical`; for losses that are means.
+    r"""The per-sample gradients times $\sqrt N$, unevaluated, in `jacobian_empirical`.
 
-    F. Kunstner, L. Balles, P. Hennig, *Limitations of the Empirical Fisher Approximation for
-    Natural Gradient Descent*, NeurIPS 2019, on why it is no substitute near an optimum.
+    It is meant for losses that are means over the samples. F. Kunstner, L. Balles, P. Hennig,
+    *Limitations of the Empirical Fisher Approximation for Natural Gradient Descent*, NeurIPS 2019,
+    on why it is no substitute near an optimum.
     """
 
     savefield = "jacobian_empirical"

@@ -27,9 +27,10 @@ class Inbox:
     def unread(self, param: Tensor) -> Any:
         """The field, or None if it is absent, empty or read before."""
         field = getattr(param, self.savefield, None)
-        read = self._read.get(param)
         mark = _mark(field)
-        return None if mark is None or (read is not None and read() is mark) else field
+        reference = self._read.get(param)
+        was_read = reference is not None and reference() is mark
+        return None if mark is None or was_read else field
 
     def mark_read(self, param: Tensor) -> None:
         """Take the field as read; a Jacobian, which holds the activations of a pass, is dropped."""
@@ -41,7 +42,10 @@ class Inbox:
 
 
 def _mark(field: Any) -> Any:
-    return (field[0] if field else None) if isinstance(field, Sequence) else field
+    """What tells a field from another: itself, or the first tensor of a sequence."""
+    if not isinstance(field, Sequence):
+        return field
+    return field[0] if field else None
 
 
 def as_tensors(field: Tensor | Sequence[Tensor] | None) -> list[Tensor]:

@@ -25,9 +25,10 @@ from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, u
 
 
 class KroneckerCurvature(Curvature):
-    r"""Block $F_1 \otimes \dots \otimes F_k$, each factor a running mean (`factor_decay` of the group).
+    r"""A block $F_1 \otimes \dots \otimes F_k$, each factor a running mean.
 
-    The inverse is that of $\bigotimes_i (F_i + \gamma_i I)$, see `damping.split_damping`.
+    Its decay is the `factor_decay` of the group. The inverse is that of
+    $\bigotimes_i (F_i + \gamma_i I)$, see `damping.split_damping`.
 
     Args:
         extension: leaves the Jacobians of one batch on the parameters.
@@ -63,51 +64,63 @@ class KroneckerCurvature(Curvature):
     def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
         statistics = kronecker_factors(fields, self.sharing, self.positions, step, self.split)
         count = factors_among(statistics, block)
-        return [*self.checked(statistics[:count], block), *statistics[count:]]
+        factors, others = statistics[:count], statistics[count:]
+        return [*self.checked(factors, block), *others]
 
     def checked(self, factors: list[Tensor], block: Block) -> list[Tensor]:
-        """The factors, large ones as diagonals; refuse those that do not fit the block."""
+        """The factors, large ones as diagonals.
+
+        Args:
+            factors: of one batch, see `kronecker_factors`.
+            block: the parameters.
+
+        Raises:
+            ValueError: the factors do not fit the block.
+        """
         batched = is_batched(factors)
         if block_size(factors, batched) != sum(param.numel() for param in block.params):
-            shapes, found = (
-                [tuple(p.shape) for p in block.params],
-                [tuple(f.shape) for f in factors],
-            )
+            shapes = [tuple(param.shape) for param in block.params]
             raise ValueError(
-                f"Kronecker factors must cover the elements of parameters of shapes {shapes}, found factors of shapes "
-                f"{found}."
+                f"Kronecker factors must cover the elements of parameters of shapes {shapes}, "
+                f"found factors of shapes {[tuple(factor.shape) for factor in factors]}."
             )
         return [limit_size(factor, self.max_factor_size, batched) for factor in factors]
 
     def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
-        statistics = [statistics[0] * scale, *statistics[1:]] if scale != 1.0 else statistics
+        if scale != 1.0:
+            # One factor carries the scale of the loss, that of the cotangents.
+            statistics = [statistics[0] * scale, *statistics[1:]]
         if [mean.shape for mean in means(state)] != [value.shape for value in statistics]:
-            dtype, device = (
-                torch.promote_types(block.params[0].dtype, torch.float32),
-                block.params[0].device,
-            )
-            for key in self.derived:
-                state.pop(key, None)
-            zeros = [torch.zeros_like(value, dtype=dtype, device=device) for value in statistics]
-            count = factors_among(statistics, block)
-            state["factors"], state["mean"] = zeros[:count], zeros[count:]
-            state.pop("layout", None)
-            if len(block.params) == 1 and state["mean"]:
-                state["layout"] = [round(size) for size in statistics[count].tolist()]
-            state["batched"], state["weight"] = is_batched(state["factors"]), 0.0
+            self._start(state, block, statistics)
         state["weight"] = next_weight(state["weight"], block.group["factor_decay"])
         for mean, value in zip(means(state), statistics, strict=True):
             update_mean(mean, value, state["weight"])
-        # A given damping is that of the weights as they are.
-        state["centers"] = len(block.params) == 2 and (
-            block.group["damping"] == "auto" or bool(state["mean"])
-        )
+        # A given damping is that of the weights as they are, not of centered coordinates; those are
+        # needed all the same where only diagonal blocks are kept.
+        has_bias = len(block.params) == 2
+        is_split = bool(state["mean"])
+        state["centers"] = has_bias and (block.group["damping"] == "auto" or is_split)
+
+    def _start(self, state: State, block: Block, statistics: list[Tensor]) -> None:
+        """Begin running means of other shapes than before; what followed from the old ones goes."""
+        for key in self.derived:
+            state.pop(key, None)
+        param = block.params[0]
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        zeros = [torch.zeros_like(value, dtype=dtype, device=param.device) for value in statistics]
+        count = factors_among(statistics, block)
+        state["factors"], state["mean"] = zeros[:count], zeros[count:]
+        state["batched"], state["weight"] = is_batched(state["factors"]), 0.0
+        state.pop("layout", None)
+        # Behind the factors of a single parameter come the sizes of a transposed convolution.
+        if len(block.params) == 1 and state["mean"]:
+            state["layout"] = [round(size) for size in statistics[count].tolist()]
 
     def mean_eigenvalue(self, state: State) -> Tensor:
-        means = torch.stack(
-            [mean_eigenvalue(factor, state["batched"]) for factor in state["factors"]]
-        )
-        return means.prod(dim=0).mean()
+        batched = state["batched"]
+        of_factors = [mean_eigenvalue(factor, batched) for factor in state["factors"]]
+        # The trace of a Kronecker product is the product of the traces; the mean is over groups.
+        return torch.stack(of_factors).prod(dim=0).mean()
 
     def units(self, state: State) -> int:
         return len(state.get("factors", ()))
@@ -115,8 +128,9 @@ class KroneckerCurvature(Curvature):
     def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
         damped = []
         for state, unit, damping in due:
-            gammas = split_damping(state["factors"], damping, state["batched"])
-            damped.append((to_invert(state, unit), gammas[unit], state["batched"]))
+            batched = state["batched"]
+            gammas = split_damping(state["factors"], damping, batched)
+            damped.append((to_invert(state, unit), gammas[unit], batched))
         return [None if inverse is None else [inverse] for inverse in damped_inverses(damped)]
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
@@ -127,47 +141,56 @@ class KroneckerCurvature(Curvature):
         return factor.dtype
 
     def accept(self, state: State, unit: int, tensors: list[Tensor]) -> None:
-        state.setdefault("inverses", [None] * len(state["factors"]))[unit] = tensors[0]
+        if "inverses" not in state:
+            state["inverses"] = [None] * len(state["factors"])
+        (state["inverses"][unit],) = tensors
+        # The inverse of the inputs' factor is that in the coordinates of the center of that time,
+        # which has to stay with it.
         if unit == 1:
             state["center"] = center(state)
 
     def ready(self, state: State) -> bool:
-        return all(inverse is not None for inverse in state.get("inverses", [None]))
+        inverses = state.get("inverses", [None])
+        return all(inverse is not None for inverse in inverses)
 
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
-        matrices = [matrix(g).to(g.state["inverses"][0].dtype) for g in gradients]
-        products = kronecker_matmuls(
-            [
-                (g.state["inverses"], v, g.state["batched"])
-                for g, v in zip(gradients, matrices, strict=True)
-            ]
-        )
-        return [from_matrix(product, g) for product, g in zip(products, gradients, strict=True)]
+        products = []
+        for gradient in gradients:
+            inverses, batched = gradient.state["inverses"], gradient.state["batched"]
+            value = matrix(gradient).to(inverses[0].dtype)
+            products.append((inverses, value, batched))
+        directions = kronecker_matmuls(products)
+        return [
+            from_matrix(direction, gradient)
+            for direction, gradient in zip(directions, gradients, strict=True)
+        ]
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
-        r"""$d^\top g$, the length in the metric of the damped curvature."""
+        r"""The squared length $d^\top g = d^\top C d$ in the metric of the damped curvature."""
         return torch.dot(value.flatten(), grad.flatten())
 
 
 def matrix(gradient: Gradient) -> Tensor:
     """The gradient of a block as its factors act on it."""
-    return joined(
-        gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ())
-    )
+    state = gradient.state
+    return joined(gradient.values, state.get("center", ()), state.get("layout", ()))
 
 
 def from_matrix(matrix: Tensor, gradient: Gradient) -> list[Tensor]:
-    """The opposite, in the shapes of the gradient."""
-    return separated(
-        matrix, gradient.values, gradient.state.get("center", ()), gradient.state.get("layout", ())
-    )
+    """The opposite of `matrix`, in the shapes of the gradient."""
+    state = gradient.state
+    return separated(matrix, gradient.values, state.get("center", ()), state.get("layout", ()))
 
 
 def factors_among(statistics: Sequence[Tensor], block: Block) -> int:
     """How many of the statistics are factors; what is behind them: see `kronecker_factors`."""
+    if len(block.params) == 2:
+        return 2
     pair = statistics[:2]
-    covered = len(pair) == 2 and block_size(pair, is_batched(pair)) == block.params[0].numel()
-    return 2 if len(block.params) == 2 or covered else len(statistics)
+    pair_covers_block = (
+        len(pair) == 2 and block_size(pair, is_batched(pair)) == block.params[0].numel()
+    )
+    return 2 if pair_covers_block else len(statistics)
 
 
 def means(state: State) -> list[Tensor]:
@@ -176,13 +199,20 @@ def means(state: State) -> list[Tensor]:
 
 
 def center(state: State) -> list[Tensor]:
-    """The center of the inputs as it is now, see `joint`."""
+    """The center of the inputs as it is now, see `weight_and_bias`; empty if it stays at zero."""
     if not state["centers"] or is_diagonal(state["factors"][1], False):
         return []
-    return [mean.clone() for mean in state["mean"]] or [state["factors"][1][-1, :-1].clone()]
+    if state["mean"]:
+        return [mean.clone() for mean in state["mean"]]
+    # The last row of a whole second moment of (a, 1) is the mean of (a, 1).
+    second_moment: Tensor = state["factors"][1]
+    return [second_moment[-1, :-1].clone()]
 
 
 def to_invert(state: State, unit: int) -> Tensor:
     """A factor, that of the inputs in the coordinates of their center."""
     factor: Tensor = state["factors"][unit]
-    return centered(factor, *center(state)) if unit == 1 and center(state) else factor
+    if unit != 1:
+        return factor
+    current_center = center(state)
+    return centered(factor, *current_center) if current_center else factor

@@ -19,7 +19,7 @@ def second_moments(
     batched: bool,
     center: Sequence[Tensor] = (),
 ) -> Tensor:
-    r"""$\sum_{v,n} (Q^\top J_{vn})^2$ with $Q = \bigotimes_i Q_i$, [d_1, …, d_k] or [G, d_1, …, d_k] if batched.
+    r"""The second moments $\sum_{v,n} (Q^\top J_{vn})^2$ with $Q = \bigotimes_i Q_i$.
 
     A Jacobian is a sum of outer products of cotangents and inputs: they are rotated instead of it.
     Where no positions are shared the result is one product of their squares.
@@ -28,20 +28,39 @@ def second_moments(
         jacobians: of a parameter, or of weight and bias that share a block.
         basis: orthogonal factors, ones [d_i] for the identity; all with a leading [G] if `batched`.
         batched: whether there is a leading group dimension.
-        center: of the inputs, see `joint`.
+        center: of the inputs, see `weight_and_bias`.
+
+    Returns:
+        [d_1, …, d_k], or [G, d_1, …, d_k] if batched.
     """
     weight, *bias = jacobians
-    sizes = [*basis[0].shape[:-1][:batched], *(rows(q, batched) for q in basis)]
-    if len(weight.terms) > 1 or all(is_diagonal(q, batched) for q in basis):
-        if not bias:
-            return outputs_first(weight.sum_squares(), interleaved(weight) or ()).reshape(sizes)
-        return _rotated(weight, basis, batched, True, center).sum_squares().reshape(sizes)
-    return _rotated(weight, basis, batched, bool(bias), center).sum_squares().reshape(sizes)
+    # Without rotation, or of several uses, the moments are those of the weight as it is.
+    is_plain = len(weight.terms) > 1 or all(is_diagonal(q, batched) for q in basis)
+    if is_plain and not bias:
+        squares = outputs_first(weight.sum_squares(), interleaved(weight) or ())
+    else:
+        squares = _rotated(weight, basis, batched, bool(bias), center).sum_squares()
+    return squares.reshape(_sizes(basis, batched))
+
+
+def _sizes(basis: Sequence[Tensor], batched: bool) -> list[int]:
+    """The sizes d_1, …, d_k of a basis, behind the number of groups if batched."""
+    groups = [len(basis[0])] if batched else []
+    return [*groups, *(rows(q, batched) for q in basis)]
 
 
 def _rotated(
     jacobian: Jacobian, basis: Sequence[Tensor], batched: bool, ones: bool, center: Sequence[Tensor]
 ) -> Jacobian:
+    """The Jacobian of a single use in the coordinates of a basis.
+
+    Args:
+        jacobian: of a weight.
+        basis: orthogonal factors, see `second_moments`.
+        batched: whether there is a leading group dimension.
+        ones: whether a 1 is appended to the inputs, for the bias.
+        center: what is subtracted from the inputs before.
+    """
     term = _flat(jacobian.terms[0], kronecker_axes(jacobian))
     x = term.x
     if x is not None and ones:
@@ -50,29 +69,38 @@ def _rotated(
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
     rotations = dict(zip(term.par.removeprefix("q"), basis, strict=True))
     g = _applied(rotations["o"], term.g, batched)
+    # The factor of inputs that are classes is diagonal: they stay numbers of classes.
     if x is not None and not term.classes:
         x = _applied(rotations["i"], x, batched)
-    sizes = [*basis[0].shape[:-1][:batched], *(rows(q, batched) for q in basis)]
-    return Jacobian(g.new_zeros(1).expand(sizes), [replace(term, g=g, x=x)], jacobian.signs)
+    # Only the shape of the parameter matters from here on: no memory for its values.
+    shape_of_parameter = g.new_zeros(1).expand(_sizes(basis, batched))
+    return Jacobian(shape_of_parameter, [replace(term, g=g, x=x)], jacobian.signs)
 
 
 def _flat(term: Term, order: str) -> Term:
-    """The canonical term with one letter per factor, in this order, and no axis of a single position."""
-    q = "q" if "q" in term.par else ""
+    """The canonical term with one letter per factor, and no axis of a single position.
+
+    Args:
+        term: of a weight.
+        order: letters of the factors, in the order of the basis.
+    """
+    group = "q" if "q" in term.par else ""
     term = term.canonical()
-    single = "" if term.g.shape[2] == 1 and not term.classes else "s"
-    g = term.g.flatten(3 + len(q))
-    g = g if single else g.squeeze(2)
+    has_positions = term.g.shape[2] != 1 or term.classes
+    position = "s" if has_positions else ""
+    g = term.g.flatten(3 + len(group))
+    g = g if has_positions else g.squeeze(2)
     x = term.x
     if x is not None and not term.classes:
-        x = x.flatten(2 + len(q))
-        x = x if single else x.squeeze(1)
-    inp = "" if x is None else single + q + "i"
-    return replace(term, out=single + q + "o", inp=inp, par=q + order, g=g, x=x)
+        x = x.flatten(2 + len(group))
+        x = x if has_positions else x.squeeze(1)
+    out = position + group + "o"
+    inp = "" if x is None else position + group + "i"
+    return replace(term, out=out, inp=inp, par=group + order, g=g, x=x)
 
 
 def _applied(q: Tensor, v: Tensor, batched: bool) -> Tensor:
-    """Qᵀ v along the last axis."""
+    """The product Qᵀ v along the last axis."""
     if is_diagonal(q, batched):
         return v
     if batched:

@@ -27,7 +27,8 @@ def kronecker_factors(
     Weight $W$ and bias $b$ are the matrix $[W \; b]$ that acts on $(a, 1)$; its block is
     $B \otimes A'$ with
 
-    $$A' = \begin{pmatrix} A & \bar a \\ \bar a^\top & 1 \end{pmatrix}, \qquad \bar a = \mathrm{mean}(a).$$
+    $$A' = \begin{pmatrix} A & \bar a \\ \bar a^\top & 1 \end{pmatrix}, \qquad
+      \bar a = \mathrm{mean}(a).$$
 
     Args:
         jacobians: of the parameter, or of weight and bias.
@@ -40,61 +41,86 @@ def kronecker_factors(
     Returns:
         [F_1, …, F_k], see `lightning_curv.extensions.KFLR` and `factors`. Behind them, if $A'$ is
         split, $\bar a$; if the factors are those of a weight with outputs in front, its groups and
-        inputs per group, [2], see `joint`.
+        inputs per group, [2], see `weight_and_bias`.
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
-        Curvature*,
-    ICML 2015, section 2.1 (homogeneous coordinates).
+        Curvature*, ICML 2015, section 2.1 (homogeneous coordinates).
     """
     weight, *bias = jacobians
     if positions is not None and sharing.weight_sharing == "expand":
         weight = subsampled(weight, positions, seed)
     axes = kronecker_axes(weight) if split else ""
-    if not split or not axes:
-        factors = sharing.evaluate(weight)
-    else:
-        term = weight.terms[0]
-        sizes = [_size(term, axis) + (axis == "i" and bool(bias)) for axis in axes]
-        products = [partial(split_gram, size=part_size(size, split)) for size in sizes]
+    if split and axes:
         factors = [
-            kronecker_factor(term, axis, sharing.weight_sharing, product)
-            for axis, product in zip(axes, products, strict=True)
+            _split_factor(weight.terms[0], axis, sharing, split, has_bias=bool(bias))
+            for axis in axes
         ]
+    else:
+        factors = sharing.evaluate(weight)
     if not bias:
         layout = interleaved(weight)
-        return (
-            [*factors, torch.tensor(layout, dtype=factors[0].dtype, device=factors[0].device)]
-            if layout
-            else factors
-        )
-    outputs, inputs, mean = *factors, mean_input(weight)
-    split_mean = [] if inputs.shape[0] == inputs.shape[1] else [mean]
-    return [outputs, with_ones(inputs, mean), *split_mean]
+        if not layout:
+            return factors
+        # A tensor, as all statistics are: they are averaged over processes together.
+        return [*factors, torch.tensor(layout, dtype=factors[0].dtype, device=factors[0].device)]
+    outputs, inputs = factors
+    mean = mean_input(weight)
+    is_whole = inputs.shape[0] == inputs.shape[1]
+    # A whole factor has the mean in its last row.
+    return [outputs, with_ones(inputs, mean), *([] if is_whole else [mean])]
+
+
+def _split_factor(term: Term, axis: str, sharing: KFLR, split: int, has_bias: bool) -> Tensor:
+    """The diagonal blocks of one factor, which is never formed as a whole.
+
+    Args:
+        term: of a weight.
+        axis: letter of the factor.
+        sharing: expand or reduce.
+        split: rows of the diagonal blocks, about.
+        has_bias: whether a 1 is appended to the inputs later; their number says how to split.
+    """
+    size = _size(term, axis) + (axis == "i" and has_bias)
+    product = partial(split_gram, size=part_size(size, split))
+    return kronecker_factor(term, axis, sharing.weight_sharing, product)
 
 
 def _size(term: Term, axis: str) -> int:
+    """The number of rows of a factor, of one group if there are any."""
     letters = (term.out if axis == "o" else term.inp).replace("q", "")
     sizes = term.sizes()
     return math.prod(sizes[letter] for letter in letters if letter in term.par)
 
 
 def mean_input(jacobian: Jacobian) -> Tensor:
-    """Mean of a weight's inputs over samples and positions, flat."""
+    """The mean of a weight's inputs over samples and positions, flat."""
     term = jacobian.terms[0]
     assert term.x is not None
-    axes = [0, *(1 + i for i, letter in enumerate(term.inp) if letter in term.shared)]
+    axes_of_positions = [1 + i for i, letter in enumerate(term.inp) if letter in term.shared]
+    axes = [0, *axes_of_positions]
     if term.lengths is None:
         return term.x.mean(axes).flatten()
-    return (term.x.sum(axes) / term.lengths.sum().clamp(min=1).to(term.x.device)).flatten()
+    # Positions behind the length of a sample are zeros, which do not count.
+    count = term.lengths.sum().clamp(min=1).to(term.x.device)
+    return (term.x.sum(axes) / count).flatten()
 
 
 def with_ones(second_moment: Tensor, mean: Tensor) -> Tensor:
-    """Second moment of the inputs with a 1 appended, [d + 1, d + 1], or [d + 1, s] if it is split."""
+    """The second moment of the inputs with a 1 appended.
+
+    Args:
+        second_moment: of the inputs, [d, d], or [d, s] if it is split.
+        mean: of the inputs, [d].
+
+    Returns:
+        [d + 1, d + 1], or [d + 1, s] if it is split: the 1 is the last entry of the last block.
+    """
     size, columns = second_moment.shape
-    full = columns == size
-    result = second_moment.new_zeros(size + 1, columns + full)
+    is_whole = columns == size
+    result = second_moment.new_zeros(size + 1, columns + is_whole)
     result[:size, :columns] = second_moment
-    last = parts_of(result, False)[-1]
-    last[-1, :-1] = last[:-1, -1] = mean[size + 1 - len(last) :]
-    last[-1, -1] = 1.0
+    last_block = parts_of(result, False)[-1]
+    inputs_of_block = len(last_block) - 1
+    last_block[-1, :-1] = last_block[:-1, -1] = mean[size - inputs_of_block :]
+    last_block[-1, -1] = 1.0
     return result

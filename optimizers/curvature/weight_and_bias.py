@@ -23,7 +23,16 @@ from lightning_curv.optimizers.linear_algebra.factors import parts_of
 def joined(
     grads: Sequence[Tensor], center: Sequence[Tensor] = (), layout: Sequence[int] = ()
 ) -> Tensor:
-    r"""A parameter as it is; weight [o, *i] and bias [o] as $[W \; b] \, T^{-\top}$, [o, prod(i) + 1]."""
+    r"""The matrix whose block the factors are.
+
+    Args:
+        grads: of a parameter, or of weight [o, *i] and bias [o].
+        center: $[m]$ or empty.
+        layout: of a single parameter, or empty.
+
+    Returns:
+        A parameter as it is, or outputs first; $[W \; b] \, T^{-\top}$, [o, prod(i) + 1].
+    """
     weight, *bias = grads
     if not bias:
         return outputs_first(weight, layout)
@@ -35,11 +44,10 @@ def joined(
 
 def outputs_first(weight: Tensor, layout: Sequence[int]) -> Tensor:
     """A weight, [G·i, o, *k], in the order of its factors, [G, o, i, *k]."""
-    return (
-        weight.reshape(*layout, -1, *weight.shape[2:]).transpose(1, 2).contiguous()
-        if layout
-        else weight
-    )
+    if not layout:
+        return weight
+    grouped = weight.reshape(*layout, -1, *weight.shape[2:])
+    return grouped.transpose(1, 2).contiguous()
 
 
 def separated(
@@ -48,7 +56,7 @@ def separated(
     center: Sequence[Tensor] = (),
     layout: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Weight and bias of the matrix times $T^{-1}$, in the shapes of `like`."""
+    """The opposite for directions: the matrix times $T^{-1}$, in the shapes of `like`."""
     weight, *bias = like
     if not bias:
         return [matrix.transpose(1, 2).reshape(weight.shape) if layout else matrix]
@@ -59,11 +67,22 @@ def separated(
 
 
 def centered(second_moment: Tensor, mean: Tensor) -> Tensor:
-    r"""$\operatorname{diag}(C, 1)$ from the second moment of $(a, 1)$, [d + 1, s], whole or split, and $m$, [d]."""
+    r"""The factor in coordinates of the center, $\operatorname{diag}(C, 1)$.
+
+    Args:
+        second_moment: of $(a, 1)$, [d + 1, s], whole or split.
+        mean: $m$, [d].
+
+    Returns:
+        A tensor of the shape of the second moment.
+    """
     result = second_moment.clone()
+    blocks = parts_of(result, False)
+    # Nothing is subtracted from the 1, hence the zero behind the mean.
     pieces = torch.cat([mean, mean.new_zeros(1)]).split(result.shape[1])
-    for part, piece in zip(parts_of(result, False), pieces, strict=True):
-        part.addr_(piece, piece, alpha=-1)
-    last = parts_of(result, False)[-1]
-    last[-1, :-1] = last[:-1, -1] = 0
+    for block, piece in zip(blocks, pieces, strict=True):
+        block.addr_(piece, piece, alpha=-1)
+    # The mean itself, which stood beside the 1; the blocks are views of the result.
+    last_block = blocks[-1]
+    last_block[-1, :-1] = last_block[:-1, -1] = 0
     return result

@@ -1,1 +1,1 @@
-"""Matrices and averages that know nothing of networks: factors, inverses, running means, collectives."""
+"""Matrices and averages that know nothing of networks: factors, inverses, means, collectives."""

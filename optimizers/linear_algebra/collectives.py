@@ -27,9 +27,9 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
     """
     if processes() == 1:
         return list(fields)
-    present = torch.tensor(
-        [field is not None for field in fields], dtype=torch.int32, device=device
-    )
+    # A minimum over the processes: what some process lacks is absent.
+    is_here = [field is not None for field in fields]
+    present = torch.tensor(is_here, dtype=torch.int32, device=device)
     dist.all_reduce(present, op=dist.ReduceOp.MIN)
     shared = [
         field if everywhere else None
@@ -70,7 +70,7 @@ def wide_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def processes() -> int:
-    """How many processes share the batch."""
+    """The number of processes that share the batch; 1 where nothing is distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

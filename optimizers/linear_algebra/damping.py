@@ -32,11 +32,12 @@ def split_damping(
         One damping per factor, [G] if `batched`, else [].
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
-        Curvature*,
-    ICML 2015, section 6.3.
+        Curvature*, ICML 2015, section 6.3.
     """
     order = len(factors)
     means = torch.stack([mean_eigenvalue(factor, batched) for factor in factors])
+    # A zero factor, before anything was measured or of a layer that nothing reaches, has no
+    # logarithm: all factors are then damped alike.
     usable = (means > 0).all(dim=0)
     # In logarithms: the product of small traces underflows in float32.
     logs = means.clamp_min(torch.finfo(means.dtype).tiny).log()

@@ -1,4 +1,4 @@
-"""Kronecker factors of a parameter's block: matrices, diagonals or block-diagonal matrices, alone or per group.
+"""Kronecker factors of a parameter's block: matrices, diagonals or block-diagonal matrices.
 
 A block is a list of factors in the row-major order of the parameter's axes. Each is a matrix [d,
 d], a diagonal [d], or the diagonal blocks of a matrix, [d, s] with s < d: row r has the s columns
@@ -27,48 +27,66 @@ def is_diagonal(factor: Tensor, batched: bool) -> bool:
 
 
 def diagonal(factor: Tensor, batched: bool) -> Tensor:
-    """The factor's diagonal, [d], or [G, d] if batched."""
+    """The factor's diagonal, [d], or [G, d] if batched; a view unless the factor is split."""
     if is_diagonal(factor, batched):
         return factor
-    parts = [part.diagonal(dim1=-2, dim2=-1) for part in parts_of(factor, batched)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    diagonals = [part.diagonal(dim1=-2, dim2=-1) for part in parts_of(factor, batched)]
+    return diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=-1)
 
 
 def rows(factor: Tensor, batched: bool) -> int:
-    """Its number of rows, d."""
+    """The number of rows of a factor, d."""
     return factor.shape[int(batched)]
 
 
 def parts_of(factor: Tensor, batched: bool) -> list[Tensor]:
     """The diagonal blocks of a factor, views: only itself unless it is split."""
-    if is_diagonal(factor, batched) or factor.shape[-1] == factor.shape[-2]:
+    if is_diagonal(factor, batched):
         return [factor]
-    return [part[..., : part.shape[-2]] for part in factor.split(factor.shape[-1], dim=-2)]
+    height, width = factor.shape[-2:]
+    if height == width:
+        return [factor]
+    # The last block may be narrower; behind its columns are zeros.
+    return [part[..., : part.shape[-2]] for part in factor.split(width, dim=-2)]
 
 
 def partwise(function: Callable[..., Tensor], *factors: Tensor, batched: bool) -> Tensor:
-    """A factor whose diagonal blocks are a function, to matrices of the same shape, of those of others."""
+    """A factor whose diagonal blocks are a function of those of other factors.
+
+    Args:
+        function: Gives a matrix of the shape of its arguments.
+        factors: All of the same shape, whole or split in the same way.
+        batched: Whether they carry a leading group dimension.
+    """
     if len(parts_of(factors[0], batched)) == 1:
         return function(*factors)
     result = torch.zeros_like(factors[0])
-    for target, *parts in zip(
-        *(parts_of(factor, batched) for factor in (result, *factors)), strict=True
-    ):
+    targets = parts_of(result, batched)
+    arguments = zip(*(parts_of(factor, batched) for factor in factors), strict=True)
+    for target, parts in zip(targets, arguments, strict=True):
         target.copy_(function(*parts))
     return result
 
 
 def part_size(rows: int, size: int) -> int:
-    """The rows of the diagonal blocks of a split factor: all of about `size` rows, the last one the smallest.
+    """The number of rows of the diagonal blocks of a split factor, the last of which may have less.
+
+    All blocks have about `size` rows.
 
     >>> part_size(785, 256), part_size(300, 256), part_size(384, 256)
     (262, 300, 192)
     """
-    return -(-rows // max(1, round(rows / size)))
+    blocks = max(1, round(rows / size))
+    return math.ceil(rows / blocks)
 
 
 def split_gram(x: Tensor, size: int) -> Tensor:
-    """The diagonal blocks of x xᵀ for x [d, R], [d, size]; if d is at most `size` the matrix, [d, d]."""
+    """The diagonal blocks of x xᵀ, [d, size]; if d is at most `size` the whole matrix, [d, d].
+
+    Args:
+        x: [d, R].
+        size: number of rows of a block.
+    """
     if len(x) <= size:
         return gram(x)
     result = x.new_zeros(len(x), size)
@@ -78,23 +96,26 @@ def split_gram(x: Tensor, size: int) -> Tensor:
 
 
 def mean_eigenvalue(factor: Tensor, batched: bool) -> Tensor:
-    """Trace over dimension, [], or [G] if batched."""
+    """The trace over the dimension, [], or [G] if batched."""
     return diagonal(factor, batched).mean(dim=-1)
 
 
 def block_size(factors: Sequence[Tensor], batched: bool) -> int:
-    """Number of parameters that a block of these factors covers."""
+    """The number of parameters that a block of these factors covers."""
     groups = factors[0].shape[0] if batched else 1
-    return groups * math.prod(rows(factor, batched) for factor in factors)
+    size_of_group = math.prod(rows(factor, batched) for factor in factors)
+    return groups * size_of_group
 
 
 def limit_size(factor: Tensor, max_size: int, batched: bool) -> Tensor:
     """The factor, or its diagonal where the matrix has more than `max_size` rows."""
-    return diagonal(factor, batched) if rows(factor, batched) > max_size else factor
+    if rows(factor, batched) <= max_size:
+        return factor
+    return diagonal(factor, batched)
 
 
 def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Tensor:
-    r"""Multiply a tensor by a Kronecker product of matrices, $(F_1 \otimes \dots \otimes F_k) \, v$.
+    r"""Multiply a tensor by a Kronecker product, $(F_1 \otimes \dots \otimes F_k) \, v$.
 
     Each factor acts on one axis of $v$ seen as a [d_1, …, d_k] tensor; the product is never formed.
 
@@ -109,11 +130,14 @@ def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Ten
     Cost: $|v| \sum_i d_i$ time (a diagonal: $|v|$), one copy of `v`.
 
     >>> import torch
-    >>> kronecker_matmul([torch.tensor([1.0, 2.0]), 3 * torch.eye(2)], torch.ones(2, 2), batched=False)
+    >>> factors = [torch.tensor([1.0, 2.0]), 3 * torch.eye(2)]
+    >>> kronecker_matmul(factors, torch.ones(2, 2), batched=False)
     tensor([[3., 3.],
             [6., 6.]])
     """
     groups = factors[0].shape[0] if batched else 1
+    # `left` is the number of rows of all factors that have been applied: the axis of the next one
+    # is the third of [G, left, d_i, right].
     out, left = v, 1
     for factor in factors:
         size = rows(factor, batched)
@@ -128,14 +152,17 @@ def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Ten
 
 def _matmul(parts: Sequence[Tensor], v: Tensor) -> Tensor:
     """A block-diagonal matrix, or one matrix [d, d] or [G, d, d], times [G, L, d, R]."""
-    pieces = v.split([part.shape[-1] for part in parts], dim=2)
+    sizes = [part.shape[-1] for part in parts]
+    pieces = v.split(sizes, dim=2)
     products = [_product(part, piece) for part, piece in zip(parts, pieces, strict=True)]
     return products[0] if len(parts) == 1 else torch.cat(products, dim=2)
 
 
 def _product(matrix: Tensor, v: Tensor) -> Tensor:
+    """A matrix [d, d] or [G, d, d] times [G, L, d, R], as few large products as possible."""
     groups, left, size, right = v.shape
-    if groups == 1 and right == 1:  # one matrix product instead of L matrix-vector products
+    # One matrix product instead of L matrix-vector products.
+    if groups == 1 and right == 1:
         return mm(v.reshape(left, size), matrix.reshape(size, size).mT).view(v.shape)
     if groups == left == 1:
         return mm(matrix.reshape(size, size), v.reshape(size, right)).view(v.shape)

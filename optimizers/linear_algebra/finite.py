@@ -11,9 +11,11 @@ def finite_flags(tensors: Iterable[Tensor]) -> list[bool]:
     tensors = list(tensors)
     if not tensors:
         return []
+    # A norm is finite only if all entries are; one kernel for all tensors.
     norms = [norm.to(tensors[0].device) for norm in torch._foreach_norm(tensors)]
     flags = torch.stack(norms).isfinite().tolist()
     # A norm may overflow where its tensor does not.
     return [
-        flag or bool(tensor.isfinite().all()) for flag, tensor in zip(flags, tensors, strict=True)
+        norm_is_finite or bool(tensor.isfinite().all())
+        for norm_is_finite, tensor in zip(flags, tensors, strict=True)
     ]

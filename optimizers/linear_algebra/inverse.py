@@ -12,7 +12,9 @@ Damped = tuple[Tensor, Tensor, bool]  # factor, damping, batched
 
 
 def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
-    r"""$(F + \gamma I)^{-1}$ by Cholesky, once more in float64 where that fails; matrices of equal shape together.
+    r"""Invert $F + \gamma I$ by Cholesky, once more in float64 where that fails.
+
+    Matrices of equal shape are inverted together.
 
     Args:
         factors: triples of a positive semi-definite factor; its $\gamma > 0$, [] or [G]; and
@@ -28,20 +30,22 @@ def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
         for factor, gamma, batched in factors
         for part in parts_of(factor, batched)
     ]
-    found = iter(_of_matrices(parts))
-    return [_assembled(factor, batched, found) for factor, _, batched in factors]
+    inverses = iter(_of_matrices(parts))
+    return [_assembled(factor, batched, inverses) for factor, _, batched in factors]
 
 
 def _assembled(factor: Tensor, batched: bool, inverses: Iterator[Tensor | None]) -> Tensor | None:
-    found = [next(inverses) for _ in parts_of(factor, batched)]
-    inverted = [inverse for inverse in found if inverse is not None]
-    if len(inverted) < len(found):
+    """The inverse of a factor from those of its diagonal blocks, the next of the iterator."""
+    of_parts = [next(inverses) for _ in parts_of(factor, batched)]
+    inverted = [inverse for inverse in of_parts if inverse is not None]
+    if len(inverted) < len(of_parts):
         return None
     remaining = iter(inverted)
     return partwise(lambda _: next(remaining), factor, batched=batched)
 
 
 def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
+    """The inverses of diagonals and whole matrices."""
     inverses: list[Tensor | None] = [None] * len(factors)
     stacks: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (factor, damping, batched) in enumerate(factors):
@@ -50,11 +54,9 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
         else:
             stacks[factor.shape, factor.dtype, factor.device].append(i)
     for members in stacks.values():
-        stack = (
-            torch.stack([factors[i][0] for i in members])
-            if len(members) > 1
-            else factors[members[0]][0][None]
-        )
+        matrices = [factors[i][0] for i in members]
+        # A view where there is one only: large matrices, which are few, are not copied.
+        stack = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
         dampings = torch.stack([factors[i][1] for i in members])
         for i, inverse in zip(members, _inverses(stack, dampings), strict=True):
             inverses[i] = inverse
@@ -62,29 +64,35 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
 
 
 def _inverses(stack: Tensor, damping: Tensor) -> list[Tensor | None]:
+    """The inverses of matrices [M, d, d] or [M, G, d, d]; None where both precisions fail."""
     inverses, succeeded = _cholesky_inverse(stack, damping)
     if not all(succeeded) and stack.dtype != torch.float64:
-        device = "cpu" if stack.device.type == "mps" else stack.device  # MPS has no float64
-        again = [i for i, success in enumerate(succeeded) if not success]
-        wide = [tensor[again].to(device, torch.float64) for tensor in (stack, damping)]
-        repaired, flags = _cholesky_inverse(*wide)
-        inverses[again] = repaired.to(inverses)
-        for i, flag in zip(again, flags, strict=True):
+        # MPS has no float64.
+        device = "cpu" if stack.device.type == "mps" else stack.device
+        failed = [i for i, success in enumerate(succeeded) if not success]
+        wide_stack = stack[failed].to(device, torch.float64)
+        wide_damping = damping[failed].to(device, torch.float64)
+        repaired, flags = _cholesky_inverse(wide_stack, wide_damping)
+        inverses[failed] = repaired.to(inverses)
+        for i, flag in zip(failed, flags, strict=True):
             succeeded[i] = flag
     # Copies: saved states would otherwise hold the whole stack.
-    found = [inverse.clone() for inverse in inverses] if len(stack) > 1 else [inverses[0]]
-    return [inverse if success else None for inverse, success in zip(found, succeeded, strict=True)]
+    separate = [inverse.clone() for inverse in inverses] if len(stack) > 1 else [inverses[0]]
+    return [
+        inverse if success else None for inverse, success in zip(separate, succeeded, strict=True)
+    ]
 
 
 def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, list[bool]]:
+    """The inverses of all matrices, and of each of the M whether it is one."""
     damped = stack.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     root, info = torch.linalg.cholesky_ex(damped)
     failed = info != 0
-    if bool(
-        failed.any()
-    ):  # the inverse of a failed root would raise; that of the identity is not used
-        root = torch.where(failed[..., None, None], torch.eye(root.shape[-1]).to(root), root)
+    if bool(failed.any()):
+        # The inverse of a failed root would raise; that of the identity is not used.
+        identity = torch.eye(root.shape[-1]).to(root)
+        root = torch.where(failed[..., None, None], identity, root)
     inverse = torch.cholesky_inverse(root)
     # A positive definite matrix has its largest entries on the diagonal.
     finite = inverse.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)

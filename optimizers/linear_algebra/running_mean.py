@@ -4,12 +4,14 @@ from torch import Tensor
 
 
 def next_weight(weight: float, decay: float) -> float:
-    """The sum of all weights, the newest being 1."""
+    """The sum of the weights of all values, that of the newest being 1."""
     return decay * weight + 1.0
 
 
 def update_mean(mean: Tensor, value: Tensor, weight: float) -> None:
-    r"""Move a running mean towards a value in place: $m \leftarrow m + (x - m) / w$ with $w \leftarrow \beta w + 1$.
+    r"""Move a running mean towards a value in place.
+
+    $$m \leftarrow m + (x - m) / w, \qquad w \leftarrow \beta w + 1.$$
 
     Starting from $w = 0$ this equals $\sum_k \beta^{K-k} x_k / \sum_k \beta^{K-k}$, the
     bias-corrected exponential moving average; the first value replaces whatever `mean` holds.

@@ -10,7 +10,9 @@ from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, u
 def adam_direction(
     state: State, grad: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> Tensor:
-    r"""$\hat m / (\sqrt{\hat v} + \epsilon)$ with bias-corrected running means of $g$ and $g^2$, kept in `state`.
+    r"""Adam's direction $\hat m / (\sqrt{\hat v} + \epsilon)$.
+
+    $\hat m$ and $\hat v$ are bias-corrected running means of $g$ and $g^2$, kept in `state`.
 
     Args:
         state: state of the parameter, updated.

@@ -12,7 +12,8 @@ from lightning_curv.optimizers.step.parameters import Parameters
 from lightning_curv.optimizers.warn import warn
 from lightning_curv.terms.jacobian import Jacobian
 
-Statistics = dict[Tensor, list[Tensor]]  # of every block, by its first parameter
+# The statistics of every block, by its first parameter.
+Statistics = dict[Tensor, list[Tensor]]
 
 
 class MicroBatches:
@@ -31,16 +32,21 @@ class MicroBatches:
         self._sums: dict[Tensor, tuple[int, list[Tensor]]] = {}
 
     def add(self, statistics: Statistics) -> None:
-        """Add the statistics of one more micro-batch; where shapes have changed the former ones are dropped."""
+        """Add the statistics of one more micro-batch.
+
+        Where shapes have changed, the former ones are dropped.
+        """
         for param, tensors in statistics.items():
             count, sums = self._sums.get(param, (0, []))
-            if [s.shape for s in sums] == [t.shape for t in tensors]:
-                self._sums[param] = count + 1, [s + t for s, t in zip(sums, tensors, strict=True)]
+            if [total.shape for total in sums] == [tensor.shape for tensor in tensors]:
+                # Not in place: the first statistics may be fields that somebody else holds.
+                sums = [total + tensor for total, tensor in zip(sums, tensors, strict=True)]
+                self._sums[param] = count + 1, sums
             else:
                 self._sums[param] = 1, tensors
 
     def means(self) -> Statistics:
-        """Averages of the statistics over the micro-batches."""
+        """The averages of the statistics over the micro-batches."""
         return {
             param: tensors if count == 1 else [tensor / count for tensor in tensors]
             for param, (count, tensors) in self._sums.items()
@@ -62,25 +68,30 @@ def statistics(
         blocks: of the parameters that move.
         fields: what the curvature's extension left on the parameters.
         step: number of the step.
+
+    Returns:
+        What `Curvature.measure` makes of them; blocks whose fields are missing are left out.
     """
-    found: Statistics = {}
+    measured: Statistics = {}
     for block in blocks:
-        own = [fields.get(param) for param in block.params]
-        if any(
-            field is None or (isinstance(field, Jacobian) and not field.samples) for field in own
-        ):
-            continue  # an empty batch has no curvature
-        found[block.params[0]] = curvature.measure(
-            parameters.state[block.params[0]], block, own, step
-        )
-    return found
+        fields_of_block = [fields.get(param) for param in block.params]
+        if not any(_is_missing(field) for field in fields_of_block):
+            first = block.params[0]
+            state = parameters.state[first]
+            measured[first] = curvature.measure(state, block, fields_of_block, step)
+    return measured
+
+
+def _is_missing(field: Any) -> bool:
+    """Whether there is nothing to measure; an empty batch has no curvature."""
+    return field is None or (isinstance(field, Jacobian) and not field.samples)
 
 
 def absorb(
     curvature: Curvature,
     parameters: Parameters,
     blocks: Sequence[Block],
-    found: Statistics,
+    measured: Statistics,
     scale: float,
 ) -> None:
     """Average statistics into the state of every block; those with inf or NaN are left out.
@@ -89,18 +100,19 @@ def absorb(
         curvature: what they are statistics of.
         parameters: of the optimizer.
         blocks: of the parameters that move.
-        found: the statistics of this process.
+        measured: the statistics of this process.
         scale: what the curvature in them is to be multiplied by.
     """
-    measured = averaged_over_ranks(
-        [found.get(block.params[0]) for block in blocks], blocks[0].params[0].device
-    )
-    flags = iter(finite_flags(_witness(tensor) for tensors in measured for tensor in tensors or ()))
-    for block, tensors in zip(blocks, measured, strict=True):
+    device = blocks[0].params[0].device
+    averages = averaged_over_ranks([measured.get(block.params[0]) for block in blocks], device)
+    # All tensors of all blocks in one check, which waits for the device once.
+    witnesses = [_witness(tensor) for tensors in averages for tensor in tensors or ()]
+    flags = iter(finite_flags(witnesses))
+    for block, tensors in zip(blocks, averages, strict=True):
         if tensors is None:
             continue
-        finite = [next(flags) for _ in tensors]
-        if all(finite):
+        flags_of_block = [next(flags) for _ in tensors]
+        if all(flags_of_block):
             curvature.absorb(parameters.state[block.params[0]], block, tensors, scale)
         else:
             name = parameters.described(block.params[:1])
@@ -108,6 +120,9 @@ def absorb(
 
 
 def _witness(tensor: Tensor) -> Tensor:
-    """Entries that are finite only if all are: a positive semi-definite matrix has its largest ones on the diagonal."""
-    square = tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2]
-    return tensor.diagonal(dim1=-2, dim2=-1) if square else tensor
+    """Entries that are finite only if all are.
+
+    A positive semi-definite matrix has its largest entries on the diagonal.
+    """
+    is_square = tensor.dim() > 1 and tensor.shape[-1] == tensor.shape[-2]
+    return tensor.diagonal(dim1=-2, dim2=-1) if is_square else tensor

@@ -1,4 +1,4 @@
-"""From gradients to new parameters: directions, and updates that are applied only if all are finite."""
+"""From gradients to new parameters: directions, and updates, which must all be finite."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -41,54 +41,86 @@ def directions(
         jacobians: of every micro-batch.
         average: whether running means of the gradients are preconditioned, decayed as their groups
             say.
+
+    Returns:
+        One direction per parameter, those of a block beside each other.
     """
-    state = parameters.state
-    ready = [block for block in blocks if curvature.ready(state[block.params[0]])]
+    ready = [block for block in blocks if curvature.ready(parameters.state[block.params[0]])]
     members = [member for block in ready for member in block.members]
-    found = (
+    values = (
         _averaged(parameters, members)
         if average
         else {param: gradient(param) for _, param in members}
     )
-    gradients = [
-        Gradient(state[b.params[0]], b, [found[p] for p in b.params], dampings[b.params[0]])
-        for b in ready
-    ]
-    return [
-        Direction(
-            param,
-            gradient(param),
-            value,
-            partial(curvature.squared_norm, g.state, grad.to(value.dtype), value),
-            g.damping,
-            group,
-            state[param].get("velocity"),
-            [batch.get(param) for batch in jacobians],
-        )
-        for g, values in zip(gradients, preconditioned(curvature, gradients), strict=True)
-        for (group, param), grad, value in zip(g.block.members, g.values, values, strict=True)
-    ]
+    gradients = []
+    for block in ready:
+        first, *_ = block.params
+        values_of_block = [values[param] for param in block.params]
+        gradients.append(Gradient(parameters.state[first], block, values_of_block, dampings[first]))
+    all_directions: list[Direction] = []
+    for g, results in zip(gradients, preconditioned(curvature, gradients), strict=True):
+        for member, value, result in zip(g.block.members, g.values, results, strict=True):
+            all_directions.append(
+                _direction(curvature, parameters, g, member, value, result, jacobians)
+            )
+    return all_directions
+
+
+def _direction(
+    curvature: Curvature,
+    parameters: Parameters,
+    gradient_of_block: Gradient,
+    member: Member,
+    value: Tensor,
+    result: Tensor,
+    jacobians: Sequence[dict[Tensor, Any]],
+) -> Direction:
+    """The direction of one parameter.
+
+    Args:
+        curvature: what preconditioned.
+        parameters: of the optimizer.
+        gradient_of_block: what was preconditioned.
+        member: the parameter and its group.
+        value: its part of that.
+        result: its part of the result.
+        jacobians: of every micro-batch.
+    """
+    group, param = member
+    state = gradient_of_block.state
+    return Direction(
+        param=param,
+        grad=gradient(param),
+        value=result,
+        # Only some step rules ask for it.
+        squared_norm=partial(curvature.squared_norm, state, value.to(result.dtype), result),
+        damping=gradient_of_block.damping,
+        group=group,
+        last=parameters.state[param].get("velocity"),
+        jacobians=[batch.get(param) for batch in jacobians],
+    )
 
 
 def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor, Tensor]:
-    """Running means of the gradients, kept in the state of each parameter."""
-    found = {}
+    """The running means of the gradients, kept in the state of each parameter."""
+    means = {}
     for group, param in members:
-        decay, state, found[param] = _decay(group), parameters.state[param], gradient(param)
-        if decay:
-            if "gradient" not in state:
-                dtype = torch.promote_types(param.dtype, torch.float32)
-                state["gradient"], state["gradient_weight"] = (
-                    torch.zeros_like(param, dtype=dtype),
-                    0.0,
-                )
-            state["gradient_weight"] = next_weight(state["gradient_weight"], decay)
-            update_mean(state["gradient"], found[param], state["gradient_weight"])
-            found[param] = state["gradient"]
-    return found
+        decay, state = _decay(group), parameters.state[param]
+        if not decay:
+            means[param] = gradient(param)
+            continue
+        if "gradient" not in state:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            state["gradient"] = torch.zeros_like(param, dtype=dtype)
+            state["gradient_weight"] = 0.0
+        state["gradient_weight"] = next_weight(state["gradient_weight"], decay)
+        update_mean(state["gradient"], gradient(param), state["gradient_weight"])
+        means[param] = state["gradient"]
+    return means
 
 
 def _decay(group: ParamGroup) -> float:
+    """The decay of the running mean of the gradients: the first of two `betas`, or its own."""
     betas = group.get("betas")
     return float(betas[0] if betas else group.get("gradient_decay", 0.0))
 
@@ -100,7 +132,7 @@ def move(
     step: Step,
     keep: bool,
 ) -> bool:
-    """Add the updates, and Adam's to all other members; False if some are not finite, then nothing moves.
+    """Add the updates, and Adam's to all other members.
 
     Args:
         parameters: of the optimizer.
@@ -108,6 +140,9 @@ def move(
         updates: of those with curvature.
         step: what they come from.
         keep: whether updates are remembered, whatever `momentum` is.
+
+    Returns:
+        False if some updates are not finite; then nothing moves.
     """
     state = parameters.state
     fallback = {p: adam_direction(state[p], gradient(p)) for _, p in members if p not in updates}
@@ -116,11 +151,15 @@ def move(
     for group, param in members:
         update = updates.get(param)
         if update is None:
-            update = fallback[param] * (-group["fallback_lr"] * group["lr"] / group["base_lr"])
+            # The schedule of the learning rate acts on the fallback's, too.
+            scheduled_lr = group["fallback_lr"] * group["lr"] / group["base_lr"]
+            update = fallback[param] * -scheduled_lr
         elif keep or group.get("momentum", 0.0):
             state[param]["velocity"] = update
         if group["weight_decay"]:
             rate = step.rate if param in updates else 1.0
-            param.mul_(1 - min(max(rate * group["lr"] * group["weight_decay"], 0.0), 1.0))
+            decay = rate * group["lr"] * group["weight_decay"]
+            # A learning rate of the quadratic model may be negative, or large.
+            param.mul_(1 - min(max(decay, 0.0), 1.0))
         param.add_(update)
     return True

@@ -24,29 +24,36 @@ class Parameters:
     state: MutableMapping[Tensor, State]
 
     def all(self) -> list[Tensor]:
-        """All of them; their order survives saving."""
+        """All parameters; their order survives saving."""
         return [param for group in self.groups for param in group["params"]]
 
     def members(self) -> list[Member]:
-        """Those that move in this step.
+        """The parameters that move in this step, with their groups.
 
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        found = [(group, param) for group in self.groups for param in group["params"]]
-        found = [
-            (group, p) for group, p in found if p.grad is not None and p.requires_grad and p.numel()
-        ]
-        for _, param in found:
-            if param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"Curvature needs dense gradients, found a sparse one on {self.name(param)}; "
-                    "build the layer with `sparse=False`."
-                )
-        return found
+        moving: list[Member] = []
+        for group in self.groups:
+            for param in group["params"]:
+                if param.grad is None or not param.requires_grad or not param.numel():
+                    continue
+                if param.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        "Curvature needs dense gradients, found a sparse one on "
+                        f"{self.name(param)}; build the layer with `sparse=False`."
+                    )
+                moving.append((group, param))
+        return moving
 
     def paired(self, members: Sequence[Member], pairs: dict[Tensor, Tensor]) -> list[Block]:
-        """Remember, by its number, the bias that shares a block with each weight; the blocks."""
+        """Remember which bias shares a block with each weight, and return the blocks.
+
+        Args:
+            members: parameters that move.
+            pairs: the bias of each weight that has one.
+        """
+        # By its number, which survives saving.
         numbers = {param: number for number, param in enumerate(self.all())}
         for _, param in members:
             if param in pairs:
@@ -59,14 +66,21 @@ class Parameters:
         """The blocks of the members; a weight whose bias does not move is one alone."""
         groups = {param: group for group, param in members}
         params = self.all()
-        joint = {p: params[self.state[p]["bias"]] for p in groups if "bias" in self.state[p]}
-        joint = {weight: bias for weight, bias in joint.items() if bias in groups}
-        partners = set(joint.values())
-        return [
-            Block(((group, p), (groups[joint[p]], joint[p])) if p in joint else ((group, p),))
-            for group, p in members
-            if p not in partners
-        ]
+        bias_of: dict[Tensor, Tensor] = {}
+        for param in groups:
+            if "bias" in self.state[param]:
+                partner = params[self.state[param]["bias"]]
+                if partner in groups:
+                    bias_of[param] = partner
+        partners = set(bias_of.values())
+        blocks = []
+        for member in members:
+            _, param = member
+            if param in partners:
+                continue  # in the block of its weight
+            bias = bias_of.get(param)
+            blocks.append(Block((member,) if bias is None else (member, (groups[bias], bias))))
+        return blocks
 
     def name(self, param: Tensor) -> str:
         """What messages call a parameter."""
@@ -78,18 +92,25 @@ class Parameters:
         return "a parameter"
 
     def described(self, params: Sequence[Tensor], most: int = 3) -> str:
-        """The first few for a message, by the names that their model has for them if the optimizer knows none. Slow."""
-        own = [(self.name(param), describe(param)) for param in params[:most]]
-        names = [
-            described if described.startswith("`") and not name.startswith("`") else name
-            for name, described in own
-        ]
-        return ", ".join(names) + (f" and {len(params) - most} more" if len(params) > most else "")
+        """The first few parameters for a message.
+
+        Where the optimizer knows no names, they have those of their model. Slow: models are
+        searched for.
+        """
+        names = [self._best_name(param) for param in params[:most]]
+        more = f" and {len(params) - most} more" if len(params) > most else ""
+        return ", ".join(names) + more
+
+    def _best_name(self, param: Tensor) -> str:
+        own, of_model = self.name(param), describe(param)
+        only_model_knows = of_model.startswith("`") and not own.startswith("`")
+        return of_model if only_model_knows else own
 
     def summary(self, curvature: Curvature) -> dict[str, str]:
         """Which update each parameter gets."""
         params = self.all()
-        partners = {params[state["bias"]] for state in self.state.values() if "bias" in state}
+        numbers = [state["bias"] for state in self.state.values() if "bias" in state]
+        partners = {params[number] for number in numbers}
         return {self.name(param): self._kind(param, curvature, partners) for param in params}
 
     def _kind(self, param: Tensor, curvature: Curvature, partners: set[Tensor]) -> str:

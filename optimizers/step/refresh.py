@@ -11,21 +11,22 @@ from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step.sharded_inverses import shared_inverses
 from lightning_curv.optimizers.warn import warn
 
-TINY = torch.finfo(
-    torch.float32
-).tiny  # keeps the damping of a block without any curvature positive
+# Keeps the damping of a block without any curvature positive.
+TINY = torch.finfo(torch.float32).tiny
 
 
 def block_damping(
     curvature: Curvature, state: State, block: Block, relative: float, floor: float
 ) -> Tensor:
-    r"""$\lambda$ of a block, []: its group's number, or for "auto" `relative` · mean eigenvalue + `floor`."""
+    r"""The damping $\lambda$ of a block, [].
+
+    It is the number of the group, or for "auto" `relative` · mean eigenvalue + `floor`.
+    """
     damping = block.group["damping"]
     if damping != "auto":
         param = block.params[0]
-        return torch.as_tensor(
-            damping, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device
-        )
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        return torch.as_tensor(damping, dtype=dtype, device=param.device)
     return relative * curvature.mean_eigenvalue(state) + floor + TINY
 
 
@@ -49,12 +50,13 @@ def refresh(
     """
     states = [parameters.state[block.params[0]] for block in blocks]
     counts = [curvature.units(state) for state in states]
-    due, owners, number = [], [], 0
+    due, blocks_of_due, number = [], [], 0
     for block, state, count in zip(blocks, states, counts, strict=True):
         for unit in range(count):
+            # Numbers run over the parts of all blocks: the work is spread over the steps.
             if schedule.invert_due(step, number, sum(counts)) or not curvature.ready(state):
                 due.append((state, unit, dampings[block.params[0]]))
-                owners.append(block)
+                blocks_of_due.append(block)
             number += 1
     results = shared_inverses(curvature, due)
     for (state, unit, _), result in zip(due, results, strict=True):
@@ -62,13 +64,14 @@ def refresh(
             curvature.accept(state, unit, result)
     failed = {
         block.params[0]: block
-        for block, result in zip(owners, results, strict=True)
+        for block, result in zip(blocks_of_due, results, strict=True)
         if result is None
     }
     for param, block in failed.items():
-        former = curvature.ready(parameters.state[param])
+        has_former = curvature.ready(parameters.state[param])
+        in_use = "its former inverse" if has_former else "the fallback update"
         warn(
             f"could not invert the damped curvature of {parameters.described([param])}; "
-            f"{'its former inverse' if former else 'the fallback update'} stays in use. "
+            f"{in_use} stays in use. "
             f"Raise `damping`, now {block.group['damping']}, if this repeats."
         )

@@ -20,12 +20,18 @@ def restored_state(state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> 
     Args:
         state_dict: what `Optimizer.state_dict` returned.
         groups: parameter groups of the optimizer that loads it.
+
+    Returns:
+        The state of each parameter that has any.
     """
-    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    # Parameters have numbers in a checkpoint, and the same order in both lists of groups.
+    numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     saved = state_dict["state"]
     return {
-        p: _copied(saved[i], p.device) for i, p in zip(indices, params, strict=True) if i in saved
+        param: _copied(saved[number], param.device)
+        for number, param in zip(numbers, params, strict=True)
+        if number in saved
     }
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps at which curvature is measured and inverted, with a burn-in while the first estimates are poor.
+    """Steps at which curvature is measured and inverted.
+
+    In a burn-in, while the first estimates are poor, inverses are refreshed more often.
 
     Args:
         measure: measure curvature every so many steps.
@@ -20,9 +22,14 @@ class Schedule:
     burn_in: int = 20
 
     def measure_due(self, step: int) -> bool:
+        """Whether curvature is measured in this step; steps count from 0."""
         return step % self.measure == 0
 
     def invert_due(self, step: int, unit: int, units: int) -> bool:
-        """Whether inverse number `unit` of `units` is refreshed."""
+        """Whether inverse number `unit` of `units` is refreshed in this step."""
+        if step < min(3, self.burn_in):
+            return True
         interval = min(5, self.invert) if step < self.burn_in else self.invert
-        return step < min(3, self.burn_in) or step % interval == unit * interval // units
+        # Each unit has its step within an interval, the units spread evenly over it.
+        own_step = unit * interval // units
+        return step % interval == own_step

@@ -69,7 +69,7 @@ def _exchanged(
     shapes: Sequence[Sequence[torch.Size]],
     computed: dict[int, Result],
 ) -> list[Tensor]:
-    """Send what each process computed to all: per part a flag of success, then its numbers, flat."""
+    """Send what each process computed to all: per part a flag of success, then its numbers."""
     world = processes()
     sizes = [1 + sum(shape.numel() for shape in part) for part in shapes]
     parts_of = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world)]

@@ -10,24 +10,37 @@ from lightning_curv.terms.chunks import CHUNK_BYTES
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.term import Term
 
+# The convolutions with as many spatial axes.
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def directional_derivatives(jacobian: Jacobian, vectors: Tensor) -> Tensor:
-    """Inner products of J[v, n] with vectors of the parameter's shape, [K, *p] → [K, V, N].
+    """Inner products of J[v, n] with vectors of the parameter's shape.
 
-    As `Jacobian.dot`, but the inputs are read once for all vectors, and a convolution is applied as
-    one.
+    It is `Jacobian.dot` for several vectors: the inputs are read once for all of them, and a
+    convolution is applied as one.
+
+    Args:
+        jacobian: of a parameter.
+        vectors: [K, *p].
+
+    Returns:
+        [K, V, N].
     """
-    if len(jacobian.terms) == 1 and _forming_pays(jacobian.terms[0], len(vectors)):
-        flat = vectors.to(jacobian.terms[0].g.dtype).flatten(1).mT
-        return torch.cat([j.flatten(2) @ flat for j in jacobian.chunks()], dim=1).movedim(2, 0)
-    products = [_products(term, vectors.to(term.g.dtype)) for term in jacobian.terms]
+    terms = jacobian.terms
+    if len(terms) == 1 and _forming_pays(terms[0], len(vectors)):
+        flat_vectors = vectors.to(terms[0].g.dtype).flatten(1).mT
+        products_of_chunks = [chunk.flatten(2) @ flat_vectors for chunk in jacobian.chunks()]
+        return torch.cat(products_of_chunks, dim=1).movedim(2, 0)
+    products = [_products(term, vectors.to(term.g.dtype)) for term in terms]
     return products[0] if len(products) == 1 else torch.stack(products).sum(0)
 
 
 def _forming_pays(term: Term, count: int) -> bool:
-    """Whether a matrix meets so many positions of every sample that its gradients per sample are cheaper."""
+    """Whether it is cheaper to form the gradients of single samples first.
+
+    That is where a matrix meets many positions of every sample.
+    """
     if term.x is None or term.classes or len(term.g) > 1 or {*term.par} != {"o", "i"}:
         return False
     sizes = term.sizes()
@@ -36,33 +49,37 @@ def _forming_pays(term: Term, count: int) -> bool:
 
 
 def _products(term: Term, vectors: Tensor) -> Tensor:
+    """The part of one term, [K, V, N]; small and frequent ops without the cost of a general one."""
     if term.classes:
         return torch.stack([Jacobian(vectors[0], [term]).dot(vector) for vector in vectors])
-    if (term.out, term.par, term.x) == ("o", "o", None):  # a bias
+    is_bias = (term.out, term.par) == ("o", "o") and term.x is None
+    if is_bias:
         return (term.g @ vectors.mT).movedim(2, 0)
-    if term.x is None:
-        sizes = term.sizes()
-        vectors = vectors.reshape(-1, *(sizes[letter] for letter in term.par))
-        return torch.einsum(f"vn{term.out},K{term.par}->Kvn", term.g, vectors)
-    if (term.out, term.inp, term.par) == ("o", "i", "oi"):  # a linear layer: no overhead
-        outputs = F.linear(term.x, vectors.flatten(0, 1)).unflatten(
-            1, (len(vectors), -1)
-        )  # [N, K, o]
-        if len(term.g) == 1:
-            return (outputs * term.g[0].unsqueeze(1)).sum(-1).T.unsqueeze(1)
-        return torch.einsum("nko,vno->kvn", outputs, term.g)
+    is_linear_layer = (term.out, term.inp, term.par) == ("o", "i", "oi")
+    if is_linear_layer and term.x is not None:
+        return _products_of_linear_layer(term.x, term.g, vectors)
     sizes = term.sizes()
     vectors = vectors.reshape(-1, *(sizes[letter] for letter in term.par))
+    if term.x is None:
+        return torch.einsum(f"vn{term.out},K{term.par}->Kvn", term.g, vectors)
+    # Outputs for all vectors take memory: some samples at a time.
     per_sample = len(vectors) * max(math.prod(term.g.shape[2:]), math.prod(term.x.shape[1:]))
     size = max(1, 4 * CHUNK_BYTES // max(1, per_sample * term.g.element_size()))
-    parts = [
-        _outputs_times_cotangents(term[i : i + size], vectors)
-        for i in range(0, max(1, len(term.x)), size)
-    ]
+    starts = range(0, max(1, len(term.x)), size)
+    parts = [_outputs_times_cotangents(term[i : i + size], vectors) for i in starts]
     return torch.cat(parts, dim=2)
 
 
+def _products_of_linear_layer(x: Tensor, g: Tensor, vectors: Tensor) -> Tensor:
+    """The layer's outputs for every vector as its weight, times the cotangents."""
+    outputs = F.linear(x, vectors.flatten(0, 1)).unflatten(1, (len(vectors), -1))  # [N, K, o]
+    if len(g) == 1:
+        return (outputs * g[0].unsqueeze(1)).sum(-1).T.unsqueeze(1)
+    return torch.einsum("nko,vno->kvn", outputs, g)
+
+
 def _outputs_times_cotangents(term: Term, vectors: Tensor) -> Tensor:
+    """The op's outputs for every vector as its parameter, times the cotangents, [K, V, N]."""
     outputs = _convolved(term, vectors)
     if outputs is None:
         outputs = torch.einsum(f"n{term.inp},K{term.par}->Kn{term.out}", term.x, vectors)
@@ -70,27 +87,37 @@ def _outputs_times_cotangents(term: Term, vectors: Tensor) -> Tensor:
 
 
 def _convolved(term: Term, vectors: Tensor) -> Tensor | None:
-    """The op's outputs for every vector, [K, n, *out], if its inputs are a view of the input of a convolution."""
+    """The outputs of a convolution for every vector as its kernel, [K, n, *out].
+
+    The inputs of its term are patches, which are usually a view of the input: then their strides
+    tell the step and the dilation of the convolution, and they are never read as patches.
+
+    Returns:
+        None for any other op, and for patches that were copied.
+    """
     dims = len(term.inp) // 2
-    if dims not in CONVOLUTIONS or (term.inp, term.par) != (
-        "i" + "xyz"[:dims] + "stu"[:dims],
-        "oi" + "xyz"[:dims],
-    ):
+    kernel_letters, position_letters = "xyz"[:dims], "stu"[:dims]
+    if dims not in CONVOLUTIONS:
+        return None
+    if term.inp != "i" + kernel_letters + position_letters or term.par != "oi" + kernel_letters:
         return None
     assert term.x is not None
     kernel, positions = term.x.shape[2 : 2 + dims], term.x.shape[2 + dims :]
-    n, i, *strides = term.x.stride()
-    units = [math.gcd(a, b) for a, b in zip(strides[:dims], strides[dims:], strict=True)]
+    of_sample, of_channel, *strides = term.x.stride()
+    of_kernel, of_positions = strides[:dims], strides[dims:]
+    # The largest strides that an image can have along its axes.
+    units = [math.gcd(a, b) for a, b in zip(of_kernel, of_positions, strict=True)]
     if not all(units):
         return None
-    dilation = [stride // unit for stride, unit in zip(strides[:dims], units, strict=True)]
-    step = [stride // unit for stride, unit in zip(strides[dims:], units, strict=True)]
+    dilation = [stride // unit for stride, unit in zip(of_kernel, units, strict=True)]
+    step = [stride // unit for stride, unit in zip(of_positions, units, strict=True)]
     size = [
         (k - 1) * d + (p - 1) * s + 1
         for k, d, p, s in zip(kernel, dilation, positions, step, strict=True)
     ]
-    if math.prod(size) > math.prod(kernel) * math.prod(positions):
-        return None  # a copy of the patches, not a view
-    image = term.x.as_strided((*term.x.shape[:2], *size), (n, i, *units))
+    is_copy = math.prod(size) > math.prod(kernel) * math.prod(positions)
+    if is_copy:
+        return None
+    image = term.x.as_strided((*term.x.shape[:2], *size), (of_sample, of_channel, *units))
     outputs = CONVOLUTIONS[dims](image, vectors.flatten(0, 1), stride=step, dilation=dilation)
     return outputs.unflatten(1, (len(vectors), -1)).movedim(1, 0)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    r"""Adapts the relative damping $c$, $\lambda_l = c \cdot$ mean eigenvalue of block $l$, by the reduction ratio.
+    r"""Adapts the relative damping $c$ by the reduction ratio $\rho$.
+
+    Block $l$ is damped by $\lambda_l = c \cdot$ its mean eigenvalue.
 
     $$\rho = \frac{\ell(\theta + \delta) - \ell(\theta)}{q(\delta)}, \qquad
-      c \leftarrow c / \omega^T \;\text{if}\; \rho < \tfrac14, \quad c \leftarrow c\, \omega^T \;\text{if}\;
-      \rho > \tfrac34.$$
+      c \leftarrow c / \omega^T \;\text{if}\; \rho < \tfrac14, \quad
+      c \leftarrow c\, \omega^T \;\text{if}\; \rho > \tfrac34.$$
 
     The floor matters: on mini-batches $\rho$ stays near 1 however small the damping is, because the
     model knows the batch that it is tested on. Where every step has the same batch there is no such
@@ -28,8 +30,7 @@ class LevenbergMarquardt:
         decay: $\omega$.
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
-        Curvature*,
-    ICML 2015, section 6.5.
+        Curvature*, ICML 2015, section 6.5.
     """
 
     start: float = 0.1
@@ -45,14 +46,22 @@ class LevenbergMarquardt:
         return (step + 1) % self.interval == 0
 
     def adapted(self, damping: float, ratio: float, full_batch: bool = False) -> float:
-        """The next $c$; a ratio that is not a number counts as failure."""
+        r"""The next $c$.
+
+        Args:
+            damping: $c$.
+            ratio: $\rho$; one that is not a number counts as failure.
+            full_batch: whether all steps have the same batch.
+        """
         factor = self.decay**self.interval
         if not math.isfinite(ratio) or ratio < 0.25:
             damping /= factor
         elif ratio > 0.75:
             damping *= factor
-        return min(max(damping, self.full_batch_floor if full_batch else self.floor), self.ceiling)
+        floor = self.full_batch_floor if full_batch else self.floor
+        return min(max(damping, floor), self.ceiling)
 
     def annealed(self, damping: float) -> float:
         """The next $c$ after a step without a reduction ratio."""
+        # A damping below `rest`, as a checkpoint may have it, stays what it is.
         return max(damping * self.decay, min(damping, self.rest))

@@ -1,4 +1,7 @@
-"""What a loss whose curvature can vanish demands: a least damping, and a bound on what a step may promise."""
+"""What a loss whose curvature can vanish demands of a step.
+
+It is damped by at least so much, and may not promise more than the loss is worth.
+"""
 
 import math
 
@@ -14,16 +17,19 @@ from lightning_curv.optimizers.linear_algebra.collectives import processes
 from lightning_curv.passes.passes import Passes
 
 NONNEGATIVE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
-ROWS = 5  # predictions in a batch for which the least damping is the whole weight of the loss
+# Of so many predictions in a batch or fewer, the least damping is the whole weight of the loss.
+ROWS = 5
+# The least damping of binary cross-entropy as a share of its weight.
 BERNOULLI = 0.02
 
 
 class LossLimits(GraphExtension):
-    r"""Least damping $\lambda_0$, the loss, or inf if it can become negative, and the size of an unknown loss, [3].
+    r"""The least damping of a loss, how far it can fall, and its size if it is unknown, [3].
 
-    The Fisher information of a confident classifier vanishes faster than its gradient: damping that
-    is relative to the curvature vanishes with it, and the fewer predictions a batch has the sooner
-    it is trusted too far. With $w$ the weights of the loss' terms (mean: 1/N each), $\lambda_0$ is
+    These are $\lambda_0$; the loss, or inf if it can become negative; and $|\ell|$. The Fisher
+    information of a confident classifier vanishes faster than its gradient: damping that is
+    relative to the curvature vanishes with it, and the fewer predictions a batch has the sooner it
+    is trusted too far. With $w$ the weights of the loss' terms (mean: 1/N each), $\lambda_0$ is
     $\sum w \cdot \min(1, 5 / N)$ for cross-entropy of $N$ predictions in all processes together,
     $0.02 \sum w / E^2$ for binary cross-entropy of $E$ outputs per sample, which are rarely all
     confident, and 0 for losses of constant curvature. Of a loss that torch has no function for
@@ -35,32 +41,34 @@ class LossLimits(GraphExtension):
     independent = False
 
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
-        """The same numbers for all parameters."""
-        floor = torch.stack(
-            [_floor(part, passes.samples.count).float() for part in passes.parts]
-        ).sum()
-        bounded = all(isinstance(part, KnownPart) and _nonnegative(part) for part in passes.parts)
+        """The same three numbers for all parameters."""
+        samples = passes.samples.count
+        floor = torch.stack([_floor(part, samples).float() for part in passes.parts]).sum()
+        known_parts = [part for part in passes.parts if isinstance(part, KnownPart)]
+        all_known = len(known_parts) == len(passes.parts)
+        is_bounded = all_known and all(_nonnegative(part) for part in known_parts)
         loss = (passes.loss.detach() * passes.seed).sum().float()
-        unknown = not all(isinstance(part, KnownPart) for part in passes.parts)
-        room = loss if bounded else torch.full_like(floor, math.inf)
-        limits = torch.stack([floor, room, loss.abs() * unknown])
+        room = loss if is_bounded else torch.full_like(floor, math.inf)
+        limits = torch.stack([floor, room, loss.abs() * (not all_known)])
         return {
-            parameter: limits for found in passes.tape.parameters.values() for parameter in found
+            parameter: limits
+            for parameters in passes.tape.parameters.values()
+            for parameter in parameters
         }
 
 
 def _nonnegative(part: KnownPart) -> bool:
+    """Whether the summand is a loss function that never falls below zero."""
     return isinstance(part.likelihood, (Bernoulli, Categorical)) or part.function in NONNEGATIVE
 
 
 def _floor(part: LossPart, samples: int) -> Tensor:
+    """The least damping of one summand of the loss, []."""
     likelihood = part.likelihood if isinstance(part, KnownPart) else None
     if isinstance(likelihood, Categorical):
-        return likelihood.weight.sum() * min(
-            1.0, ROWS / max(1, processes() * likelihood.weight.numel())
-        )
+        predictions = max(1, processes() * likelihood.weight.numel())
+        return likelihood.weight.sum() * min(1.0, ROWS / predictions)
     if isinstance(likelihood, Bernoulli):
-        return (
-            BERNOULLI * likelihood.weight.sum() * (samples / max(1, likelihood.weight.numel())) ** 2
-        )
+        inverse_outputs = samples / max(1, likelihood.weight.numel())
+        return BERNOULLI * likelihood.weight.sum() * inverse_outputs**2
     return torch.zeros(())

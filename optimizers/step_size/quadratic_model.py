@@ -10,8 +10,7 @@ $S_{i,vn} = \langle J_{vn}, u_i \rangle$: no pass through the network, forward o
 needed for it.
 
 Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
-    Curvature*, ICML 2015,
-sections 6.4 and 7.
+    Curvature*, ICML 2015, sections 6.4 and 7.
 """
 
 import math
@@ -24,14 +23,14 @@ from torch import Tensor
 from lightning_curv.optimizers.step_size.directional import directional_derivatives
 from lightning_curv.terms.jacobian import Jacobian
 
-# share of a direction's squared length, in the metric of the model, that must not lie in others
+# The share of a direction's squared length, in the metric of the model, that must not lie in others.
 DEPENDENT = 1e-7
 
 Matrix = Sequence[Sequence[float]]
 
 
 def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[Tensor]) -> Tensor:
-    """$M$, [K, K] in float64, the mean over batches.
+    """The matrix $M$, [K, K] in float64, the mean over batches.
 
     Args:
         jacobians: of each batch, by the number of the parameter; those of one batch are of the same
@@ -40,22 +39,25 @@ def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[
     """
     moments = []
     for batch in jacobians:
-        products = sum(
+        derivatives = sum(
             directional_derivatives(jacobian, vectors[i]) for i, jacobian in batch.items()
         )
-        if isinstance(products, Tensor):
-            wide = products.flatten(1).to(_wide(products))
-            moments.append(wide @ wide.mT)
+        # The sum is 0, no tensor, of a batch in which no parameter has a Jacobian.
+        if isinstance(derivatives, Tensor):
+            s = derivatives.flatten(1).to(_wide(derivatives))
+            moments.append(s @ s.mT)
     return moments[0] if len(moments) == 1 else torch.stack(moments).mean(0)
 
 
 def inner_products(first: Tensor, second: Tensor) -> Tensor:
-    """Of all pairs of rows, in float64: first [K, P], second [L, P] → [K, L]."""
+    """The inner products of all pairs of rows, in float64: first [K, P], second [L, P] → [K, L]."""
     return (first @ second.mT).to(_wide(first))
 
 
 def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:
-    r"""$w$ with $(M + R) w = -b$; of directions that are linear combinations of others only the first ones are used.
+    r"""The weights $w$ with $(M + R) w = -b$.
+
+    Of directions that are linear combinations of others only the first ones are used.
 
     Args:
         curvature: $M + R$, [K, K].
@@ -69,38 +71,47 @@ def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:
     """
     if not all(map(math.isfinite, chain(slope, *curvature))):
         return [math.nan] * len(slope)
-    # Directions differ in length by orders of magnitude: a unit diagonal, then elimination as of a
-    # Gram matrix.
+    # Directions differ in length by orders of magnitude: rows and columns are scaled to a unit
+    # diagonal, of a Gram matrix then.
     scales = [row[i] ** -0.5 if row[i] > 0 else 0.0 for i, row in enumerate(curvature)]
-    rows = [
-        [*(s * c * t for c, t in zip(row, scales, strict=True)), -s * b]
-        for row, s, b in zip(curvature, scales, slope, strict=True)
-    ]
-    solution = [0.0] * len(slope)
+    rows = []
+    for row, scale, b in zip(curvature, scales, slope, strict=True):
+        scaled_row = [scale * entry * other for entry, other in zip(row, scales, strict=True)]
+        rows.append([*scaled_row, -scale * b])
+    # Gauss-Jordan elimination. A pivot is what of a direction's unit length no other one has.
     used = []
     for i in range(len(rows)):
-        row = rows[i]
-        if row[i] > DEPENDENT:
+        pivot_row = rows[i]
+        if pivot_row[i] > DEPENDENT:
             used.append(i)
-            rows = [
-                r if r is row else [x - r[i] / row[i] * y for x, y in zip(r, row, strict=True)]
-                for r in rows
-            ]
+            rows = [row if row is pivot_row else _eliminated(row, pivot_row, i) for row in rows]
+    solution = [0.0] * len(slope)
     for i in used:
         solution[i] = scales[i] * rows[i][-1] / rows[i][i]
     return solution
 
 
+def _eliminated(row: list[float], pivot_row: list[float], i: int) -> list[float]:
+    """The row minus the multiple of another one that leaves zero in column i."""
+    multiple = row[i] / pivot_row[i]
+    return [entry - multiple * pivot for entry, pivot in zip(row, pivot_row, strict=True)]
+
+
 def change(curvature: Matrix, slope: Sequence[float], w: Sequence[float]) -> float:
-    """$q(w)$ with the given curvature."""
+    """The value $q(w)$ with the given curvature and slope."""
     quadratic = sum(
-        c * a * b for row, a in zip(curvature, w, strict=True) for c, b in zip(row, w, strict=True)
+        entry * first * second
+        for row, first in zip(curvature, w, strict=True)
+        for entry, second in zip(row, w, strict=True)
     )
-    return 0.5 * quadratic + sum(b * a for b, a in zip(slope, w, strict=True))
+    linear = sum(b * weight for b, weight in zip(slope, w, strict=True))
+    return 0.5 * quadratic + linear
 
 
 def shortened(curvature: float, slope: float, most: float) -> float:
-    r"""The factor $\tau \le 1$ of a step at which the model $\tau s + \tau^2 c$ falls by no more than `most`.
+    r"""The factor $\tau \le 1$ that shortens a step which promises too much.
+
+    It is the largest one at which the model $\tau s + \tau^2 c$ falls by no more than `most`.
 
     Args:
         curvature: $c \ge 0$.
@@ -110,10 +121,14 @@ def shortened(curvature: float, slope: float, most: float) -> float:
     >>> shortened(1.0, -2.0, most=0.75)
     0.5
     """
-    if not -(slope + curvature) > most:
+    promised = -(slope + curvature)
+    if not promised > most:
         return 1.0
-    return 2 * most / (math.sqrt(max(slope * slope - 4 * curvature * most, 0.0)) - slope)
+    # The smaller root of τ² c + τ s + most = 0, without cancellation, as s is negative.
+    discriminant = max(slope * slope - 4 * curvature * most, 0.0)
+    return 2 * most / (math.sqrt(discriminant) - slope)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
+    """The widest dtype of a device: MPS has no float64."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64

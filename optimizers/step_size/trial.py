@@ -7,7 +7,9 @@ import torch
 
 
 class Trial:
-    """Evaluates a loss before and after an update with the same random numbers, and leaves the random state alone.
+    """Evaluates a loss before and after an update.
+
+    Both times it draws the same random numbers, and the state of the generators is left alone.
 
     Args:
         loss_fn: computes the loss without side effects.
