@@ -98,8 +98,8 @@ def per_sample(
             result: Tensor = op(**operands, **data, **others)
             return result
 
-        _, vector_jacobian_product = torch.func.vjp(output, operands)
-        (gradients,) = vector_jacobian_product(cotangent)
+        vector_jacobian_product = torch.func.vjp(output, operands)[1]
+        gradients: dict[str, Tensor] = vector_jacobian_product(cotangent)[0]
         return gradients
 
     def one(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:

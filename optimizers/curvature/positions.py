@@ -53,8 +53,9 @@ def _gathered(term: Term, chosen: torch.Tensor, factor: float) -> Term:
     x_axes = [1 + term.inp.index(letter) for letter in shared]
     g = term.g.movedim(g_axes, [2 + i for i in range(len(shared))])
     x = term.x.movedim(x_axes, [1 + i for i in range(len(shared))])
-    g = g[(slice(None), slice(None), *indices)]
-    x = x[(slice(None), *indices)]
+    samples, columns_and_samples = (slice(None),), (slice(None), slice(None))
+    g = g[columns_and_samples + indices]
+    x = x[samples + indices]
     out = "s" + "".join(letter for letter in term.out if letter not in shared)
     inp = "s" + "".join(letter for letter in term.inp if letter not in shared)
     return replace(term, out=out, inp=inp, g=g * factor, x=x)
