@@ -252,6 +252,10 @@ class CurvatureCallback(Callback):
             batch: as `training_step` gets it.
             settings: arguments of this class.
 
+        Returns:
+            The table: a row for every quantity, its path ("exact", "fallback" or none) and its
+            price in steps.
+
         Example:
             >>> import torch, pytorch_lightning as pl
             >>> class Net(pl.LightningModule):

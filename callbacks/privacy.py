@@ -212,7 +212,12 @@ class PrivacyCallback(Callback):
         return {**self.__dict__, "_entropy": None if self._next else self._entropy}
 
     def summary(self) -> str:
-        """A table of what is guaranteed: ε, δ, the neighbouring relation, and the releases that it is made of."""
+        """Describe what is guaranteed so far.
+
+        Returns:
+            A table with ε, δ, the neighbouring relation, and the releases that the account is made
+            of.
+        """
         return summary_table(
             self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling
         )

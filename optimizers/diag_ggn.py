@@ -64,11 +64,21 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         TypeError: a parameter is complex or sparse.
 
     Cost: elementwise time beside the diagonal's measurement; memory for two copies of the
-        parameters.
+    parameters.
 
     Source: F. Dangel, F. Kunstner, P. Hennig, *BackPACK: Packing more into Backprop*, ICLR 2020,
-        section 4; the
-    elementwise bound: H. Liu et al., *Sophia*, ICLR 2024, algorithm 3.
+    section 4; the elementwise bound: H. Liu et al., *Sophia*, ICLR 2024, algorithm 3.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import curvature
+        >>> model = torch.nn.Linear(2, 3)
+        >>> optimizer = DiagGGNOptimizer(model.parameters(), lr=0.3)
+        >>> with curvature(*optimizer.extensions):
+        ...     torch.nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.arange(4) % 3).backward()
+        >>> optimizer.step()
+        >>> set(optimizer.summary().values())
+        {'curvature'}
     """
 
     def __init__(

@@ -59,6 +59,13 @@ class SecondOrderOptimizer(Optimizer):
         curvature_scale: what the mean curvature of the backward passes of a step lacks to be that
             of the loss whose gradient the parameters carry. Set it to the number of micro-batches
             whose gradients were accumulated.
+
+    Example:
+        >>> import torch
+        >>> from lightning_curv import DiagGGNOptimizer
+        >>> optimizer = DiagGGNOptimizer(torch.nn.Linear(2, 1).parameters())
+        >>> isinstance(optimizer, SecondOrderOptimizer), optimizer.schedule.measure
+        (True, 1)
     """
 
     def __init__(
@@ -100,11 +107,19 @@ class SecondOrderOptimizer(Optimizer):
         return self._extensions(measure=True)
 
     def required_extensions(self) -> tuple[Extension | GraphExtension, ...]:
-        """The extensions that the upcoming step needs; none between two measurements with a given learning rate."""
+        """List what the upcoming step reads of the parameters.
+
+        Returns:
+            The extensions; none between two measurements with a given learning rate.
+        """
         return self._extensions(measure=self.schedule.measure_due(self.steps))
 
     def accumulated_extensions(self) -> tuple[Extension | GraphExtension, ...]:
-        """The extensions that `accumulate` needs from a micro-batch of the upcoming step."""
+        """List what `accumulate` reads after a micro-batch of the upcoming step.
+
+        Returns:
+            The extensions, those of `required_extensions` unless a subclass needs fewer.
+        """
         return self.required_extensions()
 
     def _extensions(self, measure: bool) -> tuple[Extension | GraphExtension, ...]:
@@ -333,7 +348,12 @@ class SecondOrderOptimizer(Optimizer):
         return Parameters(self.param_groups, self.state)
 
     def summary(self) -> dict[str, str]:
-        """Which update each parameter gets: "curvature", "fallback", "frozen", or "not seen" before its first step."""
+        """Tell which update each parameter gets.
+
+        Returns:
+            "curvature", "fallback", "frozen", or "not seen" before its first step, by the
+            parameter's name.
+        """
         return self._parameters.summary(self.curvature)
 
     def _missing(self, extension: Extension) -> str:

@@ -17,10 +17,16 @@ _CALLED: WeakSet[nn.Module] = WeakSet()  # extended modules, copies included, th
 
 
 def extend(module: Module) -> Module:
-    """Record every forward pass of ``module``, a model or a loss module; returns the module itself.
+    """Record every forward pass of a module.
 
     With an extended model and an extended loss module the forward pass may run outside of
     `curvature`. Nothing is wrapped or replaced: two forward hooks enter and leave `record`.
+
+    Args:
+        module: A model or a loss module.
+
+    Returns:
+        The module itself.
 
     Example:
         >>> import torch

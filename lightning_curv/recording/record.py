@@ -557,6 +557,9 @@ def disabled() -> bool:
 def disable() -> Iterator[None]:
     """Context manager in which nothing is recorded, extended modules included.
 
+    Yields:
+        Nothing.
+
     Example:
         >>> import torch
         >>> from lightning_curv import disable, extend
