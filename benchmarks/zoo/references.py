@@ -326,9 +326,9 @@ class Reference:
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
-            return {name: self._derivative(name) for name in self.chosen}
+            return {name: self._extrapolated(name) for name in self.chosen}
 
-    def _derivative(self, name: str) -> Tensor:
+    def _extrapolated(self, name: str) -> Tensor:
         """Central differences of two gradients, extrapolated from two steps.
 
         Raises:

@@ -224,7 +224,7 @@ def _note_roots(
         return  # an argument as it is
     known = list(map(all_roots, tensors))
     roots = united(known)
-    if name in ROUTING:  # places are no statistics of what is there
+    if roots.pooled and name in ROUTING:  # places are no statistics of what is there
         roots = replace(roots, pooled=united(map(all_roots, tensors_in(args[:1]))).pooled)
     if name in FILLING:
         roots = CONSTANT_ROOTS
@@ -397,8 +397,10 @@ def _record_unknown(
     if func in JOINS and {*origins} != {PURE}:
         origins = [None if is_copy(tensor) else origin_of(tensor) for tensor in differentiable]
     if not any(origins):
-        _note_data(out)
+        _note_beside(out, DATA)
         return
+    if {*origins} == {PURE}:
+        _note_beside(out, united(all_roots(t) for t in tensors if not t.requires_grad))
     outputs = [tensor for tensor in tensors_in([out]) if tensor.grad_fn is not None]
     if any(o is t for o in outputs for t in tensors):
         return
@@ -413,12 +415,15 @@ def _record_unknown(
         _Call(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
 
 
-def _note_data(out: Any) -> None:
-    """Note that tensors without gradient beside others, such as the numbers of the largest entries, are data."""
+def _note_beside(out: Any, roots: Roots) -> None:
+    """Note where tensors without gradient beside others are from, such as the numbers of the largest entries.
+
+    Those of parameters alone are constants; those of values of the network are data.
+    """
     if isinstance(out, tuple):
         for tensor in out:
             if isinstance(tensor, Tensor) and not tensor.requires_grad:
-                note(tensor, DATA)
+                note(tensor, roots)
 
 
 class _Call:

@@ -421,9 +421,25 @@ def _may_be_second(shape: Sequence[int]) -> bool:
 
 def counted(size: int, tensor: Tensor, axis: int = 0) -> Tensor:
     """0, 1, ... along an axis of a tensor; broadcasts against it."""
-    dtype = torch.uint8 if size <= 255 else torch.int32
-    numbers = physical(torch.arange(size, dtype=dtype, device=tensor.device))
+    numbers = _range(size, tensor.device, torch.is_inference_mode_enabled())
     return numbers.reshape(*[1] * axis, -1, *[1] * (tensor.ndim - 1 - axis))
+
+
+def _range(size: int, device: torch.device, inference: bool) -> Tensor:
+    """Made once, since nobody changes numbers; what inference mode makes serves only there."""
+    key = (size, device, inference)
+    if key not in _RANGES:
+        dtype = torch.uint8 if size <= 255 else torch.int32
+        made = physical(torch.arange(size, dtype=dtype, device=device))
+        if type(made) is not Tensor:  # under a mode that makes tensors of its own
+            return made
+        if len(_RANGES) >= _MOST:
+            _RANGES.clear()
+        _RANGES[key] = made
+    return _RANGES[key]
+
+
+_RANGES: dict[Hashable, Tensor] = {}
 
 
 def ordered(numbers: Numbers, result: Tensor, roots: Roots) -> bool:

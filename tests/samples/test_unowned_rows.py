@@ -147,3 +147,31 @@ def test_rows_of_several_per_sample_with_as_many_features_as_samples():
         pooled = ((1 + scale) * x[4 * n : 4 * n + 4]).tanh().sum(0)
         [alone] = torch.autograd.grad(F.mse_loss(pooled, y[n], reduction="sum"), [scale])
         torch.testing.assert_close(scale.grad_batch[n], alone)
+
+
+class Bank(nn.Module):
+    """A layer whose matrix is mixed from the vectors of a bank that have the largest logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.bank, self.logits = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(2, 5))
+
+    def forward(self, x):
+        largest, index = self.logits.topk(3)
+        return x @ (largest.softmax(-1).unsqueeze(-1) * self.bank[index]).sum(1).T
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_places_that_parameters_choose_are_constants(count):
+    """Whatever N is: 2 rows of 3 numbers are not 2 samples, nor are they 3."""
+    torch.manual_seed(0)
+    model = Bank().double()
+    x, y = torch.randn(count, 4, dtype=torch.float64), torch.arange(count) % 2
+    with curvature(BatchGrad()):
+        F.cross_entropy(model(x), y, reduction="sum").backward()
+    for n in range(count):
+        loss = F.cross_entropy(model(x[n : n + 1]), y[n : n + 1])
+        for p, alone in zip(
+            model.parameters(), torch.autograd.grad(loss, [*model.parameters()]), strict=True
+        ):
+            torch.testing.assert_close(p.grad_batch[n], alone)
