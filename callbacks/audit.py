@@ -101,14 +101,14 @@ def privacy_audit(
     )
     if privacy is None:
         raise MisconfigurationException(
-            "privacy_audit expects a Trainer with a `PrivacyCallback`, whose ε it compares with, found none; add it to "
-            "`callbacks`."
+            "privacy_audit expects a Trainer with a `PrivacyCallback`, whose ε it compares with, "
+            "found none; add it to `callbacks`."
         )
     if privacy.sampling == "epoch" or trainer.world_size > 1:
         raise MisconfigurationException(
-            f"privacy_audit draws canaries as Poisson sampling draws samples, in one process, found "
-            f"sampling={privacy.sampling!r} and {trainer.world_size} processes; audit the run with Poisson sampling on "
-            "one device, or use `GradientCanaries` in a loop of your own."
+            "privacy_audit draws canaries as Poisson sampling draws samples, in one process, found "
+            f"sampling={privacy.sampling!r} and {trainer.world_size} processes; audit the run with "
+            "Poisson sampling on one device, or use `GradientCanaries` in a loop of your own."
         )
     seed = secrets.randbits(128) if seed is None else seed
     part: _Audited

@@ -138,8 +138,9 @@ class PrivacyCallback(Callback):
             require_count("max_physical_batch_size", max_physical_batch_size)
             if sampling == "epoch":
                 raise ValueError(
-                    "`max_physical_batch_size` splits Poisson batches, found sampling='epoch', which leaves batches as "
-                    "they are; use a smaller `batch_size` and `accumulate_grad_batches`."
+                    "`max_physical_batch_size` splits Poisson batches, found sampling='epoch', "
+                    "which leaves batches as they are; use a smaller `batch_size` and "
+                    "`accumulate_grad_batches`."
                 )
         if epsilon is not None:
             require_positive("epsilon", epsilon)
@@ -196,8 +197,9 @@ class PrivacyCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.exact_resume and "entropy" not in state_dict:
             raise KeyError(
-                "Expected the state of the batches for `exact_resume=True`, found none: the checkpoint was saved "
-                "without that option. Leave it out to go on with fresh batches and fresh noise."
+                "Expected the state of the batches for `exact_resume=True`, found none: the "
+                "checkpoint was saved without that option. Leave it out to go on with fresh "
+                "batches and fresh noise."
             )
         self.noise_multiplier = state_dict["noise_multiplier"]
         self.accountant.load_state_dict(state_dict)
@@ -280,7 +282,8 @@ class PrivacyCallback(Callback):
         self._spent = self.accountant.epsilon(self.delta)
         if self.log_non_private:
             rank_zero_warn(
-                "PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee."
+                "PrivacyCallback logs `non_private/...`: these values are not covered by the "
+                "guarantee."
             )
 
     def _follow(self, trainer: Trainer) -> None:
@@ -291,8 +294,8 @@ class PrivacyCallback(Callback):
         expected = plan.expected_batch_size
         if self._given_size not in (None, expected):
             raise MisconfigurationException(
-                f"`expected_batch_size` of the optimizer must be batch size × accumulated batches × processes, "
-                f"{expected:g}, found {self._given_size}; leave it out."
+                "`expected_batch_size` of the optimizer must be batch size × accumulated batches × "
+                f"processes, {expected:g}, found {self._given_size}; leave it out."
             )
         optimizer.expected_batch_size = expected
         optimizer.loss_scale = 1 / trainer.accumulate_grad_batches
@@ -309,12 +312,14 @@ class PrivacyCallback(Callback):
         if self.noise_multiplier is None:
             if self.epsilon is None:
                 raise MisconfigurationException(
-                    "The noise is unknown: pass `noise_multiplier=` to the optimizer, or `epsilon=` to PrivacyCallback."
+                    "The noise is unknown: pass `noise_multiplier=` to the optimizer, or "
+                    "`epsilon=` to PrivacyCallback."
                 )
             if math.isinf(plan.releases):
                 raise MisconfigurationException(
-                    "The noise for a budget depends on the number of steps, found neither `max_epochs` nor `max_steps` "
-                    "in the Trainer; set one, or pass `noise_multiplier=` to the optimizer."
+                    "The noise for a budget depends on the number of steps, found neither "
+                    "`max_epochs` nor `max_steps` in the Trainer; set one, or pass "
+                    "`noise_multiplier=` to the optimizer."
                 )
             self.noise_multiplier = calibrated_noise(
                 self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
@@ -337,9 +342,9 @@ class PrivacyCallback(Callback):
         part = batch_idx % trainer.accumulate_grad_batches
         if part != self._expected_passes % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
-                f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} accumulated batches, found "
-                f"a run that goes on at batch {batch_idx}, in the middle of one: its other batches are lost. Save "
-                "checkpoints after whole steps."
+                f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} "
+                f"accumulated batches, found a run that goes on at batch {batch_idx}, in the "
+                "middle of one: its other batches are lost. Save checkpoints after whole steps."
             )
         if part == 0:
             self._begin_step(trainer)
@@ -409,8 +414,9 @@ class PrivacyCallback(Callback):
     ) -> None:
         if self._passes != self._expected_passes:
             raise MisconfigurationException(
-                f"Expected a loss from each of {self._expected_passes} calls of `training_step`, found {self._passes}: "
-                "leaving out a batch depends on the data and is not private. Return a loss, for example of zero weight."
+                f"Expected a loss from each of {self._expected_passes} calls of `training_step`, "
+                f"found {self._passes}: leaving out a batch depends on the data and is not "
+                "private. Return a loss, for example of zero weight."
             )
         private = private_optimizer(trainer)
         costs = self.accountant.next_step_costs and not self._warned
@@ -420,8 +426,9 @@ class PrivacyCallback(Callback):
             and not self._budget.checked(float(private.noise_multiplier or 0.0))
         ):
             raise MisconfigurationException(
-                "PrivacyCallback expects the noise of a step before its batch is read, found `noise_multiplier` "
-                f"changed to {private.noise_multiplier} since; change it between steps."
+                "PrivacyCallback expects the noise of a step before its batch is read, found "
+                f"`noise_multiplier` changed to {private.noise_multiplier} since; change it "
+                "between steps."
             )
         self._check.before_step()
         if self.log_non_private:
@@ -455,9 +462,10 @@ class PrivacyCallback(Callback):
         steps = private_optimizer(trainer).steps - self._steps_before
         if steps != 1:
             raise MisconfigurationException(
-                f"PrivacyCallback expects one optimizer step for every drawn batch, found {steps}: leaving out a step "
-                "may depend on the data and is not private, and a second one has no batch. Let `optimizer_step` step "
-                "always, for example with a learning rate of zero."
+                f"PrivacyCallback expects one optimizer step for every drawn batch, found {steps}: "
+                "leaving out a step may depend on the data and is not private, and a second one "
+                "has no batch. Let `optimizer_step` step always, for example with a learning rate "
+                "of zero."
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -467,9 +475,9 @@ class PrivacyCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._in_batch:
             raise MisconfigurationException(
-                "PrivacyCallback expects every drawn batch to be trained on, found one that `on_train_batch_start` "
-                "left out by returning -1: that may depend on the data, which is not private. For shorter epochs use "
-                "`limit_train_batches`."
+                "PrivacyCallback expects every drawn batch to be trained on, found one that "
+                "`on_train_batch_start` left out by returning -1: that may depend on the data, "
+                "which is not private. For shorter epochs use `limit_train_batches`."
             )
         self._check.between()
         self._expected_passes = 0

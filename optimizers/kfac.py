@@ -147,7 +147,8 @@ class KFACOptimizer(SecondOrderOptimizer):
     ) -> None:
         if shard_inverses and eigen:
             raise ValueError(
-                "`shard_inverses=True` needs `eigen=False`: every process measures in the eigenbasis."
+                "`shard_inverses=True` needs `eigen=False`: every process measures in the "
+                "eigenbasis."
             )
         require_count("factor_interval", factor_interval)
         require_count("inverse_interval", inverse_interval)

@@ -290,7 +290,8 @@ class SecondOrderOptimizer(Optimizer):
                 [p for p, good in zip(updates, flags, strict=True) if not good]
             )
             warn(
-                f"found inf or NaN in the preconditioned gradients of {names}; this step is skipped."
+                f"found inf or NaN in the preconditioned gradients of {names}; this step is "
+                "skipped."
             )
             return None
         self.last_step = {**step.report, "damping": self.relative_damping}
@@ -358,10 +359,11 @@ class SecondOrderOptimizer(Optimizer):
 
     def _missing(self, extension: Extension) -> str:
         return (
-            f"{type(self).__name__} needs new curvature for step {self.steps}, found no parameter whose "
-            f"`.{extension.savefield}` was written since the last step. In Lightning add `CurvatureCallback()` to the "
-            "Trainer's callbacks (its tuners run without callbacks: tune with another optimizer); elsewhere write "
-            "`with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`."
+            f"{type(self).__name__} needs new curvature for step {self.steps}, found no parameter "
+            f"whose `.{extension.savefield}` was written since the last step. In Lightning add "
+            "`CurvatureCallback()` to the Trainer's callbacks (its tuners run without callbacks: "
+            "tune with another optimizer); elsewhere write `with curvature(*optimizer.extensions): "
+            "loss.backward()` before `optimizer.step()`."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -380,8 +382,8 @@ class SecondOrderOptimizer(Optimizer):
         """
         if "steps" not in state_dict:
             warn(
-                f"found a checkpoint without the state of {type(self).__name__} (its keys are {sorted(state_dict)}); "
-                "curvature and settings start anew."
+                f"found a checkpoint without the state of {type(self).__name__} (its keys are "
+                f"{sorted(state_dict)}); curvature and settings start anew."
             )
             return
         super().load_state_dict(state_dict)
@@ -404,5 +406,6 @@ def _check_param(param: Tensor) -> None:
     if param.is_complex() or param.layout != torch.strided:
         kind = "complex" if param.is_complex() else "sparse"
         raise TypeError(
-            f"Curvature needs real dense parameters, found a {kind} one of shape {tuple(param.shape)}."
+            f"Curvature needs real dense parameters, found a {kind} one of shape "
+            f"{tuple(param.shape)}."
         )

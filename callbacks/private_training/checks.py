@@ -123,9 +123,10 @@ class Checks:
         if names:
             some = ", ".join(f"`{name}`" for name in sorted(names)[:4])
             raise MisconfigurationException(
-                "PrivacyCallback needs a model that learns by its private optimizer alone, found that something else "
-                f"changed {some} while a batch was at hand (another optimizer, a callback or hook): no noise covers "
-                "that. Leave it out; or, if no data is looked at (moving averages of weights, clamping), name it in "
+                "PrivacyCallback needs a model that learns by its private optimizer alone, found "
+                f"that something else changed {some} while a batch was at hand (another optimizer, "
+                "a callback or hook): no noise covers that. Leave it out; or, if no data is looked "
+                "at (moving averages of weights, clamping), name it in "
                 "`PrivacyCallback(public_state=[...])`."
             )
 
