@@ -89,9 +89,11 @@ def privacy_audit(
         ...         return lightning_curv.DPSGD(self.parameters(), noise_multiplier=2.0)
         >>> data = torch.utils.data.TensorDataset(torch.randn(60, 40), torch.randint(10, (60,)))
         >>> trainer = pl.Trainer(
-        ...     max_epochs=1, callbacks=[PrivacyCallback()], accelerator="cpu", logger=False, barebones=True
+        ...     max_epochs=1, callbacks=[PrivacyCallback()],
+        ...     accelerator="cpu", logger=False, barebones=True,
         ... )
-        >>> audit = privacy_audit(trainer, Net(), torch.utils.data.DataLoader(data, 20, shuffle=True), canaries=400)
+        >>> loader = torch.utils.data.DataLoader(data, 20, shuffle=True)
+        >>> audit = privacy_audit(trainer, Net(), loader, canaries=400)
         >>> audit.refuted, audit.canaries
         (False, 400)
     """
@@ -126,7 +128,7 @@ def privacy_audit(
 
 
 class _Audited(Callback):
-    """Canaries take part in a run of `PrivacyCallback`, which comes first in the list of callbacks."""
+    """Lets canaries take part in a run of `PrivacyCallback`, which comes first among callbacks."""
 
     def __init__(self, privacy: PrivacyCallback) -> None:
         self.privacy = privacy

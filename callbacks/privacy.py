@@ -1,4 +1,4 @@
-"""The callback that makes training differentially private: batches, clipping, accounting, budget."""
+"""The callback that makes training differentially private: batches, clipping, account, budget."""
 
 from __future__ import annotations
 
@@ -44,20 +44,21 @@ SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
 
 
 class PrivacyCallback(Callback):
-    r"""Differentially private training of an ordinary `LightningModule` whose optimizer is a `DPOptimizer`.
+    r"""Differentially private training of an ordinary `LightningModule`.
 
-    `training_step`, its scalar loss and the DataLoader stay as they are. The callback
+    Its optimizer is a `DPOptimizer`; `training_step`, its scalar loss and the DataLoader stay as
+    they are. The callback
 
-    - draws Poisson batches from the loader's data set: every sample takes part in a step with probability
-      q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of the loader
-      as written; each batch is split into exactly ``accumulate_grad_batches`` parts, so that
-      `global_step`, schedulers and the length of an epoch are what they were;
+    - draws Poisson batches from the loader's data set: every sample takes part in a step with
+      probability q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of
+      the loader as written; each batch is split into exactly ``accumulate_grad_batches`` parts, so
+      that `global_step`, schedulers and the length of an epoch are what they were;
     - listens to the user's own backward passes, so that the optimizer clips and adds noise;
-    - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate, sizes and length of
-      the run are read at every step. Training stops before a step that would exceed the budget;
-    - verifies on batches at growing distances, and in parts at every batch, that samples do not influence each other
-    and
-      that nothing else learns from them.
+    - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate,
+      sizes and length of the run are read at every step. Training stops before a step that would
+      exceed the budget;
+    - verifies on batches at growing distances, and in parts at every batch, that samples do not
+      influence each other and that nothing else learns from them.
 
     The guarantee is (ε, δ)-differential privacy of all weights that training ends with and passes
     through, for neighbouring data sets that differ by one sample; `summary` says in which way. It
@@ -224,7 +225,7 @@ class PrivacyCallback(Callback):
             self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling
         )
 
-    # --- before training ---------------------------------------------------------------------------------------------
+    # --- before training --------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -287,7 +288,10 @@ class PrivacyCallback(Callback):
             )
 
     def _follow(self, trainer: Trainer) -> None:
-        """Account for the next step as it will be drawn: loader, data set and length of the run may have changed."""
+        """Account for the next step as it will be drawn.
+
+        Loader, data set and length of the run may have changed since the last one.
+        """
         optimizer, plan = private_optimizer(trainer), self._current
         plan.refuse_parts_of_steps()
         self.accountant.sampling = plan.sampling
@@ -330,7 +334,7 @@ class PrivacyCallback(Callback):
             )
         return self.noise_multiplier
 
-    # --- one batch ---------------------------------------------------------------------------------------------------
+    # --- one batch --------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.accountant.start_epoch()
@@ -357,7 +361,7 @@ class PrivacyCallback(Callback):
             record_training_step(pl_module, read=self._read)
 
     def _begin_step(self, trainer: Trainer) -> None:
-        """The first batch of a step: what it will release is accounted and allowed before it is read."""
+        """Account for what a step will release, and allow it, before its first batch is read."""
         self._passes = self._expected_passes = 0
         self._follow(trainer)
         self._check_budget(trainer)
@@ -382,8 +386,10 @@ class PrivacyCallback(Callback):
             or self._budget.allows(sigma, planned)
         ):
             return
-        message = f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after {trainer.global_step} steps"
-        message += f" ({self._guarantee})"
+        message = (
+            f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after "
+            f"{trainer.global_step} steps ({self._guarantee})"
+        )
         if self.on_budget == "stop":
             rank_zero_warn(f"{message}: training stops.")
             trainer.should_stop = True
@@ -492,7 +498,7 @@ class PrivacyCallback(Callback):
         self._check.finish()
         rank_zero_info(f"PrivacyCallback: {self._guarantee}.")
 
-    # --- afterwards --------------------------------------------------------------------------------------------------
+    # --- afterwards -------------------------------------------------------------------------------
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

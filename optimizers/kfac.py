@@ -113,7 +113,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         >>> with curvature(*optimizer.required_extensions()):
         ...     torch.nn.functional.mse_loss(layer(x), 3 * x + 1).backward()
         >>> optimizer.step()
-        >>> round(layer.weight.item(), 3), round(layer.bias.item(), 3)  # least squares, solved in one step
+        >>> # Least squares, solved in one step:
+        >>> round(layer.weight.item(), 3), round(layer.bias.item(), 3)
         (3.0, 1.0)
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate

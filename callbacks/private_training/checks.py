@@ -1,4 +1,7 @@
-"""The checks of a private run: do samples influence each other, and does anything else learn from them?"""
+"""The checks of a private run.
+
+Do samples influence each other, and does anything else learn from them?
+"""
 
 from __future__ import annotations
 

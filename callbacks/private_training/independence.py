@@ -1,4 +1,7 @@
-"""Whether a sample's gradient depends on the other samples of its batch: then clipping it protects nobody."""
+"""Whether a sample's gradient depends on the other samples of its batch.
+
+Then clipping it protects nobody.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
 
 
 class _Gradients(GraphExtension):
-    """Norms of the per-sample gradients, and weighted sums of them, by a pass that touches no gradient and no hook."""
+    """Norms of the per-sample gradients, and weighted sums of them.
+
+    They come from a pass that touches no gradient and no hook.
+    """
 
     savefield = "_independence"
     needs_likelihood = False
@@ -87,7 +93,7 @@ def observe(
     randomness: EqualRandomness,
     mean: bool,
 ) -> Gradients | None:
-    """Run a training step and look at the gradients of its samples; ``None``: it has no loss with a graph.
+    """Run a training step and look at the gradients of its samples.
 
     Args:
         pl_module: Its `training_step` is called.
@@ -97,6 +103,9 @@ def observe(
         weights: Of the samples, for each weighted sum.
         randomness: Gives all runs equal random numbers.
         mean: Whether the loss is a mean over the samples.
+
+    Returns:
+        ``None`` where the step gives no loss with a graph.
     """
     known: Batch = describe_batch(batch, size)
     step = pl_module.training_step

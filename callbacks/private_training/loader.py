@@ -71,7 +71,10 @@ def require_plain_loader(loader: Any) -> DataLoader:
 
 
 def _not_uniform(sampler: Any, size: int) -> str:
-    """What of a sampler may draw samples more often than others; empty: nothing. Subclasses may do anything."""
+    """What of a sampler may draw some samples more often than others; empty: nothing does.
+
+    Subclasses may do anything, so that they are named as they are.
+    """
     name = f"`{type(sampler).__name__}`"
     if type(sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
         return name
@@ -81,7 +84,8 @@ def _not_uniform(sampler: Any, size: int) -> str:
     if len(source) != size:
         return f"{name} over {len(source)} of {size} samples"
     if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != size):
-        return f"{name} with replacement={sampler.replacement}, num_samples={sampler.num_samples} of {size} samples"
+        drawn = f"num_samples={sampler.num_samples} of {size} samples"
+        return f"{name} with replacement={sampler.replacement}, {drawn}"
     return ""
 
 

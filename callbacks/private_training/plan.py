@@ -168,7 +168,7 @@ class Plan:
             )
 
     def part_size(self, step: int, part: int) -> int | None:
-        """Samples that this process really has in a part of a step's batch; ``None``: see the batch."""
+        """The samples of this process in a part of a step's batch; ``None``: the batch tells."""
         return None if self.sampler is None else self.sampler.part_size(step, part)
 
     def drawn_guests(self, step: int) -> np.ndarray:
