@@ -89,9 +89,11 @@ def privacy_audit(
         ...         return lightning_curv.DPSGD(self.parameters(), noise_multiplier=2.0)
         >>> data = torch.utils.data.TensorDataset(torch.randn(60, 40), torch.randint(10, (60,)))
         >>> trainer = pl.Trainer(
-        ...     max_epochs=1, callbacks=[PrivacyCallback()], accelerator="cpu", logger=False, barebones=True
+        ...     max_epochs=1, callbacks=[PrivacyCallback()],
+        ...     accelerator="cpu", logger=False, barebones=True,
         ... )
-        >>> audit = privacy_audit(trainer, Net(), torch.utils.data.DataLoader(data, 20, shuffle=True), canaries=400)
+        >>> loader = torch.utils.data.DataLoader(data, 20, shuffle=True)
+        >>> audit = privacy_audit(trainer, Net(), loader, canaries=400)
         >>> audit.refuted, audit.canaries
         (False, 400)
     """
@@ -101,14 +103,14 @@ def privacy_audit(
     )
     if privacy is None:
         raise MisconfigurationException(
-            "privacy_audit expects a Trainer with a `PrivacyCallback`, whose ε it compares with, found none; add it to "
-            "`callbacks`."
+            "privacy_audit expects a Trainer with a `PrivacyCallback`, whose ε it compares with, "
+            "found none; add it to `callbacks`."
         )
     if privacy.sampling == "epoch" or trainer.world_size > 1:
         raise MisconfigurationException(
-            f"privacy_audit draws canaries as Poisson sampling draws samples, in one process, found "
-            f"sampling={privacy.sampling!r} and {trainer.world_size} processes; audit the run with Poisson sampling on "
-            "one device, or use `GradientCanaries` in a loop of your own."
+            "privacy_audit draws canaries as Poisson sampling draws samples, in one process, found "
+            f"sampling={privacy.sampling!r} and {trainer.world_size} processes; audit the run with "
+            "Poisson sampling on one device, or use `GradientCanaries` in a loop of your own."
         )
     seed = secrets.randbits(128) if seed is None else seed
     part: _Audited
@@ -126,7 +128,7 @@ def privacy_audit(
 
 
 class _Audited(Callback):
-    """Canaries take part in a run of `PrivacyCallback`, which comes first in the list of callbacks."""
+    """Lets canaries take part in a run of `PrivacyCallback`, which comes first among callbacks."""
 
     def __init__(self, privacy: PrivacyCallback) -> None:
         self.privacy = privacy

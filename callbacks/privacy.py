@@ -1,4 +1,4 @@
-"""The callback that makes training differentially private: batches, clipping, accounting, budget."""
+"""The callback that makes training differentially private: batches, clipping, account, budget."""
 
 from __future__ import annotations
 
@@ -44,20 +44,21 @@ SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
 
 
 class PrivacyCallback(Callback):
-    r"""Differentially private training of an ordinary `LightningModule` whose optimizer is a `DPOptimizer`.
+    r"""Differentially private training of an ordinary `LightningModule`.
 
-    `training_step`, its scalar loss and the DataLoader stay as they are. The callback
+    Its optimizer is a `DPOptimizer`; `training_step`, its scalar loss and the DataLoader stay as
+    they are. The callback
 
-    - draws Poisson batches from the loader's data set: every sample takes part in a step with probability
-      q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of the loader
-      as written; each batch is split into exactly ``accumulate_grad_batches`` parts, so that
-      `global_step`, schedulers and the length of an epoch are what they were;
+    - draws Poisson batches from the loader's data set: every sample takes part in a step with
+      probability q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of
+      the loader as written; each batch is split into exactly ``accumulate_grad_batches`` parts, so
+      that `global_step`, schedulers and the length of an epoch are what they were;
     - listens to the user's own backward passes, so that the optimizer clips and adds noise;
-    - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate, sizes and length of
-      the run are read at every step. Training stops before a step that would exceed the budget;
-    - verifies on batches at growing distances, and in parts at every batch, that samples do not influence each other
-    and
-      that nothing else learns from them.
+    - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate,
+      sizes and length of the run are read at every step. Training stops before a step that would
+      exceed the budget;
+    - verifies on batches at growing distances, and in parts at every batch, that samples do not
+      influence each other and that nothing else learns from them.
 
     The guarantee is (ε, δ)-differential privacy of all weights that training ends with and passes
     through, for neighbouring data sets that differ by one sample; `summary` says in which way. It
@@ -138,8 +139,9 @@ class PrivacyCallback(Callback):
             require_count("max_physical_batch_size", max_physical_batch_size)
             if sampling == "epoch":
                 raise ValueError(
-                    "`max_physical_batch_size` splits Poisson batches, found sampling='epoch', which leaves batches as "
-                    "they are; use a smaller `batch_size` and `accumulate_grad_batches`."
+                    "`max_physical_batch_size` splits Poisson batches, found sampling='epoch', "
+                    "which leaves batches as they are; use a smaller `batch_size` and "
+                    "`accumulate_grad_batches`."
                 )
         if epsilon is not None:
             require_positive("epsilon", epsilon)
@@ -196,8 +198,9 @@ class PrivacyCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.exact_resume and "entropy" not in state_dict:
             raise KeyError(
-                "Expected the state of the batches for `exact_resume=True`, found none: the checkpoint was saved "
-                "without that option. Leave it out to go on with fresh batches and fresh noise."
+                "Expected the state of the batches for `exact_resume=True`, found none: the "
+                "checkpoint was saved without that option. Leave it out to go on with fresh "
+                "batches and fresh noise."
             )
         self.noise_multiplier = state_dict["noise_multiplier"]
         self.accountant.load_state_dict(state_dict)
@@ -222,7 +225,7 @@ class PrivacyCallback(Callback):
             self.accountant, self.epsilon, self.delta, self._clip_norm, self.accountant.sampling
         )
 
-    # --- before training ---------------------------------------------------------------------------------------------
+    # --- before training --------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -280,19 +283,23 @@ class PrivacyCallback(Callback):
         self._spent = self.accountant.epsilon(self.delta)
         if self.log_non_private:
             rank_zero_warn(
-                "PrivacyCallback logs `non_private/...`: these values are not covered by the guarantee."
+                "PrivacyCallback logs `non_private/...`: these values are not covered by the "
+                "guarantee."
             )
 
     def _follow(self, trainer: Trainer) -> None:
-        """Account for the next step as it will be drawn: loader, data set and length of the run may have changed."""
+        """Account for the next step as it will be drawn.
+
+        Loader, data set and length of the run may have changed since the last one.
+        """
         optimizer, plan = private_optimizer(trainer), self._current
         plan.refuse_parts_of_steps()
         self.accountant.sampling = plan.sampling
         expected = plan.expected_batch_size
         if self._given_size not in (None, expected):
             raise MisconfigurationException(
-                f"`expected_batch_size` of the optimizer must be batch size × accumulated batches × processes, "
-                f"{expected:g}, found {self._given_size}; leave it out."
+                "`expected_batch_size` of the optimizer must be batch size × accumulated batches × "
+                f"processes, {expected:g}, found {self._given_size}; leave it out."
             )
         optimizer.expected_batch_size = expected
         optimizer.loss_scale = 1 / trainer.accumulate_grad_batches
@@ -309,12 +316,14 @@ class PrivacyCallback(Callback):
         if self.noise_multiplier is None:
             if self.epsilon is None:
                 raise MisconfigurationException(
-                    "The noise is unknown: pass `noise_multiplier=` to the optimizer, or `epsilon=` to PrivacyCallback."
+                    "The noise is unknown: pass `noise_multiplier=` to the optimizer, or "
+                    "`epsilon=` to PrivacyCallback."
                 )
             if math.isinf(plan.releases):
                 raise MisconfigurationException(
-                    "The noise for a budget depends on the number of steps, found neither `max_epochs` nor `max_steps` "
-                    "in the Trainer; set one, or pass `noise_multiplier=` to the optimizer."
+                    "The noise for a budget depends on the number of steps, found neither "
+                    "`max_epochs` nor `max_steps` in the Trainer; set one, or pass "
+                    "`noise_multiplier=` to the optimizer."
                 )
             self.noise_multiplier = calibrated_noise(
                 self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
@@ -325,7 +334,7 @@ class PrivacyCallback(Callback):
             )
         return self.noise_multiplier
 
-    # --- one batch ---------------------------------------------------------------------------------------------------
+    # --- one batch --------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.accountant.start_epoch()
@@ -337,9 +346,9 @@ class PrivacyCallback(Callback):
         part = batch_idx % trainer.accumulate_grad_batches
         if part != self._expected_passes % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
-                f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} accumulated batches, found "
-                f"a run that goes on at batch {batch_idx}, in the middle of one: its other batches are lost. Save "
-                "checkpoints after whole steps."
+                f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} "
+                f"accumulated batches, found a run that goes on at batch {batch_idx}, in the "
+                "middle of one: its other batches are lost. Save checkpoints after whole steps."
             )
         if part == 0:
             self._begin_step(trainer)
@@ -352,7 +361,7 @@ class PrivacyCallback(Callback):
             record_training_step(pl_module, read=self._read)
 
     def _begin_step(self, trainer: Trainer) -> None:
-        """The first batch of a step: what it will release is accounted and allowed before it is read."""
+        """Account for what a step will release, and allow it, before its first batch is read."""
         self._passes = self._expected_passes = 0
         self._follow(trainer)
         self._check_budget(trainer)
@@ -377,8 +386,10 @@ class PrivacyCallback(Callback):
             or self._budget.allows(sigma, planned)
         ):
             return
-        message = f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after {trainer.global_step} steps"
-        message += f" ({self._guarantee})"
+        message = (
+            f"PrivacyCallback: the budget ε = {self.epsilon:g} is spent after "
+            f"{trainer.global_step} steps ({self._guarantee})"
+        )
         if self.on_budget == "stop":
             rank_zero_warn(f"{message}: training stops.")
             trainer.should_stop = True
@@ -409,8 +420,9 @@ class PrivacyCallback(Callback):
     ) -> None:
         if self._passes != self._expected_passes:
             raise MisconfigurationException(
-                f"Expected a loss from each of {self._expected_passes} calls of `training_step`, found {self._passes}: "
-                "leaving out a batch depends on the data and is not private. Return a loss, for example of zero weight."
+                f"Expected a loss from each of {self._expected_passes} calls of `training_step`, "
+                f"found {self._passes}: leaving out a batch depends on the data and is not "
+                "private. Return a loss, for example of zero weight."
             )
         private = private_optimizer(trainer)
         costs = self.accountant.next_step_costs and not self._warned
@@ -420,8 +432,9 @@ class PrivacyCallback(Callback):
             and not self._budget.checked(float(private.noise_multiplier or 0.0))
         ):
             raise MisconfigurationException(
-                "PrivacyCallback expects the noise of a step before its batch is read, found `noise_multiplier` "
-                f"changed to {private.noise_multiplier} since; change it between steps."
+                "PrivacyCallback expects the noise of a step before its batch is read, found "
+                f"`noise_multiplier` changed to {private.noise_multiplier} since; change it "
+                "between steps."
             )
         self._check.before_step()
         if self.log_non_private:
@@ -455,9 +468,10 @@ class PrivacyCallback(Callback):
         steps = private_optimizer(trainer).steps - self._steps_before
         if steps != 1:
             raise MisconfigurationException(
-                f"PrivacyCallback expects one optimizer step for every drawn batch, found {steps}: leaving out a step "
-                "may depend on the data and is not private, and a second one has no batch. Let `optimizer_step` step "
-                "always, for example with a learning rate of zero."
+                f"PrivacyCallback expects one optimizer step for every drawn batch, found {steps}: "
+                "leaving out a step may depend on the data and is not private, and a second one "
+                "has no batch. Let `optimizer_step` step always, for example with a learning rate "
+                "of zero."
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -467,9 +481,9 @@ class PrivacyCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._in_batch:
             raise MisconfigurationException(
-                "PrivacyCallback expects every drawn batch to be trained on, found one that `on_train_batch_start` "
-                "left out by returning -1: that may depend on the data, which is not private. For shorter epochs use "
-                "`limit_train_batches`."
+                "PrivacyCallback expects every drawn batch to be trained on, found one that "
+                "`on_train_batch_start` left out by returning -1: that may depend on the data, "
+                "which is not private. For shorter epochs use `limit_train_batches`."
             )
         self._check.between()
         self._expected_passes = 0
@@ -484,7 +498,7 @@ class PrivacyCallback(Callback):
         self._check.finish()
         rank_zero_info(f"PrivacyCallback: {self._guarantee}.")
 
-    # --- afterwards --------------------------------------------------------------------------------------------------
+    # --- afterwards -------------------------------------------------------------------------------
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

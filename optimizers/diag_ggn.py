@@ -31,7 +31,8 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
     With bias-corrected running means $\hat g$ of the gradient and $\hat h$ of the diagonal of the
     generalized Gauss-Newton matrix,
 
-    $$d = \hat g / (\hat h + \lambda), \qquad \theta \leftarrow (1 - \eta_t w) \theta - \eta_t \, \mathrm{bound}(d).$$
+    $$d = \hat g / (\hat h + \lambda), \qquad
+      \theta \leftarrow (1 - \eta_t w) \theta - \eta_t \, \mathrm{bound}(d).$$
 
     `bound="trust"` multiplies all of $d$ by
     $\min(1, \sqrt{\kappa / (\eta_0^2 \sum_j \hat h_j d_j^2)})$, `bound="elementwise"` clips each
@@ -72,10 +73,10 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
     Example:
         >>> import torch
         >>> from lightning_curv import curvature
-        >>> model = torch.nn.Linear(2, 3)
+        >>> model, x, y = torch.nn.Linear(2, 3), torch.ones(4, 2), torch.arange(4) % 3
         >>> optimizer = DiagGGNOptimizer(model.parameters(), lr=0.3)
         >>> with curvature(*optimizer.extensions):
-        ...     torch.nn.functional.cross_entropy(model(torch.ones(4, 2)), torch.arange(4) % 3).backward()
+        ...     torch.nn.functional.cross_entropy(model(x), y).backward()
         >>> optimizer.step()
         >>> set(optimizer.summary().values())
         {'curvature'}

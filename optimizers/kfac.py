@@ -113,7 +113,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         >>> with curvature(*optimizer.required_extensions()):
         ...     torch.nn.functional.mse_loss(layer(x), 3 * x + 1).backward()
         >>> optimizer.step()
-        >>> round(layer.weight.item(), 3), round(layer.bias.item(), 3)  # least squares, solved in one step
+        >>> # Least squares, solved in one step:
+        >>> round(layer.weight.item(), 3), round(layer.bias.item(), 3)
         (3.0, 1.0)
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
@@ -147,7 +148,8 @@ class KFACOptimizer(SecondOrderOptimizer):
     ) -> None:
         if shard_inverses and eigen:
             raise ValueError(
-                "`shard_inverses=True` needs `eigen=False`: every process measures in the eigenbasis."
+                "`shard_inverses=True` needs `eigen=False`: every process measures in the "
+                "eigenbasis."
             )
         require_count("factor_interval", factor_interval)
         require_count("inverse_interval", inverse_interval)

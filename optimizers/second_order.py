@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_curv.extensions import Extension, GraphExtension
-from lightning_curv.optimizers.curvature.base import Curvature, Member, ParamGroup
+from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup
 from lightning_curv.optimizers.curvature.fields import Inbox
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
 from lightning_curv.optimizers.linear_algebra.finite import finite_flags
@@ -34,10 +34,11 @@ SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "curvature_scale
 
 
 class SecondOrderOptimizer(Optimizer):
-    r"""Gradient descent preconditioned by curvature × damping × step, three objects that know nothing of each other.
+    r"""Gradient descent preconditioned by curvature × damping × step.
 
-    Updates come from `step_rule` for the directions that `curvature` makes of the gradients with
-    the damping of the group; decoupled weight decay comes on top.
+    These are three objects that know nothing of each other. Updates come from `step_rule` for the
+    directions that `curvature` makes of the gradients with the damping of the group; decoupled
+    weight decay comes on top.
 
     A parameter without curvature moves by Adam's direction at `fallback_lr`
     $\cdot \, \eta_t / \eta_0$ instead. Frozen parameters and those without a gradient are left
@@ -98,7 +99,7 @@ class SecondOrderOptimizer(Optimizer):
 
     @property
     def relative_lr(self) -> bool:
-        """Whether the learning rates of groups, and schedulers' values, are factors of one found."""
+        """Whether learning rates of groups and schedulers are factors of one that is found."""
         return isinstance(self.step_rule, QuadraticModel)
 
     @property
@@ -226,10 +227,16 @@ class SecondOrderOptimizer(Optimizer):
                 self._take_in(members)
 
     def _trial(self, loss_fn: Callable[[], Any] | None, device: torch.device) -> Trial | None:
-        """Evaluate the loss where the damping is to be adapted, and once more after that to know the batch again."""
+        """Evaluate the loss before a step after which the damping is to be adapted.
+
+        In the step behind that one it is evaluated, too: if it is what it was after the update, all
+        steps have the same batch.
+        """
         if loss_fn is None or not self._adapts:
             return None
-        after, self._after = (None if self.full_batch is False else self._after), None
+        after, self._after = self._after, None
+        if self.full_batch is False:
+            after = None
         if after is None and not self.adaptation.due(self.steps):
             return None
         trial = Trial(loss_fn, device)
@@ -253,49 +260,57 @@ class SecondOrderOptimizer(Optimizer):
         return any(group["damping"] == "auto" for group in self.param_groups)
 
     def _update(self, members: list[Member]) -> Step | None:
-        flags = finite_flags(gradient(p) for _, p in members)
-        if not all(flags):
-            names = self._parameters.described(
-                [p for (_, p), good in zip(members, flags, strict=True) if not good]
-            )
-            warn(f"found inf or NaN in the gradients of {names}; this step is skipped.")
+        """Measure, precondition, bound, move; None if something is not finite and nothing moved."""
+        gradients = {param: gradient(param) for _, param in members}
+        if not all(finite_flags(gradients.values())):
+            self._warn_of_skipped("gradients", gradients)
             self._micro_batches = MicroBatches()
             return None
-        parameters, curvature, state = self._parameters, self.curvature, self.state
+        parameters, curvature = self._parameters, self.curvature
         self._take_in(members)
-        found, self._micro_batches = self._micro_batches, MicroBatches()
+        micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
         blocks = parameters.blocks(members)
         if self.schedule.measure_due(self.steps):
-            absorb(curvature, parameters, blocks, found.means(), self.curvature_scale)
-        room = self._limited(found.limits)
-        dampings = {
-            block.params[0]: block_damping(
-                curvature, state[block.params[0]], block, self.relative_damping, self.loss_floor
-            )
-            for block in blocks
-            if curvature.measured(state[block.params[0]])
-        }
+            absorb(curvature, parameters, blocks, micro_batches.means(), self.curvature_scale)
+        # Read first: it sets the least damping, which the dampings of the blocks contain.
+        room = self._limited(micro_batches.limits)
+        dampings = self._dampings(blocks)
         refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
-        exact = (
-            self.full_batch and self.step_rule.extension is not None
-        )  # gradients without noise, momentum of its own
-        ways = directions(
-            curvature, parameters, blocks, dampings, found.jacobians, average=not exact
+        # Gradients of the whole data have no noise to average away, and the quadratic model has a
+        # momentum of its own.
+        has_model = self.step_rule.extension is not None
+        average = not (self.full_batch and has_model)
+        found_directions = directions(
+            curvature, parameters, blocks, dampings, micro_batches.jacobians, average
         )
-        step = self.step_rule(ways, self.curvature_scale, room)
-        updates = {d.param: update for d, update in zip(ways, step.updates, strict=True)}
-        if not move(parameters, members, updates, step, keep=self.step_rule.extension is not None):
-            flags = finite_flags(updates.values())
-            names = parameters.described(
-                [p for p, good in zip(updates, flags, strict=True) if not good]
-            )
-            warn(
-                f"found inf or NaN in the preconditioned gradients of {names}; this step is skipped."
-            )
+        step = self.step_rule(found_directions, self.curvature_scale, room)
+        moving = [direction.param for direction in found_directions]
+        updates = dict(zip(moving, step.updates, strict=True))
+        if not move(parameters, members, updates, step, keep=has_model):
+            self._warn_of_skipped("preconditioned gradients", updates)
             return None
         self.last_step = {**step.report, "damping": self.relative_damping}
         self.steps += 1
         return step
+
+    def _dampings(self, blocks: Sequence[Block]) -> dict[Tensor, Tensor]:
+        """The dampings of the blocks whose curvature was measured, by their first parameter."""
+        dampings = {}
+        for block in blocks:
+            first = block.params[0]
+            state = self.state[first]
+            if self.curvature.measured(state):
+                dampings[first] = block_damping(
+                    self.curvature, state, block, self.relative_damping, self.loss_floor
+                )
+        return dampings
+
+    def _warn_of_skipped(self, kind: str, tensors: dict[Tensor, Tensor]) -> None:
+        """Warn that a step is skipped, and say which parameters' tensors are not finite."""
+        flags = finite_flags(tensors.values())
+        guilty = [param for param, finite in zip(tensors, flags, strict=True) if not finite]
+        names = self._parameters.described(guilty)
+        warn(f"found inf or NaN in the {kind} of {names}; this step is skipped.")
 
     def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
         """The new fields of an extension, each only once."""
@@ -324,8 +339,9 @@ class SecondOrderOptimizer(Optimizer):
                 statistics(self.curvature, self._parameters, blocks, fields, self.steps)
             )
         if self._adapts:
-            found = [vars(param).pop("loss_limits", None) for _, param in members]
-            self._micro_batches.limits += [limits for limits in found if limits is not None][:1]
+            # All parameters have the same limits; they are taken off each, and kept once.
+            popped = [vars(param).pop("loss_limits", None) for _, param in members]
+            self._micro_batches.limits += [limits for limits in popped if limits is not None][:1]
 
     def _limited(self, limits: list[Tensor]) -> float:
         """Read the least damping off the limits of all micro-batches; how far the loss can fall."""
@@ -333,14 +349,17 @@ class SecondOrderOptimizer(Optimizer):
             return math.inf
         mean = averaged(torch.stack(limits).mean(0)) * self.curvature_scale
         floor, room, size = mean.tolist()
-        self.loss_floor = floor / len(limits)  # it falls with the number of predictions
+        # It falls with the number of predictions, of which all micro-batches together have more.
+        self.loss_floor = floor / len(limits)
+        # Known losses have no size.
         if not size:
             return float(room)
         # No step promises more than the loss was worth lately: at once it may be zero on its way to
         # negative numbers.
-        self.loss_size = (
-            LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size if self.loss_size else size
-        )
+        if self.loss_size:
+            self.loss_size = LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size
+        else:
+            self.loss_size = size
         return min(float(room), max(size, self.loss_size))
 
     @property
@@ -358,10 +377,11 @@ class SecondOrderOptimizer(Optimizer):
 
     def _missing(self, extension: Extension) -> str:
         return (
-            f"{type(self).__name__} needs new curvature for step {self.steps}, found no parameter whose "
-            f"`.{extension.savefield}` was written since the last step. In Lightning add `CurvatureCallback()` to the "
-            "Trainer's callbacks (its tuners run without callbacks: tune with another optimizer); elsewhere write "
-            "`with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`."
+            f"{type(self).__name__} needs new curvature for step {self.steps}, found no parameter "
+            f"whose `.{extension.savefield}` was written since the last step. In Lightning add "
+            "`CurvatureCallback()` to the Trainer's callbacks (its tuners run without callbacks: "
+            "tune with another optimizer); elsewhere write `with curvature(*optimizer.extensions): "
+            "loss.backward()` before `optimizer.step()`."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -380,8 +400,8 @@ class SecondOrderOptimizer(Optimizer):
         """
         if "steps" not in state_dict:
             warn(
-                f"found a checkpoint without the state of {type(self).__name__} (its keys are {sorted(state_dict)}); "
-                "curvature and settings start anew."
+                f"found a checkpoint without the state of {type(self).__name__} (its keys are "
+                f"{sorted(state_dict)}); curvature and settings start anew."
             )
             return
         super().load_state_dict(state_dict)
@@ -404,5 +424,6 @@ def _check_param(param: Tensor) -> None:
     if param.is_complex() or param.layout != torch.strided:
         kind = "complex" if param.is_complex() else "sparse"
         raise TypeError(
-            f"Curvature needs real dense parameters, found a {kind} one of shape {tuple(param.shape)}."
+            f"Curvature needs real dense parameters, found a {kind} one of shape "
+            f"{tuple(param.shape)}."
         )

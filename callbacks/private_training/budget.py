@@ -1,4 +1,7 @@
-"""How many releases a budget still allows, asked of the accountant only when the answer may have changed."""
+"""How many releases a budget still allows.
+
+The accountant, which is slow, is asked only when the answer may have changed.
+"""
 
 from __future__ import annotations
 

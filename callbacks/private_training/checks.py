@@ -1,4 +1,7 @@
-"""The checks of a private run: do samples influence each other, and does anything else learn from them?"""
+"""The checks of a private run.
+
+Do samples influence each other, and does anything else learn from them?
+"""
 
 from __future__ import annotations
 
@@ -123,9 +126,10 @@ class Checks:
         if names:
             some = ", ".join(f"`{name}`" for name in sorted(names)[:4])
             raise MisconfigurationException(
-                "PrivacyCallback needs a model that learns by its private optimizer alone, found that something else "
-                f"changed {some} while a batch was at hand (another optimizer, a callback or hook): no noise covers "
-                "that. Leave it out; or, if no data is looked at (moving averages of weights, clamping), name it in "
+                "PrivacyCallback needs a model that learns by its private optimizer alone, found "
+                f"that something else changed {some} while a batch was at hand (another optimizer, "
+                "a callback or hook): no noise covers that. Leave it out; or, if no data is looked "
+                "at (moving averages of weights, clamping), name it in "
                 "`PrivacyCallback(public_state=[...])`."
             )
 

@@ -144,8 +144,8 @@ def _compare_gradients(pl_module: LightningModule, a: Any, b: Any, count: int, m
         UnsupportedError
     ) as error:  # training refuses by itself what it has no per-sample gradients of
         warnings.warn(
-            f"PrivacyCallback cannot check that `collate_fn` and transfer hooks keep samples apart: on {size} samples "
-            f"there are no gradients to compare ({error})",
+            "PrivacyCallback cannot check that `collate_fn` and transfer hooks keep samples apart: "
+            f"on {size} samples there are no gradients to compare ({error})",
             stacklevel=2,
         )
         return
@@ -156,11 +156,12 @@ def _compare_gradients(pl_module: LightningModule, a: Any, b: Any, count: int, m
         compare(first, shared, rows, 0, weights[:count], mean, tolerance(pl_module))
     except MisconfigurationException as error:
         raise MisconfigurationException(
-            "PrivacyCallback needs batches whose samples do not influence each other, found that `collate_fn` or a "
-            "transfer hook (`on_before_batch_transfer`, `on_after_batch_transfer`) makes something else of a sample "
-            "when the other samples of its batch change: mixing (mixup, CutMix), statistics of the batch, or padding "
-            "that the loss does not leave out. Do it sample by sample in the data set, with fixed statistics, or mask "
-            "the padding."
+            "PrivacyCallback needs batches whose samples do not influence each other, found that "
+            "`collate_fn` or a transfer hook (`on_before_batch_transfer`, "
+            "`on_after_batch_transfer`) makes something else of a sample when the other samples of "
+            "its batch change: mixing (mixup, CutMix), statistics of the batch, or padding that "
+            "the loss does not leave out. Do it sample by sample in the data set, with fixed "
+            "statistics, or mask the padding."
         ) from error
 
 

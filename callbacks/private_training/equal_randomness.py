@@ -34,7 +34,7 @@ class EqualRandomness(TorchDispatchMode):
         self._position: int | None = None  # of the next draw of a later run
 
     def again(self, rows: Tensor | None = None) -> EqualRandomness:
-        """A later run begins, with these samples of the first; ``None``: with samples in the same places."""
+        """Begin a later run, with these samples of the first; ``None``: all in the same places."""
         self._rows, self._position = torch.arange(self._size) if rows is None else rows, 0
         return self
 
@@ -73,7 +73,7 @@ class EqualRandomness(TorchDispatchMode):
         result[shared] = torch.where(same, known[shared], result[shared])
 
     def _of_rows(self, drawn: Tensor, shape: torch.Size) -> Tensor | None:
-        """The entries of the samples of this run; the other axes may be longer or shorter by padding."""
+        """The entries of the samples of this run; padding may have changed lengths of axes."""
         count, rows = len(self._rows), self._rows.to(drawn.device)
         if drawn.ndim != len(shape):
             return None

@@ -1,4 +1,7 @@
-"""Whether a sample's gradient depends on the other samples of its batch: then clipping it protects nobody."""
+"""Whether a sample's gradient depends on the other samples of its batch.
+
+Then clipping it protects nobody.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
 
 
 class _Gradients(GraphExtension):
-    """Norms of the per-sample gradients, and weighted sums of them, by a pass that touches no gradient and no hook."""
+    """Norms of the per-sample gradients, and weighted sums of them.
+
+    They come from a pass that touches no gradient and no hook.
+    """
 
     savefield = "_independence"
     needs_likelihood = False
@@ -87,7 +93,7 @@ def observe(
     randomness: EqualRandomness,
     mean: bool,
 ) -> Gradients | None:
-    """Run a training step and look at the gradients of its samples; ``None``: it has no loss with a graph.
+    """Run a training step and look at the gradients of its samples.
 
     Args:
         pl_module: Its `training_step` is called.
@@ -97,6 +103,9 @@ def observe(
         weights: Of the samples, for each weighted sum.
         randomness: Gives all runs equal random numbers.
         mean: Whether the loss is a mean over the samples.
+
+    Returns:
+        ``None`` where the step gives no loss with a graph.
     """
     known: Batch = describe_batch(batch, size)
     step = pl_module.training_step
@@ -190,8 +199,9 @@ def _observe_part(pl_module: LightningModule, *arguments: Any) -> Gradients | No
         return observe(pl_module, *arguments)
     except Exception as error:
         raise MisconfigurationException(
-            "PrivacyCallback needs a `training_step` that gives every sample the same loss in any batch, found one "
-            f"that runs on a batch and fails on some of its samples, which depends on the other samples: {error}"
+            "PrivacyCallback needs a `training_step` that gives every sample the same loss in any "
+            "batch, found one that runs on a batch and fails on some of its samples, which depends "
+            f"on the other samples: {error}"
         ) from error
 
 
@@ -238,11 +248,12 @@ def compare(
     if same_kind and not bool(differ.any()) and distance <= allowed * max(float(expected), 1e-12):
         return
     raise MisconfigurationException(
-        f"PrivacyCallback needs a loss that is the {'mean' if mean else 'sum'} of one loss per sample, found that a "
-        f"sample's gradient depends on the other samples of its batch (norms {_some(norms)} in one batch, "
-        f"{_some(part.norms)} in another; the gradients differ by {distance:.2g} of {float(expected):.2g}). Class "
-        "weights, `ignore_index` and ragged sequences make a mean over something else than samples: compute one loss "
-        "per sample and return its `.mean()`; for a sum set `loss_reduction='sum'` in the optimizer. Contrastive "
+        f"PrivacyCallback needs a loss that is the {'mean' if mean else 'sum'} of one loss per "
+        "sample, found that a sample's gradient depends on the other samples of its batch (norms "
+        f"{_some(norms)} in one batch, {_some(part.norms)} in another; the gradients differ by "
+        f"{distance:.2g} of {float(expected):.2g}). Class weights, `ignore_index` and ragged "
+        "sequences make a mean over something else than samples: compute one loss per sample and "
+        "return its `.mean()`; for a sum set `loss_reduction='sum'` in the optimizer. Contrastive "
         "losses and batch statistics cannot be private."
     )
 
@@ -273,10 +284,11 @@ def _refuse_changed_state(changed: dict[str, Tensor], kept: Kept) -> None:
     for name in {**changed, **other}:
         if name not in other or name not in changed or not equal(changed[name], other[name]):
             raise MisconfigurationException(
-                "PrivacyCallback needs a model that learns from the samples by its private optimizer alone, found that "
-                f"`training_step` changes `{name}` by what the batch holds, without noise: running statistics, moving "
-                "averages of features, queues of samples, or another optimizer. Fix it (`.eval()`, "
-                "`track_running_stats=False`), or leave it out."
+                "PrivacyCallback needs a model that learns from the samples by its private "
+                f"optimizer alone, found that `training_step` changes `{name}` by what the batch "
+                "holds, without noise: running statistics, moving averages of features, queues of "
+                "samples, or another optimizer. Fix it (`.eval()`, `track_running_stats=False`), "
+                "or leave it out."
             )
 
 
@@ -286,8 +298,8 @@ def divides(batch: Any, size: int) -> bool:
         samples_of(batch, torch.arange(size), size)
     except _Unsplit:
         warnings.warn(
-            f"PrivacyCallback cannot check that samples do not influence each other: no tensor of the batch has "
-            f"{size} entries along its first axis.",
+            "PrivacyCallback cannot check that samples do not influence each other: no tensor of "
+            f"the batch has {size} entries along its first axis.",
             stacklevel=2,
         )
         return False

@@ -45,30 +45,36 @@ def require_plain_loader(loader: Any) -> DataLoader:
     """Refuse loaders whose samples cannot be drawn anew, or that repeat samples."""
     if not isinstance(loader, DataLoader):
         raise MisconfigurationException(
-            f"PrivacyCallback expects one torch DataLoader for training, found `{type(loader).__name__}`; join several "
-            "data sets with `torch.utils.data.ConcatDataset`."
+            "PrivacyCallback expects one torch DataLoader for training, found "
+            f"`{type(loader).__name__}`; join several data sets with "
+            "`torch.utils.data.ConcatDataset`."
         )
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         raise MisconfigurationException(
-            "PrivacyCallback expects a data set with `__getitem__` and `__len__`, found an iterable one: without its "
-            "size there is no sampling rate. Load it into a map-style data set."
+            "PrivacyCallback expects a data set with `__getitem__` and `__len__`, found an "
+            "iterable one: without its size there is no sampling rate. Load it into a map-style "
+            "data set."
         )
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise MisconfigurationException(
-            f"PrivacyCallback expects a DataLoader with `batch_size=`, found `{type(loader.batch_sampler).__name__}`, "
-            "which may repeat samples; pass `batch_size=` and leave the drawing to the callback."
+            "PrivacyCallback expects a DataLoader with `batch_size=`, found "
+            f"`{type(loader.batch_sampler).__name__}`, which may repeat samples; pass "
+            "`batch_size=` and leave the drawing to the callback."
         )
     found = _not_uniform(loader.sampler, dataset_size(loader))
     if found:
         raise MisconfigurationException(
-            f"PrivacyCallback expects every sample with the same probability, found {found}, which may repeat or "
-            "prefer samples; use `shuffle=True`."
+            f"PrivacyCallback expects every sample with the same probability, found {found}, which "
+            "may repeat or prefer samples; use `shuffle=True`."
         )
     return loader
 
 
 def _not_uniform(sampler: Any, size: int) -> str:
-    """What of a sampler may draw samples more often than others; empty: nothing. Subclasses may do anything."""
+    """What of a sampler may draw some samples more often than others; empty: nothing does.
+
+    Subclasses may do anything, so that they are named as they are.
+    """
     name = f"`{type(sampler).__name__}`"
     if type(sampler) not in (SequentialSampler, RandomSampler, DistributedSampler):
         return name
@@ -78,7 +84,8 @@ def _not_uniform(sampler: Any, size: int) -> str:
     if len(source) != size:
         return f"{name} over {len(source)} of {size} samples"
     if isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != size):
-        return f"{name} with replacement={sampler.replacement}, num_samples={sampler.num_samples} of {size} samples"
+        drawn = f"num_samples={sampler.num_samples} of {size} samples"
+        return f"{name} with replacement={sampler.replacement}, {drawn}"
     return ""
 
 
@@ -88,24 +95,26 @@ def require_each_sample_once(loader: DataLoader, trainer: Trainer) -> None:
     size = dataset_size(loader)
     if size % processes:
         raise MisconfigurationException(
-            f"`sampling='epoch'` needs a data set that {processes} processes can share evenly, found {size} samples: "
-            "Lightning would repeat some. Leave some out, or use Poisson sampling."
+            f"`sampling='epoch'` needs a data set that {processes} processes can share evenly, "
+            f"found {size} samples: Lightning would repeat some. Leave some out, or use Poisson "
+            "sampling."
         )
     own = [
         name for name in ("__iter__", "_get_iterator", "_index_sampler") if _overrides(loader, name)
     ]
     if own:
         raise MisconfigurationException(
-            "`sampling='epoch'` needs a DataLoader that takes its sampler's samples as they come, found "
-            f"`{type(loader).__name__}`, which overrides {', '.join(f'`{name}`' for name in own)}; use a plain "
-            "DataLoader, or Poisson sampling."
+            "`sampling='epoch'` needs a DataLoader that takes its sampler's samples as they come, "
+            f"found `{type(loader).__name__}`, which overrides "
+            f"{', '.join(f'`{name}`' for name in own)}; use a plain DataLoader, or Poisson "
+            "sampling."
         )
     if isinstance(sampler, SequentialSampler) or (
         isinstance(sampler, DistributedSampler) and not sampler.shuffle
     ):
         raise MisconfigurationException(
-            "`sampling='epoch'` needs a loader that shuffles, found one that keeps the order of the data set; pass "
-            "`shuffle=True`, or use Poisson sampling."
+            "`sampling='epoch'` needs a loader that shuffles, found one that keeps the order of "
+            "the data set; pass `shuffle=True`, or use Poisson sampling."
         )
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas != processes:
         raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""What a private run logs: values that are private by construction, and, apart from them, values that are not."""
+"""What a private run logs: values that are private by construction, and apart from them others."""
 
 from __future__ import annotations
 

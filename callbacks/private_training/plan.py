@@ -55,8 +55,8 @@ class PlannedBatches(PoissonBatchSampler):
 def _rate(expected: float, size: int) -> float:
     if expected > size:
         raise MisconfigurationException(
-            f"Expected no more samples per step than the data set has, {size}, found {expected:g} (batch size × "
-            "accumulated batches × processes). Use a smaller `batch_size`."
+            f"Expected no more samples per step than the data set has, {size}, found {expected:g} "
+            "(batch size × accumulated batches × processes). Use a smaller `batch_size`."
         )
     return expected / size
 
@@ -152,21 +152,23 @@ class Plan:
         trainer = self.trainer
         if self.sampler is not None and self.sampler.parts != trainer.accumulate_grad_batches:
             raise MisconfigurationException(
-                f"PrivacyCallback needs a constant `accumulate_grad_batches`, found {self.sampler.parts} and then "
-                f"{trainer.accumulate_grad_batches}; leave it as it was when the loader was made."
+                "PrivacyCallback needs a constant `accumulate_grad_batches`, found "
+                f"{self.sampler.parts} and then {trainer.accumulate_grad_batches}; leave it as it "
+                "was when the loader was made."
             )
         if (
             self.sampler is not None
             and trainer.num_training_batches % trainer.accumulate_grad_batches
         ):
             raise MisconfigurationException(
-                f"`limit_train_batches` must leave whole steps of {trainer.accumulate_grad_batches} accumulated "
-                f"batches, found {trainer.num_training_batches} batches: dropping a part of a Poisson batch is not "
-                "private."
+                "`limit_train_batches` must leave whole steps of "
+                f"{trainer.accumulate_grad_batches} accumulated batches, found "
+                f"{trainer.num_training_batches} batches: dropping a part of a Poisson batch is "
+                "not private."
             )
 
     def part_size(self, step: int, part: int) -> int | None:
-        """Samples that this process really has in a part of a step's batch; ``None``: see the batch."""
+        """The samples of this process in a part of a step's batch; ``None``: the batch tells."""
         return None if self.sampler is None else self.sampler.part_size(step, part)
 
     def drawn_guests(self, step: int) -> np.ndarray:

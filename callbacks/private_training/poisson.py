@@ -119,7 +119,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
 
 def enough_parts(expected: float, part_size: int) -> int:
-    """So many parts that a Poisson batch does not fit into them with a probability of less than 10⁻⁹.
+    """The number of parts that all but one in 10⁹ Poisson batches fit into.
 
     Chernoff's bound, P[B ≥ t] ≤ exp(t - B̄ - t log(t / B̄)).
 

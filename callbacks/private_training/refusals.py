@@ -21,26 +21,22 @@ def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
     callbacks = [kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__]  # type: ignore[attr-defined]
     overfits = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
     refusals = {
-        "automatic optimization, found manual; use `DPOptimizer` with `curvature(...)` in a loop of your own": (
-            not pl_module.automatic_optimization
-        ),
-        "`gradient_clip_val=None`, found a value: `DPOptimizer(clip_norm=...)` clips every sample instead": (
-            trainer.gradient_clip_val is not None
-        ),
-        "no gradient scaler, found precision '16-mixed': skipped steps depend on the data; use 'bf16-mixed' or 32": (
-            getattr(trainer.precision_plugin, "scaler", None) is not None
-        ),
+        "automatic optimization, found manual; use `DPOptimizer` with `curvature(...)` in a loop "
+        "of your own": (not pl_module.automatic_optimization),
+        "`gradient_clip_val=None`, found a value: `DPOptimizer(clip_norm=...)` clips every sample "
+        "instead": (trainer.gradient_clip_val is not None),
+        "no gradient scaler, found precision '16-mixed': skipped steps depend on the data; use "
+        "'bf16-mixed' or 32": (getattr(trainer.precision_plugin, "scaler", None) is not None),
         f"a strategy that keeps whole parameters, found {strategy}; use one device or 'ddp'": (
             any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel"))
         ),
         "a constant `accumulate_grad_batches`, found a GradientAccumulationScheduler; remove it": (
             "GradientAccumulationScheduler" in callbacks
         ),
-        "a `training_step` that gets its batch, found `dataloader_iter`: a step must take one batch": (
-            "dataloader_iter" in inspect.signature(pl_module.training_step).parameters
-        ),
-        f"processes that live as long as the account, found spawned or forked ones ({strategy}): made anew for every "
-        "`fit`, they would forget what was spent; use 'ddp'": (
+        "a `training_step` that gets its batch, found `dataloader_iter`: a step must take one "
+        "batch": ("dataloader_iter" in inspect.signature(pl_module.training_step).parameters),
+        f"processes that live as long as the account, found spawned or forked ones ({strategy}): "
+        "made anew for every `fit`, they would forget what was spent; use 'ddp'": (
             "MultiProcessing" in type(trainer.strategy.launcher).__name__
         ),
         "`overfit_batches=0`, found another value; limit the data set itself": overfits,
@@ -61,8 +57,8 @@ def refuse_batch_statistics(pl_module: LightningModule) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise MisconfigurationException(
                 f"PrivacyCallback needs samples that do not influence each other, found `{name}` "
-                f"({type(module).__name__}) in training mode. Use GroupNorm or LayerNorm, or fix its statistics "
-                "with `.eval()`."
+                f"({type(module).__name__}) in training mode. Use GroupNorm or LayerNorm, or fix "
+                "its statistics with `.eval()`."
             )
 
 
@@ -72,7 +68,7 @@ def private_optimizer(trainer: Trainer) -> DPOptimizer:
     if len(optimizers) != 1 or not isinstance(optimizers[0], DPOptimizer):
         found = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
         raise MisconfigurationException(
-            f"PrivacyCallback expects one `DPOptimizer`, found {found}; return `DPOptimizer(your_optimizer, "
-            "clip_norm=...)` from `configure_optimizers`."
+            f"PrivacyCallback expects one `DPOptimizer`, found {found}; return "
+            "`DPOptimizer(your_optimizer, clip_norm=...)` from `configure_optimizers`."
         )
     return optimizers[0]

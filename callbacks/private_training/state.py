@@ -114,7 +114,7 @@ class StateWatch:
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A sum of the bits of all entries: another one where values change, but not where they only change places."""
+    """A sum of the bits of all entries, which changes with values, but not with their places."""
     tensor = tensor.detach()
     if tensor.is_sparse or tensor.is_quantized:
         return torch.zeros((), dtype=torch.int64)

@@ -159,7 +159,8 @@ def _eigenvectors(factor: Tensor, batched: bool) -> tuple[Tensor, Tensor] | None
         vectors.append(decomposed[1])
     remaining = iter(vectors)
     basis = partwise(lambda _: next(remaining), factor, batched=batched)
-    return (values[0] if len(values) == 1 else torch.cat(values)), basis
+    # Groups come first: the blocks of a group are beside each other.
+    return (values[0] if len(values) == 1 else torch.cat(values, dim=-1)), basis
 
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -103,8 +103,10 @@ def _applied(q: Tensor, v: Tensor, batched: bool) -> Tensor:
     """The product Qᵀ v along the last axis."""
     if is_diagonal(q, batched):
         return v
-    if batched:
-        return torch.einsum("...qi,qij->...qj", v, q)
     parts = parts_of(q, batched)
-    columns = v.split([len(part) for part in parts], dim=-1)
-    return torch.cat([column @ part for column, part in zip(columns, parts, strict=True)], dim=-1)
+    columns = v.split([part.shape[-1] for part in parts], dim=-1)
+    rotated = [
+        torch.einsum("...qi,qij->...qj", column, part) if batched else column @ part
+        for column, part in zip(columns, parts, strict=True)
+    ]
+    return torch.cat(rotated, dim=-1)

@@ -169,7 +169,7 @@ class PrivacyAudit:
         return "\n".join(lines)
 
     def plot(self, axes: Sequence[Any] | None = None) -> Any:
-        """Draw the scores of both kinds of canaries, and the guesses beside what a private run allows.
+        """Draw the scores of both kinds of canaries, and guesses beside what a private run allows.
 
         Args:
             axes: Two matplotlib axes. Default: those of a new figure.

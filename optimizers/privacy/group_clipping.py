@@ -19,8 +19,8 @@ class PerGroupClipping(Clipping):
     The factor of sample i in group g is :math:`c_{ig} = \min(1, C_g / \|g_{ig}\|)`. The
     contribution of a sample is then bounded by :math:`C = \sqrt{\sum_g C_g^2}`, and the noise of
     all groups is σC. This is for parts of a network whose gradients differ in size, such as a head
-    and a backbone. McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language
-    Models*, ICLR 2018, section 3.
+    and a backbone. McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent
+    Language Models*, ICLR 2018, section 3.
 
     Args:
         optimizer: Its parameter groups may have an entry ``"clip_norm"``, :math:`C_g`.

@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_curv.optimizers.step_size.directional import directional_derivatives
 from lightning_curv.terms.jacobian import Jacobian
 
-# The share of a direction's squared length, in the metric of the model, that must not lie in others.
+# The share of a direction's squared length in the metric of the model that others must not have.
 DEPENDENT = 1e-7
 
 Matrix = Sequence[Sequence[float]]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lightning_curv.extensions import Extension
 from lightning_curv.optimizers.curvature.base import Direction
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
 from lightning_curv.optimizers.step_size.quadratic_model import (
+    Matrix,
     change,
     curvature_along,
     inner_products,
@@ -23,7 +24,7 @@ from lightning_curv.terms.jacobian import Jacobian
 
 @dataclass(frozen=True)
 class Step:
-    """Updates of the parameters and how they came about.
+    """Updates of the parameters, and how they came about.
 
     Args:
         updates: one per direction, to be added to the parameter.
@@ -39,7 +40,7 @@ class Step:
 
 
 class StepRule(Protocol):
-    """Makes updates of directions. A learning-rate schedule acts on the result.
+    """What makes updates of directions. A learning-rate schedule acts on the result.
 
     Attributes:
         extension: what it needs from every backward pass, if anything.
@@ -61,7 +62,9 @@ class StepRule(Protocol):
 
 
 class TrustClip:
-    r"""Shrink all directions together until the step is short in the metric of the curvature; then momentum.
+    r"""Shrink all directions together until the step is short; then momentum.
+
+    Lengths are those in the metric of the curvature:
 
     $$\nu = \min\Big(1, \sqrt{\kappa / \textstyle\sum_p \eta_p^2 \|d_p\|^2}\Big), \qquad
       \delta = -\eta_t \nu d + \mu \, \delta_{\text{last}}$$
@@ -74,8 +77,7 @@ class TrustClip:
             example; None for no bound.
 
     Source: J. Ba, R. Grosse, J. Martens, *Distributed Second-Order Optimization using
-        Kronecker-Factored
-    Approximations*, ICLR 2017, section 5.
+        Kronecker-Factored Approximations*, ICLR 2017, section 5.
     """
 
     extension: Extension | None = None
@@ -87,31 +89,31 @@ class TrustClip:
         self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
     ) -> Step:
         shrink = self._shrink(directions)
-        return Step(
-            [
-                _with_momentum(d, d.value * (_like(shrink, d.value) * -d.group["lr"]))
-                for d in directions
-            ]
-        )
+        updates = []
+        for direction in directions:
+            rate = shrink.to(direction.value) * -direction.group["lr"]
+            updates.append(_with_momentum(direction, direction.value * rate))
+        return Step(updates)
 
     def _shrink(self, directions: Sequence[Direction]) -> Tensor:
+        """The factor ν, []."""
         if self.kl_clip is None or not directions:
             return torch.ones(())
         device = directions[0].value.device
         squares = [(d.group["base_lr"] ** 2 * d.squared_norm()).to(device) for d in directions]
+        squared_length = torch.stack(squares).sum().clamp_min(0.0)
         # A zero length gives an infinite ratio, clamped to 1; nothing here waits for the device.
-        return (self.kl_clip / torch.stack(squares).sum().clamp_min(0.0)).sqrt().clamp_max(1.0)
+        return (self.kl_clip / squared_length).sqrt().clamp_max(1.0)
 
 
 class ElementwiseClip:
-    r"""Clip every element, $\operatorname{clip}(d, \pm \rho)$; then momentum.
+    r"""Clip every element of the direction to $\pm \rho$; then momentum.
 
     Args:
         bound: $\rho$.
 
     Source: H. Liu et al., *Sophia: A Scalable Stochastic Second-order Optimizer for Language Model
-        Pre-training*,
-    ICLR 2024, algorithm 3.
+        Pre-training*, ICLR 2024, algorithm 3.
     """
 
     extension: Extension | None = None
@@ -122,16 +124,15 @@ class ElementwiseClip:
     def __call__(
         self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
     ) -> Step:
-        return Step(
-            [
-                _with_momentum(d, d.value.clamp(-self.bound, self.bound) * -d.group["lr"])
-                for d in directions
-            ]
-        )
+        updates = []
+        for direction in directions:
+            clipped = direction.value.clamp(-self.bound, self.bound)
+            updates.append(_with_momentum(direction, clipped * -direction.group["lr"]))
+        return Step(updates)
 
 
 class QuadraticModel:
-    r"""Learning rate $\alpha$ and momentum $\beta$ that minimize the quadratic model of the loss.
+    r"""Take the learning rate $\alpha$ and momentum $\beta$ that minimize the quadratic model.
 
     $$\delta = \eta_t (-\alpha d + \beta \, \delta_{\text{last}})$$
 
@@ -145,8 +146,7 @@ class QuadraticModel:
         extension: leaves the Jacobians on the parameters.
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
-        Curvature*,
-    ICML 2015, section 7.
+        Curvature*, ICML 2015, section 7.
     """
 
     def __init__(self, extension: Extension) -> None:
@@ -158,62 +158,85 @@ class QuadraticModel:
         batches = _jacobians(directions)
         if not batches:
             return Step([torch.zeros_like(d.value) for d in directions])
-        sizes = [d.value.numel() for d in directions]
         span = _span(directions)
-        parts = [
-            part.reshape(-1, *d.value.shape)
-            for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
-        ]
-        model = averaged(curvature_along(batches, parts) * scale)
-        grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
-        damping = torch.cat(
-            [d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)]
-        )
-        damped = model + inner_products(span * damping, span)
-        numbers = torch.stack([model, damped, inner_products(span, grad.expand_as(span))]).tolist()
-        curvature, damped_curvature, slope = numbers[0], numbers[1], [row[0] for row in numbers[2]]
+        curvature, damped_curvature, slope = _model_in_span(directions, batches, span, scale)
         w = minimizer(damped_curvature, slope)
-        bend = change(curvature, [0.0] * len(w), w)
-        length = shortened(bend, sum(b * a for b, a in zip(slope, w, strict=True)), room)
-        w = [length * a for a in w]
+
+        # What the loss can fall by is no more than `room`: damping does not count for that.
+        quadratic = change(curvature, [0.0] * len(w), w)
+        linear = sum(b * weight for b, weight in zip(slope, w, strict=True))
+        shrink = shortened(quadratic, linear, room)
+        w = [shrink * weight for weight in w]
+
         combined = torch.tensor(w, dtype=span.dtype, device=span.device) @ span
-        updates = [
-            (part if d.group["lr"] == 1.0 else part * d.group["lr"]).view(d.value.shape)
-            for part, d in zip(combined.split(sizes), directions, strict=True)
-        ]
+        sizes = [d.value.numel() for d in directions]
+        updates = []
+        for part, d in zip(combined.split(sizes), directions, strict=True):
+            scheduled = part if d.group["lr"] == 1.0 else part * d.group["lr"]
+            updates.append(scheduled.view(d.value.shape))
+        # The first row is the direction, along which a step of rate α has the weight -α.
         rate, momentum, predicted = -w[0], sum(w[1:]), change(curvature, slope, w)
-        return Step(
-            updates,
-            rate,
-            predicted,
-            {"learning_rate": rate, "momentum": momentum, "predicted": predicted},
-        )
+        report = {"learning_rate": rate, "momentum": momentum, "predicted": predicted}
+        return Step(updates, rate, predicted, report)
+
+
+def _model_in_span(
+    directions: Sequence[Direction],
+    batches: Sequence[dict[int, Jacobian]],
+    span: Tensor,
+    scale: float,
+) -> tuple[Matrix, Matrix, list[float]]:
+    """The matrices M and M + R, [K, K], and the slope b, [K], of the quadratic model.
+
+    Args:
+        directions: of all parameters.
+        batches: the Jacobians of every batch, by the number of the direction.
+        span: the directions that weights are looked for of, [K, P].
+        scale: what the curvature in the Jacobians is to be multiplied by.
+    """
+    sizes = [d.value.numel() for d in directions]
+    parts = [
+        part.reshape(-1, *d.value.shape)
+        for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
+    ]
+    model = averaged(curvature_along(batches, parts) * scale)
+    grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
+    dampings = [d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)]
+    damped = model + inner_products(span * torch.cat(dampings), span)
+    # The gradient in every row, so that one transfer from the device brings all numbers.
+    slopes = inner_products(span, grad.expand_as(span))
+    curvature, damped_curvature, rows = torch.stack([model, damped, slopes]).tolist()
+    return curvature, damped_curvature, [row[0] for row in rows]
 
 
 def _jacobians(directions: Sequence[Direction]) -> list[dict[int, Jacobian]]:
-    """The Jacobians of every batch by the number of the direction."""
+    """The Jacobians of every batch by the number of the direction; batches without any left out."""
     count = max((len(d.jacobians) for d in directions), default=0)
-    found = [[(i, d.jacobians[k]) for i, d in enumerate(directions)] for k in range(count)]
-    batches = [{i: jacobian for i, jacobian in batch if jacobian is not None} for batch in found]
-    return [batch for batch in batches if batch]
+    batches: list[dict[int, Jacobian]] = []
+    for k in range(count):
+        batch: dict[int, Jacobian] = {}
+        for i, direction in enumerate(directions):
+            jacobian = direction.jacobians[k]
+            if jacobian is not None:
+                batch[i] = jacobian
+        if batch:
+            batches.append(batch)
+    return batches
 
 
 def _span(directions: Sequence[Direction]) -> Tensor:
     """The direction and, if there is one, the last update over all parameters, [K, P]."""
-    rows = [[d.value for d in directions]]
+    like = directions[0].value
+    rows = [torch.cat([d.value.flatten() for d in directions]).to(like)]
     if any(d.last is not None for d in directions):
-        rows.append([torch.zeros_like(d.value) if d.last is None else d.last for d in directions])
-    return torch.stack([torch.cat([part.flatten() for part in row]).to(rows[0][0]) for row in rows])
+        last = [torch.zeros_like(d.value) if d.last is None else d.last for d in directions]
+        rows.append(torch.cat([part.flatten() for part in last]).to(like))
+    return torch.stack(rows)
 
 
 def _with_momentum(direction: Direction, update: Tensor) -> Tensor:
+    """The update plus μ times the last one, in place."""
     momentum = direction.group.get("momentum", 0.0)
-    return (
-        update
-        if not momentum or direction.last is None
-        else update.add_(direction.last, alpha=momentum)
-    )
-
-
-def _like(number: Tensor, tensor: Tensor) -> Any:
-    return number.to(tensor)
+    if not momentum or direction.last is None:
+        return update
+    return update.add_(direction.last, alpha=momentum)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_curv import KFACOptimizer, curvature
+from lightning_curv.optimizers.curvature.second_moments import second_moments
 from lightning_curv.optimizers.linear_algebra.batching import kronecker_matmuls
 from lightning_curv.optimizers.linear_algebra.factors import (
     diagonal,
@@ -172,6 +173,34 @@ def test_ekfac_on_split_factors_is_its_definition():
     ).view(9, 12)
     torch.testing.assert_close(updates[0], -expected[:, :-1])
     torch.testing.assert_close(updates[1], -expected[:, -1])
+
+
+def test_ekfac_on_split_factors_of_groups_is_its_definition():
+    net = nn.Sequential(nn.Conv2d(6, 4, 3, groups=2, bias=False), nn.Flatten()).double()
+    weight, x, y = net[0].weight, randn(5, 6, 4, 4), torch.randint(16, (5,))
+    optimizer, updates = step_of(net, x, y, split_factors=7, eigen=True, curvature="exact")
+    state = optimizer.state[weight]
+    assert state["factors"][1].shape == (2, 27, 7)  # blocks of 7, 7, 7 and 6 rows
+    for g in range(2):
+        B, A = (dense(factor[g]) for factor in state["factors"])
+        Q = torch.kron(*(dense(q[g]) for q in state["basis"]))
+        torch.testing.assert_close(Q.T @ Q, torch.eye(54, dtype=DOUBLE))
+        moments = state["moments"][g].flatten()
+        torch.testing.assert_close((Q.T @ torch.kron(B, A) @ Q).diagonal(), moments)
+        update = Q @ ((Q.T @ weight.grad.view(2, 54)[g]) / (moments + 0.1))
+        torch.testing.assert_close(updates[0].view(2, 54)[g], -update)
+
+    with curvature(*optimizer.extensions):
+        F.cross_entropy(net(x), y).backward()
+    measured = second_moments([weight.jacobian_exact], state["basis"], batched=True)
+    outputs = torch.func.jacrev(lambda w: F.conv2d(x, w, groups=2).flatten(1))(weight.detach())
+    p = net(x).detach().softmax(1)
+    root = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None]  # of the Hessian
+    J = torch.einsum("nov,nop->vnp", root, outputs.flatten(2)) / 5**0.5
+    for g in range(2):
+        Q = torch.kron(*(dense(q[g]) for q in state["basis"]))
+        expected = (J.view(-1, 5, 2, 54)[:, :, g] @ Q).square().sum((0, 1))
+        torch.testing.assert_close(measured[g].flatten(), expected)
 
 
 @pytest.mark.parametrize("eigen", [False, True])
