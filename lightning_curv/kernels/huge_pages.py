@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from lightning_curv.kernels.switches import enabled
+
 LARGE = 2**22  # bytes of a tensor from which huge pages are asked for
 # Bytes of a tensor up to which they are asked for: the host of a virtual machine takes free blocks
 # back, and giving them again takes longer than small pages would.
@@ -68,6 +70,8 @@ def _transformed(*tensors: Tensor) -> bool:
 @cache
 def _madvise() -> Callable[[int, int, int], int] | None:
     """The C library's function; ``None`` where there are no huge pages to ask for."""
+    if not enabled("huge_pages"):
+        return None
     try:
         function = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
     except (AttributeError, OSError):

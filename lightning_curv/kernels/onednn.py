@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_curv.kernels.switches import enabled
+
 # Multiplications from which a product by oneDNN is faster, measured; so are the products of a stack
 # of such matrices, one by one.
 LARGE = 2**20
@@ -35,9 +37,9 @@ SMALL = 2**15
 def _onednn() -> Callable[..., Tensor] | None:
     """The product that ``(a, b, None, "none", [], "")`` maps to a bᵀ.
 
-    ``None``: this build of torch does not have it.
+    ``None``: this build of torch does not have it, or it is switched off.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not enabled("onednn") or not torch.backends.mkldnn.is_available():
         return None
     try:
         product: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
