@@ -337,7 +337,7 @@ class Reference:
         """
         fine, coarse = (
             (4 * self._difference(name, step) - self._difference(name, 2 * step)) / 3
-            for step in (1e-3, 4e-3)
+            for step in (1e-5, 4e-5)
         )
         if largest(fine - coarse) > self.tolerance * largest(fine):
             raise NoReferenceError(f"differences of gradients of {name} depend on the step")

@@ -12,7 +12,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from lightning_curv.differentiation.internal_pass import own_pass
+from lightning_curv.differentiation.internal_pass import unheard
 
 PARTS = "part_l2"  # the savefield
 
@@ -23,10 +23,12 @@ class PartNorms:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._found: dict[Parameter, Tensor] = {}
+        self._own_passes = unheard()
 
     def listen(self, params: Iterable[Parameter]) -> None:
         """Begin."""
         self.stop()
+        self._own_passes = unheard()  # of the thread that begins the backward pass
         for param in params:
             if param.requires_grad:
                 node = get_gradient_edge(param).node
@@ -35,7 +37,7 @@ class PartNorms:
 
     def _hear(self, param: Parameter, gradients: tuple[Any, ...]) -> None:
         gradient = gradients[0]
-        if gradient is None or own_pass():
+        if gradient is None or self._own_passes.running:
             return
         with torch.no_grad():
             values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()

@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 
-class _Own:
-    """Context of our own passes through graphs, and of what hooks do; counts how many are running.
+class OwnPasses:
+    """Context of our own passes that one thread starts, and of what hooks do; counts how many are running.
 
-    Shared by all threads: autograd may run hooks in threads of its own.
+    Autograd may run hooks in threads of its own, which know nothing of the thread that has started
+    the pass. So whoever registers a hook keeps this object of its thread, and asks it.
     """
 
     def __init__(self) -> None:
-        self.passes = 0
+        self._running = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the pass that is running is one of ours."""
+        return self._running > 0
 
     def __enter__(self) -> None:
-        self.passes += 1
+        self._running += 1
 
     def __exit__(self, *exception: object) -> None:
-        self.passes -= 1
+        self._running -= 1
 
 
-_OWN = _Own()
+_local, _lock = threading.local(), threading.Lock()
+_of_all_threads: tuple[ref[OwnPasses], ...] = ()  # replaced as a whole: others may be reading it
 
 
-def own_pass() -> bool:
-    """Whether the pass that is running is one of ours."""
-    return _OWN.passes > 0
+def unheard() -> OwnPasses:
+    """Context in which the hooks of this thread stay silent; they ask whether it is `running`."""
+    if not hasattr(_local, "passes"):
+        _local.passes = _registered(OwnPasses())
+    passes: OwnPasses = _local.passes
+    return passes
 
 
-def unheard() -> _Own:
-    """Context in which hooks stay silent."""
-    return _OWN
+def _registered(passes: OwnPasses) -> OwnPasses:
+    global _of_all_threads
+    with _lock:
+        alive = [other for other in _of_all_threads if other() is not None]
+        _of_all_threads = (*alive, ref(passes))
+    return passes
+
+
+def any_own_pass() -> bool:
+    """Whether some thread makes a pass of ours, perhaps through a graph that another one recorded."""
+    found = (reference() for reference in _of_all_threads)
+    return any(passes is not None and passes.running for passes in found)
 
 
 @contextmanager

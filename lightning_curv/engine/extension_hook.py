@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curv.differentiation.internal_pass import own_pass
+from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.recording.extend import extended
 
 ExtensionHook = Callable[[Any], object]
@@ -33,6 +33,7 @@ class Handover:
         self, hook: ExtensionHook, parameters: Iterable[Tensor], leave: Callable[[Tensor], bool]
     ) -> None:
         self._hook, self._leave = hook, leave
+        self._own_passes = unheard()  # of the thread that begins the backward pass
         self._left = dict.fromkeys(parameters)
         self._holders: dict[Tensor, list[nn.Module]] = {}
         self._waiting: dict[nn.Module, set[Tensor]] = {}
@@ -62,7 +63,7 @@ class Handover:
             self._hand_over(parameter, last=True)
 
     def _accumulated(self, parameter: Tensor, *_: Any) -> None:
-        if parameter in self._left and not own_pass():
+        if parameter in self._left and not self._own_passes.running:
             self._hand_over(parameter)
 
     def _hand_over(self, parameter: Tensor, last: bool = False) -> None:

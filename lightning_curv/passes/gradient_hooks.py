@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_curv.differentiation.internal_pass import own_pass, unheard
+from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import Use
@@ -48,6 +48,7 @@ class Listener:
             Node | Join, tuple[Use, Tensor]
         ] = {}  # uses that were reached and whose terms are not made yet
         self._deaf = False
+        self._own_passes = unheard()  # of the thread that begins the backward pass
         self._waiting: dict[Tensor, int] = {}  # how often it is still to be reached
         self._handles = []
         late: dict[Tensor, None] = {}
@@ -113,10 +114,13 @@ class Listener:
         self, function: Callable[..., None], *arguments: Any
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            if own_pass() or self._deaf:
+            if self._own_passes.running or self._deaf:
                 return
             try:
-                with unheard(), torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                with (
+                    self._own_passes,
+                    torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
+                ):
                     function(gradients, *arguments)
             except Exception as error:
                 if self._failed is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import own_pass
+from lightning_curv.differentiation.internal_pass import any_own_pass
 from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
 from lightning_curv.recording.provenance import DATA, Roots, roots_of, united
 from lightning_curv.rules import Rule
@@ -69,7 +69,7 @@ class Use:
 
     def release(self, *_: Any) -> None:
         """Hook of the node: free the inputs with what autograd itself has saved, once a pass is through."""
-        if not _keeps_graph() and not own_pass():
+        if not _keeps_graph() and not any_own_pass():
             self.arguments = {}
 
     def check(self) -> None:
@@ -103,7 +103,7 @@ class LossCall:
 
     def release(self, *_: Any) -> None:
         """Hook of the node: free the arguments with what autograd itself has saved, once a pass is through."""
-        if not _keeps_graph() and not own_pass():
+        if not _keeps_graph() and not any_own_pass():
             self.arguments = {}
 
     def check(self) -> None:
