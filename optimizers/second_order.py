@@ -269,8 +269,11 @@ class SecondOrderOptimizer(Optimizer):
         parameters, curvature = self._parameters, self.curvature
         self._take_in(members)
         micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
+        is_measured = self.schedule.measure_due(self.steps)
+        if is_measured:
+            parameters.agree(members)
         blocks = parameters.blocks(members)
-        if self.schedule.measure_due(self.steps):
+        if is_measured:
             absorb(curvature, parameters, blocks, micro_batches.means(), self.curvature_scale)
         # Read first: it sets the least damping, which the dampings of the blocks contain.
         room = self._limited(micro_batches.limits)
@@ -334,7 +337,7 @@ class SecondOrderOptimizer(Optimizer):
         if self.schedule.measure_due(self.steps):
             if rule is None or rule.savefield != extension.savefield:
                 fields = self._taken(extension, members)
-            blocks = self._parameters.paired(members, self.curvature.pairs(fields))
+            blocks = self._parameters.paired(members, self.curvature.pairs(fields), fields)
             self._micro_batches.add(
                 statistics(self.curvature, self._parameters, blocks, fields, self.steps)
             )

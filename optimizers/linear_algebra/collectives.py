@@ -1,6 +1,7 @@
 """Curvature of the whole batch when its samples are spread over processes."""
 
 from collections.abc import Iterable, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ Field = list[Tensor]
 
 def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) -> list[Field | None]:
     """Average fields over all processes; a field that some process lacks is dropped everywhere.
+
+    So is one that has other shapes elsewhere: processes that exchange unequal numbers wait for each
+    other without end.
 
     Data parallelism averages gradients of each process' mean loss, so curvature averages too.
     Without it the inverses, and soon the parameters, would drift apart.
@@ -27,13 +31,14 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
     """
     if processes() == 1:
         return list(fields)
-    # A minimum over the processes: what some process lacks is absent.
-    is_here = [field is not None for field in fields]
-    present = torch.tensor(is_here, dtype=torch.int32, device=device)
-    dist.all_reduce(present, op=dist.ReduceOp.MIN)
+    # The least and the largest over the processes: what some process lacks has the code 0.
+    codes = torch.tensor(list(map(_code, fields)), dtype=torch.int64, device=device)
+    extremes = torch.stack([codes, -codes])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+    least, largest = extremes[0].tolist(), (-extremes[1]).tolist()
     shared = [
-        field if everywhere else None
-        for field, everywhere in zip(fields, present.tolist(), strict=True)
+        field if low == high != 0 else None
+        for field, low, high in zip(fields, least, largest, strict=True)
     ]
     tensors = [tensor for field in shared for tensor in field or ()]
     if not tensors:
@@ -42,6 +47,32 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
     world = processes()
     # In place: the sums are views of the flat copy, which nobody else has.
     return [None if field is None else [next(sums).div_(world) for _ in field] for field in shared]
+
+
+def _code(field: Field | None) -> int:
+    """A number for the shapes of a field, the same in all processes; 0: there is none."""
+    if field is None:
+        return 0
+    return 1 + crc32(repr([tuple(tensor.shape) for tensor in field]).encode())
+
+
+def largest_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """The largest of whole numbers over all processes, place by place.
+
+    Args:
+        numbers: of this process, as many in all.
+        device: where the processes can communicate.
+
+    Returns:
+        The maxima; `numbers` unchanged where a single process runs.
+
+    Cost: one collective of a number per place.
+    """
+    if processes() == 1:
+        return list(numbers)
+    largest = torch.tensor(list(numbers), dtype=torch.int64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def summed(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The parameters of an optimizer: which of them move, which share a block, what they are called."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_curv.errors import describe
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup, State
+from lightning_curv.optimizers.linear_algebra.collectives import largest_over_ranks
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,38 @@ class Parameters:
                 moving.append((group, param))
         return moving
 
-    def paired(self, members: Sequence[Member], pairs: dict[Tensor, Tensor]) -> list[Block]:
+    def paired(
+        self, members: Sequence[Member], pairs: dict[Tensor, Tensor], seen: Container[Tensor]
+    ) -> list[Block]:
         """Remember which bias shares a block with each weight, and return the blocks.
 
         Args:
             members: parameters that move.
             pairs: the bias of each weight that has one.
+            seen: the parameters that this backward pass has used; the others keep their partners.
         """
         # By its number, which survives saving.
         numbers = {param: number for number, param in enumerate(self.all())}
         for _, param in members:
             if param in pairs:
                 self.state[param]["bias"] = numbers[pairs[param]]
-            else:
+            elif param in seen:
                 self.state[param].pop("bias", None)
         return self.blocks(members)
+
+    def agree(self, members: Sequence[Member]) -> None:
+        """Take over the partners of weights that only other processes have used.
+
+        What processes exchange afterwards is ordered by blocks, which must be the same in all.
+
+        Args:
+            members: parameters that move, the same in all processes.
+        """
+        partners = [self.state[param].get("bias", -1) for _, param in members]
+        agreed = largest_over_ranks(partners, members[0][1].device)
+        for (_, param), partner in zip(members, agreed, strict=True):
+            if partner >= 0:
+                self.state[param]["bias"] = partner
 
     def blocks(self, members: Sequence[Member]) -> list[Block]:
         """The blocks of the members; a weight whose bias does not move is one alone."""
