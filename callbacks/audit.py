@@ -99,7 +99,8 @@ def privacy_audit(
     """
     callbacks = cast("list[Any]", trainer.callbacks)  # type: ignore[attr-defined]
     privacy = next(
-        (callback for callback in callbacks if isinstance(callback, PrivacyCallback)), None
+        (callback for callback in callbacks if isinstance(callback, PrivacyCallback)),
+        None,
     )
     if privacy is None:
         raise MisconfigurationException(
@@ -148,7 +149,13 @@ class _Audited(Callback):
 class _Gradients(_Audited):
     """Canaries that are gradients: they are drawn, but not loaded."""
 
-    def __init__(self, privacy: PrivacyCallback, count: int, norm: float, seed: int) -> None:
+    def __init__(
+        self,
+        privacy: PrivacyCallback,
+        count: int,
+        norm: float,
+        seed: int,
+    ) -> None:
         super().__init__(privacy)
         self.count, self.norm, self.seed = count, norm, seed
         self.canaries: GradientCanaries | None = None
@@ -167,15 +174,26 @@ class _Gradients(_Audited):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.canaries = GradientCanaries(
-            private_optimizer(trainer), self.count, self.norm, self.seed
+            private_optimizer(trainer),
+            self.count,
+            self.norm,
+            self.seed,
         )
 
     def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
     ) -> None:
         self._canaries.backward(self.privacy._current.drawn_guests(self.privacy._step))
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+    ) -> None:
         if self.canaries is not None:
             self.canaries.close()
 

@@ -65,7 +65,8 @@ def batch_of(model: Any, given: str | None) -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        "python -m lightning_curv", description="What CurvatureCallback logs for a model."
+        "python -m lightning_curv",
+        description="What CurvatureCallback logs for a model.",
     )
     parser.add_argument("command", choices=["doctor"])
     parser.add_argument(
@@ -74,13 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="MODULE:CLASS of a LightningModule, or of a function that returns one",
     )
     parser.add_argument(
-        "--init", action="append", default=[], metavar="NAME=JSON", help="an argument of the class"
+        "--init",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="an argument of the class",
     )
     parser.add_argument(
-        "--batch", metavar="MODULE:NAME", help="a batch, or a function that returns one"
+        "--batch",
+        metavar="MODULE:NAME",
+        help="a batch, or a function that returns one",
     )
     parser.add_argument(
-        "--quantities", nargs="*", default=["default"], help="names, 'default' or 'all'"
+        "--quantities",
+        nargs="*",
+        default=["default"],
+        help="names, 'default' or 'all'",
     )
     given = parser.parse_args(arguments)
     print(versions())

@@ -63,7 +63,10 @@ def record_training_step(
 
 
 def _recorded(
-    outputs: Sequence[nn.Module], step: Callable[..., Any], args: Any, kwargs: Any
+    outputs: Sequence[nn.Module],
+    step: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     with record(*outputs[:1]):
         return (

@@ -177,7 +177,9 @@ class SecondOrderOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(
-        self, closure: Callable[[], Any] | None = None, loss_fn: Callable[[], Any] | None = None
+        self,
+        closure: Callable[[], Any] | None = None,
+        loss_fn: Callable[[], Any] | None = None,
     ) -> Any:
         """Take one step from the gradients and curvature on the parameters.
 
@@ -248,7 +250,9 @@ class SecondOrderOptimizer(Optimizer):
         if trial is not None and self.adaptation.due(self.steps - 1) and step.predicted is not None:
             ratio = trial.change() / step.predicted if step.predicted else math.nan
             self.relative_damping = self.adaptation.adapted(
-                self.relative_damping, ratio, bool(self.full_batch)
+                self.relative_damping,
+                ratio,
+                bool(self.full_batch),
             )
             self.last_step["reduction_ratio"] = ratio
             self.tried, self._after = True, trial.after
@@ -284,7 +288,12 @@ class SecondOrderOptimizer(Optimizer):
         has_model = self.step_rule.extension is not None
         average = not (self.full_batch and has_model)
         found_directions = directions(
-            curvature, parameters, blocks, dampings, micro_batches.jacobians, average
+            curvature,
+            parameters,
+            blocks,
+            dampings,
+            micro_batches.jacobians,
+            average,
         )
         step = self.step_rule(found_directions, self.curvature_scale, room)
         moving = [direction.param for direction in found_directions]
@@ -304,7 +313,11 @@ class SecondOrderOptimizer(Optimizer):
             state = self.state[first]
             if self.curvature.measured(state):
                 dampings[first] = block_damping(
-                    self.curvature, state, block, self.relative_damping, self.loss_floor
+                    self.curvature,
+                    state,
+                    block,
+                    self.relative_damping,
+                    self.loss_floor,
                 )
         return dampings
 

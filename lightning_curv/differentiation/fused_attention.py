@@ -17,7 +17,11 @@ def attention(mask: str | None = None) -> Callable[..., Tensor | None]:
     """
 
     def formula(
-        node: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+        node: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
     ) -> Tensor | None:
         if node._saved_dropout_p > 0:
             return None  # the kernel's random numbers are not known
@@ -62,7 +66,8 @@ def scaled_dot_product(
         )
     if is_causal:
         scores = scores.masked_fill(
-            scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf
+            scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1),
+            -torch.inf,
         )
     lonely = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(lonely, 0).softmax(-1).masked_fill(lonely, 0)

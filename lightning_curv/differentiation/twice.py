@@ -74,7 +74,9 @@ def _required(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...
 
 
 def _refuse_lost(
-    name: str, found: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+    name: str,
+    found: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
 ) -> None:
     """Gradients are linear in the cotangents; torch drops the graph of a ``once_differentiable`` function silently."""
     if not torch.is_grad_enabled():
@@ -107,7 +109,9 @@ class _Replacing:
         self._node = node
 
     def __call__(
-        self, found: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+        self,
+        found: Sequence[Tensor | None],
+        cotangents: Sequence[Tensor | None],
     ) -> tuple[Tensor | None, ...] | None:
         g = cotangents[0]
         if not torch.is_grad_enabled() or g is None:
@@ -119,7 +123,9 @@ class _Replacing:
                 return _in_own_pass(partial(self._gradients, found, g))
 
     def _gradients(
-        self, found: Sequence[Tensor | None], cotangent: Tensor
+        self,
+        found: Sequence[Tensor | None],
+        cotangent: Tensor,
     ) -> tuple[Tensor | None, ...] | None:
         formula, names = FORMULAS[self._node.name()]
         saved = [self._saved(name, g, cotangent) for name, g in zip(names, found, strict=False)]
@@ -131,12 +137,21 @@ class _Replacing:
         wanted = [i for i, g in enumerate(found) if g is not None]
         by = [cast("Tensor", inputs[i]) for i in wanted]
         gradients = torch.autograd.grad(
-            output, by, cotangent, create_graph=True, materialize_grads=True
+            output,
+            by,
+            cotangent,
+            create_graph=True,
+            materialize_grads=True,
         )
         replaced = dict(zip(wanted, gradients, strict=True))
         return tuple(replaced.get(i) for i in range(len(found)))
 
-    def _saved(self, name: str, gradient: Tensor | None, cotangent: Tensor) -> Tensor | None:
+    def _saved(
+        self,
+        name: str,
+        gradient: Tensor | None,
+        cotangent: Tensor,
+    ) -> Tensor | None:
         """What the node has saved, or an input that it is linear in and has not saved."""
         saved = getattr(self._node, f"_saved_{name}")
         if saved is None and gradient is not None:

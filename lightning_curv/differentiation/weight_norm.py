@@ -24,7 +24,9 @@ class WeightNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor, int], output: tuple[Tensor, Tensor]
+        ctx: Any,
+        inputs: tuple[Tensor, Tensor, int],
+        output: tuple[Tensor, Tensor],
     ) -> None:
         v, g, ctx.dim = inputs
         ctx.save_for_backward(v, g, output[1])
@@ -35,7 +37,11 @@ class WeightNorm(torch.autograd.Function):
         v, g, norms = ctx.saved_tensors
         if not torch.is_grad_enabled():
             first = torch.ops.aten._weight_norm_interface_backward(
-                cotangent.contiguous(), v, g, norms, ctx.dim
+                cotangent.contiguous(),
+                v,
+                g,
+                norms,
+                ctx.dim,
             )
             return (*first, None)
         axes = [axis for axis in range(v.ndim) if axis != ctx.dim]

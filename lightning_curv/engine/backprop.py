@@ -167,7 +167,10 @@ class Backprop:
         failed = partial(self.fail, extensions) if self.defers else None
         self._heard = extensions
         self._listener = Listener(
-            passes, partial(self._evaluate, extensions=extensions), totals, failed
+            passes,
+            partial(self._evaluate, extensions=extensions),
+            totals,
+            failed,
         )
 
     def run(self, **options: Any) -> None:
@@ -265,7 +268,12 @@ class Backprop:
                     )
                     passes.separate = bool(independent)
                     passes.samples = find_samples(
-                        passes, self._batch, bool(independent), self._check, most, self._private
+                        passes,
+                        self._batch,
+                        bool(independent),
+                        self._check,
+                        most,
+                        self._private,
                     )
                 except UnsupportedError:
                     if not all(extension.batchwise for extension in wanting):
@@ -390,7 +398,8 @@ class _Failing:
 
 
 def _units(
-    extensions: Sequence[AnyExtension], passes: Passes
+    extensions: Sequence[AnyExtension],
+    passes: Passes,
 ) -> dict[GraphExtension | Source, list[Any]]:
     """Group what shares passes, in the order of the list.
 

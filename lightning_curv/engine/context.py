@@ -137,7 +137,10 @@ class curvature(record):
         }
 
     def _compute(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         """Compute the extensions around a backward pass."""
         if not self.extensions:
@@ -145,7 +148,11 @@ class curvature(record):
         loss, kwargs = _BACKWARD[func](*args, **kwargs)
         gradient, create_graph = kwargs.get("gradient"), bool(kwargs.get("create_graph"))
         backprop = Backprop(
-            loss, self.extensions, gradient=gradient, create_graph=create_graph, **self._options
+            loss,
+            self.extensions,
+            gradient=gradient,
+            create_graph=create_graph,
+            **self._options,
         )
         if True in [extension.keeps_graph for extension in self.extensions]:
             kwargs["retain_graph"] = True
@@ -163,7 +170,11 @@ class curvature(record):
     }
 
 
-def _of_tensor(loss: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, dict[str, Any]]:
+def _of_tensor(
+    loss: Tensor,
+    *arguments: Any,
+    **named: Any,
+) -> tuple[Tensor, dict[str, Any]]:
     """The loss and the arguments of ``Tensor.backward`` by name."""
     return loss, {
         **dict(
@@ -174,7 +185,10 @@ def _of_tensor(loss: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, dic
 
 
 def _of_tensors(
-    tensors: Any, grad_tensors: Any = None, *arguments: Any, **named: Any
+    tensors: Any,
+    grad_tensors: Any = None,
+    *arguments: Any,
+    **named: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The same for ``torch.autograd.backward``."""
     losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)

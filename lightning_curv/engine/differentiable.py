@@ -45,7 +45,11 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
     with torch.enable_grad(), unheard(), differentiating_twice():
         edges = [GradientEdge(node_of(key), use.output_nr) for key, use in uses.items()]
         cotangents = torch.autograd.grad(
-            [passes.loss], edges, [passes.seed], create_graph=True, allow_unused=True
+            [passes.loss],
+            edges,
+            [passes.seed],
+            create_graph=True,
+            allow_unused=True,
         )
         for (node, use), g in zip(uses.items(), cotangents, strict=True):
             for parameter, rows in _of_use(passes, node, use, g) if g is not None else ():
@@ -55,7 +59,10 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
 
 
 def _of_use(
-    passes: Passes, key: Node | Join, use: Use, g: Tensor
+    passes: Passes,
+    key: Node | Join,
+    use: Use,
+    g: Tensor,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What one op adds to the per-sample gradients of its parameters."""
     of_row = owner_of_rows(use, passes.samples.uses[key]).to(g.device)

@@ -30,7 +30,10 @@ class Handover:
     """
 
     def __init__(
-        self, hook: ExtensionHook, parameters: Iterable[Tensor], leave: Callable[[Tensor], bool]
+        self,
+        hook: ExtensionHook,
+        parameters: Iterable[Tensor],
+        leave: Callable[[Tensor], bool],
     ) -> None:
         self._hook, self._leave = hook, leave
         self._own_passes = unheard()  # of the thread that begins the backward pass

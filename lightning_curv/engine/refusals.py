@@ -10,7 +10,9 @@ from lightning_curv.graph.tape import Tape
 
 
 def refuse_uncovered(
-    tape: Tape, extensions: Sequence[Extension | GraphExtension], output: bool = False
+    tape: Tape,
+    extensions: Sequence[Extension | GraphExtension],
+    output: bool = False,
 ) -> None:
     """Raise `UnsupportedError` if some extension would be wrong on the recorded graph.
 

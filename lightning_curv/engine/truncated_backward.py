@@ -18,7 +18,10 @@ from lightning_curv.terms.term import Term
 
 
 def run(
-    passes: Passes, receivers: Sequence[GradientReceiver], shared: bool, **options: Any
+    passes: Passes,
+    receivers: Sequence[GradientReceiver],
+    shared: bool,
+    **options: Any,
 ) -> None:
     """Give the per-sample Jacobians of the loss to the receivers, and other leaves their gradients.
 

@@ -69,7 +69,11 @@ class _Matrix(ABC):
         self._uses, self._multiplies = uses, passes.multiplies
 
     def _grad(
-        self, outputs: Any, inputs: Any, seeds: Any, create_graph: bool = False
+        self,
+        outputs: Any,
+        inputs: Any,
+        seeds: Any,
+        create_graph: bool = False,
     ) -> Sequence[Tensor | None]:
         again = fused(outputs if isinstance(outputs, list) else [outputs]) if create_graph else ()
         with fast_products(self._multiplies), differentiable(again):
@@ -119,7 +123,11 @@ class _Block:
     """
 
     def __init__(
-        self, parameter: Tensor, snapshot: Snapshot, matrix: _Matrix, extension: _Product
+        self,
+        parameter: Tensor,
+        snapshot: Snapshot,
+        matrix: _Matrix,
+        extension: _Product,
     ) -> None:
         self._parameter, self._snapshot, self._matrix = parameter, snapshot, matrix
         self._name, self._savefield = repr(extension), extension.savefield
@@ -300,7 +308,10 @@ class _Curvatures(_Matrix):
     """Σ Jᵀ C J over places of the graph: losses, and nonlinear nodes with their residuals."""
 
     def __init__(
-        self, passes: Passes, uses: Mapping[Tensor, OnlyUse], found: Sequence[Residual]
+        self,
+        passes: Passes,
+        uses: Mapping[Tensor, OnlyUse],
+        found: Sequence[Residual],
     ) -> None:
         super().__init__(passes, uses)
         self._loss = passes.loss  # keeps the graph

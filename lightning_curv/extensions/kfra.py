@@ -210,7 +210,12 @@ def _some(numbers: Tensor) -> str:
     return shown if len(numbers) <= 4 else f"{shown}, ..."
 
 
-def _averaged(passes: Passes, average: Tensor, output: _Point, source: _Point) -> Tensor:
+def _averaged(
+    passes: Passes,
+    average: Tensor,
+    output: _Point,
+    source: _Point,
+) -> Tensor:
     """The mean over the samples of Jᵀ H J, by vector-Jacobian products with the rows of H.
 
     Where every J is diagonal, its entries are one product; where all are the same, a pass takes a

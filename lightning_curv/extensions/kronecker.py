@@ -114,12 +114,19 @@ class KFLR(Extension):
         positions = [letter for letter in letters if letter not in term.par]
         key = letters, *positions, self.weight_sharing, term.classes
         result, known = _LATEST[axis].of(
-            factor, key, lambda: kronecker_factor(term, axis, self.weight_sharing)
+            factor,
+            key,
+            lambda: kronecker_factor(term, axis, self.weight_sharing),
         )
         # Each parameter owns its factors, since they are added to in place.
         return result.clone() if known else result
 
-    def merge(self, previous: list[Tensor], new: list[Tensor], jacobian: Jacobian) -> list[Tensor]:
+    def merge(
+        self,
+        previous: list[Tensor],
+        new: list[Tensor],
+        jacobian: Jacobian,
+    ) -> list[Tensor]:
         """Add the factors of the columns; that of the inputs depends on no column and stays."""
         axes = kronecker_axes(jacobian) or "o"
         pairs = zip(axes, previous, new, strict=True)
@@ -194,7 +201,10 @@ def interleaved(jacobian: Jacobian) -> tuple[int, int] | None:
 
 
 def kronecker_factor(
-    term: Term, axis: str, weight_sharing: WeightSharing, product: Product = gram
+    term: Term,
+    axis: str,
+    weight_sharing: WeightSharing,
+    product: Product = gram,
 ) -> Tensor:
     """One factor of the term's block.
 
@@ -208,12 +218,20 @@ def kronecker_factor(
     return factor(term, weight_sharing, product)
 
 
-def _output_factor(term: Term, weight_sharing: WeightSharing, product: Product) -> Tensor:
+def _output_factor(
+    term: Term,
+    weight_sharing: WeightSharing,
+    product: Product,
+) -> Tensor:
     """B: the sum over columns, samples and positions, ``[(q), o, o]``."""
     return _second_moment(term.g.transpose(0, 1), term.out, term.par, weight_sharing, product)
 
 
-def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -> Tensor:
+def _input_factor(
+    term: Term,
+    weight_sharing: WeightSharing,
+    product: Product,
+) -> Tensor:
     """A: the mean over samples and positions, ``[(q), i, i]``."""
     assert term.x is not None
     if term.classes:
@@ -230,7 +248,10 @@ def _input_factor(term: Term, weight_sharing: WeightSharing, product: Product) -
 
 
 def _ragged_input_factor(
-    term: Term, lengths: Tensor, weight_sharing: WeightSharing, product: Product
+    term: Term,
+    lengths: Tensor,
+    weight_sharing: WeightSharing,
+    product: Product,
 ) -> Tensor:
     """A for samples with different numbers of positions; a sample without any counts as zero."""
     assert term.x is not None
@@ -245,7 +266,11 @@ def _ragged_input_factor(
 
 
 def _second_moment(
-    factor: Tensor, letters: str, par: str, weight_sharing: WeightSharing, product: Product
+    factor: Tensor,
+    letters: str,
+    par: str,
+    weight_sharing: WeightSharing,
+    product: Product,
 ) -> Tensor:
     """Sum of the outer products of the features, in chunks of samples.
 

@@ -28,7 +28,11 @@ def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     """
     with differentiable(fused([passes.loss])):
         found = torch.autograd.grad(
-            passes.loss, params, passes.seed, create_graph=True, allow_unused=True
+            passes.loss,
+            params,
+            passes.seed,
+            create_graph=True,
+            allow_unused=True,
         )
     gradients = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
 

@@ -175,7 +175,10 @@ class MaxEigenvalue(GraphExtension):
 
 
 def largest_eigenvalue(
-    product: Product, start: list[Tensor], products: int, tolerance: float
+    product: Product,
+    start: list[Tensor],
+    products: int,
+    tolerance: float,
 ) -> float:
     """Largest Ritz value of a symmetric matrix after at most that many products with it.
 

@@ -37,7 +37,11 @@ class Join:
     """
 
     def __init__(
-        self, node: Node, output_nr: int, edge: GradientEdge, recorded: Use | None = None
+        self,
+        node: Node,
+        output_nr: int,
+        edge: GradientEdge,
+        recorded: Use | None = None,
     ) -> None:
         self.node, self.output_nr, self.edge, self.recorded = node, output_nr, edge, recorded
 

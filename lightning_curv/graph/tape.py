@@ -127,7 +127,8 @@ class Tape:
             node._input_metadata[0].dtype for node in self.casts
         }
         return max(
-            (torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0
+            (torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point),
+            default=0.0,
         )
 
 
@@ -158,7 +159,10 @@ def _data_after_all(tape: Tape) -> list[Step]:
 
 
 def _follow(
-    tape: Tape, stack: list[Step], seen: set[tuple[Node, bool]], output: LossCall | None
+    tape: Tape,
+    stack: list[Step],
+    seen: set[tuple[Node, bool]],
+    output: LossCall | None,
 ) -> None:
     while stack:
         node, index, outside, parent = stack.pop()
@@ -288,7 +292,11 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
             "that is called several times; clone an output that is a view before overwriting it."
         )
     return LossCall(
-        find_output, {"input": found[0].like}, found[0].edge, loss.shape, loss.output_nr
+        find_output,
+        {"input": found[0].like},
+        found[0].edge,
+        loss.shape,
+        loss.output_nr,
     )
 
 

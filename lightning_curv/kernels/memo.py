@@ -24,7 +24,10 @@ class Latest(threading.local):
         self._version = 0
 
     def of(
-        self, tensor: Tensor, key: tuple[Any, ...], make: Callable[[], Tensor]
+        self,
+        tensor: Tensor,
+        key: tuple[Any, ...],
+        make: Callable[[], Tensor],
     ) -> tuple[Tensor, bool]:
         """The result of ``make``, or the latest one, and whether it is that.
 

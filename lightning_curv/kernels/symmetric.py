@@ -45,7 +45,11 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def root_product(times: Callable[[Tensor], Tensor], vector: Tensor, steps: int) -> Tensor:
+def root_product(
+    times: Callable[[Tensor], Tensor],
+    vector: Tensor,
+    steps: int,
+) -> Tensor:
     r"""The root of the positive part of symmetric matrices H times vectors, by products with H.
 
     This is Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep the

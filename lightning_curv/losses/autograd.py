@@ -186,7 +186,13 @@ class Quadratic(LossPart):
         for block, k in _used(values, not fewest):
             yield self._column(values.abs(), vectors, block, k), signs_of(values[:, block, k])
 
-    def _column(self, values: Tensor, vectors: Tensor, block: int, k: int) -> list[Tensor]:
+    def _column(
+        self,
+        values: Tensor,
+        vectors: Tensor,
+        block: int,
+        k: int,
+    ) -> list[Tensor]:
         """The k-th eigenvector of a block times the root of its eigenvalue, zero elsewhere."""
         column = torch.zeros_like(values)
         column[:, block] = vectors[:, block, :, k] * values[:, block, k].sqrt().unsqueeze(1)
@@ -287,7 +293,12 @@ class Quadratic(LossPart):
         return Rows(self.likes, None), Blocks(1, sum(like.numel() for like in self.likes))
 
     def _apart(
-        self, rows: Rows, blocks: Blocks, trial: Tensor, image: Tensor, tolerance: Tensor
+        self,
+        rows: Rows,
+        blocks: Blocks,
+        trial: Tensor,
+        image: Tensor,
+        tolerance: Tensor,
     ) -> bool:
         """Whether blocks have no second derivatives in common.
 
@@ -330,7 +341,11 @@ class Quadratic(LossPart):
         seeds = [vectors[number] for number, _ in gradients]
         with torch.enable_grad(), unheard(), nothing_below(self.others), differentiating_loss():
             by_output = torch.autograd.grad(
-                outputs, self.edges, seeds, retain_graph=True, allow_unused=True
+                outputs,
+                self.edges,
+                seeds,
+                retain_graph=True,
+                allow_unused=True,
             )
         images = []
         for image, vector in zip(by_output, vectors, strict=True):
@@ -349,7 +364,11 @@ class Quadratic(LossPart):
             differentiable(fused([self.root])),
         ):
             by_output = torch.autograd.grad(
-                self.root, self.edges, seed, create_graph=True, allow_unused=True
+                self.root,
+                self.edges,
+                seed,
+                create_graph=True,
+                allow_unused=True,
             )
         gradients = [(number, g) for number, g in enumerate(by_output) if g is not None]
         if gradients:
@@ -370,7 +389,11 @@ class Quadratic(LossPart):
             directions = [scale * g.detach() for g in whole]
             with differentiating_loss():
                 (share,) = torch.autograd.grad(
-                    whole, [seed], directions, retain_graph=True, materialize_grads=True
+                    whole,
+                    [seed],
+                    directions,
+                    retain_graph=True,
+                    materialize_grads=True,
                 )
             return (share * self.seed).double().sum() / scale
 
@@ -388,7 +411,11 @@ class Quadratic(LossPart):
 
 
 def _positive_part(
-    rows: Rows, blocks: Blocks, values: Tensor, basis: Tensor, vectors: Sequence[Tensor]
+    rows: Rows,
+    blocks: Blocks,
+    values: Tensor,
+    basis: Tensor,
+    vectors: Sequence[Tensor],
 ) -> list[Tensor]:
     """The product V Λ₊ Vᵀ v, with the eigenvalues ``values`` and the eigenvectors ``basis``."""
     entries = blocks.split(rows.split(vectors)).to(basis.dtype)

@@ -73,7 +73,9 @@ class Categorical(Likelihood):
         return self.weight * self._centred(self.probabilities * v)
 
     def hessian_columns(
-        self, owners: Owners, fewest: bool = True
+        self,
+        owners: Owners,
+        fewest: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Either root with the signs of the weights; none for log-probabilities."""
         if not self.normalized:

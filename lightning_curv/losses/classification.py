@@ -152,7 +152,10 @@ def binary_cross_entropy_with_logits(
 
 
 def _label_weight(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
 ) -> Tensor:
     """The weight of every row's class, 0 where it is ignored."""
     kept = target != ignore_index

@@ -85,7 +85,9 @@ class Likelihood(ABC):
 
     @abstractmethod
     def hessian_columns(
-        self, owners: Owners, fewest: bool = True
+        self,
+        owners: Owners,
+        fewest: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Factor the loss' own Hessian: yield columns whose signed squares add up to it.
 
@@ -164,7 +166,9 @@ class _Independent(Likelihood):
         return self.diagonal * v
 
     def hessian_columns(
-        self, owners: Owners, fewest: bool = True
+        self,
+        owners: Owners,
+        fewest: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """One column per output entry of a sample, with the sign of the second derivative."""
         yield from _entries(self.hessian, owners)

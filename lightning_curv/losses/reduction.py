@@ -16,7 +16,12 @@ def reduction_of(reduction: str, size_average: bool | None, reduce: bool | None)
     return _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
 
 
-def reduced(weights: Tensor, normaliser: Tensor | int, scale: Tensor, reduction: str) -> Tensor:
+def reduced(
+    weights: Tensor,
+    normaliser: Tensor | int,
+    scale: Tensor,
+    reduction: str,
+) -> Tensor:
     """Weights of the rows or entries after the reduction and all factors that follow it."""
     return weights * scale / normaliser if reduction == "mean" else weights * scale
 

@@ -14,7 +14,8 @@ PARTS: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}
 
 
 def loss(
-    *functions: Callable[..., Any], argument: str = "input"
+    *functions: Callable[..., Any],
+    argument: str = "input",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the description of the loss ``functions``.
 

@@ -125,6 +125,10 @@ class TICDiagonal(_EntrywiseSums):
         return self._ratios().sum()
 
 
-def _moments(grad: Tensor, sum_grad_squared: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+def _moments(
+    grad: Tensor,
+    sum_grad_squared: Tensor,
+    samples: int,
+) -> tuple[Tensor, Tensor]:
     """Squares of the mean gradient's entries and unbiased variances of the samples', [P] each."""
     return entry_moments(grad.double(), sum_grad_squared.double() / samples, 1 / samples)

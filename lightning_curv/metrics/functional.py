@@ -17,7 +17,9 @@ Number = TypeVar("Number", Tensor, float)
 
 
 def unbiased_moments(
-    second_moment: Number, grad_sq_norm: Number, concentration: Number
+    second_moment: Number,
+    grad_sq_norm: Number,
+    concentration: Number,
 ) -> tuple[Number, Number]:
     r"""Trace of the gradient covariance and squared norm of the true gradient, both unbiased.
 
@@ -48,7 +50,10 @@ def unbiased_moments(
 
 
 def unbiased_moments_of_parts(
-    second_moment: Number, grad_sq_norm: Number, part_inverse: Number | float, whole_inverse: Number
+    second_moment: Number,
+    grad_sq_norm: Number,
+    part_inverse: Number | float,
+    whole_inverse: Number,
 ) -> tuple[Number, Number]:
     r"""The same two from gradients of parts of a batch: micro-batches, or the batches of several processes.
 
@@ -83,7 +88,9 @@ def unbiased_moments_of_parts(
 
 
 def gradient_diversity(
-    second_moment: Number, grad_sq_norm: Number, concentration: Number
+    second_moment: Number,
+    grad_sq_norm: Number,
+    concentration: Number,
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of $\sum_n \|g_n\|^2 / \|\sum_n g_n\|^2$, each divided by $N^2$.
 
@@ -107,7 +114,9 @@ def gradient_diversity(
 
 
 def norm_test(
-    second_moment: Number, grad_sq_norm: Number, concentration: Number
+    second_moment: Number,
+    grad_sq_norm: Number,
+    concentration: Number,
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of $c\,\widehat{\mathrm{tr}\,\Sigma} / \|\bar g\|^2$, squared error of the gradient.
 
@@ -132,7 +141,9 @@ def norm_test(
 
 
 def inner_product_test(
-    dot_second_moment: Number, grad_sq_norm: Number, concentration: Number
+    dot_second_moment: Number,
+    grad_sq_norm: Number,
+    concentration: Number,
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of $c\,\widehat{\mathrm{Var}}(g_n \cdot \bar g) / \|\bar g\|^4$.
 
@@ -156,7 +167,10 @@ def inner_product_test(
 
 
 def orthogonality_test(
-    second_moment: Number, dot_second_moment: Number, grad_sq_norm: Number, concentration: Number
+    second_moment: Number,
+    dot_second_moment: Number,
+    grad_sq_norm: Number,
+    concentration: Number,
 ) -> tuple[Number, Number]:
     r"""Numerator and denominator of the part of the squared error that is orthogonal to $\bar g$.
 
@@ -183,7 +197,9 @@ def orthogonality_test(
 
 
 def entry_moments(
-    mean: Tensor, second_moment: Tensor, concentration: float
+    mean: Tensor,
+    second_moment: Tensor,
+    concentration: float,
 ) -> tuple[Tensor, Tensor]:
     r"""Squares of the gradient's entries and unbiased variances of the samples' entries.
 
@@ -210,7 +226,11 @@ def entry_moments(
     return square, ((second_moment - square) / (1 - concentration)).clamp(min=0)
 
 
-def coupled_batch_size(variance: Number, loss: Number, lr: float) -> tuple[Number, Number]:
+def coupled_batch_size(
+    variance: Number,
+    loss: Number,
+    lr: float,
+) -> tuple[Number, Number]:
     r"""Numerator and denominator of CABS, the batch size $\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$.
 
     For plain SGD and a loss whose minimum is zero. Balles, Romero & Hennig, "Coupling Adaptive

@@ -241,7 +241,11 @@ class CABS(Ratio):
     """
 
     def update(
-        self, sample_sq_norms: Tensor, grad_sq_norm: Tensor, loss: Tensor, lr: float
+        self,
+        sample_sq_norms: Tensor,
+        grad_sq_norm: Tensor,
+        loss: Tensor,
+        lr: float,
     ) -> None:
         r"""Add a batch of at least two samples; a smaller one adds nothing.
 

@@ -82,7 +82,11 @@ class Listener:
             self._hook(self._complete, parameter)((None,))
 
     def _arrive(
-        self, gradients: tuple[Tensor | None, ...], node: Node | Join, use: Use, found: list[Tensor]
+        self,
+        gradients: tuple[Tensor | None, ...],
+        node: Node | Join,
+        use: Use,
+        found: list[Tensor],
     ) -> None:
         g = gradients[use.output_nr]
         if g is not None:
@@ -111,7 +115,9 @@ class Listener:
             self._evaluate(Jacobian(parameter, terms, gradient=gradient))
 
     def _hook(
-        self, function: Callable[..., None], *arguments: Any
+        self,
+        function: Callable[..., None],
+        *arguments: Any,
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
             if self._own_passes.running or self._deaf:

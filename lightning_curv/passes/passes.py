@@ -99,7 +99,11 @@ class Passes:
         """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
         with unheard(), fast_products(self.multiplies):
             return torch.autograd.grad(
-                outputs, inputs, seeds, retain_graph=keep_graph, allow_unused=True
+                outputs,
+                inputs,
+                seeds,
+                retain_graph=keep_graph,
+                allow_unused=True,
             )
 
     @cached_property
@@ -142,7 +146,8 @@ class Passes:
         call = self.tape.losses[node]
         (scale,) = self.gradients([GradientEdge(node, call.output_nr)])
         return LOSSES[call.function](
-            torch.zeros(call.shape) if scale is None else scale, **call.arguments
+            torch.zeros(call.shape) if scale is None else scale,
+            **call.arguments,
         )
 
     def jacobians(self, columns: Iterable[Column]) -> Iterator[dict[Tensor, Jacobian]]:
@@ -189,7 +194,12 @@ class Passes:
                 if not waiting[parameter] and parameter in terms:
                     yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
 
-    def terms(self, node: Node | Join, use: Use, g: Tensor | None) -> Iterator[tuple[Tensor, Term]]:
+    def terms(
+        self,
+        node: Node | Join,
+        use: Use,
+        g: Tensor | None,
+    ) -> Iterator[tuple[Tensor, Term]]:
         """Make the terms of one use's parameters, for cotangents ``[V, *output]``.
 
         ``None``: the columns do not reach it.
@@ -227,7 +237,10 @@ def use_edges(tape: Tape) -> list[GradientEdge]:
 
 
 def apply_rule(
-    use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None
+    use: Use,
+    owners: Owners,
+    g: Tensor,
+    inputs: dict[str, Tensor] | None = None,
 ) -> dict[str, Term]:
     """Make the terms of a use by argument name, for cotangents ``[V, *output]``.
 
@@ -246,7 +259,10 @@ def apply_rule(
 
 
 def terms_of_rule(
-    use: Use, owners: Owners, g: Tensor, inputs: dict[str, Tensor] | None = None
+    use: Use,
+    owners: Owners,
+    g: Tensor,
+    inputs: dict[str, Tensor] | None = None,
 ) -> dict[str, Term]:
     """The same, where a rule that does not cover these arguments raises `NotImplementedError`."""
     g = g.reshape(g.shape[0], *use.shape)

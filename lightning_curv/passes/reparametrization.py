@@ -22,7 +22,11 @@ from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.term import Term
 
 
-def pulled_back(edge: GradientEdge, value: Tensor, term: Term) -> Iterator[tuple[Tensor, Term]]:
+def pulled_back(
+    edge: GradientEdge,
+    value: Tensor,
+    term: Term,
+) -> Iterator[tuple[Tensor, Term]]:
     """Terms of the leaves that ``value`` was computed from, given its own term.
 
     Args:
@@ -37,13 +41,19 @@ def pulled_back(edge: GradientEdge, value: Tensor, term: Term) -> Iterator[tuple
     jacobian = Jacobian(value, [term]).per_sample().to(value.dtype)
     parameters = leaves(edge)
     for parameter, pulled in zip(
-        parameters, _pull(edge, parameters, jacobian.flatten(0, 1)), strict=True
+        parameters,
+        _pull(edge, parameters, jacobian.flatten(0, 1)),
+        strict=True,
     ):
         if pulled is not None:
             yield parameter, dense(pulled.reshape(*jacobian.shape[:2], *parameter.shape))
 
 
-def _pull(edge: GradientEdge, inputs: list[Tensor], cotangents: Tensor) -> list[Tensor | None]:
+def _pull(
+    edge: GradientEdge,
+    inputs: list[Tensor],
+    cotangents: Tensor,
+) -> list[Tensor | None]:
     """The transposed derivative of a transform, applied to every entry of the leading axis."""
     try:
         return list(

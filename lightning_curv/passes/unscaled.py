@@ -94,7 +94,10 @@ def _refuse_half(passes: Passes, dtype: torch.dtype) -> None:
 
 
 def _divisions(
-    tape: Tape, root: GradientEdge, count: int, loss_scale: float
+    tape: Tape,
+    root: GradientEdge,
+    count: int,
+    loss_scale: float,
 ) -> list[_Division] | None:
     """The first node that divides by N on every way down from the loss.
 

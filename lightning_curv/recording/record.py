@@ -173,7 +173,10 @@ class record(TorchFunctionMode):
         return out
 
     def _record_inside(
-        self, func: FunctionType, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: FunctionType,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """A Python function whose inner calls are recorded instead."""
         if not _recording():
@@ -182,7 +185,10 @@ class record(TorchFunctionMode):
             return _undispatched(func)(*args, **kwargs)
 
     def _record_weight_norm(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """An op whose second derivative is wrong in torch."""
         if not _recording():
@@ -209,7 +215,10 @@ def _without_gradient(out: Tensor | Sequence[Any]) -> list[Tensor]:
 
 
 def _note_roots(
-    func: Callable[..., Any], args: Any, kwargs: dict[str, Any], results: list[Tensor]
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any],
+    results: list[Tensor],
 ) -> None:
     """Note what tensors without gradient were computed from; random numbers come from outside."""
     name = name_of(func)
@@ -273,7 +282,9 @@ def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
 
 
 def _mark_mapped(
-    func: Callable[..., Any], results: Sequence[Tensor], tensors: Sequence[Tensor]
+    func: Callable[..., Any],
+    results: Sequence[Tensor],
+    tensors: Sequence[Tensor],
 ) -> None:
     """Leave at a node that ``vmap`` hides what the op reads of the batch."""
     whole = physical(results[0])
@@ -305,7 +316,11 @@ def _note_whole(whole: Tensor, before: Numbers, rows: Rows, roots: Roots) -> Non
     note(whole, found)
 
 
-def _drawn_from(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Root | None:
+def _drawn_from(
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+) -> Root | None:
     """The tensor that a call takes some rows of: a batch out of a data set, or a piece of a batch."""
     if not _draws(func, args, kwargs):
         return None
@@ -341,13 +356,21 @@ def _undispatched(function: FunctionType) -> FunctionType:
         "has_torch_function_variadic": lambda *_: False,
     }
     clone = FunctionType(
-        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        scope,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     clone.__kwdefaults__ = function.__kwdefaults__
     return clone
 
 
-def _record_loss(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _record_loss(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     out = func(*args, **kwargs)
     arguments = bind(LOSSES[func], args, kwargs)
     differentiable = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
@@ -385,7 +408,10 @@ def _mark_read(out: Tensor, values: Iterable[Any]) -> None:
 
 
 def _record_unknown(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    out: Any,
 ) -> None:
     """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
     tensors = tensors_in([*args, *kwargs.values()])
@@ -431,7 +457,12 @@ class _Call:
 
     __slots__ = ("bound", "changed", "func", "nodes", "origins", "reads", "rule", "tensors")
 
-    def __init__(self, func: Callable[..., Any], rule: Rule, bound: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        rule: Rule,
+        bound: dict[str, Any],
+    ) -> None:
         self.func, self.rule, self.bound = func, rule, bound
         self.tensors: dict[str, Tensor] = {}
         self.nodes: dict[str, tuple[Node | None, int]] = {}

@@ -121,7 +121,9 @@ def _freed(record: Use | LossCall) -> RuntimeError:
 
 
 _keeps_graph: Callable[[], bool] = getattr(
-    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+    torch._C._autograd,
+    "_get_current_graph_task_keep_graph",
+    lambda: True,
 )  # of the pass that is running
 
 

@@ -173,7 +173,9 @@ def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
 
 
 def plainly_in_order(
-    func: Callable[..., Any], tensors: Sequence[Tensor], results: Sequence[Tensor]
+    func: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    results: Sequence[Tensor],
 ) -> bool:
     """Whether the rows of results are those of the tensors they were computed from, without a closer look."""
     name = name_of(func)
@@ -188,7 +190,12 @@ def plainly_in_order(
     return same and all(result.ndim > 0 and lengths <= {len(result)} for result in results)
 
 
-def _along(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> Rows:
+def _along(
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    result: Tensor,
+) -> Rows:
     """The rows of what is reduced or accumulated along some axes."""
     like, numbers = args[0], numbers_of(args[0])
     place = 2 if name in ("norm", "quantile") else 1
@@ -224,7 +231,8 @@ def _met(
         for size in sizes:
             left, right = (numbers_by_tensor.get(id(value), {}).get(size) for value in args[:2])
             summed = _vary(left, -1) or _vary(
-                right, -2 if right is not None and right.ndim > 1 else -1
+                right,
+                -2 if right is not None and right.ndim > 1 else -1,
             )
             if summed or (_vary(left, -2) and _vary(right, -1)):
                 yield size
@@ -276,7 +284,9 @@ def _routed(
             out = func(numbers if several else numbers[0], *rest, **kwargs)
         moved = [out] if isinstance(out, Tensor) else out
         for one, tensor in zip(
-            found, moved[:1] if name_of(func) == "pack_padded_sequence" else moved, strict=False
+            found,
+            moved[:1] if name_of(func) == "pack_padded_sequence" else moved,
+            strict=False,
         ):
             one[size] = narrowed(tensor)
     if key is not None and sum(n.numel() for numbers in found for n in numbers.values()) <= _SMALL:
@@ -293,7 +303,10 @@ _MOST, _SMALL = 256, 2**16  # structures, and numbers of one
 
 
 def _structure(
-    func: Callable[..., Any], first: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]
+    func: Callable[..., Any],
+    first: Tensor,
+    rest: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> Hashable:
     """What the result of a call depends on where the rows are in their order; ``None``: on tensors, or on more."""
     roots = roots_of(first)

@@ -196,7 +196,11 @@ def _changed(plain: Tensor, other: Tensor) -> Tensor | None:
     if not plain.dtype.is_floating_point and not plain.dtype.is_complex:
         return plain != other
     return ~torch.isclose(
-        plain, other, rtol=8 * torch.finfo(plain.dtype).eps, atol=0, equal_nan=True
+        plain,
+        other,
+        rtol=8 * torch.finfo(plain.dtype).eps,
+        atol=0,
+        equal_nan=True,
     )
 
 
@@ -217,7 +221,10 @@ def _replaced(value: Any, others: Mapping[int, Tensor]) -> Any:
 
 
 def _key(
-    func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], known: Known
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    known: Known,
 ) -> tuple[Hashable, ...] | None:
     """What calls must have in common to treat rows alike; ``None``: it depends on values, as on numbers of rows."""
     if any(not tensor.is_floating_point() for tensor in tensors_in([*args, *kwargs.values()])):

@@ -124,7 +124,12 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
         by_h = by_sigmoid(squashed, o)
         through = by_tanh(o, squashed)
         derivatives = zip(
-            by_c.unbind(), by_h.unbind(), through.unbind(), f.unbind(), block, strict=True
+            by_c.unbind(),
+            by_h.unbind(),
+            through.unbind(),
+            f.unbind(),
+            block,
+            strict=True,
         )
         for by_c_t, by_h_t, through_t, f_t, t in reversed([*derivatives]):
             if (ended := run.ends.get(t)) is not None:
@@ -208,7 +213,10 @@ def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _elman(
-    derivative: Callable[[Tensor], Tensor], run: Run, g: Tensor, final: Sequence[Tensor]
+    derivative: Callable[[Tensor], Tensor],
+    run: Run,
+    g: Tensor,
+    final: Sequence[Tensor],
 ) -> Products:
     """Elman's network, whose nonlinearity has a derivative that is a function of its value."""
     arriving = run.arriving(g, final[0])

@@ -74,7 +74,14 @@ def einsum(call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
     return fallback.per_sample(einsum, call, g, arguments)
 
 
-def contraction(call: Call, g: Tensor, x: Tensor, inp: str, par: str, out: str) -> Term | None:
+def contraction(
+    call: Call,
+    g: Tensor,
+    x: Tensor,
+    inp: str,
+    par: str,
+    out: str,
+) -> Term | None:
     """The term of a parameter in a product with data, ``inp, par -> out``.
 
     ``None``: the parameter alone is summed over an axis, or there are more axes than letters.

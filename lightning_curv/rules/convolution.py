@@ -114,7 +114,11 @@ def _grouped(x: Tensor, g: Tensor, groups: int) -> tuple[str, Tensor, Tensor]:
 
 
 def patches(
-    input: Tensor, weight: Tensor, stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
 ) -> Tensor:
     """The receptive fields, ``[N, groups, in/groups, *kernel, *positions]``.
 
@@ -135,7 +139,11 @@ def patches(
     )
 
 
-def _pads(weight: Tensor, padding: Sizes | str, dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+def _pads(
+    weight: Tensor,
+    padding: Sizes | str,
+    dilation: tuple[int, ...],
+) -> list[tuple[int, int]]:
     """Zeros before and after the input, per axis."""
     if padding == "same":
         kernel = weight.shape[2:]
@@ -146,7 +154,10 @@ def _pads(weight: Tensor, padding: Sizes | str, dilation: tuple[int, ...]) -> li
 
 
 def _transposed_pads(
-    kernel: Sequence[int], padding: Sizes, output_padding: Sizes, dilation: tuple[int, ...]
+    kernel: Sequence[int],
+    padding: Sizes,
+    output_padding: Sizes,
+    dilation: tuple[int, ...],
 ) -> list[tuple[int, int]]:
     """Zeros before and after the spread input of a transposed convolution, per axis.
 
@@ -246,7 +257,17 @@ def weight_gradient(
     output_padding = [0] * len(stride)
     wanted = [False, True, False]  # by the input, the weight, the bias
     gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward.default(
-        g, input, weight, None, stride, padding, dilation, False, output_padding, groups, wanted
+        g,
+        input,
+        weight,
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        output_padding,
+        groups,
+        wanted,
     )
     return gradients[1]
 

@@ -32,7 +32,12 @@ def _repeated_in_front(name: str, tensor: Tensor, out: Tensor) -> bool:
     return repeated(tensor, out)
 
 
-def broadcast(call: Call, g: Tensor, operand: Tensor, factor: Tensor | None = None) -> Term:
+def broadcast(
+    call: Call,
+    g: Tensor,
+    operand: Tensor,
+    factor: Tensor | None = None,
+) -> Term:
     """The term of a parameter that is broadcast to the output and multiplied by ``factor``."""
     sizes = list(_aligned(operand.shape, len(call.shape)))
     # The axes that make up the rows are in front of g, as n.
@@ -58,7 +63,9 @@ def _value(value: Tensor | float, like: Tensor) -> Tensor:
 
 
 def _sum_terms(
-    call: Call, operands: dict[str, Tensor], cotangents: dict[str, Tensor]
+    call: Call,
+    operands: dict[str, Tensor],
+    cotangents: dict[str, Tensor],
 ) -> dict[str, Term]:
     """The terms of the parameters among the summands of an output.
 
@@ -75,7 +82,12 @@ def _sum_terms(
     axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (),
 )  # fmt: skip
 def add(
-    call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    other: Tensor,
+    *,
+    alpha: float = 1,
 ) -> dict[str, Term]:
     """Y = a + α b."""
     scaled = alpha * g if "other" in call.operands else g
@@ -88,7 +100,12 @@ def add(
     axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (),
 )  # fmt: skip
 def sub(
-    call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    other: Tensor,
+    *,
+    alpha: float = 1,
 ) -> dict[str, Term]:
     """Y = a - α b."""
     return add(call, g, input, other, alpha=-alpha)
@@ -102,7 +119,12 @@ def sub(
     reads=lambda arguments: (),
 )
 def rsub(
-    call: Call, g: Tensor, input: Tensor, other: Tensor, *, alpha: float = 1
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    other: Tensor,
+    *,
+    alpha: float = 1,
 ) -> dict[str, Term]:
     """Y = b - α a."""
     scaled = -alpha * g if "input" in call.operands else g
@@ -129,7 +151,12 @@ def mul(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str
     axes=_repeats, accepts=_repeated_in_front, affine=False,
 )  # fmt: skip
 def div(
-    call: Call, g: Tensor, input: Tensor, other: Tensor | float, *, rounding_mode: str | None = None
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    other: Tensor | float,
+    *,
+    rounding_mode: str | None = None,
 ) -> dict[str, Term]:
     """Y = a / b."""
     numerator, denominator = _value(input, g), _value(other, g)
@@ -141,7 +168,12 @@ def div(
 
 
 @rule(Tensor.__rdiv__, axes=_repeats, accepts=_repeated_in_front, affine=False)
-def rdiv(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str, Term]:
+def rdiv(
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    other: Tensor | float,
+) -> dict[str, Term]:
     """Y = b / a."""
     swapped = {"input": "other", "other": "input"}
     operands = tuple(swapped[name] for name in call.operands)
@@ -169,6 +201,12 @@ def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> dict[str, Ter
     torch.tile, Tensor.tile,
     axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (), expands=True,
 )  # fmt: skip
-def expand(call: Call, g: Tensor, input: Tensor, *sizes: Any, **named: Any) -> dict[str, Term]:
+def expand(
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    *sizes: Any,
+    **named: Any,
+) -> dict[str, Term]:
     """Y = a, repeated: class tokens, learned queries."""
     return {"input": broadcast(call, g, input)}

@@ -22,7 +22,9 @@ class FallbackWarning(UserWarning):
 
 
 def rule_for(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Rule, dict[str, Any]]:
     """A rule for one call of any op, and the call's arguments by the names that it gives them."""
     if _picks(func, args, kwargs):
@@ -40,7 +42,11 @@ def rule_for(
     return Rule(partial(_apply, op), affine=False), {str(i): leaf for i, leaf in enumerate(leaves)}
 
 
-def _picks(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _picks(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
     """Whether a call is ``table[index]`` with a tensor of integers."""
     if func is not Tensor.__getitem__ or kwargs:
         return False
@@ -54,12 +60,20 @@ def _picked(call: Call, g: Tensor, table: Tensor, index: Tensor) -> dict[str, Te
     return {"table": embedding.rows_of(call, g, table, index)}
 
 
-def _apply(op: Callable[..., Any], call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
+def _apply(
+    op: Callable[..., Any],
+    call: Call,
+    g: Tensor,
+    **arguments: Any,
+) -> dict[str, Term]:
     return per_sample(op, call, g, arguments)
 
 
 def per_sample(
-    op: Callable[..., Any], call: Call, g: Tensor, arguments: dict[str, Any]
+    op: Callable[..., Any],
+    call: Call,
+    g: Tensor,
+    arguments: dict[str, Any],
 ) -> dict[str, Term]:
     """The terms of an op that treats the entries of the leading axis of its data independently.
 
@@ -132,7 +146,11 @@ def per_sample(
     return {k: dense(v) for k, v in result.items()}
 
 
-def _agree(result: dict[str, Tensor], total: dict[str, Tensor], weights: Tensor) -> bool:
+def _agree(
+    result: dict[str, Tensor],
+    total: dict[str, Tensor],
+    weights: Tensor,
+) -> bool:
     """Whether per-sample gradients add up to those of the whole batch.
 
     Samples that are not finite tell nothing.

@@ -56,7 +56,12 @@ class _Parts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, axes: Axes, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        whole: Tensor,
+        axes: Axes,
+        parts: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
         ctx.axes = axes
         return tuple(part.detach() for part in parts)
 

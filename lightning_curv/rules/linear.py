@@ -13,7 +13,11 @@ from lightning_curv.terms.term import Term, flatten_shared
 
 @rule(F.linear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input",))
 def linear(
-    call: Call, g: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> dict[str, Term]:
     """Y = x Wᵀ + b."""
     weight_term, bias_term = product(g, call.rows(input), "oi")

@@ -64,7 +64,9 @@ def _bind_cell(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(
-    states: Tensor | Sequence[Tensor], params: Sequence[Tensor], others: dict[str, Any]
+    states: Tensor | Sequence[Tensor],
+    params: Sequence[Tensor],
+    others: dict[str, Any],
 ) -> dict[str, Any]:
     """The arguments of a call with a name for every state and every parameter."""
     states = [states] if isinstance(states, Tensor) else states
@@ -223,7 +225,9 @@ class _Network:
                     pulled = cells.times(by_inputs, run.weights[0]).permute(2, 0, 1, 3)
                     below.append(self.steps.backwards(pulled, 2) if backwards else pulled)
                 for weight, (cotangents, inputs) in zip(
-                    self.matrices[number], products, strict=True
+                    self.matrices[number],
+                    products,
+                    strict=True,
                 ):
                     yield weight, cotangents, self.steps.masked(inputs).transpose(0, 1)
             if below:

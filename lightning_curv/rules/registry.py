@@ -154,7 +154,8 @@ class Rule:
 
 
 def rule(
-    *functions: Callable[..., Any], **attributes: Any
+    *functions: Callable[..., Any],
+    **attributes: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the rule of ``functions``.
 
@@ -214,7 +215,9 @@ def _names(function: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any
 
 
 def bind(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
     """Give the arguments of a call the names that its rule knows them by.
 

@@ -82,7 +82,13 @@ class Replay:
         shift = self.shifts[weight] if step is None else self.steps[weight][step]
         return y + shift
 
-    def direction(self, x: Tensor, states: States, first: int, last: int) -> tuple[Tensor, States]:
+    def direction(
+        self,
+        x: Tensor,
+        states: States,
+        first: int,
+        last: int,
+    ) -> tuple[Tensor, States]:
         """One direction of one layer with the weights ``first`` to ``last``.
 
         Returns all outputs h, ``[T, N, P]``, and the final states.
@@ -99,7 +105,10 @@ class Replay:
         return torch.stack(steps_by_state[0]), final
 
     def network(
-        self, x: Tensor, initial: Sequence[Tensor], directions: int
+        self,
+        x: Tensor,
+        initial: Sequence[Tensor],
+        directions: int,
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers: outputs ``[T, N, *]`` and final states ``[layers·directions, N, *]``."""
         count = len(self.weights) // len(initial[0])

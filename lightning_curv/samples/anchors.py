@@ -28,7 +28,12 @@ def anchor_of(search: Search, node: Node | Join, use: Use, count: int) -> Owners
     return search.anchors[node, count]
 
 
-def _told_by_rows(search: Search, node: Node | Join, use: Use, count: int) -> Owners | None:
+def _told_by_rows(
+    search: Search,
+    node: Node | Join,
+    use: Use,
+    count: int,
+) -> Owners | None:
     if groups_of(use) is not None:
         return None
     for name, roots in use.roots.items():
@@ -48,7 +53,12 @@ def _told_by_rows(search: Search, node: Node | Join, use: Use, count: int) -> Ow
 
 
 def _rows_in_order(
-    search: Search, node: Node | Join, use: Use, shape: torch.Size, roots: Roots, count: int
+    search: Search,
+    node: Node | Join,
+    use: Use,
+    shape: torch.Size,
+    roots: Roots,
+    count: int,
 ) -> BatchAxis | None:
     """The first axis, if the rows of the batch are on it in their order.
 
@@ -75,7 +85,12 @@ def _rows_in_order(
 
 
 def _numbered(
-    search: Search, node: Node | Join, use: Use, shape: torch.Size, numbers: Tensor, count: int
+    search: Search,
+    node: Node | Join,
+    use: Use,
+    shape: torch.Size,
+    numbers: Tensor,
+    count: int,
 ) -> Owners | None:
     """The same axes as in what it reads, if all are among its own.
 

@@ -86,7 +86,9 @@ def _from_outputs(search: Search, count: int) -> Iterator[list[tuple[Head, Owner
 
 
 def _beside(
-    search: Search, kept: Sequence[Head], count: int
+    search: Search,
+    kept: Sequence[Head],
+    count: int,
 ) -> Iterator[list[tuple[Head, Owners]]]:
     """Some heads as they are, and outputs of the network instead of the others."""
     unknown = [head for head in search.heads if head not in kept]

@@ -32,7 +32,11 @@ class Undecided(Exception):
     """The loss has no second derivative in torch."""
 
 
-def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head, Owners]]) -> bool:
+def separable(
+    passes: Passes,
+    tops: Sequence[Head],
+    outputs: Sequence[tuple[Head, Owners]],
+) -> bool:
     """Whether a part of a loss is a sum over samples of functions of their own output rows.
 
     The Hessian H of such a part maps a direction whose rows are weighted by their samples to the
@@ -97,7 +101,9 @@ def separable(passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head
 
 
 def nonlinear_in_several(
-    passes: Passes, tops: Sequence[Head], outputs: Sequence[tuple[Head, Owners]]
+    passes: Passes,
+    tops: Sequence[Head],
+    outputs: Sequence[tuple[Head, Owners]],
 ) -> bool:
     """Whether some op above the outputs is nonlinear in entries of several samples.
 

@@ -19,7 +19,11 @@ from lightning_curv.samples.search import Search
 from lightning_curv.terms.owners import BatchAxis, Owners
 
 
-def evident(search: Search, heads: Sequence[tuple[Head, Owners]] | None, count: int) -> bool:
+def evident(
+    search: Search,
+    heads: Sequence[tuple[Head, Owners]] | None,
+    count: int,
+) -> bool:
     """Whether it is plain which rows belong to which sample.
 
     It is where all that the network reads keeps the order of the batch, where the targets of
@@ -72,7 +76,11 @@ def evident(search: Search, heads: Sequence[tuple[Head, Owners]] | None, count: 
     )
 
 
-def told_inside(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -> bool:
+def told_inside(
+    search: Search,
+    heads: Sequence[tuple[Head, Owners]],
+    count: int,
+) -> bool:
     """Whether the weights arrive in order at rows of the batch that enter between frozen ops.
 
     Such as the inputs of a frozen network, beside a prompt.

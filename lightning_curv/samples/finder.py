@@ -168,7 +168,9 @@ def _assumed(search: Search, count: int) -> Samples | None:
     }
     heads = {
         node: batch_axes(
-            call.arguments["input"].shape, [0] if call.arguments["input"].ndim else [], count
+            call.arguments["input"].shape,
+            [0] if call.arguments["input"].ndim else [],
+            count,
         )
         for node, call in search.tape.losses.items()
     }
@@ -180,7 +182,9 @@ def _assumed(search: Search, count: int) -> Samples | None:
     ):
         return None
     return Samples(
-        count, {n: found[0] for n, found in uses.items()}, {n: h[0] for n, h in heads.items()}
+        count,
+        {n: found[0] for n, found in uses.items()},
+        {n: h[0] for n, h in heads.items()},
     )
 
 

@@ -169,7 +169,10 @@ def reads_unknown(node: Node, holds: Callable[[Roots], bool]) -> bool:
 
 
 def _data_nodes(
-    tape: Tape, heads: Sequence[Head], mixed: Mapping[Node, None], holds: Callable[[Roots], bool]
+    tape: Tape,
+    heads: Sequence[Head],
+    mixed: Mapping[Node, None],
+    holds: Callable[[Roots], bool],
 ) -> set[Node]:
     """The nodes that depend on the samples.
 
@@ -196,7 +199,9 @@ def _data_nodes(
 
 
 def _above(
-    links: Mapping[Node, list[_Link]], data: set[Node], start: Iterable[Node]
+    links: Mapping[Node, list[_Link]],
+    data: set[Node],
+    start: Iterable[Node],
 ) -> dict[Node, None]:
     """The nodes above some others, up to the first ones that depend on the samples."""
     found: dict[Node, None] = {}

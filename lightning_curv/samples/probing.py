@@ -102,7 +102,11 @@ class Probe:
     """
 
     def __init__(
-        self, passes: Passes, heads: Sequence[tuple[Head, Owners]], count: int, strict: bool = False
+        self,
+        passes: Passes,
+        heads: Sequence[tuple[Head, Owners]],
+        count: int,
+        strict: bool = False,
     ) -> None:
         self.passes, self.heads, self.count, self.strict = passes, heads, count, strict
         self.conclusive = True
@@ -149,7 +153,10 @@ class Probe:
                 columns = [self._pass(edges, weights) for weights in self._code.values(self.count)]
             for i in unknown:
                 found[i] = self._rows(
-                    places[i], first[i], [column[i] for column in columns or ()], tolerance
+                    places[i],
+                    first[i],
+                    [column[i] for column in columns or ()],
+                    tolerance,
                 )
 
     def _settled(self, places: Sequence[Place], found: list[Finding]) -> list[Finding]:
@@ -216,7 +223,11 @@ class Probe:
         return Finding(agreeing[0], options=agreeing if len(agreeing) > 1 else ())
 
     def _rows(
-        self, place: Place, first: Tensor | None, spelled: Cotangents, tolerance: Tolerance
+        self,
+        place: Place,
+        first: Tensor | None,
+        spelled: Cotangents,
+        tolerance: Tolerance,
     ) -> Finding:
         """Owners of rows in any order, by weights that spell the number of the sample."""
         assert first is not None
@@ -414,7 +425,9 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
     places = [Place.anywhere(edge, samples.count) for edge in edges]
     found: dict[GradientEdge, Owners | None] = {}
     for place, finding in zip(
-        places, Probe(passes, heads, samples.count).findings(places), strict=True
+        places,
+        Probe(passes, heads, samples.count).findings(places),
+        strict=True,
     ):
         if finding.mixed:
             raise UnsupportedError(
@@ -454,7 +467,11 @@ def forward_owners(
         edges = [source.edge for source, _ in sources]
         try:
             pulled = torch.autograd.grad(
-                [head.edge for head in heads], edges, seeds, create_graph=True, allow_unused=True
+                [head.edge for head in heads],
+                edges,
+                seeds,
+                create_graph=True,
+                allow_unused=True,
             )
             if by_entry and all(g is None for g in pulled):
                 return [_nobodys(head, count) for head in heads]
@@ -476,7 +493,11 @@ def forward_owners(
                         for v, (_, source, owners) in zip(directions, reached, strict=True)
                     ]
                 return torch.autograd.grad(
-                    [g for g, *_ in reached], seeds, vectors, retain_graph=True, allow_unused=True
+                    [g for g, *_ in reached],
+                    seeds,
+                    vectors,
+                    retain_graph=True,
+                    allow_unused=True,
                 )
 
             eps = max(passes.tape.eps, torch.finfo(seeds[0].dtype).eps)

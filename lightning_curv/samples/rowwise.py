@@ -56,7 +56,9 @@ Edge = tuple[Node, int]
 
 
 def samples_cannot_meet(
-    tape: Tape, heads: Sequence[tuple[Head, Owners]], uses: Mapping[Node | Join, Owners]
+    tape: Tape,
+    heads: Sequence[tuple[Head, Owners]],
+    uses: Mapping[Node | Join, Owners],
 ) -> bool:
     """Whether, in every graph of this structure, no row below the heads depends on several samples.
 
@@ -135,24 +137,44 @@ def _rule(node: Node) -> Rule | None:
     }.get(name)
 
 
-def _same(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _same(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     """Ops whose rule keeps the axes up to that of the samples."""
     return axis if inp[: axis.axis + 1] == out[: axis.axis + 1] else None
 
 
-def _entrywise(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _entrywise(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     place = axis.axis - (len(out) - len(inp))
     if place < 0 or inp[place] != out[axis.axis]:
         return None  # broadcast along the samples
     return BatchAxis(axis.count, place, axis.minor)
 
 
-def _leading(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _leading(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     """Ops that treat the entries of the first axis separately."""
     return axis if not axis.axis and len(inp) == len(out) and inp[0] == out[0] else None
 
 
-def _view(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _view(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     """The same numbers in the same order: as many of them before the index of the sample as before."""
     before = math.prod(out[: axis.axis]) * (out[axis.axis] // axis.count if axis.minor else 1)
     for place, size in enumerate(inp):
@@ -166,27 +188,52 @@ def _view(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> Batch
     return None
 
 
-def _reducing(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _reducing(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     summed = {saved_axis(dim, len(inp)) for dim in node._saved_dim} or {*range(len(inp))}
     kept = [place for place in range(len(inp)) if node._saved_keepdim or place not in summed]
     place = kept[axis.axis]
     return None if place in summed else BatchAxis(axis.count, place, axis.minor)
 
 
-def _transpose(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _transpose(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     first, second = saved_axis(node._saved_dim0, len(out)), saved_axis(node._saved_dim1, len(out))
     place = {first: second, second: first}.get(axis.axis, axis.axis)
     return BatchAxis(axis.count, place, axis.minor)
 
 
-def _permute(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _permute(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     return BatchAxis(axis.count, saved_axis(node._saved_dims[axis.axis], len(inp)), axis.minor)
 
 
-def _select(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _select(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     gone = saved_axis(node._saved_dim, len(inp))
     return BatchAxis(axis.count, axis.axis + (gone <= axis.axis), axis.minor)
 
 
-def _slice(node: Any, out: torch.Size, inp: torch.Size, axis: BatchAxis) -> BatchAxis | None:
+def _slice(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
     return axis if out[axis.axis] == inp[axis.axis] else None

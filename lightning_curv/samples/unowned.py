@@ -75,7 +75,12 @@ def joins_of(
         mixed.append(node_of(node))
     if mixed or strays:
         here |= find_joins(
-            search.tape, [head for head, _ in heads], mixed, strays, probe, search.batch.holds
+            search.tape,
+            [head for head, _ in heads],
+            mixed,
+            strays,
+            probe,
+            search.batch.holds,
         )
     if slow:
         _warn_of_price(slow, count, search.most)
@@ -101,7 +106,11 @@ def _has_rule(search: Search, node: Node | Join, finding: Finding) -> bool:
 
 
 def _refuse_inner_mixing(
-    search: Search, use: Use, by_rule: Finding, probe: Probe, count: int
+    search: Search,
+    use: Use,
+    by_rule: Finding,
+    probe: Probe,
+    count: int,
 ) -> None:
     """Raise if an op may mix samples that its outputs keep apart.
 
@@ -123,7 +132,11 @@ def _single(use: Use, name: str) -> bool:
     return isinstance(value, Tensor) and value.numel() == 1
 
 
-def _warn_of_price(slow: Sequence[tuple[Tensor, str]], count: int, most: int | None) -> None:
+def _warn_of_price(
+    slow: Sequence[tuple[Tensor, str]],
+    count: int,
+    most: int | None,
+) -> None:
     """Once for every parameter."""
     if all(parameter in _PRICED for parameter, _ in slow):
         return

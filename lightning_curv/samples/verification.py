@@ -78,7 +78,10 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
         for node, call in search.tape.losses.items()
     }
     found |= _above(
-        search, heads, [node for node, finding in losses.items() if not finding.reached], count
+        search,
+        heads,
+        [node for node, finding in losses.items() if not finding.reached],
+        count,
     )
     placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
     owners.update(joins.items())
@@ -108,7 +111,10 @@ def _place(search: Search, node: Node | Join, use: Use, count: int) -> Place:
 
 
 def _above(
-    search: Search, heads: Sequence[tuple[Head, Owners]], calls: Sequence[Node], count: int
+    search: Search,
+    heads: Sequence[tuple[Head, Owners]],
+    calls: Sequence[Node],
+    count: int,
 ) -> dict[Node, Owners]:
     """Who owns the rows of loss calls that are functions of the heads.
 
@@ -153,7 +159,12 @@ def _refuse_undefined(search: Search, found: Mapping[Node | Join, Finding]) -> N
             )
 
 
-def _refuse_other_order(search: Search, node: Node | Join, finding: Finding, count: int) -> None:
+def _refuse_other_order(
+    search: Search,
+    node: Node | Join,
+    finding: Finding,
+    count: int,
+) -> None:
     """Raise if rows of a use belong to other samples than the rows of the batch that it reads.
 
     Raises:
@@ -165,7 +176,12 @@ def _refuse_other_order(search: Search, node: Node | Join, finding: Finding, cou
         _refuse_other_rows(use.name, anchor, finding, use.shape)
 
 
-def _refuse_other_rows(name: str, told: Owners, finding: Finding, shape: torch.Size) -> None:
+def _refuse_other_rows(
+    name: str,
+    told: Owners,
+    finding: Finding,
+    shape: torch.Size,
+) -> None:
     """Raise if rows of the output of an op belong to other samples than what it reads tells.
 
     Raises:

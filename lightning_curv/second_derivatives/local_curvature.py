@@ -85,7 +85,9 @@ class DiagonalResidual(Residual):
             column = torch.zeros_like(values)
             column[:, entry] = roots[:, entry]
             yield Column(
-                self.edges, [owners.join(column, self.values.shape)], values[:, entry].sign()
+                self.edges,
+                [owners.join(column, self.values.shape)],
+                values[:, entry].sign(),
             )
 
 
@@ -268,7 +270,11 @@ class LocalCurvature:
             matrix = self._dense(owners, shapes)
         if matrix.shape[-1] == 1:
             return EigenResidual(
-                self.edges, owners, shapes, matrix[..., 0], torch.ones_like(matrix)
+                self.edges,
+                owners,
+                shapes,
+                matrix[..., 0],
+                torch.ones_like(matrix),
             )
         return EigenResidual(self.edges, owners, shapes, *eigh(matrix))
 
@@ -291,7 +297,8 @@ class LocalCurvature:
             if not torch.allclose(expected, image, rtol=1e-4, atol=1e-5 * float(image.abs().max())):
                 return None
         return torch.stack(
-            [torch.stack([owners[0].split(part) for part in row], -1) for row in rows], -2
+            [torch.stack([owners[0].split(part) for part in row], -1) for row in rows],
+            -2,
         )
 
     def _dense(self, owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> Tensor:
@@ -307,7 +314,8 @@ class LocalCurvature:
             ]
             rows.append(
                 torch.cat(
-                    [o.split(part) for o, part in zip(owners, self(parts), strict=True)], dim=1
+                    [o.split(part) for o, part in zip(owners, self(parts), strict=True)],
+                    dim=1,
                 )
             )
         matrix = torch.stack(rows, 1)

@@ -102,7 +102,9 @@ class _Op:
     def derivative(self, argument: str, at: Tensor, direction: Tensor) -> Tensor:
         """∂K/∂argument · direction."""
         return torch.func.jvp(
-            lambda value: self.gradient(**{argument: value}), (at,), (direction,)
+            lambda value: self.gradient(**{argument: value}),
+            (at,),
+            (direction,),
         )[1]
 
     def pulled(self, jacobian: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,7 +155,8 @@ class _Op:
                 for parameter, change in self.pulled(self.derivative(argument, x, direction)[None]):
                     if parameter in reached:
                         yield _diagonal(
-                            parameter, 2 * change[0] * reached[parameter].per_sample()[0]
+                            parameter,
+                            2 * change[0] * reached[parameter].per_sample()[0],
                         )
 
     def transformed(self) -> Iterator[dict[Tensor, Jacobian]]:
@@ -165,14 +168,21 @@ class _Op:
         with torch.enable_grad(), unheard(), differentiable(fused([edge])):
             for n, cotangent in enumerate(self.gradient()):
                 pulled = torch.autograd.grad(
-                    edge, found, cotangent, create_graph=True, allow_unused=True
+                    edge,
+                    found,
+                    cotangent,
+                    create_graph=True,
+                    allow_unused=True,
                 )
                 for p, first in zip(found, pulled, strict=True):
                     for j, entry in enumerate(
                         first.flatten() if first is not None and first.requires_grad else ()
                     ):
                         (second,) = torch.autograd.grad(
-                            entry, p, retain_graph=True, allow_unused=True
+                            entry,
+                            p,
+                            retain_graph=True,
+                            allow_unused=True,
                         )
                         if second is not None:
                             result[p][n].view(-1)[j] = second.flatten()[j]
@@ -195,12 +205,20 @@ def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
             .reshape(operand.tensor.shape)
         )
         pulled = torch.autograd.grad(
-            operand.edge, found, trial, create_graph=True, allow_unused=True
+            operand.edge,
+            found,
+            trial,
+            create_graph=True,
+            allow_unused=True,
         )
         first = [g for g in pulled if g is not None and g.requires_grad]
         if not first:
             return True
         second = torch.autograd.grad(
-            first, found, [torch.ones_like(g) for g in first], retain_graph=True, allow_unused=True
+            first,
+            found,
+            [torch.ones_like(g) for g in first],
+            retain_graph=True,
+            allow_unused=True,
         )
     return not any(h is not None and bool(h.any()) for h in second)

@@ -122,7 +122,11 @@ def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
     }
     return {
         p: OnlyUse(
-            GradientEdge(node, use.output_nr), use, name, passes.samples.uses[node], lowest[node]
+            GradientEdge(node, use.output_nr),
+            use,
+            name,
+            passes.samples.uses[node],
+            lowest[node],
         )
         for p, (node, use, name) in found.items()
         if counts[p] == 1

@@ -73,7 +73,10 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
 
 
 def _rounded_up(
-    products: Tensor, g_squares: Tensor, x_squares: Tensor, dtype: torch.dtype
+    products: Tensor,
+    g_squares: Tensor,
+    x_squares: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norms and sizes ``[V, n]``, and the samples whose Gram matrices may underflow or overflow.
 

@@ -291,7 +291,10 @@ class ChosenOwners(Owners):
 
 
 def batch_axes(
-    shape: Sequence[int], axes: Iterable[int], count: int, rows: bool = True
+    shape: Sequence[int],
+    axes: Iterable[int],
+    count: int,
+    rows: bool = True,
 ) -> list[BatchAxis]:
     """The axes that may carry N samples.
 
@@ -317,7 +320,11 @@ def batch_axes(
     return exact + flat
 
 
-def owners_of(numbers: Tensor, shape: Sequence[int], count: int) -> BatchAxis | RowOwners:
+def owners_of(
+    numbers: Tensor,
+    shape: Sequence[int],
+    count: int,
+) -> BatchAxis | RowOwners:
     """The owners of the rows of a tensor, the cheap form where there is one.
 
     Args:

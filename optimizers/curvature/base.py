@@ -103,7 +103,13 @@ class Curvature(ABC):
         """The bias that each weight shares a block with."""
 
     @abstractmethod
-    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+    def measure(
+        self,
+        state: State,
+        block: Block,
+        fields: Sequence[Any],
+        step: int,
+    ) -> list[Tensor]:
         """The statistics of one batch.
 
         Args:
@@ -120,7 +126,13 @@ class Curvature(ABC):
         """
 
     @abstractmethod
-    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+    def absorb(
+        self,
+        state: State,
+        block: Block,
+        statistics: list[Tensor],
+        scale: float,
+    ) -> None:
         """Average statistics into the state.
 
         Args:

@@ -28,7 +28,13 @@ class DiagonalCurvature(Curvature):
     def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
         return {}
 
-    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+    def measure(
+        self,
+        state: State,
+        block: Block,
+        fields: Sequence[Any],
+        step: int,
+    ) -> list[Tensor]:
         (param,) = block.params
         diagonals = as_tensors(fields[0])
         if len(diagonals) != 1 or diagonals[0].shape != param.shape:
@@ -38,7 +44,13 @@ class DiagonalCurvature(Curvature):
             )
         return diagonals
 
-    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+    def absorb(
+        self,
+        state: State,
+        block: Block,
+        statistics: list[Tensor],
+        scale: float,
+    ) -> None:
         if "diagonal" not in state:
             state["diagonal"] = _zeros(block.params[0])
             state["weight"] = 0.0

@@ -42,7 +42,13 @@ class EigenCurvature(KroneckerCurvature):
 
     derived = ("basis", "moments", "moments_weight")
 
-    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+    def measure(
+        self,
+        state: State,
+        block: Block,
+        fields: Sequence[Any],
+        step: int,
+    ) -> list[Tensor]:
         factors = super().measure(state, block, fields, step)
         shapes, known_shapes = [f.shape for f in factors], [f.shape for f in means(state)]
         if not self.ready(state) or shapes != known_shapes:
@@ -51,7 +57,13 @@ class EigenCurvature(KroneckerCurvature):
         moments = second_moments(fields, state["basis"], state["batched"], center_of_basis)
         return [moments, *factors]
 
-    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+    def absorb(
+        self,
+        state: State,
+        block: Block,
+        statistics: list[Tensor],
+        scale: float,
+    ) -> None:
         if self.ready(state) and statistics[0].shape == state["moments"].shape:
             moments, *statistics = statistics
             decay = block.group["factor_decay"]
@@ -99,7 +111,9 @@ class EigenCurvature(KroneckerCurvature):
 
 
 def _rotated(
-    states: Sequence[State], bases: Sequence[list[Tensor]], values: Sequence[Tensor]
+    states: Sequence[State],
+    bases: Sequence[list[Tensor]],
+    values: Sequence[Tensor],
 ) -> list[Tensor]:
     """Every value times the matrices of a basis, those of equal shapes in one product."""
     products = [

@@ -61,7 +61,13 @@ class KroneckerCurvature(Curvature):
     def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
         return weight_bias_pairs(fields)
 
-    def measure(self, state: State, block: Block, fields: Sequence[Any], step: int) -> list[Tensor]:
+    def measure(
+        self,
+        state: State,
+        block: Block,
+        fields: Sequence[Any],
+        step: int,
+    ) -> list[Tensor]:
         statistics = kronecker_factors(fields, self.sharing, self.positions, step, self.split)
         count = factors_among(statistics, block)
         factors, others = statistics[:count], statistics[count:]
@@ -86,7 +92,13 @@ class KroneckerCurvature(Curvature):
             )
         return [limit_size(factor, self.max_factor_size, batched) for factor in factors]
 
-    def absorb(self, state: State, block: Block, statistics: list[Tensor], scale: float) -> None:
+    def absorb(
+        self,
+        state: State,
+        block: Block,
+        statistics: list[Tensor],
+        scale: float,
+    ) -> None:
         if scale != 1.0:
             # One factor carries the scale of the loss, that of the cotangents.
             statistics = [statistics[0] * scale, *statistics[1:]]

@@ -50,7 +50,11 @@ def _sizes(basis: Sequence[Tensor], batched: bool) -> list[int]:
 
 
 def _rotated(
-    jacobian: Jacobian, basis: Sequence[Tensor], batched: bool, ones: bool, center: Sequence[Tensor]
+    jacobian: Jacobian,
+    basis: Sequence[Tensor],
+    batched: bool,
+    ones: bool,
+    center: Sequence[Tensor],
 ) -> Jacobian:
     """The Jacobian of a single use in the coordinates of a basis.
 

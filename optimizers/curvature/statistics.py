@@ -70,7 +70,13 @@ def kronecker_factors(
     return [outputs, with_ones(inputs, mean), *([] if is_whole else [mean])]
 
 
-def _split_factor(term: Term, axis: str, sharing: KFLR, split: int, has_bias: bool) -> Tensor:
+def _split_factor(
+    term: Term,
+    axis: str,
+    sharing: KFLR,
+    split: int,
+    has_bias: bool,
+) -> Tensor:
     """The diagonal blocks of one factor, which is never formed as a whole.
 
     Args:

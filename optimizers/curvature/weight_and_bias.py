@@ -21,7 +21,9 @@ from lightning_curv.optimizers.linear_algebra.factors import parts_of
 
 
 def joined(
-    grads: Sequence[Tensor], center: Sequence[Tensor] = (), layout: Sequence[int] = ()
+    grads: Sequence[Tensor],
+    center: Sequence[Tensor] = (),
+    layout: Sequence[int] = (),
 ) -> Tensor:
     r"""The matrix whose block the factors are.
 

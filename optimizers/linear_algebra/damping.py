@@ -9,7 +9,9 @@ from lightning_curv.optimizers.linear_algebra.factors import mean_eigenvalue
 
 
 def split_damping(
-    factors: Sequence[Tensor], damping: float | Tensor, batched: bool
+    factors: Sequence[Tensor],
+    damping: float | Tensor,
+    batched: bool,
 ) -> list[Tensor]:
     r"""Split a damping over Kronecker factors in proportion to their mean eigenvalues.
 

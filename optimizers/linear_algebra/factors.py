@@ -50,7 +50,11 @@ def parts_of(factor: Tensor, batched: bool) -> list[Tensor]:
     return [part[..., : part.shape[-2]] for part in factor.split(width, dim=-2)]
 
 
-def partwise(function: Callable[..., Tensor], *factors: Tensor, batched: bool) -> Tensor:
+def partwise(
+    function: Callable[..., Tensor],
+    *factors: Tensor,
+    batched: bool,
+) -> Tensor:
     """A factor whose diagonal blocks are a function of those of other factors.
 
     Args:

@@ -34,7 +34,11 @@ def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
     return [_assembled(factor, batched, inverses) for factor, _, batched in factors]
 
 
-def _assembled(factor: Tensor, batched: bool, inverses: Iterator[Tensor | None]) -> Tensor | None:
+def _assembled(
+    factor: Tensor,
+    batched: bool,
+    inverses: Iterator[Tensor | None],
+) -> Tensor | None:
     """The inverse of a factor from those of its diagonal blocks, the next of the iterator."""
     of_parts = [next(inverses) for _ in parts_of(factor, batched)]
     inverted = [inverse for inverse in of_parts if inverse is not None]

@@ -8,7 +8,10 @@ from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, u
 
 
 def adam_direction(
-    state: State, grad: Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    state: State,
+    grad: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> Tensor:
     r"""Adam's direction $\hat m / (\sqrt{\hat v} + \epsilon)$.
 

@@ -48,7 +48,10 @@ class Parameters:
         return moving
 
     def paired(
-        self, members: Sequence[Member], pairs: dict[Tensor, Tensor], seen: Container[Tensor]
+        self,
+        members: Sequence[Member],
+        pairs: dict[Tensor, Tensor],
+        seen: Container[Tensor],
     ) -> list[Block]:
         """Remember which bias shares a block with each weight, and return the blocks.
 

@@ -16,7 +16,11 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def block_damping(
-    curvature: Curvature, state: State, block: Block, relative: float, floor: float
+    curvature: Curvature,
+    state: State,
+    block: Block,
+    relative: float,
+    floor: float,
 ) -> Tensor:
     r"""The damping $\lambda$ of a block, [].
 

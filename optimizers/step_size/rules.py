@@ -49,7 +49,10 @@ class StepRule(Protocol):
     extension: Extension | None
 
     def __call__(
-        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+        self,
+        directions: Sequence[Direction],
+        scale: float = 1.0,
+        room: float = math.inf,
     ) -> Step:
         """Make the updates.
 
@@ -86,7 +89,10 @@ class TrustClip:
         self.kl_clip = kl_clip
 
     def __call__(
-        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+        self,
+        directions: Sequence[Direction],
+        scale: float = 1.0,
+        room: float = math.inf,
     ) -> Step:
         shrink = self._shrink(directions)
         updates = []
@@ -122,7 +128,10 @@ class ElementwiseClip:
         self.bound = bound
 
     def __call__(
-        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+        self,
+        directions: Sequence[Direction],
+        scale: float = 1.0,
+        room: float = math.inf,
     ) -> Step:
         updates = []
         for direction in directions:
@@ -153,7 +162,10 @@ class QuadraticModel:
         self.extension: Extension | None = extension
 
     def __call__(
-        self, directions: Sequence[Direction], scale: float = 1.0, room: float = math.inf
+        self,
+        directions: Sequence[Direction],
+        scale: float = 1.0,
+        room: float = math.inf,
     ) -> Step:
         batches = _jacobians(directions)
         if not batches:
