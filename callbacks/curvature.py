@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_curv.callbacks import recorded_step
 from lightning_curv.callbacks.import_names import Callback
+from lightning_curv.callbacks.monitoring.accumulation import Accumulation
+from lightning_curv.callbacks.monitoring.availability import Availability
 from lightning_curv.callbacks.monitoring.layers import choose
 from lightning_curv.callbacks.monitoring.measure import RunningNoiseScale
 from lightning_curv.callbacks.monitoring.observation import (
     AnyExtension,
     Observation,
-    explained,
     for_optimizers,
     required_extensions,
     seed_of_batch,
 )
 from lightning_curv.callbacks.monitoring.parts import PARTS, PartNorms
 from lightning_curv.callbacks.monitoring.preview import Preview, preview
-from lightning_curv.callbacks.monitoring.prices import Budget, clock, warning_of_price
+from lightning_curv.callbacks.monitoring.prices import clock, warning_of_price
 from lightning_curv.callbacks.monitoring.publish import Events, add_layout
 from lightning_curv.callbacks.monitoring.quantities import FIELDS, SAMPLED, named, select
 from lightning_curv.callbacks.monitoring.report import Report, warn_of_noise
+from lightning_curv.callbacks.monitoring.scaled_loss import ScaledLoss, scaled_loss
+from lightning_curv.callbacks.monitoring.schedule import Schedule, step_of
 from lightning_curv.callbacks.monitoring.step_lengths import restore_monitors, show_steps
-from lightning_curv.callbacks.monitoring.support import announcement, for_trainers, reason
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory
-from lightning_curv.callbacks.monitoring.window import BackwardPass, Window
-from lightning_curv.callbacks.settings import (
-    check,
-    find_output,
-    key_of,
-    longest_interval,
-    require_whole_parameters,
-)
+from lightning_curv.callbacks.monitoring.window import BackwardPass
+from lightning_curv.callbacks.settings import check, find_output, key_of, require_whole_parameters
 from lightning_curv.callbacks.user_batch import BatchSize
-from lightning_curv.errors import SampleCountError, UnsupportedError
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -224,20 +216,16 @@ class CurvatureCallback(Callback):
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
         self._named = named(quantities)
-        self._off: dict[str, Exception] = {}  # savefields and quantities that could not be computed
-        self._looked = False  # at the graph of the first batch
+        self._available = Availability()
+        self._schedule = Schedule(budget)
+        self._accumulation = Accumulation()
+        self._parts = PartNorms()
+        self._trajectory = Trajectory()
+        self._events = Events()
         self._priced = False  # the first logged step
-        self._budget = Budget(budget)
-        self._started, self._step = 0.0, 0  # the batch
-        self._longest = 0  # interval that is short enough for what watches a series
         self._checked = False
         self._noisy = False
         self._loaded = False  # from a checkpoint
-        self._passes = 0  # since the gradients were last set to zero
-        self._parts = PartNorms()
-        self._window = Window()
-        self._trajectory = Trajectory()
-        self._events = Events()
         self._rest()
 
     @classmethod
@@ -283,9 +271,8 @@ class CurvatureCallback(Callback):
         self._looking = False  # at the first graph
         self._parts.stop()
         self._report: Report | None = None  # on logging steps
-        self._loss: Tensor | None = None
-        self._factor: Tensor | float = 1.0
-        self._partial: set[Parameter] = set()
+        self._loss: ScaledLoss | None = None
+        self._accumulation.end_batch()
         self._required_fields: set[str] = set()  # by optimizers
 
     @property
@@ -310,9 +297,11 @@ class CurvatureCallback(Callback):
             self._trajectory, self._loaded = Trajectory(), False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._off = {}
-        self._checked = self._noisy = self._looked = self._priced = False
-        self._budget = Budget(self.budget)
+        self._available = Availability(
+            self._quantities, self.extensions, self._named, self.strict, self.mc_samples
+        )
+        self._checked = self._noisy = self._priced = False
+        self._schedule = Schedule(self.budget)
         find_output(pl_module, self.output)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
 
@@ -326,33 +315,29 @@ class CurvatureCallback(Callback):
                 name: p.detach().clone() for name, p in pl_module.named_parameters()
             }
         show_steps(trainer)
-        self._longest = longest_interval(trainer)
+        self._schedule.watch(trainer)
         if self.layout:
             add_layout(trainer, self._series, self._events)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._started = time.perf_counter()
-        self._step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        self._schedule.begin_batch(trainer)
         supplied, logged, considered = self._required(trainer), [], []
         self._required_fields = {extension.savefield for extension in supplied}
-        if self._is_logging_step(trainer):
-            step, interval = (
-                trainer.fit_loop.epoch_loop._batches_that_stepped + 1,
-                self._interval(trainer),
-            )
-            quantities = [q for q in self._quantities if q.is_due(step, interval)]
+        off, interval = self._available.off, self._schedule.interval(trainer, self.every_n_steps)
+        if self._schedule.is_logged(trainer, self.every_n_steps):
+            quantities = [q for q in self._quantities if q.is_due(step_of(trainer), interval)]
             self._report = Report(
-                quantities, self._chosen, self._noise, self.ema, self._trajectory, self._off
+                quantities, self._chosen, self._noise, self.ema, self._trajectory, off
             )
             logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
-            known = self._required_fields | self._off.keys()
+            known = self._required_fields | off.keys()
             supplied += [e for e in self.extensions if e.savefield not in known]
         else:
-            self._window = Window()
-        if not self._looked and self._interval(trainer):
-            considered = self._considered()
+            self._accumulation.forget()
+        if not self._available.looked and interval:
+            considered = self._available.considered()
             if self._report is None and recorded_step.is_compiled(pl_module):
                 considered = []  # this step runs as it would without
         listens = self._report is not None and self._report.listens
@@ -373,22 +358,17 @@ class CurvatureCallback(Callback):
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._window = Window()
-        self._passes = 0
+        self._accumulation.set_to_zero()
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         if not self._report and not self._observation:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._factor = 1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
-        if pl_module.automatic_optimization:
-            self._factor = self._factor / trainer.accumulate_grad_batches
-        self._loss = loss.detach() if loss.ndim == 0 else None
+        start = self._loss = scaled_loss(trainer, pl_module, loss)
         logs = self._report is not None and (self._observation.logged or self._report.listens)
         if logs and not pl_module.automatic_optimization:
-            self._follow_zero_grad(pl_module)
+            self._accumulation.follow_zero_grad(pl_module)
         # Once: do the per-sample gradients add up to the gradient? TF32 and bfloat16 differ by more
         # than rounding.
         check = bool(
@@ -397,23 +377,16 @@ class CurvatureCallback(Callback):
             and loss.device.type == "cpu"
             and "true" in trainer.precision
         )
-        returned = (
-            recorded_step.returned_loss(pl_module) if pl_module.automatic_optimization else None
-        )
-        root = loss if returned is None else returned
-        seed = (
-            torch.ones_like(loss) / self._factor if returned is None else torch.ones_like(returned)
-        )
         if self._observation.considered:
-            self._look(trainer, pl_module, root, seed)
+            self._look(trainer, pl_module, start)
         if self._observation:
-            self._observation.begin(root, seed, check)
+            self._observation.begin(start.root, start.seed, check)
             self._turn_off_failed()
         if self._report is not None and self._report.listens:
             self._parts.listen(pl_module.parameters())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._passes += 1
+        self._accumulation.passes += 1
         found = self._observation.finish()
         recorded_step.forget_returned_loss(pl_module)
         self._turn_off_failed()
@@ -421,17 +394,21 @@ class CurvatureCallback(Callback):
             for optimizer in trainer.optimizers:
                 if getattr(optimizer, "accumulated_extensions", tuple)():
                     optimizer.accumulate()  # type: ignore[attr-defined]
-        if self._report:
+        if self._report and self._loss is not None:
             self._checked = True
             if self._report.listens:
                 found[PARTS] = self._parts.stop()
-            samples, counts, size = (
-                self._observation.count,
-                self._observation.counts,
-                self._observation.size,
+            observed, start = self._observation, self._loss
+            self._accumulation.add(
+                BackwardPass(
+                    found,
+                    start.factor,
+                    start.value,
+                    observed.count,
+                    observed.counts,
+                    observed.size,
+                )
             )
-            backward = BackwardPass(found, self._factor, self._loss, samples, counts, size)
-            self._window.add(backward.without(self._partial))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -446,15 +423,12 @@ class CurvatureCallback(Callback):
         }
         if not grads:
             return
-        # Lightning divides by the full number of passes, but the last window of an epoch may hold
-        # fewer.
-        passes = max(self._passes, 1) if pl_module.automatic_optimization else 1
-        divisor = passes / trainer.accumulate_grad_batches
+        automatic = pl_module.automatic_optimization
+        passes, divisor = self._accumulation.divisor(trainer, automatic)
+        window = self._accumulation.window
         if self._report:
             try:
-                self._report.measure(
-                    trainer, pl_module, optimizer, grads, self._window, divisor, passes
-                )
+                self._report.measure(trainer, pl_module, optimizer, grads, window, divisor, passes)
             except Exception as error:
                 self._report.failures.append((self._names, error))
             for what, reasoned in self._report.failures:
@@ -463,7 +437,9 @@ class CurvatureCallback(Callback):
             if self._report.too_noisy and not self._noisy:
                 self._noisy = True
                 warn_of_noise(trainer, self._report.too_noisy, self.ema)
-        if "alpha" in self._names and self._is_logging_step(trainer, ahead=1):
+        if "alpha" in self._names and self._schedule.is_logged(
+            trainer, self.every_n_steps, ahead=1
+        ):
             self._trajectory.remember(grads, divisor)
 
     def on_train_batch_end(
@@ -480,11 +456,8 @@ class CurvatureCallback(Callback):
 
     def _reckon(self, trainer: Trainer) -> None:
         """What this batch has cost."""
-        seconds, observation, logged = (
-            time.perf_counter() - self._started,
-            self._observation,
-            self._report is not None,
-        )
+        observation, logged = self._observation, self._report is not None
+        seconds = self._schedule.stop_clock()
         if logged and not self._priced:
             self._priced = True
             rest = max(seconds - observation.spent, 1e-9)
@@ -492,7 +465,7 @@ class CurvatureCallback(Callback):
             if text and self.budget is None:
                 rank_zero_warn(text)
         if logged or not self._looking:
-            self._budget.add(self._step, seconds, logged, trainer.strategy)
+            self._schedule.reckon(trainer, logged)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._events.write()
@@ -512,7 +485,7 @@ class CurvatureCallback(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._window = Window()
+        self._accumulation.forget()
         self._trajectory.forget()
         restore_monitors(trainer)
         self._release(pl_module)
@@ -523,20 +496,6 @@ class CurvatureCallback(Callback):
         recorded_step.restore_training_step(pl_module)
         self._observation.release()
         self._rest()
-
-    def _is_logging_step(self, trainer: Trainer, ahead: int = 0) -> bool:
-        # From what is equal on all ranks and constant while gradients accumulate.
-        step, interval = (
-            trainer.fit_loop.epoch_loop._batches_that_stepped + 1 + ahead,
-            self._interval(trainer),
-        )
-        return interval > 0 and step % interval == 0 and self._budget.allows(step)
-
-    def _interval(self, trainer: Trainer) -> int:
-        given = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps  # type: ignore[attr-defined]
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return 1 if self.every_n_steps is None else min(given, 1)
-        return min(given, self._longest) if self._longest else given
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
@@ -557,99 +516,18 @@ class CurvatureCallback(Callback):
                 raise for_optimizers(error)
             self._leave_out(fields, error)
 
-    def _considered(self) -> list[AnyExtension]:
-        """All that may have to be computed for logging in this run."""
-        fields = dict.fromkeys(
-            field
-            for quantity in self._quantities
-            for field in (*quantity.fields, *quantity.instead)
-        )
-        found = [FIELDS[name](self.mc_samples) for name in fields if name in FIELDS]
-        self._looked = not found
-        return [*found, *self.extensions]
-
-    def _look(
-        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, seed: Tensor
-    ) -> None:
-        """At the first graph: what the model has, what it has not, and one warning for all of it."""
-        self._looked = self._looking = True
-        considered = {extension.savefield for extension in self._observation.considered}
-        try:
-            found = self._observation.look(loss, seed)
-        except Exception as error:  # of ours: training goes on
-            found = dict.fromkeys(considered, error)
-        for field, refusal in found.items():
-            self._lost({field}, refusal, {**found, **self._without_parts(trainer, pl_module)})
-        self._off = {
-            name: error for name, error in found.items() if name in FIELDS
-        }  # the rest is tried
+    def _look(self, trainer: Trainer, pl_module: LightningModule, start: ScaledLoss) -> None:
+        """At the first graph."""
+        self._looking = True
+        found = self._available.look(trainer, pl_module, self._observation, start.root, start.seed)
         if self._report is not None:
             self._report.turn_off(found)
             self._observation.logged = [
                 FIELDS[name](self.mc_samples) for name in self._report.fields
             ]
-        off = {**self._without_parts(trainer, pl_module), **self._off}
-        less = any(reason(quantity, off) is not None for quantity in self._quantities)
-        say = rank_zero_warn if less else rank_zero_info
-        say(announcement(self._quantities, off))
-
-    def _without_parts(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Exception]:
-        """Why there is no noise from the gradients of parts of a batch, if there is none."""
-        processes = getattr(trainer.strategy, "world_size", 1)
-        parts = processes * (
-            trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-        )
-        if parts == 1:
-            text = "with `accumulate_grad_batches=2` the noise would come from micro-batches"
-        elif self._observation.size is None:
-            text = "with `batch_size=` the noise would come from micro-batches"
-        else:
-            return {}
-        return {PARTS: UnsupportedError(text)}
-
-    def _lost(self, what: Collection[str], error: Exception, off: Collection[str]) -> list[str]:
-        """What is lost with savefields or quantities; that ends the run if the user asked for some of it.
-
-        Args:
-            what: savefields or names.
-            error: why they cannot be computed.
-            off: all that cannot be.
-        """
-        touched = [q for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}]
-        lost = [quantity.name for quantity in touched if quantity.path(off) is None]
-        extensions = [
-            repr(extension) for extension in self.extensions if extension.savefield in what
-        ]
-        asked = [*(name for name in lost if name in self._named), *extensions]
-        if isinstance(error, SampleCountError):  # the user gave it
-            asked = [*lost, *extensions]
-        if self.strict and asked:
-            raise explained(error, asked) from error
-        return lost + extensions
 
     def _leave_out(self, what: Collection[str], error: Exception) -> None:
-        """What fails in the course of the run, for whatever reason, is not logged in the rest of it, or stops it."""
-        failed = {q.name for q in self._quantities if {q.name, *q.fields, *q.instead} & {*what}} | {
-            *what
-        }
-        off = {**self._off, **{name: error for name in failed if name not in self._off}}
-        new = [name for name in self._lost(failed, error, off) if name not in self._off]
-        if new:
-            rank_zero_warn(
-                f"CurvatureCallback stops logging {', '.join(new)}: {for_trainers(error)}"
-            )
-        self._off = off
+        """What fails is not logged in the rest of the run, or stops it."""
+        self._available.leave_out(what, error)
         if self._report is not None:
-            self._report.turn_off(off)
-
-    def _follow_zero_grad(self, pl_module: LightningModule) -> None:
-        """In manual optimization nothing announces `zero_grad`: the gradients themselves tell."""
-        params = [p for p in pl_module.parameters() if p.requires_grad]
-        zero = {p for p in params if p.grad is None or not p.grad.any()}
-        self._window.forget(zero)
-        self._partial = {p for p in params if p not in zero and p not in self._window}
-        if self._partial:
-            rank_zero_warn(
-                "CurvatureCallback leaves out parameters whose gradient was accumulated over batches that it did not "
-                "log. Log every step, `every_n_steps=1`, when you accumulate gradients in manual optimization."
-            )
+            self._report.turn_off(self._available.off)

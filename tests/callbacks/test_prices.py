@@ -9,7 +9,7 @@ from monitoring import Net, assert_same_parameters, fit
 
 from lightning_curv import CurvatureCallback
 from lightning_curv.callbacks import curvature
-from lightning_curv.callbacks.monitoring import prices
+from lightning_curv.callbacks.monitoring import prices, schedule
 from lightning_curv.callbacks.monitoring.prices import Budget, by_quantity, warning_of_price
 from lightning_curv.callbacks.monitoring.quantities import QUANTITIES
 
@@ -92,7 +92,7 @@ def test_a_run_with_a_budget_logs_more_rarely_and_ends_with_the_same_parameters(
         for _ in range(10):
             next(now)
 
-    monkeypatch.setattr(curvature, "time", Fake)
+    monkeypatch.setattr(schedule, "time", Fake)
     monkeypatch.setattr(curvature.Report, "follow_updates", costly)
     plain, watched = Net(), Net()
     fit(plain, epochs=15)
