@@ -350,6 +350,10 @@ class CurvatureCallback(Callback):
         )
         if self._report is not None and not self._priced:
             self._observation.clock = clock
+        self._observation.section = partial(
+            trainer.profiler.profile,  # type: ignore[attr-defined]
+            f"[Callback]{self.state_key}.during_backward",
+        )
         if not self._observation:
             self._observation.read(batch)
             return

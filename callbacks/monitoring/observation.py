@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,7 @@ class Observation:
         clock: gives seconds, where prices are wanted.
         seconds: by savefield; a pass that several share is in that of each.
         spent: on all of them.
+        section: entered around what is done during the user's backward pass, for profilers.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Observation:
         self.clock: Callable[[], float] | None = None
         self.seconds: dict[str, float] = {}
         self.spent = 0.0
+        self.section: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged or self.considered)
@@ -141,7 +144,7 @@ class Observation:
             output=self._output,
             cap=cap,
         )
-        backprop.clock = self.clock
+        backprop.clock, backprop.section = self.clock, self.section
         try:
             backprop.before()
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from operator import attrgetter
 from traceback import clear_frames
@@ -70,6 +71,7 @@ class Backprop:
         seconds: The price of every extension by this clock; a pass that several share is in that of
             each.
         spent: The price of all of them.
+        section: Entered around what is done during the user's backward pass, for profilers.
 
     Raises:
         UnsupportedError: A parameter, a loss or a quantity is not covered.
@@ -106,6 +108,7 @@ class Backprop:
         self.clock: Callable[[], float] | None = None
         self.seconds: dict[AnyExtension, float] = {}
         self.spent = 0.0
+        self.section: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @torch.no_grad()
     def before(self) -> None:
@@ -166,12 +169,8 @@ class Backprop:
         totals = not passes.samples.partial and any(extension.totals for extension in extensions)
         failed = partial(self.fail, extensions) if self.defers else None
         self._heard = extensions
-        self._listener = Listener(
-            passes,
-            partial(self._evaluate, extensions=extensions),
-            totals,
-            failed,
-        )
+        evaluate = partial(self._evaluate, extensions=extensions)
+        self._listener = Listener(passes, evaluate, totals, failed, self.section)
 
     def run(self, **options: Any) -> None:
         """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.

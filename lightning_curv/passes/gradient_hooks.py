@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ class Listener:
         totals: Whether to wait for the gradient, the sum over the samples.
         failed: Receives an error instead of the backward pass, after which nothing more is listened
             to.
+        section: Entered around all that is done during the pass, for profilers.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Listener:
         evaluate: Callable[[Jacobian], None],
         totals: bool = True,
         failed: Callable[[Exception], None] | None = None,
+        section: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._passes, self._evaluate, self._failed = passes, evaluate, failed
+        self._section = section
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
         self._bulky: dict[
             Node | Join, tuple[Use, Tensor]
@@ -124,6 +127,7 @@ class Listener:
                 return
             try:
                 with (
+                    self._section(),
                     self._own_passes,
                     torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
                 ):
