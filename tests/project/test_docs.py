@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_curv
 from lightning_curv.callbacks.monitoring.quantities import QUANTITIES
@@ -83,6 +84,13 @@ def test_quickstart_runs_block_after_block(tmp_path, monkeypatch, capsys):
         in capsys.readouterr().out
     )
     assert list(tmp_path.glob("lightning_logs/version_0/events*"))
+
+
+def test_the_loop_with_fabric_runs():
+    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "lightning.md").read_text(), re.DOTALL)
+    scope = {name: getattr(lightning_curv, name) for name in lightning_curv.__all__}
+    x, y = torch.randn(8, 20), torch.randint(3, (8,))
+    exec(block, scope | {"torch": torch, "F": torch.nn.functional, "x": x, "y": y})
 
 
 @pytest.mark.parametrize("path", PAGES + ROOT_PAGES, ids=page_id)

@@ -120,6 +120,12 @@ def test_plain_loop_learns(run):
     assert number(r"noise scale (\d+)", out) > 10
 
 
+def test_fabric_learns_in_bfloat16(run):
+    out = run("fabric")
+    assert number(r"held-out accuracy ([\d.]+)%", out) > 85
+    assert number(r"noise scale (\d+)", out) > 10
+
+
 def test_privacy_audit_refutes_the_broken_runs_only(run):
     out = run("privacy_audit")
     pairs = re.findall(r"^ε_lower = ([\d.]+) .* ε = ([\d.]+) at", out, re.MULTILINE)

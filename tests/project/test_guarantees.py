@@ -1,4 +1,4 @@
-"""Every promise and refusal in docs/guarantees.md and docs/privacy.md names a test, and every such test exists."""
+"""Every promise and refusal in the pages of docs/ names a test, and every such test exists."""
 
 import ast
 import re
@@ -10,10 +10,10 @@ TESTS = Path(__file__).parents[1]
 
 
 def rows_of(page):
-    """The rows of the tables that promise or refuse something."""
+    """The rows of the tables that promise or refuse something, or say what goes together."""
     lines, rows, inside = (TESTS.parent / "docs" / page).read_text().splitlines(), [], False
     for line in lines:
-        if re.match(r"\| (promised|refused) \|", line):
+        if re.match(r"\| (promised|refused|integration) \|", line):
             inside = True
         elif not line.startswith("|"):
             inside = False
@@ -22,15 +22,15 @@ def rows_of(page):
     return rows
 
 
-ROWS = {page: rows_of(page) for page in ("guarantees.md", "privacy.md")}
+ROWS = {page: rows_of(page) for page in ("guarantees.md", "privacy.md", "lightning.md")}
 
 
-def test_both_pages_have_tables():
-    assert all(len(rows) > 20 for rows in ROWS.values())
+def test_all_pages_have_tables():
+    assert all(len(rows) > 10 for rows in ROWS.values())
 
 
 @pytest.mark.parametrize(
-    "row", [*ROWS["guarantees.md"], *ROWS["privacy.md"]], ids=lambda row: row[2:50]
+    "row", [row for rows in ROWS.values() for row in rows], ids=lambda row: row[2:50]
 )
 def test_the_tests_of_a_guarantee_exist(row):
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[-2])
