@@ -14,6 +14,7 @@ from lightning_curv.callbacks import recorded_step
 from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.monitoring.accumulation import Accumulation
 from lightning_curv.callbacks.monitoring.availability import Availability
+from lightning_curv.callbacks.monitoring.epochs import EpochMeans
 from lightning_curv.callbacks.monitoring.layers import choose
 from lightning_curv.callbacks.monitoring.measure import RunningNoiseScale
 from lightning_curv.callbacks.monitoring.observation import (
@@ -26,7 +27,7 @@ from lightning_curv.callbacks.monitoring.observation import (
 from lightning_curv.callbacks.monitoring.parts import PARTS, PartNorms
 from lightning_curv.callbacks.monitoring.preview import Preview, preview
 from lightning_curv.callbacks.monitoring.prices import clock, warning_of_price
-from lightning_curv.callbacks.monitoring.publish import Events, add_layout
+from lightning_curv.callbacks.monitoring.publish import Events, add_layout, publish
 from lightning_curv.callbacks.monitoring.quantities import FIELDS, SAMPLED, named, select
 from lightning_curv.callbacks.monitoring.report import Report, warn_of_noise
 from lightning_curv.callbacks.monitoring.scaled_loss import ScaledLoss, scaled_loss
@@ -65,7 +66,8 @@ class CurvatureCallback(Callback):
       can be differentiated twice; not with ``mc_samples=0``. It takes a backward pass of its own:
       from step 20 on at most every tenth step, unless ``quantities`` names it
 
-    Not in the default: ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``,
+    Not in the default: ``gradient_stats`` (``grad_norm|mean|std|max``) and ``sparsity`` of the gradient,
+    ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``,
     ``hessian_max_eigenvalue``, ``mean_gsnr``, ``grad_diversity``, ``norm_test``,
     ``inner_product_test``, ``orthogonality_test``, ``cabs``, ``early_stopping``, ``tic_trace``,
     ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources are in
@@ -146,6 +148,8 @@ class CurvatureCallback(Callback):
         budget: the share of the time of training steps that this callback may take, in (0, 1):
             steps are logged more rarely than `every_n_steps` says where they would take more. Which
             ones then depends on the clock. `None`: no limit.
+        on_epoch: also log, at the end of every epoch, the mean of every series over its logged
+            steps: `curvature/grad_norm_epoch` and so on.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -174,6 +178,7 @@ class CurvatureCallback(Callback):
         batch_size: BatchSize = None,
         max_samples: int | None = None,
         budget: float | None = None,
+        on_epoch: bool = False,
     ) -> None:
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
         self._quantities = (
@@ -209,6 +214,7 @@ class CurvatureCallback(Callback):
         self.batch_size = batch_size
         self.max_samples = max_samples
         self.budget = budget
+        self.on_epoch = on_epoch
         names = quantities if isinstance(quantities, str) else list(quantities)
         self._state_key = key_of(
             type(self).__name__, (names, every_n_steps, layers, ema, mc_samples)
@@ -222,6 +228,7 @@ class CurvatureCallback(Callback):
         self._parts = PartNorms()
         self._trajectory = Trajectory()
         self._events = Events()
+        self._epoch, self._epoch_of_layers = EpochMeans(), EpochMeans()
         self._priced = False  # the first logged step
         self._checked = False
         self._noisy = False
@@ -283,18 +290,23 @@ class CurvatureCallback(Callback):
         return {
             "noise": {name: noise.state_dict() for name, noise in self._noise.items()},
             "initial": self._trajectory.initial,
+            "epoch": self._epoch.state_dict(),
+            "epoch_of_layers": self._epoch_of_layers.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         noise = state_dict.get("noise", {})
         self._noise = {name: RunningNoiseScale(self.ema, **state) for name, state in noise.items()}
         self._trajectory.initial = dict(state_dict.get("initial", {}))
+        self._epoch.load_state_dict(state_dict.get("epoch", {}))
+        self._epoch_of_layers.load_state_dict(state_dict.get("epoch_of_layers", {}))
         self._loaded = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_whole_parameters(trainer)
         if stage == "fit":  # before a checkpoint is loaded
             self._trajectory, self._loaded = Trajectory(), False
+            self._epoch, self._epoch_of_layers = EpochMeans(), EpochMeans()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._available = Availability(
@@ -455,6 +467,9 @@ class CurvatureCallback(Callback):
             except Exception as error:
                 self._leave_out({"update_size", "distance"}, error)
             self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
+            if self.on_epoch:
+                self._epoch.add(self._report.values)
+                self._epoch_of_layers.add(self._report.values_of_layers)
         self._reckon(trainer)
         self._release(pl_module)
 
@@ -480,6 +495,10 @@ class CurvatureCallback(Callback):
         self._events.write()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if means := self._epoch.take():
+            of_layers = self._epoch_of_layers.take()
+            # At the last step of the epoch, as Lightning logs its own; the count is one further.
+            publish(trainer, pl_module, self._events, means, of_layers, {}, steps_ago=1)
         self._events.write()
         self._release(pl_module)
 

@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_curv.callbacks.monitoring.entries import (
+    COLUMNS,
+    Entries,
+    entry_rows,
+    pooled_entries,
+    stored,
+)
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.monitoring.window import Statistics, wide
@@ -42,6 +49,7 @@ class Measurement:
         lost: those of them that could not be computed in this process.
         pool: whether the norms of the samples are wanted, those of all processes.
         with_loss: whether the loss is wanted.
+        with_entries: whether mean, spread and zeros of the gradients' entries are wanted.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class Measurement:
         lost: Collection[str] = (),
         pool: bool = False,
         with_loss: bool = False,
+        with_entries: bool = False,
     ) -> None:
         self.statistics, self.lr = statistics, lr
         self._divisor, self._params = divisor, grads
@@ -68,6 +77,8 @@ class Measurement:
             pool,
             with_loss,
         )
+        self._with_entries = with_entries
+        self._stored: list[int] = []  # entries of the gradients
         self._sums: dict[Key, Tensor | float] = {}
         self.covered: frozenset[Parameter] = frozenset()
         self.failures: list[
@@ -181,6 +192,10 @@ class Measurement:
             [grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads]
         )
         parts = [*(tensors[key].reshape(1) for key in self._scalars), torch.stack(norms)]
+        if self._with_entries:
+            values = [stored(grad) for grad in self._params.values()]
+            self._stored = [tensor.numel() for tensor in values]
+            parts.append(entry_rows(values).flatten().to(norms[0].device))
         if self._world == 1:
             parts.append(self.statistics.sq_norms.to(norms[0].device))
         elif self._pool:
@@ -193,7 +208,12 @@ class Measurement:
         self._sums.update(zip(self._scalars, numbers[:sums], strict=True))
         norms = [norm / self._divisor for norm in numbers[sums : sums + grads].tolist()]
         self._grad_squares = [norm * norm for norm in norms]
-        samples = numbers[sums + grads :]
+        start = sums + grads
+        if self._with_entries:
+            stop = start + grads * COLUMNS
+            self._entry_rows = numbers[start:stop].reshape(grads, COLUMNS)
+            start = stop
+        samples = numbers[start:]
         if self._world == 1:
             self._sums.setdefault("second_moment", self.statistics.mean(samples))
             self.norms, self.norm_weights = np.sqrt(samples), None
@@ -275,6 +295,16 @@ class Measurement:
     def grad_norm(self) -> np.float64:
         r"""$\|\bar g\|$ over all parameters."""
         return np.sqrt(np.float64(sum(self._grad_squares)))
+
+    @cached_property
+    def entries(self) -> Entries:
+        """Of the gradient, over all parameters."""
+        sizes = [(2 if grad.is_complex() else 1) * grad.numel() for grad in self._params.values()]
+        found = pooled_entries(self._entry_rows, self._stored, sizes)
+        scale = abs(self._divisor)
+        return Entries(
+            found.mean / self._divisor, found.std / scale, found.largest / scale, found.zeros
+        )
 
     @cached_property
     def grad_sq_norm(self) -> np.float64:

@@ -75,10 +75,22 @@ def publish(
     histograms: Mapping[str, Numbers],
     image: Tensor | None = None,
     prog_bar: Collection[str] = (),
+    steps_ago: int = 0,
 ) -> None:
     """Log to the groups "curvature" and "curvature_layers" at the current optimizer step.
 
     `LightningModule.log` would write the values again at every later logging step of the epoch.
+
+    Args:
+        trainer: of the run.
+        pl_module: shows the progress bar's.
+        events: on their way to TensorBoard.
+        values: by series.
+        layers: by series/layer.
+        histograms: samples by name.
+        image: of all layers.
+        prog_bar: series to show on the progress bar.
+        steps_ago: at how many steps before the current one.
     """
     tagged = {f"{GROUP}/{name}": torch.scalar_tensor(value) for name, value in values.items()}
     trainer._logger_connector._callback_metrics.update(
@@ -87,7 +99,7 @@ def publish(
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped - steps_ago
     for logger in trainer.loggers:
         separator = getattr(logger, "group_separator", "/")
         separator = separator if isinstance(separator, str) else "/"  # of a mock

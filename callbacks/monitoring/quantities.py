@@ -137,6 +137,7 @@ DEFAULT = (
     "suggested_batch_size",
     "ggn_trace",
 )
+ENTRIES = {"gradient_stats", "sparsity"}  # look at the gradient entry by entry
 DENSE = 20  # curvature changes most at the start
 SPACING = {"ggn_trace": 10}  # of the default, for what takes a backward pass of its own
 
@@ -212,6 +213,23 @@ def sample_norms(m: Measurement) -> list[float]:
     order statistics above.
     """
     return quantiles(m.norms, m.norm_weights, [*LEVELS.values()])
+
+
+@_quantity(series=("grad_norm", "grad_mean", "grad_std", "grad_max"))
+def gradient_stats(m: Measurement) -> list[float]:
+    r"""$\|\bar g\|$, and mean, standard deviation and largest magnitude of the entries of $\bar g$.
+
+    Without a scaler's factor and before clipping. A complex entry counts as two real ones; entries
+    that a sparse gradient does not store are zeros.
+    """
+    entries = m.entries
+    return [float(m.grad_norm), entries.mean, entries.std, entries.largest]
+
+
+@_quantity()
+def sparsity(m: Measurement) -> float:
+    r"""Share of the entries of $\bar g$ that are exactly zero: dead units, rows of embeddings that were not read."""
+    return m.entries.zeros
 
 
 @_quantity("batch_l2", instead=(PARTS,))

@@ -17,7 +17,7 @@ from lightning_curv.callbacks.monitoring.measurement import Measurement
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.publish import Events, heat_map, publish
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
-from lightning_curv.callbacks.monitoring.quantities import Quantity
+from lightning_curv.callbacks.monitoring.quantities import ENTRIES, Quantity
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory, distance
 from lightning_curv.callbacks.monitoring.window import Window
 
@@ -41,6 +41,7 @@ class Report:
     Attributes:
         fields: savefields that extensions are to compute.
         listens: whether the norms of whole gradients are needed, too.
+        values: of the series.
         failures: savefields or names of quantities that could not be computed in the end, and why.
     """
 
@@ -55,7 +56,7 @@ class Report:
     ) -> None:
         self._quantities, self._chosen = quantities, chosen
         self._noise, self._ema, self._trajectory = noise, ema, trajectory
-        self._values: dict[str, float] = {}
+        self.values: dict[str, float] = {}
         self._layers: dict[str, dict[str, float]] = {}
         self._updated: dict[str, list[Parameter]] = {}
         self._histograms: dict[str, Numbers] = {}
@@ -113,9 +114,17 @@ class Report:
                 fields.keys() - self._fields.keys(),
                 {quantity.name for quantity in quantities},
             )
-            pool, with_loss = "sample_norms" in names, "cabs" in names
             measurement = Measurement(
-                statistics, part, divisor, lr, trainer.strategy, fields, lost, pool, with_loss
+                statistics,
+                part,
+                divisor,
+                lr,
+                trainer.strategy,
+                fields,
+                lost,
+                pool="sample_norms" in names,
+                with_loss="cabs" in names,
+                with_entries=bool(names & ENTRIES),
             )
             noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
             return Job(quantities, measurement, noise)
@@ -126,7 +135,7 @@ class Report:
                 jobs[layer] = job(mine, layer)
         found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
         self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
-        self._values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
+        self.values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
         self._layers |= found
         measurement = jobs[""].measurement
         if measurement.unseen:
@@ -144,7 +153,7 @@ class Report:
 
     def _add(self, name: str, value: Tensor) -> None:
         if value.isfinite():
-            self._values[name] = float(value)
+            self.values[name] = float(value)
 
     def follow_updates(self, pl_module: LightningModule) -> None:
         """After the steps of all optimizers."""
@@ -169,17 +178,21 @@ class Report:
         prog_bar: Collection[str],
     ) -> None:
         """Write the numbers, if there are any."""
-        if not self._values:
+        if not self.values:
             return
-        found = self._layers
-        layers = {
-            f"{name}/{layer}": v
-            for layer in self._chosen
-            for name, v in found.get(layer, {}).items()
-        }
-        image = heat_map(found) if len(found) > len(self._chosen) else None
+        image = heat_map(self._layers) if len(self._layers) > len(self._chosen) else None
         samples = self._histograms if histograms else {}
-        publish(trainer, pl_module, events, self._values, layers, samples, image, prog_bar)
+        layers = self.values_of_layers
+        publish(trainer, pl_module, events, self.values, layers, samples, image, prog_bar)
+
+    @property
+    def values_of_layers(self) -> dict[str, float]:
+        """Series of the chosen layers: quantity/layer."""
+        return {
+            f"{name}/{layer}": value
+            for layer in self._chosen
+            for name, value in self._layers.get(layer, {}).items()
+        }
 
 
 def warn_of_noise(trainer: Trainer, samples: int, ema: float) -> None:

@@ -121,6 +121,10 @@ def noise(t):
 
 EXACT = {
     "grad_norm": lambda t: t.mean.norm(),
+    "grad_mean": lambda t: t.mean.mean(),
+    "grad_std": lambda t: t.mean.std(),
+    "grad_max": lambda t: t.mean.abs().max(),
+    "sparsity": lambda t: (t.mean == 0).double().mean(),
     "sample_norm_median": lambda t: t.g.norm(dim=1).quantile(0.5),
     "sample_norm_p5": lambda t: t.g.norm(dim=1).quantile(0.05),
     "sample_norm_p95": lambda t: t.g.norm(dim=1).quantile(0.95),
