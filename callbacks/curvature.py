@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_curv.callbacks import recorded_step
 from lightning_curv.callbacks.import_names import Callback
 from lightning_curv.callbacks.monitoring.accumulation import Accumulation
+from lightning_curv.callbacks.monitoring.alarm import Alarm, Moment, alarms_of, refuse_alarms
 from lightning_curv.callbacks.monitoring.availability import Availability
 from lightning_curv.callbacks.monitoring.epochs import EpochMeans
-from lightning_curv.callbacks.monitoring.layers import choose
+from lightning_curv.callbacks.monitoring.layers import choose, parameters_by_layer
 from lightning_curv.callbacks.monitoring.measure import RunningNoiseScale
 from lightning_curv.callbacks.monitoring.observation import (
     AnyExtension,
@@ -29,11 +31,19 @@ from lightning_curv.callbacks.monitoring.preview import Preview, preview
 from lightning_curv.callbacks.monitoring.prices import clock, warning_of_price
 from lightning_curv.callbacks.monitoring.publish import Events, add_layout, publish
 from lightning_curv.callbacks.monitoring.quantities import FIELDS, SAMPLED, named, select
-from lightning_curv.callbacks.monitoring.report import Report, warn_of_noise
-from lightning_curv.callbacks.monitoring.scaled_loss import ScaledLoss, scaled_loss
+from lightning_curv.callbacks.monitoring.report import Report, suffix_of, warn_of_noise
+from lightning_curv.callbacks.monitoring.scaled_loss import ScaledLoss, held_factor, scaled_loss
 from lightning_curv.callbacks.monitoring.schedule import Schedule, step_of
 from lightning_curv.callbacks.monitoring.step_lengths import restore_monitors, show_steps
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory
+from lightning_curv.callbacks.monitoring.watch import (
+    Raised,
+    Values,
+    Watch,
+    finite_only,
+    gradient_series,
+    skip_step,
+)
 from lightning_curv.callbacks.monitoring.window import BackwardPass
 from lightning_curv.callbacks.settings import check, find_output, key_of, require_whole_parameters
 from lightning_curv.callbacks.user_batch import BatchSize
@@ -150,6 +160,10 @@ class CurvatureCallback(Callback):
             ones then depends on the clock. `None`: no limit.
         on_epoch: also log, at the end of every epoch, the mean of every series over its logged
             steps: `curvature/grad_norm_epoch` and so on.
+        alarms: bounds and what to do beyond them: `Alarm`s, or "exploding" (the gradient's norm is
+            above 10 times its running average), "vanishing" (the largest entry of a layer's
+            gradient is below 1e-8), "nonfinite" (inf or NaN), which warn. Only an alarm whose
+            action is "skip" or "stop" ever changes a run.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
@@ -179,6 +193,7 @@ class CurvatureCallback(Callback):
         max_samples: int | None = None,
         budget: float | None = None,
         on_epoch: bool = False,
+        alarms: Sequence[str | Alarm] = (),
     ) -> None:
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
         self._quantities = (
@@ -215,6 +230,7 @@ class CurvatureCallback(Callback):
         self.max_samples = max_samples
         self.budget = budget
         self.on_epoch = on_epoch
+        self.alarms = alarms
         names = quantities if isinstance(quantities, str) else list(quantities)
         self._state_key = key_of(
             type(self).__name__, (names, every_n_steps, layers, ema, mc_samples)
@@ -229,6 +245,7 @@ class CurvatureCallback(Callback):
         self._trajectory = Trajectory()
         self._events = Events()
         self._epoch, self._epoch_of_layers = EpochMeans(), EpochMeans()
+        self._watch = Watch(alarms_of(alarms, self._series))
         self._priced = False  # the first logged step
         self._checked = False
         self._noisy = False
@@ -283,6 +300,11 @@ class CurvatureCallback(Callback):
         self._required_fields: set[str] = set()  # by optimizers
 
     @property
+    def raised(self) -> Sequence[Raised]:
+        """The alarms that went off in this run, the last thousand."""
+        return self._watch.raised
+
+    @property
     def state_key(self) -> str:
         return self._state_key
 
@@ -290,6 +312,7 @@ class CurvatureCallback(Callback):
         return {
             "noise": {name: noise.state_dict() for name, noise in self._noise.items()},
             "initial": self._trajectory.initial,
+            "alarms": self._watch.state_dict(),
             "epoch": self._epoch.state_dict(),
             "epoch_of_layers": self._epoch_of_layers.state_dict(),
         }
@@ -298,6 +321,7 @@ class CurvatureCallback(Callback):
         noise = state_dict.get("noise", {})
         self._noise = {name: RunningNoiseScale(self.ema, **state) for name, state in noise.items()}
         self._trajectory.initial = dict(state_dict.get("initial", {}))
+        self._watch.load_state_dict(state_dict.get("alarms", {}))
         self._epoch.load_state_dict(state_dict.get("epoch", {}))
         self._epoch_of_layers.load_state_dict(state_dict.get("epoch_of_layers", {}))
         self._loaded = True
@@ -307,6 +331,7 @@ class CurvatureCallback(Callback):
         if stage == "fit":  # before a checkpoint is loaded
             self._trajectory, self._loaded = Trajectory(), False
             self._epoch, self._epoch_of_layers = EpochMeans(), EpochMeans()
+            self._watch = Watch(alarms_of(self.alarms, self._series))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._available = Availability(
@@ -315,6 +340,7 @@ class CurvatureCallback(Callback):
         self._checked = self._noisy = self._priced = False
         self._schedule = Schedule(self.budget)
         find_output(pl_module, self.output)
+        refuse_alarms(self._watch.alarms, trainer.optimizers)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -429,7 +455,7 @@ class CurvatureCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if not self._report and "alpha" not in self._names:
+        if not self._report and "alpha" not in self._names and not self._watch:
             return
         grads = {
             p: p.grad
@@ -437,10 +463,24 @@ class CurvatureCallback(Callback):
             for p in group["params"]
             if p.grad is not None
         }
-        if not grads:
-            return
         automatic = pl_module.automatic_optimization
         passes, divisor = self._accumulation.divisor(trainer, automatic)
+        divisor = divisor * held_factor(trainer, optimizer)
+        if grads:
+            self._measure(trainer, pl_module, optimizer, grads, passes, divisor)
+        if self._watch:
+            self._check_alarms(trainer, pl_module, optimizer, grads, divisor)
+
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
+        grads: dict[Parameter, Tensor],
+        passes: int,
+        divisor: float,
+    ) -> None:
+        """Before the step of an optimizer."""
         window = self._accumulation.window
         if self._report:
             try:
@@ -458,6 +498,35 @@ class CurvatureCallback(Callback):
         ):
             self._trajectory.remember(grads, divisor)
 
+    def _check_alarms(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        optimizer: Optimizer,
+        grads: dict[Parameter, Tensor],
+        divisor: float,
+    ) -> None:
+        """Before the step of an optimizer, in all processes."""
+        values = gradient_series(grads, parameters_by_layer(pl_module), self._watch.alarms, divisor)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            values = finite_only(values)
+        raised = self._raise(trainer, optimizer, values, "gradient")
+        if self._report is not None:
+            measured = {"": self._report.values_of(suffix_of(trainer, optimizer))}
+            raised += self._raise(trainer, optimizer, measured, "measured")
+        if any(one.alarm.action != "warn" for one in raised):
+            skip_step(optimizer, held_factor(trainer, optimizer) != 1)
+
+    def _raise(
+        self, trainer: Trainer, optimizer: Optimizer, values: Values, moment: Moment
+    ) -> list[Raised]:
+        """Alarms that go off."""
+        where, step = suffix_of(trainer, optimizer), step_of(trainer) - 1
+        raised = self._watch.check(values, step, where, trainer.strategy, moment)
+        if any(one.alarm.action == "stop" for one in raised):
+            trainer.should_stop = True
+        return raised
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -466,6 +535,10 @@ class CurvatureCallback(Callback):
                 self._report.follow_updates(pl_module)
             except Exception as error:
                 self._leave_out({"update_size", "distance"}, error)
+            if self._watch:
+                for optimizer in trainer.optimizers:
+                    known = {"": self._report.values_of(suffix_of(trainer, optimizer))}
+                    self._raise(trainer, optimizer, known, "updated")
             self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
             if self.on_epoch:
                 self._epoch.add(self._report.values)

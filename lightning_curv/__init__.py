@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_curv.source_tree import add_rooms
 
 if TYPE_CHECKING:
-    from lightning_curv.callbacks import CurvatureCallback, PrivacyCallback, privacy_audit
+    from lightning_curv.callbacks import (
+        Alarm,
+        CurvatureCallback,
+        PrivacyCallback,
+        privacy_audit,
+    )
     from lightning_curv.engine.context import curvature
     from lightning_curv.extensions import (
         GGNMP,
@@ -63,6 +68,7 @@ __all__ = [
     "KFLR",
     "KFRA",
     "PCHMP",
+    "Alarm",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
     "BatchDiagHessian",
@@ -93,6 +99,7 @@ __all__ = [
 # Everything not listed is an extension. Names resolve on first use, so that the engine never
 # imports Lightning.
 _ROOM = {
+    "Alarm": "callbacks",
     "CurvatureCallback": "callbacks",
     "DPAdam": "optimizers",
     "DPOptimizer": "optimizers",

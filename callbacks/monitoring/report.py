@@ -96,11 +96,7 @@ class Report:
             divisor: of the accumulated gradients, gives those of the window.
             passes: number of backward passes that share the loss' mean.
         """
-        suffix = (
-            ""
-            if len(trainer.optimizers) == 1
-            else f"/optimizer_{trainer.optimizers.index(optimizer)}"
-        )
+        suffix = suffix_of(trainer, optimizer)
         lr = optimizer.param_groups[0]["lr"]
 
         def job(params: Sequence[Parameter], name: str) -> Job:
@@ -185,6 +181,14 @@ class Report:
         layers = self.values_of_layers
         publish(trainer, pl_module, events, self.values, layers, samples, image, prog_bar)
 
+    def values_of(self, suffix: str) -> dict[str, float]:
+        """Series of one of several optimizers, by their names without its suffix."""
+        return {
+            name.removesuffix(suffix): value
+            for name, value in self.values.items()
+            if name.endswith(suffix)
+        }
+
     @property
     def values_of_layers(self) -> dict[str, float]:
         """Series of the chosen layers: quantity/layer."""
@@ -193,6 +197,12 @@ class Report:
             for layer in self._chosen
             for name, value in self._layers.get(layer, {}).items()
         }
+
+
+def suffix_of(trainer: Trainer, optimizer: Optimizer) -> str:
+    """Of the series of an optimizer, if there are several."""
+    optimizers = trainer.optimizers
+    return "" if len(optimizers) == 1 else f"/optimizer_{optimizers.index(optimizer)}"
 
 
 def warn_of_noise(trainer: Trainer, samples: int, ema: float) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_curv.callbacks.recorded_step import returned_loss
 
@@ -29,6 +30,14 @@ class ScaledLoss:
     seed: Tensor
     factor: Tensor | float
     value: Tensor | None
+
+
+def held_factor(trainer: Trainer, optimizer: Optimizer) -> float:
+    """The scaler's factor that gradients have before a step: 1 unless the optimizer's own kernel divides by it."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
 
 
 def scaled_loss(trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> ScaledLoss:
