@@ -30,12 +30,14 @@ LINEAR = frozenset(_LINEAR.split())
 # the same but for kinks: second derivatives are zero almost everywhere
 _PIECEWISE = """
     Abs AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin AsStrided
-    AvgPool2D AvgPool3D Clamp ClampMax ClampMin Col2Im CopySlices Cummax Cummin Cumsum Diagonal
-    Embedding Hardsigmoid Hardtanh Im2Col IndexAdd IndexCopy IndexFill IndexPut IndexPutImpl
+    AvgPool2D AvgPool3D Clamp ClampMax ClampMin Col2Im Complex Conj ConjPhysical CopySlices Cummax
+    Cummin Cumsum Diagonal Embedding FftC2C FftC2R FftR2C Hardsigmoid Hardtanh Im2Col Imag IndexAdd
+    IndexCopy IndexFill IndexPut IndexPutImpl
     Kthvalue LeakyRelu MaskedScatter Max MaxPool2DWithIndices MaxPool3DWithIndices Maximum Median
-    Min Minimum MkldnnAdaptiveAvgPool2D NativeDropout Nanmedian ReflectionPad1D ReflectionPad2D
+    Min Minimum MkldnnAdaptiveAvgPool2D NativeDropout Nanmedian Real ReflectionPad1D ReflectionPad2D
     ReflectionPad3D Relu ReplicationPad1D ReplicationPad2D ReplicationPad3D Scatter ScatterAdd Sort
-    Threshold Topk Trace Tril Triu Unfold UpsampleBilinear2D UpsampleNearest2D
+    Threshold Topk Trace Tril Triu Unfold UpsampleBilinear2D UpsampleNearest2D ViewAsComplex
+    ViewAsReal
 """
 PIECEWISE_LINEAR = LINEAR | frozenset(_PIECEWISE.split())
 # nodes that are linear in one of their inputs if the others carry no gradient; for a quotient: in
@@ -130,10 +132,24 @@ def linear_inputs(node: Node, kinks: bool = False) -> list[tuple[Node, int]]:
     """
     name = name_of(node)
     inputs = [after for after in node.next_functions if after[0] is not None]
-    linear, products = (PIECEWISE_LINEAR, PRODUCTS | BILINEAR) if kinks else (LINEAR, PRODUCTS)
-    if name in linear or (name in products and len(inputs) == 1 and not _is_divisor(node, name)):
+    linear = is_piecewise_linear(node) if kinks else name in LINEAR
+    products = PRODUCTS | BILINEAR if kinks else PRODUCTS
+    if linear or (name in products and len(inputs) == 1 and not _is_divisor(node, name)):
         return cast("list[tuple[Node, int]]", inputs)
     return []
+
+
+def is_piecewise_linear(node: Node) -> bool:
+    """Whether a node is linear in all of its inputs together, but for kinks."""
+    name = name_of(node)
+    # |z| bends where z is a complex number: it is √(x² + y²) of its parts.
+    bends = name == "Abs" and any(dtype.is_complex for dtype in _dtypes_of_inputs(node))
+    return name in PIECEWISE_LINEAR and not bends
+
+
+def _dtypes_of_inputs(node: Node) -> list[torch.dtype]:
+    inputs = [(after, number) for after, number in node.next_functions if after is not None]
+    return [after._input_metadata[number].dtype for after, number in inputs]
 
 
 def _is_divisor(node: Node, name: str) -> bool:

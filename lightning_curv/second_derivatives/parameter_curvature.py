@@ -19,7 +19,7 @@ from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.differentiation.twice import differentiable, fused
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph.dependence import uses_below
-from lightning_curv.graph.heads import BILINEAR, PIECEWISE_LINEAR, name_of
+from lightning_curv.graph.heads import BILINEAR, is_piecewise_linear, name_of
 from lightning_curv.graph.joins import Join
 from lightning_curv.graph.tape import leaves, parameters
 from lightning_curv.kernels.symmetric import eigh
@@ -67,8 +67,13 @@ def _refuse_curved(passes: Passes, join: Join, use: Use) -> None:
     inputs = [(after, number) for after, number in join.node.next_functions if after is not None]
     data = [GradientEdge(after, number) for after, number in inputs if after is not join.edge.node]
     below = {p for other in uses_below(passes.tape, data) for p in parameters(other)}
-    affine = name_of(join.node) in PIECEWISE_LINEAR | BILINEAR | AFFINE and join.recorded is None
-    if not affine or below.intersection(found) or not _is_linear(operand, found):
+    linear = is_piecewise_linear(join.node) or name_of(join.node) in BILINEAR | AFFINE
+    if (
+        not linear
+        or join.recorded is not None
+        or below.intersection(found)
+        or not _is_linear(operand, found)
+    ):
         raise UnsupportedError(
             f"The Hessian's diagonal needs a rule for `{name_of(join.node)}` using parameter "
             f"{describe(found[0])}, found none. Use `HMP`, or `HessianTraceMC` for the trace."

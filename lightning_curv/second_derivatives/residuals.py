@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import nothing_below
 from lightning_curv.graph.dependence import Dependence
-from lightning_curv.graph.heads import BILINEAR, PIECEWISE_LINEAR
+from lightning_curv.graph.heads import BILINEAR, is_piecewise_linear
 from lightning_curv.passes.passes import Passes
 from lightning_curv.passes.summands import bounds, nodes_of_loss
 from lightning_curv.samples.probing import owners_at
@@ -104,7 +104,8 @@ def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
     for node in dependence.nodes:
         data = dependence.inputs(node)
         name = _name(node)
-        if data and name not in PIECEWISE_LINEAR and not (name in BILINEAR and len(data) == 1):
+        linear = is_piecewise_linear(node) or (name in BILINEAR and len(data) == 1)
+        if data and not linear:
             candidates[node] = list(dict.fromkeys(data))
     return candidates
 
