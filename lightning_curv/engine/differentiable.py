@@ -89,11 +89,7 @@ def _only(key: Node | Join, use: Use, seed: Tensor) -> Iterator[None]:
     def start(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         return tuple(seed if i == use.output_nr else g for i, g in enumerate(gradients))
 
-    data = {edge.node for edge in use.inputs.values()}
-    if isinstance(key, Join):
-        data = {after for after, _ in key.node.next_functions if after is not None} - {
-            key.edge.node
-        }
+    data = key.data if isinstance(key, Join) else {edge.node for edge in use.inputs.values()}
     handles = [
         node_of(key).register_prehook(start),
         *(below.register_prehook(_nothing) for below in data),

@@ -45,6 +45,15 @@ class Join:
     ) -> None:
         self.node, self.output_nr, self.edge, self.recorded = node, output_nr, edge, recorded
 
+    @property
+    def data(self) -> set[Node]:
+        """The nodes where the other inputs are."""
+        if self.recorded:  # whose own nodes are between its output and its inputs
+            others = {edge.node for edge in self.recorded.inputs.values()}
+        else:
+            others = {after for after, _ in self.node.next_functions if after is not None}
+        return others - {self.edge.node}
+
     def use(self, dtype: torch.dtype, device: torch.device) -> Use:
         """The join as a use of the parameters behind its input."""
         shape = shape_at(self.edge)
@@ -135,8 +144,7 @@ class Join:
     def _call(self, g: Tensor) -> Tensor | None:
         """The node's own derivative; several inputs that lead to one place add up there."""
         if self.recorded:
-            data = {e.node for e in self.recorded.inputs.values()} - {self.edge.node}
-            with unheard(), nothing_below(data):
+            with unheard(), nothing_below(self.data):
                 (found,) = torch.autograd.grad(
                     [GradientEdge(self.node, self.output_nr)],
                     [self.edge],

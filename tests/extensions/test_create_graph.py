@@ -233,3 +233,18 @@ def test_parameters_with_tensor_hooks_are_refused():
     differentiated(model, DiagGGNExact())
     with pytest.raises(UnsupportedError, match=r"without tensor hooks, found some on `0\.weight`"):
         differentiated(model, BatchL2Grad())
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
+def test_an_op_of_several_nodes_without_a_rule():
+    """A product of complex sequences is a product of matrices and a view above it."""
+    w = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128))
+    X = torch.randn(5, 2, 4, dtype=torch.complex128)
+    values = []
+    for create_graph in (False, True):
+        with curvature(BatchGrad()):
+            (X @ w).abs().pow(3).sum().backward(create_graph=create_graph)
+        values.append(w.grad_batch.detach())
+    rows = [torch.autograd.grad((x @ w).abs().pow(3).sum(), w)[0] for x in X]
+    assert_close(values[0], torch.stack(rows))
+    assert_close(values[1], torch.stack(rows))
