@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_curv.extensions.base import Differentiable
 from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.term import squared_sizes
 
 
 class BatchGrad(Differentiable):
@@ -77,14 +78,15 @@ class BatchL2Grad(Differentiable):
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
         """Sum the squares of their entries."""
-        return gradients.unsqueeze(-1).flatten(1).square().sum(1)
+        return squared_sizes(gradients.unsqueeze(-1).flatten(1)).sum(1)
 
 
 class SumGradSquared(Differentiable):
     r"""Sum of the squared per-sample gradients :math:`\sum_n (s\,g_n)^2`, in ``sum_grad_squared``.
 
-    It has the parameter's shape, and is the uncentred second moment times N. Cost: one more product
-    per layer without weight sharing; no per-sample gradients are in memory.
+    It has the parameter's shape, and is the uncentred second moment times N; of complex parameters
+    the squares are :math:`|s\,g_n|^2`, real numbers. Cost: one more product per layer without weight
+    sharing; no per-sample gradients are in memory.
 
     Example:
         >>> import torch
@@ -105,7 +107,7 @@ class SumGradSquared(Differentiable):
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
         """Sum their squares over the samples."""
-        return gradients.square().sum(0)
+        return squared_sizes(gradients).sum(0)
 
 
 class Variance(Differentiable):
@@ -114,7 +116,8 @@ class Variance(Differentiable):
     It is the population variance over the batch,
     :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0`, of the *scaled* gradients:
     for a mean loss multiply by N² for the variance of the :math:`g_n`. It is free of cancellation,
-    since no difference of float32 moments is taken. Cost: as `SumGradSquared`.
+    since no difference of float32 moments is taken. Of complex parameters it is the real number
+    :math:`\tfrac1N \sum_n |\cdot|^2`. Cost: as `SumGradSquared`.
 
     Example:
         >>> import torch

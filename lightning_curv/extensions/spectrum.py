@@ -16,6 +16,7 @@ from lightning_curv.extensions.matvec import Product, all_parameters, ggn_produc
 from lightning_curv.kernels.onednn import fast_products
 from lightning_curv.passes.passes import Passes
 from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.term import squared_sizes
 
 
 class GGNTraceExact(Extension):
@@ -57,7 +58,7 @@ class HessianTraceMC(GraphExtension):
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
         """Estimate one number per parameter."""
         params = all_parameters(passes)
-        totals = {p: torch.zeros((), dtype=p.dtype, device=p.device) for p in params}
+        totals = {p: torch.zeros((), dtype=p.real.dtype, device=p.device) for p in params}
         with (
             torch.enable_grad(),
             unheard(),
@@ -66,13 +67,28 @@ class HessianTraceMC(GraphExtension):
         ):
             product = hessian_product(passes, params)
             for _ in range(self.mc_samples):
-                signs = [
-                    torch.empty_like(p).bernoulli_(generator=passes.generator).mul_(2).sub_(1)
-                    for p in params
-                ]
+                signs = [_signs(p, passes.generator) for p in params]
                 for p, sign, image in zip(params, signs, product(signs), strict=True):
-                    totals[p] += (sign * image).sum() / self.mc_samples
+                    totals[p] += _products(sign, image).sum() / self.mc_samples
         return totals
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs; of a complex number one for its real and one for its imaginary part."""
+    signs = torch.empty_like(like)
+    parts = torch.view_as_real(signs) if like.is_complex() else signs
+    parts.bernoulli_(generator=generator).mul_(2).sub_(1)
+    return signs
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Products of entries; their sum is the inner product, of real and imaginary parts as well."""
+    return (a.conj() * b).real if a.is_complex() else a * b
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class GGNTraceJointMC(GraphExtension):
@@ -99,16 +115,13 @@ class GGNTraceJointMC(GraphExtension):
         """One number per parameter."""
         params = all_parameters(passes)
         edges = [get_gradient_edge(p) for p in params]
-        totals = {
-            p: torch.zeros((), dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-            for p in params
-        }
+        totals = {p: torch.zeros((), dtype=_wide(p).real.dtype, device=p.device) for p in params}
         for part in passes.parts:
             for _ in range(self.mc_samples):
                 found = passes.backward(part.edges, edges, part.sample(passes.generator))
                 for p, gradient in zip(params, found, strict=True):
                     if gradient is not None:
-                        totals[p] += gradient.to(totals[p]).square().sum() / self.mc_samples
+                        totals[p] += squared_sizes(_wide(gradient)).sum() / self.mc_samples
         return totals
 
 
@@ -220,5 +233,5 @@ def _largest(diagonal: list[float], beside: list[float]) -> float:
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
     """The dot product, summed in float64 and read from the device once."""
-    products = [(x * y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]
+    products = [_products(x, y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]
     return float(torch.stack(products).sum())

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_curv.kernels import huge_pages
 from lightning_curv.terms import ghost_norms, one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, pieces
-from lightning_curv.terms.term import DIAGONAL, Term, signed
+from lightning_curv.terms.term import DIAGONAL, Term, signed, squared_sizes
 
 # Size of per-sample products that are worked on together where they are made one by one or, entry
 # by entry, without a product of matrices.
@@ -360,12 +360,12 @@ class Jacobian:
             return total
         result = total
         if result is None:
-            result = huge_pages.empty(self.terms[0].g, self.samples, *self.shape)
+            result = huge_pages.empty(self.terms[0].g.real, self.samples, *self.shape)
         start = 0
         for chunk in self.chunks():
             stop = start + chunk.shape[1]
             signs = None if self.signs is None else self.signs[:, start:stop]
-            added = signed(chunk.square(), signs).sum(0)
+            added = signed(squared_sizes(chunk), signs).sum(0)
             part = result[start:stop]
             part.copy_(added) if total is None else part.add_(added)
             start = stop
@@ -383,6 +383,8 @@ class Jacobian:
         if term is not None and term.x is None:
             gradients = term.contract(f"vn{term.par}")[0]
             deviations = gradients - gradients.mean(0)
+            if deviations.is_complex():
+                return squared_sizes(deviations).mean(0).reshape(self.shape)
             return deviations.square_().mean(0).reshape(self.shape)
         if term is not None and term.g.dtype == torch.float32:
             return self._variance_of_moments()
@@ -449,10 +451,10 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
         stop = start + part.shape[1]
         if result is None:
             like = part.select(1, 0)[0] if part.shape[1] else part.sum((0, 1))
-            result = torch.zeros_like(like)
-        if part.device.type != "cpu" or result.numel() < SMALL:
+            result = torch.zeros_like(like.real)
+        if part.device.type != "cpu" or result.numel() < SMALL or part.is_complex():
             some_signs = None if signs is None else signs[:, start:stop]
-            result += signed(part.square(), some_signs).flatten(0, 1).sum(0)
+            result += signed(squared_sizes(part), some_signs).flatten(0, 1).sum(0)
         else:
             # One row at a time: it and the result stay in cache, and squares are never written.
             for v, column in enumerate(part.unbind(0)):

@@ -408,8 +408,8 @@ class Term:
             The squared norms, ``[V, N]``.
         """
         if {*self.out} & {*self.inp}:
-            x_squared = None if self.x is None else self.x.square()
-            return self.of(self.g.square(), x_squared).contract("vn")
+            x_squared = None if self.x is None else squared_sizes(self.x)
+            return self.of(squared_sizes(self.g), x_squared).contract("vn")
         norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
         if self.x is None:
             return norms.square()  # the norms are kept for the next parameter
@@ -452,8 +452,15 @@ class Term:
             g = squares_of_columns(self.g, signs)
         x = self.x
         if x is not None and not self.classes:  # the square of a one-hot row is the row
-            x = x.square()
+            x = squared_sizes(x)
         return self.of(g, x)
+
+
+def squared_sizes(tensor: Tensor) -> Tensor:
+    """The squared absolute values of all entries: real numbers, those of complex ones too."""
+    if not tensor.is_complex():
+        return tensor.square()
+    return torch.view_as_real(tensor.resolve_conj()).square().sum(-1)
 
 
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
@@ -468,8 +475,8 @@ def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
 
     Large columns are added up one after the other: their squares are never all in memory.
     """
-    if len(g) == 1 or g[0].numel() < SMALL:
-        squares = signed(g.square(), signs)
+    if len(g) == 1 or g[0].numel() < SMALL or g.is_complex():
+        squares = signed(squared_sizes(g), signs)
         return squares if len(g) == 1 else squares.sum(0, keepdim=True)
     total = torch.zeros_like(g[:1])
     for number, column in enumerate(g.unbind()):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import assert_close
 
-from lightning_curv import curvature
+from lightning_curv import curvature, record
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions import (
     GGNMP,
@@ -16,8 +16,18 @@ from lightning_curv.extensions import (
     PCHMP,
     BatchDiagGGNExact,
     BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
     DiagGGNExact,
     DiagHessian,
+    SumGradSquared,
+    Variance,
+)
+from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning_curv.rules.fallback.FallbackWarning",
+    "ignore:Using backward:UserWarning",  # of torch, with `create_graph`
 )
 
 Layer = Callable[[Tensor], Tensor]  # from [N, 4] to a real [N, K]
@@ -150,3 +160,93 @@ def test_the_absolute_value_of_a_complex_number_is_no_sum_of_two() -> None:
     assert_close(w.diag_ggn_exact, sum(blocks).diagonal())
     compute(GGNMP())
     assert_close(w.ggnmp(torch.eye(2).double()), sum(blocks))
+
+
+# --- complex parameters -----------------------------------------------------------------------------------------------
+
+
+def dense_layer(w: Tensor, X: Tensor) -> Tensor:
+    return X.to(w.dtype) @ w
+
+
+def factors(w: Tensor, X: Tensor) -> Tensor:
+    return X.to(w.dtype) * w.sum(1)
+
+
+def used_twice(w: Tensor, X: Tensor) -> Tensor:
+    return (X.to(w.dtype) @ w).sin() @ w.mT
+
+
+def sequences(w: Tensor, X: Tensor) -> Tensor:
+    return (X[:, None] * torch.arange(1.0, 4.0).double()[:, None]).to(w.dtype) @ w
+
+
+def fourier(w: Tensor, X: Tensor) -> Tensor:
+    modes = torch.fft.fft(X)
+    return torch.fft.ifft(torch.einsum("ni,io->no", modes, w))
+
+
+COMPLEX = [dense_layer, factors, used_twice, sequences, fourier]
+
+
+def summands(op: Callable[[Tensor, Tensor], Tensor], w: Tensor, X: Tensor) -> Tensor:
+    return op(w, X).abs().pow(3).flatten(1).sum(1)
+
+
+def complex_problem() -> tuple[nn.Parameter, Tensor]:
+    return nn.Parameter(torch.randn(4, 3, dtype=torch.complex128)), torch.randn(5, 4).double()
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["values", "create_graph"])
+@pytest.mark.parametrize("op", COMPLEX)
+def test_squares_of_complex_gradients_are_squared_absolute_values(op, create_graph: bool) -> None:
+    w, X = complex_problem()
+    g = torch.stack([torch.autograd.grad(summands(op, w, x).sum(), w)[0] for x in X.split(1)])
+    with curvature(BatchGrad(), BatchL2Grad(), SumGradSquared(), Variance()):
+        summands(op, w, X).sum().backward(create_graph=create_graph)
+    assert_close(w.grad_batch, g)
+    assert_close(w.batch_l2, g.abs().square().sum((1, 2)))
+    assert_close(w.sum_grad_squared, g.abs().square().sum(0))
+    assert_close(w.variance, (g - g.mean(0)).abs().square().mean(0))
+    for extension in (SumGradSquared(), Variance()):  # alone: others keep no rows for it
+        with curvature(extension):
+            summands(op, w, X).sum().backward(create_graph=create_graph)
+    assert_close(w.sum_grad_squared, g.abs().square().sum(0))
+    assert_close(w.variance, (g - g.mean(0)).abs().square().mean(0))
+
+
+@pytest.mark.parametrize("op", COMPLEX)
+def test_ggn_and_spectrum_of_complex_parameters_are_those_of_both_parts(op) -> None:
+    w, X = complex_problem()
+    parts = torch.view_as_real(w.detach()).clone()
+
+    def outputs(parts: Tensor) -> Tensor:
+        return op(torch.view_as_complex(parts), X).abs().flatten(1)
+
+    def loss(output: Tensor) -> Tensor:
+        return output.pow(3).sum()
+
+    J = torch.autograd.functional.jacobian(outputs, parts).flatten(2)  # [N, C, P]
+    H = torch.autograd.functional.hessian(lambda parts: loss(outputs(parts)), parts)
+    H = H.reshape(parts.numel(), -1)
+    # The loss is convex in the absolute values, where the network ends for `output=`.
+    ggn_diagonal = (6 * outputs(parts)[..., None] * J.square()).sum(1)
+    by_entry = ggn_diagonal.unflatten(1, parts.shape).sum(-1)
+
+    def compute(*extensions):
+        with record():
+            value = op(w, X).abs()
+            total = loss(value)
+        with curvature(*extensions, output=value):
+            total.backward()
+
+    compute(DiagGGNExact(), BatchDiagGGNExact(), GGNTraceExact())
+    assert_close(w.diag_ggn_exact_batch, by_entry)
+    assert_close(w.diag_ggn_exact, by_entry.sum(0))
+    assert_close(w.ggn_trace_exact, ggn_diagonal.sum())
+    with curvature(HessianTraceMC(mc_samples=400), MaxEigenvalue(products=60, tolerance=1e-12)):
+        loss(op(w, X).abs()).backward()
+    assert_close(w.hessian_max_eigenvalue, torch.linalg.eigvalsh(H)[-1], rtol=1e-6)
+    off = H - H.diag().diag()
+    deviation = (2 * off.square().sum() / 400).sqrt()  # of the mean of 400 draws
+    assert abs(w.hessian_trace_mc - H.trace()) < 4 * deviation
