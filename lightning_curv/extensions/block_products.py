@@ -237,6 +237,10 @@ class GGNMP(_Product):
     Args:
         savefield: Name of the parameter's attribute.
 
+    Raises:
+        UnsupportedError: In ``backward``: a known loss function has a negative weight, so that the
+            matrix would have negative eigenvalues.
+
     Example:
         >>> import torch
         >>> from lightning_curv import GGNMP, curvature
@@ -263,7 +267,8 @@ class PCHMP(GGNMP):
     its per-sample residual matrix, is made non-negative (Chen et al., *Positive curvature Hessian*;
     Dangel, Harmeling & Hennig, AISTATS 2020, section 4). The nonlinearities are the nodes of the
     graph: a fused attention kernel is one, attention written out is several, and their matrices
-    differ.
+    differ. At the network's output it has the curvature of the loss that the GGN has: of known loss
+    functions, whose weights must not be negative, their own, of others the positive part.
 
     Args:
         savefield: Name of the parameter's attribute.
@@ -271,6 +276,7 @@ class PCHMP(GGNMP):
 
     Raises:
         ValueError: ``modify`` is neither.
+        UnsupportedError: In ``backward``: a known loss function has a negative weight.
 
     Example:
         >>> import torch

@@ -38,6 +38,7 @@ class Likelihood(ABC):
     """
 
     flat = False  # whether H is zero whatever the numbers are
+    weight: Tensor  # of every entry or row
 
     @abstractmethod
     def columns(self, owners: Owners) -> Iterator[Tensor]:
@@ -108,7 +109,8 @@ def nonnegative(weight: Tensor) -> Tensor:
     if bool((weight < 0).any()):
         raise UnsupportedError(
             "The GGN needs a loss whose terms have weights ≥ 0, found a negative one; "
-            "is the loss subtracted somewhere? Use Hessian quantities instead."
+            "is the loss subtracted somewhere? Use Hessian quantities instead: `HMP`, "
+            "`DiagHessian`."
         )
     return weight
 

@@ -24,12 +24,15 @@ from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 from lightning_curv import curvature, extend
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions import (
+    GGNMP,
     KFLR,
+    PCHMP,
     BatchGrad,
     DiagGGNExact,
     DiagGGNMC,
     SqrtGGNExact,
 )
+from lightning_curv.extensions.spectrum import MaxEigenvalue
 from lightning_curv.losses import LOSSES as REGISTERED
 from lightning_curv.losses import PARTS
 from lightning_curv.losses.categorical import Categorical, _classes
@@ -302,6 +305,17 @@ REFUSALS = {
         lambda output, y: -F.cross_entropy(output, y.softmax(1)),
         "weights ≥ 0, found a negative one",
     ),
+    "subtracted": (
+        lambda output, y: F.cross_entropy(output, y.softmax(1)) - 2 * F.mse_loss(output, y),
+        "weights ≥ 0, found a negative one.*`HMP`",
+    ),
+    "negative_sample": (
+        lambda output, y: (
+            torch.linspace(-1, 1, len(y)).to(output)
+            * F.cross_entropy(output, y.argmax(1), reduction="none")
+        ).sum(),
+        "weights ≥ 0, found a negative one",
+    ),
     "nll": (lambda output, y: F.nll_loss(output, y.argmax(1)), "expects log-probabilities"),
     "kl": (
         lambda output, y: F.kl_div(output, y.softmax(1), reduction="sum"),
@@ -314,14 +328,17 @@ REFUSALS = {
 }
 
 
+@pytest.mark.parametrize(
+    "extension",
+    [DiagGGNExact(), DiagGGNMC(), GGNMP(), PCHMP(), PCHMP(modify="abs"), MaxEigenvalue("ggn")],
+    ids=lambda extension: f"{extension}-{getattr(extension, 'modify', '')}",
+)
 @pytest.mark.parametrize("name", REFUSALS)
-def test_loss_is_refused_for_curvature(name):
+def test_loss_is_refused_for_curvature(name, extension):
     function, message = REFUSALS[name]
     problem = small_problem(replace(LOSS["mse"], function=function))
     with pytest.raises(UnsupportedError, match=message):
-        compute(problem, DiagGGNExact())
-    with pytest.raises(UnsupportedError, match=message):
-        compute(problem, DiagGGNMC())
+        compute(problem, extension)
 
 
 def test_hessian_of_a_variance_from_the_network_is_refused():
