@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,7 +28,7 @@ class Root:
 
     Attributes:
         shape: Its shape.
-        stride: Its strides.
+        stride: Its strides; none where the layout of its memory has none.
         pointer: Where its memory is; 0: unknown.
         offset: Where it begins there.
         whole: The tensor that its rows were drawn from, a data set perhaps.
@@ -44,8 +45,13 @@ class Root:
     @classmethod
     def of(cls, tensor: Tensor, whole: Root | None = None) -> Root:
         """The root that a tensor is."""
+        shape = tuple(tensor.shape)
+        if (
+            tensor.layout != torch.strided
+        ):  # sparse, or packed for a library: no memory of one piece
+            return cls(shape, (), 0, 0, whole)
         offset = int(tensor.storage_offset())
-        return cls(tuple(tensor.shape), tensor.stride(), pointer_of(tensor), offset, whole)
+        return cls(shape, tensor.stride(), pointer_of(tensor), offset, whole)
 
     def __len__(self) -> int:
         return self.shape[0]

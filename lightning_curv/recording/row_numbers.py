@@ -39,8 +39,8 @@ _ELEMENTWISE = """
     logit logsigmoid long lshift lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative
     nextafter or positive pow quantize_per_tensor rad2deg radd rdiv real reciprocal relu relu6 remainder ror round rpow
     rrelu rshift rsqrt rsub rtruediv rxor selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink
-    softsign sqrt square sub subtract tan tanh tanhshrink threshold to true_divide truediv trunc type type_as where
-    xlogy xor
+    softsign sqrt square sub subtract tan tanh tanhshrink threshold to to_dense to_mkldnn to_sparse to_sparse_csc
+    to_sparse_csr true_divide truediv trunc type type_as where xlogy xor
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 # functions whose result has in every row of the leading axis what they make of that row
@@ -86,7 +86,7 @@ _SCANNING = """
     argsort cummax cummin cumprod cumsum log_softmax logcumsumexp softmax softmin sort
 """
 SCANNING = frozenset(_SCANNING.split())
-PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv"))
+PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv", "smm", "sparse_mm", "spmm"))
 MEETING = PRODUCTS | {"batch_norm"}  # by row only where no rows meet
 VIEWS = frozenset(
     ("unflatten", "view", "view_as")
