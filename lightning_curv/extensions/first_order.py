@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_curv.extensions.base import Differentiable
+from lightning_curv.extensions.subsampling import wanted_rows, wanted_samples
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.term import squared_sizes
 
@@ -22,6 +23,10 @@ class BatchGrad(Differentiable):
     Args:
         subsampling: Indices of the samples whose gradients are wanted, in the wanted order;
             default: all.
+
+    Raises:
+        IndexError: In ``backward``: a batch has no such sample.
+        TypeError: In ``backward``: an index is no integer.
 
     Example:
         >>> import torch
@@ -43,12 +48,11 @@ class BatchGrad(Differentiable):
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Return the single column of J."""
-        wanted = jacobian if self.subsampling is None else jacobian[self.subsampling]
-        return wanted.per_sample()[0]
+        return wanted_samples(jacobian, self.subsampling).per_sample()[0]
 
     def of_gradients(self, gradients: Tensor) -> Tensor:
         """Return all of them, or those that are wanted."""
-        return gradients if self.subsampling is None else gradients[self.subsampling]
+        return wanted_rows(gradients, self.subsampling)
 
 
 class BatchL2Grad(Differentiable):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
+from lightning_curv.extensions.subsampling import wanted_samples
 from lightning_curv.kernels import huge_pages
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -83,6 +84,10 @@ class SqrtGGNExact(Extension):
     Args:
         subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
 
+    Raises:
+        IndexError: In ``backward``: a batch has no such sample.
+        TypeError: In ``backward``: an index is no integer.
+
     Example:
         >>> import torch
         >>> from lightning_curv import SqrtGGNExact, curvature
@@ -105,8 +110,7 @@ class SqrtGGNExact(Extension):
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Form J, of the samples that are wanted."""
-        wanted = jacobian if self.subsampling is None else jacobian[self.subsampling]
-        return wanted.per_sample()
+        return wanted_samples(jacobian, self.subsampling).per_sample()
 
     def merge(self, previous: Tensor, new: Tensor, jacobian: Jacobian) -> Tensor:
         """Stack the columns."""
@@ -170,6 +174,10 @@ class SqrtGGNMC(SqrtGGNExact):
     Args:
         mc_samples: M, the number of target draws; each costs one backward pass.
         subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
+
+    Raises:
+        IndexError: In ``backward``: a batch has no such sample.
+        TypeError: In ``backward``: an index is no integer.
 
     Example:
         >>> import torch

@@ -7,7 +7,13 @@ from torch.nn import functional as F
 from zoo import NAMES, ROW, assert_close, assert_fields, compute, reference
 
 from lightning_curv import curvature
-from lightning_curv.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from lightning_curv.extensions import (
+    BatchGrad,
+    BatchL2Grad,
+    SqrtGGNExact,
+    SumGradSquared,
+    Variance,
+)
 
 QUANTITIES = [
     (BatchGrad, "grad_batch"),
@@ -68,6 +74,26 @@ def test_subsampling_keeps_the_chosen_samples_in_order():
         assert_close(
             p.grad_batch, reference("grad_batch", "cnn_inplace_groups")[key][[3, 0]], label=key
         )
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("extension", [BatchGrad, SqrtGGNExact])
+def test_samples_that_a_batch_does_not_have_are_named(extension, create_graph):
+    layer, X = torch.nn.Linear(3, 2), torch.randn(4, 3)
+
+    def compute(subsampling):
+        with curvature(extension(subsampling=subsampling)):
+            layer(X).square().sum().backward(create_graph=create_graph)
+        return getattr(layer.weight, extension.savefield)
+
+    message = r"indices of the 4 samples of the batch, from -4 to 3, found {}; leave out those"
+    for missing in (4, -5):
+        with pytest.raises(IndexError, match=message.format(missing)):
+            compute([0, missing])
+    for wrong in (True, 1.5):
+        with pytest.raises(TypeError, match=rf"indices of samples, found {wrong}; of a mask pass"):
+            compute([wrong])
+    assert torch.equal(compute([3, -1]), compute(torch.tensor([3, 3])))
 
 
 def test_float32_variance_does_not_cancel():
