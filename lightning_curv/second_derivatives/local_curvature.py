@@ -20,6 +20,20 @@ from lightning_curv.passes.passes import Column
 from lightning_curv.terms.owners import Owners
 
 
+def trial_vectors(likes: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors that no structure annihilates: no two entries are alike, in different tensors neither.
+
+    A function of differences takes no notice of what is added to all of its arguments.
+    """
+    vectors, start = [], 1
+    for like in likes:
+        stop = start + like.numel()
+        numbers = torch.arange(start, stop, dtype=torch.float64)
+        vectors.append(torch.cos(numbers).to(like).reshape(like.shape))
+        start = stop
+    return vectors
+
+
 class Residual(ABC):
     """The residual of one node.
 
@@ -87,19 +101,25 @@ class DiagonalResidual(Residual):
             yield Column(
                 self.edges,
                 [owners.join(column, self.values.shape)],
-                values[:, entry].sign(),
+                _signs(values[:, entry]),
             )
 
 
 def _used(values: Tensor) -> Tensor:
-    """Which eigenvalues ``[N, E, ...]`` are not zero up to rounding in all samples."""
+    """Which eigenvalues ``[N, E, ...]`` are not zero up to rounding in all samples; NaN is not."""
     magnitudes = values.abs()
-    threshold = (
-        torch.finfo(values.dtype).eps * float(magnitudes.max()) * values.shape[1]
-        if values.numel()
-        else 0.0
-    )
-    return (magnitudes > threshold).any(0)
+    finite = magnitudes[magnitudes.isfinite()]
+    largest = float(finite.max()) if finite.numel() else 0.0
+    threshold = torch.finfo(values.dtype).eps * largest * values.shape[1]
+    return ~(magnitudes <= threshold).all(0)
+
+
+def _signs(values: Tensor) -> Tensor:
+    """The signs of eigenvalues; that of NaN, which is in the column, is 1.
+
+    The column may be masked below, where the network takes nothing of it.
+    """
+    return values.sign().nan_to_num(1.0)
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,8 @@ class EigenResidual(Residual):
                 owners.join(part, shape)
                 for owners, part, shape in zip(self.owners, flat, self.sizes, strict=True)
             ]
-            yield Column(self.edges, seeds, self.values.flatten(1)[:, self._position(index)].sign())
+            values = self.values.flatten(1)[:, self._position(index)]
+            yield Column(self.edges, seeds, _signs(values))
 
 
 def _blocked(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
@@ -221,13 +242,8 @@ class LocalCurvature:
 
     @cached_property
     def trial(self) -> list[Tensor]:
-        """A vector per input that no structure annihilates."""
-        return [
-            torch.cos(torch.arange(1.0, g.numel() + 1, dtype=g.dtype, device=g.device)).reshape(
-                g.shape
-            )
-            for g in self.inputs
-        ]
+        """A vector per input."""
+        return trial_vectors(self.inputs)
 
     @cached_property
     def image(self) -> list[Tensor]:
@@ -276,7 +292,11 @@ class LocalCurvature:
                 matrix[..., 0],
                 torch.ones_like(matrix),
             )
-        return EigenResidual(self.edges, owners, shapes, *eigh(matrix))
+        # No decomposition takes entries that are not finite, as of a logarithm of masked numbers.
+        broken = ~matrix.isfinite().all(-1).all(-1)
+        values, vectors = eigh(matrix.masked_fill(broken[..., None, None], 0))
+        values = values.masked_fill(broken[..., None], torch.nan)
+        return EigenResidual(self.edges, owners, shapes, values, vectors)
 
     def _elementwise(self, owners: Sequence[Owners]) -> Tensor | None:
         """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""
@@ -294,7 +314,10 @@ class LocalCurvature:
             expected = torch.stack(
                 [row[j] * w for row, w in zip(rows, self.trial, strict=True)]
             ).sum(0)
-            if not torch.allclose(expected, image, rtol=1e-4, atol=1e-5 * float(image.abs().max())):
+            finite = image.isfinite() & expected.isfinite()
+            expected, image = expected[finite], image[finite]
+            largest = float(image.abs().max()) if image.numel() else 0.0
+            if not torch.allclose(expected, image, rtol=1e-4, atol=1e-5 * largest):
                 return None
         return torch.stack(
             [torch.stack([owners[0].split(part) for part in row], -1) for row in rows],

@@ -28,6 +28,7 @@ from lightning_curv.passes.reparametrization import pulled_back
 from lightning_curv.recording.records import Operand, Use
 from lightning_curv.rules.fallback import dense
 from lightning_curv.samples.probing import owners_at
+from lightning_curv.second_derivatives.local_curvature import trial_vectors
 from lightning_curv.terms.jacobian import Jacobian
 
 AFFINE = frozenset(
@@ -204,11 +205,7 @@ def _diagonal(parameter: Tensor, diagonal: Tensor) -> dict[Tensor, Jacobian]:
 
 def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
     with torch.enable_grad(), unheard(), differentiable(fused([operand.edge])):
-        trial = (
-            torch.cos(torch.arange(1.0, operand.tensor.numel() + 1))
-            .to(operand.tensor)
-            .reshape(operand.tensor.shape)
-        )
+        (trial,) = trial_vectors([operand.tensor])
         pulled = torch.autograd.grad(
             operand.edge,
             found,
@@ -222,7 +219,7 @@ def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
         second = torch.autograd.grad(
             first,
             found,
-            [torch.ones_like(g) for g in first],
+            trial_vectors(first),
             retain_graph=True,
             allow_unused=True,
         )

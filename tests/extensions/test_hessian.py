@@ -350,3 +350,92 @@ def test_extended_modules_keep_the_graph_for_products():
     with curvature(HMP()):
         loss.backward()
     assert_close(model.bias.hmp(torch.tensor([1.0, 0.0])), torch.tensor([1.0, 0.0]))
+
+
+def hessian_block(loss, weight):
+    """The Hessian of ``loss(weight)``, by plain autograd."""
+    found = torch.autograd.functional.hessian(loss, weight.detach().clone())
+    return found.reshape(weight.numel(), weight.numel())
+
+
+def assert_diagonals(loss, weight):
+    """Both diagonals of ``loss(weight)`` equal brute force."""
+    expected = hessian_block(loss, weight).diagonal().reshape(weight.shape)
+    with curvature(DiagHessian()):
+        loss(weight).backward()
+    assert_close(weight.diag_h, expected)
+    with curvature(BatchDiagHessian()):
+        loss(weight).backward()
+    assert_close(weight.diag_h_batch.sum(0), expected)
+
+
+DIFFERENCES = {
+    "mse": lambda h: F.mse_loss(h.sin(), h.cos(), reduction="none"),
+    "smooth_l1": lambda h: F.smooth_l1_loss(h.sin(), h.cos(), reduction="none", beta=3.0),
+    "huber": lambda h: F.huber_loss(h.sin(), h.cos(), reduction="none", delta=3.0),
+    "logaddexp": lambda h: torch.logaddexp(h.sin(), h.cos()),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_function_of_the_difference_of_two_activations_is_curved(name):
+    """Its second derivatives annihilate what is the same for both."""
+    weight, X, y = nn.Parameter(torch.randn(3, 3).double()), *torch.randn(2, 4, 3).double()
+    assert_diagonals(lambda w: F.mse_loss(DIFFERENCES[name](X @ w), y), weight)
+
+
+TRANSFORMS = {
+    "softmax": lambda p: p.softmax(1),
+    "cubes": lambda p: (p - p.flip(1)).pow(3),
+    "squares": lambda p: (p[:, :1] - p[:, 1:2]).square().expand(2, 3),
+    "exponentials": lambda p: (p - p.roll(1, 1)).exp(),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_parameter_behind_a_function_of_differences_is_curved(name):
+    parameter, X = nn.Parameter(torch.randn(2, 3).double()), torch.randn(4, 3).double()
+    y = torch.randn(4, 2).double()
+    assert_diagonals(lambda p: F.mse_loss(F.linear(X, TRANSFORMS[name](p)), y), parameter)
+
+
+def masked_with_infinity(op):
+    """An op of entries of which some are -inf, and what it makes of them not taken."""
+
+    def masked(h):
+        mask = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 0, 1]]).bool()
+        infinite = torch.full_like(h, -torch.inf)
+        return torch.where(mask, op(h.where(mask, infinite), h.sin().where(mask, infinite)), 0 * h)
+
+    return masked
+
+
+MASKED = {
+    "logaddexp": masked_with_infinity(torch.logaddexp),
+    "softmax": masked_with_infinity(lambda h, _: h.softmax(1)),
+    "logsumexp": masked_with_infinity(lambda h, _: h.logsumexp(1, keepdim=True).expand(4, 3)),
+    "root": masked_with_infinity(lambda h, _: h.abs().nan_to_num(0, 0, 0).sqrt()),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_entries_that_are_masked_after_they_were_infinite_have_no_curvature(name):
+    weight, X, y = nn.Parameter(torch.randn(3, 3).double()), *torch.randn(2, 4, 3).double()
+
+    def loss(w):
+        return F.mse_loss(MASKED[name](X @ w), y)
+
+    assert_diagonals(loss, weight)
+    with curvature(PCHMP()):
+        loss(weight).backward()
+    assert weight.pchmp(torch.ones_like(weight)).isfinite().all()
+
+
+def test_a_second_derivative_that_is_infinite_hides_no_other():
+    """The root of zero bends without end; the entry beside it does not."""
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0]]).double())
+    X = torch.tensor([[0.0], [3.0]]).double()
+    with curvature(BatchDiagHessian()):
+        (X @ weight).sqrt().square().sum().backward()
+    assert not weight.diag_h_batch[0].isfinite().any()  # of the sample that is zero
+    assert_close(weight.diag_h_batch[1], torch.zeros(1, 2).double())
