@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -45,6 +46,7 @@ from lightning_curv.callbacks.monitoring.watch import (
     skip_step,
 )
 from lightning_curv.callbacks.monitoring.window import BackwardPass
+from lightning_curv.callbacks.run_report.run_report import RunReport
 from lightning_curv.callbacks.settings import check, find_output, key_of, require_whole_parameters
 from lightning_curv.callbacks.user_batch import BatchSize
 
@@ -164,9 +166,16 @@ class CurvatureCallback(Callback):
             above 10 times its running average), "vanishing" (the largest entry of a layer's
             gradient is below 1e-8), "nonfinite" (inf or NaN), which warn. Only an alarm whose
             action is "skip" or "stop" ever changes a run.
+        report: write one HTML page about the run when it ends, by an error too: all series, a map
+            over layers and steps, findings in words. True: `curvature_report.html` in the folder of
+            the logger, or else in `default_root_dir`; or a path. Layers are then measured, up to 60
+            evenly spaced ones, with or without `layers`. Needs plotly: the extra `report`. Of long
+            runs up to 1,000 evenly spaced values of a series are kept (200 of the layers), in
+            checkpoints too.
 
     Raises:
         ValueError: an argument is out of range, or a name is unknown.
+        ModuleNotFoundError: `report` needs plotly.
         MisconfigurationException: in `setup`: the strategy shards parameters.
 
     Example:
@@ -194,6 +203,7 @@ class CurvatureCallback(Callback):
         budget: float | None = None,
         on_epoch: bool = False,
         alarms: Sequence[str | Alarm] = (),
+        report: bool | str | Path = False,
     ) -> None:
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
         self._quantities = (
@@ -235,6 +245,8 @@ class CurvatureCallback(Callback):
         self._state_key = key_of(
             type(self).__name__, (names, every_n_steps, layers, ema, mc_samples)
         )
+        self.report = report
+        self._run = RunReport(report)
         self._noise: dict[str, RunningNoiseScale] = {}  # per series
         self._chosen: list[str] = []  # layers
         self._named = named(quantities)
@@ -315,6 +327,7 @@ class CurvatureCallback(Callback):
             "alarms": self._watch.state_dict(),
             "epoch": self._epoch.state_dict(),
             "epoch_of_layers": self._epoch_of_layers.state_dict(),
+            **({"run": self._run.state_dict()} if self._run else {}),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -324,6 +337,7 @@ class CurvatureCallback(Callback):
         self._watch.load_state_dict(state_dict.get("alarms", {}))
         self._epoch.load_state_dict(state_dict.get("epoch", {}))
         self._epoch_of_layers.load_state_dict(state_dict.get("epoch_of_layers", {}))
+        self._run.load_state_dict(state_dict.get("run", {}))
         self._loaded = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -332,6 +346,7 @@ class CurvatureCallback(Callback):
             self._trajectory, self._loaded = Trajectory(), False
             self._epoch, self._epoch_of_layers = EpochMeans(), EpochMeans()
             self._watch = Watch(alarms_of(self.alarms, self._series))
+            self._run.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._available = Availability(
@@ -342,6 +357,7 @@ class CurvatureCallback(Callback):
         find_output(pl_module, self.output)
         refuse_alarms(self._watch.alarms, trainer.optimizers)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
+        self._run.begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path is not None and not self._loaded:
@@ -367,7 +383,13 @@ class CurvatureCallback(Callback):
         if self._schedule.is_logged(trainer, self.every_n_steps):
             quantities = [q for q in self._quantities if q.is_due(step_of(trainer), interval)]
             self._report = Report(
-                quantities, self._chosen, self._noise, self.ema, self._trajectory, off
+                quantities,
+                self._chosen,
+                self._noise,
+                self.ema,
+                self._trajectory,
+                off,
+                self._run.layers,
             )
             logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
             known = self._required_fields | off.keys()
@@ -543,6 +565,8 @@ class CurvatureCallback(Callback):
             if self.on_epoch:
                 self._epoch.add(self._report.values)
                 self._epoch_of_layers.add(self._report.values_of_layers)
+            passes, automatic = self._accumulation.window.passes, pl_module.automatic_optimization
+            self._run.add(trainer, self._report.values, self._report.layers, passes, automatic)
         self._reckon(trainer)
         self._release(pl_module)
 
@@ -579,6 +603,10 @@ class CurvatureCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.teardown(trainer, pl_module, "fit")
+        self._run.end(trainer, pl_module, exception)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run.end(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._accumulation.forget()

@@ -37,11 +37,13 @@ class Report:
         ema: decay of the averages.
         trajectory: copies of parameters and gradients, updated.
         off: savefields that cannot be computed.
+        more: layers that are measured without series of their own.
 
     Attributes:
+        values: by series, once they are known.
+        layers: by layer and quantity.
         fields: savefields that extensions are to compute.
         listens: whether the norms of whole gradients are needed, too.
-        values: of the series.
         failures: savefields or names of quantities that could not be computed in the end, and why.
     """
 
@@ -53,11 +55,12 @@ class Report:
         ema: float,
         trajectory: Trajectory,
         off: Collection[str] = (),
+        more: Collection[str] = (),
     ) -> None:
-        self._quantities, self._chosen = quantities, chosen
+        self._quantities, self._chosen, self._more = quantities, chosen, more
         self._noise, self._ema, self._trajectory = noise, ema, trajectory
         self.values: dict[str, float] = {}
-        self._layers: dict[str, dict[str, float]] = {}
+        self.layers: dict[str, dict[str, float]] = {}
         self._updated: dict[str, list[Parameter]] = {}
         self._histograms: dict[str, Numbers] = {}
         self._off: set[str] = set()
@@ -126,13 +129,15 @@ class Report:
             return Job(quantities, measurement, noise)
 
         jobs = {"": job(list(grads), "")}
-        for layer, params in parameters_by_layer(pl_module).items() if self._chosen else ():
-            if mine := [p for p in params if p in grads]:
+        all_layers = parameters_by_layer(pl_module) if self._chosen or self._more else {}
+        for layer, params in all_layers.items():
+            mine = [p for p in params if p in grads]
+            if mine and (self._chosen or layer in self._more):
                 jobs[layer] = job(mine, layer)
         found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
         self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
         self.values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
-        self._layers |= found
+        self.layers |= found
         measurement = jobs[""].measurement
         if measurement.unseen:
             return
@@ -176,7 +181,8 @@ class Report:
         """Write the numbers, if there are any."""
         if not self.values:
             return
-        image = heat_map(self._layers) if len(self._layers) > len(self._chosen) else None
+        beyond = self._chosen and len(self.layers) > len(self._chosen)
+        image = heat_map(self.layers) if beyond else None
         samples = self._histograms if histograms else {}
         layers = self.values_of_layers
         publish(trainer, pl_module, events, self.values, layers, samples, image, prog_bar)
@@ -195,7 +201,7 @@ class Report:
         return {
             f"{name}/{layer}": value
             for layer in self._chosen
-            for name, value in self._layers.get(layer, {}).items()
+            for name, value in self.layers.get(layer, {}).items()
         }
 
 

@@ -211,32 +211,32 @@ class Statistics:
 
 
 class Window:
-    """The backward passes since the gradients were last set to zero."""
+    """The backward passes since the gradients were last set to zero: `passes`."""
 
     def __init__(self) -> None:
-        self._passes: list[BackwardPass] = []
+        self.passes: list[BackwardPass] = []
 
     def __len__(self) -> int:
-        return len(self._passes)
+        return len(self.passes)
 
     def __contains__(self, param: Parameter) -> bool:
-        return any(param in backward.covered for backward in self._passes)
+        return any(param in backward.covered for backward in self.passes)
 
     def add(self, backward: BackwardPass) -> None:
-        self._passes.append(backward)
+        self.passes.append(backward)
 
     def forget(self, params: Iterable[Parameter]) -> None:
         """Drop parameters whose gradient was set to zero, and passes that then have nothing left."""
         params = frozenset(params)
-        self._passes = [
-            backward.without(params) for backward in self._passes if not backward.covered <= params
+        self.passes = [
+            backward.without(params) for backward in self.passes if not backward.covered <= params
         ]
 
     def statistics(self, params: Iterable[Parameter], share: float) -> Statistics:
         """Combine the passes; see `Statistics`."""
         params = list(params)
-        passes = [backward for backward in self._passes if not backward.covered.isdisjoint(params)]
-        return Statistics(passes or self._passes, params, share)
+        passes = [backward for backward in self.passes if not backward.covered.isdisjoint(params)]
+        return Statistics(passes or self.passes, params, share)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -86,11 +86,12 @@ def test_quickstart_runs_block_after_block(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("lightning_logs/version_0/events*"))
 
 
-def test_the_loop_with_fabric_runs():
-    [block] = re.findall(r"```python\n(.*?)```", (DOCS / "lightning.md").read_text(), re.DOTALL)
+def test_code_beside_the_rest_of_lightning_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "lightning.md").read_text(), re.DOTALL)
     scope = {name: getattr(lightning_curv, name) for name in lightning_curv.__all__}
     x, y = torch.randn(8, 20), torch.randint(3, (8,))
-    exec(block, scope | {"torch": torch, "F": torch.nn.functional, "x": x, "y": y})
+    for block in blocks:
+        exec(block, scope | {"torch": torch, "F": torch.nn.functional, "x": x, "y": y})
 
 
 @pytest.mark.parametrize("path", PAGES + ROOT_PAGES, ids=page_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packages import needs
+from packages import needs, needs_browser
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_curv
@@ -179,6 +179,21 @@ def test_missing_packages_fail_in_ci_and_skip_elsewhere(monkeypatch):
     with pytest.raises(pytest.skip.Exception, match="could not import 'no_such_package'"):
         needs("no_such_package")
     assert needs("torch") is torch
+
+
+def test_a_missing_browser_fails_in_ci_unless_it_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.delenv("WITHOUT_BROWSER", raising=False)
+    with pytest.raises(pytest.fail.Exception, match="no browser: none of chromium"):
+        needs_browser()
+    monkeypatch.setenv("WITHOUT_BROWSER", "true")
+    with pytest.raises(pytest.skip.Exception, match="no browser"):
+        needs_browser()
+    monkeypatch.delenv("CI")
+    monkeypatch.delenv("WITHOUT_BROWSER")
+    with pytest.raises(pytest.skip.Exception, match="no browser"):
+        needs_browser()
 
 
 def test_every_optional_package_is_needed_by_the_same_helper():

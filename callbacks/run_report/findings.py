@@ -1,0 +1,59 @@
+"""All rules, asked what they find in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lightning_curv.callbacks.run_report import rules  # noqa: F401 (adds them)
+from lightning_curv.callbacks.run_report.course import Course
+from lightning_curv.callbacks.run_report.evidence import RULES, Evidence, Finding, Lacking
+from lightning_curv.callbacks.run_report.labels import split
+
+ORDER = {"warning": 0, "advice": 1, "note": 2}
+SHARED = ("loss", "samples", "learning_rate")  # by all optimizers
+
+
+def judged(
+    course: Course, sizes: Mapping[str, int], momentum: float | None
+) -> tuple[list[Finding], list[tuple[str, str]]]:
+    """What is found, the gravest first, and what came of every rule.
+
+    Args:
+        course: of the run.
+        sizes: parameters by layer.
+        momentum: of plain SGD.
+    """
+    findings: list[Finding] = []
+    checked: list[tuple[str, str]] = []
+    for optimizer, evidence in evidence_of(course, sizes, momentum).items():
+        where = f"{optimizer}: " if optimizer else ""
+        for rule in RULES:
+            try:
+                found = rule.judge(evidence)
+            except Lacking as reason:
+                checked.append((where + rule.statement, f"not judged: {reason}"))
+                continue
+            checked.append((where + rule.statement, "no" if found is None else "yes"))
+            if found is not None:
+                findings.append(Finding(found.kind, where + found.title, found.text))
+    return sorted(findings, key=lambda finding: ORDER[finding.kind]), checked
+
+
+def evidence_of(
+    course: Course, sizes: Mapping[str, int], momentum: float | None
+) -> dict[str, Evidence]:
+    """By optimizer, if there are several."""
+    points = {name: (series.steps, series.values) for name, series in course.series.items()}
+    layers = {name: (rows.steps, rows.values) for name, rows in course.layers.items()}
+    shared = {name: points[name] for name in SHARED if name in points}
+    optimizers = dict.fromkeys(split(name)[1] for name in points if name not in SHARED)
+    found = {}
+    for optimizer in optimizers:
+        own = {split(name)[0]: p for name, p in points.items() if split(name)[1] == optimizer}
+        largest = {
+            split(name)[0]: point
+            for name, point in course.largest.items()
+            if split(name)[1] == optimizer
+        }
+        found[optimizer] = Evidence({**shared, **own}, layers, largest, sizes, momentum)
+    return found
