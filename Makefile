@@ -34,10 +34,11 @@ nightly: ## searches that take hours: samples that change a private step too muc
 	OMP_NUM_THREADS=1 python benchmarks/sensitivity.py --cases 2000 --seed $$(date +%Y%m%d)
 	OMP_NUM_THREADS=1 python benchmarks/models.py --out models.json
 
-gallery: ## the pictures of the documentation, anew (the dashboard needs Chromium)
+gallery: ## the pictures of the documentation, anew (dashboard and report need Chromium)
 	python docs/make_concepts.py
 	python docs/make_gallery.py
 	python docs/make_dashboard.py
+	python docs/make_report.py
 
 dist: ## wheel and source distribution, into dist/
 	python -m build

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Run the examples with these names, or all."""
     names = sys.argv[1:] or sorted(
-        path.stem for path in (ROOT / "examples").glob("*.py") if path.stem != "shared"
+        path.stem
+        for path in (ROOT / "examples").glob("*.py")
+        if path.stem not in ("shared", "report")  # a page: see make_report.py
     )
     for name in names:
         with tempfile.TemporaryDirectory() as folder:

@@ -21,8 +21,8 @@ TESTED_ELSEWHERE = {"dp_mnist"}
 def run(tmp_path, monkeypatch, capsys):
     """Run a script as `python examples/<name>.py` does, but in this process: its imports take seconds."""
 
-    def run(name, *arguments):
-        picture = tmp_path / "out.png"
+    def run(name, *arguments, out="out.png"):
+        picture = tmp_path / out
         script = str(EXAMPLES / f"{name}.py")
         monkeypatch.setattr(
             sys, "argv", [script, "--quick", "--out", str(picture), *map(str, arguments)]
@@ -31,9 +31,9 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         runpy.run_path(script, run_name="__main__")
         assert picture.stat().st_size > 10_000
-        out = capsys.readouterr().out
-        assert f"picture: {picture}" in out
-        return out
+        printed = capsys.readouterr().out
+        assert f"{'picture' if out.endswith('png') else 'page'}: {picture}" in printed
+        return printed
 
     yield run
     logging.disable(logging.NOTSET)
@@ -124,6 +124,19 @@ def test_fabric_learns_in_bfloat16(run):
     out = run("fabric")
     assert number(r"held-out accuracy ([\d.]+)%", out) > 85
     assert number(r"noise scale (\d+)", out) > 10
+
+
+def test_report_says_what_is_to_be_known(run):
+    out = run("report", out="page.html")
+    assert re.search(
+        r"^finding: The batch of 64 is [\d.]+ × (below|above) the noise scale$", out, re.M
+    )
+    assert "vanish" not in out
+
+
+def test_report_says_why_sigmoids_do_not_learn(run):
+    out = run("report", "--sigmoid", out="page.html")
+    assert re.search(r"^finding: Gradients of layers? net\.1, net\.3.* vanish$", out, re.M)
 
 
 def test_privacy_audit_refutes_the_broken_runs_only(run):
