@@ -36,6 +36,14 @@ ROUTING = frozenset(_ROUTING.split())
 PRODUCTS = frozenset(
     ("Addmm", "Baddbmm", "Bmm", "Mm", "SparseAddmm")
 )  # a matrix without gradient may permute rows
+# ops that take what a mask says; where it may be left out, the attribute that holds it
+MASKED = {
+    "MaskedFill": "",
+    "SafeSoftmax": "",  # of `scaled_dot_product_attention` written out
+    "ScaledDotProductEfficientAttention": "_saved_attn_bias",
+    "ScaledDotProductFlashAttentionForCpu": "_saved_attn_mask",
+    "Where": "",
+}
 CAST = "ToCopyBackward0"
 Step = tuple[
     Node, int, bool, str
@@ -60,6 +68,7 @@ class Tape:
         casts: Nodes that may change the precision.
         routes: Whether some op moves rows to places that depend on values: what is true of one
             batch need not be so of the next.
+        gates: Whether some op takes what a mask says: in the next batch that may be other rows.
         seen: Nodes that the walk has been at, and whether from outside of the losses.
         read: The roots of what ops read that has no gradient, by their node.
         mapped: What ops under ``vmap`` read of the batch.
@@ -79,6 +88,7 @@ class Tape:
     nodes: list[Node] = field(default_factory=list)
     casts: list[Node] = field(default_factory=list)
     routes: bool = False
+    gates: bool = False
     seen: set[tuple[Node, bool]] = field(default_factory=set)
 
     @cached_property
@@ -179,6 +189,8 @@ def _follow(
         tape.structure.append((name, index, *(getattr(node, attribute) for attribute in placing)))
         if name == CAST:
             tape.casts.append(node)
+        if (held := MASKED.get(_kind(name))) is not None:
+            tape.gates = tape.gates or not held or getattr(node, held) is not None
         if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
             tape.hidden.append(name)
         mark = marks(node)

@@ -84,7 +84,8 @@ def find_samples(
         except UnsupportedError:
             MEMORY.entries.pop(key, None)
             raise
-        if not tape.routes and search.conclusive and (found.apart or not strict):
+        by_values = strict or tape.routes or tape.gates or not search.told_of_all
+        if search.conclusive and (found.apart or not by_values):
             MEMORY.keep(key, tape, found)
     if independent:
         refuse_pooled(tape, batch, found.samples.count)

@@ -110,6 +110,7 @@ class Probe:
     ) -> None:
         self.passes, self.heads, self.count, self.strict = passes, heads, count, strict
         self.conclusive = True
+        self.told_of_all = True
         self._ones = [_generic(head.like) for head, _ in heads]
 
     def findings(self, places: Sequence[Place]) -> list[Finding]:
@@ -220,6 +221,7 @@ class Probe:
         agreeing = agreeing or consistent(first, second, tolerance, place.axes, values)
         if not agreeing:
             return Finding(None)
+        self.told_of_all = self.told_of_all and _reaches_all(agreeing[0], first)
         return Finding(agreeing[0], options=agreeing if len(agreeing) > 1 else ())
 
     def _rows(
@@ -239,6 +241,16 @@ class Probe:
             self._code.read(plain, columns, axes, self.count, tolerance) for axes in place.rows
         )
         return Finding(next((rows for rows in options if rows is not None), None))
+
+
+def _reaches_all(owners: BatchAxis, cotangent: Tensor) -> bool:
+    """Whether something arrives at every sample; what is zero, a saturated unit, tells nothing."""
+    rest = [axis for axis in range(cotangent.ndim) if axis != owners.axis]
+    arriving = cotangent.any(rest) if rest else cotangent.bool()
+    if len(arriving) != owners.count:
+        split = (-1, owners.count) if owners.minor else (owners.count, -1)
+        arriving = arriving.reshape(split).any(0 if owners.minor else 1)
+    return bool(arriving.all())
 
 
 FINE = 1e-4  # between the roundings of float32 and of float16

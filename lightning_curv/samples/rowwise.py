@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,36 +22,35 @@ from lightning_curv.graph.tape import Tape
 from lightning_curv.terms.owners import BatchAxis, Owners
 
 _ENTRYWISE = """
-    Abs Add Alias Clamp ClampMax ClampMin Clone Cos Div Elu Erf Exp Expm1 Gelu Hardsigmoid Hardswish
-    Hardtanh LeakyRelu Log Log1P LogSigmoid MaskedFill Mish Mul NanToNum NativeDropout Neg Pow
-    Reciprocal Relu Rsqrt Rsub Sigmoid Silu Sin Softplus Sqrt Sub Tanh Threshold ToCopy Where
+    Abs Add Alias Ceil Clamp ClampMax ClampMin Clone Cos Div Elu Erf Exp Expand Expm1 Floor Gelu
+    Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp Log Log10 Log1P Log2 LogSigmoid MaskedFill Maximum
+    Minimum Mish Mul NanToNum NativeDropout Neg Pow PreluKernel Reciprocal Relu Round Rsqrt Rsub
+    Sigmoid Sign Silu Sin Softplus Sqrt Sub Tan Tanh Threshold ToCopy Where
 """
 _VIEWS = "ReshapeAlias Squeeze UnsafeView Unsqueeze View Reshape".split()  # noqa: SIM905
 _LEADING = """
-    AdaptiveAvgPool2D AvgPool2D MaxPool2DWithIndices ReflectionPad2D ReplicationPad2D
-    ScaledDotProductEfficientAttention ScaledDotProductFlashAttention
-    ScaledDotProductFlashAttentionForCpu UpsampleBilinear2D UpsampleNearest2D
+    AdaptiveAvgPool2D AdaptiveAvgPool3D AvgPool2D AvgPool3D Baddbmm Bmm
+    MaxPool2DWithIndices MaxPool3DWithIndices NativeGroupNorm PixelShuffle PixelUnshuffle
+    ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D
+    ScaledDotProductCudnnAttention ScaledDotProductEfficientAttention
+    ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu UpsampleBicubic2D
+    UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D
 """
-_ALONG = frozenset(("LogSoftmax", "Softmax"))
-_REDUCING = frozenset(("Mean", "Sum"))
+# ops that mix the entries of the axes in `_saved_dim` or `_saved_dims`, and keep all axes
+_ALONG = frozenset(
+    "Cat Cumprod Cumsum Flip LogSoftmax Roll SafeSoftmax Softmax Split SplitWithSizes".split()  # noqa: SIM905
+)
+_REDUCING = frozenset("Amax Amin LinalgVectorNorm Logsumexp Max Mean Min Std Sum Var".split())  # noqa: SIM905
 ENTRYWISE, VIEWS, LEADING = (
     frozenset(_ENTRYWISE.split()),
     frozenset(_VIEWS),
     frozenset(_LEADING.split()),
 )
-_USES = frozenset(
-    (
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "layer_norm",
-        "group_norm",
-        "rms_norm",
-        "matmul",
-        "embedding",
-    )
-)
+_SLOTTED = """
+    batch_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding
+    group_norm layer_norm linear matmul rms_norm
+"""
+_USES = frozenset(_SLOTTED.split()) | frozenset("add addmm div mul sub".split())  # noqa: SIM905
 
 Edge = tuple[Node, int]
 
@@ -88,7 +88,10 @@ def samples_cannot_meet(
         if node in tape.uses:
             use = tape.uses[node]
             if use.operands and (
-                use.output_nr != edge[1] or uses.get(node) != axis or use.name not in _USES
+                use.couples
+                or use.output_nr != edge[1]
+                or uses.get(node) != axis
+                or use.name not in _USES
             ):
                 return False
             inputs = [(below.node, below.output_nr) for below in use.inputs.values()]
@@ -123,17 +126,23 @@ def _rule(node: Node) -> Rule | None:
     if name in LEADING:
         return _leading
     if name in _ALONG:
-        return lambda node, out, inp, axis: (
-            axis if saved_axis(node._saved_dim, len(out)) != axis.axis else None
-        )
-    if name in _REDUCING and node.name().endswith("1"):
+        return _along
+    if name in _REDUCING and hasattr(node, "_saved_keepdim"):
         return _reducing
     return {
-        "Transpose": _transpose,
+        "Addmm": _product,
+        "ConstantPadNd": _padded,
+        "Convolution": _convolution,
+        "Mm": _product,
+        "NativeBatchNorm": _batch_norm,
+        "NativeLayerNorm": _layer_norm,
         "Permute": _permute,
         "Select": _select,
         "Slice": _slice,
-        "Bmm": _leading,
+        "Stack": _stack,
+        "T": _transpose,
+        "Transpose": _transpose,
+        "Unbind": _select,
     }.get(name)
 
 
@@ -188,14 +197,104 @@ def _view(
     return None
 
 
+def _along(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
+    """Ops that mix entries along some axes, all of them if none is saved."""
+    saved = node._saved_dims if hasattr(node, "_saved_dims") else (node._saved_dim,)
+    mixed = {saved_axis(dim, len(out)) for dim in saved} or {*range(len(out))}
+    kept = len(inp) == len(out) and inp[axis.axis] == out[axis.axis]
+    return axis if kept and axis.axis not in mixed else None
+
+
+def _padded(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
+    """Padding, two numbers per axis from the last one on: rows may also be cut off and put on."""
+    first = 2 * (len(out) - 1 - axis.axis)
+    return axis if not any(node._saved_pad[first : first + 2]) else None
+
+
+def _product(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
+    """A row of a matrix product reads one row of the first matrix, whatever the second one is.
+
+    Only if the second matrix, or what is added, carries no gradient: else it belongs to all rows.
+    """
+    first, *others = _matrices(node)
+    reads_first = first is not None and all(other is None for other in others)
+    return axis if reads_first and not axis.axis and inp[:1] == out[:1] else None
+
+
+def _convolution(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
+    """Of data with a kernel that carries no gradient: else that belongs to all samples."""
+    _, *kernel = (after for after, _ in node.next_functions)
+    return None if any(kernel) else _leading(node, out, inp, axis)
+
+
+def _matrices(node: Any) -> list[Node | None]:
+    """The nodes of the matrices of a product, the first one first, then what is added to it."""
+    nodes = [after for after, _ in node.next_functions]
+    return [*nodes[1:], nodes[0]] if name_of(node) == "Addmm" else nodes
+
+
+def _batch_norm(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
+    """With running statistics it treats entries apart; with those of the batch samples meet."""
+    return None if node._saved_training else _leading(node, out, inp, axis)
+
+
+def _layer_norm(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
+    rows = len(out) - len(node._saved_normalized_shape)
+    return axis if inp == out and axis.axis < rows else None
+
+
+def _stack(
+    node: Any,
+    out: torch.Size,
+    inp: torch.Size,
+    axis: BatchAxis,
+) -> BatchAxis | None:
+    new = saved_axis(node._saved_dim, len(out))
+    return None if new == axis.axis else replace(axis, axis=axis.axis - (new < axis.axis))
+
+
 def _reducing(
     node: Any,
     out: torch.Size,
     inp: torch.Size,
     axis: BatchAxis,
 ) -> BatchAxis | None:
-    summed = {saved_axis(dim, len(inp)) for dim in node._saved_dim} or {*range(len(inp))}
+    dims = node._saved_dim if isinstance(node._saved_dim, tuple) else (node._saved_dim,)
+    summed = {saved_axis(dim, len(inp)) for dim in dims if dim is not None}
+    summed = summed or {*range(len(inp))}
     kept = [place for place in range(len(inp)) if node._saved_keepdim or place not in summed]
+    if axis.axis >= len(kept):
+        return None
     place = kept[axis.axis]
     return None if place in summed else BatchAxis(axis.count, place, axis.minor)
 
@@ -206,7 +305,8 @@ def _transpose(
     inp: torch.Size,
     axis: BatchAxis,
 ) -> BatchAxis | None:
-    first, second = saved_axis(node._saved_dim0, len(out)), saved_axis(node._saved_dim1, len(out))
+    dims = (0, 1) if name_of(node) == "T" else (node._saved_dim0, node._saved_dim1)
+    first, second = (saved_axis(dim, len(out)) for dim in dims)
     place = {first: second, second: first}.get(axis.axis, axis.axis)
     return BatchAxis(axis.count, place, axis.minor)
 
@@ -227,7 +327,7 @@ def _select(
     axis: BatchAxis,
 ) -> BatchAxis | None:
     gone = saved_axis(node._saved_dim, len(inp))
-    return BatchAxis(axis.count, axis.axis + (gone <= axis.axis), axis.minor)
+    return replace(axis, axis=axis.axis + (gone <= axis.axis))
 
 
 def _slice(

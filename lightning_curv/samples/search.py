@@ -33,6 +33,7 @@ class Search:
         blind: Whether some custom function may read the batch unseen.
         reason: Why the graph did not agree with the last number that was tried.
         conclusive: Whether every op was reached by the weights.
+        told_of_all: Whether so were all samples at every op.
         silent: Where no weight arrives.
         anchors: Where ops have their samples for a number of them, as the rows that they read tell.
     """
@@ -53,5 +54,6 @@ class Search:
         self.blind = any(reads_unknown(node, batch.holds) for node in self.tape.nodes)
         self.reason = ""
         self.conclusive = True
+        self.told_of_all = True
         self.silent: set[Node | Join] = set()
         self.anchors: dict[tuple[Node | Join, int], Owners | None] = {}

@@ -66,6 +66,7 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
     _refuse_undefined(search, uses)
     joins, dropped = joins_of(search, heads, uses, probe, count)
     search.conclusive = search.conclusive and probe.conclusive
+    search.told_of_all = search.told_of_all and probe.told_of_all
     by_edge = {head.edge[:2]: owners for head, owners in heads}
     owners: dict[Node | Join, Owners] = {}
     for key, finding in uses.items():
@@ -85,12 +86,7 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
     )
     placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
     owners.update(joins.items())
-    apart = (
-        search.strict
-        and not joins
-        and not dropped
-        and samples_cannot_meet(search.tape, heads, owners)
-    )
+    apart = not joins and not dropped and samples_cannot_meet(search.tape, heads, owners)
     return Found(Samples(count, owners, placed), joins, dropped, apart)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,10 +50,12 @@ def structure_of(tape: Tape) -> tuple[Hashable, ...]:
 class Memory:
     """Structures of graphs that were verified, and for how long that is believed.
 
-    A structure is remembered only if none of its ops moves rows by values (`Tape.routes`) and every
-    op was reached by the weights, and only as long as tables that are the same for all samples are
-    the very same tensors. Weights can still open a gate that was closed, so it is verified again at
-    its 10th, 100th, ... use.
+    A structure is remembered only if every op was reached by the weights, and only as long as
+    tables that are the same for all samples are the very same tensors. If its ops keep samples
+    apart whatever the numbers are (`Found.apart`), it is remembered for good. Any other is not
+    remembered where ops move rows by values (`Tape.routes`) or take what a mask says
+    (`Tape.gates`), nor where nothing arrives at some sample; else factors can still open a gate
+    that was closed, so it is verified again at its 10th, 100th, ... use.
     """
 
     size: int = 256
@@ -91,7 +94,9 @@ class Memory:
             [(_Spot.of(join, tape), owners) for join, owners in found.joins.items()],
             [(position[node], _constants(tape.uses[node])) for node in found.dropped],
         )
-        if before is not None:
+        if found.apart:
+            entry.due = math.inf
+        elif before is not None:
             entry.seen, entry.due = before.seen, before.due
         while len(self.entries) > self.size:
             self.entries.popitem(last=False)
@@ -158,7 +163,7 @@ class _Entry:
     joins: list[tuple[_Spot, Owners]]
     dropped: list[tuple[int, tuple[Root, ...]]]
     seen: int = 1
-    due: int = 10
+    due: float = 10
 
 
 MEMORY = Memory()

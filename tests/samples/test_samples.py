@@ -236,6 +236,73 @@ def test_a_second_graph_that_looks_alike_is_verified_too(name):
         case.compute_loss().backward()
 
 
+MASKED = {
+    "where": lambda h, together: torch.where(together.any(1, keepdim=True), h.mean(0), h),
+    "masked_fill": lambda h, together: (
+        (h @ h.T).masked_fill(~together & ~torch.eye(len(h)).bool(), -torch.inf).softmax(1) @ h
+    ),
+    "attention": lambda h, together: F.scaled_dot_product_attention(
+        *[h[None]] * 3, attn_mask=together[None] | torch.eye(len(h)).bool()
+    )[0],
+    "fused attention": lambda h, together: F.scaled_dot_product_attention(
+        *[h[None, None]] * 3, attn_mask=together[None, None] | torch.eye(len(h)).bool()
+    )[0, 0],
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_that_change_are_seen_at_once(name):
+    """Masks come with the batch: what they keep apart in one batch they may join in the next."""
+    case = problem()
+    together = torch.zeros(len(case.X), len(case.X), dtype=torch.bool)
+    case.model = Mixing(lambda h: MASKED[name](h, together)).double()
+    for _ in range(2):
+        with curvature(*both()):
+            case.compute_loss().backward()
+        assert_right(case)
+    together.fill_(True)
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
+def test_masks_within_samples_cost_no_verification(monkeypatch):
+    """What keeps samples apart whatever the numbers are is verified once, and for good."""
+    case = problem()
+    mask = torch.ones(2, 2).tril().bool()
+
+    def attend(h):
+        return F.scaled_dot_product_attention(*[h.unflatten(1, (2, 2))] * 3, attn_mask=mask)
+
+    case.model = Mixing(lambda h: attend(h).flatten(1)).double()
+    passes = []
+    backward = Passes.backward
+    monkeypatch.setattr(
+        Passes, "backward", lambda self, *args: passes.append(args) or backward(self, *args)
+    )
+    MEMORY.entries.clear()
+    for _ in range(12):
+        with curvature(BatchGrad()):
+            case.compute_loss().backward()
+    assert len(passes) == 2
+
+
+def test_samples_at_which_nothing_arrives_are_not_taken_for_verified():
+    """Saturated units hide what their inputs depend on: the next batch may not saturate them."""
+    case = problem()
+
+    def last_two_meet(h):
+        return torch.cat([h[:-2], h[-2:] + h[-2:].mean(0)])
+
+    case.model = Mixing(lambda h: (case.scale * last_two_meet(h)).tanh()).double()
+    case.scale = torch.ones(len(case.X), 1).double()
+    case.scale[-2:] = 1e9
+    with curvature(BatchGrad()):
+        case.compute_loss().backward()
+    case.scale = torch.ones(len(case.X), 1).double()
+    with pytest.raises(NotImplementedError, match="samples mix"), curvature(BatchGrad()):
+        case.compute_loss().backward()
+
+
 def test_a_gate_that_opens_is_found_at_the_tenth_graph():
     """What was verified is believed for a while, and verified again then; `check=True` believes nothing."""
     case = problem()
