@@ -603,10 +603,10 @@ class CurvatureCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self.teardown(trainer, pl_module, "fit")
-        self._run.end(trainer, pl_module, exception)
+        self._run.end(trainer, pl_module, self.raised, exception)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run.end(trainer, pl_module)
+        self._run.end(trainer, pl_module, self.raised)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._accumulation.forget()

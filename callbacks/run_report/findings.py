@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from lightning_curv.callbacks.monitoring.watch import KEPT, Raised
 from lightning_curv.callbacks.run_report import rules  # noqa: F401 (adds them)
 from lightning_curv.callbacks.run_report.course import Course
 from lightning_curv.callbacks.run_report.evidence import RULES, Evidence, Finding, Lacking
@@ -57,3 +58,25 @@ def evidence_of(
         }
         found[optimizer] = Evidence({**shared, **own}, layers, largest, sizes, momentum)
     return found
+
+
+def of_alarms(raised: Sequence[Raised]) -> list[Finding]:
+    """One for every alarm that went off.
+
+    Args:
+        raised: by the callback, in the order of the steps.
+    """
+    steps: dict[str, list[int]] = {}
+    for one in raised:
+        where = f" of {one.where.lstrip('/')}" if one.where else ""
+        steps.setdefault(f"{one.alarm}{where}", []).append(one.step)
+    least = "at least " if len(raised) >= KEPT else ""  # earlier ones are forgotten
+    return [
+        Finding(
+            "warning",
+            f"Alarm: {alarm}",
+            f"It went off at {least}{len(found):,} step{'s' if len(found) > 1 else ''}, first at "
+            f"step {found[0]:,}, last at step {found[-1]:,}.",
+        )
+        for alarm, found in steps.items()
+    ]

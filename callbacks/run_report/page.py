@@ -94,7 +94,8 @@ class Page:
 
     def _findings(self) -> str:
         items = "".join(
-            f'<li class="{finding.kind}"><span class=mark aria-hidden=true>{MARKS[finding.kind]}</span>'
+            f'<li class="{finding.kind}">'
+            f"<span class=mark aria-hidden=true>{MARKS[finding.kind]}</span>"
             f"<div><h3>{_text(finding.title)}</h3><p>{_text(finding.text)}</p></div></li>"
             for finding in self.findings
         )
@@ -106,7 +107,7 @@ class Page:
         )
         return (
             f"<section><h2>Findings</h2><ul class=findings>{items}</ul><details><summary>The "
-            f"{len(self.checked)} rules and what came of them</summary><div class=scroll><table>{rules}</table></div>"
+            f"{len(self.checked)} rules and what came of them</summary><table>{rules}</table>"
             "</details></section>"
         )
 

@@ -37,9 +37,7 @@ EDGE = 0.8  # of the sharpness at which SGD becomes unstable
 OFF_CENTRE = 0.5  # of alpha, in which 0 is the minimum and -1 the start
 
 
-@rule(
-    f"Three quarters of the noise scales in the second half are above {BATCH_FACTOR:g} × the batch."
-)
+@rule(f"Three quarters of the noise scales in the second half are above {BATCH_FACTOR:g} batches.")
 def batch_below_noise_scale(seen: Evidence) -> Finding | None:
     """Larger batches would save steps."""
     batch, (low, middle, high) = _batch(seen), quartiles(_noise_scales(seen))
@@ -109,7 +107,8 @@ def loss_does_not_fall(seen: Evidence) -> Finding | None:
     return Finding(
         "warning",
         "The training loss did not fall",
-        f"Its median is {number(first)} in the first third of the run and {number(last)} in the last one.",
+        f"Its median is {number(first)} in the first third of the run and {number(last)} in the "
+        "last one.",
     )
 
 
@@ -137,7 +136,8 @@ def gradient_norm_has_a_spike(seen: Evidence) -> Finding | None:
     return Finding(
         "warning",
         f"The gradient norm had a spike at step {step}",
-        f"It was {number(largest)}, {factor(largest / middle)} the median of the run. Look at the batch of that step.",
+        f"It was {number(largest)}, {factor(largest / middle)} the median of the run. Look at the "
+        "batch of that step.",
     )
 
 
@@ -146,7 +146,7 @@ def gradient_norm_has_a_spike(seen: Evidence) -> Finding | None:
     f"{VANISHED:g} × that of the layer with the largest ({LEAST_LAYERS} layers or more)."
 )
 def gradients_of_layers_vanish(seen: Evidence) -> Finding | None:
-    """Root mean square of the entries of the gradient, beside that of the layer where it is largest."""
+    """Root mean square of a gradient's entries, beside that of the layer where it is largest."""
     layers = {name: enough(s, "steps with layers") for name, s in _relative_norms(seen).items()}
     shares = {name: quartiles(values) for name, values in layers.items()}
     vanished = [
@@ -177,7 +177,8 @@ def layers_get_no_gradient(seen: Evidence) -> Finding | None:
     return Finding(
         "warning",
         f"{names} {_listed(dead)} {verb} no gradient",
-        "It is exactly zero in all logged steps of the second half of the run: dead units, or no path to the loss.",
+        "It is exactly zero in all logged steps of the second half of the run: dead units, or no "
+        "path to the loss.",
     )
 
 
@@ -224,7 +225,11 @@ def gradient_is_noise(seen: Evidence) -> Finding | None:
     f"{EDGE:g} × 2 (1 + momentum) / learning rate."
 )
 def sharpness_is_at_the_edge(seen: Evidence) -> Finding | None:
-    """Cohen et al., *Gradient descent on neural networks typically occurs at the edge of stability*, ICLR 2021."""
+    """The eigenvalue hovers around the limit.
+
+    Cohen et al., *Gradient descent on neural networks typically occurs at the edge of stability*,
+    ICLR 2021.
+    """
     if seen.sgd is None:
         raise Lacking("needs plain SGD")
     sharpness, rates = seen.second_half("hessian_max_eigenvalue"), _rates(seen)
@@ -311,7 +316,7 @@ def _second_half_of_layers(seen: Evidence) -> dict[str, list[float]]:
 
 
 def _relative_norms(seen: Evidence) -> dict[str, list[float]]:
-    """Root mean squares of the gradients' entries over the largest of them, in the second half."""
+    """Root mean squares of gradients' entries over the largest of them, in the second half."""
     norms = _second_half_of_layers(seen)
     if len(norms) < LEAST_LAYERS:
         raise Lacking(f"needs {LEAST_LAYERS} layers, there are {len(norms)}")

@@ -15,12 +15,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_curv.callbacks.run_report import description
 from lightning_curv.callbacks.run_report.course import MOST_COLUMNS, MOST_POINTS, Course, evenly
-from lightning_curv.callbacks.run_report.findings import judged
+from lightning_curv.callbacks.run_report.findings import judged, of_alarms
 from lightning_curv.callbacks.run_report.labels import charts_of, split
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
+    from lightning_curv.callbacks.monitoring.watch import Raised
     from lightning_curv.callbacks.monitoring.window import BackwardPass
     from lightning_curv.callbacks.run_report.page import Page, Picture
 
@@ -49,7 +50,8 @@ class RunReport:
             )
         if where and find_spec("plotly") is None:
             raise ModuleNotFoundError(
-                "`report` needs plotly, which is not installed: pip install 'lightning-curv[report]'."
+                "`report` needs plotly, which is not installed: "
+                "pip install 'lightning-curv[report]'."
             )
         self._course = Course()
         self._path = ""
@@ -117,9 +119,22 @@ class RunReport:
         self._course.add(step, {**more, **values}, mapped)
 
     def end(
-        self, trainer: Trainer, pl_module: LightningModule, error: BaseException | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        raised: Sequence[Raised] = (),
+        error: BaseException | None = None,
     ) -> None:
-        """Write the page, if this is the process that does; what goes wrong does not concern the run."""
+        """Write the page, if this is the process that does.
+
+        What goes wrong does not concern the run.
+
+        Args:
+            trainer: of the run.
+            pl_module: that was trained.
+            raised: alarms that went off.
+            error: that ended the run.
+        """
         if self._started is None:
             return
         seconds, self._started = self._seconds(), None
@@ -130,16 +145,17 @@ class RunReport:
             name not in ("loss", "samples", "learning_rate") for name in self._course.series
         ):
             rank_zero_warn(
-                "CurvatureCallback writes no report: no step was logged. Log more often (`every_n_steps`)."
+                "CurvatureCallback writes no report: no step was logged. Log more often "
+                "(`every_n_steps`)."
             )
             return
         try:
-            page = self._page(trainer, pl_module, seconds, error)
+            page = self._page(trainer, pl_module, seconds, raised, error)
             write(self._path, page.html())
         except Exception as failure:
             rank_zero_warn(
-                f"CurvatureCallback cannot write its report to {self._path} ({type(failure).__name__}: {failure}) and "
-                "goes on without."
+                f"CurvatureCallback cannot write its report to {self._path} "
+                f"({type(failure).__name__}: {failure}) and goes on without."
             )
             return
         rank_zero_info(f"CurvatureCallback has written a report of this run: {self._path}")
@@ -153,6 +169,7 @@ class RunReport:
         trainer: Trainer,
         pl_module: LightningModule,
         seconds: float,
+        raised: Sequence[Raised],
         error: BaseException | None,
     ) -> Page:
         from lightning_curv.callbacks.run_report.page import Page
@@ -165,7 +182,7 @@ class RunReport:
             subtitle=description.ending(error, datetime.now()),
             facts=description.facts(trainer, pl_module, self._course, seconds),
             versions=description.versions(),
-            findings=findings,
+            findings=[*of_alarms(raised), *findings],
             checked=checked,
             curves=curves(self._course),
             maps=maps(self._course, [*sizes]),
@@ -201,7 +218,7 @@ def curves(course: Course) -> list[Picture]:
 
 
 def by_optimizer(course: Course) -> dict[str, dict[str, Any]]:
-    """Series by name, for every optimizer; those that all of them share are with the only or the first one."""
+    """Series by name, for every optimizer; "" has those that all share, or the only one's."""
     groups: dict[str, dict[str, Any]] = {}
     for name, series in course.series.items():
         base, optimizer = split(name)

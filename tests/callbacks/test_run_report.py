@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback
+from lightning_curv.callbacks import Alarm
 from lightning_curv.callbacks.run_report import course, run_report
 from lightning_curv.callbacks.run_report.course import Course, Series, evenly
 from lightning_curv.callbacks.run_report.figures import curves, heat_map
@@ -213,6 +214,17 @@ def test_a_run_that_is_stopped_has_a_report(tmp_path):
     page = tmp_path / "report.html"
     fit(Stops(), CurvatureCallback(report=page), epochs=9)
     assert drawn(page, "gradient norm")[0] == [0, 1, 2, 3, 4]
+
+
+def test_alarms_that_went_off_are_found(tmp_path):
+    page = tmp_path / "report.html"
+    alarms = [Alarm("grad_norm", above=0.0), Alarm("grad_norm", above=1e9)]
+    with pytest.warns(UserWarning, match="Alarm at step 0"):
+        fit(Net(), CurvatureCallback(report=page, alarms=alarms), epochs=1)
+    text = words(page)
+    assert text.count("Alarm: ") == 1
+    assert f"Alarm: {alarms[0]}" in text
+    assert "It went off at 4 steps, first at step 0, last at step 3." in text
 
 
 def full(self, *args, **kwargs):
