@@ -18,8 +18,10 @@ from lightning_curv.callbacks.monitoring.accumulation import Accumulation
 from lightning_curv.callbacks.monitoring.alarm import Alarm, Moment, alarms_of, refuse_alarms
 from lightning_curv.callbacks.monitoring.availability import Availability
 from lightning_curv.callbacks.monitoring.epochs import EpochMeans
+from lightning_curv.callbacks.monitoring.histograms import GradientHistogram
 from lightning_curv.callbacks.monitoring.layers import choose, parameters_by_layer
 from lightning_curv.callbacks.monitoring.measure import RunningNoiseScale
+from lightning_curv.callbacks.monitoring.norm_layers import NORM_LAYERS, norm_parameters
 from lightning_curv.callbacks.monitoring.observation import (
     AnyExtension,
     Observation,
@@ -79,6 +81,9 @@ class CurvatureCallback(Callback):
       from step 20 on at most every tenth step, unless ``quantities`` names it
 
     Not in the default: ``gradient_stats`` (``grad_norm|mean|std|max``) and ``sparsity`` of the gradient,
+    ``noise_scale_norm_layers`` (of normalization layers alone, for large models; see the concepts),
+    ``grad_hist_1d`` and ``grad_hist_2d`` (all entries of the per-sample gradients, alone and with the
+    parameters' values, for loggers that take histograms and images),
     ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``,
     ``hessian_max_eigenvalue``, ``mean_gsnr``, ``grad_diversity``, ``norm_test``,
     ``inner_product_test``, ``orthogonality_test``, ``cabs``, ``early_stopping``, ``tic_trace``,
@@ -131,7 +136,7 @@ class CurvatureCallback(Callback):
             once at the start: True for the first ones, "topk" for those with most parameters, or a
             regular expression that is searched in their names. All layers, if there are more, make
             one heat-map image per logged step.
-        histograms: write the histogram of the per-sample norms to loggers that take one.
+        histograms: write histograms, and images of them, to loggers that take some.
         mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses
             without a second derivative.
         output: the module where the network ends, or its name in the `LightningModule`, instead of
@@ -350,7 +355,12 @@ class CurvatureCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._available = Availability(
-            self._quantities, self.extensions, self._named, self.strict, self.mc_samples
+            self._quantities,
+            self.extensions,
+            self._named,
+            self.strict,
+            self.mc_samples,
+            pl_module,
         )
         self._checked = self._noisy = self._priced = False
         self._schedule = Schedule(self.budget)
@@ -390,8 +400,9 @@ class CurvatureCallback(Callback):
                 self._trajectory,
                 off,
                 self._run.layers,
+                norm_parameters(pl_module).values(),
             )
-            logged = [FIELDS[name](self.mc_samples) for name in self._report.fields]
+            logged = [FIELDS[name](self.mc_samples, pl_module) for name in self._report.fields]
             known = self._required_fields | off.keys()
             supplied += [e for e in self.extensions if e.savefield not in known]
         else:
@@ -443,6 +454,9 @@ class CurvatureCallback(Callback):
         )
         if self._observation.considered:
             self._look(trainer, pl_module, start)
+        for extension in self._observation.logged:
+            if isinstance(extension, GradientHistogram):
+                extension.factor = start.factor
         if self._observation:
             self._observation.begin(start.root, start.seed, check)
             self._turn_off_failed()
@@ -463,13 +477,18 @@ class CurvatureCallback(Callback):
             if self._report.listens:
                 found[PARTS] = self._parts.stop()
             observed, start = self._observation, self._loss
+            counts = dict(observed.counts)
+            if NORM_LAYERS in found:  # alone: else they are among those of all layers
+                found["batch_l2"] = found.pop(NORM_LAYERS)
+                if NORM_LAYERS in counts:
+                    counts["batch_l2"] = counts.pop(NORM_LAYERS)
             self._accumulation.add(
                 BackwardPass(
                     found,
                     start.factor,
                     start.value,
                     observed.count,
-                    observed.counts,
+                    counts,
                     observed.size,
                 )
             )
@@ -647,7 +666,7 @@ class CurvatureCallback(Callback):
         if self._report is not None:
             self._report.turn_off(found)
             self._observation.logged = [
-                FIELDS[name](self.mc_samples) for name in self._report.fields
+                FIELDS[name](self.mc_samples, pl_module) for name in self._report.fields
             ]
 
     def _leave_out(self, what: Collection[str], error: Exception) -> None:

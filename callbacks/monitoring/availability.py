@@ -6,8 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_curv.callbacks.monitoring.norm_layers import (
+    NORM_LAYERS,
+    no_norm_layers,
+    norm_parameters,
+)
 from lightning_curv.callbacks.monitoring.observation import AnyExtension, Observation, explained
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantities import FIELDS, Quantity
@@ -27,6 +32,7 @@ class Availability:
         named: quantities that the user asked for by name.
         strict: whether the run ends where something that was asked for cannot be computed.
         mc_samples: random labels per Monte-Carlo quantity.
+        module: the model.
 
     Attributes:
         off: savefields, and names of quantities, that cannot be computed, and why.
@@ -40,9 +46,11 @@ class Availability:
         named: Collection[str] = (),
         strict: bool = True,
         mc_samples: int = 1,
+        module: nn.Module | None = None,
     ) -> None:
         self._quantities, self._extensions = quantities, extensions
         self._named, self._strict, self._mc_samples = named, strict, mc_samples
+        self._module = nn.Module() if module is None else module
         self.off: dict[str, Exception] = {}
         self.looked = False
 
@@ -53,7 +61,7 @@ class Availability:
             for quantity in self._quantities
             for field in (*quantity.fields, *quantity.instead)
         )
-        found = [FIELDS[name](self._mc_samples) for name in fields if name in FIELDS]
+        found = [FIELDS[name](self._mc_samples, self._module) for name in fields if name in FIELDS]
         self.looked = not found
         return [*found, *self._extensions]
 
@@ -83,6 +91,8 @@ class Availability:
             found = observation.look(loss, seed)
         except Exception as error:  # of ours: training goes on
             found = dict.fromkeys(considered, error)
+        if NORM_LAYERS in considered and not norm_parameters(self._module):
+            found = {**found, NORM_LAYERS: no_norm_layers()}
         without_parts = _without_parts(trainer, pl_module, observation.size)
         for field, refusal in found.items():
             self._lost({field}, refusal, {**found, **without_parts})

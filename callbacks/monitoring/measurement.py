@@ -19,6 +19,7 @@ from lightning_curv.callbacks.monitoring.entries import (
     pooled_entries,
     stored,
 )
+from lightning_curv.callbacks.monitoring.histograms import COARSE, FINE, ONE, TWO, limits
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.monitoring.window import Statistics, wide
@@ -137,6 +138,10 @@ class Measurement:
             return {
                 "dot_second": s.mean((s.dots(vectors) / self._divisor).square()) if vectors else 0.0
             }
+        if field in (ONE, TWO):
+            bins = (len(limits(FINE if field == ONE else COARSE)) + 1) ** (1 if field == ONE else 2)
+            counts = s.total(field) if available else None
+            return {field: torch.zeros(bins) if counts is None else counts}
         if field == "grad_sum":
             return self._of_estimate(s.mean_gradients() if available else {})
         if field == "sum_grad_squared":
@@ -266,6 +271,11 @@ class Measurement:
         return np.float64(self._sums[savefield])
 
     any_of = sum_of
+
+    def counts(self, savefield: str) -> Numbers:
+        """A histogram over all processes."""
+        counts = cast("Tensor", self._sums[savefield]) * self._world
+        return np.rint(counts.double().cpu().numpy())
 
     def first_of(self, *savefields: str) -> np.float64:
         """The first of several estimates of a trace that exists."""

@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from lightning_curv.callbacks.import_names import MisconfigurationException, from_lightning
 from lightning_curv.callbacks.monitoring.measurement import EIGENVALUES
+from lightning_curv.callbacks.monitoring.norm_layers import (
+    NORM_LAYERS,
+    no_norm_layers,
+    norm_parameters,
+)
 from lightning_curv.callbacks.monitoring.observation import AnyExtension, Observation
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.prices import by_quantity, clock
@@ -95,7 +100,7 @@ def preview(
     fields = dict.fromkeys(
         field for q in quantities for field in (*q.fields, *q.instead) if field in FIELDS
     )
-    considered = [FIELDS[name](mc_samples) for name in fields]
+    considered = [FIELDS[name](mc_samples, module) for name in fields]
     observation = observe(considered)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(module))
@@ -130,11 +135,13 @@ def _measured(
         loss = _loss(module, batch)
     seed = torch.ones_like(loss)
     off = observation.look(loss, seed)
+    if not norm_parameters(module):
+        off[NORM_LAYERS] = no_norm_layers()
     paths = {q.name: q.path(off) for q in quantities}
     wanted = dict.fromkeys(
         field for path in paths.values() for field in path or () if field in FIELDS
     )
-    observation.logged = [FIELDS[name](mc_samples) for name in wanted]
+    observation.logged = [FIELDS[name](mc_samples, module) for name in wanted]
     observation.clock = clock
     observation.begin(loss, seed, check=False)
     failures = [*observation.failures()]

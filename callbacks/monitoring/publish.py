@@ -72,8 +72,8 @@ def publish(
     events: Events,
     values: Mapping[str, float],
     layers: Mapping[str, float],
-    histograms: Mapping[str, Numbers],
-    image: Tensor | None = None,
+    histograms: Mapping[str, Numbers | dict[str, Any]],
+    images: Mapping[str, Tensor] | None = None,
     prog_bar: Collection[str] = (),
     steps_ago: int = 0,
 ) -> None:
@@ -87,8 +87,8 @@ def publish(
         events: on their way to TensorBoard.
         values: by series.
         layers: by series/layer.
-        histograms: samples by name.
-        image: of all layers.
+        histograms: samples by name, ascending, or what `binned` makes of them.
+        images: by group/name.
         prog_bar: series to show on the progress bar.
         steps_ago: at how many steps before the current one.
     """
@@ -109,17 +109,17 @@ def publish(
             for name, value in layers.items()
         }
         samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
-        images = {} if image is None else {f"{LAYERS}{separator}all": image}
+        pictures = {name.replace("/", separator): image for name, image in (images or {}).items()}
         with events.tolerating():
             write = events.add if _is_plain_tensorboard(logger) else _write
-            write(logger, step, metrics, samples, images)
+            write(logger, step, metrics, samples, pictures)
 
 
 def _write(
     logger: Logger,
     step: int,
     metrics: dict[str, float],
-    samples: Mapping[str, Numbers],
+    samples: Mapping[str, Numbers | dict[str, Any]],
     images: Mapping[str, Tensor],
 ) -> None:
     """Through the methods of a logger; histograms and images if its experiment takes them."""
@@ -154,7 +154,7 @@ def _write_event(
     logger: Any,
     step: int,
     metrics: dict[str, float],
-    samples: Mapping[str, Numbers],
+    samples: Mapping[str, Numbers | dict[str, Any]],
     images: Mapping[str, Tensor],
     moment: float,
 ) -> None:
@@ -170,8 +170,10 @@ def _write_event(
     logger.experiment._get_file_writer().add_event(event, step, moment)
 
 
-def binned(samples: Numbers) -> dict[str, Any]:
+def binned(samples: Numbers | dict[str, Any]) -> dict[str, Any]:
     """A histogram of equal bins of ascending samples, 0.6 kB in an event file; empty if there is nothing to count."""
+    if isinstance(samples, dict):
+        return samples
     if not len(samples) or not math.isfinite(squares := float((samples * samples).sum())):
         return {}
     low, high = float(samples[0]), float(samples[-1])

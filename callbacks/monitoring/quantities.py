@@ -31,9 +31,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_curv.callbacks.monitoring.histograms import ONE, TWO, GradientHistogram
 from lightning_curv.callbacks.monitoring.measurement import Measurement
+from lightning_curv.callbacks.monitoring.norm_layers import (
+    NORM_LAYERS,
+    NormLayerL2,
+    norm_parameters,
+)
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import quantiles
 from lightning_curv.callbacks.settings import near
@@ -56,18 +62,22 @@ LEVELS = {
     "sample_norm_max": 1.0,
 }
 
-FIELDS: dict[str, Callable[[int], Extension | GraphExtension]] = {
-    "batch_l2": lambda _: BatchL2Grad(),
-    "sum_grad_squared": lambda _: SumGradSquared(),
-    "jacobian_grad": lambda _: GradientJacobian(),
-    "grad_sum": lambda _: GradientSum(),
-    "ggn_trace_mc": GGNTraceMC,
-    "ggn_trace_joint_mc": GGNTraceJointMC,
-    "diag_ggn_mc": DiagGGNMC,
-    "ggn_trace_exact": lambda _: GGNTraceExact(),
-    "hessian_trace_mc": HessianTraceMC,
-    "ggn_max_eigenvalue": lambda _: MaxEigenvalue("ggn"),
-    "hessian_max_eigenvalue": lambda _: MaxEigenvalue("hessian"),
+# From the number of Monte-Carlo samples and the model.
+FIELDS: dict[str, Callable[[int, nn.Module], Extension | GraphExtension]] = {
+    "batch_l2": lambda *_: BatchL2Grad(),
+    "sum_grad_squared": lambda *_: SumGradSquared(),
+    "jacobian_grad": lambda *_: GradientJacobian(),
+    "grad_sum": lambda *_: GradientSum(),
+    NORM_LAYERS: lambda _, module: NormLayerL2(norm_parameters(module).values()),
+    ONE: lambda *_: GradientHistogram(joint=False),
+    TWO: lambda *_: GradientHistogram(joint=True),
+    "ggn_trace_mc": lambda mc_samples, _: GGNTraceMC(mc_samples),
+    "ggn_trace_joint_mc": lambda mc_samples, _: GGNTraceJointMC(mc_samples),
+    "diag_ggn_mc": lambda mc_samples, _: DiagGGNMC(mc_samples),
+    "ggn_trace_exact": lambda *_: GGNTraceExact(),
+    "hessian_trace_mc": lambda mc_samples, _: HessianTraceMC(mc_samples),
+    "ggn_max_eigenvalue": lambda *_: MaxEigenvalue("ggn"),
+    "hessian_max_eigenvalue": lambda *_: MaxEigenvalue("hessian"),
 }
 SAMPLED = {
     "ggn_trace_mc",
@@ -114,7 +124,8 @@ class Quantity:
     @property
     def of_some(self) -> Quantity:
         """The same from some of the samples: second moments then need the sum of the gradients of these."""
-        moments = "batch_l2" in self.fields and self.name != "sample_norms"
+        norms = {"batch_l2", NORM_LAYERS} & {*self.fields}
+        moments = bool(norms) and self.name != "sample_norms"
         return replace(self, fields=(*self.fields, "grad_sum")) if moments else self
 
     def is_due(self, step: int, interval: int) -> bool:
@@ -188,9 +199,15 @@ def _quantity(
 
 def _of_the_course(name: str) -> None:
     """A quantity of several steps, which is not a function of one measurement."""
-    noise = name in ("noise_scale", "suggested_batch_size")
-    fields, instead = (("batch_l2",), (PARTS,)) if noise else ((), ())
+    noise = {"noise_scale": "batch_l2", "suggested_batch_size": "batch_l2"}
+    noise["noise_scale_norm_layers"] = NORM_LAYERS
+    fields, instead = ((noise[name],), (PARTS,)) if name in noise else ((), ())
     QUANTITIES[name] = Quantity(name, None, fields, (name,), name == "noise_scale", instead)
+
+
+def _picture(name: str) -> None:
+    """A histogram, which has no series."""
+    QUANTITIES[name] = Quantity(name, None, (name,), (), per_layer=False)
 
 
 def _ratio(parts: tuple[float, float]) -> float:
@@ -260,6 +277,12 @@ def grad_signal(m: Measurement) -> float:
 # 2.3). See `RunningNoiseScale`.
 _of_the_course("noise_scale")
 _of_the_course("suggested_batch_size")
+# The noise scale of the parameters of normalization layers alone, without listening to other ops. Gray
+# et al., *Normalization layer per-example gradients are sufficient to predict gradient noise scale in
+# transformers*, NeurIPS 2024: in transformers it follows the noise scale of all parameters, up to a
+# factor that depends on the model. They find it by a regression; so do it for yours, once, by
+# logging both for a while, before you read batch sizes off this one. See `norm_layers`.
+_of_the_course("noise_scale_norm_layers")
 
 
 @_quantity("ggn_trace_mc", instead=("ggn_trace_joint_mc",))
@@ -400,3 +423,9 @@ def tic_diag(m: Measurement) -> Tensor:
 _of_the_course("update_size")
 _of_the_course("distance")
 _of_the_course("alpha")
+
+# Counts of all entries of the $g_n$, and of pairs of such an entry and the value of its parameter, for
+# loggers that take histograms and images. Schneider, Dangel & Hennig, *Cockpit*, NeurIPS 2021, section
+# 2.2. All B times P entries are formed, a few samples at a time. See `histograms`.
+_picture(ONE)
+_picture(TWO)

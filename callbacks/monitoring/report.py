@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_curv.callbacks.monitoring.histograms import ONE, TWO, histogram_1d, image_2d
 from lightning_curv.callbacks.monitoring.layers import parameters_by_layer
 from lightning_curv.callbacks.monitoring.measure import Job, RunningNoiseScale, measure
 from lightning_curv.callbacks.monitoring.measurement import Measurement
+from lightning_curv.callbacks.monitoring.norm_layers import NORM_LAYERS
 from lightning_curv.callbacks.monitoring.parts import PARTS
-from lightning_curv.callbacks.monitoring.publish import Events, heat_map, publish
+from lightning_curv.callbacks.monitoring.publish import GROUP, LAYERS, Events, heat_map, publish
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
-from lightning_curv.callbacks.monitoring.quantities import ENTRIES, Quantity
+from lightning_curv.callbacks.monitoring.quantities import ENTRIES, QUANTITIES, Quantity
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory, distance
 from lightning_curv.callbacks.monitoring.window import Window
 
@@ -38,6 +40,7 @@ class Report:
         trajectory: copies of parameters and gradients, updated.
         off: savefields that cannot be computed.
         more: layers that are measured without series of their own.
+        norm_layers: parameters of normalization layers.
 
     Attributes:
         values: by series, once they are known.
@@ -56,13 +59,16 @@ class Report:
         trajectory: Trajectory,
         off: Collection[str] = (),
         more: Collection[str] = (),
+        norm_layers: Collection[Parameter] = (),
     ) -> None:
         self._quantities, self._chosen, self._more = quantities, chosen, more
         self._noise, self._ema, self._trajectory = noise, ema, trajectory
         self.values: dict[str, float] = {}
         self.layers: dict[str, dict[str, float]] = {}
         self._updated: dict[str, list[Parameter]] = {}
-        self._histograms: dict[str, Numbers] = {}
+        self._histograms: dict[str, Numbers | dict[str, Any]] = {}
+        self._norm_layers = norm_layers
+        self._pictures: dict[str, Tensor] = {}
         self._off: set[str] = set()
         self.failures: list[tuple[set[str], Exception]] = []
         self.too_noisy = 0  # samples of a batch that was too small
@@ -74,7 +80,8 @@ class Report:
         paths = {quantity.name: quantity.path(self._off) for quantity in self._quantities}
         self._names = {name for name, path in paths.items() if path is not None}
         self._fields = dict.fromkeys(field for path in paths.values() for field in path or ())
-        self.fields = [field for field in self._fields if field != PARTS]
+        known = {PARTS, NORM_LAYERS} if "batch_l2" in self._fields else {PARTS}
+        self.fields = [field for field in self._fields if field not in known]
         self.listens = PARTS in self._fields
 
     @torch.no_grad()
@@ -134,9 +141,17 @@ class Report:
             mine = [p for p in params if p in grads]
             if mine and (self._chosen or layer in self._more):
                 jobs[layer] = job(mine, layer)
+        if "noise_scale_norm_layers" in self._names:
+            mine = [p for p in self._norm_layers if p in grads]
+            if mine:
+                jobs[NORM_LAYERS] = self._norm_job(
+                    mine, suffix, window, grads, divisor, passes, trainer
+                )
         found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
         self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
         self.values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
+        if "noise_scale" in (of_norms := found.pop(NORM_LAYERS, {})):
+            self.values[f"noise_scale_norm_layers{suffix}"] = of_norms["noise_scale"]
         self.layers |= found
         measurement = jobs[""].measurement
         if measurement.unseen:
@@ -145,12 +160,47 @@ class Report:
             self.too_noisy = measurement.statistics.samples
         if "sample_norms" in self._names:
             self._histograms[f"sample_norms{suffix}"] = measurement.norms
+        if ONE in self._names and ONE in self._fields:
+            self._histograms[f"{ONE}{suffix}"] = histogram_1d(
+                measurement.counts(ONE), measurement.statistics.unit(ONE)
+            )
+        if TWO in self._names and (image := image_2d(measurement.counts(TWO))) is not None:
+            self._pictures[f"{TWO}{suffix}"] = image
         if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
             self._add(f"alpha{suffix}", alpha)
         if self._names & {"update_size", "distance"}:
             self._updated[suffix] = list(grads)
         if "update_size" in self._names:
             self._trajectory.begin_update(grads)
+
+    def _norm_job(
+        self,
+        params: Sequence[Parameter],
+        suffix: str,
+        window: Window,
+        grads: Mapping[Parameter, Tensor],
+        divisor: float,
+        passes: int,
+        trainer: Trainer,
+    ) -> Job:
+        """The noise scale of normalization layers."""
+        statistics = window.statistics(params, share=1 / passes)
+        part, fields = {p: grads[p] for p in params}, ["batch_l2", PARTS]
+        lost = {
+            "batch_l2": not {"batch_l2", NORM_LAYERS} & {*self._fields},
+            PARTS: PARTS not in self._fields,
+        }
+        measurement = Measurement(
+            statistics,
+            part,
+            divisor,
+            0.0,
+            trainer.strategy,
+            fields,
+            [field for field in fields if lost[field]],
+        )
+        noise = self._noise.setdefault(f"{NORM_LAYERS}{suffix}", RunningNoiseScale(self._ema))
+        return Job([QUANTITIES["noise_scale"]], measurement, noise)
 
     def _add(self, name: str, value: Tensor) -> None:
         if value.isfinite():
@@ -179,13 +229,17 @@ class Report:
         prog_bar: Collection[str],
     ) -> None:
         """Write the numbers, if there are any."""
-        if not self.values:
+        if not self.values and not self._histograms and not self._pictures:
             return
         beyond = self._chosen and len(self.layers) > len(self._chosen)
         image = heat_map(self.layers) if beyond else None
+        pictures = self._pictures if histograms else {}
+        images = {f"{GROUP}/{name}": picture for name, picture in pictures.items()}
+        if image is not None:
+            images[f"{LAYERS}/all"] = image
         samples = self._histograms if histograms else {}
         layers = self.values_of_layers
-        publish(trainer, pl_module, events, self.values, layers, samples, image, prog_bar)
+        publish(trainer, pl_module, events, self.values, layers, samples, images, prog_bar)
 
     def values_of(self, suffix: str) -> dict[str, float]:
         """Series of one of several optimizers, by their names without its suffix."""

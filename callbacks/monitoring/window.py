@@ -170,6 +170,23 @@ class Statistics:
             len(sizes),
         )
 
+    def unit(self, savefield: str) -> float:
+        """Gradients of samples over those that assume that their pass, and its chosen samples, are all of the loss.
+
+        NaN where these are different shares of different passes.
+        """
+        shares = {
+            backward.samples / backward.count(savefield)
+            for backward, _ in self._found(savefield)
+            if backward.samples
+        }
+        return self._share * len(self._passes) * shares.pop() if len(shares) == 1 else math.nan
+
+    def total(self, savefield: str) -> Tensor | None:
+        """Counts, added up over parameters and passes."""
+        found = [count for _, counts in self._found(savefield) for count in counts]
+        return torch.stack(found).sum(0) if found else None
+
     def curvatures(self, savefield: str) -> dict[Parameter, Tensor]:
         r"""A curvature of the window's loss, $\alpha \sum_m C_m$; for eigenvalues an upper bound of that."""
         return self._summed(

@@ -170,7 +170,14 @@ class Backprop:
         failed = partial(self.fail, extensions) if self.defers else None
         self._heard = extensions
         evaluate = partial(self._evaluate, extensions=extensions)
-        self._listener = Listener(passes, evaluate, totals, failed, self.section)
+        self._listener = Listener(
+            passes,
+            evaluate,
+            totals,
+            failed,
+            self.section,
+            lambda parameter: any(extension.wants(parameter) for extension in extensions),
+        )
 
     def run(self, **options: Any) -> None:
         """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.
@@ -219,7 +226,7 @@ class Backprop:
         False if none are there, or some are to come.
         """
         if self._listener is not None and any(
-            parameter not in self._results.get(e, {}) for e in self._heard
+            parameter not in self._results.get(e, {}) for e in self._heard if e.wants(parameter)
         ):
             return False
         found = [
@@ -336,6 +343,8 @@ class Backprop:
         jacobian.shared = len(extensions) > 1
         heard = extensions is self._heard and self.clock is not None
         for extension in [*extensions]:
+            if extensions is self._heard and not extension.wants(jacobian.parameter):
+                continue
             start = self._now() if heard else 0.0
             try:
                 results = self._results.setdefault(extension, {})

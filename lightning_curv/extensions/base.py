@@ -61,6 +61,19 @@ class Extension(ABC):
         """Whether it needs the curvature of the loss."""
         return not isinstance(self.source, Gradient)
 
+    def wants(self, parameter: Tensor) -> bool:
+        """Say whether the quantity of a parameter is wanted, in a pass with the gradient as its only column.
+
+        Ops whose parameters no extension wants are not listened to.
+
+        Args:
+            parameter: A parameter that the loss depends on.
+
+        Returns:
+            True, unless a subclass is for some parameters only.
+        """
+        return True
+
     @abstractmethod
     def evaluate(self, jacobian: Jacobian) -> Any:
         """Compute the quantity from some columns of the parameter's Jacobian.

@@ -34,6 +34,7 @@ class Listener:
         failed: Receives an error instead of the backward pass, after which nothing more is listened
             to.
         section: Entered around all that is done during the pass, for profilers.
+        wanted: Whether the Jacobian of a parameter is: ops without one that is are left alone.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Listener:
         totals: bool = True,
         failed: Callable[[Exception], None] | None = None,
         section: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        wanted: Callable[[Tensor], bool] = lambda _: True,
     ) -> None:
         self._passes, self._evaluate, self._failed = passes, evaluate, failed
         self._section = section
@@ -56,8 +58,8 @@ class Listener:
         self._handles = []
         late: dict[Tensor, None] = {}
         for node, use in passes.tape.uses.items():
-            if use.operands:
-                found = passes.tape.parameters[node]
+            found = passes.tape.parameters[node] if use.operands else []
+            if any(map(wanted, found)):
                 self._handles.append(
                     node_of(node).register_prehook(self._hook(self._arrive, node, use, found))
                 )

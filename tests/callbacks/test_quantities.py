@@ -155,7 +155,14 @@ SAMPLED = {
     "tic_trace": lambda t: t.g.square().sum(1).mean() / t.ggn.trace(),
     "tic_diag": lambda t: (t.g.square().mean(0) / t.ggn.diagonal()).sum(),
 }
-OF_THE_COURSE = {"noise_scale", "suggested_batch_size", "update_size", "distance", "alpha"}
+OF_THE_COURSE = {
+    "noise_scale",
+    "noise_scale_norm_layers",
+    "suggested_batch_size",
+    "update_size",
+    "distance",
+    "alpha",
+}
 TOLERANCE = {
     "ggn_max_eigenvalue": 2e-3,
     "hessian_max_eigenvalue": 2e-3,
