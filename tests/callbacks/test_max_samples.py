@@ -106,6 +106,7 @@ WHOLE = {
     "hessian_max_eigenvalue",
     "update_size",
     "distance",
+    "sparsity",
 }  # of all samples
 NOT = {
     "mean_gsnr",
@@ -116,10 +117,12 @@ NOT = {
     "suggested_batch_size",
 }  # ratios
 NOT |= {"sample_norms", "alpha"}  # of the subset; of two steps
+NOT |= {"noise_scale_norm_layers", "grad_hist_1d", "grad_hist_2d"}  # a ratio; of the subset
+SEVERAL = {"gradient_stats"}  # series, of all samples
 
 
 def test_every_quantity_says_what_a_subset_gives():
-    assert QUANTITIES.keys() == UNBIASED.keys() | WHOLE | NOT
+    assert QUANTITIES.keys() == UNBIASED.keys() | WHOLE | NOT | SEVERAL
 
 
 @pytest.mark.parametrize(
