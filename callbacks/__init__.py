@@ -9,6 +9,13 @@ from lightning_curv.callbacks.audit import privacy_audit
 from lightning_curv.callbacks.curvature import CurvatureCallback
 from lightning_curv.callbacks.import_names import follow as follow
 from lightning_curv.callbacks.monitoring.alarm import Alarm
+from lightning_curv.callbacks.pictures import plot_critical_batch_size
 from lightning_curv.callbacks.privacy import PrivacyCallback
 
-__all__ = ["Alarm", "CurvatureCallback", "PrivacyCallback", "privacy_audit"]
+__all__ = [
+    "Alarm",
+    "CurvatureCallback",
+    "PrivacyCallback",
+    "plot_critical_batch_size",
+    "privacy_audit",
+]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_curv import CurvatureCallback
+from lightning_curv.callbacks import plot_critical_batch_size
 
 
 class Digits(pl.LightningModule):
@@ -68,13 +69,7 @@ def main() -> None:
     figure, (left, right) = shared.plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     shared.draw(left, history.series["train/loss"])
     left.set(title="training loss", xlabel="step", yscale="log")
-    right.plot(steps, noise, lw=2, color="C2", label="noise scale")
-    right.plot(steps, suggested, "_", color="C3", label="suggested batch size")
-    right.axhline(options.batch_size, color="black", ls=":", lw=1, label="batch size of this run")
-    right.set(title="noise scale: samples at which noise equals signal", xlabel="step")
-    right.set_yscale("log", base=2)
-    right.yaxis.set_major_formatter("{x:.0f}")
-    right.legend()
+    plot_critical_batch_size(dict(zip(steps, noise)), options.batch_size, right)
     shared.save(figure, options.out)
 
 
