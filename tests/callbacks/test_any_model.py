@@ -173,7 +173,7 @@ def test_the_noise_of_parts_per_layer_adds_up():
 
     def remember(self, trainer, pl_module, *args):
         if self._report is not None:
-            seen.update(self._report._layers)
+            seen.update(self._report.layers)
         original(self, trainer, pl_module, *args)
 
     layered.on_train_batch_end = remember.__get__(layered)
