@@ -22,6 +22,7 @@ from lightning_curv.callbacks.private_training.plan import Plan
 from lightning_curv.callbacks.private_training.refusals import (
     private_optimizer,
     refuse_batch_statistics,
+    refuse_half_precision,
     refuse_trainer,
 )
 from lightning_curv.callbacks.private_training.summary import guarantee, summary_table
@@ -109,6 +110,12 @@ class PrivacyCallback(Callback):
             a run resumes bit for bit. Two runs that go on from one checkpoint then use the same
             noise, and the difference of their weights has none: no ε holds for both together. Only
             where exactly one run goes on, and checkpoints are kept secret.
+        same_shapes: Fill all batches up to one size with samples that stand in and do not count, at
+            random places. The last digits of what torch computes for a sample depend on the shape
+            of its batch; with this they do not depend on who else was drawn, whatever a network
+            makes of them. Costs the places that are filled up: few where a logical batch is large
+            (5 % of 16,384). What you log of a batch counts the stand-ins. Needed where parameters
+            are of half precision.
 
     Raises:
         MisconfigurationException: In `fit`: something in the set-up is not private; the message
@@ -134,7 +141,13 @@ class PrivacyCallback(Callback):
         public_state: Sequence[str] = (),
         exact_resume: bool = False,
         max_physical_batch_size: int | None = None,
+        same_shapes: bool = False,
     ) -> None:
+        if same_shapes and sampling == "epoch":
+            raise ValueError(
+                "`same_shapes` fills Poisson batches up, found sampling='epoch', whose batches "
+                "have the same size for all neighbouring data sets; leave it out."
+            )
         if max_physical_batch_size is not None:
             require_count("max_physical_batch_size", max_physical_batch_size)
             if sampling == "epoch":
@@ -159,7 +172,7 @@ class PrivacyCallback(Callback):
             )
         self.epsilon, self.delta = epsilon, delta
         self.sampling, self.max_batch_size = sampling, max_batch_size
-        self.max_physical_batch_size = max_physical_batch_size
+        self.max_physical_batch_size, self.same_shapes = max_physical_batch_size, same_shapes
         self.accountant = PrivacyAccountant(method=accountant)
         self.on_budget, self.every_n_steps = on_budget, every_n_steps
         self.seed = seed
@@ -184,6 +197,7 @@ class PrivacyCallback(Callback):
         self._context: curvature | None = None
         self._step, self._steps_before = 0, 0
         self._size: int | None = None
+        self._counted: Tensor | None = None
         self._batch = Batch()
         self._passes = self._expected_passes = 0
         self._in_batch = False
@@ -248,6 +262,7 @@ class PrivacyCallback(Callback):
             lambda: self._secret_seed(trainer),
             lambda: self._next,
             self.max_physical_batch_size,
+            self.same_shapes,
         )
         self._source = ConvertedSource(trainer.fit_loop._data_source, plan.convert)
         trainer.fit_loop._data_source = self._source
@@ -264,6 +279,8 @@ class PrivacyCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, plan = private_optimizer(trainer), self._current
+        if plan.poisson and not self.same_shapes:
+            refuse_half_precision(optimizer)
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = (
                 False  # clipped sums are added up instead
@@ -354,11 +371,23 @@ class PrivacyCallback(Callback):
             self._begin_step(trainer)
         self._expected_passes += 1
         self._in_batch = True
-        self._size = self._current.part_size(self._step, part)
+        self._size, self._counted = self._rows(part)
         self._batch = Batch(self._size)
         self._check.before(batch, batch_idx, self._size, self._current.loader)
         if self._size != 0:
             record_training_step(pl_module, read=self._read)
+
+    def _rows(self, part: int) -> tuple[int | None, Tensor | None]:
+        """How many rows a part of the step has, and which of them count: all, unless some are given.
+
+        None at all where nobody was drawn; the number is unknown where the batch tells.
+        """
+        counted = self._current.counted(self._step, part)
+        if counted is None:
+            return None, None
+        if not counted.any():
+            return 0, None
+        return len(counted), None if counted.all() else torch.from_numpy(counted)
 
     def _begin_step(self, trainer: Trainer) -> None:
         """Account for what a step will release, and allow it, before its first batch is read."""
@@ -405,8 +434,9 @@ class PrivacyCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         if self._size != 0:
-            extensions = private_optimizer(trainer).extensions
-            self._context = curvature(*extensions, batch_size=self._batch)
+            optimizer = private_optimizer(trainer)
+            optimizer.counted = self._counted
+            self._context = curvature(*optimizer.extensions, batch_size=self._batch)
             self._context.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

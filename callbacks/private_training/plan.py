@@ -77,6 +77,7 @@ class Plan:
         max_physical_batch_size: The samples that a process has in memory at once: batches come in
             as many parts as that takes, and the Trainer accumulates them. Default: as many as the
             Trainer accumulates.
+        same_shapes: Whether parts have the same size in every step, whoever was drawn.
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Plan:
         seed: Callable[[], int],
         position: Callable[[], int],
         max_physical_batch_size: int | None = None,
+        same_shapes: bool = False,
     ) -> None:
-        self.max_physical_batch_size = max_physical_batch_size
+        self.max_physical_batch_size, self.same_shapes = max_physical_batch_size, same_shapes
         self._accumulate: int | None = (
             None  # what the Trainer accumulated before it was given our parts
         )
@@ -121,6 +123,7 @@ class Plan:
             max_batch_size=self.max_batch_size,
             part_size=self.max_physical_batch_size,
             position=self._position,
+            slots=self._slots if self.same_shapes else None,
         )
         return self.adapt(with_batches(loader, self.sampler))
 
@@ -130,6 +133,16 @@ class Plan:
         assert self._batch_size is not None
         accumulated = self._accumulate or self.trainer.accumulate_grad_batches
         return float(self._batch_size * accumulated * self.trainer.world_size)
+
+    @property
+    def _slots(self) -> int:
+        """Places of a step's batch that all but one in 10⁹ batches fit into, in equal parts."""
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if self.max_physical_batch_size is not None:
+            return parts * self.max_physical_batch_size
+        if self.max_batch_size is not None:
+            return parts * math.ceil(self.max_batch_size / parts)
+        return parts * enough_parts(self.expected_batch_size, parts)
 
     def _parts(self, size: int) -> int:
         parts = enough_parts(self.expected_batch_size, size * self.trainer.world_size)
@@ -167,9 +180,12 @@ class Plan:
                 "not private."
             )
 
-    def part_size(self, step: int, part: int) -> int | None:
-        """The samples of this process in a part of a step's batch; ``None``: the batch tells."""
-        return None if self.sampler is None else self.sampler.part_size(step, part)
+    def counted(self, step: int, part: int) -> np.ndarray | None:
+        """Which rows of a part of a step's batch are samples of this process, and do not stand in.
+
+        ``None``: all of the batch that is there.
+        """
+        return None if self.sampler is None else self.sampler.counted(step, part)
 
     def drawn_guests(self, step: int) -> np.ndarray:
         """Guests in a step's batch: canaries of an audit."""

@@ -31,6 +31,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         part_size: Samples of a part: each is filled before the next one begins, and the last one
             takes what is left. Default: parts of equal size.
         position: The number of the next step, asked when an epoch begins.
+        slots: Places of a step's batch, over all processes and parts. Those that no sample takes,
+            drawn at random, hold ``0``, a sample that stands in: parts then have the same size in
+            every step. A batch that has more samples is as large as it is. Default: no such places.
 
     Attributes:
         guests: Samples beyond the data set that are drawn as all others are, numbered from
@@ -54,6 +57,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         max_batch_size: int | None = None,
         part_size: int | None = None,
         position: Callable[[], int] = int,
+        slots: int | None = None,
     ) -> None:
         self.dataset_size, self.sampling_rate, self.steps, self.parts = (
             dataset_size,
@@ -63,7 +67,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         )
         self.seed = secrets.randbits(128) if seed is None else seed
         self.rank, self.world_size, self.max_batch_size = rank, world_size, max_batch_size
-        self.full_part = part_size
+        self.full_part, self.slots = part_size, slots
         self.position = position
         self.guests: np.ndarray = np.zeros(0, bool)
         self.first = 0  # the first step of the running epoch
@@ -76,11 +80,15 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.first = self.position()
         for step in range(self.first, self.first + self.steps):
             for part in range(self.parts):
-                yield self._part(step, part).tolist() or [0]
+                yield self._part(step, part).clip(min=0).tolist() or [0]
 
     def part_size(self, step: int, part: int) -> int:
         """How many samples this process really has in a part of a step's batch."""
-        return len(self._part(step, part))
+        return int(self.counted(step, part).sum())
+
+    def counted(self, step: int, part: int) -> np.ndarray:
+        """Which rows of a part hold a sample of this process; the others stand in."""
+        return self._part(step, part) >= 0
 
     def batch(self, step: int) -> np.ndarray:
         """The global batch of a step, guests included."""
@@ -107,15 +115,30 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return numbers[numbers >= 0]
 
     def _part(self, step: int, part: int) -> np.ndarray:
-        batch = self.batch(step)
-        if len(self.guests):
-            loaded = np.concatenate([np.ones(self.dataset_size, bool), self.guests])
-            batch = batch[loaded[batch]]
-        own = batch[self.rank :: self.world_size]
+        own = self._placed(step)[self.rank :: self.world_size]
         if self.full_part is None:
             return own[part :: self.parts]
         end = None if part == self.parts - 1 else (part + 1) * self.full_part
         return own[part * self.full_part : end]
+
+    def _placed(self, step: int) -> np.ndarray:
+        """The loaded samples of the global batch in their places; -1 where none is."""
+        batch = self.batch(step)
+        if self.slots is not None:
+            # All places are equally likely for a sample, whoever else was drawn: without it another
+            # stands in at its place, and all others keep theirs.
+            generator = np.random.Generator(
+                np.random.PCG64(np.random.SeedSequence([self.seed, step, self.slots]))
+            )
+            placed = np.full(max(self.slots, len(batch)), -1)
+            placed[generator.permutation(len(placed))[: len(batch)]] = batch
+            batch = placed
+        if not len(self.guests):
+            return batch
+        loaded = np.concatenate([np.ones(self.dataset_size, bool), self.guests, [True]])
+        if self.slots is None:
+            return batch[loaded[batch]]
+        return np.where(loaded[batch], batch, -1)
 
 
 def enough_parts(expected: float, part_size: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lightning_curv.callbacks.import_names import MisconfigurationException
@@ -60,6 +61,19 @@ def refuse_batch_statistics(pl_module: LightningModule) -> None:
                 f"({type(module).__name__}) in training mode. Use GroupNorm or LayerNorm, or fix "
                 "its statistics with `.eval()`."
             )
+
+
+def refuse_half_precision(optimizer: DPOptimizer) -> None:
+    """Raise if parameters are coarser than float32, so that all of the network is."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
+                raise MisconfigurationException(
+                    "PrivacyCallback needs `same_shapes=True` where parameters are of half "
+                    f"precision, found {parameter.dtype}: the last digits of a sample may depend "
+                    "on how many others were drawn, and there are so few digits that the clip norm "
+                    "would bound nothing. Pass it, or train in 'bf16-mixed' or 32."
+                )
 
 
 def private_optimizer(trainer: Trainer) -> DPOptimizer:

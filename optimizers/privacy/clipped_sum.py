@@ -38,6 +38,8 @@ class ClippedSum(GradientReceiver):
         norms: Norms of the per-sample gradients since the last step, if ``keep_norms``; not
             private.
         discarded: Samples whose gradient was not finite, since the last step; not private.
+        counted: Which samples of the next backward pass count, ``[N]``; the others stand in, so
+            that no shape says how many were drawn. ``None``: all of them.
     """
 
     def __init__(self, parameters: Sequence[Tensor], clipping: Clipping, mean: bool) -> None:
@@ -45,6 +47,7 @@ class ClippedSum(GradientReceiver):
         self.parameters = list(parameters)
         self.loss_scale = 1.0
         self.keep_norms = False
+        self.counted: Tensor | None = None
         self.forget()
 
     @property
@@ -70,7 +73,16 @@ class ClippedSum(GradientReceiver):
         return parameter in self._known
 
     def begin(self, samples: int) -> None:
-        """A backward pass begins."""
+        """A backward pass begins.
+
+        Raises:
+            ValueError: `counted` is of another number of samples.
+        """
+        if self.counted is not None and samples and len(self.counted) != samples:
+            raise ValueError(
+                f"`counted` must say of each of the {samples} samples of a backward pass whether "
+                f"it counts, found {len(self.counted)} entries."
+            )
         self._jacobians: list[Jacobian] = []
         self._norms: list[Tensor] = []  # of these
         # Those whose norms need per-sample gradients.
@@ -97,6 +109,7 @@ class ClippedSum(GradientReceiver):
         """Clip and add up the pass."""
         jacobians, formed, samples = self._jacobians, self._formed, self._samples
         norms, cancelling = self._norms, self._cancelling
+        counted, self.counted = self.counted, None
         self.begin(0)
         self.passes += 1
         if not (jacobians or formed) or not samples:
@@ -106,6 +119,7 @@ class ClippedSum(GradientReceiver):
         dtypes = {jacobian.terms[0].g.dtype for jacobian in (*jacobians, *formed)}
         smallest_normal = max(torch.finfo(dtype).tiny for dtype in dtypes)
         weights_of_chunks, discarded_before = [], self.discarded
+        all_count = counted is None or bool(counted.all())
         for start in range(0, samples, size):
             chunk = slice(start, start + size)
             rows = [jacobian[chunk].formed() for jacobian in formed]
@@ -114,9 +128,10 @@ class ClippedSum(GradientReceiver):
                 [*(norms_of_all[chunk] for norms_of_all in norms), *norms_of_rows],
                 [jacobian.parameter for jacobian in (*jacobians, *rows)],
                 smallest_normal,
+                None if all_count or counted is None else counted[chunk],
             )
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
-                self._add(row, weight, self.discarded > discarded_before)
+                self._add(row, weight, not all_count or self.discarded > discarded_before)
             weights_of_chunks.append(weights[: len(jacobians)])
         formed.clear()
         weights = torch.cat(weights_of_chunks, dim=1)
@@ -124,38 +139,53 @@ class ClippedSum(GradientReceiver):
         while jacobians:
             jacobian = jacobians.pop()
             weight = weights[len(jacobians)]
-            any_discarded = self.discarded > discarded_before
+            any_left_out = not all_count or self.discarded > discarded_before
             if jacobian not in cancelling:
-                self._add(jacobian, weight, any_discarded)
+                self._add(jacobian, weight, any_left_out)
                 continue
             size = max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel()))
             for start in range(0, samples, size):
                 chunk = slice(start, start + size)
-                self._add(jacobian[chunk].formed(), weight[chunk], any_discarded)
+                self._add(jacobian[chunk].formed(), weight[chunk], any_left_out)
 
-    def _weights(self, norms: list[Tensor], owners: list[Tensor], smallest_normal: float) -> Tensor:
+    def _weights(
+        self,
+        norms: list[Tensor],
+        owners: list[Tensor],
+        smallest_normal: float,
+        counted: Tensor | None,
+    ) -> Tensor:
         """Factors of the gradients of some samples, one row per parameter.
 
-        A sample's factor is NaN where it does not count. That is where its gradient is not finite,
-        or so large that the factor is no normal number.
+        A sample's factor is NaN where it does not count. That is where it only stands in
+        (`counted`), and where its gradient is not finite, or so large that the factor is no normal
+        number.
         """
         device = norms[0].device
         stacked = torch.stack([norm.to(device) for norm in norms])
+        if counted is not None:
+            # What stands in is in nobody's statistics: rules count, and norms are kept.
+            counted = counted.to(device)
+            weights = stacked.new_full(stacked.shape, math.nan)
+            weights[:, counted] = self._weights(
+                list(stacked[:, counted]), owners, smallest_normal, None
+            )
+            return weights
         factors = self.clipping.factors_of(stacked, owners, self._parameters)
         joint = stacked.norm(dim=0)
         if self.keep_norms:
             self.norms.append(joint)
         normal = (factors >= smallest_normal) & (factors < math.inf)
-        counted = joint.isfinite() & normal.all(0)
-        self.discarded += len(counted) - int(counted.sum())
-        return factors.where(counted, math.nan).expand(len(norms), -1)
+        usable = joint.isfinite() & normal.all(0)
+        self.discarded += len(usable) - int(usable.sum())
+        return factors.where(usable, math.nan).expand(len(norms), -1)
 
-    def _add(self, jacobian: Jacobian, weights: Tensor, discarded: bool) -> None:
-        """Add the samples; if some were discarded, those whose weight is a number.
+    def _add(self, jacobian: Jacobian, weights: Tensor, some_left_out: bool) -> None:
+        """Add the samples; if some were left out, those whose weight is a number.
 
         A weight of zero would not do for the others: 0 · NaN is NaN.
         """
-        if discarded:
+        if some_left_out:
             finite = weights.isfinite()
             kept = finite.nonzero().flatten().tolist()
             jacobian, weights = jacobian[kept], weights[finite]

@@ -194,6 +194,27 @@ class DPOptimizer(Optimizer):
         self._sum.loss_scale = value
 
     @property
+    def counted(self) -> Tensor | None:
+        """Which samples of the next backward pass count, ``[N]`` of bool; ``None``: all of them.
+
+        Samples that do not count stand in: they fill a batch up to a number of rows that does not
+        tell how many were drawn. torch may compute the last digits of a row otherwise in a batch of
+        another shape, and a network may make much of them; in batches of one shape no sample
+        changes a digit of another one. Draw the places of what stands in at random, with each
+        batch, and set this anew for every pass.
+        """
+        return self._sum.counted
+
+    @counted.setter
+    def counted(self, value: Tensor | None) -> None:
+        if value is not None and (value.dtype != torch.bool or value.ndim != 1):
+            raise ValueError(
+                f"`counted` must be one bool per sample, [N], found {list(value.shape)} of "
+                f"{value.dtype}."
+            )
+        self._sum.counted = value
+
+    @property
     def statistics(self) -> ClippedSum:
         """What is known of the samples since the last step. Not private."""
         return self._sum

@@ -438,6 +438,60 @@ def test_samples_that_are_not_finite_hide_no_dependence():
         backward(optimizer, lambda: mixing(X))
 
 
+@pytest.mark.parametrize("name", ["linear", "conv"])
+@pytest.mark.parametrize("clipping", ["flat", "per_layer", "automatic", "adaptive", "per_group"])
+def test_what_stands_in_is_in_no_sum_and_no_statistic(name, clipping):
+    torch.manual_seed(0)
+    model = {
+        "linear": nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)),
+        "conv": nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(2, 2)),
+    }[name].double()
+    X = torch.randn(6, *((4,) if name == "linear" else (1, 2, 2)), dtype=torch.float64)
+    y, counted = torch.randint(2, (6,)), torch.tensor([True, False, True, True, False, False])
+    X[1] = math.nan  # whatever it is
+
+    def run(X, y, counted):
+        optimizer = DPSGD(
+            model.parameters(),
+            clip_norm=0.3,
+            noise_multiplier=0.0,
+            expected_batch_size=1.0,
+            clipping=clipping,
+        )
+        optimizer.statistics.keep_norms = True
+        optimizer.counted = counted
+        with curvature(*optimizer.extensions, batch_size=len(X)):
+            F.cross_entropy(model(X), y).backward()
+        assert optimizer.counted is None  # it is of one pass
+        found = optimizer.statistics
+        count = optimizer.clipping.counts()
+        return found.totals(), torch.cat(found.norms), found.discarded, count
+
+    sums, norms, discarded, count = run(X, y, counted)
+    expected = run(X[counted], y[counted], None)
+    for total, other in zip(sums, expected[0]):
+        torch.testing.assert_close(total, other, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(norms, expected[1], rtol=1e-12, atol=0)
+    assert discarded == expected[2] == 0
+    assert count == expected[3]
+    nobody = run(X[:2], y[:2], torch.tensor([False, False]))
+    assert not any(total.any() for total in nobody[0])
+
+
+def test_what_counts_is_said_of_every_sample():
+    layer = nn.Linear(2, 2)
+    optimizer = DPSGD(layer.parameters(), noise_multiplier=0.0, expected_batch_size=1.0)
+    for wrong in (torch.ones(3), torch.ones(3, 1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="one bool per sample"):
+            optimizer.counted = wrong
+    optimizer.counted = torch.tensor([True, False])
+    with (
+        pytest.raises(ValueError, match="each of the 3 samples"),
+        curvature(*optimizer.extensions, batch_size=3),
+    ):
+        layer(torch.randn(3, 2)).square().mean().backward()
+
+
 def test_per_layer_and_automatic_clipping_equal_their_formulas():
     gradients = reference("grad_batch", "mlp_sigmoid")
     for clipping, expected in {

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curv import PrivacyCallback
+from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.private_training.poisson import PoissonBatchSampler, enough_parts
 from lightning_curv.optimizers import DPSGD, PoissonSampling, TruncatedPoissonSampling
 
@@ -116,6 +117,82 @@ def test_steps_are_those_of_whole_batches(size, accumulate):
     assert trainer.accumulate_grad_batches == accumulate
 
 
+# --- batches of one shape ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part_size", [None, 10])
+def test_what_stands_in_takes_the_places_that_nobody_has(part_size):
+    settings = {"parts": 3, "part_size": part_size, "seed": 0, "slots": 60}
+    sampler = PoissonBatchSampler(200, 0.1, 40, **settings)
+    ranks = [PoissonBatchSampler(200, 0.1, 40, **settings, rank=r, world_size=2) for r in (0, 1)]
+    batches, own = list(sampler), [list(rank) for rank in ranks]
+    taken = np.zeros(60, int)
+    for step in range(40):
+        for samplers, lists in (([sampler], [batches]), (ranks, own)):
+            drawn = [
+                i
+                for s, parts in zip(samplers, lists)
+                for part in range(3)
+                for i, counts in zip(parts[3 * step + part], s.counted(step, part), strict=True)
+                if counts
+            ]
+            assert sorted(drawn) == sorted(sampler.batch(step))
+        sizes = [len(batches[3 * step + part]) for part in range(3)]
+        assert sizes == ([20, 20, 20] if part_size is None else [10, 10, 40])
+        taken += sampler._placed(step) >= 0
+    assert taken.min() > 3  # of 13 on average
+    assert taken.max() < 27
+
+
+def test_a_sample_leaves_its_place_to_what_stands_in():
+    """Given who else was drawn, each place is as likely for them with it as without it."""
+    places = [PoissonBatchSampler(3, 1.0, 1, seed=i, slots=4)._placed(0) for i in range(4000)]
+    fewer = [PoissonBatchSampler(2, 1.0, 1, seed=i, slots=4)._placed(0) for i in range(4000)]
+    for i in range(4):
+        for j in range(4):
+            with_it = sum(row[i] == 0 and row[j] == 1 for row in places)
+            without = sum(row[i] == 0 and row[j] == 1 for row in fewer)
+            expected = 0 if i == j else 4000 / 12
+            assert abs(with_it - expected) <= 5 * expected**0.5
+            assert abs(without - expected) <= 5 * expected**0.5
+
+
+def test_a_batch_beyond_all_places_is_whole():
+    sampler = PoissonBatchSampler(40, 0.9, 1, seed=0, slots=8, parts=2, part_size=4)
+    sizes = [sampler.part_size(0, part) for part in (0, 1)]
+    assert sizes[0] == 4
+    assert sum(sizes) == len(sampler.batch(0)) > 30
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 60 * 2),
+        ({"max_physical_batch_size": 16}, 16),
+        ({"sampling": "truncated_poisson", "max_batch_size": 70, "delta": 1e-3}, 70),
+    ],
+)
+def test_steps_in_batches_of_one_shape_are_those_of_the_samples(options, size):
+    _, module = fit(PrivacyCallback(seed=3, **options))
+    callback = PrivacyCallback(seed=3, same_shapes=True, **options)
+    trainer, filled = fit(callback)
+    assert trainer.global_step == 6
+    assert len(set(filled.sizes)) == 1
+    assert filled.sizes[0] <= size
+    for p, q in zip(module.parameters(), filled.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+
+
+def test_half_precision_needs_batches_of_one_shape():
+    with pytest.raises(MisconfigurationException, match=r"same_shapes=True.*bfloat16"):
+        fit(PrivacyCallback(seed=3), precision="bf16-true")
+    trainer, module = fit(PrivacyCallback(seed=3, same_shapes=True), precision="bf16-true")
+    assert trainer.global_step == 6
+    assert module.net.weight.dtype == torch.bfloat16
+    trainer, _ = fit(PrivacyCallback(sampling="epoch", delta=1e-3), precision="bf16-true")
+    assert trainer.global_step == 6
+
+
 def test_truncated_batches_need_no_room_beyond_their_maximum():
     callback = PrivacyCallback(
         sampling="truncated_poisson",
@@ -179,6 +256,10 @@ def test_parts_and_audits_go_together():
         (
             {"max_physical_batch_size": 8, "sampling": "epoch"},
             "splits Poisson batches, found sampling='epoch'",
+        ),
+        (
+            {"same_shapes": True, "sampling": "epoch"},
+            "fills Poisson batches up, found sampling='epoch'",
         ),
     ],
 )
