@@ -55,6 +55,7 @@ class Checks:
             mean,
             gradients,
         )
+        self._optimizer = optimizer
         self._watch = StateWatch(pl_module, optimizer, public_state)
         self._loader: DataLoader | None = None
         self._seen, self._due = 0, 1  # batches with two samples or more; the next one to check
@@ -117,7 +118,13 @@ class Checks:
     def _look(self, batch: Any, batch_idx: int, size: int | None) -> None:
         if size is not None and size >= 2:
             steady = refuse_coupled_samples(
-                self._module, batch, batch_idx, size, self._mean, self._gradients
+                self._module,
+                batch,
+                batch_idx,
+                size,
+                self._mean,
+                self._gradients,
+                self._optimizer.clipping,
             )
             self._watch.allow(steady or set())
 

@@ -22,6 +22,7 @@ from lightning_curv.callbacks.recorded_step import eager
 from lightning_curv.callbacks.user_batch import describe_batch
 from lightning_curv.engine.backprop import Backprop
 from lightning_curv.extensions import GraphExtension
+from lightning_curv.optimizers.privacy.clipping import Clipping
 from lightning_curv.passes.passes import Column, Passes
 from lightning_curv.recording.record import record
 from lightning_curv.recording.records import edge_of
@@ -130,6 +131,7 @@ def refuse_coupled_samples(
     size: int,
     mean: bool,
     gradients: bool = True,
+    clipping: Clipping | None = None,
 ) -> set[str] | None:
     """Compare the gradients of the samples in the whole batch with those in two random parts of it.
 
@@ -145,6 +147,7 @@ def refuse_coupled_samples(
         size: Number of its samples, at least 2.
         mean: Whether the loss is a mean over the samples.
         gradients: Whether to compare gradients; else only parameters and buffers.
+        clipping: Says which differences of a gradient make none in the sum.
 
     Returns:
         The names of parameters and buffers that the step changes in the same way whatever the batch
@@ -179,7 +182,10 @@ def refuse_coupled_samples(
             if found is None:
                 return None
             if gradients:
-                compare(whole, found, rows, number, own[0], mean, tolerance(pl_module))
+                allowed = tolerance(pl_module)
+                eps = torch.finfo(torch.promote_types(pl_module.dtype, torch.float32)).eps
+                negligible = 0.0 if clipping is None else clipping.negligible(eps)
+                compare(whole, found, rows, number, own[0], mean, allowed, negligible)
             _refuse_changed_state(changed, kept)
         return set(changed)
 
@@ -223,6 +229,7 @@ def compare(
     weights: Tensor,
     mean: bool,
     allowed: float,
+    negligible: float = 0.0,
 ) -> None:
     """Raise if gradients of some samples are others in another batch.
 
@@ -234,6 +241,8 @@ def compare(
         weights: Their weights in it.
         mean: Whether the loss is a mean over the samples.
         allowed: Relative difference by rounding.
+        negligible: Difference of a gradient that is too small to matter: gradients may be nothing
+            but what rounding left of others.
 
     Raises:
         MisconfigurationException: They differ.
@@ -241,11 +250,15 @@ def compare(
     norms = whole.norms[rows.to(whole.norms.device)]
     finite = norms.isfinite()
     size = norms[finite].max() if bool(finite.any()) else norms.new_zeros(())
-    differ = (norms[finite] - part.norms[finite]).abs() > allowed * size.clamp(min=1e-12)
+    differ = (norms[finite] - part.norms[finite]).abs() > (allowed * size).clamp(
+        min=max(negligible, allowed * 1e-12)
+    )
     expected = (weights.to(norms.device) * norms)[finite].square().sum().sqrt()
+    weight = float(weights[finite.to(weights.device)].norm())
+    in_sum = max(allowed * float(expected), negligible * weight, allowed * 1e-12)
     distance = _distance(whole.sums[number], part.sums[0])
     same_kind = torch.equal(finite, part.norms.isfinite())
-    if same_kind and not bool(differ.any()) and distance <= allowed * max(float(expected), 1e-12):
+    if same_kind and not bool(differ.any()) and distance <= in_sum:
         return
     raise MisconfigurationException(
         f"PrivacyCallback needs a loss that is the {'mean' if mean else 'sum'} of one loss per "

@@ -21,11 +21,20 @@ def enabled(kernel: str) -> bool:
     Raises:
         ValueError: The environment names a kernel that does not exist.
     """
-    wanted = os.environ.get(VARIABLE, "")
-    names = {name.strip() for name in wanted.split(",") if name.strip()}
+    names = _names()
     if unknown := names - {*KERNELS, "plain"}:
         raise ValueError(
             f"Expected {VARIABLE} to be 'plain' or a list of {', '.join(KERNELS)}, found "
             f"{', '.join(sorted(unknown))!r}. Unset it to use all."
         )
     return not names or kernel in names
+
+
+def named(kernel: str) -> bool:
+    """Whether the environment names one of `KERNELS`: it is then on wherever it is there at all."""
+    return kernel in _names()
+
+
+def _names() -> set[str]:
+    wanted = os.environ.get(VARIABLE, "")
+    return {name.strip() for name in wanted.split(",") if name.strip()}

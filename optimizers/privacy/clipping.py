@@ -76,6 +76,19 @@ class Clipping(ABC):
         """
         return self.factors(norms, len(parameters))
 
+    def negligible(self, eps: float) -> float:
+        """By how much a gradient may change without a change of its share in the sum.
+
+        A share that changes by a few last digits of C is covered by what is stated of rounding.
+
+        Args:
+            eps: The relative distance of two numbers of the sum's type.
+
+        Returns:
+            The norm of such a change; 0 for a rule of which nothing is known.
+        """
+        return 0.0
+
     def noise_multiplier(self, accounted: float, expected_batch_size: float) -> float:
         """The noise multiplier of the gradient, which may pay for other releases of the step too.
 
@@ -151,7 +164,15 @@ def _where_finite(norms: Tensor, factors: Tensor) -> Tensor:
     return factors.where(norms.isfinite(), torch.zeros_like(factors))
 
 
-class FlatClipping(Clipping):
+class AtMostOne(Clipping):
+    """A rule whose factors are at most 1: a share changes by no more than twice its gradient."""
+
+    def negligible(self, eps: float) -> float:
+        """Four last digits of C: eight in the sum, half of what rounding may do."""
+        return 4 * eps * self.clip_norm
+
+
+class FlatClipping(AtMostOne):
     r"""One norm over all parameters, :math:`c_i = \min(1, C / \|g_i\|)`.
 
     Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, algorithm 1.
@@ -202,8 +223,12 @@ class AutomaticClipping(Clipping):
         joint = _joint(norms)
         return _where_finite(joint, self.clip_norm / (joint + self.stability))
 
+    def negligible(self, eps: float) -> float:
+        """Four last digits of γ, where the factor is C / γ."""
+        return 4 * eps * self.stability
 
-class PerLayerClipping(Clipping):
+
+class PerLayerClipping(AtMostOne):
     r"""Every parameter on its own, by :math:`C / \sqrt P` with P parameters; together at most C.
 
     McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language Models*,

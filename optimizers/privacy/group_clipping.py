@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_curv.optimizers.privacy.clipping import Clipping
+from lightning_curv.optimizers.privacy.clipping import AtMostOne
 from lightning_curv.optimizers.settings import require_positive
 
 
-class PerGroupClipping(Clipping):
+class PerGroupClipping(AtMostOne):
     r"""Every parameter group on its own, by a norm of its own.
 
     The factor of sample i in group g is :math:`c_{ig} = \min(1, C_g / \|g_{ig}\|)`. The

@@ -53,6 +53,19 @@ def test_kernels_are_on_that_the_environment_names(unread, value, on):
         assert onednn._onednn() is None
 
 
+@pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
+def test_onednn_is_left_alone_where_mkl_is_as_fast(unread, vendor):
+    if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
+        pytest.skip("a torch without one of both libraries")
+    described = f"processor\t: 0\nvendor_id\t: {vendor}\n\nprocessor\t: 1\n"
+    unread.setattr(onednn.Path, "read_text", lambda path: described)
+    for value, used in (("", vendor != "GenuineIntel"), ("onednn", True)):
+        unread.setenv(switches.VARIABLE, value)
+        for cached in (switches.enabled, onednn._onednn):
+            cached.cache_clear()
+        assert (onednn._onednn() is not None) == used
+
+
 def test_unknown_kernels_are_refused(unread):
     unread.setenv(switches.VARIABLE, "mkl")
     with pytest.raises(ValueError, match="found 'mkl'"):

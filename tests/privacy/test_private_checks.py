@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_curv.callbacks import PrivacyCallback
 from lightning_curv.callbacks.private_training.equal_randomness import EqualRandomness
+from lightning_curv.callbacks.private_training.independence import Gradients, compare
 from lightning_curv.optimizers import DPOptimizer
 
 needs("dp_accounting")
@@ -542,3 +543,26 @@ def test_checks_change_nothing(loss):
         runs.append([*module.parameters(), torch.rand(1), torch.tensor(random.random())])
     for p, q in zip(*runs):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    ("clipping", "scale"), [("flat", 0.3), ("per_layer", 0.3), ("automatic", 0.01)]
+)
+def test_differences_that_no_sum_shows_are_no_dependence(clipping, scale):
+    """Gradients that are nothing but what rounding left: of a network minus its copy, for instance."""
+    optimizer = DPOptimizer(
+        torch.optim.SGD(nn.Linear(2, 2).parameters()), clip_norm=0.3, clipping=clipping
+    )
+    weights, rows = torch.ones(3, dtype=torch.float64), torch.arange(3)
+    parameter = nn.Parameter(torch.zeros(2))
+
+    def gradients(norm):
+        norms = torch.tensor([norm, norm, 0.0], dtype=torch.float64)
+        return Gradients(norms, [{parameter: torch.tensor([2 * norm, 0.0])}])
+
+    negligible = optimizer.clipping.negligible(2.0**-23)
+    assert negligible == pytest.approx(scale * 2.0**-21)
+    compare(gradients(0.0), gradients(0.5 * negligible), rows, 0, weights, True, 1e-3, negligible)
+    for unlike, below in ((2 * negligible, negligible), (0.5 * negligible, 0.0)):
+        with pytest.raises(Exception, match="depends on the other samples"):
+            compare(gradients(0.0), gradients(unlike), rows, 0, weights, True, 1e-3, below)
