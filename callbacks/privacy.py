@@ -24,10 +24,11 @@ from lightning_curv.callbacks.private_training.refusals import (
     refuse_batch_statistics,
     refuse_half_precision,
     refuse_trainer,
+    settings_of,
 )
 from lightning_curv.callbacks.private_training.summary import guarantee, summary_table
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
-from lightning_curv.callbacks.user_batch import describe_batch
+from lightning_curv.callbacks.user_batch import Contents, describe_batch
 from lightning_curv.engine.context import curvature
 from lightning_curv.optimizers.privacy.accounting import (
     METHODS,
@@ -198,6 +199,8 @@ class PrivacyCallback(Callback):
         self._step, self._steps_before = 0, 0
         self._size: int | None = None
         self._counted: Tensor | None = None
+        self._settings: dict[str, Any] = {}  # of the private step, when its batch was drawn
+        self._contents: Contents | None = None
         self._batch = Batch()
         self._passes = self._expected_passes = 0
         self._in_batch = False
@@ -244,6 +247,9 @@ class PrivacyCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        # The first to see a batch: hooks of others may change it.
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         self._restore(trainer)
         self._forget_fit()
         refuse_trainer(trainer, pl_module)
@@ -274,6 +280,9 @@ class PrivacyCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = private_optimizer(trainer)  # before its state is restored
+        own = optimizer.accountant
+        if own is not None and own is not self.accountant:  # what it has spent stays spent
+            self.accountant.load_state_dict(own.state_dict())
         optimizer.accountant, optimizer.exact_resume = self.accountant, self.exact_resume
         refuse_batch_statistics(pl_module)  # of layers that were made since `setup`
 
@@ -374,6 +383,7 @@ class PrivacyCallback(Callback):
         self._size, self._counted = self._rows(part)
         self._batch = Batch(self._size)
         self._check.before(batch, batch_idx, self._size, self._current.loader)
+        self._contents = Contents(batch)
         if self._size != 0:
             record_training_step(pl_module, read=self._read)
 
@@ -397,6 +407,7 @@ class PrivacyCallback(Callback):
         self._cost = self.accountant.next_step_costs
         self._steps_before = private_optimizer(trainer).steps
         self._step, self._next = self._next, self._next + 1
+        self._settings = settings_of(private_optimizer(trainer))
 
     @property
     def _check(self) -> Checks:
@@ -404,6 +415,13 @@ class PrivacyCallback(Callback):
         return self._checks
 
     def _read(self, batch: Any) -> None:
+        if self._contents is None or not self._contents.are(Contents(batch)):
+            raise MisconfigurationException(
+                "PrivacyCallback expects the batch that `collate_fn` and transfer hooks have made, "
+                "found that a hook changed it before `training_step` (`on_train_batch_start`), "
+                "where nothing tells whether samples were mixed. Do it in `training_step` or "
+                "`on_after_batch_transfer`, which are checked, or in the data set."
+            )
         self._batch = describe_batch(batch, self._size)
 
     def _check_budget(self, trainer: Trainer) -> None:
@@ -466,10 +484,34 @@ class PrivacyCallback(Callback):
                 f"`noise_multiplier` changed to {private.noise_multiplier} since; change it "
                 "between steps."
             )
+        self._refuse_changed_step(private)
         self._check.before_step()
         if self.log_non_private:
             self._logged = logs.non_private_values(private) or self._logged
         private.statistics.keep_norms = self.log_non_private
+
+    def _refuse_changed_step(self, optimizer: DPOptimizer) -> None:
+        """Raise if the step is not what it was when its batch was drawn.
+
+        Raises:
+            MisconfigurationException: Its settings or the sum have been changed since.
+        """
+        now = settings_of(optimizer)
+        changed = [name for name, value in self._settings.items() if now[name] != value]
+        if changed:
+            name = changed[0]
+            raise MisconfigurationException(
+                "PrivacyCallback expects the settings of a private step before its batch is read, "
+                f"found `{name}` changed from {self._settings[name]} to {now[name]} since: what "
+                "depends on the batch is not private. Change it between steps, or pass a schedule, "
+                "a function of the step's number."
+            )
+        if optimizer.statistics.passes != self._expected_passes:
+            raise MisconfigurationException(
+                f"PrivacyCallback expects the sum of {self._expected_passes} backward passes, "
+                f"found one of {optimizer.statistics.passes}: leaving out a part of a batch may "
+                "depend on the data and is not private. Leave `zero_grad` to the Trainer."
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -515,7 +557,7 @@ class PrivacyCallback(Callback):
                 "`on_train_batch_start` left out by returning -1: that may depend on the data, "
                 "which is not private. For shorter epochs use `limit_train_batches`."
             )
-        self._check.between()
+        self._check.after_epoch()
         self._expected_passes = 0
         self._spent = self.accountant.epsilon(self.delta)
         trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self._spent)
@@ -542,7 +584,7 @@ class PrivacyCallback(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         restore_training_step(pl_module)
-        self._batch = Batch()
+        self._batch, self._contents = Batch(), None
         self._leave()
 
     def _leave(self) -> None:

@@ -59,6 +59,33 @@ def describe_batch(batch: Any, size: BatchSize = None) -> Batch:
     return Batch(expected=sizes.pop() if len(sizes) == 1 else None, tensors=known)
 
 
+class Contents:
+    """The tensors of a batch as they are now.
+
+    Args:
+        batch: Any batch.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        tensors: list[Tensor] = []
+        _collect(batch, tensors, {})
+        self._tensors = [(tensor, _version(tensor)) for tensor in tensors]
+
+    def are(self, other: Contents) -> bool:
+        """Whether the others are the same tensors, and none was written to in between.
+
+        Writes that torch does not count, through ``.data``, are not seen.
+        """
+        return len(self._tensors) == len(other._tensors) and all(
+            mine is theirs and version == now
+            for (mine, version), (theirs, now) in zip(self._tensors, other._tensors, strict=True)
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _number(size: Any) -> int:
     if isinstance(size, Tensor) and size.numel() == 1:
         size = size.item()

@@ -95,10 +95,17 @@ class Checks:
         if count is not None and count < 2:
             self._watch.begin(values=False)  # wait for a batch that can tell
             return
-        self._look(batch, batch_idx, count)
+        with self._watch.without(self._unknown):  # so that it is made again, of other samples
+            self._look(batch, batch_idx, count)
         unknown, self._unknown = self._unknown, set()
         self._watch.begin(values=False)
         self._refuse(self._watch.unexpected(unknown))
+
+    def after_epoch(self) -> None:
+        """An epoch is over: until the next batch nothing else may learn from the data either."""
+        self.between()
+        self._watch.begin(values=False)
+        self._began = True
 
     def between(self) -> None:
         """Something else is about to happen: hooks that ran after the step had the batch too."""
@@ -134,8 +141,8 @@ class Checks:
             some = ", ".join(f"`{name}`" for name in sorted(names)[:4])
             raise MisconfigurationException(
                 "PrivacyCallback needs a model that learns by its private optimizer alone, found "
-                f"that something else changed {some} while a batch was at hand (another optimizer, "
-                "a callback or hook): no noise covers that. Leave it out; or, if no data is looked "
+                f"that something else changed {some} around a batch or after an epoch (another "
+                "optimizer, a callback or hook): no noise covers that. Leave it out; or, if no data is looked "
                 "at (moving averages of weights, clamping), name it in "
                 "`PrivacyCallback(public_state=[...])`."
             )

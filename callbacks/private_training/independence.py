@@ -166,15 +166,17 @@ def refuse_coupled_samples(
     masked = [torch.zeros_like(weights).index_copy(0, rows, weights[rows]) for rows in parts]
     if not divides(batch, size):
         return None
+    # Copies, made beforehand: a training step may write into its batch.
+    copy = samples_of(batch, torch.arange(size), size)
+    batches_of_parts = [samples_of(batch, rows, size) for rows in parts]
     with undisturbed(pl_module) as kept:
         randomness = EqualRandomness(size)
-        whole = observe(pl_module, batch, batch_idx, size, masked, randomness, mean)
+        whole = observe(pl_module, copy, batch_idx, size, masked, randomness, mean)
         changed = kept.changes()
         if whole is None:
             return None
-        for number, rows in enumerate(parts):
+        for number, (rows, part) in enumerate(zip(parts, batches_of_parts, strict=True)):
             kept.put_back()
-            part = samples_of(batch, rows, size)
             count, own = len(rows), [weights[rows]]
             found = _observe_part(
                 pl_module, part, batch_idx, count, own, randomness.again(rows), mean

@@ -76,6 +76,18 @@ def refuse_half_precision(optimizer: DPOptimizer) -> None:
                 )
 
 
+def settings_of(optimizer: DPOptimizer) -> dict[str, Any]:
+    """What a private step is made of besides its batch; learning rates may follow anything public."""
+    return {
+        "noise_multiplier": optimizer.noise_multiplier,
+        "clip_norm": optimizer.clip_norm,
+        "clip_norm of the groups": [group.get("clip_norm") for group in optimizer.param_groups],
+        "clipping": id(optimizer.clipping),
+        "expected_batch_size": optimizer.expected_batch_size,
+        "loss_scale": optimizer.loss_scale,
+    }
+
+
 def private_optimizer(trainer: Trainer) -> DPOptimizer:
     """The one optimizer; raise if there are others."""
     optimizers: list[Any] = trainer.optimizers

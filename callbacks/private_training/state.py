@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class StateWatch:
 
     A change is found by the version that torch counts for every tensor, and that of a buffer by its
     values too: writing back what was there is no change. Changes through ``.data`` have no version;
-    they are found where values of all tensors are compared.
+    they are found where values of all tensors are compared. What was not there before is a change.
 
     Args:
         pl_module: The module.
@@ -35,10 +36,12 @@ class StateWatch:
     def __init__(
         self, pl_module: LightningModule, optimizer: DPOptimizer, expected: Sequence[str]
     ) -> None:
-        self._modules = list(pl_module.named_modules())
+        self._root = pl_module
+        self._look_up_modules()
         self._optimizer, self._expected = optimizer, expected
         self._steady: set[str] = set()
         self._seen: dict[str, _Seen] = {}
+        self._empty: set[str] = set()  # names without a tensor, or with one that has no values yet
         self._hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
 
     def close(self) -> None:
@@ -56,6 +59,7 @@ class StateWatch:
             values: Whether the values of parameters are compared too, once.
         """
         before, self._seen = self._seen, {}
+        self._empty = {name for *_, name, tensor in self._entries() if not _has_values(tensor)}
         for name, tensor in self._tensors():
             now = id(tensor), tensor._version
             known = before.get(name)
@@ -74,6 +78,7 @@ class StateWatch:
         found = set()
         for name, tensor in self._tensors():
             if name not in self._seen:
+                found.add(name)
                 continue
             identity, version, known = self._seen[name]
             moved = (identity, version) != (id(tensor), tensor._version)
@@ -85,6 +90,25 @@ class StateWatch:
             if differs:
                 found.add(name)
         return self.unexpected(found)
+
+    @contextmanager
+    def without(self, names: set[str]) -> Iterator[None]:
+        """Take away those of some tensors that were not there when everything was remembered."""
+        taken = [
+            (tensors, key, name, tensor)
+            for tensors, key, name, tensor in self._entries()
+            if name in names and name not in self._seen and _has_values(tensor)
+        ]
+        for tensors, key, name, _ in taken:
+            if name in self._empty:
+                tensors[key] = None
+            else:
+                del tensors[key]
+        try:
+            yield
+        finally:
+            for tensors, key, _, tensor in taken:
+                tensors[key] = tensor
 
     def unexpected(self, names: set[str]) -> set[str]:
         """Those that must not change."""
@@ -106,10 +130,29 @@ class StateWatch:
                 )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for *_, name, tensor in self._entries():
+            if tensor is not None and _has_values(tensor):
+                yield name, tensor
+
+    def _entries(self) -> Iterator[tuple[dict[str, Any], str, str, Tensor | None]]:
+        """Where every parameter and buffer is kept, under which key, and its name."""
+        if self._children() != self._known_children:
+            self._look_up_modules()
         for prefix, module in self._modules:
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and not is_lazy(tensor):
-                    yield f"{prefix}.{name}" if prefix else name, tensor
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in [*tensors.items()]:
+                    yield tensors, key, f"{prefix}.{key}" if prefix else key, tensor
+
+    def _look_up_modules(self) -> None:
+        self._modules = list(self._root.named_modules())
+        self._known_children = self._children()
+
+    def _children(self) -> list[int]:
+        return [id(child) for _, module in self._modules for child in module._modules.values()]
+
+
+def _has_values(tensor: Tensor | None) -> bool:
+    return tensor is not None and not is_lazy(tensor)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
-_OF_EVERY_MODULE = {*vars(nn.Module())} - {"_buffers"}
+_OF_EVERY_MODULE = {*vars(nn.Module())} - {"_parameters", "_buffers", "_modules"}
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -42,13 +42,16 @@ class Kept:
         self._root = module
 
     def changes(self) -> dict[str, Tensor]:
-        """The parameters and buffers that are not what they were, as they are now."""
+        """The parameters and buffers that are new or not what they were, as they are now."""
         now = {**dict(self._root.named_parameters()), **dict(self._root.named_buffers())}
         return {
-            name: now[name].detach().clone()
-            for name, (_, before) in self._tensors.items()
-            if name in now and not equal(now[name], before)
+            name: tensor.detach().clone()
+            for name, tensor in now.items()
+            if not is_lazy(tensor) and not self._was(name, tensor)
         }
+
+    def _was(self, name: str, tensor: Tensor) -> bool:
+        return name in self._tensors and equal(tensor, self._tensors[name][1])
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -362,6 +362,50 @@ def test_noise_that_changes_after_the_batch_was_allowed_is_refused():
         trainer(private(epsilon=5.0)).fit(Late())
 
 
+@pytest.mark.parametrize(
+    "setting", ["noise_multiplier", "clip_norm", "expected_batch_size", "loss_scale", "group"]
+)
+def test_settings_of_a_step_that_follow_its_batch_are_refused(setting):
+    class Following(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            optimizer = self.trainer.optimizers[0]
+            if setting == "clip_norm":
+                optimizer.clipping.set_clip_norm(float(loss))
+            elif setting == "group":
+                optimizer.param_groups[0]["clip_norm"] = float(loss)
+            else:
+                setattr(optimizer, setting, float(loss))
+            return loss
+
+    clipping = "per_group" if setting == "group" else "flat"
+    with pytest.raises(Exception, match="settings of a private step before its batch is read"):
+        trainer(private()).fit(Following(clipping=clipping))
+
+
+def test_parts_of_a_batch_that_are_dropped_are_refused():
+    class Dropping(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx % 2 and loss > 0:
+                self.trainer.optimizers[0].zero_grad()
+            return loss
+
+    with pytest.raises(Exception, match="the sum of 2 backward passes, found one of 1"):
+        trainer(private(), accumulate_grad_batches=2).fit(Dropping())
+
+
+def test_what_an_optimizer_has_spent_before_stays_spent():
+    spent = PrivacyAccountant(PoissonSampling(0.3))
+    spent.step(2.0)
+    callback = private()
+    trainer(callback, max_epochs=1).fit(Net(accountant=spent))
+    assert callback.accountant.history == [
+        (PoissonSampling(0.3), 2.0, 1),
+        (PoissonSampling(0.1), 1.0, 10),
+    ]
+
+
 # --- fresh batches and fresh noise -----------------------------------------------------------------------------------
 
 

@@ -495,6 +495,112 @@ def test_state_that_no_data_change_is_let_through():
     fit(with_loss(Net.loss, target=target()), AverageOfWeights(), public_state=["target.*"])
 
 
+# --- what is made from a batch, changes it, or learns from it elsewhere -----------------------------------------------
+
+
+def makes_a_buffer(self, x, y):
+    if "mean" not in self._buffers:
+        self.register_buffer("mean", x.mean(0))
+    return Net.loss(self, x, y)
+
+
+def fills_an_empty_buffer(self, x, y):
+    if self.empty is None and self.trainer.global_step == 3:
+        self.empty = x.mean(0)
+    return Net.loss(self, x, y)
+
+
+def makes_a_parameter(self, x, y):
+    if self.trainer.global_step == 3 and not hasattr(self, "offset"):
+        self.offset = nn.Parameter(x.mean(0))
+    return Net.loss(self, x, y)
+
+
+def makes_a_module(self, x, y):
+    if self.trainer.global_step == 3 and not hasattr(self, "head"):
+        self.head = nn.Linear(4, 1)
+        self.head.weight.data.copy_(x.mean(0)[None])
+    return Net.loss(self, x, y)
+
+
+MAKING = [makes_a_buffer, fills_an_empty_buffer, makes_a_parameter, makes_a_module]
+
+
+@pytest.mark.parametrize("loss", MAKING, ids=lambda loss: loss.__name__)
+def test_state_that_is_made_from_a_batch_is_refused(loss):
+    module = with_loss(loss)
+    module.register_buffer("empty", None)
+    with pytest.raises(Exception, match=r"mean|empty|offset|head\.weight") as error:
+        fit(module)
+    assert "learns" in str(error.value)
+
+
+@pytest.mark.parametrize("check_independence", [True, False])
+def test_constants_that_are_made_when_they_are_needed_are_let_through(check_independence):
+    def waves(self, x, y):
+        if not hasattr(self, "waves"):
+            self.register_buffer("waves", torch.arange(4.0).cos(), persistent=False)
+        return F.cross_entropy(self.net(x * self.waves), y)
+
+    module = with_loss(waves)
+    fit(module, check_independence=check_independence)
+    assert module.waves[1] == torch.ones(()).cos()
+
+
+def test_steps_that_write_into_their_batch_are_let_through_and_see_it_once():
+    seen = []
+
+    def halved(self, x, y):
+        seen.append(float(x.std()))
+        return F.cross_entropy(self.net(x.mul_(0.5)), y)
+
+    fit(with_loss(halved))
+    assert min(seen) > 0.6  # a second time it would be a half
+
+
+class InPlace(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        batch[0].add_(5 * batch[0].mean(0))
+
+
+class Replaced(pl.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        batch[0] = batch[0] + 5 * batch[0].mean(0)
+
+
+@pytest.mark.parametrize("kind", [InPlace, Replaced])
+@pytest.mark.parametrize("place", ["before", "after", "module"])
+def test_hooks_that_change_a_batch_where_nothing_compares_are_refused(kind, place):
+    module, callbacks = Net(), [PrivacyCallback(delta=1e-3)]
+    if place == "module":
+        module.on_train_batch_start = lambda batch, batch_idx: kind().on_train_batch_start(
+            None, None, batch, batch_idx
+        )
+    else:
+        callbacks.insert(0 if place == "before" else 1, kind())
+    trainer = pl.Trainer(
+        callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(Exception, match="a hook changed it before `training_step`"):
+        trainer.fit(module, DataLoader(Data(), batch_size=12, shuffle=True))
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_epoch_start"])
+def test_what_learns_between_epochs_is_refused(hook):
+    module = Net()
+
+    def learn():
+        if module.trainer.global_step:
+            module.net[2].bias.data += Data().X.mean()
+            module.net[2].bias.add_(0.0)
+
+    setattr(module, hook, torch.no_grad()(learn))
+    with pytest.raises(Exception, match=r"after an epoch.*public_state"):
+        fit(module)
+    setattr(module, hook, torch.no_grad()(learn))
+    fit(module, public_state=["net.2.bias"])  # clamped, for instance
+
+
 def test_swaps_of_averaged_weights_for_validation_are_let_through():
     if not hasattr(pl.callbacks, "WeightAveraging"):
         pytest.skip("a Lightning without `WeightAveraging`")
