@@ -247,9 +247,12 @@ class PrivacyCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        # The first to see a batch: hooks of others may change it.
-        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+        # The first to see a batch: hooks of others may change it. In place, for the Trainer goes
+        # through this list just now; those before this callback had their turn.
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
         self._restore(trainer)
         self._forget_fit()
         refuse_trainer(trainer, pl_module)
