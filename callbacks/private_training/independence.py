@@ -185,7 +185,8 @@ def refuse_coupled_samples(
                 return None
             if gradients:
                 allowed = tolerance(pl_module)
-                eps = torch.finfo(torch.promote_types(pl_module.dtype, torch.float32)).eps
+                parameter = next(iter(pl_module.parameters()))
+                eps = torch.finfo(torch.promote_types(parameter.dtype, torch.float32)).eps
                 negligible = 0.0 if clipping is None else clipping.negligible(eps)
                 compare(whole, found, rows, number, own[0], mean, allowed, negligible)
             _refuse_changed_state(changed, kept)
