@@ -128,6 +128,38 @@ def test_an_op_along_another_axis_is_another_structure(name):
         case.compute_loss().backward()
 
 
+BY = {  # the same op with another number: its rows stay where they are, or meet others
+    "rot90": (lambda h: h + torch.rot90(h, 4), lambda h: h + torch.rot90(h, 2)),
+    "pad": (lambda h: h + F.pad(h, (0, 0, 0, 1))[:4], lambda h: h + F.pad(h, (0, 0, 1, 0))[:4]),
+    "pool": (
+        lambda h: F.avg_pool2d(h[None], (1, 1), (1, 1))[0, :3],
+        lambda h: F.avg_pool2d(h[None], (2, 1), (1, 1))[0, :3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY)
+def test_an_op_by_another_number_is_another_structure(name):
+    apart, mixing = BY[name]
+    case = problem()
+    case.X, case.y = case.X[:4], case.y[: len(apart(torch.ones(4, 4)))]
+    case.model = Mixing(apart).double()
+
+    def compute():
+        with curvature(BatchGrad(), batch_size=len(case.y)):
+            case.compute_loss().backward()
+
+    compute()
+    rows = F.cross_entropy(case.model(case.X), case.y, reduction="none") / len(case.y)
+    found = case.model.a.weight.grad_batch
+    for row, g in zip(rows, found):
+        expected = torch.autograd.grad(row, case.model.a.weight, retain_graph=True)[0]
+        torch.testing.assert_close(g, expected)
+    case.model.mix = mixing
+    with pytest.raises(NotImplementedError, match="samples mix"):
+        compute()
+
+
 def test_other_batch_sizes_are_other_structures():
     case = problem()
     for size in (6, 4, 1):
