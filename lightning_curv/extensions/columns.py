@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -127,6 +127,9 @@ class Signed:
 
         Piecewise linear networks have no residuals.
         """
+        if any(call.beside for call in passes.tape.losses.values()):
+            # The second derivatives between mean and variance are in no likelihood.
+            passes = replace(passes, joint=True)
         for part in passes.parts:
             columns = part.signed_columns(fewest=not passes.ends_at(part.edges))
             yield from passes.jacobians(

@@ -64,6 +64,8 @@ class Passes:
         output: Where the curvature of the loss enters instead of at known loss functions.
         own_generator: Draws Monte-Carlo targets instead of `default_generator`.
         separate: Whether samples must not influence each other.
+        joint: Whether a known loss function of several outputs is a function like any other, with
+            the second derivatives between them.
     """
 
     loss: Tensor
@@ -73,6 +75,7 @@ class Passes:
     output: LossCall | None = None
     own_generator: torch.Generator | None = None
     separate: bool = True
+    joint: bool = False
 
     def only(self, chosen: Tensor) -> Passes:
         """Passes for some of the samples only, ``chosen [S]`` in ascending order."""

@@ -46,8 +46,14 @@ class Summands:
     others: list[list[Place]]
 
 
-def find_summands(tape: Tape, loss: Tensor) -> Summands:
-    """The summands of a loss: the graph is followed down as long as it is piecewise linear."""
+def find_summands(tape: Tape, loss: Tensor, joint: bool = False) -> Summands:
+    """The summands of a loss: the graph is followed down as long as it is piecewise linear.
+
+    Args:
+        tape: What is recorded.
+        loss: The root.
+        joint: Whether a known loss function of several outputs is a function like any other.
+    """
     outputs = _Outputs(tape)
     known: dict[Node, LossCall] = {}
     others: list[set[Place]] = []
@@ -60,7 +66,8 @@ def find_summands(tape: Tape, loss: Tensor) -> Summands:
             continue
         seen.add(place)
         node, call = place[0], tape.losses.get(place[0])
-        if call is not None:
+        differentiated = joint and call is not None and call.beside
+        if call is not None and not differentiated:
             known[node] = call
             if call.beside:
                 stack += [
@@ -68,7 +75,7 @@ def find_summands(tape: Tape, loss: Tensor) -> Summands:
                 ]
         elif (output := outputs.at(place)) is not None:
             others.append({output})
-        elif inputs := linear_inputs(node, kinks=True):
+        elif not differentiated and (inputs := linear_inputs(node, kinks=True)):
             stack += inputs
         else:
             found, passed = outputs.below(place)
@@ -126,7 +133,7 @@ def loss_parts(passes: Passes) -> list[LossPart]:
     """The parts of the loss of some passes whose samples are known."""
     tape, output = passes.tape, passes.output
     if output is None:
-        found = find_summands(tape, passes.loss)
+        found = find_summands(tape, passes.loss, passes.joint)
     else:
         known = {node: call for node, call in tape.losses.items() if call is not output}
         found = Summands(known, [[output.input[:2]]])

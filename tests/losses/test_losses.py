@@ -27,9 +27,11 @@ from lightning_curv.extensions import (
     GGNMP,
     KFLR,
     PCHMP,
+    BatchDiagHessian,
     BatchGrad,
     DiagGGNExact,
     DiagGGNMC,
+    DiagHessian,
     SqrtGGNExact,
 )
 from lightning_curv.extensions.spectrum import MaxEigenvalue
@@ -346,3 +348,49 @@ def test_hessian_of_a_variance_from_the_network_is_refused():
     found = part(torch.ones(()), input=POSITIVE, var=LOG_P, target=LOG_P)
     with pytest.raises(UnsupportedError, match="mean and variance share a Hessian"):
         list(found.hessian_columns(BatchAxis(4)))
+
+
+# --- Hessians of mean and variance ------------------------------------------------------------------------------------
+
+
+class Heteroscedastic(nn.Module):
+    """A mean from a network, and a variance from it, from parameters of their own or from both."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        self.log_scale = nn.Parameter(torch.tensor(0.3).double())
+        self.log_variance = nn.Parameter(torch.randn(1).double())
+
+
+VARIANCES = {
+    "one_parameter": lambda model, outputs: (2 * model.log_scale).exp().expand(len(outputs)),
+    "one_entry": lambda model, outputs: model.log_variance.exp().expand(len(outputs)),
+    "network": lambda model, outputs: F.softplus(outputs[:, 1]),
+    "both": lambda model, outputs: outputs[:, 1].exp() + model.log_scale.exp(),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", VARIANCES)
+def test_hessians_of_a_mean_and_its_variance(name, reduction):
+    model, X, y = Heteroscedastic(), torch.randn(4, 3).double(), torch.randn(4).double()
+
+    def loss():
+        outputs = model.net(X)
+        variance = VARIANCES[name](model, outputs)
+        return F.gaussian_nll_loss(outputs[:, 0], y, variance, full=True, reduction=reduction)
+
+    params = [*model.parameters()]
+    gradients = torch.autograd.grad(loss(), params, create_graph=True, materialize_grads=True)
+    for extension in (DiagHessian(), BatchDiagHessian()):
+        with curvature(extension):
+            loss().backward()
+        for p, g in zip(params, gradients):
+            if not g.requires_grad:
+                continue
+            rows = [torch.autograd.grad(entry, p, retain_graph=True)[0] for entry in g.flatten()]
+            diagonal = torch.stack([row.flatten()[i] for i, row in enumerate(rows)])
+            found = getattr(p, extension.savefield)
+            found = found if extension.savefield == "diag_h" else found.sum(0)
+            assert_close(found, diagonal.reshape(p.shape))
