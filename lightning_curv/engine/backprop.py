@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curv.engine import truncated_backward
-from lightning_curv.engine.differentiable import gradients_per_sample
 from lightning_curv.engine.extension_hook import ExtensionHook, Handover
 from lightning_curv.engine.refusals import refuse_uncovered
 from lightning_curv.engine.sum_check import SumCheck
@@ -31,6 +30,7 @@ from lightning_curv.passes.summands import find_summands
 from lightning_curv.recording.records import Output
 from lightning_curv.samples.batch import Batch
 from lightning_curv.samples.finder import find_samples, whole_batch
+from lightning_curv.second_derivatives.per_sample import gradients_per_sample
 from lightning_curv.terms.jacobian import Jacobian
 
 AnyExtension = Extension | GraphExtension

@@ -9,7 +9,11 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_curv.passes.passes import Column, Passes
-from lightning_curv.second_derivatives.parameter_curvature import own_curvature
+from lightning_curv.second_derivatives.parameter_curvature import (
+    curved_parameters,
+    differentiated_diagonals,
+    own_curvature,
+)
 from lightning_curv.second_derivatives.residuals import residuals
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -130,6 +134,13 @@ class Signed:
         if any(call.beside for call in passes.tape.losses.values()):
             # The second derivatives between mean and variance are in no likelihood.
             passes = replace(passes, joint=True)
+        curved = curved_parameters(passes)
+        if any(parameter not in curved for parameter in passes.tape.all_parameters):
+            for jacobians in self._by_columns(passes):
+                yield {p: jacobian for p, jacobian in jacobians.items() if p not in curved}
+        yield from differentiated_diagonals(passes, curved)
+
+    def _by_columns(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         for part in passes.parts:
             columns = part.signed_columns(fewest=not passes.ends_at(part.edges))
             yield from passes.jacobians(

@@ -7,8 +7,9 @@ output), and a parameter behind a nonlinear transform (weight normalisation).
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.differentiation.twice import differentiable, fused
-from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.errors import differentiating_twice, names_of
 from lightning_curv.graph.dependence import uses_below
 from lightning_curv.graph.heads import BILINEAR, is_piecewise_linear, name_of
 from lightning_curv.graph.joins import Join
@@ -26,9 +27,10 @@ from lightning_curv.kernels.symmetric import eigh
 from lightning_curv.passes.passes import Column, Passes, apply_rule
 from lightning_curv.passes.reparametrization import pulled_back
 from lightning_curv.recording.records import Operand, Use
-from lightning_curv.rules.fallback import dense
+from lightning_curv.rules.fallback import FallbackWarning, dense
 from lightning_curv.samples.probing import owners_at
 from lightning_curv.second_derivatives.local_curvature import trial_vectors
+from lightning_curv.second_derivatives.per_sample import gradients_per_sample
 from lightning_curv.terms.jacobian import Jacobian
 
 AFFINE = frozenset(
@@ -40,8 +42,7 @@ def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
     """These second derivatives, or their diagonals, as Jacobians of dense signed columns."""
     times = Counter(p for found in passes.tape.parameters.values() for p in found)
     for node, use in passes.tape.uses.items():
-        if isinstance(node, Join):
-            _refuse_curved(passes, node, use)
+        if isinstance(node, Join):  # linear, or among `curved_parameters`
             continue
         again = any(times[p] > 1 for p in passes.tape.parameters[node])
         names = [
@@ -56,29 +57,78 @@ def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
                 yield from op.transformed()
 
 
-def _refuse_curved(passes: Passes, join: Join, use: Use) -> None:
-    """Raise if what meets the samples at a join may have second derivatives of its own.
+def curved_parameters(passes: Passes) -> dict[Tensor, str]:
+    """The parameters that meet the samples where the second derivatives are not known, and in which op.
 
-    Raises:
-        UnsupportedError: The node or what is below it is nonlinear, or the parameters are used
-            again by the data.
+    The op or what is below it is nonlinear in them, or the data uses them again.
     """
+    found: dict[Tensor, str] = {}
+    for node, use in passes.tape.uses.items():
+        if isinstance(node, Join) and _curved(passes, node, use):
+            found.update((p, name_of(node.node)) for p in passes.tape.parameters[node])
+    return found
+
+
+def _curved(passes: Passes, join: Join, use: Use) -> bool:
     (operand,) = use.operands.values()
     found = leaves(operand.edge)
     inputs = [(after, number) for after, number in join.node.next_functions if after is not None]
     data = [GradientEdge(after, number) for after, number in inputs if after is not join.edge.node]
     below = {p for other in uses_below(passes.tape, data) for p in parameters(other)}
     linear = is_piecewise_linear(join.node) or name_of(join.node) in BILINEAR | AFFINE
-    if (
-        not linear
-        or join.recorded is not None
-        or below.intersection(found)
-        or not _is_linear(operand, found)
-    ):
-        raise UnsupportedError(
-            f"The Hessian's diagonal needs a rule for `{name_of(join.node)}` using parameter "
-            f"{describe(found[0])}, found none. Use `HMP`, or `HessianTraceMC` for the trace."
-        )
+    if not linear or join.recorded is not None or below.intersection(found):
+        return True
+    return not _is_linear(operand, found)
+
+
+def differentiated_diagonals(
+    passes: Passes,
+    curved: Mapping[Tensor, str],
+) -> Iterator[dict[Tensor, Jacobian]]:
+    """The Hessian's diagonals of some parameters, entry by entry, as Jacobians of signed columns.
+
+    Every per-sample gradient is differentiated by autograd, once per entry of the parameter.
+    """
+    if not curved:
+        return
+    count = passes.samples.count
+    passes_needed = count * sum(parameter.numel() for parameter in curved)
+    names = ", ".join(names_of([*curved]))
+    warnings.warn(
+        f"The Hessian's diagonal needs a rule for {', '.join(sorted({*curved.values()}))} using "
+        f"{names}, found none: it is exact but slow, {passes_needed} backward passes, one per "
+        "sample and entry. A rule for the op (`@lightning_curv.rule`) is the fast path, `HMP` "
+        "multiplies by the Hessian, and `lightning_curv.extensions.spectrum.HessianTraceMC` "
+        "estimates its trace.",
+        FallbackWarning,
+        stacklevel=2,
+    )
+    with differentiable(fused([passes.loss])):
+        gradients = gradients_per_sample(passes)
+    for parameter in curved:
+        rows = gradients.get(parameter)
+        if rows is None:  # the loss does not depend on it
+            continue
+        yield _diagonal(parameter, _differentiated(rows, parameter))
+
+
+def _differentiated(rows: Tensor, parameter: Tensor) -> Tensor:
+    """The derivative of every entry ``[N, *p]`` by the same entry of the parameter."""
+    diagonal = torch.zeros_like(rows).detach()
+    if not rows.requires_grad:
+        return diagonal
+    places = diagonal.view(-1)
+    with torch.enable_grad(), differentiating_twice(), unheard():
+        for place, entry in enumerate(rows.flatten()):
+            (second,) = torch.autograd.grad(
+                entry,
+                parameter,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            if second is not None:
+                places[place] = second.flatten()[place % parameter.numel()]
+    return diagonal
 
 
 @dataclass

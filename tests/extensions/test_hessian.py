@@ -30,6 +30,7 @@ from lightning_curv.extensions import (
     DiagHessian,
     block_products,
 )
+from lightning_curv.rules.fallback import FallbackWarning
 from lightning_curv.second_derivatives import local_curvature
 
 DIAGONALS = [
@@ -439,3 +440,75 @@ def test_a_second_derivative_that_is_infinite_hides_no_other():
         (X @ weight).sqrt().square().sum().backward()
     assert not weight.diag_h_batch[0].isfinite().any()  # of the sample that is zero
     assert_close(weight.diag_h_batch[1], torch.zeros(1, 2).double())
+
+
+class Solved(nn.Module):
+    """The parameters are the matrix of a system of equations."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 4).double())
+
+    def forward(self, x):
+        return torch.linalg.solve(self.matrix + 3 * torch.eye(4), x.T).T
+
+    def summands(self, x):
+        return self(x).tanh().square().sum(1)
+
+
+class SolvedAndLinear(Solved):
+    """Parameters of an op with a rule beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+
+    def summands(self, x):
+        return self.layer(self(x)).tanh().square().sum(1)
+
+
+class OneByOne(SolvedAndLinear):
+    """Every sample is a forward pass of its own."""
+
+    def forward(self, x):
+        return x @ self.matrix
+
+    def summands(self, x):
+        return torch.stack([self.layer(self(row)).tanh().square().sum() for row in x])
+
+
+class Slope(OneByOne):
+    """A derivative of the network by its input is in the loss."""
+
+    def summands(self, x):
+        x = x.clone().requires_grad_()
+        values = self.layer(self(x).tanh())[:, 0]
+        (slope,) = torch.autograd.grad(values.sum(), x, create_graph=True)
+        return slope.square().sum(1) + values.square()
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
+@pytest.mark.parametrize("kind", [Solved, SolvedAndLinear, OneByOne, Slope])
+def test_diagonals_of_parameters_of_ops_without_a_rule(kind):
+    model, X = kind(), torch.randn(3, 4).double()
+    names, params = zip(*model.named_parameters())
+    expected = {name: [] for name in names}
+    for row in X.split(1):
+        gradients = torch.autograd.grad(
+            model.summands(row).sum(), params, create_graph=True, allow_unused=True
+        )
+        for name, p, g in zip(names, params, gradients):
+            entries = [] if g is None or not g.requires_grad else g.flatten()
+            rows = [oracle.gradient(entry, [p])[0].flatten() for entry in entries]
+            diagonal = torch.stack(rows).diagonal() if rows else torch.zeros(p.numel())
+            expected[name].append(diagonal.reshape(p.shape))
+    with (
+        curvature(DiagHessian(), BatchDiagHessian(), batch_size=3),
+        pytest.warns(FallbackWarning, match=r"exact but slow, \d+ backward passes.*HessianTraceMC"),
+    ):
+        model.summands(X).sum().backward()
+    for name, p in zip(names, params):
+        rows = torch.stack(expected[name]).to(p)
+        assert rows.any()
+        assert_close(p.diag_h_batch, rows, label=name)
+        assert_close(p.diag_h, rows.sum(0), label=name)

@@ -1,9 +1,8 @@
 """Per-sample gradients with a graph of their own, for ``loss.backward(create_graph=True)``.
 
 Recorded inputs are detached, and terms are contractions of values. Here autograd makes every
-per-sample gradient
-itself: the cotangent at the output of an op, all other samples set to zero, is backpropagated
-    through the op alone.
+per-sample gradient itself: the cotangent at the output of an op, all other samples set to zero, is
+backpropagated through the op alone.
 """
 
 from __future__ import annotations
