@@ -84,7 +84,9 @@ def _read(logged: Course | str | Path, series: str) -> Course:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get(f"{GROUP}/{series}")]
         return {int(row["step"]): float(row[f"{GROUP}/{series}"]) for row in rows}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
 
     accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     if f"{GROUP}/{series}" not in accumulator.Tags()["scalars"]:

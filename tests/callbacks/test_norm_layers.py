@@ -2,6 +2,7 @@
 
 import warnings
 
+import norm_layer_runs
 import pytest
 import torch
 from monitoring import Net, data, events, fit, series
@@ -198,3 +199,16 @@ def test_which_layers_are_meant():
 
 def test_it_is_its_own_field():
     assert NormLayerL2([]).savefield != BatchL2Grad.savefield
+
+
+def test_two_processes_log_what_one_logs_on_the_union_batch(tmp_path):
+    """Histograms and means of the epoch, too."""
+    norm_layer_runs.spawn(tmp_path)
+    expected = norm_layer_runs.run(tmp_path, world=1)
+    assert f"curvature/{NAME}_epoch" in expected
+    for rank in range(2):
+        assert torch.load(tmp_path / f"values-{rank}") == pytest.approx(expected, rel=1e-6)
+    one, two = (events(tmp_path / world).Histograms("curvature/grad_hist_1d") for world in "12")
+    assert [e.histogram_value.bucket for e in one] == [e.histogram_value.bucket for e in two]
+    one, two = (events(tmp_path / world).Images("curvature/grad_hist_2d") for world in "12")
+    assert [e.encoded_image_string for e in one] == [e.encoded_image_string for e in two]
