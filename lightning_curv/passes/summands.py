@@ -23,8 +23,8 @@ from lightning_curv.graph.tape import Tape
 from lightning_curv.losses.autograd import Quadratic
 from lightning_curv.losses.likelihoods import Likelihood
 from lightning_curv.losses.parts import KnownPart, LossPart
-from lightning_curv.recording.records import LossCall, edge_of
-from lightning_curv.terms.owners import BatchAxis, Owners
+from lightning_curv.recording.records import LossCall, Use, edge_of, shape_at
+from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners, owners_of
 
 if TYPE_CHECKING:
     from lightning_curv.passes.passes import Passes
@@ -191,10 +191,23 @@ def _owners(passes: Passes) -> dict[Place, Owners]:
     """Which sample owns each row of the outputs of all uses, and of `Passes.output`."""
     samples = passes.samples
     found = {
-        (node_of(key), use.output_nr): samples.uses[key]
+        (node_of(key), use.output_nr): _at_node(use, node_of(key), samples.uses[key])
         for key, use in passes.tape.uses.items()
         if key in samples.uses
     }
     if passes.output is not None:
         found[passes.output.input[:2]] = samples.losses[cast("Node", passes.loss.grad_fn)]
     return found
+
+
+def _at_node(use: Use, node: Node, owners: Owners) -> Owners:
+    """The owners of an op's output in the shape that its node has: `linear` multiplies flattened rows."""
+    shape = shape_at(GradientEdge(node, use.output_nr))
+    leading = owners == BatchAxis(owners.count)
+    if shape == use.shape or leading or not isinstance(owners, (BatchAxis, RowOwners)):
+        return owners
+    rows = use.shape[:-1] if shape[-1:] == use.shape[-1:] else use.shape
+    owner = owners.owner(use.shape)
+    if rows is not use.shape:  # the last axis belongs to the same samples throughout
+        return owners_of(owner.expand(*rows, 1).reshape(*shape[:-1], 1), shape, owners.count)
+    return owners_of(owner.expand(rows).reshape(shape), shape, owners.count)
