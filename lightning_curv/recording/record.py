@@ -246,6 +246,7 @@ def _note_roots(
             note(out, roots)
         return
     drawn = _drawn_from(func, args, kwargs)
+    decided = any(tensor.requires_grad for tensor in tensors)
     counts = not any(
         tensor.is_floating_point() for tensor in tensors
     )  # lengths are no statistics of what is in rows
@@ -261,7 +262,9 @@ def _note_roots(
         else:
             found = Roots((Root.of(out, drawn), *(root for root in roots.tensors if root != drawn)))
             numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
-        note(out, replace(found, numbers=numbers, pooled=pooled))
+        # What the network's own values decide, the entry of a codebook, is nothing that was moved:
+        # weights tell whose rows read it.
+        note(out, replace(found, numbers=numbers or None if decided else numbers, pooled=pooled))
 
 
 def _without_unused(args: Sequence[Any]) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.graph.heads import Head
+from lightning_curv.graph.heads import Head, added_by_row
 from lightning_curv.graph.joins import node_of
 from lightning_curv.graph.tape import leaf_of, nodes_below
 from lightning_curv.recording.provenance import Roots, roots_of
@@ -58,7 +58,7 @@ def evident(
     if all(single) and not search.blind and _from_nothing(search):
         return True
     known = not any(_unknown_order(search, roots, count) for roots in read)
-    if known and any(single) and _linked(search, [head for head, _ in heads]):
+    if known and any(single) and _linked(search, [head for head, _ in heads], count):
         return True
     outside = [  # last: to see whether a module holds a tensor takes long
         (node, use)
@@ -122,14 +122,17 @@ def _unknown_order(search: Search, read: Sequence[Roots], count: int) -> bool:
     return not told and any(map(search.batch.holds, unknown))
 
 
-def _linked(search: Search, heads: Sequence[Head]) -> bool:
+def _linked(search: Search, heads: Sequence[Head], count: int) -> bool:
     """Whether rows of all heads depend on rows of the same ops, and were so compared.
+
+    Or are added up row by row, to a loss per sample.
 
     Heads that depend on no parameter, such as targets that are differentiated, do not count
     beside others.
     """
     keys = {node_of(node) for node in search.uses}
     groups: list[set[Node]] = []
+    together = added_by_row(search.passes.loss, heads, count)
     for head in heads:
         nodes = [*nodes_below(head.edge.node)]
         if len(heads) > 1 and not any(
@@ -137,6 +140,7 @@ def _linked(search: Search, heads: Sequence[Head]) -> bool:
         ):
             continue
         below = {node for node in nodes if node in keys}
+        below |= {sum_ for sum_, added in together.items() if head in added}
         apart = [group for group in groups if not group & below]
         groups = [*apart, below.union(*(group for group in groups if group & below))]
     return len(groups) == 1

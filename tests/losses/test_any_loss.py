@@ -735,3 +735,44 @@ def test_all_is_zero_where_the_batch_is_empty():
     computed(CURVED[0], network, X, y, DiagGGNExact())
     assert not network.body.weight.diag_ggn_exact.any()
     assert math.prod(network.body.weight.diag_ggn_exact.shape) == network.body.weight.numel()
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_several_draws_of_every_sample_may_lie_in_front(draws):
+    """Importance-weighted bounds: [K, N, ...] with a logarithm of a sum over K."""
+    torch.manual_seed(0)
+    network = nn.Linear(2, 3).double()
+    z, x = torch.randn(draws, 4, 2).double(), torch.rand(4, 3).double()
+
+    def losses(outputs: Tensor) -> Tensor:
+        return -(-(outputs - x).square().sum(2)).logsumexp(0)
+
+    with curvature(DiagGGNExact(), GGNMP(), DiagHessian(), batch_size=4):
+        losses(network(z)).mean().backward()
+    outputs = network(z)
+    entries = outputs.movedim(1, 0).reshape(4, -1)
+    hessians = [
+        torch.autograd.functional.hessian(
+            lambda own, n=n: losses(
+                torch.cat([outputs[:, :n], own[:, None], outputs[:, n + 1 :]], 1)
+            )[n],
+            outputs[:, n].detach(),
+        ).reshape(entries.shape[1], -1)
+        / 4
+        for n in range(4)
+    ]
+    for parameter in network.parameters():
+        rows = [
+            [
+                torch.autograd.grad(entry, parameter, retain_graph=True)[0].flatten()
+                for entry in entries[n]
+            ]
+            for n in range(4)
+        ]
+        jacobians = [torch.stack(own) for own in rows]
+        ggn = sum(J.T @ positive(H) @ J for J, H in zip(jacobians, hessians))
+        hessian = sum(J.T @ H @ J for J, H in zip(jacobians, hessians))
+        vector = torch.rand_like(parameter)
+        assert_close(parameter.diag_ggn_exact.flatten(), ggn.diagonal())
+        assert_close(parameter.ggnmp(vector[None]).flatten(), ggn @ vector.flatten())
+        assert_close(parameter.diag_h.flatten(), hessian.diagonal())

@@ -8,7 +8,10 @@ from trap_problems import assert_right, both, problem
 
 from lightning_curv import curvature
 from lightning_curv.extensions import KFAC, KFLR, BatchGrad
+from lightning_curv.graph.heads import added_by_row, find_heads
+from lightning_curv.graph.tape import walk
 from lightning_curv.passes.passes import Passes
+from lightning_curv.recording.record import record
 from lightning_curv.samples.batch import Batch
 from lightning_curv.samples.verified import MEMORY
 
@@ -463,3 +466,65 @@ def test_parameters_that_multiply_the_loss_of_every_sample_are_right():
             for i in range(n)
         ]
         torch.testing.assert_close(p.grad_batch, torch.stack(alone))
+
+
+# --- entries that the network chooses itself -------------------------------------------------------------------------
+
+
+class Quantizing(nn.Module):
+    """A codebook, whose nearest entry is taken for every sample (van den Oord et al., 2017)."""
+
+    def __init__(self, depth):
+        super().__init__()
+        hidden = [nn.Linear(5, 4), nn.Tanh()] if depth > 1 else []
+        self.encoder = nn.Sequential(*hidden, nn.Linear(4 if hidden else 5, 2))
+        self.codebook, self.decoder = nn.Embedding(6, 2), nn.Linear(2, 5)
+
+    def losses(self, x):
+        code = self.encoder(x)
+        nearest = torch.cdist(code, self.codebook.weight).argmin(1)
+        entry = self.codebook.weight[nearest]
+        image = self.decoder(code + (entry - code).detach())
+        return [(image, x), (entry, code.detach()), (code, entry.detach())]
+
+
+def by_sample(model, x):
+    return sum((a - b).square().mean(1) for a, b in model.losses(x)).mean()
+
+
+def by_calls(model, x):
+    return sum(F.mse_loss(a, b) for a, b in model.losses(x))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("loss", [by_sample, by_calls])
+def test_codebooks_are_read_by_the_samples_that_chose_the_entry(depth, loss):
+    torch.manual_seed(0)
+    model, x = Quantizing(depth).double(), torch.rand(4, 5).double()
+    with curvature(BatchGrad(), batch_size=4):
+        loss(model, x).backward()
+    parameters = [*model.parameters()]
+    for n in range(4):
+        expected = torch.autograd.grad(loss(model, x[n : n + 1]) / 4, parameters)
+        for parameter, gradient in zip(parameters, expected):
+            torch.testing.assert_close(parameter.grad_batch[n], gradient)
+
+
+SUMS = {
+    "rows": (lambda a, b: (a.square().mean(1) + b.square().mean(1)).mean(), 2),
+    "rows and weights": (lambda a, b: (a.square().sum(1) - 3 * b.exp().mean(-1) / 2).sum(), 2),
+    "rows and columns": (lambda a, b: (a.square().mean(1) + b.square().mean(0)).mean(), 0),
+    "numbers": (lambda a, b: a.square().mean() + b.square().mean(), 0),
+    "moved rows": (lambda a, b: (a.square().mean(1) + b.square().flip(0).mean(1)).mean(), 0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_losses_per_sample_are_found_where_they_are_added_up(name):
+    loss, expected = SUMS[name]
+    first, second, x = nn.Linear(3, 4), nn.Linear(3, 4), torch.rand(4, 3)
+    with record():
+        value = loss(first(x), second(x))
+    heads = find_heads(walk(value.grad_fn), value)
+    assert len(heads) == 2
+    assert [len(added) for added in added_by_row(value, heads, 4).values()] == [2] * (expected > 0)
