@@ -103,7 +103,7 @@ def _place(search: Search, node: Node | Join, use: Use, count: int) -> Place:
     rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
     if groups_of(use) is not None:
         return Place(edge, use.shape, [], [(0,)])
-    return Place(edge, use.shape, axes, rows if use.rule.outputs is None else [])
+    return Place(edge, use.shape, axes, rows)
 
 
 def _above(

@@ -528,3 +528,66 @@ def test_losses_per_sample_are_found_where_they_are_added_up(name):
     heads = find_heads(walk(value.grad_fn), value)
     assert len(heads) == 2
     assert [len(added) for added in added_by_row(value, heads, 4).values()] == [2] * (expected > 0)
+
+
+# --- one sample after the other --------------------------------------------------------------------------------------
+
+LENGTHS = (2, 5, 1, 3)
+
+
+def cell_by_cell(model, x):
+    """States of every sequence by a loop over its own steps."""
+    states = []
+    for row, length in zip(x, LENGTHS):
+        state = x.new_zeros(1, 3)
+        for step in range(length):
+            state = model(row[step][None], state)
+        states.append(state)
+    return torch.cat(states)
+
+
+def sequence_by_sequence(model, x):
+    return torch.cat([model(row[None, :length])[1][0] for row, length in zip(x, LENGTHS)])
+
+
+ONE_BY_ONE = {
+    "gru cell": (lambda: nn.GRUCell(3, 3), cell_by_cell),
+    "elman cell": (lambda: nn.RNNCell(3, 3), cell_by_cell),
+    "gru": (lambda: nn.GRU(3, 3, batch_first=True), sequence_by_sequence),
+    "elman": (lambda: nn.RNN(3, 3, batch_first=True), sequence_by_sequence),
+}
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_recurrences_may_run_on_one_sample_after_the_other(name):
+    build, run = ONE_BY_ONE[name]
+    torch.manual_seed(0)
+    model, x, y = build().double(), torch.randn(4, 5, 3).double(), torch.arange(4) % 3
+    with curvature(BatchGrad(), batch_size=4):
+        F.cross_entropy(run(model, x), y).backward()
+    losses = F.cross_entropy(run(model, x), y, reduction="none") / 4
+    for n, loss in enumerate(losses):
+        expected = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
+        for parameter, gradient in zip(model.parameters(), expected):
+            torch.testing.assert_close(parameter.grad_batch[n], gradient)
+
+
+def test_bags_of_rows_belong_to_one_sample_each():
+    """Multiple-instance learning: bags of other sizes, pooled by attention."""
+    torch.manual_seed(0)
+    weight, features = nn.Linear(3, 1).double(), nn.Linear(3, 3).double()
+    bags, y = [torch.randn(size, 3).double() for size in (2, 5, 1, 3)], torch.arange(4) % 3
+
+    def pooled(bag):
+        return (weight(bag).softmax(0) * features(bag).tanh()).sum(0)
+
+    def losses():
+        return F.cross_entropy(torch.stack([*map(pooled, bags)]), y, reduction="none") / 4
+
+    with curvature(BatchGrad(), batch_size=4):
+        F.cross_entropy(torch.stack([*map(pooled, bags)]), y).backward()
+    parameters = [*weight.parameters(), *features.parameters()]
+    for n, loss in enumerate(losses()):
+        expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+        for parameter, gradient in zip(parameters, expected):
+            torch.testing.assert_close(parameter.grad_batch[n], gradient)
