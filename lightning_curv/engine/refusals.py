@@ -26,12 +26,22 @@ def refuse_uncovered(
             f"Every op must be in the graph before the backward pass, found `{name}`, which runs "
             "its ops during it. Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
         )
-    if tape.stray and not tape.uses and not tape.losses and not tape.mapped:
+    if tape.nested:
+        raise UnsupportedError(
+            "Quantities need tensors whose samples have one shape, found a nested tensor as the "
+            f"value of `{tape.nested[0]}`. Pad it before the network "
+            "(`torch.nested.to_padded_tensor`) or pack it (`torch.nn.utils.rnn.pack_sequence`)."
+        )
+    unrecorded = tape.stray and not tape.uses and not tape.losses and not tape.mapped
+    reading = [e for e in extensions if e.needs_samples or e.needs_likelihood]  # the records
+    if unrecorded and reading:
         parameter, op = tape.stray[0]
         raise UnsupportedError(
-            f"Parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and "
+            f"{reading[0]} needs the ops and the losses of a forward pass, found no record of any: "
+            f"parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and "
             "no op was recorded. Run the forward pass inside `curvature(...)` or `record()`, or "
-            "`extend` the model."
+            "`extend` the model. Where all of it runs inside of transforms of `torch.func` (`jvp`, "
+            "`jacrev`), which leave no record, use `HMP`, which needs none."
         )
     for extension in extensions:
         if extension.independent and extension.needs_samples and not extension.batchwise:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from lightning_curv import curvature
-from lightning_curv.extensions import BatchGrad
+from lightning_curv.errors import UnsupportedError
+from lightning_curv.extensions import GGNMP, HMP, PCHMP, BatchGrad
 
 N, D, C = 4, 5, 3
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
@@ -99,3 +100,34 @@ def test_rows_in_an_order_that_is_not_known_are_refused():
     model, x, y = draw()
     with pytest.raises(NotImplementedError, match="sample"), curvature(BatchGrad(), batch_size=N):
         by_hand(vmap(lambda i: model(x.index_select(0, i[None])[0]))(ORDER), y[ORDER]).backward()
+
+
+TRANSFORMED = {
+    "vmap_jacrev": lambda net, X: torch.func.vmap(torch.func.jacrev(lambda x: net(x)[0]))(X),
+    "jvp": lambda net, X: torch.func.jvp(net, (X,), (torch.ones_like(X),))[1],
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_hessian_products_need_no_record(name):
+    """Nothing is recorded of a forward pass that runs inside of transforms only."""
+    net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1, bias=False)).double()
+    X = torch.randn(4, 2).double()
+
+    def loss():
+        return TRANSFORMED[name](net, X).square().mean()
+
+    with curvature(HMP()):
+        loss().backward()
+    params = [*net.parameters()]
+    gradients = torch.autograd.grad(loss(), params, create_graph=True)
+    for p, g in zip(params, gradients):
+        rows = [torch.autograd.grad(entry, p, retain_graph=True)[0] for entry in g.flatten()]
+        units = torch.eye(p.numel()).double().view(-1, *p.shape)
+        torch.testing.assert_close(p.hmp(units), torch.stack(rows))
+    for extension in (BatchGrad(), GGNMP(), PCHMP()):
+        with (
+            pytest.raises(UnsupportedError, match=r"no record of any.*`torch.func`.*use `HMP`"),
+            curvature(extension),
+        ):
+            loss().backward()
