@@ -78,6 +78,7 @@ class Tape:
         mapped: What ops under ``vmap`` read of the batch.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters
             that cannot be seen.
+        nested: Names of ops whose values are nested tensors.
     """
 
     uses: dict[Node | Join, Use] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Tape:
     read: dict[Node, Roots] = field(default_factory=dict)
     mapped: list[Mapped] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    nested: list[str] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     casts: list[Node] = field(default_factory=list)
@@ -200,6 +202,8 @@ def _follow(
         mark = marks(node)
         if mark is not None and mark.read is not None:
             tape.read[node] = mark.read
+        if mark is not None and mark.nested is not None:
+            tape.nested.append(mark.nested)
         if mark is not None and mark.mapped is not None:
             tape.mapped.append(mark.mapped)
             tape.routes = True

@@ -45,10 +45,11 @@ class Root:
     @classmethod
     def of(cls, tensor: Tensor, whole: Root | None = None) -> Root:
         """The root that a tensor is."""
+        if tensor.is_nested:  # of its axes only the first is sure to have a size
+            return cls((tensor.size(0),), (), 0, 0, whole)
         shape = tuple(tensor.shape)
-        if (
-            tensor.layout != torch.strided
-        ):  # sparse, or packed for a library: no memory of one piece
+        # Sparse, or packed for a library: its memory is not of one piece.
+        if tensor.layout != torch.strided:
             return cls(shape, (), 0, 0, whole)
         offset = int(tensor.storage_offset())
         return cls(shape, tensor.stride(), pointer_of(tensor), offset, whole)

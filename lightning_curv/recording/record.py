@@ -79,6 +79,7 @@ _RANDOM = """
 """
 RANDOM = frozenset(_RANDOM.split())
 MAKING = frozenset(("as_tensor", "asarray", "from_numpy", "frombuffer", "tensor"))
+PADDING = frozenset(("nested_to_padded_tensor", "to_padded_tensor"))
 PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split"))
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
@@ -239,6 +240,11 @@ def _note_roots(
         roots = CONSTANT_ROOTS
     if name in MAKING and not tensors:
         note(results[0], Roots((replace(Root.of(results[0]), made=True),)))
+        return
+    if any(tensor.is_nested for tensor in (*tensors, *results)):
+        for out in results:
+            in_order = out.is_nested or name in PADDING
+            note(out, roots if in_order else replace(roots.moved, numbers={}))
         return
     explicit = any(one.numbers is not None for one in known)
     if not roots.tensors or (not explicit and plainly_in_order(func, tensors, results)):
@@ -421,6 +427,8 @@ def _record_unknown(
     for result in tensors_in([out]):
         if result.grad_fn is not None:
             _mark_read(result, tensors)
+            if result.is_nested:
+                mark_at(result.grad_fn).nested = name_of(func)
     differentiable = [tensor for tensor in tensors if tensor.requires_grad]
     origins = [origin_of(tensor) for tensor in differentiable]
     if func in JOINS and {*origins} != {PURE}:
@@ -499,6 +507,8 @@ class _Call:
             return
         node = cast("Node", owner.grad_fn)
         mark = mark_at(node)
+        if out.is_nested:
+            mark.nested = name_of(self.func)
         if mark.use is not None:
             return
         arguments, versions = dict(self.bound), {}

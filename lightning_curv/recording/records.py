@@ -159,6 +159,7 @@ class Marks:
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
     read: Roots | None = None  # of the tensors without gradient that the op reads
     mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
+    nested: str | None = None  # the op whose value it is, if that is a nested tensor
     copies: bool = (
         False  # the node's value repeats a parameter: as data, it is what the repetition made
     )
