@@ -49,10 +49,20 @@ def _outside_parameters(call: Call, arguments: dict[str, Any]) -> list[int]:
     return [axis for axis, letter in enumerate(out) if letter not in par]
 
 
+def _of_data(call: Call, arguments: dict[str, Any]) -> list[int]:
+    parsed = _parsed(arguments)
+    if parsed is None or len(call.operands) != 1:
+        return []
+    operands, out = parsed
+    data = operands[1 - int(call.operands[0][-1])]
+    return [axis for axis, letter in enumerate(out) if letter in data]
+
+
 @rule(
     torch.einsum,
     binds=_bind,
     axes=_outside_parameters,
+    keeps=_of_data,
     accepts=lambda name, tensor, out: name == "operands1" and tensor.ndim <= 2,
 )
 def einsum(call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
@@ -128,6 +138,7 @@ def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | Non
     torch.bmm,
     Tensor.bmm,
     axes=lambda call, arguments: [1 if "mat2" in call.operands else 2],
+    keeps=lambda call, arguments: [0, 1 if "mat2" in call.operands else 2],
 )
 def bmm(call: Call, g: Tensor, input: Tensor, mat2: Tensor) -> dict[str, Term]:
     """Y_q = X_q W_q: one matrix per expert."""

@@ -90,6 +90,8 @@ class Rule:
         slots: Names of the arguments that hold parameters; empty: any argument may (``x + p``,
             ``p + x``). ``params`` covers ``params0``, ``params1`` too.
         axes: ``axes(call, arguments)`` gives the axes of the output that may carry samples.
+        keeps: ``keeps(call, arguments)`` gives the axes of the output, those with entries of the
+            parameter included, whose entry n reads entry n of the data and no other one.
         reads: ``reads(arguments)`` gives the names of the tensors whose values the terms need.
         expands: Whether the op does nothing but repeat its argument (``expand``).
         couples: ``couples(arguments)`` says whether a sample's output depends on other samples.
@@ -112,6 +114,7 @@ class Rule:
     function: Callable[..., dict[str, Term]]
     slots: Collection[str] = ()
     axes: Callable[[Call, dict[str, Any]], Iterable[int]] = first_axis
+    keeps: Callable[[Call, dict[str, Any]], Iterable[int]] = lambda call, arguments: ()
     reads: Callable[[dict[str, Any]], Collection[str]] = dict.keys
     expands: bool = False
     couples: Callable[[dict[str, Any]], bool] = lambda arguments: False

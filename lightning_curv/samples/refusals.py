@@ -98,29 +98,49 @@ def message(search: Search, count: int, reason: str) -> str:
     known = "`batch_size` says" if search.batch.size is not None else "The batch has"
     return (
         f"Per-sample quantities need samples that do not influence each other. {known} {count} "
-        f"samples, but {where} (ops with parameters: {some}). {_way_out(search, reason)}"
+        f"samples, but {where} (ops with parameters: {some}). {_way_out(search)}"
     )
 
 
-def _way_out(search: Search, reason: str) -> str:
+def _way_out(search: Search) -> str:
+    known = search.batch.size is not None
     if search.tape.stray:
         # stray parameters may have been used before recording began
         parameter, op = search.tape.stray[0]
-        return (
+        advice = (
             f"Parameter {describe(parameter)} is used by `{op}`, which was not recorded: if the "
-            "forward pass ran outside of `curvature(...)`, run it inside or `extend` the model. "
-            "Else pass `batch_size=`."
+            "forward pass ran outside of `curvature(...)`, run it inside or `extend` the model."
         )
-    if search.batch.size is None:
-        return (
-            "Pass `batch_size=` if their number is another one. Statistics over the batch, "
-            "contrastive losses and penalties of batch means have no per-sample gradients: use "
-            "quantities that need no samples (`HMP`, `GGNMP`), or evaluation mode for BatchNorm."
-        )
+        if search.uses:
+            return (
+                f"{advice} If it is the derivative of a recorded op, add up what the loss has of "
+                "each sample before you average (`torch.zeros(N).index_add(0, sample, losses)`): "
+                "that tells whose its rows are."
+            )
+        return advice if known else f"{advice} Else pass `batch_size=`."
+    number = "" if known else "Pass `batch_size=` if their number is another one. "
     return (
-        "Statistics over the batch, contrastive losses and penalties of batch means have no "
-        "per-sample gradients: use quantities that need no samples (`HMP`, `GGNMP`), or evaluation "
-        "mode for BatchNorm."
+        f"{_other_axis(search)}{number}Statistics over the batch, contrastive losses and penalties "
+        "of batch means have no per-sample gradients: use quantities that need no samples (`HMP`, "
+        "`GGNMP`), or evaluation mode for BatchNorm."
+    )
+
+
+def _other_axis(search: Search) -> str:
+    """What to say of a batch that is as long along another axis: the first one was taken."""
+    count = search.batch.size if search.batch.size is not None else search.batch.likely
+    read = [
+        root
+        for use in search.uses.values()
+        for roots in use.roots.values()
+        for root in roots.tensors
+    ]
+    square = any(root.shape[:1] == (count,) and count in root.shape[1:-1] for root in read)
+    if count <= 1 or not square:
+        return ""
+    return (
+        f"What the network reads has {count} entries along another axis too: the first one is taken "
+        "for that of the samples. If it is not, give the other one another length. "
     )
 
 

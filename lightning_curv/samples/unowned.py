@@ -13,13 +13,14 @@ from lightning_curv.errors import names_of
 from lightning_curv.graph.heads import Head
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.recording.records import Use, edge_of
+from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import FallbackWarning
 from lightning_curv.samples.batch import sample_axes
 from lightning_curv.samples.groups import owner_of_rows
 from lightning_curv.samples.meeting import Mixed, find_joins
 from lightning_curv.samples.probing import Finding, Place, Probe
 from lightning_curv.samples.search import Search
-from lightning_curv.terms.owners import Owners
+from lightning_curv.terms.owners import Owners, RowOwners
 
 _PRICED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters whose price was named
 
@@ -52,7 +53,8 @@ def joins_of(
     for node, finding in zip(unplaced, probe.findings(anywhere), strict=True):
         use = search.uses[node]
         if finding.owners is not None:
-            _refuse_inner_mixing(search, use, uses[node], probe, count)
+            if not _keeps(use, finding.owners):
+                _refuse_inner_mixing(search, use, uses[node], probe, count)
             direct = {after[:2] for after in node_of(node).next_functions}
             slow += [(parameter, use.name) for parameter in search.tape.parameters[node]]
             for operand in use.operands.values():
@@ -103,6 +105,13 @@ def _has_rule(search: Search, node: Node | Join, finding: Finding) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _keeps(use: Use, owners: Owners) -> bool:
+    """Whether what an op's output has of a sample reads nothing of what its data have of another."""
+    axes = owners.axes if isinstance(owners, RowOwners) else (getattr(owners, "axis", -1),)
+    kept = use.rule.keeps(Call(use.shape, tuple(use.operands)), use.arguments)
+    return {*axes} <= {*kept}
 
 
 def _refuse_inner_mixing(

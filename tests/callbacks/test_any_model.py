@@ -306,7 +306,7 @@ def test_a_formula_that_fails_is_left_out_alone(monkeypatch):
 ADVICE = [
     "Run the forward pass inside `curvature(...)` or `record()`, or `extend` the model.",
     "Run the forward pass inside `curvature(..., output=module)` or `record(output=module)`, or `extend` the module;",
-    "outside of `curvature(...)`, run it inside or `extend` the model. Else pass `batch_size=`.",
+    "outside of `curvature(...)`, run it inside or `extend` the model.",
     "Pass `batch_size=` if their number is another one.",
     "Leave `output=` out: all outputs are then found.",
 ]

@@ -591,3 +591,85 @@ def test_bags_of_rows_belong_to_one_sample_each():
         expected = torch.autograd.grad(loss, parameters, retain_graph=True)
         for parameter, gradient in zip(parameters, expected):
             torch.testing.assert_close(parameter.grad_batch[n], gradient)
+
+
+# --- experts whose slots hold tokens of any samples ------------------------------------------------------------------
+
+
+class DenseDispatch(nn.Module):
+    """A mixture of experts that moves tokens into slots by products with zeros and ones (Lepikhin et al., 2020)."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.router = nn.Linear(5, 3)
+        self.experts, self.act = nn.Parameter(torch.randn(3, 5, 5)), act
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        gates = self.router(tokens).softmax(1)
+        expert = F.one_hot(gates.argmax(1), 3)
+        slot = F.one_hot(((expert.cumsum(0) * expert).sum(1) - 1), len(tokens))
+        dispatch = (expert[:, :, None] * slot[:, None]).to(x.dtype)
+        routed = torch.einsum("tec,td->ecd", dispatch, tokens)
+        out = self.act(torch.einsum("ecd,edf->ecf", routed, self.experts))
+        combined = torch.einsum("tec,ecf->tf", dispatch * gates[:, :, None], out)
+        return combined.unflatten(0, x.shape[:2]).sum(1)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("act", [torch.relu, torch.tanh])
+def test_slots_of_experts_belong_to_the_samples_of_their_tokens(act, length):
+    torch.manual_seed(1)
+    model = DenseDispatch(act).double()
+    x, y = torch.randn(4, length, 5).double(), torch.randint(5, (4,))
+    with curvature(BatchGrad(), batch_size=4):
+        F.cross_entropy(model(x), y).backward()
+    losses = F.cross_entropy(model(x), y, reduction="none") / 4
+    for n, loss in enumerate(losses):
+        expected = torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
+        for parameter, gradient in zip(model.parameters(), expected):
+            torch.testing.assert_close(parameter.grad_batch[n], gradient)
+
+
+# --- messages that fit -----------------------------------------------------------------------------------------------
+
+
+def test_a_square_batch_is_told_which_axis_was_taken():
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0).double()  # steps first
+    x = torch.randn(4, 4, 4, dtype=torch.float64)
+    with (
+        pytest.raises(NotImplementedError, match="4 entries along another axis too: the first"),
+        curvature(BatchGrad(), batch_size=4),
+    ):
+        layer(x).mean(0).square().mean().backward()
+
+
+def test_forces_per_atom_are_told_to_be_added_up_by_molecule():
+    """Atoms of molecules of several sizes: a loss per atom does not say whose atom it is."""
+    torch.manual_seed(0)
+    energy = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    molecule = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    first, second = torch.tensor([0, 2, 2, 3, 5]), torch.tensor([1, 3, 4, 4, 6])
+    places, measured = torch.randn(7, 3).double(), torch.randn(7, 3).double()
+
+    def errors():
+        own = places.clone().requires_grad_()
+        distances = (own[first] - own[second]).square().sum(1, keepdim=True)
+        (forces,) = torch.autograd.grad(energy(distances).sum(), own, create_graph=True)
+        return (forces - measured).square().sum(1)
+
+    with (
+        pytest.raises(NotImplementedError, match="add up what the loss has of each sample") as info,
+        curvature(BatchGrad(), batch_size=3),
+    ):
+        errors().mean().backward()
+    assert "`batch_size=`" not in str(info.value)
+    by_molecule = torch.zeros(3).double().index_add(0, molecule, errors()) / 7
+    with curvature(BatchGrad(), batch_size=3):
+        (torch.zeros(3).double().index_add(0, molecule, errors()) / 7).sum().backward()
+    used = [*energy.parameters()][:-1]  # forces know nothing of what is added to the energy
+    for n, loss in enumerate(by_molecule):
+        expected = torch.autograd.grad(loss, used, retain_graph=True)
+        for parameter, gradient in zip(used, expected):
+            torch.testing.assert_close(parameter.grad_batch[n], gradient)
