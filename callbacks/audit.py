@@ -157,7 +157,9 @@ class _Gradients(_Audited):
         seed: int,
     ) -> None:
         super().__init__(privacy)
-        self.count, self.norm, self.seed = count, norm, seed
+        self.count = count
+        self.norm = norm
+        self.seed = seed
         self.canaries: GradientCanaries | None = None
 
     @property

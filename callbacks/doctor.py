@@ -28,7 +28,10 @@ def versions() -> str:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package} is not installed")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = "CPU"
     return "\n".join([*lines, f"device {device}"])
 
 
@@ -99,5 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     imported()
     settings = dict(entry.split("=", 1) for entry in given.init)
     model = find(given.model)(**{name: json.loads(value) for name, value in settings.items()})
-    quantities = "all" if given.quantities == ["all"] else given.quantities
+    if given.quantities == ["all"]:
+        quantities = "all"
+    else:
+        quantities = given.quantities
     print(CurvatureCallback.preview(model, batch_of(model, given.batch), quantities=quantities))

@@ -69,11 +69,9 @@ def _recorded(
     kwargs: Any,
 ) -> Any:
     with record(*outputs[:1]):
-        return (
-            _recorded(outputs[1:], step, args, kwargs)
-            if len(outputs) > 1
-            else step(*args, **kwargs)
-        )
+        if len(outputs) > 1:
+            return _recorded(outputs[1:], step, args, kwargs)
+        return step(*args, **kwargs)
 
 
 def returned_loss(pl_module: LightningModule) -> Tensor | None:
@@ -89,7 +87,9 @@ def loss_of(loss: Any) -> Tensor | None:
     """The loss in what a `training_step` returned."""
     if not isinstance(loss, Tensor) and isinstance(loss, Mapping):
         loss = loss.get("loss")
-    return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None
+    if isinstance(loss, Tensor) and loss.grad_fn is not None:
+        return loss
+    return None
 
 
 def forget_returned_loss(pl_module: LightningModule) -> None:

@@ -91,9 +91,9 @@ def longest_interval(trainer: Trainer) -> int:
         return 0
     batches = [trainer.num_training_batches, getattr(trainer, "val_check_batch", None) or math.inf]
     shortest = min(float(number) for number in batches)
-    return (
-        max(1, int(shortest) // trainer.accumulate_grad_batches) if math.isfinite(shortest) else 0
-    )
+    if math.isfinite(shortest):
+        return max(1, int(shortest) // trainer.accumulate_grad_batches)
+    return 0
 
 
 def near(name: str, valid: Collection[str]) -> str:

@@ -118,11 +118,11 @@ def _entries(value: Any) -> list[Any] | None:
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         entries = list(value)
-        return (
-            None
-            if len(entries) > 1 and all(isinstance(entry, _VALUES) for entry in entries)
-            else entries
-        )
+        if len(entries) > 1 and all(isinstance(entry, _VALUES) for entry in entries):
+            return None
+        return entries
     if is_dataclass(value):
         return [getattr(value, field.name) for field in fields(value)]
-    return list(vars(value).values()) if hasattr(value, "__dict__") else None
+    if hasattr(value, "__dict__"):
+        return list(vars(value).values())
+    return None

@@ -82,4 +82,6 @@ def names_of(parameters: Sequence[Tensor]) -> list[str]:
 
 
 def _longest(names: Sequence[str]) -> str:
-    return f"`{max(names, key=lambda name: name.count('.'))}`" if names else ""
+    if names:
+        return f"`{max(names, key=lambda name: name.count('.'))}`"
+    return ""

@@ -236,7 +236,8 @@ class SecondOrderOptimizer(Optimizer):
         """
         if loss_fn is None or not self._adapts:
             return None
-        after, self._after = self._after, None
+        after = self._after
+        self._after = None
         if self.full_batch is False:
             after = None
         if after is None and not self.adaptation.due(self.steps):
@@ -248,14 +249,18 @@ class SecondOrderOptimizer(Optimizer):
 
     def _adapt(self, step: Step, trial: Trial | None) -> None:
         if trial is not None and self.adaptation.due(self.steps - 1) and step.predicted is not None:
-            ratio = trial.change() / step.predicted if step.predicted else math.nan
+            if step.predicted:
+                ratio = trial.change() / step.predicted
+            else:
+                ratio = math.nan
             self.relative_damping = self.adaptation.adapted(
                 self.relative_damping,
                 ratio,
                 bool(self.full_batch),
             )
             self.last_step["reduction_ratio"] = ratio
-            self.tried, self._after = True, trial.after
+            self.tried = True
+            self._after = trial.after
         elif not self.tried and not self.adaptation.due(self.steps - 1):
             self.relative_damping = self.adaptation.annealed(self.relative_damping)
 
@@ -270,7 +275,8 @@ class SecondOrderOptimizer(Optimizer):
             self._warn_of_skipped("gradients", gradients)
             self._micro_batches = MicroBatches()
             return None
-        parameters, curvature = self._parameters, self.curvature
+        parameters = self._parameters
+        curvature = self.curvature
         self._take_in(members)
         micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
         is_measured = self.schedule.measure_due(self.steps)
@@ -342,7 +348,8 @@ class SecondOrderOptimizer(Optimizer):
 
     def _take_in(self, members: list[Member]) -> None:
         """Take what one backward pass left on the parameters."""
-        extension, rule = self.curvature.extension, self.step_rule.extension
+        extension = self.curvature.extension
+        rule = self.step_rule.extension
         fields: dict[Tensor, Any] = {}
         if rule is not None:
             fields = self._taken(rule, members)
@@ -432,7 +439,9 @@ class SecondOrderOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_inboxes" not in self.__dict__:  # weak references are neither copied nor pickled
-            self._inboxes, self.last_step, self.loss_fn = {}, {}, None
+            self._inboxes = {}
+            self.last_step = {}
+            self.loss_fn = None
             self._micro_batches = MicroBatches()
 
 

@@ -30,7 +30,10 @@ def alignments(node: Any, log_probs: Tensor) -> Tensor:
     skips[:, 2:] = (labels[:, 2:] != labels[:, :-2]) & (labels[:, 2:] != node._saved_blank)
     never = log_probs.new_full((count, 2), NEVER)
     start = torch.arange(labels.shape[1], device=labels.device) < 2
-    alpha = emitted[0].where(start, NEVER) if steps else never.expand(count, -1)
+    if steps:
+        alpha = emitted[0].where(start, NEVER)
+    else:
+        alpha = never.expand(count, -1)
     for t in range(1, steps):
         before = torch.cat([never, alpha], 1)
         ways = [alpha, before[:, 1:-1], before[:, :-2].where(skips, NEVER)]
@@ -53,13 +56,13 @@ def _lengths(node: Any) -> tuple[Any, Any]:
 def _with_blanks(targets: Tensor, lengths: Tensor, blank: int) -> Tensor:
     """The labels of every sample, padded, with blanks around each, ``[N, 2 L + 1]``."""
     if targets.ndim == 1:  # those of all samples behind each other
-        ends, longest = lengths.cumsum(0), int(lengths.max()) if len(lengths) else 0
+        ends = lengths.cumsum(0)
+        longest = int(lengths.max()) if len(lengths) else 0
         places = (ends - lengths)[:, None] + torch.arange(longest, device=lengths.device)
-        targets = (
-            targets.to(lengths.device)[places.clamp(max=max(0, len(targets) - 1))]
-            if len(targets)
-            else (targets.new_full((len(lengths), longest), blank))
-        )
+        if len(targets):
+            targets = targets.to(lengths.device)[places.clamp(max=max(0, len(targets) - 1))]
+        else:
+            targets = targets.new_full((len(lengths), longest), blank)
     targets = targets.long().to(lengths.device)
     padding = torch.arange(targets.shape[1], device=lengths.device) >= lengths[:, None]
     labels = torch.full((len(targets), 2 * targets.shape[1] + 1), blank, device=lengths.device)

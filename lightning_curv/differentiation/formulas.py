@@ -40,7 +40,8 @@ def _pair_distances(node: Any, x: Tensor) -> Tensor:
 
 
 def _margins(node: Any, x: Tensor) -> Tensor:
-    x, target = x.reshape(-1, x.shape[-1]), node._saved_target.reshape(-1, 1)
+    x = x.reshape(-1, x.shape[-1])
+    target = node._saved_target.reshape(-1, 1)
     losses = (node._saved_margin - x.gather(1, target) + x).clamp(min=0).scatter(
         1, target, 0
     ) ** node._saved_p
@@ -65,20 +66,27 @@ def _reduced(losses: Tensor, node: Any) -> Tensor:
 
 def _bags(node: Any, weight: Tensor | None, each: Tensor | None) -> Tensor | None:
     """Of the table the gradient needs the shape alone, where there are no weights."""
-    indices, offsets, counts = node._saved_indices, node._saved_offsets, node._saved_result2
+    indices = node._saved_indices
+    offsets = node._saved_offsets
+    counts = node._saved_result2
     if node._saved_sparse or node._saved_scale_grad_by_freq or weight is None:
         return None
     if node._saved_mode == 2:  # the largest entry of every bag and feature
         return weight.gather(0, node._saved_result3.clamp(min=0)).masked_fill(
             (counts == 0)[:, None], 0
         )
-    rows = weight[indices] if each is None else weight[indices] * each[:, None]
+    if each is None:
+        rows = weight[indices]
+    else:
+        rows = weight[indices] * each[:, None]
     rows = rows.masked_fill((indices == node._saved_padding_idx)[:, None], 0)
     bag = (
         torch.bucketize(torch.arange(len(indices), device=offsets.device), offsets, right=True) - 1
     )
     total = rows.new_zeros(len(counts), rows.shape[1]).index_add(0, bag, rows)
-    return total / counts.clamp(min=1)[:, None] if node._saved_mode == 1 else total
+    if node._saved_mode == 1:
+        return total / counts.clamp(min=1)[:, None]
+    return total
 
 
 # node name -> the op on its differentiable inputs, and the names under which the node has saved

@@ -49,21 +49,18 @@ def scaled_dot_product(
         is_causal: Queries see no keys of later positions.
         scale: By default one over the root of E.
     """
-    dtype, precise = (
-        query.dtype,
-        torch.promote_types(query.dtype, torch.float32),
-    )  # kernels accumulate so
+    dtype = query.dtype
+    precise = torch.promote_types(query.dtype, torch.float32)  # kernels accumulate so
     query, key, value = (x.to(precise) for x in (query, key, value))
     groups = query.shape[1] // max(1, key.shape[1])
     if groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
-        scores = (
-            scores.masked_fill(~bias, -torch.inf)
-            if bias.dtype == torch.bool
-            else scores + bias.to(precise)
-        )
+        if bias.dtype == torch.bool:
+            scores = scores.masked_fill(~bias, -torch.inf)
+        else:
+            scores = scores + bias.to(precise)
     if is_causal:
         scores = scores.masked_fill(
             scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1),

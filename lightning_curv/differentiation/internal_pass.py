@@ -34,7 +34,8 @@ class OwnPasses:
         self._running -= 1
 
 
-_local, _lock = threading.local(), threading.Lock()
+_local = threading.local()
+_lock = threading.Lock()
 _of_all_threads: tuple[ref[OwnPasses], ...] = ()  # replaced as a whole: others may be reading it
 
 

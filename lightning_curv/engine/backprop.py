@@ -92,14 +92,28 @@ class Backprop:
         create_graph: bool = False,
         cap: Cap | None = None,
     ) -> None:
-        self._loss, self._where, self._generator = loss, output, generator
-        self._seed = torch.ones_like(loss) if gradient is None else gradient
-        self._extensions = [*extensions, SumCheck()] if check else list(extensions)
-        self._check, self.defers = check, defer
-        self._batch = batch_size if isinstance(batch_size, Batch) else Batch(batch_size)
+        self._loss = loss
+        self._where = output
+        self._generator = generator
+        if gradient is None:
+            self._seed = torch.ones_like(loss)
+        else:
+            self._seed = gradient
+        if check:
+            self._extensions = [*extensions, SumCheck()]
+        else:
+            self._extensions = list(extensions)
+        self._check = check
+        self.defers = defer
+        if isinstance(batch_size, Batch):
+            self._batch = batch_size
+        else:
+            self._batch = Batch(batch_size)
         self._results: dict[AnyExtension, dict[Tensor, Any]] = {}
         self._listener: Listener | None = None
-        self._hook, self._create_graph, self._cap = hook, create_graph, cap
+        self._hook = hook
+        self._create_graph = create_graph
+        self._cap = cap
         self._handover: Handover | None = None
         self._heard: list[Extension] = []  # evaluated during the backward pass
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
@@ -206,7 +220,8 @@ class Backprop:
     def finish(self) -> dict[AnyExtension, dict[Tensor, Any]]:
         """The results by extension and parameter, once the backward pass is through."""
         _PENDING.discard(self)
-        listener, self._listener = self._listener, None
+        listener = self._listener
+        self._listener = None
         if listener is not None:
             listener.finish()
         return {e: results for e, results in self._results.items() if type(e) is not SumCheck}
@@ -216,7 +231,8 @@ class Backprop:
         if self._handover is not None:
             self._handover.stop()
         _PENDING.discard(self)
-        listener, self._listener = self._listener, None
+        listener = self._listener
+        self._listener = None
         if listener is not None:
             listener.stop()
 
@@ -269,9 +285,10 @@ class Backprop:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
                 try:
-                    most = (
-                        self._cap.size if self._cap is not None and self._content(wanting) else None
-                    )
+                    if self._cap is not None and self._content(wanting):
+                        most = self._cap.size
+                    else:
+                        most = None
                     passes.separate = bool(independent)
                     passes.samples = find_samples(
                         passes,
@@ -294,7 +311,10 @@ class Backprop:
     def _choose(self, passes: Passes) -> None:
         """The passes of the samples that are enough for some extensions."""
         self.count = passes.samples.count
-        chosen = None if self._cap is None else self._cap.choose(self.count)
+        if self._cap is None:
+            chosen = None
+        else:
+            chosen = self._cap.choose(self.count)
         self._some = passes if chosen is None else passes.only(chosen)
 
     def _passes_of(self, extensions: Sequence[AnyExtension]) -> Passes:
@@ -349,11 +369,10 @@ class Backprop:
             try:
                 results = self._results.setdefault(extension, {})
                 previous = results.get(jacobian.parameter)
-                results[jacobian.parameter] = (
-                    extension.evaluate(jacobian)
-                    if previous is None
-                    else extension.accumulate(previous, jacobian)
-                )
+                if previous is None:
+                    results[jacobian.parameter] = extension.evaluate(jacobian)
+                else:
+                    results[jacobian.parameter] = extension.accumulate(previous, jacobian)
             except Exception as error:
                 if not self.defers:
                     raise
@@ -393,7 +412,8 @@ class _Failing:
     __slots__ = ("_backprop", "_extensions")
 
     def __init__(self, backprop: Backprop, extensions: Sequence[AnyExtension]) -> None:
-        self._backprop, self._extensions = backprop, extensions
+        self._backprop = backprop
+        self._extensions = extensions
 
     def __enter__(self) -> bool:
         return bool(self._extensions)
@@ -415,12 +435,15 @@ def _units(
     """
     units: dict[GraphExtension | Source, list[Any]] = {}
     for extension in extensions:
-        unit = extension if isinstance(extension, GraphExtension) else extension.source
+        unit: GraphExtension | Source
+        if isinstance(extension, GraphExtension):
+            unit = extension
+        else:
+            unit = extension.source
         unit = unit.on(passes) if hasattr(unit, "on") else unit
         units.setdefault(unit, []).append(extension)
-    if (
-        len([unit for unit in units if isinstance(unit, Exact)]) > 1
-    ):  # the complete root serves all that need any
+    kinds_of_exact = [unit for unit in units if isinstance(unit, Exact)]
+    if len(kinds_of_exact) > 1:  # the complete root serves all that need any
         units[Exact(complete=True)] += units.pop(Exact())
     for unit, group in units.items():
         if len(group) > 1 and not isinstance(unit, GraphExtension):

@@ -146,7 +146,8 @@ class curvature(record):
         if not self.extensions:
             return func(*args, **kwargs)
         loss, kwargs = _BACKWARD[func](*args, **kwargs)
-        gradient, create_graph = kwargs.get("gradient"), bool(kwargs.get("create_graph"))
+        gradient = kwargs.get("gradient")
+        create_graph = bool(kwargs.get("create_graph"))
         backprop = Backprop(
             loss,
             self.extensions,
@@ -197,7 +198,10 @@ def _of_tensors(
             f"`curvature` expects one loss in `torch.autograd.backward`, found {len(losses)}; call "
             "it on their sum."
         )
-    gradient = grad_tensors[0] if isinstance(grad_tensors, (tuple, list)) else grad_tensors
+    if isinstance(grad_tensors, (tuple, list)):
+        gradient = grad_tensors[0]
+    else:
+        gradient = grad_tensors
     return _of_tensor(losses[0], gradient, *arguments, **named)
 
 

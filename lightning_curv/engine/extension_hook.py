@@ -35,7 +35,8 @@ class Handover:
         parameters: Iterable[Tensor],
         leave: Callable[[Tensor], bool],
     ) -> None:
-        self._hook, self._leave = hook, leave
+        self._hook = hook
+        self._leave = leave
         self._own_passes = unheard()  # of the thread that begins the backward pass
         self._left = dict.fromkeys(parameters)
         self._holders: dict[Tensor, list[nn.Module]] = {}

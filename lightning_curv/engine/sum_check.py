@@ -26,7 +26,8 @@ class SumCheck(Extension):
         """Raise if the sum is not the parameter's gradient, up to the rounding of such a sum."""
         if jacobian.gradient is None:
             return
-        total, whole = jacobian.total()[0], jacobian.gradient.to_dense()
+        total = jacobian.total()[0]
+        whole = jacobian.gradient.to_dense()
         sizes = [
             term.g.norm() * (1 if term.x is None or term.classes else term.x.norm())
             for term in jacobian.terms

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.differentiation.twice import differentiable, fused
@@ -66,7 +66,8 @@ class _Matrix(ABC):
     """
 
     def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
-        self._uses, self._multiplies = uses, passes.multiplies
+        self._uses = uses
+        self._multiplies = passes.multiplies
 
     def _grad(
         self,
@@ -75,7 +76,9 @@ class _Matrix(ABC):
         seeds: Any,
         create_graph: bool = False,
     ) -> Sequence[Tensor | None]:
-        again = fused(outputs if isinstance(outputs, list) else [outputs]) if create_graph else ()
+        again: Sequence[Node] = ()
+        if create_graph:
+            again = fused(outputs if isinstance(outputs, list) else [outputs])
         with fast_products(self._multiplies), differentiable(again):
             return torch.autograd.grad(
                 outputs,
@@ -97,7 +100,9 @@ class _Matrix(ABC):
     @cached_property
     def _cotangents(self) -> dict[GradientEdge, Tensor | None]:
         edges = list(dict.fromkeys(use.edge for use in self._uses.values()))
-        return dict(zip(edges, self._backpropagated(edges), strict=True)) if edges else {}
+        if edges:
+            return dict(zip(edges, self._backpropagated(edges), strict=True))
+        return {}
 
     def _gradient(self, parameter: Tensor) -> tuple[OnlyUse | None, Tensor | None]:
         """Find what is differentiated for the parameter's block.
@@ -129,8 +134,11 @@ class _Block:
         matrix: _Matrix,
         extension: _Product,
     ) -> None:
-        self._parameter, self._snapshot, self._matrix = parameter, snapshot, matrix
-        self._name, self._savefield = repr(extension), extension.savefield
+        self._parameter = parameter
+        self._snapshot = snapshot
+        self._matrix = matrix
+        self._name = repr(extension)
+        self._savefield = extension.savefield
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """Apply the block to one vector of the parameter's shape or to several."""
@@ -142,7 +150,10 @@ class _Block:
                 f"Expected vectors of shape [{sizes}] or [V, {sizes}], found {list(vectors.shape)}."
             )
         with torch.enable_grad(), self._snapshot.restored(), unheard(), differentiating_twice():
-            several = vectors.detach()[None] if single else vectors.detach()
+            if single:
+                several = vectors.detach()[None]
+            else:
+                several = vectors.detach()
             rows = self._matrix.products(self._parameter, several)
         if single:
             return rows[0]
@@ -158,7 +169,8 @@ class _Gone:
     """What a `_Block` is once it was saved or copied: the graph stays behind."""
 
     def __init__(self, name: str, savefield: str) -> None:
-        self._name, self._savefield = name, savefield
+        self._name = name
+        self._savefield = savefield
 
     def __call__(self, vectors: Tensor) -> Tensor:
         raise RuntimeError(
@@ -206,7 +218,8 @@ class _Hessian(_Matrix):
 
     def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
         super().__init__(passes, uses)
-        self._loss, self._seed = passes.loss, passes.seed
+        self._loss = passes.loss
+        self._seed = passes.seed
 
     def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
         return self._grad(self._loss, edges, self._seed, create_graph=True)
@@ -215,7 +228,8 @@ class _Hessian(_Matrix):
         use, gradient = self._gradient(parameter)
         if gradient is None or not gradient.requires_grad:
             return [torch.zeros_like(parameter) for _ in vectors]
-        by, rows = edge_of(parameter) if use is None else use.edge, []
+        by = edge_of(parameter) if use is None else use.edge
+        rows = []
         for vector in vectors:
             (row,) = self._grad(gradient, by, vector if use is None else use.forward(vector))
             if row is None:
@@ -352,7 +366,8 @@ class _Curvatures(_Matrix):
             )
         if transposed is None or not transposed.requires_grad:
             return [torch.zeros_like(parameter) for _ in vectors]
-        by, rows = edge_of(parameter) if use is None else use.edge, []
+        by = edge_of(parameter) if use is None else use.edge
+        rows = []
         for vector in vectors:
             seed = vector if use is None else use.forward(vector)
             row = self._pulled(self._grad(transposed, self._dual, seed), by)

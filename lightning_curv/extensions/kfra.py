@@ -95,7 +95,8 @@ class KFRA(GraphExtension):
         Rows and entries are in the same order.
         """
         jacobian = Jacobian(parameter, [term])
-        term, sharing = jacobian.terms[0], self._kflr.weight_sharing
+        term = jacobian.terms[0]
+        sharing = self._kflr.weight_sharing
         # Letters that both sides of the GGN have in common.
         paired = "q" if sharing == "reduce" else "q" + term.shared
         other = "".join(letter if letter in paired else letter.upper() for letter in term.out)
@@ -133,7 +134,9 @@ class _Point:
     @property
     def entries(self) -> int:
         """The number of entries of a sample."""
-        return math.prod(self.shape) // self.count if self.count else math.prod(self.shape[1:])
+        if self.count:
+            return math.prod(self.shape) // self.count
+        return math.prod(self.shape[1:])
 
     def spread(self, rows: Tensor) -> Tensor:
         """Make tensors ``[R, *shape]`` that are equal in all samples of rows ``[R, E]``.
@@ -244,7 +247,8 @@ def _averaged(
     same = axis is not None and axis == _axis(source.owners) and output.edge.node.name() in SAME
     if source.entries == output.entries and not same:
         entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
-        image, diagonal = pull(entries), pull(torch.ones_like(entries))
+        image = pull(entries)
+        diagonal = pull(torch.ones_like(entries))
         if torch.equal(image, entries):
             return average
         if _same(image, entries * diagonal, image.abs().amax()):
@@ -278,7 +282,8 @@ def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
 
     They are equal in all samples.
     """
-    node, found = point.edge.node, dict[Tensor, Term]()
+    node = point.edge.node
+    found = dict[Tensor, Term]()
     for parameter, term in passes.terms(node, passes.tape.uses[node], point.spread(rows)):
         if parameter in found:
             raise _used_again(parameter)

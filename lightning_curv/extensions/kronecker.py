@@ -109,7 +109,13 @@ class KFLR(Extension):
 
     def _factor(self, term: Term, axis: str) -> Tensor:
         """Make one factor, or copy it from the parameter that has the same, such as the bias."""
-        factor, letters = (term.g, term.out) if axis == "o" else (term.x, term.inp)
+        factor: Tensor | None
+        if axis == "o":
+            factor = term.g
+            letters = term.out
+        else:
+            factor = term.x
+            letters = term.inp
         assert factor is not None
         positions = [letter for letter in letters if letter not in term.par]
         key = letters, *positions, self.weight_sharing, term.classes
@@ -283,7 +289,10 @@ def _second_moment(
         product: Of a matrix with itself, ``[D, R]``.
     """
     # A factor that is expanded over the samples is the same for all of them: it is worked on once.
-    repeats = len(factor) if len(factor) > 1 and factor.stride(0) == 0 else 1
+    if len(factor) > 1 and factor.stride(0) == 0:
+        repeats = len(factor)
+    else:
+        repeats = 1
     factor = factor[: len(factor) // repeats]
     lead = factor.ndim - len(letters)
     axis_of = {letter: lead + position for position, letter in enumerate(letters)}

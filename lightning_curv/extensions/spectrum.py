@@ -162,7 +162,9 @@ class MaxEigenvalue(GraphExtension):
         tolerance: float = 1e-3,
     ) -> None:
         self.savefield = f"{matrix}_max_eigenvalue"
-        self.matrix, self.products, self.tolerance = matrix, products, tolerance
+        self.matrix = matrix
+        self.products = products
+        self.tolerance = tolerance
         self.needs_likelihood = matrix == "ggn"
 
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
@@ -170,7 +172,9 @@ class MaxEigenvalue(GraphExtension):
         params = all_parameters(passes)
 
         def random_like(parameter: Tensor) -> Tensor:
-            shape, dtype, device = parameter.shape, parameter.dtype, parameter.device
+            shape = parameter.shape
+            dtype = parameter.dtype
+            device = parameter.device
             noise = torch.randn(shape, dtype=dtype, device=device, generator=passes.generator)
             return noise.contiguous()
 
@@ -181,7 +185,10 @@ class MaxEigenvalue(GraphExtension):
             differentiating_twice(),
             fast_products(passes.multiplies),
         ):
-            make_product = hessian_product if self.matrix == "hessian" else ggn_product
+            if self.matrix == "hessian":
+                make_product = hessian_product
+            else:
+                make_product = ggn_product
             product = make_product(passes, params)
             value = largest_eigenvalue(product, start, self.products, self.tolerance)
         return {p: passes.seed.new_tensor(value) for p in params}
@@ -202,7 +209,8 @@ def largest_eigenvalue(
     previous = [torch.zeros_like(x) for x in start]
     diagonal: list[float] = []
     beside: list[float] = []
-    value, beta = math.nan, 0.0
+    value = math.nan
+    beta = 0.0
     for _ in range(products):
         image = product(current)
         alpha = _dot(current, image)

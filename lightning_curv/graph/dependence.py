@@ -45,7 +45,9 @@ class Dependence:
 def uses_below(tape: Tape, edges: Iterable[GradientEdge]) -> list[Use]:
     """The uses that the values at ``edges`` depend on."""
     uses = {node_of(key): use for key, use in tape.uses.items()}
-    stack, seen, found = [edge.node for edge in edges], set[Node](), []
+    stack = [edge.node for edge in edges]
+    seen = set[Node]()
+    found = []
     while stack:
         node = stack.pop()
         if node not in seen:

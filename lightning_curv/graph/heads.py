@@ -69,11 +69,10 @@ class Head:
     @property
     def axes(self) -> list[int]:
         """The axes that may carry the samples: not that of classes."""
-        classes = (
-            1
-            if self.call is not None and self.call.name in CLASSES and self.like.ndim > 1
-            else None
-        )
+        if self.call is not None and self.call.name in CLASSES and self.like.ndim > 1:
+            classes = 1
+        else:
+            classes = None
         return [axis for axis in range(self.like.ndim) if axis != classes]
 
 
@@ -106,14 +105,18 @@ def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
 def head_at(edge: GradientEdge, loss: Tensor) -> Head:
     """A head that is no input of a known loss function."""
     metadata = edge.node._input_metadata[edge.output_nr]
-    dtype = metadata.dtype if isinstance(metadata.dtype, torch.dtype) else loss.dtype
+    if isinstance(metadata.dtype, torch.dtype):
+        dtype = metadata.dtype
+    else:
+        dtype = loss.dtype
     return Head(edge, torch.zeros((), dtype=dtype, device=loss.device).expand(shape_at(edge)))
 
 
 def frontier(tape: Tape, heads: Sequence[Head], loss: Tensor) -> list[Head]:
     """The outputs of the first ops with parameters below some heads."""
     found: dict[tuple[Node, int], Head] = {}
-    stack, seen = [head.edge.node for head in heads], set[Node]()
+    stack = [head.edge.node for head in heads]
+    seen = set[Node]()
     while stack:
         node = stack.pop()
         if node in seen:

@@ -43,7 +43,10 @@ class Join:
         edge: GradientEdge,
         recorded: Use | None = None,
     ) -> None:
-        self.node, self.output_nr, self.edge, self.recorded = node, output_nr, edge, recorded
+        self.node = node
+        self.output_nr = output_nr
+        self.edge = edge
+        self.recorded = recorded
 
     @property
     def data(self) -> set[Node]:
@@ -91,7 +94,9 @@ class Join:
         """
         if isinstance(owners, ChosenOwners):
             whole = self._broadcast(g, owners.whole, shape)
-            return None if whole is None else whole[owners.chosen.to(whole.device)]
+            if whole is None:
+                return None
+            return whole[owners.chosen.to(whole.device)]
         if (
             not isinstance(owners, BatchAxis)
             or owners.minor
@@ -139,7 +144,9 @@ class Join:
         found = self._call(g)
         if found is None:
             return g.new_zeros(shape)
-        return found if found.shape == shape else found.sum_to_size(shape)
+        if found.shape == shape:
+            return found
+        return found.sum_to_size(shape)
 
     def _call(self, g: Tensor) -> Tensor | None:
         """The node's own derivative; several inputs that lead to one place add up there."""
@@ -154,13 +161,17 @@ class Join:
                 )
             return found
         node: Any = self.node
-        outputs, g = len(node._input_metadata), g.contiguous()  # some ops look at the strides
+        outputs = len(node._input_metadata)
+        g = g.contiguous()  # some ops look at the strides
         gradients = [g if i == self.output_nr else None for i in range(outputs)]
         if not callable(node):  # of a custom function, which expects tensors
             gradients = [
                 self._zeros(i, g) if part is None else part for i, part in enumerate(gradients)
             ]
-        result = node(*gradients) if callable(node) else node.apply(*gradients)
+        if callable(node):
+            result = node(*gradients)
+        else:
+            result = node.apply(*gradients)
         parts = result if isinstance(result, tuple) else (result,)
         here = [
             part

@@ -347,7 +347,8 @@ def parameters(use: Use) -> list[Tensor]:
 
 def nodes_below(root: Node) -> Iterator[Node]:
     """All nodes that a value depends on, itself included."""
-    stack, seen = [root], {root}
+    stack = [root]
+    seen = {root}
     while stack:
         node = stack.pop()
         yield node

@@ -51,7 +51,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
-    rows, columns = a.shape[1], b.shape[2]
+    rows = a.shape[1]
+    columns = b.shape[2]
     if rows * b.nbytes < LARGE or _transformed(a, b):
         return torch.bmm(a, b)
     return torch.bmm(a, b, out=empty(a, len(a), rows, columns))
@@ -73,7 +74,10 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     if not enabled("huge_pages"):
         return None
     try:
-        function = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+        if sys.platform == "linux":
+            function = ctypes.CDLL(None).madvise
+        else:
+            function = None
     except (AttributeError, OSError):
         return None
     if function is not None:

@@ -144,7 +144,9 @@ def _dense(matrix: Tensor) -> Tensor:
     """
     if matrix.is_contiguous() or matrix.mT.is_contiguous():
         return matrix
-    return matrix.mT.contiguous().mT if matrix.stride(-2) == 1 else matrix.contiguous()
+    if matrix.stride(-2) == 1:
+        return matrix.mT.contiguous().mT
+    return matrix.contiguous()
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -152,7 +154,9 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     # Such matrices have few rows, and are by columns: oneDNN is faster from twice the size on.
     if len(a) and is_large(a, a.shape[1] * b[0].numel() // 2):
         products = [*one_by_one(a, b)]
-        return products[0][None] if len(products) == 1 else torch.stack(products)
+        if len(products) == 1:
+            return products[0][None]
+        return torch.stack(products)
     return a @ b
 
 
@@ -173,9 +177,11 @@ def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
     if plan is None:
         return torch.einsum(equation, a, b)
     a_axes, rows, b_axes, columns, order = plan
-    left, right = a.permute(a_axes), b.permute(b_axes)  # ones, rows, summed; ones, summed, columns
+    left = a.permute(a_axes)  # [ones, rows, summed]
+    right = b.permute(b_axes)  # [ones, summed, columns]
     outer = left.shape[rows] + right.shape[columns]
-    m, n = math.prod(left.shape[rows]), math.prod(right.shape[columns])
+    m = math.prod(left.shape[rows])
+    n = math.prod(right.shape[columns])
     k = math.prod(left.shape[rows.stop :])
     if left.numel() != m * k or right.numel() != k * n:
         return torch.einsum(equation, a, b)

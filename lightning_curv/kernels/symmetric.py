@@ -64,7 +64,9 @@ def root_product(
     """
     length = vector.norm(dim=-1, keepdim=True)
     basis = [vector / length.clamp(min=torch.finfo(vector.dtype).tiny)]
-    diagonal, beside = [], []  # of the tridiagonal matrix
+    # The two bands of the tridiagonal matrix.
+    diagonal = []
+    beside = []
     steps = min(steps, vector.shape[-1])
     for step in range(steps):
         image = times(basis[-1])

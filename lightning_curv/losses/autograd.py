@@ -169,7 +169,10 @@ class Quadratic(LossPart):
 
     def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
         """Standard normal numbers ``[N, ...]``; some of the samples get what they would among all."""
-        owners = self.owners[0] if self._layout[0].owners is not None else None
+        if self._layout[0].owners is not None:
+            owners = self.owners[0]
+        else:
+            owners = None
         if not isinstance(owners, ChosenOwners):
             return torch.empty_like(like).normal_(generator=generator)
         every = like.new_empty(owners.whole.count, *like.shape[1:]).normal_(generator=generator)
@@ -234,7 +237,10 @@ class Quadratic(LossPart):
         for entry in torch.arange(zeros.shape[2], device=zeros.device):
             direction = zeros.index_fill(2, entry, 1)
             columns.append(self._times_blocks(direction))
-        hessian = torch.stack(columns, 2) if columns else zeros[..., None]
+        if columns:
+            hessian = torch.stack(columns, 2)
+        else:
+            hessian = zeros[..., None]
         return (hessian + hessian.mT) / 2  # rounding makes it asymmetric
 
     def _times_blocks(self, direction: Tensor) -> Tensor:
@@ -334,7 +340,8 @@ class Quadratic(LossPart):
 
     def _times(self, rows: Rows, direction: Tensor) -> Tensor:
         """The Hessian of all samples jointly times a direction, both as entries ``[N, E]``."""
-        vectors, gradients = rows.join(direction), self._gradients
+        vectors = rows.join(direction)
+        gradients = self._gradients
         if not gradients:
             return torch.zeros_like(direction)
         outputs = [gradient for _, gradient in gradients]
@@ -399,7 +406,8 @@ class Quadratic(LossPart):
 
         first = second = 0 * size
         if whole:
-            first, second = size_by_graph(1.0), size_by_graph(1.1)
+            first = size_by_graph(1.0)
+            second = size_by_graph(1.1)
         eps = max(torch.finfo(g.dtype).eps for g in [seed, *gradients])
         rounding = 1e3 * eps * size + 100 * (first - second).abs()
         if bool((first - size).abs() > rounding):

@@ -62,7 +62,8 @@ class Categorical(Likelihood):
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """The gradient √w (e_y - p) with y drawn from p."""
-        root, p = root_of(self.weight), self.probabilities
+        root = root_of(self.weight)
+        p = self.probabilities
         classes_last = drawable(p.movedim(self.axis, -1), 1.0)
         drawn = _classes(classes_last, generator).movedim(-1, self.axis)
         result = torch.zeros_like(p) if self.normalized else -root * p

@@ -258,7 +258,9 @@ class Bernoulli(_Independent):
     def variance(self) -> Tensor:
         """The variance p (1 - p), kept away from 0 where it divides, as torch's loss does."""
         variance = self.probabilities * (1 - self.probabilities)
-        return variance if self.target is None else variance.clamp(min=SMALLEST)
+        if self.target is None:
+            return variance
+        return variance.clamp(min=SMALLEST)
 
     @property
     def diagonal(self) -> Tensor:
@@ -279,7 +281,9 @@ class Bernoulli(_Independent):
         p = drawable(self.probabilities, 0.5)
         drawn = torch.empty_like(self.probabilities).bernoulli_(p, generator=generator)
         gradient = root_of(self.weight) * (self.probabilities - drawn)
-        return gradient if self.target is None else gradient / self.variance
+        if self.target is None:
+            return gradient
+        return gradient / self.variance
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ class KnownPart(LossPart):
     make: Callable[[], Likelihood]
 
     def __post_init__(self) -> None:
-        self.edges, self.likes, self.owners = [self.edge], [self.like], [self.owner]
+        self.edges = [self.edge]
+        self.likes = [self.like]
+        self.owners = [self.owner]
 
     @cached_property
     def likelihood(self) -> Likelihood:
@@ -94,7 +96,10 @@ class KnownPart(LossPart):
         return self.likelihood.flat
 
     def columns(self, complete: bool) -> Iterator[list[Tensor]]:
-        root = self.likelihood.columns if complete else self.likelihood.fewest_columns
+        if complete:
+            root = self.likelihood.columns
+        else:
+            root = self.likelihood.fewest_columns
         return ([column] for column in root(self.owner))
 
     def sample(self, generator: torch.Generator) -> list[Tensor]:

@@ -23,12 +23,16 @@ def reduced(
     reduction: str,
 ) -> Tensor:
     """Weights of the rows or entries after the reduction and all factors that follow it."""
-    return weights * scale / normaliser if reduction == "mean" else weights * scale
+    if reduction == "mean":
+        return weights * scale / normaliser
+    return weights * scale
 
 
 def full(input: Tensor, value: Tensor | None) -> Tensor:
     """A weight of the input's shape."""
-    return torch.ones_like(input) if value is None else value.to(input.dtype).expand(input.shape)
+    if value is None:
+        return torch.ones_like(input)
+    return value.to(input.dtype).expand(input.shape)
 
 
 def same_shape(name: str, input: Tensor, target: Tensor) -> None:

@@ -132,7 +132,9 @@ def gaussian_variance(
     variance = _variance(input, mean, eps)
     weights = reduced(0.25 / variance.square(), mean.numel(), scale, reduction)
     # One variance may belong to several entries of the mean, whose information adds up.
-    shape = input.shape if input.ndim == mean.ndim else (*input.shape, 1)
+    shape = input.shape
+    if input.ndim != mean.ndim:
+        shape = torch.Size([*shape, 1])
     return Variance(weights.sum_to_size(shape).reshape(input.shape))
 
 

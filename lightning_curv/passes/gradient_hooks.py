@@ -46,7 +46,9 @@ class Listener:
         section: Callable[[], AbstractContextManager[Any]] = nullcontext,
         wanted: Callable[[Tensor], bool] = lambda _: True,
     ) -> None:
-        self._passes, self._evaluate, self._failed = passes, evaluate, failed
+        self._passes = passes
+        self._evaluate = evaluate
+        self._failed = failed
         self._section = section
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
         self._bulky: dict[

@@ -274,10 +274,15 @@ def terms_of_rule(
         g = g.flatten(1, lead)
     elif axis:
         g = g.movedim(axis + 1, 1)
-    chosen = owners.rows(g.shape[1]) if isinstance(owners, ChosenOwners) else None
+    if isinstance(owners, ChosenOwners):
+        chosen = owners.rows(g.shape[1])
+    else:
+        chosen = None
     call = Call(use.shape, tuple(use.operands), axis, lead, chosen)
     operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
-    other = {**inputs, "output": None} if inputs and use.rule.outputs else inputs or {}
+    other: dict[str, Tensor | None] = {**(inputs or {})}
+    if inputs and use.rule.outputs:
+        other["output"] = None  # the recorded output is not that of these inputs
     if True in [tensor.is_complex() for tensor in (g, *operands.values())]:
         raise UnsupportedError(
             "Expected real numbers in every op with parameters, found complex ones in "
@@ -302,6 +307,9 @@ def _rows(owners: Owners) -> tuple[int, int]:
 
 def _multiplications(use: Use) -> int:
     """Of the products of matrices that oneDNN would make in a pass through an op, from below."""
-    matrices = [o.tensor for o in use.operands.values() if o.tensor.ndim == 2] if use.inputs else []
+    if use.inputs:
+        matrices = [o.tensor for o in use.operands.values() if o.tensor.ndim == 2]
+    else:
+        matrices = []
     counts = [(m, use.shape.numel() * min(m.shape)) for m in matrices]
     return sum(count for m, count in counts if is_large(m, count))

@@ -41,7 +41,9 @@ class Cap:
 
     def choose(self, count: int) -> Tensor | None:
         """The chosen ones of ``count`` samples; ``None``: all of them."""
-        return random_subset(count, self.size, self.generator) if count > self.size else None
+        if count > self.size:
+            return random_subset(count, self.size, self.generator)
+        return None
 
 
 def random_subset(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -79,7 +79,8 @@ def _pull(
 def _reindexed(edge: GradientEdge, term: Term) -> tuple[Tensor, Term] | None:
     """The leaf behind a chain of re-indexings and its term; ``None``: the chain has another op."""
     node: Any = edge.node
-    number, found = edge.output_nr, term
+    number = edge.output_nr
+    found = term
     while (leaf := getattr(node, "variable", None)) is None:
         step = STEPS.get(node.name())
         pulled = step(node, number, found) if step else None
@@ -89,7 +90,10 @@ def _reindexed(edge: GradientEdge, term: Term) -> tuple[Tensor, Term] | None:
     if leaf.device != term.g.device:
         return None
     dtype = torch.promote_types(leaf.dtype, torch.float32)
-    x = found.x if found.x is None or found.classes else found.x.to(dtype)
+    if found.x is None or found.classes:
+        x = found.x
+    else:
+        x = found.x.to(dtype)
     return leaf, replace(found, g=found.g.to(dtype), x=x)
 
 
@@ -107,11 +111,11 @@ def _transposed(node: Any, number: int, term: Term) -> Term | None:
         source = [saved_axis(dim, len(letters)) for dim in node._saved_dims]
     elif len(letters) > 1:
         plain = node.name() == "TBackward0"
-        a, b = (
-            (0, 1)
-            if plain
-            else (saved_axis(dim, len(letters)) for dim in (node._saved_dim0, node._saved_dim1))
-        )
+        if plain:
+            a = 0
+            b = 1
+        else:
+            a, b = (saved_axis(dim, len(letters)) for dim in (node._saved_dim0, node._saved_dim1))
         source[a], source[b] = source[b], source[a]
     by_source = dict(zip(source, letters, strict=True))
     return replace(term, par="".join(by_source[axis] for axis in range(len(letters))), adjoint=None)
@@ -147,11 +151,15 @@ def _sliced(node: Any, number: int, term: Term) -> Term | None:
 
 def _letters(term: Term, shape: Sequence[int]) -> list[str] | None:
     """The letters of every axis of the value; ``None``: the axes do not separate them."""
-    sizes, remaining, groups = term.sizes(), list(term.par), []
+    sizes = term.sizes()
+    remaining = list(term.par)
+    groups = []
     for size in shape:
-        group, count = "", 1
+        group = ""
+        count = 1
         while remaining and (count < size or (not group and size == sizes[remaining[0]])):
-            group, count = group + remaining[0], count * sizes[remaining.pop(0)]
+            group = group + remaining[0]
+            count = count * sizes[remaining.pop(0)]
         if count != size:
             return None
         groups.append(group)

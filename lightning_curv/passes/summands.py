@@ -102,7 +102,10 @@ class _Outputs:
 
     def below(self, top: Place) -> tuple[set[Place], set[Node]]:
         """The first outputs on every way down, and the nodes above them."""
-        found, passed, seen, stack = set[Place](), set[Node](), set[Place](), [top]
+        found = set[Place]()
+        passed = set[Node]()
+        seen = set[Place]()
+        stack = [top]
         while stack:
             place = stack.pop()
             if place in seen:
@@ -131,7 +134,8 @@ def _united(sets: Iterable[set[Place]]) -> list[set[Place]]:
 
 def loss_parts(passes: Passes) -> list[LossPart]:
     """The parts of the loss of some passes whose samples are known."""
-    tape, output = passes.tape, passes.output
+    tape = passes.tape
+    output = passes.output
     if output is None:
         found = find_summands(tape, passes.loss, passes.joint)
     else:
@@ -171,7 +175,8 @@ def nodes_of_loss(passes: Passes) -> set[Node]:
     """The nodes of loss functions that are differentiated."""
     if not (below := {*bounds(passes.parts)}):
         return set()
-    found, stack = set[Node](), [cast("Node", passes.loss.grad_fn)]
+    found = set[Node]()
+    stack = [cast("Node", passes.loss.grad_fn)]
     while stack:
         node = stack.pop()
         if node not in found and node not in below:

@@ -61,7 +61,8 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
         UnsupportedError: Something was computed in half precision, and N is divided by in a way
             that is not known.
     """
-    loss, count = passes.loss, passes.samples.count
+    loss = passes.loss
+    count = passes.samples.count
     root = GradientEdge(cast("Node", loss.grad_fn), loss.output_nr)
     seed = passes.seed if loss_scale == 1 else passes.seed / loss_scale
     if not mean or count < 1:
@@ -104,7 +105,8 @@ def _divisions(
     ``None`` if there is a way without one.
     """
     found: list[_Division] = []
-    stack, seen = [root[:2]], set[tuple[Node, int]]()
+    stack = [root[:2]]
+    seen = set[tuple[Node, int]]()
     while stack:
         node, number = stack.pop()
         if (node, number) in seen:
@@ -113,7 +115,10 @@ def _divisions(
         accumulates = (
             loss_scale != 1 and (node, number) == root[:2] and _quotient(node) == 1 / loss_scale
         )
-        division = None if accumulates else _division(tape, node, number, count)
+        if accumulates:
+            division = None
+        else:
+            division = _division(tape, node, number, count)
         if division is not None:
             found.append(division)
         elif node in tape.uses and tape.uses[node].operands:
@@ -182,7 +187,8 @@ def _mean(node: Any, output: GradientEdge, count: int) -> _Division | None:
 
 def _loss(call: LossCall, output: GradientEdge, count: int) -> _Division | None:
     """A loss function that takes the mean: differentiated once more, without it."""
-    arguments, target = call.arguments, call.arguments.get("target")
+    arguments = call.arguments
+    target = call.arguments.get("target")
     legacy = arguments.get("size_average") is not None or arguments.get("reduce") is not None
     if call.shape or call.beside or legacy or arguments.get("reduction", "mean") != "mean":
         return None
@@ -213,4 +219,6 @@ def _loss(call: LossCall, output: GradientEdge, count: int) -> _Division | None:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value

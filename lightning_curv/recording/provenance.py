@@ -100,7 +100,9 @@ class Roots:
     @property
     def moved(self) -> Roots:
         """The same for a tensor that has the rows in another order."""
-        return self if self.routed or not self.tensors else replace(self, routed=True)
+        if self.routed or not self.tensors:
+            return self
+        return replace(self, routed=True)
 
     def __or__(self, other: Roots) -> Roots:
         if other.constant or other is self:
@@ -112,7 +114,8 @@ class Roots:
         return Roots(tensors, self.data or other.data, self.routed or other.routed, pooled=pooled)
 
 
-CONSTANT, DATA = Roots(), Roots(data=True)
+CONSTANT = Roots()
+DATA = Roots(data=True)
 _KNOWN = WeakTensorKeyDictionary()  # roots of tensors without gradient that recorded code has made
 
 

@@ -136,7 +136,9 @@ class record(TorchFunctionMode):
         rule = RULES.get(func)
         if rule is None:
             if func in LOSSES:
-                return _record_loss(func, args, kwargs) if _recording() else func(*args, **kwargs)
+                if _recording():
+                    return _record_loss(func, args, kwargs)
+                return func(*args, **kwargs)
             if func is torch.autograd.grad:
                 return func(
                     *args, **kwargs
@@ -227,7 +229,12 @@ def _note_roots(
         return
     if physical(results[0]).requires_grad:
         return _mark_mapped(func, results, tensors_in([*args, *kwargs.values()]))
-    args = args[:1] if name in LIKE else _without_unused(args) if name == "where" else args
+    if name in LIKE:
+        args = args[:1]
+    elif name == "where":
+        args = _without_unused(args)
+    else:
+        args = args
     tensors = tensors_in([*args, *kwargs.values()])
     inplace = any(results[0] is tensor for tensor in tensors)
     if inplace and not _changes(func, kwargs):
@@ -264,7 +271,10 @@ def _note_roots(
         if view is not None and before is not None:
             _note_whole(view, before, rows, replace(roots, pooled=pooled))
         if drawn is None:
-            found = roots if ordered(numbers, physical(out), roots) else roots.moved
+            if ordered(numbers, physical(out), roots):
+                found = roots
+            else:
+                found = roots.moved
         else:
             found = Roots((Root.of(out, drawn), *(root for root in roots.tensors if root != drawn)))
             numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
@@ -335,7 +345,9 @@ def _drawn_from(
         return None
     roots = all_roots(args[0])
     single = len(roots.tensors) == 1 and not roots.data and not roots.routed
-    return roots.tensors[0] if single and roots.tensors[0].ndim else None
+    if single and roots.tensors[0].ndim:
+        return roots.tensors[0]
+    return None
 
 
 def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -391,14 +403,16 @@ def _record_loss(
     read = [
         all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad
     ]
-    numbered, roots = [one for one in read if one.numbers is not None], united(read)
+    numbered = [one for one in read if one.numbers is not None]
+    roots = united(read)
     if len(numbered) == 1:
         roots = replace(
             roots, numbers=numbered[0].numbers
         )  # of the targets, beside weights of classes
     for i, name in enumerate(differentiable):
         out = out.view_as(out) if i else out
-        mark, part = mark_at(out.grad_fn), PARTS[func, name]
+        mark = mark_at(out.grad_fn)
+        part = PARTS[func, name]
         own = {**detached, name: detached["input"], "input": detached[name]}
         if mark.loss is None:
             edge = edge_of(arguments[name])
@@ -446,7 +460,8 @@ def _record_unknown(
     for out in outputs:
         mark = mark_at(out.grad_fn)
         if mark.origin is None:
-            mark.origin, mark.roots = origin, roots
+            mark.origin = origin
+            mark.roots = roots
         mark.copies = copies
     if PURE in origins and len(outputs) == 1 and not copies:
         _Call(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
@@ -474,7 +489,9 @@ class _Call:
         rule: Rule,
         bound: dict[str, Any],
     ) -> None:
-        self.func, self.rule, self.bound = func, rule, bound
+        self.func = func
+        self.rule = rule
+        self.bound = bound
         self.tensors: dict[str, Tensor] = {}
         self.nodes: dict[str, tuple[Node | None, int]] = {}
         self.origins: dict[str, str | None] = {}
@@ -511,7 +528,8 @@ class _Call:
             mark.nested = name_of(self.func)
         if mark.use is not None:
             return
-        arguments, versions = dict(self.bound), {}
+        arguments = dict(self.bound)
+        versions = {}
         for name in self.tensors:
             if name in operands:
                 arguments[name] = self._value(name)
@@ -548,7 +566,9 @@ class _Call:
             origin = None  # a copy per sample: from here on it is data
         if origin is not None or self.rule.expands or marks(node) is not None:
             mark = mark_at(node)
-            mark.origin, mark.roots, mark.copies = origin, roots, self.rule.expands
+            mark.origin = origin
+            mark.roots = roots
+            mark.copies = self.rule.expands
 
     def _operands(self, out: Tensor) -> list[str]:
         """The arguments that are parameters of this call; the others are data."""
@@ -560,24 +580,28 @@ class _Call:
 
     def _operand(self, name: str, value: Tensor) -> Operand:
         leaf = self.nodes[name][0] is None
-        return Operand(self.tensors[name]) if leaf else Operand(value, self._edge(name))
+        if leaf:
+            return Operand(self.tensors[name])
+        return Operand(value, self._edge(name))
 
     def _edge(self, name: str) -> GradientEdge:
         node, output_nr = self.nodes[name]
-        return edge_of(self.tensors[name]) if node is None else GradientEdge(node, output_nr)
+        if node is None:
+            return edge_of(self.tensors[name])
+        return GradientEdge(node, output_nr)
 
     def _value(self, name: str) -> Tensor:
-        return self.changed[name] if name in self.changed else self.tensors[name].detach()
+        if name in self.changed:
+            return self.changed[name]
+        return self.tensors[name].detach()
 
 
 def _owner(out: Tensor) -> Tensor:
     """The tensor whose node survives in-place changes: an op's result may be a view of what it computed."""
     base = out._base
-    return (
-        base
-        if base is not None and base.grad_fn is not None and base.numel() == out.numel()
-        else out
-    )
+    if base is not None and base.grad_fn is not None and base.numel() == out.numel():
+        return base
+    return out
 
 
 def mark_output(module: nn.Module, args: Any, output: Any) -> None:
@@ -616,7 +640,8 @@ def disable() -> Iterator[None]:
         >>> with disable():
         ...     output = model(torch.ones(4, 3))
     """
-    before, _local.disabled = disabled(), True
+    before = disabled()
+    _local.disabled = True
     try:
         yield
     finally:

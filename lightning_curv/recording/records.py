@@ -19,7 +19,9 @@ from lightning_curv.terms.owners import Owners
 KEY = "lightning_curv"
 # computed from parameters alone / and from constants / and from tensors without gradient that came
 # from outside
-PURE, CONSTANT, TENTATIVE = "pure", "constant", "tentative"
+PURE = "pure"
+CONSTANT = "constant"
+TENTATIVE = "tentative"
 
 
 @dataclass(slots=True)
@@ -211,7 +213,10 @@ def like(tensor: Tensor) -> Tensor:
 
 def is_copy(tensor: Tensor) -> bool:
     """Whether a tensor repeats a parameter, as `Marks.copies` says."""
-    found = marks(tensor.grad_fn) if tensor.grad_fn is not None else None
+    if tensor.grad_fn is not None:
+        found = marks(tensor.grad_fn)
+    else:
+        found = None
     return found is not None and found.copies
 
 
@@ -237,9 +242,13 @@ def all_roots(tensor: Tensor) -> Roots:
     if not tensor.requires_grad:
         return roots_of(tensor)
     if tensor.grad_fn is None:
-        return CONSTANT_ROOTS if isinstance(tensor, nn.Parameter) else roots_of(tensor)
+        if isinstance(tensor, nn.Parameter):
+            return CONSTANT_ROOTS
+        return roots_of(tensor)
     found = marks(tensor.grad_fn)
-    return found.roots if found is not None and found.origin is not None else DATA
+    if found is not None and found.origin is not None:
+        return found.roots
+    return DATA
 
 
 def combined(origins: Sequence[str | None], tensors: Sequence[Tensor]) -> tuple[str | None, Roots]:

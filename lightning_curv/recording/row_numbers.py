@@ -113,10 +113,8 @@ def follow(
     results: Sequence[Tensor],
 ) -> list[Rows]:
     """What is known of the rows of the results of a call, one per tensor."""
-    name, inplace = (
-        name_of(func),
-        "out" in kwargs or any(result is value for result in results for value in args),
-    )
+    name = name_of(func)
+    inplace = "out" in kwargs or any(result is value for result in results for value in args)
     tensors = tensors_in([*args, *kwargs.values()])
     if any(map(mapped, results)):
         return [mapped_rows(name, tensors, result) for result in results]
@@ -146,7 +144,8 @@ def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
     ]
     if name == "getitem" and len(tensors) == 2 and not mapped(tensors[0]) and not tensors[1].ndim:
         return Rows(_picked(numbers_of(tensors[0]), physical(tensors[1]), result))
-    found, together = {}, set[int]()
+    found = {}
+    together = set[int]()
     for size in {size for _, numbers in known for size in numbers if size > 1}:
         read = [
             (bool(mapped(tensor)), numbers[size]) for tensor, numbers in known if size in numbers
@@ -169,7 +168,9 @@ def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
     """The numbers of rows that ``vmap`` picks out of a tensor, ``x[i]``."""
     shape = (-1, *[1] * (physical(result).ndim - 1))
     leading = {size: n.flatten() for size, n in numbers.items() if n.ndim and n.numel() == len(n)}
-    return {size: n[index].reshape(shape) for size, n in leading.items()} if index.ndim == 1 else {}
+    if index.ndim == 1:
+        return {size: n[index].reshape(shape) for size, n in leading.items()}
+    return {}
 
 
 def plainly_in_order(
@@ -197,15 +198,15 @@ def _along(
     result: Tensor,
 ) -> Rows:
     """The rows of what is reduced or accumulated along some axes."""
-    like, numbers = args[0], numbers_of(args[0])
+    like = args[0]
+    numbers = numbers_of(args[0])
     place = 2 if name in ("norm", "quantile") else 1
     dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
     every = range(like.ndim)
-    dims = (
-        every
-        if dim is None
-        else [d % max(1, like.ndim) for d in ([dim] if isinstance(dim, int) else dim)]
-    )
+    if dim is None:
+        dims = list(every)
+    else:
+        dims = [d % max(1, like.ndim) for d in ([dim] if isinstance(dim, int) else dim)]
     apart = {size: n for size, n in numbers.items() if all(n.shape[axis] == 1 for axis in dims)}
     if name in REDUCING and result.ndim < like.ndim:
         rest = [axis for axis in every if axis not in dims]
@@ -245,11 +246,9 @@ def _vary(numbers: Tensor | None, axis: int) -> bool:
 def name_of(func: Callable[..., Any]) -> str:
     """The name of a torch function, without underscores around it; of a property its own."""
     name = getattr(func, "__name__", "")
-    return (
-        getattr(getattr(func, "__self__", None), "__name__", name)
-        if name == "__get__"
-        else name.strip("_")
-    )
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", name)
+    return name.strip("_")
 
 
 def _routed(
@@ -261,7 +260,10 @@ def _routed(
     """The same call, applied to numbers."""
     first, *rest = args
     several = isinstance(first, (list, tuple))
-    sources = [value for value in first if isinstance(value, Tensor)] if several else [first]
+    if several:
+        sources = [value for value in first if isinstance(value, Tensor)]
+    else:
+        sources = [first]
     if not sources or (several and len(sources) < len(first)):
         return [{} for _ in results]
     key = None if several else _structure(func, first, rest, kwargs)
@@ -299,7 +301,8 @@ def _routed(
 # What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and
 # no one changes it.
 _MOVED: dict[Hashable, tuple[Numbers, ...]] = {}
-_MOST, _SMALL = 256, 2**16  # structures, and numbers of one
+_MOST = 256  # structures that are kept
+_SMALL = 2**16  # numbers up to which one is kept
 
 
 def _structure(
@@ -360,7 +363,8 @@ def _kept(
 ) -> Rows:
     """The rows of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
     align = _broadcast if elementwise else _leading
-    found, together = {}, set(pooled)
+    found = {}
+    together = set(pooled)
     for size in {size for _, numbers in known for size in numbers} - pooled:
         aligned = [
             align(numbers[size], tensor, result) for tensor, numbers in known if size in numbers
@@ -406,7 +410,9 @@ def _leading(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
 def numbers_of(tensor: Tensor) -> Numbers:
     """The numbers of the rows of a tensor without gradient; empty ones where they are not known."""
     roots = roots_of(tensor)
-    return roots.numbers if roots.numbers is not None else in_order(tensor, roots)
+    if roots.numbers is not None:
+        return roots.numbers
+    return in_order(tensor, roots)
 
 
 def in_order(tensor: Tensor, roots: Roots) -> Numbers:

@@ -141,7 +141,9 @@ def _only_row(size: int, known: Known) -> Tensor | None:
     """The number of the row that is read, if it is one."""
     numbers = [found[size].flatten() for _, found in known if size in found]
     first = numbers[0][:1]
-    return first if all(len(one) == 1 and torch.equal(one, first) for one in numbers) else None
+    if all(len(one) == 1 and torch.equal(one, first) for one in numbers):
+        return first
+    return None
 
 
 def _spelled(bits: Sequence[tuple[Tensor, Tensor]], size: int) -> Tensor | None:
@@ -214,7 +216,9 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 def _replaced(value: Any, others: Mapping[int, Tensor]) -> Any:
     """An argument with some tensors replaced, and copies of all the others."""
     if isinstance(value, Tensor):
-        return others[id(value)].clone() if id(value) in others else value.clone()
+        if id(value) in others:
+            return others[id(value)].clone()
+        return value.clone()
     if isinstance(value, (list, tuple)) and tensors_in(value):
         return type(value)(_replaced(part, others) for part in value)
     return value

@@ -100,7 +100,10 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     # A single column's cotangents take the memory of the gates: the gates of a step are read for
     # the last time before its cotangents are written.
     columns = g.shape[1]
-    by_gates = gates[None] if columns == 1 else gates.new_empty(columns, *gates.shape)
+    if columns == 1:
+        by_gates = gates[None]
+    else:
+        by_gates = gates.new_empty(columns, *gates.shape)
     projected = hidden = None
     if len(run.weights) > 2:
         hidden = torch.empty_like(cells[1:])
@@ -110,7 +113,10 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     steps_of_gates = by_gates.unbind(2)
     h = arriving[-1]
     row = g.new_empty(*g.shape[1:3], *gates.shape[2:])
-    row_by_c, row_by_h, wide = row[:, :, :3], row[:, :, 3], c.unsqueeze(2)  # views
+    # Views: what is written into them is written into `row` and read from `c`.
+    row_by_c = row[:, :, :3]
+    row_by_h = row[:, :, 3]
+    wide = c.unsqueeze(2)
     for block in reversed(run.blocks()):
         i, f, z, o = gates[:, block.start : block.stop].permute(2, 1, 0, 3)
         before = cells[block.start : block.stop]
@@ -146,7 +152,9 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
                 h = run.back(row, arriving[t - 1])
     products = by_gates.flatten(3)
     result = [(products, run.x), (products, run.before)]
-    return result if projected is None or hidden is None else [*result, (projected, hidden)]
+    if projected is None or hidden is None:
+        return result
+    return [*result, (projected, hidden)]
 
 
 def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
@@ -158,7 +166,10 @@ def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
     cells = run.x.new_empty(steps + 1, samples, width)
     # One product of matrices instead of two: the inputs beside the states, W_i beside W_h.
     weight = torch.cat([run.weights[0], run.weights[1]], dim=1).mT
-    bias = run.biases[0] + run.biases[1] if run.biases else run.x.new_zeros(())
+    if run.biases:
+        bias = run.biases[0] + run.biases[1]
+    else:
+        bias = run.x.new_zeros(())
     cells[0] = last = run.cell
     for block in run.blocks():
         x = run.x[block.start : block.stop]

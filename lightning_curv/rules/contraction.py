@@ -131,7 +131,9 @@ def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | Non
     for first, axes in (("o", rows), ("i", columns)):
         for number, axis in enumerate(axes):
             letters[axis] = first if number == 0 else next(spare, "")
-    return letters if all(letters.get(axis) for axis in (*par, *shared)) else None
+    if all(letters.get(axis) for axis in (*par, *shared)):
+        return letters
+    return None
 
 
 @rule(

@@ -23,7 +23,9 @@ LARGEST = 2**16  # entries of a weight that stays in cache: `_by_groups`
 
 def _batched(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
     """The axes that may carry samples: none where a single image came without a batch axis."""
-    return (0,) if arguments["input"].ndim == arguments["weight"].ndim else ()
+    if arguments["input"].ndim == arguments["weight"].ndim:
+        return (0,)
+    return ()
 
 
 @rule(
@@ -47,17 +49,21 @@ def convolution(
 ) -> dict[str, Term]:
     """``F.conv1d``, ``F.conv2d``, ``F.conv3d``; other padding modes arrive padded."""
     dims = weight.ndim - 2
-    s, k = "stu"[:dims], "xyz"[:dims]
-    stride, dilation = _per_axis(stride, dims), _per_axis(dilation, dims)
+    s = "stu"[:dims]
+    k = "xyz"[:dims]
+    stride = _per_axis(stride, dims)
+    dilation = _per_axis(dilation, dims)
     pads = _pads(weight, padding, dilation)
     padded = _padded(input, pads)
     x = patches(padded, weight, stride, dilation, groups)
     q, x, by_group = _grouped(x, g, groups)
     even = all(before == after for before, after in pads)
     if even:  # the op itself can pad, which is faster
-        own_input, own_padding = input, [before for before, _ in pads]
+        own_input = input
+        own_padding = [before for before, _ in pads]
     else:
-        own_input, own_padding = padded, [0] * dims
+        own_input = padded
+        own_padding = [0] * dims
     own = _adjoint(x, own_input, weight, (stride, own_padding, dilation), groups)
     weight_term = Term(q + "o" + s, q + "i" + k + s, q + "oi" + k, by_group, x, adjoint=own)
     return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
@@ -90,8 +96,10 @@ def transposed_convolution(
     """
     dims = weight.ndim - 2
     kernel = weight.shape[2:]
-    s, k = "stu"[:dims], "xyz"[:dims]
-    stride, dilation = _per_axis(stride, dims), _per_axis(dilation, dims)
+    s = "stu"[:dims]
+    k = "xyz"[:dims]
+    stride = _per_axis(stride, dims)
+    dilation = _per_axis(dilation, dims)
     backwards = [axis for axis in range(dims) if kernel[axis] > 1]
     spread = _spread(input, stride).flip([2 + axis for axis in backwards])
     padded = _padded(spread, _transposed_pads(kernel, padding, output_padding, dilation))
@@ -164,7 +172,8 @@ def _transposed_pads(
     Negative numbers are pixels that are cut off.
     """
     dims = len(kernel)
-    cropped, added = _per_axis(padding, dims), _per_axis(output_padding, dims)
+    cropped = _per_axis(padding, dims)
+    added = _per_axis(output_padding, dims)
     pads = []
     for taps, crop, more, gap in zip(kernel, cropped, added, dilation, strict=True):
         before = gap * (taps - 1) - crop
@@ -281,7 +290,9 @@ def _by_groups(input: Tensor, weight: Tensor, groups: int) -> bool:
     in_float32 = input.device.type == "cpu" and input.dtype == torch.float32
     if not (in_float32 and torch.backends.mkldnn.enabled):
         return False
-    outputs, inputs, taps = weight.shape[0] // groups, weight.shape[1], weight[0, 0].numel()
+    outputs = weight.shape[0] // groups
+    inputs = weight.shape[1]
+    taps = weight[0, 0].numel()
     whole_vectors = outputs % VECTOR == 0 and inputs % VECTOR == 0
     return taps > 1 and whole_vectors and weight.numel() <= LARGEST
 

@@ -140,7 +140,8 @@ def rsub(
 def mul(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str, Term]:
     """Y = a b."""
     # The derivative by either factor is the other one.
-    first, second = _value(input, g), _value(other, g)
+    first = _value(input, g)
+    second = _value(other, g)
     pairs = {"input": (first, second), "other": (second, first)}
     return {name: broadcast(call, g, *pairs[name]) for name in call.operands}
 
@@ -159,7 +160,8 @@ def div(
     rounding_mode: str | None = None,
 ) -> dict[str, Term]:
     """Y = a / b."""
-    numerator, denominator = _value(input, g), _value(other, g)
+    numerator = _value(input, g)
+    denominator = _value(other, g)
     pairs = {
         "input": (numerator, 1 / denominator),
         "other": (denominator, -numerator / denominator.square()),

@@ -14,14 +14,20 @@ from lightning_curv.terms.term import Term
 
 def _rows_or_columns(call: Call, arguments: dict[str, Any]) -> list[int]:
     """The axis of a grouped product that data alone has."""
-    input, mat2 = arguments["input"], arguments["mat2"]
+    input = arguments["input"]
+    mat2 = arguments["mat2"]
     if input.ndim == 2:
         return [0] if mat2.ndim == 3 else []
-    return [2] if mat2.ndim == 3 and "mat2" not in call.operands else [1]
+    if mat2.ndim == 3 and "mat2" not in call.operands:
+        return [2]
+    return [1]
 
 
 # Torch has the op from 2.8 on; before, the rule is one of no function.
-_GROUPED_MM = [torch._grouped_mm] if hasattr(torch, "_grouped_mm") else []
+if hasattr(torch, "_grouped_mm"):
+    _GROUPED_MM = [torch._grouped_mm]
+else:
+    _GROUPED_MM = []
 
 
 @rule(

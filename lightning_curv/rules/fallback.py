@@ -105,7 +105,8 @@ def per_sample(
             others[name] = value
     if call.chosen is not None:
         rows = call.chosen.to(g.device)
-        g, data = g[:, rows], {name: value[rows] for name, value in data.items()}
+        g = g[:, rows]
+        data = {name: value[rows] for name, value in data.items()}
 
     def pull(cotangent: Tensor, data: dict[str, Tensor]) -> dict[str, Tensor]:
         def output(operands: dict[str, Tensor]) -> Tensor:
@@ -158,7 +159,8 @@ def _agree(
     for name, whole in total.items():
         summed = torch.tensordot(weights, result[name].sum(1), 1)
         finite = whole.isfinite() & summed.isfinite()
-        summed, whole = summed[finite], whole[finite]
+        summed = summed[finite]
+        whole = whole[finite]
         largest = float(whole.abs().amax() if len(whole) else 0)
         if not torch.allclose(summed, whole, rtol=1e-3, atol=1e-4 * largest):
             return False

@@ -44,7 +44,10 @@ def rows(tensors: Sequence[Tensor], axes: Axes) -> Tensor:
         return torch.cat(ragged)
     by_sample = []
     for tensor, axis in zip(tensors, axes, strict=True):
-        samples_first = tensor[None] if axis is None else tensor.movedim(axis, 0)
+        if axis is None:
+            samples_first = tensor[None]
+        else:
+            samples_first = tensor.movedim(axis, 0)
         by_sample.append(samples_first.flatten(1))
     return torch.cat(by_sample, dim=1)
 

@@ -130,13 +130,17 @@ class _Network:
     """
 
     def __init__(self, kind: _Kind, arguments: dict[str, Any]) -> None:
-        self.kind, self.arguments = kind, arguments
+        self.kind = kind
+        self.arguments = arguments
         self.is_cell = "num_layers" not in arguments
         self.weights = _numbered(arguments, "params")
         dtype = self.weights[0].dtype  # under autocast the inputs may have another one
         x = arguments["input"].to(dtype)
         initial = [state.to(dtype) for state in _numbered(arguments, "states")]
-        self.initial = [state[None] for state in initial] if self.is_cell else initial
+        if self.is_cell:
+            self.initial = [state[None] for state in initial]
+        else:
+            self.initial = initial
         self.steps: Steps
         if "batch_sizes" in arguments:
             self.steps = _steps(arguments)
@@ -189,12 +193,21 @@ class _Network:
         """All outputs as rows ``[N, K]``, and the inputs ``[T, N, i]`` of every product."""
         run = replay.Replay(self.kind.step, self.weights, self.biases, shifts, self.steps)
         h, final = run.network(self.x, self.initial, self.directions)
-        h = h.transpose(0, 1) if self.arguments.get("batch_first") else self.steps.rows(h)
-        tensors = [state[0] for state in final] if self.is_cell else [h, *final]
+        if self.arguments.get("batch_first"):
+            h = h.transpose(0, 1)
+        else:
+            h = self.steps.rows(h)
+        if self.is_cell:
+            tensors = [state[0] for state in final]
+        else:
+            tensors = [h, *final]
         inputs = {}
         for number, parts in run.inputs.items():
             # W_i is applied to all steps at once, the other weights to one after the other.
-            inputs[number] = parts[0] if parts[0].ndim == 3 else torch.stack(parts)
+            if parts[0].ndim == 3:
+                inputs[number] = parts[0]
+            else:
+                inputs[number] = torch.stack(parts)
         return rows(tensors, _sample_axes(self.arguments)), inputs
 
     @torch.no_grad()
@@ -272,7 +285,8 @@ class _Network:
         """Cotangents of outputs, ``[T, V, N, *]``, and of final states, ``[V, N, k, *]``."""
         if "batch_sizes" in self.arguments:
             return self._split_rows(g)
-        steps, width = len(self.x), self.directions * self.initial[0].shape[2]
+        steps = len(self.x)
+        width = self.directions * self.initial[0].shape[2]
         if self.is_cell:  # its output is its state
             own = g.new_zeros(*g.shape[:2], steps * width)
         else:
@@ -304,7 +318,10 @@ def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str
     output, version = arguments["output"] or (g, -1)
     # The closed form is right for what the call returned, as long as nobody has changed it.
     unchanged = output._version == version
-    products = network.backpropagated(g, output) if unchanged else network.replayed(g)
+    if unchanged:
+        products = network.backpropagated(g, output)
+    else:
+        products = network.replayed(g)
     terms = {}
     for number, y, x in products:
         weight_term, bias_term = linear.product(y, x, "oi")

@@ -135,7 +135,9 @@ class Rule:
         Returns:
             All arguments by name, defaults included.
         """
-        return self.binds(args, kwargs) if self.binds else bind(self.function, args, kwargs)
+        if self.binds:
+            return self.binds(args, kwargs)
+        return bind(self.function, args, kwargs)
 
     def holds(self, name: str) -> bool:
         """Tell whether an argument is one of the slots.

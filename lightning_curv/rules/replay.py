@@ -79,7 +79,10 @@ class Replay:
         self.inputs[weight].append(x)
         bias = self.biases.get(weight)
         y = F.linear(x, self.weights[weight], None if bias is None else self.weights[bias])
-        shift = self.shifts[weight] if step is None else self.steps[weight][step]
+        if step is None:
+            shift = self.shifts[weight]
+        else:
+            shift = self.steps[weight][step]
         return y + shift
 
     def direction(

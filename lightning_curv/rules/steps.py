@@ -63,7 +63,10 @@ class PackedSteps(Steps):
         ended = {}
         for step, size in enumerate(self.sizes):
             # The longest sequences are first, so those that go on are in front of those that end.
-            following = self.sizes[step + 1] if step + 1 < len(self.sizes) else 0
+            if step + 1 < len(self.sizes):
+                following = self.sizes[step + 1]
+            else:
+                following = 0
             if following < size:
                 ended[step] = slice(following, size)
         return ended

@@ -42,13 +42,13 @@ def _told_by_rows(
         if name in use.operands or not shape or not roots.tensors or constant:
             continue
         numbers = (roots.numbers or {}).get(count)
-        found = (
-            _rows_in_order(search, node, use, shape, roots, count)
-            if numbers is None
-            else _numbered(search, node, use, shape, numbers, count)
-        )
-        if found is not None:
-            return found
+        owners: Owners | None
+        if numbers is None:
+            owners = _rows_in_order(search, node, use, shape, roots, count)
+        else:
+            owners = _numbered(search, node, use, shape, numbers, count)
+        if owners is not None:
+            return owners
     return None
 
 
@@ -100,7 +100,9 @@ def _numbered(
     axes = (owners.axis,) if isinstance(owners, BatchAxis) else owners.axes
     if all(axis in search.axes[node] and use.shape[axis] == shape[axis] for axis in axes):
         return owners
-    return owners_of(numbers.flatten(), use.shape, count) if numbers.numel() == 1 else None
+    if numbers.numel() == 1:
+        return owners_of(numbers.flatten(), use.shape, count)
+    return None
 
 
 def told_by_map(search: Search, op: Mapped, count: int) -> Owners | None:
@@ -109,7 +111,9 @@ def told_by_map(search: Search, op: Mapped, count: int) -> Owners | None:
     ``None`` if they do not tell.
     """
     numbers = (op.roots.numbers or {}).get(count)
-    return None if numbers is None else owners_of(numbers, op.like.shape, count)
+    if numbers is None:
+        return None
+    return owners_of(numbers, op.like.shape, count)
 
 
 def told_by_target(head: Head, count: int) -> Owners | None:
@@ -117,7 +121,10 @@ def told_by_target(head: Head, count: int) -> Owners | None:
 
     ``None`` if there are none whose rows were moved and could be followed.
     """
-    target = None if head.call is None else head.call.arguments.get("target")
+    if head.call is None:
+        target = None
+    else:
+        target = head.call.arguments.get("target")
     if (
         head.call is None
         or not isinstance(target, Tensor)
@@ -141,7 +148,10 @@ def agrees_with_target(head: Head, owners: RowOwners) -> bool:
 
     Only targets that are the batch's as they are can disagree.
     """
-    target = None if head.call is None else head.call.arguments.get("target")
+    if head.call is None:
+        target = None
+    else:
+        target = head.call.arguments.get("target")
     if head.call is None or not isinstance(target, Tensor) or not target.ndim:
         return True
     as_they_are = len(target) == owners.count and in_order(head.call.roots, owners.count)

@@ -62,7 +62,9 @@ class Batch:
         rows = self.likely in sizes and self.likely > 1
         if not rows and (root.made or len(whole) == 1):
             return False
-        return root.made if self.tensors is not None else not self._is_held(whole, self.likely)
+        if self.tensors is not None:
+            return root.made
+        return not self._is_held(whole, self.likely)
 
     def _is_held(self, root: Root, count: int) -> bool:
         return HOLDERS.hold(root, count, () if self.tape is None else self.tape.all_parameters)
@@ -72,7 +74,9 @@ class Batch:
         """N, as it is known or guessed before the graph is looked at."""
         if self.size is not None:
             return self.size
-        return self.expected or 0 if self.tape is None else self.candidates(self.tape)[0]
+        if self.tape is None:
+            return self.expected or 0
+        return self.candidates(self.tape)[0]
 
     @cached_property
     def _pointers(self) -> set[int]:
@@ -87,7 +91,9 @@ class Batch:
         read = [roots for use in tape.uses.values() for roots in use.roots.values()]
         read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
         read += tape.read.values()
-        return self if self.tensors is None or any(map(self._gave, read)) else Batch(self.size)
+        if self.tensors is None or any(map(self._gave, read)):
+            return self
+        return Batch(self.size)
 
     def given(self, tape: Tape) -> tuple[bool, ...]:
         """Which of the tensors that ops read come from the batch, where its tensors are known."""

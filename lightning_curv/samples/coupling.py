@@ -84,10 +84,8 @@ def separable(
                     for f, t in zip(found, trial, strict=True)
                 ]
 
-            plain, weighted = (
-                image(trial),
-                image([t * w for t, w in zip(trial, weights, strict=True)]),
-            )
+            plain = image(trial)
+            weighted = image([t * w for t, w in zip(trial, weights, strict=True)])
         except RuntimeError as error:
             raise Undecided(str(error)) from error
     if nonlinear_in_several(passes, tops, outputs):
@@ -130,9 +128,10 @@ def nonlinear_in_several(
         for head, owners in outputs
     }
     heads = [head_at(GradientEdge(*edge), passes.loss) for edge in inputs if edge not in below]
-    found = (
-        forward_owners(passes, heads, outputs, outputs[0][1].count, by_entry=True) if heads else []
-    )
+    if heads:
+        found = forward_owners(passes, heads, outputs, outputs[0][1].count, by_entry=True)
+    else:
+        found = []
     if found is None:
         return True
     known |= {
@@ -150,7 +149,8 @@ def nonlinear_in_several(
 
 def _above(tops: Sequence[Head], outputs: set[Node]) -> Iterator[Node]:
     """The nodes of a part of a loss, those of the outputs left out."""
-    stack, seen = [head.edge.node for head in tops], set[Node]()
+    stack = [head.edge.node for head in tops]
+    seen = set[Node]()
     while stack:
         node = stack.pop()
         if node not in seen and node not in outputs:
@@ -174,7 +174,12 @@ def differ(one: Tensor, other: Tensor) -> bool:
 def _several(owners: Tensor, node: Node) -> bool:
     """Whether a reduction takes entries of several samples together."""
     dim = getattr(node, "_saved_dim", None)
-    axes = list(range(owners.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    if dim is None:
+        axes = list(range(owners.ndim))
+    elif isinstance(dim, int):
+        axes = [dim]
+    else:
+        axes = list(dim)
     axes = [saved_axis(axis, owners.ndim) for axis in axes]
     if not axes or not owners.numel():
         return False

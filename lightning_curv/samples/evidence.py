@@ -30,7 +30,10 @@ def evident(
     every loss call do, or where a head has one row per sample and all others depend on the same
     rows. ``None``: wherever the heads are.
     """
-    heads = [(head, BatchAxis(count)) for head in search.heads] if heads is None else heads
+    if heads is None:
+        heads = [(head, BatchAxis(count)) for head in search.heads]
+    else:
+        heads = heads
     if all(head.call is not None and in_order(head.call.roots, count) for head, _ in heads):
         return True
     told = [(told_by_target(head, count), owners, head.like.shape) for head, owners in heads]

@@ -132,7 +132,10 @@ def _first_that_agrees(search: Search, counts: Sequence[int]) -> Found:
     if not search.independent and (samples := _assumed(search, default)) is not None:
         return Found(samples, {}, [])
     refuse_scales(search)
-    kind = UnsupportedError if search.batch.size is None else SampleCountError
+    if search.batch.size is None:
+        kind = UnsupportedError
+    else:
+        kind = SampleCountError
     raise kind(message(search, default, reason))
 
 
@@ -191,7 +194,8 @@ def _assumed(search: Search, count: int) -> Samples | None:
 
 def _put_joins(passes: Passes, found: Found) -> None:
     """Put the joins among the uses of the tape, in the place of what is no use of its own."""
-    tape, loss = passes.tape, passes.loss
+    tape = passes.tape
+    loss = passes.loss
     if not found.joins and not found.dropped and not tape.stray:
         return
     for node in found.dropped:

@@ -15,7 +15,9 @@ from lightning_curv.terms.owners import Owners, RowOwners
 
 def groups_of(use: Use) -> Tensor | None:
     """The sample of the rule that every row belongs to; ``None``: the rule makes none of its own."""
-    return None if use.rule.groups is None or not use.arguments else use.rule.groups(use.arguments)
+    if use.rule.groups is None or not use.arguments:
+        return None
+    return use.rule.groups(use.arguments)
 
 
 def by_group(use: Use, owners: Owners) -> Owners:
@@ -27,7 +29,8 @@ def by_group(use: Use, owners: Owners) -> Owners:
     groups = groups_of(use)
     if groups is None or not isinstance(owners, RowOwners):
         return owners
-    groups, rows = groups.to(owners.index.device), owners.index
+    groups = groups.to(owners.index.device)
+    rows = owners.index
     found = rows.new_full((int(groups.max()) + 1 if len(groups) else 0,), -1)
     found = found.scatter_reduce(0, groups, rows, "amax")
     if bool(((rows >= 0) & (rows != found[groups])).any()):

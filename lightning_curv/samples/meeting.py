@@ -58,7 +58,8 @@ def find_joins(
         Mixed: They never do, or what they meet mixes the samples.
     """
     mixed = dict.fromkeys(mixed)
-    links, shared = _links(tape, heads), _shared(tape, heads)
+    links = _links(tape, heads)
+    shared = _shared(tape, heads)
     data = _data_nodes(tape, heads, mixed, holds)
     for node in mixed:
         if node in data and any(below in data for below in _inputs(tape, node)):
@@ -70,7 +71,8 @@ def find_joins(
         edge[:2]: finding for edge, finding in zip(outputs, probe.findings(places), strict=True)
     }
     joins: dict[tuple[Node, int, Node, int], tuple[Join, Owners]] = {}
-    pending, seen = [*mixed, *strays], set[Node]()
+    pending = [*mixed, *strays]
+    seen = set[Node]()
     while pending:
         child = pending.pop()
         if child in seen:
@@ -78,7 +80,10 @@ def find_joins(
         seen.add(child)
         if not links[child]:
             leaf = leaf_of(child)
-            names = [leaf] if leaf is not None else parameters(tape.uses[child])
+            if leaf is not None:
+                names = [leaf]
+            else:
+                names = parameters(tape.uses[child])
             name = describe(names[0]) if names else "?"
             raise Mixed(
                 f"in a summand of the loss that depends on no sample: a penalty of parameter {name}"
@@ -111,7 +116,8 @@ def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
     Below a recorded op only its data is followed.
     """
     links: dict[Node, list[_Link]] = defaultdict(list)
-    stack, seen = [head.edge.node for head in heads], set[Node]()
+    stack = [head.edge.node for head in heads]
+    seen = set[Node]()
     while stack:
         node = stack.pop()
         if node in seen:
@@ -119,7 +125,10 @@ def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
         seen.add(node)
         use: Use | None = tape.uses.get(node)
         direct = {(after, number) for after, number in node.next_functions if after is not None}
-        edges = direct if use is None else {edge[:2] for edge in use.inputs.values()}
+        if use is None:
+            edges = direct
+        else:
+            edges = {edge[:2] for edge in use.inputs.values()}
         for after, number in sorted(edges, key=lambda edge: (edge[0]._sequence_nr(), edge[1])):
             links[after].append(
                 _Link(node, GradientEdge(after, number), None if (after, number) in direct else use)
@@ -134,7 +143,8 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
     What arrives there is accounted for by the rules of these ops, in part at least.
     """
     followed = {id(node) for node in tape.nodes}
-    found, seen = set[Node](), set[Node]()
+    found = set[Node]()
+    seen = set[Node]()
     stack = [node for node, use in tape.uses.items() if isinstance(node, Node) and use.operands]
     for key in stack:
         use = tape.uses[key]
@@ -181,12 +191,14 @@ def _data_nodes(
     depends: dict[Node, bool] = {}
     reading = {op.edge.node for op in tape.mapped if holds(op.roots)}
     reading |= {node for node, roots in tape.read.items() if node not in mixed and holds(roots)}
-    stack, seen = [(head.edge.node, False) for head in heads], set[Node]()
+    stack = [(head.edge.node, False) for head in heads]
+    seen = set[Node]()
     while stack:
         node, finished = stack.pop()
         inputs = _inputs(tape, node)
         if finished:
-            use, leaf = tape.uses.get(node), leaf_of(node)
+            use = tape.uses.get(node)
+            leaf = leaf_of(node)
             own = (use is not None and bool(use.operands) and node not in mixed) or (
                 leaf is not None and not isinstance(leaf, Parameter)
             )
@@ -205,7 +217,8 @@ def _above(
 ) -> dict[Node, None]:
     """The nodes above some others, up to the first ones that depend on the samples."""
     found: dict[Node, None] = {}
-    stack, seen = [*start], set[Node]()
+    stack = [*start]
+    seen = set[Node]()
     while stack:
         node = stack.pop()
         if node in seen:

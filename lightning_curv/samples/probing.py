@@ -108,7 +108,10 @@ class Probe:
         count: int,
         strict: bool = False,
     ) -> None:
-        self.passes, self.heads, self.count, self.strict = passes, heads, count, strict
+        self.passes = passes
+        self.heads = heads
+        self.count = count
+        self.strict = strict
         self.conclusive = True
         self.told_of_all = True
         self._ones = [_generic(head.like) for head, _ in heads]
@@ -119,7 +122,8 @@ class Probe:
             return [Finding(_trivial(place, self.count)) for place in places]
         edges = [place.edge for place in places]
         values = spread(self.count, self.passes.tape.eps)
-        first, second = self._pass(edges, None), self._pass(edges, values)
+        first = self._pass(edges, None)
+        second = self._pass(edges, values)
         exact = Tolerance.exact(self.passes.tape.eps)
         found = [
             self._cheap(place, plain, weighted, values, exact)
@@ -138,7 +142,8 @@ class Probe:
         found: list[Finding],
     ) -> None:
         """Look where no axis agrees to the last digits for rows in any order, and for rounding errors."""
-        edges, eps = [place.edge for place in places], self.passes.tape.eps
+        edges = [place.edge for place in places]
+        eps = self.passes.tape.eps
         allowed = [Tolerance.exact(eps)]
         # what cancels between samples leaves rounding errors, which are not multiplied by weights
         if not self.strict:
@@ -202,7 +207,8 @@ class Probe:
     ) -> Finding:
         if first is None or second is None:
             return Finding(_trivial(place, self.count), reached=False, silent=True)
-        first, second = first.reshape(place.shape), second.reshape(place.shape)
+        first = first.reshape(place.shape)
+        second = second.reshape(place.shape)
         zero = not bool(first.any())
         if zero and not bool(second.any()):
             self.conclusive = False
@@ -335,11 +341,17 @@ class Code:
         backpropagated.
         """
         rest = RowOwners(count, torch.zeros(0, dtype=torch.long), axes)
-        a = rest.rows(plain).flatten(1) if plain.ndim > len(axes) else rest.rows(plain)[:, None]
+        if plain.ndim > len(axes):
+            a = rest.rows(plain).flatten(1)
+        else:
+            a = rest.rows(plain)[:, None]
         if not bool(a.isfinite().all()):
             return None
         wide = a.double() if a.device.type != "mps" else a.float()
-        largest = wide.abs().amax(1) if wide.shape[1] else wide.new_zeros(len(wide))
+        if wide.shape[1]:
+            largest = wide.abs().amax(1)
+        else:
+            largest = wide.new_zeros(len(wide))
         normal = (
             wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
         )  # the largest entry is 1
@@ -347,18 +359,20 @@ class Code:
         owned = largest > tolerance.absolute
         digits = []
         for column in columns:
-            b = (
-                rest.rows(column).flatten(1)
-                if column.ndim > len(axes)
-                else rest.rows(column)[:, None]
-            )
+            if column.ndim > len(axes):
+                b = rest.rows(column).flatten(1)
+            else:
+                b = rest.rows(column)[:, None]
             b = b.to(wide.dtype) / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
             ratio = (normal * b).sum(1) / norms.clamp(min=torch.finfo(wide.dtype).tiny)
             digit = (
                 ratio.clamp(min=1).log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
             )
             weights = 2.0**digit
-            error = (b / weights[:, None] - normal).abs().amax(1) if wide.shape[1] else norms
+            if wide.shape[1]:
+                error = (b / weights[:, None] - normal).abs().amax(1)
+            else:
+                error = norms
             allowed = tolerance.relative + tolerance.absolute / largest.clamp(
                 min=torch.finfo(wide.dtype).tiny
             )
@@ -407,7 +421,10 @@ def consistent(
     def allowed(axis: BatchAxis) -> Tensor:
         """Of every row: one of large numbers must not hide what happens in the others."""
         rest = [other for other in range(first.ndim) if other != axis.axis]
-        largest = magnitudes.amax(rest, keepdim=True) if rest and first.numel() else magnitudes
+        if rest and first.numel():
+            largest = magnitudes.amax(rest, keepdim=True)
+        else:
+            largest = magnitudes
         return tolerance.relative * largest + tolerance.absolute
 
     norms = {
@@ -521,7 +538,9 @@ def forward_owners(
     tolerances = [Tolerance.exact(eps), Tolerance.rounded(eps, largest_entry(plain))]
     found = []
     for i, head in enumerate(heads):
-        shape = head.like.shape if head.like.ndim or not by_entry else (1,)
+        shape = head.like.shape
+        if by_entry and not head.like.ndim:
+            shape = torch.Size([1])
         if not shape or (plain[i] is None and not by_entry):
             return None
         first, *others = (
@@ -558,4 +577,6 @@ def _trivial(place: Place, count: int) -> Owners:
         return BatchAxis(count, 0)
     rows = math.prod(place.shape[axis] for axis in (place.rows[0] if place.rows else ()))
     axes = place.rows[0] if place.rows else ()
-    return RowOwners(count, torch.full((rows,), -1), axes) if axes else BatchAxis(count)
+    if axes:
+        return RowOwners(count, torch.full((rows,), -1), axes)
+    return BatchAxis(count)

@@ -25,7 +25,8 @@ def refuse_penalties(
         UnsupportedError: There is one.
     """
     for head in search.heads:
-        node, mark = head.edge.node, marks(head.edge.node)
+        node = head.edge.node
+        mark = marks(head.edge.node)
         if isinstance(leaf_of(node), torch.nn.Parameter) or (
             mark is not None and mark.origin == PURE
         ):
@@ -90,12 +91,14 @@ def message(search: Search, count: int, reason: str) -> str:
     """Say why the graph does not agree with N, and what to do."""
     shapes = Counter(f"{use.name}: {tuple(use.shape)}" for use in search.uses.values())
     some = ", ".join(shape for shape, _ in shapes.most_common(4))
-    where = (
-        f"samples mix {reason}"
-        if reason
-        else "no axis of the loss or of the network's outputs has them"
-    )
-    known = "`batch_size` says" if search.batch.size is not None else "The batch has"
+    if reason:
+        where = f"samples mix {reason}"
+    else:
+        where = "no axis of the loss or of the network's outputs has them"
+    if search.batch.size is not None:
+        known = "`batch_size` says"
+    else:
+        known = "The batch has"
     return (
         f"Per-sample quantities need samples that do not influence each other. {known} {count} "
         f"samples, but {where} (ops with parameters: {some}). {_way_out(search)}"
@@ -146,7 +149,8 @@ def _other_axis(search: Search) -> str:
 
 def _top(heads: Sequence[Node]) -> Iterator[Node]:
     """Heads, and below those that add or multiply what they add or multiply."""
-    stack, seen = [*heads], set[Node]()
+    stack = [*heads]
+    seen = set[Node]()
     while stack:
         node = stack.pop()
         if node not in seen:

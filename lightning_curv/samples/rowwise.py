@@ -153,7 +153,9 @@ def _same(
     axis: BatchAxis,
 ) -> BatchAxis | None:
     """Ops whose rule keeps the axes up to that of the samples."""
-    return axis if inp[: axis.axis + 1] == out[: axis.axis + 1] else None
+    if inp[: axis.axis + 1] == out[: axis.axis + 1]:
+        return axis
+    return None
 
 
 def _entrywise(
@@ -175,7 +177,9 @@ def _leading(
     axis: BatchAxis,
 ) -> BatchAxis | None:
     """Ops that treat the entries of the first axis separately."""
-    return axis if not axis.axis and len(inp) == len(out) and inp[0] == out[0] else None
+    if not axis.axis and len(inp) == len(out) and inp[0] == out[0]:
+        return axis
+    return None
 
 
 def _view(
@@ -296,7 +300,9 @@ def _reducing(
     if axis.axis >= len(kept):
         return None
     place = kept[axis.axis]
-    return None if place in summed else BatchAxis(axis.count, place, axis.minor)
+    if place in summed:
+        return None
+    return BatchAxis(axis.count, place, axis.minor)
 
 
 def _transpose(

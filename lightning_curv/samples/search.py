@@ -46,8 +46,12 @@ class Search:
         most: int | None = None,
         strict: bool = False,
     ) -> None:
-        self.passes, self.tape, self.batch = passes, passes.tape, batch
-        self.independent, self.most, self.strict = independent, most, strict
+        self.passes = passes
+        self.tape = passes.tape
+        self.batch = batch
+        self.independent = independent
+        self.most = most
+        self.strict = strict
         self.uses = {node: use for node, use in self.tape.uses.items() if use.operands}
         self.axes = {node: sample_axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)

@@ -130,7 +130,10 @@ def _refuse_inner_mixing(
     """
     excluded = by_rule.mixed and bool(sample_axes(use))
     places = [Place.anywhere(edge, count) for edge in use.inputs.values()]
-    findings = probe.findings(places) if excluded or not use.rule.slots else []
+    if excluded or not use.rule.slots:
+        findings = probe.findings(places)
+    else:
+        findings = []
     if any(finding.mixed for finding in findings) or (excluded and not findings):
         raise Mixed(f"in `{use.name}`")
 
@@ -153,11 +156,10 @@ def _warn_of_price(
     names = sorted(set(names_of([parameter for parameter, _ in slow])))
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     ops = ", ".join(sorted({op for _, op in slow})[:3])
-    price = (
-        f"the {count} samples"
-        if most is None or most >= count
-        else f"{most} of the {count} samples"
-    )
+    if most is None or most >= count:
+        price = f"the {count} samples"
+    else:
+        price = f"{most} of the {count} samples"
     warnings.warn(
         f"Parameters {some} are used by ops without a rule for this use of them ({ops}): their "
         "quantities are exact but slow, every column takes a pass through such an op for each of "

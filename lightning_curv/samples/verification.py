@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,10 +54,8 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
         if not finding.silent:  # as what is above the heads
             _refuse_other_rows(op.name, expected, finding, op.like.shape)
     search.silent = {node for node, finding in zip(nodes, findings, strict=False) if finding.silent}
-    uses, losses = (
-        dict(zip(nodes, findings, strict=False)),
-        dict(zip(calls, findings[len(nodes) :], strict=True)),
-    )
+    uses = dict(zip(nodes, findings, strict=False))
+    losses = dict(zip(calls, findings[len(nodes) :], strict=True))
     if (
         search.independent
         and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None
@@ -91,8 +89,12 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
 
 
 def _place(search: Search, node: Node | Join, use: Use, count: int) -> Place:
-    edge, allowed = GradientEdge(node_of(node), use.output_nr), search.axes[node]
-    axes = batch_axes(use.shape, allowed, count, rows=False) if allowed else []
+    edge = GradientEdge(node_of(node), use.output_nr)
+    allowed = search.axes[node]
+    if allowed:
+        axes = batch_axes(use.shape, allowed, count, rows=False)
+    else:
+        axes = []
     if isinstance(anchor := anchor_of(search, node, use, count), BatchAxis):
         # 16 rows of 4 features may be 4 graphs, or 16 steps of 4 sequences: the weights tell
         ambiguous = anchor.axis > 0 and use.shape[0] % count == 0
@@ -144,7 +146,9 @@ def _refuse_undefined(search: Search, found: Mapping[Node | Join, Finding]) -> N
         Mixed: There are such.
     """
     for node, finding in found.items():
-        read = search.uses[node].arguments.values() if search.strict and finding.options else ()
+        read: Iterable[object] = ()
+        if search.strict and finding.options:
+            read = search.uses[node].arguments.values()
         if any(
             isinstance(v, Tensor) and v.is_floating_point() and not bool(v.isfinite().all())
             for v in read

@@ -31,7 +31,8 @@ class Found:
 
 def structure_of(tape: Tape) -> tuple[Hashable, ...]:
     """What graphs must have in common for a verification of one to be believed of the other."""
-    uses, losses = tape.uses.values(), tape.losses.values()
+    uses = tape.uses.values()
+    losses = tape.losses.values()
     read = [roots for use in uses for roots in use.roots.values()] + [call.roots for call in losses]
     return (
         tuple(fingerprint(roots.numbers) for roots in read if roots.numbers is not None),
@@ -82,7 +83,8 @@ class Memory:
 
     def keep(self, key: Hashable, tape: Tape, found: Found) -> None:
         """Remember what was found."""
-        samples, before = found.samples, self.entries.pop(key, None)
+        samples = found.samples
+        before = self.entries.pop(key, None)
         position = {
             node: i
             for i, node in enumerate(node for node, use in tape.uses.items() if use.operands)
@@ -147,11 +149,10 @@ class _Spot:
             after, number = node.next_functions[self.argument]
             return Join(node, self.output_nr, GradientEdge(cast("Node", after), number))
         use = tape.uses[node]
-        edge = (
-            use.operands[self.argument].edge
-            if self.argument in use.operands
-            else use.inputs[self.argument]
-        )
+        if self.argument in use.operands:
+            edge = use.operands[self.argument].edge
+        else:
+            edge = use.inputs[self.argument]
         return Join(node, self.output_nr, edge, use)
 
 

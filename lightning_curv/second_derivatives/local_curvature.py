@@ -156,14 +156,19 @@ class EigenResidual(Residual):
         return self.values.ndim == 3
 
     def _position(self, index: list[int]) -> int:
-        return index[0] * self.values.shape[-1] + index[1] if self.elementwise else index[0]
+        if self.elementwise:
+            return index[0] * self.values.shape[-1] + index[1]
+        return index[0]
 
     def positive(self, modify: str) -> Residual:
         return replace(self, values=_positive(self.values, modify))
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         parts = [owners.split(v) for owners, v in zip(self.owners, vectors, strict=True)]
-        joint = torch.stack(parts, -1) if self.elementwise else torch.cat(parts, 1)
+        if self.elementwise:
+            joint = torch.stack(parts, -1)
+        else:
+            joint = torch.cat(parts, 1)
         image = (
             self.vectors @ (self.values * (self.vectors.mT @ joint[..., None])[..., 0])[..., None]
         )[..., 0]
@@ -215,7 +220,8 @@ class LocalCurvature:
         edges: Sequence[GradientEdge],
         outputs: Sequence[tuple[GradientEdge, Tensor]],
     ) -> None:
-        self.node, self.edges = node, edges
+        self.node = node
+        self.edges = edges
         with (
             differentiating_twice(node.name()),
             torch.enable_grad(),
@@ -248,7 +254,9 @@ class LocalCurvature:
     @cached_property
     def image(self) -> list[Tensor]:
         """R times the trial."""
-        return self(self.trial) if len(self.inputs) == len(self.edges) else []
+        if len(self.inputs) == len(self.edges):
+            return self(self.trial)
+        return []
 
     def diagonal(self) -> Tensor:
         """The diagonal of R, of the input's shape, where the node is elementwise in its only input."""
@@ -279,9 +287,10 @@ class LocalCurvature:
     def eigen(self, owners: Sequence[Owners]) -> EigenResidual:
         """The eigendecomposition of R, per entry where the node is elementwise, else per sample."""
         shapes = [v.shape for v in self.inputs]
-        matrix = (
-            self._elementwise(owners) if len(set(zip(shapes, owners, strict=True))) == 1 else None
-        )
+        if len(set(zip(shapes, owners, strict=True))) == 1:
+            matrix = self._elementwise(owners)
+        else:
+            matrix = None
         if matrix is None:
             matrix = self._dense(owners, shapes)
         if matrix.shape[-1] == 1:

@@ -192,14 +192,18 @@ class _Op:
         inputs = {
             k: edge for k, edge in self.use.inputs.items() if self.use.arguments[k] is not None
         }
-        found = leaves(self.operand.edge) if self.operand.derived else [self.operand.tensor]
+        if self.operand.derived:
+            found = leaves(self.operand.edge)
+        else:
+            found = [self.operand.tensor]
         below = {
             p for use in uses_below(self.passes.tape, inputs.values()) for p in parameters(use)
         }
         if not below.intersection(found):
             return
         for argument, edge in inputs.items():
-            owners, x = owners_at(self.passes, [edge])[edge], self.use.arguments[argument]
+            owners = owners_at(self.passes, [edge])[edge]
+            x = self.use.arguments[argument]
             if owners is None:
                 continue
             entries = owners.split(x).shape[1]
@@ -217,7 +221,8 @@ class _Op:
 
     def transformed(self) -> Iterator[dict[Tensor, Jacobian]]:
         """Σ_k K_k ∂²D_k/∂p_j² of a nonlinear transform D(p); its diagonal, by N·P small passes."""
-        edge, found = self.operand.edge, leaves(self.operand.edge)
+        edge = self.operand.edge
+        found = leaves(self.operand.edge)
         if not self.operand.derived or _is_linear(self.operand, found):
             return
         result = {p: self.g.new_zeros(self.count, *p.shape) for p in found}

@@ -53,7 +53,10 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
         for (node, use), g in zip(uses.items(), cotangents, strict=True):
             for parameter, rows in _of_use(passes, node, use, g) if g is not None else ():
                 before = gradients.get(parameter)
-                gradients[parameter] = rows if before is None else before + rows
+                if before is None:
+                    gradients[parameter] = rows
+                else:
+                    gradients[parameter] = before + rows
     return gradients
 
 
@@ -65,7 +68,8 @@ def _of_use(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What one op adds to the per-sample gradients of its parameters."""
     of_row = owner_of_rows(use, passes.samples.uses[key]).to(g.device)
-    parameters, edge = passes.tape.parameters[key], GradientEdge(node_of(key), use.output_nr)
+    parameters = passes.tape.parameters[key]
+    edge = GradientEdge(node_of(key), use.output_nr)
     columns: list[list[Tensor]] = [[] for _ in parameters]
     for n in range(passes.samples.count):
         with _only(key, use, torch.where(of_row == n, g.reshape(use.shape), 0).reshape(g.shape)):
@@ -73,7 +77,10 @@ def _of_use(
         for parameter, column, found in zip(parameters, columns, row, strict=True):
             column.append(torch.zeros_like(parameter) if found is None else found.to_dense())
     for parameter, column in zip(parameters, columns, strict=True):
-        stacked = torch.stack(column) if column else parameter.new_zeros(0, *parameter.shape)
+        if column:
+            stacked = torch.stack(column)
+        else:
+            stacked = parameter.new_zeros(0, *parameter.shape)
         yield parameter, stacked.to(torch.promote_types(parameter.dtype, torch.float32))
 
 

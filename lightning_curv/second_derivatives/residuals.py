@@ -93,7 +93,10 @@ def gradients_in_network(passes: Passes, edges: Sequence[GradientEdge]) -> list[
             own = passes.gradients([edges[i] for i in shared])
         for i, g in zip(shared, own, strict=True):
             total = gradients[i]
-            gradients[i] = total if g is None or total is None else total - g
+            if g is None or total is None:
+                gradients[i] = total
+            else:
+                gradients[i] = total - g
     return gradients
 
 

@@ -56,7 +56,8 @@ class OnlyUse:
 
         ``None`` if its rule cannot be applied to vectors.
         """
-        rule, value = self.use.rule, self.use.operands[self.name].tensor
+        rule = self.use.rule
+        value = self.use.operands[self.name].tensor
         if not (rule.affine and rule.slots):
             return None
         g = value.detach().new_zeros(1, *shape_at(self.edge))
@@ -82,9 +83,13 @@ class OnlyUse:
     def forward(self, vector: Tensor) -> Tensor:
         """The derivative of the op's output in the direction of a vector of the parameter's shape."""
         shape = shape_at(self.edge)
-        out = vector.new_empty(()).expand(1, *shape) if self._order else vector.new_empty(1, *shape)
+        if self._order:
+            out = vector.new_empty(()).expand(1, *shape)
+        else:
+            out = vector.new_empty(1, *shape)
         term = self._term(out)
-        sizes, known = term.sizes(), "n" + term.par + term.inp
+        sizes = term.sizes()
+        known = "n" + term.par + term.inp
         vector = vector.reshape([sizes[letter] for letter in term.par])
         letters = "".join(letter for letter in term.out if letter in known)
         if term.x is None:

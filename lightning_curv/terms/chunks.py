@@ -70,7 +70,8 @@ class Matrices:
         """Whether J is a product of the two matrices."""
         if self.term.x is None or self.term.classes or not self.shared:
             return False
-        out, inp = self.term.out, self.term.inp
+        out = self.term.out
+        inp = self.term.inp
         common = all(letter in out and letter in inp for letter in self.shared)
         return common and bool(self.outputs or self.inputs)
 
@@ -103,7 +104,10 @@ class Matrices:
         shared = [2 + term.out.index(letter) for letter in self.shared]
         features_last = bool(rows) and term.g.stride(rows[-1]) < term.g.stride(shared[-1])
         features = [0, *rows]
-        positions_and_features = shared + features if features_last else features + shared
+        if features_last:
+            positions_and_features = shared + features
+        else:
+            positions_and_features = features + shared
         g = term.g.permute(1, *both, *positions_and_features)
         input_letters = self.both + self.inputs + self.shared
         x = term.x.permute(0, *(1 + term.inp.index(letter) for letter in input_letters))
@@ -111,10 +115,13 @@ class Matrices:
 
     def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
-        q, s, i = self.size(self.both), self.size(self.shared), self.size(self.inputs)
+        q = self.size(self.both)
+        s = self.size(self.shared)
+        i = self.size(self.inputs)
         o = len(self.term.g) * self.size(self.outputs)
         g, x, features_last = self._views
-        g, x = g[start:stop], x[start:stop]
+        g = g[start:stop]
+        x = x[start:stop]
         if features_last:
             g = g.reshape(len(g), q, s, o).mT
         else:
@@ -124,12 +131,16 @@ class Matrices:
     def pieces(self, size: int) -> Iterator[Tensor]:
         """See `pieces`."""
         # Products made one by one come in small pieces; their factors are still copied together.
-        step = size * max(1, CHUNK_BYTES // (size * self._bytes)) if self.large else size
+        if self.large:
+            step = size * max(1, CHUNK_BYTES // (size * self._bytes))
+        else:
+            step = size
         for start in range(0, max(self.term.g.shape[1], 1), step):
             g, x = self.of(start, start + step)
             left, right = (g, x) if self.ordered else (x, g)
             groups = left.shape[1]
-            left, right = left.flatten(0, 1), right.flatten(0, 1).mT
+            left = left.flatten(0, 1)
+            right = right.flatten(0, 1).mT
             if not self.large:
                 yield self._shaped(huge_pages.bmm(left, right))
                 continue
@@ -147,7 +158,10 @@ class Matrices:
     def _axes(self) -> tuple[list[int], list[int] | None]:
         """Sizes of the axes of products behind ``n``, and their order in J; ``None``: the same."""
         outputs = ["v", *self.outputs]
-        factors = outputs + self.inputs if self.ordered else self.inputs + outputs
+        if self.ordered:
+            factors = outputs + self.inputs
+        else:
+            factors = self.inputs + outputs
         letters = self.both + factors
         order = [1 + letters.index("v"), 0]
         order += [1 + letters.index(letter) for letter in self.term.par]
@@ -163,4 +177,6 @@ class Matrices:
         """
         sizes, order = self._axes
         product = product.view(product.numel() // max(1, math.prod(sizes)), *sizes)
-        return product.transpose(0, 1) if order is None else product.permute(order)
+        if order is None:
+            return product.transpose(0, 1)
+        return product.permute(order)

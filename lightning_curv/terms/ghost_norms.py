@@ -29,7 +29,8 @@ def pay(term: Term) -> bool:
     The crossover was measured.
     """
     matrices = Matrices(term)
-    out, inp = matrices.size(matrices.outputs), matrices.size(matrices.inputs)
+    out = matrices.size(matrices.outputs)
+    inp = matrices.size(matrices.inputs)
     gram_cost = matrices.size(matrices.shared) * (out + inp)
     return matrices.regular and gram_cost <= 1.25 * out * inp
 
@@ -50,7 +51,9 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)², which is more than the rest where large positions cancel.
     Samples whose Gram matrices may underflow or overflow get Σ_s ‖g_s‖ ‖x_s‖ itself.
     """
-    all_norms, all_sizes, start = [], [], 0
+    all_norms = []
+    all_sizes = []
+    start = 0
     for products in _products(term):
         norms, sizes, odd = _rounded_up(*products, term.g.dtype)
         if len(odd):
@@ -61,7 +64,9 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
             x = x.masked_fill(missing & x.isfinite(), 0)
             g = g.unflatten(2, (len(term.g), -1))
             norms[:, odd], sizes[:, odd], still = _rounded_up(*_products_of(g, x), term.g.dtype)
-            odd, g, x = odd[still], g[still], x[still]
+            odd = odd[still]
+            g = g[still]
+            x = x[still]
             g_norms = row_norms(g.transpose(3, 4), 4)
             x_norms = row_norms(x.mT, 3).unsqueeze(2)
             bounds = product_norms(g_norms, x_norms, g.dtype)
@@ -112,7 +117,8 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """
     matrices = Matrices(term)
     assert term.x is not None
-    columns, both = len(term.g), matrices.size(matrices.both)
+    columns = len(term.g)
+    both = matrices.size(matrices.both)
     gram_entries = matrices.size(matrices.shared) ** 2
     sample_bytes = gram_entries * columns * both * term.g.element_size()
     size = max(1, CHUNK_BYTES // max(1, sample_bytes))

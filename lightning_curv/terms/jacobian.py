@@ -98,7 +98,9 @@ class Jacobian:
     @property
     def _onehot(self) -> Term | None:
         """The term, if it is the only one and has one-hot inputs."""
-        return self.terms[0] if len(self.terms) == 1 and self.terms[0].classes else None
+        if len(self.terms) == 1 and self.terms[0].classes:
+            return self.terms[0]
+        return None
 
     def __getitem__(self, samples: slice | list[int]) -> Jacobian:
         """The Jacobian of some samples."""
@@ -202,7 +204,10 @@ class Jacobian:
         """
         parts = []
         for term in self.terms:
-            part = one_hot.total(term) if term.classes else term.contract(f"v{term.par}")
+            if term.classes:
+                part = one_hot.total(term)
+            else:
+                part = term.contract(f"v{term.par}")
             parts.append(part.reshape(self.columns, *self.shape))
         return sum(parts[1:], start=parts[0])
 
@@ -446,7 +451,8 @@ def _subtract_mean(squares: Tensor, total: Tensor, samples: int) -> bool:
 
 def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
     """Sum over columns and samples of the squares of ``[V, n, *p]``."""
-    result, start = None, 0
+    result = None
+    start = 0
     for part in parts:
         stop = start + part.shape[1]
         if result is None:

@@ -48,7 +48,9 @@ def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
 
 def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
     """Cotangents at some positions; all of them: nothing is copied."""
-    return g if len(position) == g.shape[axis] else g.index_select(axis, position)
+    if len(position) == g.shape[axis]:
+        return g
+    return g.index_select(axis, position)
 
 
 def dot(term: Term, vector: Tensor) -> Tensor:
@@ -70,14 +72,18 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
     sample, index, _ = _touched(term)
     samples, positions = term.x.shape
     if not reduce:
-        number = samples * positions if term.lengths is None else max(1, int(term.lengths.sum()))
+        if term.lengths is None:
+            number = samples * positions
+        else:
+            number = max(1, int(term.lengths.sum()))
         return torch.bincount(index, minlength=term.classes).to(term.g.dtype) / number
     if term.lengths is None:
         lengths = torch.full((samples,), positions, device=term.x.device)
     else:
         lengths = term.lengths.clamp(min=1).to(term.x.device)
     key, counts = (index + term.classes * sample).unique(return_counts=True)
-    token, owner = key % term.classes, key // term.classes
+    token = key % term.classes
+    owner = key // term.classes
     squares = (counts / lengths[owner]).square()
     result = term.g.new_zeros(term.classes)
     return result.index_add_(0, token, squares.to(result.dtype)) / samples
@@ -122,7 +128,8 @@ def variance(term: Term) -> Tensor:
 
     Rows that no sample touches have none; a sample that does not touch a row has zeros there.
     """
-    touched, samples = rows(term), term.g.shape[1]
+    touched = rows(term)
+    samples = term.g.shape[1]
     mean = _scatter(touched, term.classes)[0] / samples
     deviations = touched.g.sub_(mean[touched.token]).square_()
     touching = torch.bincount(touched.token, minlength=term.classes)
@@ -145,7 +152,8 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     The second are what the norms would be if nothing cancelled where a sample repeats a token. Only
     the rows of such tokens are added up before they are squared.
     """
-    samples, eps = term.g.shape[1], torch.finfo(term.g.dtype).eps
+    samples = term.g.shape[1]
+    eps = torch.finfo(term.g.dtype).eps
     term = term.canonical()
     sample, index, position = _touched(term)
     pair = index + term.classes * sample  # one number per sample and index

@@ -100,7 +100,9 @@ class BatchAxis(Owners):
         return index.reshape(-1, *[1] * following)
 
     def without(self, axis: int) -> Owners:
-        return replace(self, axis=self.axis - 1) if self.axis > axis else self
+        if self.axis > axis:
+            return replace(self, axis=self.axis - 1)
+        return self
 
     def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
         if not tensor.ndim:
@@ -188,7 +190,9 @@ class RowOwners(Owners):
         """The rows of a tensor in front, ``[R, *]``."""
         front = tuple(range(len(self.axes)))
         moved = tensor.movedim(self.axes, front)
-        return moved.flatten(0, len(front) - 1) if len(front) > 1 else moved
+        if len(front) > 1:
+            return moved.flatten(0, len(front) - 1)
+        return moved
 
     def padded(self, rows: Tensor, axis: int = 0, fill: float = 0) -> Tensor:
         """Rows on one axis as ``[..., N, longest, ...]``, filled up.

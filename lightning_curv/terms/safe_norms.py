@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 # Norms of float64 outside of these: their squares may be no normal numbers.
-_SMALL, _LARGE = 2.0**-480, 2.0**480
+_SMALL = 2.0**-480
+_LARGE = 2.0**480
 
 
 def limit(dtype: torch.dtype) -> float:

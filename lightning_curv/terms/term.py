@@ -36,7 +36,9 @@ CHUNK_BYTES = 2**25  # of products that are added up at once
 WASTE = 4  # how many times as much memory as their rows samples of different lengths may take
 SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
 # What was computed of the cotangents that a weight and its bias share.
-_SQUARES, _NORMS, _ROW_NORMS = Latest(), Latest(), Latest()
+_SQUARES = Latest()
+_NORMS = Latest()
+_ROW_NORMS = Latest()
 # Rounding of a squared norm and of a weighted sum together, in machine epsilons of the squared sum
 # of what is added up.
 ROUNDING = 2.0  # measured: at most 1.5 + 0.4 (two positions), less for more of them
@@ -120,7 +122,10 @@ class Term:
         """
         sizes = dict(zip(self.out, self.g.shape[2:], strict=True))
         if self.x is not None:
-            letters = self.inp.replace("i", "") if self.classes else self.inp
+            if self.classes:
+                letters = self.inp.replace("i", "")
+            else:
+                letters = self.inp
             sizes.update(zip(letters, self.x.shape[1:], strict=True))
         if self.classes:
             sizes["i"] = self.classes
@@ -132,7 +137,10 @@ class Term:
         adjoint = self.adjoint
         if (own := self.own) is not None and x is not None:
             adjoint = replace(own, x=x, input=own.input[samples])
-        lengths = None if self.lengths is None else self.lengths[samples]
+        if self.lengths is None:
+            lengths = None
+        else:
+            lengths = self.lengths[samples]
         return Term(self.out, self.inp, self.par, g, x, self.classes, adjoint, lengths)
 
     def of(self, g: Tensor, x: Tensor | None, adjoint: Adjoint | None = None) -> Term:
@@ -152,7 +160,9 @@ class Term:
     @property
     def own(self) -> Adjoint | None:
         """The adjoint, if it is made for these inputs."""
-        return self.adjoint if self.adjoint is not None and self.adjoint.x is self.x else None
+        if self.adjoint is not None and self.adjoint.x is self.x:
+            return self.adjoint
+        return None
 
     @property
     def own_gradients(self) -> Callable[[], Tensor] | None:
@@ -176,7 +186,9 @@ class Term:
         if x is not None and not self.classes:
             dtype = torch.promote_types(dtype, x.dtype)
             x = x.to(dtype)
-        return self if self.g.dtype == dtype and x is self.x else self.of(self.g.to(dtype), x)
+        if self.g.dtype == dtype and x is self.x:
+            return self
+        return self.of(self.g.to(dtype), x)
 
     def grouped(self, owners: Owners) -> Term:
         """Regroup rows to samples: the rows of a sample become its shared positions ``r``.
@@ -193,7 +205,8 @@ class Term:
         if isinstance(owners, RowOwners):
             return self._gathered(owners.to(self.g.device))
         assert isinstance(owners, BatchAxis)
-        rows, samples = self.g.shape[1], owners.count
+        rows = self.g.shape[1]
+        samples = owners.count
         if rows == samples:
             return self
 
@@ -259,7 +272,10 @@ class Term:
         if wasteful and padded_entries > formed_entries and not self.classes:
             return self._formed(owners)
         no_input = -1 if self.classes else 0  # a one-hot row of zeros, or zeros
-        x = None if self.x is None else owners.padded(self.x, 0, no_input)
+        if self.x is None:
+            x = None
+        else:
+            x = owners.padded(self.x, 0, no_input)
         positions = math.prod(sizes[letter] for letter in self.shared)
         return replace(
             self,
@@ -295,7 +311,10 @@ class Term:
         g = self._positions_first(self.g, self.out, 2)
         if self.x is None:
             return replace(self, out="s" + out, inp="", g=g)
-        letters = self.inp.replace("i", "") if self.classes else self.inp
+        if self.classes:
+            letters = self.inp.replace("i", "")
+        else:
+            letters = self.inp
         inp = "".join(letter for letter in letters if letter in self.par)
         classes = "i" if self.classes else ""
         x = self._positions_first(self.x, letters, 1)
@@ -343,7 +362,8 @@ class Term:
         Args:
             total: What they are added to in place, ``[N, *p]``.
         """
-        sizes, result = self.sizes(), f"n{self.par}"
+        sizes = self.sizes()
+        result = f"n{self.par}"
         total = total.view(len(total), *(sizes[letter] for letter in self.par))
         g = _placed(self.g[0], f"n{self.out}", result)
         if self.x is None:
@@ -362,7 +382,8 @@ class Term:
         Returns:
             The weighted sum, ``[*par]``.
         """
-        g, x = self.g[:1], self.x
+        g = self.g[:1]
+        x = self.x
         if x is None:
             kept = "".join(letter for letter in self.out if letter in self.par)
             total = torch.einsum(f"n,n{self.out}->{kept}", weights.to(g.dtype), g[0])
@@ -384,7 +405,8 @@ class Term:
         oneDNN copies a first matrix that is transposed. That copy is made here, and multiplied in
         place. ``None``: there would be no such copy.
         """
-        g, sizes = self.g[0], self.sizes()
+        g = self.g[0]
+        sizes = self.sizes()
         letters = "n" + self.out
         rows = [letter for letter in self.out if letter in self.par]
         summed = ["n", *(letter for letter in self.out if letter not in self.par)]

@@ -50,7 +50,8 @@ class EigenCurvature(KroneckerCurvature):
         step: int,
     ) -> list[Tensor]:
         factors = super().measure(state, block, fields, step)
-        shapes, known_shapes = [f.shape for f in factors], [f.shape for f in means(state)]
+        shapes = [f.shape for f in factors]
+        known_shapes = [f.shape for f in means(state)]
         if not self.ready(state) or shapes != known_shapes:
             return factors
         center_of_basis = state.get("center", ())
@@ -78,7 +79,8 @@ class EigenCurvature(KroneckerCurvature):
         return [_decomposition(state) for state, _, _ in due]
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
-        factors, batched = state["factors"], state["batched"]
+        factors = state["factors"]
+        batched = state["batched"]
         groups = factors[0].shape[: int(batched)]
         moments = torch.Size([*groups, *(rows(factor, batched) for factor in factors)])
         return [*(factor.shape for factor in factors), moments]

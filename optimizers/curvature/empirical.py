@@ -54,7 +54,8 @@ class Curved:
     """
 
     def __init__(self, source: Exact | Sampled, told: set[str]) -> None:
-        self.source, self._told = source, told
+        self.source = source
+        self._told = told
 
     def on(self, passes: Passes) -> Source:
         """The source for some passes."""

@@ -70,7 +70,8 @@ class KroneckerCurvature(Curvature):
     ) -> list[Tensor]:
         statistics = kronecker_factors(fields, self.sharing, self.positions, step, self.split)
         count = factors_among(statistics, block)
-        factors, others = statistics[:count], statistics[count:]
+        factors = statistics[:count]
+        others = statistics[count:]
         return [*self.checked(factors, block), *others]
 
     def checked(self, factors: list[Tensor], block: Block) -> list[Tensor]:
@@ -168,7 +169,8 @@ class KroneckerCurvature(Curvature):
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
         products = []
         for gradient in gradients:
-            inverses, batched = gradient.state["inverses"], gradient.state["batched"]
+            inverses = gradient.state["inverses"]
+            batched = gradient.state["batched"]
             value = matrix(gradient).to(inverses[0].dtype)
             products.append((inverses, value, batched))
         directions = kronecker_matmuls(products)
@@ -227,4 +229,6 @@ def to_invert(state: State, unit: int) -> Tensor:
     if unit != 1:
         return factor
     current_center = center(state)
-    return centered(factor, *current_center) if current_center else factor
+    if current_center:
+        return centered(factor, *current_center)
+    return factor

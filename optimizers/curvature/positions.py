@@ -53,7 +53,8 @@ def _gathered(term: Term, chosen: torch.Tensor, factor: float) -> Term:
     x_axes = [1 + term.inp.index(letter) for letter in shared]
     g = term.g.movedim(g_axes, [2 + i for i in range(len(shared))])
     x = term.x.movedim(x_axes, [1 + i for i in range(len(shared))])
-    samples, columns_and_samples = (slice(None),), (slice(None), slice(None))
+    samples = (slice(None),)
+    columns_and_samples = (slice(None), slice(None))
     g = g[columns_and_samples + indices]
     x = x[samples + indices]
     out = "s" + "".join(letter for letter in term.out if letter not in shared)

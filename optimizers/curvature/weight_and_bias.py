@@ -62,7 +62,8 @@ def separated(
     weight, *bias = like
     if not bias:
         return [matrix.transpose(1, 2).reshape(weight.shape) if layout else matrix]
-    rows, column = matrix[:, :-1].contiguous(), matrix[:, -1]
+    rows = matrix[:, :-1].contiguous()
+    column = matrix[:, -1]
     for mean in center:
         column = column - rows @ mean
     return [rows.view(weight.shape), column]

@@ -18,7 +18,8 @@ def kronecker_matmuls(products: Sequence[Product]) -> list[Tensor]:
     """The result of `factors.kronecker_matmul` for each, in one batched product per shape."""
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (factors, v, batched) in enumerate(products):
-        alone = (i,) if v.device.type == "cpu" and v.numel() >= LARGE else ()
+        # A large product on a CPU gains nothing from company: it is a group of its own.
+        alone = i if v.device.type == "cpu" and v.numel() >= LARGE else None
         shapes = tuple(factor.shape for factor in factors)
         groups[v.shape, v.dtype, v.device, batched, shapes, alone].append(i)
     results: dict[int, Tensor] = {}

@@ -35,7 +35,8 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
     codes = torch.tensor(list(map(_code, fields)), dtype=torch.int64, device=device)
     extremes = torch.stack([codes, -codes])
     dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
-    least, largest = extremes[0].tolist(), (-extremes[1]).tolist()
+    least = extremes[0].tolist()
+    largest = (-extremes[1]).tolist()
     shared = [
         field if low == high != 0 else None
         for field, low, high in zip(fields, least, largest, strict=True)
@@ -88,7 +89,8 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Cost: one collective of a flat copy.
     """
-    device, wide = tensors[0].device, wide_dtype(tensor.dtype for tensor in tensors)
+    device = tensors[0].device
+    wide = wide_dtype(tensor.dtype for tensor in tensors)
     flat = torch.cat([tensor.detach().to(device, wide).flatten() for tensor in tensors])
     dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
@@ -97,12 +99,16 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def wide_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype in which processes exchange tensors: float64 if one of them is, else float32."""
-    return torch.float64 if torch.float64 in set(dtypes) else torch.float32
+    if torch.float64 in set(dtypes):
+        return torch.float64
+    return torch.float32
 
 
 def processes() -> int:
     """The number of processes that share the batch; 1 where nothing is distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def averaged(tensor: Tensor) -> Tensor:

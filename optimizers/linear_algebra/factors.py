@@ -31,7 +31,9 @@ def diagonal(factor: Tensor, batched: bool) -> Tensor:
     if is_diagonal(factor, batched):
         return factor
     diagonals = [part.diagonal(dim1=-2, dim2=-1) for part in parts_of(factor, batched)]
-    return diagonals[0] if len(diagonals) == 1 else torch.cat(diagonals, dim=-1)
+    if len(diagonals) == 1:
+        return diagonals[0]
+    return torch.cat(diagonals, dim=-1)
 
 
 def rows(factor: Tensor, batched: bool) -> int:
@@ -142,7 +144,8 @@ def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Ten
     groups = factors[0].shape[0] if batched else 1
     # `left` is the number of rows of all factors that have been applied: the axis of the next one
     # is the third of [G, left, d_i, right].
-    out, left = v, 1
+    out = v
+    left = 1
     for factor in factors:
         size = rows(factor, batched)
         out = out.reshape(groups, left, size, -1)
@@ -159,7 +162,9 @@ def _matmul(parts: Sequence[Tensor], v: Tensor) -> Tensor:
     sizes = [part.shape[-1] for part in parts]
     pieces = v.split(sizes, dim=2)
     products = [_product(part, piece) for part, piece in zip(parts, pieces, strict=True)]
-    return products[0] if len(parts) == 1 else torch.cat(products, dim=2)
+    if len(parts) == 1:
+        return products[0]
+    return torch.cat(products, dim=2)
 
 
 def _product(matrix: Tensor, v: Tensor) -> Tensor:

@@ -60,7 +60,10 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
     for members in stacks.values():
         matrices = [factors[i][0] for i in members]
         # A view where there is one only: large matrices, which are few, are not copied.
-        stack = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+        if len(matrices) > 1:
+            stack = torch.stack(matrices)
+        else:
+            stack = matrices[0][None]
         dampings = torch.stack([factors[i][1] for i in members])
         for i, inverse in zip(members, _inverses(stack, dampings), strict=True):
             inverses[i] = inverse
@@ -81,7 +84,10 @@ def _inverses(stack: Tensor, damping: Tensor) -> list[Tensor | None]:
         for i, flag in zip(failed, flags, strict=True):
             succeeded[i] = flag
     # Copies: saved states would otherwise hold the whole stack.
-    separate = [inverse.clone() for inverse in inverses] if len(stack) > 1 else [inverses[0]]
+    if len(stack) > 1:
+        separate = [inverse.clone() for inverse in inverses]
+    else:
+        separate = [inverses[0]]
     return [
         inverse if success else None for inverse, success in zip(separate, succeeded, strict=True)
     ]

@@ -47,11 +47,10 @@ def directions(
     """
     ready = [block for block in blocks if curvature.ready(parameters.state[block.params[0]])]
     members = [member for block in ready for member in block.members]
-    values = (
-        _averaged(parameters, members)
-        if average
-        else {param: gradient(param) for _, param in members}
-    )
+    if average:
+        values = _averaged(parameters, members)
+    else:
+        values = {param: gradient(param) for _, param in members}
     gradients = []
     for block in ready:
         first, *_ = block.params
@@ -105,7 +104,8 @@ def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor,
     """The running means of the gradients, kept in the state of each parameter."""
     means = {}
     for group, param in members:
-        decay, state = _decay(group), parameters.state[param]
+        decay = _decay(group)
+        state = parameters.state[param]
         if not decay:
             means[param] = gradient(param)
             continue

@@ -109,7 +109,9 @@ class Parameters:
             for index, other in enumerate(group["params"]):
                 if other is param:
                     names = group.get("param_names")
-                    return f"`{names[index]}`" if names else f"parameter {index} of group {number}"
+                    if names:
+                        return f"`{names[index]}`"
+                    return f"parameter {index} of group {number}"
         return "a parameter"
 
     def described(self, params: Sequence[Tensor], most: int = 3) -> str:
@@ -119,11 +121,15 @@ class Parameters:
         searched for.
         """
         names = [self._best_name(param) for param in params[:most]]
-        more = f" and {len(params) - most} more" if len(params) > most else ""
+        if len(params) > most:
+            more = f" and {len(params) - most} more"
+        else:
+            more = ""
         return ", ".join(names) + more
 
     def _best_name(self, param: Tensor) -> str:
-        own, of_model = self.name(param), describe(param)
+        own = self.name(param)
+        of_model = describe(param)
         only_model_knows = of_model.startswith("`") and not own.startswith("`")
         return of_model if only_model_knows else own
 

@@ -54,7 +54,9 @@ def refresh(
     """
     states = [parameters.state[block.params[0]] for block in blocks]
     counts = [curvature.units(state) for state in states]
-    due, blocks_of_due, number = [], [], 0
+    due = []
+    blocks_of_due = []
+    number = 0
     for block, state, count in zip(blocks, states, counts, strict=True):
         for unit in range(count):
             # Numbers run over the parts of all blocks: the work is spread over the steps.
@@ -73,7 +75,10 @@ def refresh(
     }
     for param, block in failed.items():
         has_former = curvature.ready(parameters.state[param])
-        in_use = "its former inverse" if has_former else "the fallback update"
+        if has_former:
+            in_use = "its former inverse"
+        else:
+            in_use = "the fallback update"
         warn(
             f"could not invert the damped curvature of {parameters.described([param])}; "
             f"{in_use} stays in use. "

@@ -29,7 +29,10 @@ class Schedule:
         """Whether inverse number `unit` of `units` is refreshed in this step."""
         if step < min(3, self.burn_in):
             return True
-        interval = min(5, self.invert) if step < self.burn_in else self.invert
+        if step < self.burn_in:
+            interval = min(5, self.invert)
+        else:
+            interval = self.invert
         # Each unit has its step within an interval, the units spread evenly over it.
         own_step = unit * interval // units
         return step % interval == own_step

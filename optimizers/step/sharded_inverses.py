@@ -32,7 +32,10 @@ def shared_inverses(curvature: Curvature, due: Sequence[Part]) -> list[Result]:
     if processes() == 1 or not due:
         return curvature.inverted(due)
     sharded = curvature.sharded
-    owners = _block_owners(curvature, due) if sharded else _part_owners(curvature, due)
+    if sharded:
+        owners = _block_owners(curvature, due)
+    else:
+        owners = _part_owners(curvature, due)
     indices_here = [i for i, owner in enumerate(owners) if owner == dist.get_rank()]
     inverses_here = curvature.inverted([due[i] for i in indices_here])
     computed: dict[int, Result] = dict(zip(indices_here, inverses_here, strict=True))
@@ -122,7 +125,10 @@ def _packed(result: Result, size: int, like: Tensor) -> Tensor:
     """The flag and the numbers of a part; all zeros if its computation failed."""
     if result is None:
         return like.new_zeros(size)
-    numbers = [tensor.to(like).flatten() for tensor in result] if size > 1 else []
+    if size > 1:
+        numbers = [tensor.to(like).flatten() for tensor in result]
+    else:
+        numbers = []
     return torch.cat([like.new_ones(1), *numbers])
 
 
@@ -140,7 +146,8 @@ def _part_owners(curvature: Curvature, due: Sequence[Part]) -> list[int]:
 
 def _balanced(costs: Sequence[int]) -> list[int]:
     """The process for each piece of work: the largest first, each to the one with least work."""
-    work, owners = [0] * processes(), [0] * len(costs)
+    work = [0] * processes()
+    owners = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = work.index(min(work))
         work[owners[i]] += costs[i]

@@ -33,7 +33,9 @@ def directional_derivatives(jacobian: Jacobian, vectors: Tensor) -> Tensor:
         products_of_chunks = [chunk.flatten(2) @ flat_vectors for chunk in jacobian.chunks()]
         return torch.cat(products_of_chunks, dim=1).movedim(2, 0)
     products = [_products(term, vectors.to(term.g.dtype)) for term in terms]
-    return products[0] if len(products) == 1 else torch.stack(products).sum(0)
+    if len(products) == 1:
+        return products[0]
+    return torch.stack(products).sum(0)
 
 
 def _forming_pays(term: Term, count: int) -> bool:
@@ -96,15 +98,18 @@ def _convolved(term: Term, vectors: Tensor) -> Tensor | None:
         None for any other op, and for patches that were copied.
     """
     dims = len(term.inp) // 2
-    kernel_letters, position_letters = "xyz"[:dims], "stu"[:dims]
+    kernel_letters = "xyz"[:dims]
+    position_letters = "stu"[:dims]
     if dims not in CONVOLUTIONS:
         return None
     if term.inp != "i" + kernel_letters + position_letters or term.par != "oi" + kernel_letters:
         return None
     assert term.x is not None
-    kernel, positions = term.x.shape[2 : 2 + dims], term.x.shape[2 + dims :]
+    kernel = term.x.shape[2 : 2 + dims]
+    positions = term.x.shape[2 + dims :]
     of_sample, of_channel, *strides = term.x.stride()
-    of_kernel, of_positions = strides[:dims], strides[dims:]
+    of_kernel = strides[:dims]
+    of_positions = strides[dims:]
     # The largest strides that an image can have along its axes.
     units = [math.gcd(a, b) for a, b in zip(of_kernel, of_positions, strict=True)]
     if not all(units):

@@ -64,7 +64,10 @@ def _nonnegative(part: KnownPart) -> bool:
 
 def _floor(part: LossPart, samples: int) -> Tensor:
     """The least damping of one summand of the loss, []."""
-    likelihood = part.likelihood if isinstance(part, KnownPart) else None
+    if isinstance(part, KnownPart):
+        likelihood = part.likelihood
+    else:
+        likelihood = None
     if isinstance(likelihood, Categorical):
         predictions = max(1, processes() * likelihood.weight.numel())
         return likelihood.weight.sum() * min(1.0, ROWS / predictions)

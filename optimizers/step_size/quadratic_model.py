@@ -46,7 +46,9 @@ def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[
         if isinstance(derivatives, Tensor):
             s = derivatives.flatten(1).to(_wide(derivatives))
             moments.append(s @ s.mT)
-    return moments[0] if len(moments) == 1 else torch.stack(moments).mean(0)
+    if len(moments) == 1:
+        return moments[0]
+    return torch.stack(moments).mean(0)
 
 
 def inner_products(first: Tensor, second: Tensor) -> Tensor:
@@ -131,4 +133,6 @@ def shortened(curvature: float, slope: float, most: float) -> float:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     """The widest dtype of a device: MPS has no float64."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    if tensor.device.type == "mps":
+        return torch.float32
+    return torch.float64

@@ -184,10 +184,15 @@ class QuadraticModel:
         sizes = [d.value.numel() for d in directions]
         updates = []
         for part, d in zip(combined.split(sizes), directions, strict=True):
-            scheduled = part if d.group["lr"] == 1.0 else part * d.group["lr"]
+            if d.group["lr"] == 1.0:
+                scheduled = part
+            else:
+                scheduled = part * d.group["lr"]
             updates.append(scheduled.view(d.value.shape))
         # The first row is the direction, along which a step of rate α has the weight -α.
-        rate, momentum, predicted = -w[0], sum(w[1:]), change(curvature, slope, w)
+        rate = -w[0]
+        momentum = sum(w[1:])
+        predicted = change(curvature, slope, w)
         report = {"learning_rate": rate, "momentum": momentum, "predicted": predicted}
         return Step(updates, rate, predicted, report)
 
