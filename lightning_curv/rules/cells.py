@@ -61,8 +61,11 @@ class Run:
     def product(self, number: int, steps: range) -> Tensor:
         """W_i x_t + b_i (number 0) or W_h h_{t-1} + b_h (1), ``[t, N, o]``."""
         inputs = (self.x, self.before)[number]
-        y = times(inputs[steps.start : steps.stop], self.weights[number].mT)
-        return y.add_(self.biases[number]) if self.biases else y
+        some_inputs = inputs[steps.start : steps.stop]
+        product = times(some_inputs, self.weights[number].mT)
+        if self.biases:
+            product.add_(self.biases[number])
+        return product
 
     def arriving(self, g: Tensor, final: Tensor) -> list[Tensor]:
         """Cotangents ``[V, N, P]`` of every h_t, those of the final states added at the ends."""
@@ -81,13 +84,15 @@ class Run:
         """
         recurrent = self.weights[1]
         rows = products.view(-1, len(recurrent))
-        return onednn.mm(rows, recurrent).view(g.shape).add_(g)
+        by_state = onednn.mm(rows, recurrent)
+        return by_state.view(g.shape).add_(g)
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix`` for ``x [*, k]``."""
     rows = x.reshape(-1, x.shape[-1])
-    return onednn.mm(rows, matrix).view(*x.shape[:-1], matrix.shape[1])
+    products = onednn.mm(rows, matrix)
+    return products.view(*x.shape[:-1], matrix.shape[1])
 
 
 def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
@@ -104,10 +109,13 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
         by_gates = gates[None]
     else:
         by_gates = gates.new_empty(columns, *gates.shape)
-    projected = hidden = None
+    # With a projection W_r, h_t = W_r (o ⊙ tanh c_t): its cotangents and inputs are kept too.
+    projected = None
+    hidden = None
     if len(run.weights) > 2:
         hidden = torch.empty_like(cells[1:])
         projected = g.new_empty(*g.shape[1:3], len(g), g.shape[3])
+    # In the loop, `h` and `c` are the cotangents of h_t and of c_t, ``[V, N, H]``.
     c = torch.zeros_like(final[1])
     arriving = run.arriving(g, final[0])
     steps_of_gates = by_gates.unbind(2)
@@ -123,10 +131,13 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
         squashed = cells[block.start + 1 : block.stop + 1].tanh()
         if hidden is not None:
             torch.mul(o, squashed, out=hidden[block.start : block.stop])
+        # c_t = f ⊙ c_{t-1} + i ⊙ z: what a cotangent of c_t is multiplied by on its way to what
+        # goes into i, f and z.
         by_c = g.new_empty(len(block), len(gates), 3, gates.shape[3])
         by_sigmoid.grad_input(z, i, grad_input=by_c[:, :, 0])
         by_sigmoid.grad_input(before, f, grad_input=by_c[:, :, 1])
         by_tanh.grad_input(i, z, grad_input=by_c[:, :, 2])
+        # h_t = o ⊙ tanh c_t: the same for a cotangent of h_t, on its way to o and to c_t.
         by_h = by_sigmoid(squashed, o)
         through = by_tanh(o, squashed)
         derivatives = zip(
@@ -138,7 +149,9 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
             strict=True,
         )
         for by_c_t, by_h_t, through_t, f_t, t in reversed([*derivatives]):
-            if (ended := run.ends.get(t)) is not None:
+            # Sequences that end here: the cotangent of their final cell state arrives.
+            ended = run.ends.get(t)
+            if ended is not None:
                 c[:, ended] += final[1][:, ended]
             if projected is not None:
                 projected[:, :, t] = h
@@ -150,6 +163,7 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
             steps_of_gates[t].copy_(row)
             if t:
                 h = run.back(row, arriving[t - 1])
+    # Both products go into the same sum: their cotangents are the same.
     products = by_gates.flatten(3)
     result = [(products, run.x), (products, run.before)]
     if projected is None or hidden is None:
@@ -170,19 +184,24 @@ def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
         bias = run.biases[0] + run.biases[1]
     else:
         bias = run.x.new_zeros(())
-    cells[0] = last = run.cell
+    last = run.cell
+    cells[0] = last
     for block in run.blocks():
         x = run.x[block.start : block.stop]
         before = run.before[block.start : block.stop]
-        pre = times(torch.cat([x, before], dim=2), weight).add_(bias).unflatten(2, (4, -1))
-        i, f, z, o = pre.unbind(2)
-        pre[:, :, :2].sigmoid_()  # i and f
+        inputs = torch.cat([x, before], dim=2)
+        products = times(inputs, weight).add_(bias)
+        # The gates take the memory of the products.
+        some_gates = products.unflatten(2, (4, -1))
+        i, f, z, o = some_gates.unbind(2)
+        some_gates[:, :, :2].sigmoid_()  # i and f
         z.tanh_()
         o.sigmoid_()
+        # c_t = i ⊙ z + f ⊙ c_{t-1}; only the second summand has to wait for the step before.
         c = torch.mul(i, z, out=cells[block.start + 1 : block.stop + 1])
         for f_t, c_t in zip(f, c, strict=True):
             last = c_t.addcmul_(f_t, last)
-        gates[:, block.start : block.stop] = pre.transpose(0, 1)
+        gates[:, block.start : block.stop] = some_gates.transpose(0, 1)
     return gates, cells
 
 
@@ -202,8 +221,13 @@ def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
             by_x[:, :, t, :2] = row[:, :, :2]
             torch.mul(candidate[k], h, out=by_x[:, :, t, 2])
             if t:
-                h = run.back(row, torch.addcmul(arriving[t - 1], h, keep[k]))
-    return [(by_x.flatten(3), run.x), (by_h.flatten(3), run.before)]
+                # h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}: past the weights, through z.
+                directly = torch.addcmul(arriving[t - 1], h, keep[k])
+                h = run.back(row, directly)
+    return [
+        (by_x.flatten(3), run.x),
+        (by_h.flatten(3), run.before),
+    ]
 
 
 def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,12 +239,16 @@ def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
     x = run.product(0, block).unflatten(2, (3, -1))
     h = run.product(1, block).unflatten(2, (3, -1))
     before = run.before[block.start : block.stop]
-    r, z = (x[:, :, :2] + h[:, :, :2]).sigmoid_().unbind(2)
-    n = torch.addcmul(x[:, :, 2], r, h[:, :, 2]).tanh_()
+    into_gates = x[:, :, :2] + h[:, :, :2]
+    r, z = into_gates.sigmoid_().unbind(2)
+    x_n = x[:, :, 2]
+    h_n = h[:, :, 2]
+    n = torch.addcmul(x_n, r, h_n).tanh_()  # tanh(W_in x + r ⊙ W_hn h)
     by_n = by_tanh(1 - z, n)
-    by_r = by_sigmoid(by_n * h[:, :, 2], r)
+    by_r = by_sigmoid(by_n * h_n, r)
     by_z = by_sigmoid(before - n, z)
-    return torch.stack([by_r, by_z, by_n * r], dim=2), by_n, z
+    by_products = torch.stack([by_r, by_z, by_n * r], dim=2)
+    return by_products, by_n, z
 
 
 def _elman(
@@ -231,7 +259,8 @@ def _elman(
 ) -> Products:
     """Elman's network, whose nonlinearity has a derivative that is a function of its value."""
     arriving = run.arriving(g, final[0])
-    products = g.new_empty(*g.shape[1:3], len(g), g.shape[3])
+    columns, samples = g.shape[1:3]
+    products = g.new_empty(columns, samples, len(g), g.shape[3])
     slopes = derivative(run.after)
     h = arriving[-1]
     for t in reversed(range(len(g))):

@@ -49,14 +49,19 @@ class _Kind:
 
 def _bind_layers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     # Torch's overloads differ in their fourth argument: the parameters are a list, a flag is none.
-    packed = "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (list, tuple)))
-    names = (PACKED if packed else LAYERS).split()
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return _flat(given.pop("hx"), given.pop("params"), given)
+    params_are_fourth = len(args) > 3 and isinstance(args[3], (list, tuple))
+    packed = "batch_sizes" in kwargs or params_are_fourth
+    names = PACKED if packed else LAYERS
+    by_position = dict(zip(names.split(), args, strict=False))
+    given = {**by_position, **kwargs}
+    states = given.pop("hx")
+    params = given.pop("params")
+    return _flat(states, params, given)
 
 
 def _bind_cell(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    given = {**dict(zip(CELL.split(), args, strict=False)), **kwargs}
+    by_position = dict(zip(CELL.split(), args, strict=False))
+    given = {**by_position, **kwargs}
     names = ("w_ih", "w_hh", "b_ih", "b_hh")
     weights = [given[name] for name in names if given.get(name) is not None]
     others = {"input": given["input"], "has_biases": len(weights) == 4}
@@ -78,7 +83,9 @@ def _flat(
 
 
 def _numbered(arguments: dict[str, Any], name: str) -> list[Tensor]:
-    return [arguments[f"{name}{k}"] for k in range(len(arguments)) if f"{name}{k}" in arguments]
+    """The arguments that `_flat` has numbered, in order."""
+    keys = [f"{name}{k}" for k in range(len(arguments))]
+    return [arguments[key] for key in keys if key in arguments]
 
 
 def _sample_axes(arguments: dict[str, Any]) -> list[int | None] | None:
@@ -99,7 +106,8 @@ def _owners(arguments: dict[str, Any]) -> Tensor | None:
     steps = _steps(arguments)
     states = _numbered(arguments, "states")
     sequences = torch.arange(steps.sizes[0], device=steps.sample.device)
-    return torch.cat([steps.sample, sequences.repeat(sum(map(len, states)))])
+    number_of_states = sum(map(len, states))
+    return torch.cat([steps.sample, sequences.repeat(number_of_states)])
 
 
 def _steps(arguments: dict[str, Any]) -> PackedSteps:
@@ -144,8 +152,11 @@ class _Network:
         self.steps: Steps
         if "batch_sizes" in arguments:
             self.steps = _steps(arguments)
+        elif self.is_cell:
+            self.steps = Steps(1)
         else:
-            self.steps = Steps(1 if self.is_cell else x.shape[int(arguments["batch_first"])])
+            step_axis = int(arguments["batch_first"])
+            self.steps = Steps(x.shape[step_axis])
         self.x = self._steps_first(x)
         self.directions = 1 + arguments.get("bidirectional", False)
         # Torch has W_i, W_h, b_i, b_h, W_r of one direction of one layer behind each other; the
@@ -155,9 +166,12 @@ class _Network:
         self.matrices: list[list[int]] = []
         for first in range(0, len(self.weights), count):
             if arguments["has_biases"]:
-                self.biases |= {first: first + 2, first + 1: first + 3}
-            projection = [first + count - 1] if count % 2 else []
-            self.matrices.append([first, first + 1, *projection])
+                self.biases[first] = first + 2
+                self.biases[first + 1] = first + 3
+            matrices = [first, first + 1]
+            if count % 2:  # the projection is the last one
+                matrices.append(first + count - 1)
+            self.matrices.append(matrices)
 
     def _steps_first(self, tensor: Tensor) -> Tensor:
         """Inputs or outputs as ``[T, N, *]``, padded if they are packed."""
@@ -174,24 +188,31 @@ class _Network:
             g: Cotangents of all outputs, ``[V, N, K]``.
         """
         # A shift is added to every product: the cotangent of the shift is that of the product.
-        shifts = {
-            number: self.x.new_zeros(*self.x.shape[:2], len(weight))
-            for number, weight in enumerate(self.weights)
-            if weight.ndim == 2
-        }
+        steps, samples = self.x.shape[:2]
+        shifts = {}
+        for number, weight in enumerate(self.weights):
+            if weight.ndim == 2:
+                shifts[number] = self.x.new_zeros(steps, samples, len(weight))
         whole, pull, inputs = torch.func.vjp(self._outputs, shifts, has_aux=True)  # type: ignore[misc]
         g = g.to(whole.dtype)
         if len(g) == 1:  # `vmap` costs time, and gains none for one column
-            cotangents = {number: y[None] for number, y in pull(g[0])[0].items()}
+            (of_column,) = pull(g[0])
+            cotangents = {number: y[None] for number, y in of_column.items()}
         else:
             (cotangents,) = torch.func.vmap(pull)(g)
         for number, y in cotangents.items():
-            x = self.steps.masked(inputs[number]).movedim(0, 1)
-            yield number, y.movedim(1, 2), x
+            x = self.steps.masked(inputs[number])
+            yield number, y.movedim(1, 2), x.movedim(0, 1)
 
     def _outputs(self, shifts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
         """All outputs as rows ``[N, K]``, and the inputs ``[T, N, i]`` of every product."""
-        run = replay.Replay(self.kind.step, self.weights, self.biases, shifts, self.steps)
+        run = replay.Replay(
+            self.kind.step,
+            self.weights,
+            self.biases,
+            shifts,
+            self.steps,
+        )
         h, final = run.network(self.x, self.initial, self.directions)
         if self.arguments.get("batch_first"):
             h = h.transpose(0, 1)
@@ -222,6 +243,8 @@ class _Network:
         layers = [values.to(dtype) for values in self._layers(output)]
         arriving, final = self._split(g.to(dtype))
         for layer in reversed(range(len(layers) - 1)):
+            # Cotangents of the inputs of this layer, the outputs of the one below: one per
+            # direction, which read the same inputs.
             below = []
             for direction in range(self.directions):
                 number = layer * self.directions + direction
@@ -232,17 +255,18 @@ class _Network:
                 if backwards:  # the other direction begins with the last step of every sequence
                     x, h, y = (self.steps.backwards(t, t.ndim - 2) for t in (x, h, y))
                 run = self._run(number, x, h, dtype)
-                products = self.kind.cell(run, y, [state[:, :, number] for state in final])
+                final_of_direction = [state[:, :, number] for state in final]
+                products = self.kind.cell(run, y, final_of_direction)
                 if layer:
-                    by_inputs, _ = products[0]
-                    pulled = cells.times(by_inputs, run.weights[0]).permute(2, 0, 1, 3)
-                    below.append(self.steps.backwards(pulled, 2) if backwards else pulled)
-                for weight, (cotangents, inputs) in zip(
-                    self.matrices[number],
-                    products,
-                    strict=True,
-                ):
-                    yield weight, cotangents, self.steps.masked(inputs).transpose(0, 1)
+                    by_products, _ = products[0]
+                    pulled = cells.times(by_products, run.weights[0]).permute(2, 0, 1, 3)
+                    if backwards:
+                        pulled = self.steps.backwards(pulled, 2)
+                    below.append(pulled)
+                weights = self.matrices[number]
+                for weight, (cotangents, inputs) in zip(weights, products, strict=True):
+                    own_steps = self.steps.masked(inputs)
+                    yield weight, cotangents, own_steps.transpose(0, 1)
             if below:
                 arriving = sum(below[1:], start=below[0])
 
@@ -251,10 +275,19 @@ class _Network:
         matrices = self.matrices[number]
         initial = [state[number].to(dtype) for state in self.initial]
         weights = [self.weights[k].to(dtype) for k in matrices]
-        biases = [self.weights[self.biases[k]].to(dtype) for k in matrices if k in self.biases]
+        bias_numbers = [self.biases[k] for k in matrices if k in self.biases]
+        biases = [self.weights[k].to(dtype) for k in bias_numbers]
         before = torch.cat([initial[0][None], h[:-1]])
         cell = initial[1] if len(initial) > 1 else None
-        return cells.Run(weights, biases, x, before, h, cell, self.steps.ends)
+        return cells.Run(
+            weights,
+            biases,
+            x,
+            before,
+            h,
+            cell,
+            self.steps.ends,
+        )
 
     def _layers(self, output: Tensor) -> list[Tensor]:
         """The input of the first layer and the outputs of all layers, ``[T, N, *]``.
@@ -265,6 +298,7 @@ class _Network:
         count = len(self.initial[0]) // self.directions
         size = len(self.weights) // count
         sizes = self.arguments.get("batch_sizes")
+        # Torch's arguments has_biases, num_layers, dropout, train, bidirectional.
         options = self.arguments["has_biases"], 1, 0.0, False, self.directions == 2
         for layer in range(count - 1):
             states = [state.chunk(count)[layer].contiguous() for state in self.initial]
@@ -296,7 +330,8 @@ class _Network:
         final = []
         for part, state in zip(parts, self.initial, strict=True):
             final.append(part.unflatten(2, (len(state), -1)))
-        return own.unflatten(2, (steps, width)).permute(2, 0, 1, 3), final
+        by_step = own.unflatten(2, (steps, width))
+        return by_step.permute(2, 0, 1, 3), final
 
     def _split_rows(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The same for the rows of packed outputs and of the final states behind them."""
@@ -304,12 +339,14 @@ class _Network:
         own, *parts = g.split([g.shape[1] - sum(counts), *counts], dim=1)
         # Rows are as wide as the widest output; what is behind the end of narrower ones is zero.
         width = self.directions * self.initial[0].shape[2]
-        own = self.steps.padded(own[:, :, :width].transpose(0, 1))
+        rows_first = own[:, :, :width].transpose(0, 1)
+        by_step = self.steps.padded(rows_first)
         final = []
         for part, state in zip(parts, self.initial, strict=True):
-            states = part[:, :, : state.shape[2]].unflatten(1, (len(state), -1))
+            own_width = part[:, :, : state.shape[2]]
+            states = own_width.unflatten(1, (len(state), -1))
             final.append(states.transpose(1, 2))
-        return own.transpose(1, 2).contiguous(), final
+        return by_step.transpose(1, 2).contiguous(), final
 
 
 def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:

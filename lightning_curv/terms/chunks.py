@@ -37,10 +37,13 @@ def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
         return
     for start in range(0, max(term.g.shape[1], 1), size):
         part = term[start : start + size]
-        if (own := part.own_gradients) is not None:
-            yield own()[None]
+        own_gradients = part.own_gradients
+        if own_gradients is not None:
+            yield own_gradients()[None]
+        elif part.classes:
+            yield one_hot.per_sample(part)
         else:
-            yield one_hot.per_sample(part) if part.classes else part.contract(f"vn{part.par}")
+            yield part.contract(f"vn{part.par}")
 
 
 class Matrices:
@@ -72,6 +75,7 @@ class Matrices:
             return False
         out = self.term.out
         inp = self.term.inp
+        # A letter that only one factor has is summed before the product, in `Term.contract`.
         common = all(letter in out and letter in inp for letter in self.shared)
         return common and bool(self.outputs or self.inputs)
 
@@ -110,7 +114,8 @@ class Matrices:
             positions_and_features = features + shared
         g = term.g.permute(1, *both, *positions_and_features)
         input_letters = self.both + self.inputs + self.shared
-        x = term.x.permute(0, *(1 + term.inp.index(letter) for letter in input_letters))
+        input_axes = [1 + term.inp.index(letter) for letter in input_letters]
+        x = term.x.permute(0, *input_axes)
         return g, x, features_last
 
     def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +127,7 @@ class Matrices:
         g, x, features_last = self._views
         g = g[start:stop]
         x = x[start:stop]
+        # Views where memory allows it, else copies of these samples only.
         if features_last:
             g = g.reshape(len(g), q, s, o).mT
         else:
@@ -146,7 +152,8 @@ class Matrices:
                 continue
             products = onednn.one_by_one(left, right)
             while some := [*islice(products, size * groups)]:
-                yield self._shaped(some[0] if len(some) == 1 else torch.stack(some))
+                stacked = some[0] if len(some) == 1 else torch.stack(some)
+                yield self._shaped(stacked)
 
     @property
     def _bytes(self) -> int:
@@ -167,7 +174,8 @@ class Matrices:
         order += [1 + letters.index(letter) for letter in self.term.par]
         sizes = {**self._sizes, "v": len(self.term.g)}
         as_they_are = order == [1, 0, *range(2, len(order))]
-        return [sizes[letter] for letter in letters], None if as_they_are else order
+        axis_sizes = [sizes[letter] for letter in letters]
+        return axis_sizes, None if as_they_are else order
 
     def _shaped(self, product: Tensor) -> Tensor:
         """Products as ``[V, n, *par]``.
@@ -176,7 +184,8 @@ class Matrices:
             product: ``[n, q, rows, columns]``, ``[n·q, rows, columns]``, or a single product.
         """
         sizes, order = self._axes
-        product = product.view(product.numel() // max(1, math.prod(sizes)), *sizes)
+        samples = product.numel() // max(1, math.prod(sizes))
+        product = product.view(samples, *sizes)
         if order is None:
             return product.transpose(0, 1)
         return product.permute(order)

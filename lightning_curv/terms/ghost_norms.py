@@ -31,8 +31,10 @@ def pay(term: Term) -> bool:
     matrices = Matrices(term)
     out = matrices.size(matrices.outputs)
     inp = matrices.size(matrices.inputs)
+    # Per position of a sample: one row of each Gram matrix, or one outer product.
     gram_cost = matrices.size(matrices.shared) * (out + inp)
-    return matrices.regular and gram_cost <= 1.25 * out * inp
+    forming_cost = out * inp
+    return matrices.regular and gram_cost <= 1.25 * forming_cost
 
 
 def squared_norms(term: Term) -> Tensor:
@@ -63,14 +65,18 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
             missing = (g == 0).all(2, keepdim=True)
             x = x.masked_fill(missing & x.isfinite(), 0)
             g = g.unflatten(2, (len(term.g), -1))
-            norms[:, odd], sizes[:, odd], still = _rounded_up(*_products_of(g, x), term.g.dtype)
+            alone = _products_of(g, x)
+            norms[:, odd], sizes[:, odd], still = _rounded_up(*alone, term.g.dtype)
             odd = odd[still]
             g = g[still]
             x = x[still]
+            # Σ_s ‖g_s‖ ‖x_s‖ bounds the norm of the sum, and squares nothing in the factors' type.
             g_norms = row_norms(g.transpose(3, 4), 4)
             x_norms = row_norms(x.mT, 3).unsqueeze(2)
             bounds = product_norms(g_norms, x_norms, g.dtype)
-            norms[:, odd] = sizes[:, odd] = bounds.sum((1, 3)).mT
+            sums = bounds.sum((1, 3)).mT
+            norms[:, odd] = sums
+            sizes[:, odd] = sums
         start += norms.shape[1]
         all_norms.append(norms)
         all_sizes.append(sizes)
@@ -98,7 +104,9 @@ def _rounded_up(
     x_usual = (x_total > low) & (x_total < high)
     usual = (g_usual & x_usual).all(2).all(0)
     odd = (~usual).nonzero().flatten()
-    return squares.sum(2).sqrt(), sizes_squared.sum(2).sqrt(), odd
+    norms = squares.sum(2).sqrt()
+    bounds = sizes_squared.sum(2).sqrt()
+    return norms, bounds, odd
 
 
 def _products_of(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +114,9 @@ def _products_of(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     g_gram = g.mT @ g
     x_gram = x.mT @ x
     products = torch.einsum("nqvst,nqst->vnq", g_gram, x_gram)
-    return products, g_gram.diagonal(dim1=3, dim2=4), x_gram.diagonal(dim1=2, dim2=3)
+    g_squares = g_gram.diagonal(dim1=3, dim2=4)
+    x_squares = x_gram.diagonal(dim1=2, dim2=3)
+    return products, g_squares, x_squares
 
 
 def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -126,14 +136,19 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         g, x = matrices.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
         x = x.flatten(0, 1)
         g = g.flatten(0, 1).unflatten(1, (columns, -1))
+        # Weights that are applied to the same tensor (query, key and value) share its Gram matrix.
         how = start, size, *matrices.both, *matrices.shared
         g_gram, _ = _GRAMS[0].of(term.g, (term.out, *how), partial(_gram, g.flatten(0, 1)))
         x_gram, _ = _GRAMS[1].of(term.x, (term.inp, *how), partial(_gram, x))
         g_gram = g_gram.unflatten(0, (-1, columns))
-        products = torch.einsum("bvst,bst->vb", g_gram, x_gram).unflatten(1, (-1, both))
-        g_squares = g_gram.diagonal(dim1=2, dim2=3).unflatten(0, (-1, both))
-        x_squares = x_gram.diagonal(dim1=1, dim2=2).unflatten(0, (-1, both))
-        yield products, g_squares, x_squares
+        products = torch.einsum("bvst,bst->vb", g_gram, x_gram)
+        g_squares = g_gram.diagonal(dim1=2, dim2=3)
+        x_squares = x_gram.diagonal(dim1=1, dim2=2)
+        yield (
+            products.unflatten(1, (-1, both)),
+            g_squares.unflatten(0, (-1, both)),
+            x_squares.unflatten(0, (-1, both)),
+        )
 
 
 def _gram(x: Tensor) -> Tensor:

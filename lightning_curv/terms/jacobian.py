@@ -98,14 +98,16 @@ class Jacobian:
     @property
     def _onehot(self) -> Term | None:
         """The term, if it is the only one and has one-hot inputs."""
-        if len(self.terms) == 1 and self.terms[0].classes:
-            return self.terms[0]
-        return None
+        if len(self.terms) > 1:
+            return None
+        (term,) = self.terms
+        return term if term.classes else None
 
     def __getitem__(self, samples: slice | list[int]) -> Jacobian:
         """The Jacobian of some samples."""
         signs = None if self.signs is None else self.signs[:, samples]
-        return Jacobian(self.parameter, [term[samples] for term in self.terms], signs)
+        terms = [term[samples] for term in self.terms]
+        return Jacobian(self.parameter, terms, signs)
 
     def stacked(self, other: Jacobian) -> Jacobian:
         """Take the columns of two Jacobians together.
@@ -152,6 +154,7 @@ class Jacobian:
         """
         sparse = any(term.classes for term in self.terms)
         small = self._bytes * self.samples <= KEPT_BYTES
+        # The formed J of an embedding is mostly zeros, which no quantity of its own reads.
         if self.shared and small and not sparse:
             self.per_sample()  # and keep it
         if self._formed is None:
@@ -167,7 +170,8 @@ class Jacobian:
     def _size(self) -> int:
         """The number of samples of a piece, so that it and what it is made of stay in cache."""
         products = [term for term in self.terms if term.own_gradients is None]
-        if any(Matrices(term).large for term in products):  # made one by one
+        made_one_by_one = any(Matrices(term).large for term in products)
+        if made_one_by_one:
             return max(1, STACK_BYTES // self._bytes)
         sizes = [self._bytes, 1]
         entry_by_entry = any({*term.out} == {*term.inp} for term in products)
@@ -176,7 +180,8 @@ class Jacobian:
                 input_bytes = math.prod(term.x.shape[1:]) * term.g.element_size()
                 # Entry by entry the products are as large as the inputs, for every column.
                 sizes.append(self.columns * input_bytes if entry_by_entry else input_bytes)
-        return max(1, (STACK_BYTES if entry_by_entry else CHUNK_BYTES) // max(sizes))
+        piece_bytes = STACK_BYTES if entry_by_entry else CHUNK_BYTES
+        return max(1, piece_bytes // max(sizes))
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
         """J of ``size`` samples at a time, summed over the terms; ``ordered``: see `pieces`."""
@@ -190,11 +195,13 @@ class Jacobian:
 
     def _added(self, parts: Iterable[Tensor]) -> Tensor:
         """The sum of pieces ``[V, n, *par]``, ``[V, n, *p]``."""
-        parts = [
-            part if part.shape[2:] == self.shape else part.reshape(*part.shape[:2], *self.shape)
-            for part in parts
-        ]
-        return sum(parts[1:], start=parts[0])
+        shaped = []
+        for part in parts:
+            # A reshape of what has the shape costs little, but it is done for every piece.
+            if part.shape[2:] != self.shape:
+                part = part.reshape(*part.shape[:2], *self.shape)
+            shaped.append(part)
+        return sum(shaped[1:], start=shaped[0])
 
     def total(self) -> Tensor:
         """Sum over the samples, without forming J.
@@ -250,6 +257,8 @@ class Jacobian:
             return self
         chunks = self.chunks()
         first = next(chunks)
+        # The axes of the parameter from the slowest to the fastest, behind those of V and N: a
+        # copy in this order runs through memory without jumps.
         order = sorted(range(first.ndim - 2), key=lambda axis: -first.stride(axis + 2))
         by_memory = 0, 1, *(axis + 2 for axis in order)
         rows = first.permute(by_memory)
@@ -276,7 +285,10 @@ class Jacobian:
         Returns:
             The inner products, ``[V, N]``.
         """
-        return torch.stack([_dot(term, vector.to(term.g.dtype)) for term in self.terms]).sum(0)
+        products = []
+        for term in self.terms:
+            products.append(_dot(term, vector.to(term.g.dtype)))
+        return torch.stack(products).sum(0)
 
     def squared_norms(self) -> Tensor:
         """Compute the squared norms of J[v, n], the cheapest way that there is.
@@ -288,12 +300,15 @@ class Jacobian:
             return one_hot.squared_norms(self._onehot)
         if self._factorised is not None:
             return self._factorised.squared_norms()
+        # Neither formed gradients nor an outer product: the Gram matrices of its positions.
         if not self.forms_norms:
             return ghost_norms.squared_norms(self.terms[0])
-        norms = [
-            torch.linalg.vector_norm(j[..., None], dim=[*range(2, j.ndim + 1)])
-            for j in self.chunks()
-        ]
+        norms = []
+        for chunk in self.chunks():
+            # One more axis: a parameter that is a number has none to take the norm over.
+            rows = chunk[..., None]
+            parameter_axes = [*range(2, rows.ndim)]
+            norms.append(torch.linalg.vector_norm(rows, dim=parameter_axes))
         return torch.cat(norms, dim=1).square_()
 
     def norms(self) -> Tensor:
@@ -324,7 +339,8 @@ class Jacobian:
             return ghost_norms.norms(self.terms[0])
         parts = []
         for chunk in self.chunks():
-            parts.append(torch.linalg.vector_norm(_rows(chunk), dim=2, dtype=torch.float64))
+            rows = _rows(chunk)
+            parts.append(torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64))
         norms = torch.cat(parts, dim=1)
         return norms, norms
 
@@ -340,7 +356,9 @@ class Jacobian:
         if self._onehot is not None:
             squares = one_hot.sum_squares(self._onehot, self.signs).reshape(self.shape)
         elif term is not None:
-            squares = term.squared(self.signs).contract(term.par).reshape(self.shape)
+            # (g ⊗ x)² = g² ⊗ x², entry by entry: the squares are one contraction.
+            squared_term = term.squared(self.signs)
+            squares = squared_term.contract(term.par).reshape(self.shape)
         else:
             squares = _sum_squares(self.chunks(), self.signs)
         self._squares = squares if self.shared else None
@@ -412,7 +430,10 @@ class Jacobian:
             The gradient where it is known in full, else `total`; of the parameter's shape.
         """
         gradient = self.gradient
-        if gradient is None or gradient.is_sparse or gradient.dtype != self.terms[0].g.dtype:
+        if gradient is None or gradient.is_sparse:
+            return self.total()[0]
+        # Under autocast the gradient may have been rounded to fewer digits than the terms have.
+        if gradient.dtype != self.terms[0].g.dtype:
             return self.total()[0]
         return gradient
 
@@ -427,12 +448,14 @@ class Jacobian:
         else:
             result = squares.contiguous()
         total = self.sum_of_gradients()
-        if _subtract_mean(result.view(-1), total.reshape(-1), self.samples):
-            exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
-            second_moment = exact.sum_squares() / self.samples
-            mean = exact.total()[0] / self.samples
-            result = (second_moment - mean.square()).clamp_(min=0).float()
-        return result
+        cancels = _subtract_mean(result.view(-1), total.reshape(-1), self.samples)
+        if not cancels:
+            return result
+        exact = Jacobian(self.parameter, [_doubled(term) for term in self.terms])
+        second_moment = exact.sum_squares() / self.samples
+        mean = exact.total()[0] / self.samples
+        difference = second_moment - mean.square()
+        return difference.clamp_(min=0).float()
 
 
 def _subtract_mean(squares: Tensor, total: Tensor, samples: int) -> bool:
@@ -443,8 +466,10 @@ def _subtract_mean(squares: Tensor, total: Tensor, samples: int) -> bool:
     cancelled = []
     # Blocks stay in cache from the first operation to the last.
     for part, sums in zip(squares.split(BLOCK), total.split(BLOCK), strict=True):
-        part.div_(samples).addcmul_(sums, sums, value=-1 / samples**2)
+        part.div_(samples)
+        part.addcmul_(sums, sums, value=-1 / samples**2)
         beyond_tenth = torch.addcmul(part, sums, sums, value=-1 / (3 * samples) ** 2)
+        # No synchronisation here: all blocks are asked at once, behind the loop.
         cancelled.append(beyond_tenth.amin() < 0)
     return bool(torch.stack(cancelled).any())
 
@@ -456,7 +481,12 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
     for part in parts:
         stop = start + part.shape[1]
         if result is None:
-            like = part.select(1, 0)[0] if part.shape[1] else part.sum((0, 1))
+            # The result takes over the order of memory that the parts have, one sample's where
+            # there is a sample.
+            if part.shape[1]:
+                like = part.select(1, 0)[0]
+            else:
+                like = part.sum((0, 1))
             result = torch.zeros_like(like.real)
         if part.device.type != "cpu" or result.numel() < SMALL or part.is_complex():
             some_signs = None if signs is None else signs[:, start:stop]
@@ -465,7 +495,8 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
             # One row at a time: it and the result stay in cache, and squares are never written.
             for v, column in enumerate(part.unbind(0)):
                 for n, row in enumerate(column.unbind(0), start):
-                    result.addcmul_(row, row if signs is None else row * signs[v, n])
+                    factor = row if signs is None else row * signs[v, n]
+                    result.addcmul_(row, factor)
         start = stop
     assert result is not None
     return result.contiguous()
@@ -474,8 +505,9 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
 def _rows(j: Tensor) -> Tensor:
     """``[V, n, *p]`` as ``[V, n, P]`` in its order of memory."""
     strides = j.stride()
-    axes = sorted(range(2, j.ndim), key=lambda axis: -strides[axis])
-    return j.permute(0, 1, *axes)[..., None].flatten(2)
+    slowest_first = sorted(range(2, j.ndim), key=lambda axis: -strides[axis])
+    by_memory = j.permute(0, 1, *slowest_first)
+    return by_memory[..., None].flatten(2)
 
 
 def _dot(term: Term, vector: Tensor) -> Tensor:
@@ -497,7 +529,10 @@ def _merged(terms: Sequence[Term]) -> list[Term]:
     groups: dict[tuple[str, ...], list[Term]] = {}
     for term in terms:
         groups.setdefault(_structure(term), []).append(term)
-    return [group[0] if len(group) == 1 else _concatenated(group) for group in groups.values()]
+    merged = []
+    for group in groups.values():
+        merged.append(group[0] if len(group) == 1 else _concatenated(group))
+    return merged
 
 
 def _structure(term: Term) -> tuple[str, ...]:
@@ -505,8 +540,14 @@ def _structure(term: Term) -> tuple[str, ...]:
     sizes = term.sizes()
     inputs = "".join(letter for letter in term.inp if letter in term.par)
     ones = "1" if term.x is None else ""
+    # A parameter whose axes one use splits and another does not has sizes of its own in each.
     par_sizes = [sizes[letter] for letter in term.par]
-    return term.par, inputs + ones, str(par_sizes), str(term.classes)
+    return (
+        term.par,
+        inputs + ones,
+        str(par_sizes),
+        str(term.classes),
+    )
 
 
 def _concatenated(terms: list[Term]) -> Term:
@@ -514,16 +555,21 @@ def _concatenated(terms: list[Term]) -> Term:
     terms = [term.canonical() for term in terms]
     g = torch.cat([term.g for term in terms], dim=2)
     inputs = [term.x for term in terms if term.x is not None]
-    merged = terms[0].of(g, torch.cat(inputs, dim=1) if inputs else None)
+    x = torch.cat(inputs, dim=1) if inputs else None
+    merged = terms[0].of(g, x)
     if all(term.lengths is None for term in terms):
         return merged
     lengths = []
     for term in terms:
-        samples, positions = term.g.shape[1:3]
-        every = torch.full((samples,), positions)
-        lengths.append(every if term.lengths is None else term.lengths.cpu())
+        if term.lengths is not None:
+            lengths.append(term.lengths.cpu())
+        else:  # every sample has all positions
+            samples, positions = term.g.shape[1:3]
+            lengths.append(torch.full((samples,), positions))
     return replace(merged, lengths=torch.stack(lengths).sum(0))
 
 
 def _doubled(term: Term) -> Term:
-    return term.of(term.g.double(), None if term.x is None else term.x.double())
+    """The term in float64."""
+    x = None if term.x is None else term.x.double()
+    return term.of(term.g.double(), x)

@@ -27,23 +27,31 @@ def rows(term: Term) -> Rows:
     """The touched rows of the per-sample gradients; repeated tokens of a sample are added up."""
     term = term.canonical()
     sample, index, position = _touched(term)
-    pair = index + term.classes * sample  # one number per sample and index
+    # One number per sample and index: sorting numbers is faster than sorting pairs.
+    pair = index + term.classes * sample
     key, inverse = pair.unique(return_inverse=True)
     g = _at(term.g.flatten(1, 2), position, 1)
-    return Rows(_added(g, inverse, len(key)), key // term.classes, key % term.classes)
+    summed = _added(g, inverse, len(key))
+    owner = key // term.classes
+    token = key % term.classes
+    return Rows(summed, owner, token)
 
 
 def _added(g: Tensor, place: Tensor, places: int) -> Tensor:
     """Sums of the entries ``g [V, M, *]`` that go to the same place, ``[V, places, *]``."""
-    return g.new_zeros(len(g), places, *g.shape[2:]).index_add_(1, place, g)
+    sums = g.new_zeros(len(g), places, *g.shape[2:])
+    return sums.index_add_(1, place, g)
 
 
 def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
     """Sample, index and flat position of every non-zero one-hot row of a canonical term."""
     assert term.x is not None
     index = term.x.flatten()
+    # A negative index is a row of zeros, such as that of `padding_idx`.
     position = (index >= 0).nonzero().squeeze(1)
-    return position // max(term.x.shape[1], 1), index[position], position
+    positions_per_sample = max(term.x.shape[1], 1)
+    sample = position // positions_per_sample
+    return sample, index[position], position
 
 
 def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
@@ -56,8 +64,9 @@ def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
 def dot(term: Term, vector: Tensor) -> Tensor:
     """Inner products of the per-sample gradients with ``vector [classes, *]``, ``[V, N]``."""
     touched = rows(term)
-    products = (touched.g * vector[touched.token]).flatten(2).sum(2)
-    return _added(products, touched.sample, term.g.shape[1])
+    products = touched.g * vector[touched.token]
+    by_row = products.flatten(2).sum(2)
+    return _added(by_row, touched.sample, term.g.shape[1])
 
 
 def second_moment(term: Term, reduce: bool) -> Tensor:
@@ -76,15 +85,20 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
             number = samples * positions
         else:
             number = max(1, int(term.lengths.sum()))
-        return torch.bincount(index, minlength=term.classes).to(term.g.dtype) / number
+        # x xᵀ of a one-hot row is one on the diagonal: the moment is how often the index occurs.
+        occurrences = torch.bincount(index, minlength=term.classes)
+        return occurrences.to(term.g.dtype) / number
     if term.lengths is None:
         lengths = torch.full((samples,), positions, device=term.x.device)
     else:
         lengths = term.lengths.clamp(min=1).to(term.x.device)
-    key, counts = (index + term.classes * sample).unique(return_counts=True)
+    pair = index + term.classes * sample
+    key, counts = pair.unique(return_counts=True)
     token = key % term.classes
     owner = key // term.classes
-    squares = (counts / lengths[owner]).square()
+    # An entry of the mean of a sample's positions is the share of them that hold the index.
+    shares = counts / lengths[owner]
+    squares = shares.square()
     result = term.g.new_zeros(term.classes)
     return result.index_add_(0, token, squares.to(result.dtype)) / samples
 
@@ -94,8 +108,10 @@ def per_sample(term: Term) -> Tensor:
     touched = rows(term)
     columns, samples = term.g.shape[:2]
     size = samples * term.classes
-    dense = huge_pages.empty(touched.g, columns, size, *touched.g.shape[2:]).zero_()
-    dense[:, touched.sample * term.classes + touched.token] = touched.g
+    rest = touched.g.shape[2:]
+    dense = huge_pages.empty(touched.g, columns, size, *rest).zero_()
+    place = touched.sample * term.classes + touched.token
+    dense[:, place] = touched.g
     return dense.unflatten(1, (samples, term.classes))
 
 
@@ -109,9 +125,11 @@ def weighted_total(term: Term, weights: Tensor) -> Tensor:
     term = term.canonical()
     sample, index, position = _touched(term)
     g = _at(term.g[0].flatten(0, 1), position, 0)
-    by_row = weights.to(g.dtype)[sample].reshape(-1, *[1] * (g.ndim - 1))
+    # No repeated token is added up first: a sum that is linear in the rows does not need it.
+    weight_of_row = weights.to(g.dtype)[sample]
+    weight_of_row = weight_of_row.reshape(-1, *[1] * (g.ndim - 1))
     total = g.new_zeros(term.classes, *g.shape[1:])
-    return total.index_add_(0, index, g * by_row)
+    return total.index_add_(0, index, g * weight_of_row)
 
 
 def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
@@ -119,7 +137,8 @@ def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
     touched = rows(term)
     row_signs = None if signs is None else signs[:, touched.sample]
     squares = signed(touched.g.square_(), row_signs)
-    summed = touched._replace(g=squares.sum(0, keepdim=True))
+    over_columns = squares.sum(0, keepdim=True)
+    summed = touched._replace(g=over_columns)
     return _scatter(summed, term.classes)[0]
 
 
@@ -131,19 +150,22 @@ def variance(term: Term) -> Tensor:
     touched = rows(term)
     samples = term.g.shape[1]
     mean = _scatter(touched, term.classes)[0] / samples
-    deviations = touched.g.sub_(mean[touched.token]).square_()
+    deviations = touched.g.sub_(mean[touched.token])
+    squares = touched._replace(g=deviations.square_())
     touching = torch.bincount(touched.token, minlength=term.classes)
     others = samples - touching.to(mean.dtype)
     others = others.reshape(-1, *[1] * (mean.ndim - 1))
-    by_touching = _scatter(touched._replace(g=deviations), term.classes)[0]
-    return (by_touching + others * mean.square()) / samples
+    # The zeros of a sample that does not touch a row deviate by the mean.
+    by_touching = _scatter(squares, term.classes)[0]
+    by_others = others * mean.square()
+    return (by_touching + by_others) / samples
 
 
 def squared_norms(term: Term) -> Tensor:
     """Squared norms of the per-sample gradients, ``[V, N]``."""
     touched = rows(term)
-    squares = torch.linalg.vector_norm(touched.g.flatten(2), dim=2).square_()
-    return _added(squares, touched.sample, term.g.shape[1])
+    row_norms = torch.linalg.vector_norm(touched.g.flatten(2), dim=2)
+    return _added(row_norms.square_(), touched.sample, term.g.shape[1])
 
 
 def norms(term: Term) -> tuple[Tensor, Tensor]:
@@ -156,21 +178,27 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     eps = torch.finfo(term.g.dtype).eps
     term = term.canonical()
     sample, index, position = _touched(term)
-    pair = index + term.classes * sample  # one number per sample and index
+    pair = index + term.classes * sample  # see `rows`
     key, number, counts = pair.unique(return_inverse=True, return_counts=True)
     g = _at(term.g.flatten(1, 2), position, 1)
     norms = row_norms(g, 2)
+    # Tokens that a sample has once: the squares of their rows add up as they are.
     repeats = (counts > 1)[number]
-    squares = _added(norms.square().masked_fill_(repeats, 0), sample, samples)
+    single_squares = norms.square().masked_fill_(repeats, 0)
+    squares = _added(single_squares, sample, samples)
     repeated = repeats.nonzero().squeeze(1)
     if not len(repeated):
         return squares.sqrt(), squares.sqrt()
+    # The others: the rows of one token are summed before they are squared, and may cancel.
     some, place = number[repeated].unique(return_inverse=True)
     owners = key[some] // term.classes
-    summed_rows = _added(_at(g, repeated, 1), place, len(some))
+    repeated_rows = _at(g, repeated, 1)
+    summed_rows = _added(repeated_rows, place, len(some))
     sums = row_norms(summed_rows, 2).square_()
-    without_cancelling = _added(norms[:, repeated], place, len(some)).square_()
+    norm_sums = _added(norms[:, repeated], place, len(some))
+    without_cancelling = norm_sums.square_()
     sizes = squares + _added(without_cancelling, owners, samples)
+    # By rounding the sum may be less than the true one: by a share of what cancelled.
     rounded_up = sums.add_(without_cancelling, alpha=ROUNDING * eps)
     squares = squares + _added(rounded_up, owners, samples)
     return squares.sqrt(), sizes.sqrt()

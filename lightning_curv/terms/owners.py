@@ -67,12 +67,16 @@ class Owners(ABC):
         if values is None:
             values = golden(self.count)
         owner = self.owner(like.shape)
-        return values[owner.clamp(min=0)].to(like.device, like.dtype)
+        # Rows of no sample get some number: callers do not read them.
+        by_row = values[owner.clamp(min=0)]
+        return by_row.to(like.device, like.dtype)
 
 
 def golden(count: int) -> Tensor:
     """Different numbers in [1, 2), ``[N]``."""
-    return 1 + (torch.arange(count, dtype=torch.float64) * GOLDEN).frac()
+    # Multiples of the golden ratio, modulo one, are as far apart as so many numbers can be.
+    multiples = torch.arange(count, dtype=torch.float64) * GOLDEN
+    return 1 + multiples.frac()
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ class BatchAxis(Owners):
         samples = max(1, self.count)
         positions = max(1, shape[self.axis] // samples)
         index = rows % samples if self.minor else rows // positions
-        following = len(shape) - self.axis - 1
-        return index.reshape(-1, *[1] * following)
+        following = [1] * (len(shape) - self.axis - 1)
+        return index.reshape(-1, *following)
 
     def without(self, axis: int) -> Owners:
         if self.axis > axis:
@@ -112,8 +116,9 @@ class BatchAxis(Owners):
             rows = rows.unflatten(0, (-1, self.count)).transpose(0, 1)
         elif len(rows) != self.count and self.count:
             rows = rows.unflatten(0, (self.count, -1))
-        kept = rows.shape[rows.ndim - trailing :]
-        entries = math.prod(rows.shape[1 : rows.ndim - trailing])
+        first_kept = rows.ndim - trailing
+        kept = rows.shape[first_kept:]
+        entries = math.prod(rows.shape[1:first_kept])
         return rows.reshape(self.count, entries, *kept)
 
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
@@ -126,7 +131,8 @@ class BatchAxis(Owners):
         rows = entries.reshape(len(entries), positions, *rest)
         if self.minor:
             rows = rows.transpose(0, 1)
-        return rows.reshape(shape[self.axis], *rest).movedim(0, self.axis)
+        joined = rows.reshape(shape[self.axis], *rest)
+        return joined.movedim(0, self.axis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,15 +152,18 @@ class RowOwners(Owners):
     @cached_property
     def lengths(self) -> Tensor:
         """The number of rows of every sample, ``[N]``."""
-        return self.index[self.index >= 0].bincount(minlength=self.count)
+        owned = self.index[self.index >= 0]
+        return owned.bincount(minlength=self.count)
 
     @cached_property
     def table(self) -> Tensor:
         """The rows of every sample, ``[N, longest]``; R behind the last one."""
         longest = int(self.lengths.max()) if self.count else 0
-        table = self.index.new_full((self.count, longest), len(self.index))
+        no_row = len(self.index)
+        table = self.index.new_full((self.count, longest), no_row)
         owned = (self.index >= 0).nonzero().squeeze(1)
-        table[self.index[owned], self.position[owned]] = owned
+        owner = self.index[owned]
+        table[owner, self.position[owned]] = owned
         return table
 
     @cached_property
@@ -180,7 +189,8 @@ class RowOwners(Owners):
         index = self.index.reshape(*sizes, *[1] * len(rest))
         # The axes of the rows are in front: bring every axis back to its place.
         places = [*self.axes, *rest]
-        return index.permute([places.index(axis) for axis in range(len(shape))])
+        order = [places.index(axis) for axis in range(len(shape))]
+        return index.permute(order)
 
     def without(self, axis: int) -> Owners:
         axes = tuple(own - 1 if own > axis else own for own in self.axes)
@@ -204,8 +214,10 @@ class RowOwners(Owners):
         """
         table = self.table.to(rows.device)
         # The number R in the table is that of one more row, which holds the filling.
-        filling_shape = [*rows.shape[:axis], 1, *rows.shape[axis + 1 :]]
-        extended = torch.cat([rows, rows.new_full(filling_shape, fill)], axis)
+        filling_shape = list(rows.shape)
+        filling_shape[axis] = 1
+        filling = rows.new_full(filling_shape, fill)
+        extended = torch.cat([rows, filling], axis)
         by_sample = extended.index_select(axis, table.flatten())
         return by_sample.unflatten(axis, table.shape)
 
@@ -218,8 +230,10 @@ class RowOwners(Owners):
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
         rest = [size for axis, size in enumerate(shape) if axis not in self.axes]
         here = self.to(entries.device)
-        by_sample = entries.reshape(self.count, self.table.shape[1], *rest)
-        rows = by_sample[here.index.clamp(min=0), here.position]
+        longest = self.table.shape[1]
+        by_sample = entries.reshape(self.count, longest, *rest)
+        some_owner = here.index.clamp(min=0)
+        rows = by_sample[some_owner, here.position]
         unowned = (here.index < 0).reshape(-1, *[1] * len(rest))
         rows = rows.masked_fill(unowned, 0)
         row_sizes = [shape[axis] for axis in self.axes]
@@ -250,7 +264,9 @@ class ChosenOwners(Owners):
 
     def _places_of(self, owner: Tensor) -> Tensor:
         places = self._places.to(owner.device)
-        return places[owner.clamp(min=0)].masked_fill(owner < 0, -1)
+        # An index of -1 would read the last sample's place: those rows are filled in afterwards.
+        by_row = places[owner.clamp(min=0)]
+        return by_row.masked_fill(owner < 0, -1)
 
     def owner(self, shape: Sequence[int]) -> Tensor:
         return self._places_of(self.whole.owner(shape))
@@ -263,7 +279,8 @@ class ChosenOwners(Owners):
 
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
         every = entries.new_zeros(self.whole.count, *entries.shape[1:])
-        every[self.chosen.to(entries.device)] = entries
+        chosen = self.chosen.to(entries.device)
+        every[chosen] = entries
         return self.whole.join(every, shape)
 
     def rows(self, count: int) -> Tensor:
@@ -277,9 +294,9 @@ class ChosenOwners(Owners):
             return (places >= 0).nonzero().squeeze(1)
         assert isinstance(whole, BatchAxis)
         position = torch.arange(count // whole.count)
-        if whole.minor:
+        if whole.minor:  # row = position · N + sample
             rows = position[:, None] * whole.count + self.chosen
-        else:
+        else:  # row = sample · positions + position
             rows = self.chosen[:, None] * len(position) + position
         return rows.flatten()
 
@@ -288,8 +305,9 @@ class ChosenOwners(Owners):
         """Which of the chosen samples owns each of the rows that `rows` has left."""
         whole = self.whole
         if isinstance(whole, RowOwners):
-            left = whole.index[self.rows(len(whole.index))]
-            return RowOwners(self.count, self._places_of(left), whole.axes)
+            left = self.rows(len(whole.index))
+            owner = whole.index[left]
+            return RowOwners(self.count, self._places_of(owner), whole.axes)
         assert isinstance(whole, BatchAxis)
         return replace(whole, count=self.count)
 
@@ -316,7 +334,9 @@ def batch_axes(
     flat = []
     for axis in axes if rows else axes[:1]:
         size = shape[axis]
-        multiple = count > 0 and size > 0 and size != count and size % count == 0
+        if not count or not size or size == count:
+            continue
+        multiple = size % count == 0
         if multiple:
             flat.append(BatchAxis(count, axis, minor=False))
         if multiple and count > 1:  # with one sample both orders are the same
@@ -337,15 +357,18 @@ def owners_of(
         count: N.
     """
     leading_ones = [1] * (len(shape) - numbers.ndim)
-    aligned = numbers.long().cpu().reshape(leading_ones + list(numbers.shape))
+    aligned = numbers.long().cpu()
+    aligned = aligned.reshape(leading_ones + list(numbers.shape))
     axes = tuple(axis for axis, size in enumerate(aligned.shape) if size > 1)
     if not axes and shape:  # all entries belong to one sample: any axis tells so
         axes = (0,)
     row_sizes = [shape[axis] if axis in axes else 1 for axis in range(len(shape))]
     index = aligned.expand(row_sizes).flatten()
     if len(axes) == 1:
+        # Rows that are in order need no table: views instead of copies, from here to the sums.
         for choice in batch_axes(shape, axes, count):
-            if torch.equal(choice.owner(shape).flatten(), index):
+            in_order = choice.owner(shape).flatten()
+            if torch.equal(in_order, index):
                 return choice
     return RowOwners(count, index, axes)
 
@@ -355,6 +378,6 @@ def largest_entry(tensors: Iterable[Tensor | None]) -> float:
     largest = 0.0
     for tensor in tensors:
         if tensor is not None and tensor.numel():
-            finite = tensor.abs().nan_to_num(0.0, 0.0, 0.0)
+            finite = tensor.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
             largest = max(largest, float(finite.max()))
     return largest

@@ -120,13 +120,16 @@ class Term:
         Returns:
             The number of entries along the axis of every letter.
         """
-        sizes = dict(zip(self.out, self.g.shape[2:], strict=True))
+        output_sizes = self.g.shape[2:]
+        sizes = dict(zip(self.out, output_sizes, strict=True))
         if self.x is not None:
+            # Indices have no axis of classes: it is the one that they stand for.
             if self.classes:
                 letters = self.inp.replace("i", "")
             else:
                 letters = self.inp
-            sizes.update(zip(letters, self.x.shape[1:], strict=True))
+            input_sizes = self.x.shape[1:]
+            sizes.update(zip(letters, input_sizes, strict=True))
         if self.classes:
             sizes["i"] = self.classes
         return sizes
@@ -134,14 +137,22 @@ class Term:
     def __getitem__(self, samples: slice | list[int] | Tensor) -> Term:
         g = self.g[:, samples]
         x = None if self.x is None else self.x[samples]
+        lengths = None if self.lengths is None else self.lengths[samples]
+        own = self.own
         adjoint = self.adjoint
-        if (own := self.own) is not None and x is not None:
+        # An adjoint is told by its inputs: those of some samples are another tensor.
+        if own is not None and x is not None:
             adjoint = replace(own, x=x, input=own.input[samples])
-        if self.lengths is None:
-            lengths = None
-        else:
-            lengths = self.lengths[samples]
-        return Term(self.out, self.inp, self.par, g, x, self.classes, adjoint, lengths)
+        return Term(
+            self.out,
+            self.inp,
+            self.par,
+            g,
+            x,
+            self.classes,
+            adjoint,
+            lengths,
+        )
 
     def of(self, g: Tensor, x: Tensor | None, adjoint: Adjoint | None = None) -> Term:
         """Make a term of other tensors, in a third of the time of `dataclasses.replace`.
@@ -154,21 +165,33 @@ class Term:
         Returns:
             A term with the same letters.
         """
-        adjoint = adjoint or self.adjoint
-        return Term(self.out, self.inp, self.par, g, x, self.classes, adjoint, self.lengths)
+        return Term(
+            self.out,
+            self.inp,
+            self.par,
+            g,
+            x,
+            self.classes,
+            adjoint or self.adjoint,
+            self.lengths,
+        )
 
     @property
     def own(self) -> Adjoint | None:
         """The adjoint, if it is made for these inputs."""
-        if self.adjoint is not None and self.adjoint.x is self.x:
-            return self.adjoint
+        adjoint = self.adjoint
+        if adjoint is not None and adjoint.x is self.x:
+            return adjoint
         return None
 
     @property
     def own_gradients(self) -> Callable[[], Tensor] | None:
         """The op's own per-sample gradients, ``[N, *]``, where no other way is faster."""
         own = self.own
-        if own is None or own.gradients is None or len(self.g) > 1 or not self.g.shape[1]:
+        if own is None or own.gradients is None:
+            return None
+        one_column = len(self.g) == 1
+        if not one_column or not self.g.shape[1]:
             return None
         return partial(own.gradients, self.g[0], own.input)
 
@@ -209,11 +232,13 @@ class Term:
         samples = owners.count
         if rows == samples:
             return self
+        positions = rows // samples
 
         def split(tensor: Tensor, axis: int) -> Tensor:
             if not owners.minor:
-                return tensor.unflatten(axis, (samples, rows // samples))
-            return tensor.unflatten(axis, (rows // samples, samples)).transpose(axis, axis + 1)
+                return tensor.unflatten(axis, (samples, positions))
+            by_position = tensor.unflatten(axis, (positions, samples))
+            return by_position.transpose(axis, axis + 1)
 
         x = None if self.x is None else split(self.x, 0)
         inp = "r" + self.inp if x is not None else ""
@@ -241,8 +266,11 @@ class Term:
         unowned = owners.index < 0
         cotangents = self.g[:, unowned]
         if cotangents.numel():
-            rounding = 1e4 * torch.finfo(self.g.dtype).eps * self.g.abs().amax()
-            if bool((cotangents.abs() > rounding).any()):
+            # A cotangent that cancels is zero up to rounding of those that it was made of.
+            eps = torch.finfo(self.g.dtype).eps
+            rounding = 1e4 * eps * self.g.abs().amax()
+            beyond_rounding = cotangents.abs() > rounding
+            if bool(beyond_rounding.any()):
                 raise RuntimeError(
                     "Expected no gradient at rows that no sample depended on when the samples were "
                     "found, found one. Pass `check=True` to `curvature`: the samples are then "
@@ -250,7 +278,9 @@ class Term:
                 )
         if self.x is None or self.classes:
             return
-        if not bool(self.x[unowned].isfinite().all()):
+        # Zero times infinity is not zero: such a row would reach the sum over all samples.
+        unowned_inputs = self.x[unowned]
+        if not bool(unowned_inputs.isfinite().all()):
             raise UnsupportedError(
                 "Expected finite inputs in rows that no gradient arrives at, found others: which "
                 "sample they make undefined cannot be told. Leave samples that are not finite out "
@@ -265,9 +295,13 @@ class Term:
         self._refuse_unowned(owners)
         sizes = self.sizes()
         samples, longest = owners.table.shape
-        row_entries = self.g[:, :1].numel() + (0 if self.x is None else self.x[:1].numel())
-        padded_entries = longest * row_entries  # per sample
+        row_entries = self.g[:, :1].numel()
+        if self.x is not None:
+            row_entries += self.x[:1].numel()
+        # Both per sample.
+        padded_entries = longest * row_entries
         formed_entries = len(self.g) * math.prod(sizes[letter] for letter in self.par)
+        # One long sample among many short ones: every other one is padded to its length.
         wasteful = longest * samples > WASTE * len(owners.index)
         if wasteful and padded_entries > formed_entries and not self.classes:
             return self._formed(owners)
@@ -277,10 +311,11 @@ class Term:
         else:
             x = owners.padded(self.x, 0, no_input)
         positions = math.prod(sizes[letter] for letter in self.shared)
+        inp = "" if x is None else "r" + self.inp
         return replace(
             self,
             out="r" + self.out,
-            inp="r" + self.inp if x is not None else "",
+            inp=inp,
             g=owners.padded(self.g, 1),
             x=x,
             lengths=owners.lengths * positions,
@@ -296,10 +331,14 @@ class Term:
         for start in range(0, len(owners.index), size):
             index = owners.index[start : start + size]
             owned = (index >= 0).nonzero().squeeze(1)
-            rows = self[(owned + start).tolist()].contract(f"vn{self.par}")
-            total.index_add_(1, index[owned], rows)
-        letters = DIAGONAL[: len(shape)] if len(shape) > 1 else "d"
-        return Term(letters, "", letters, total if shape else total[..., None])
+            some_rows = self[(owned + start).tolist()]
+            by_row = some_rows.contract(f"vn{self.par}")
+            total.index_add_(1, index[owned], by_row)
+        # Formed, J has no structure left: every axis is diagonal, and a number has one of size 1.
+        if not shape:
+            return Term("d", "", "d", total[..., None])
+        letters = DIAGONAL[: len(shape)]
+        return Term(letters, "", letters, total)
 
     def canonical(self) -> Term:
         """Bring all shared positions together on one axis.
@@ -307,10 +346,12 @@ class Term:
         Returns:
             The same term with one shared letter ``s``, in front.
         """
+        # What is not shared keeps its order behind the positions.
         out = "".join(letter for letter in self.out if letter in self.par)
         g = self._positions_first(self.g, self.out, 2)
         if self.x is None:
-            return replace(self, out="s" + out, inp="", g=g)
+            out = "s" + out
+            return replace(self, out=out, inp="", g=g)
         if self.classes:
             letters = self.inp.replace("i", "")
         else:
@@ -348,10 +389,14 @@ class Term:
             return total.permute([kept.index(letter) for letter in result])
         columns = "v" if "v" in result or len(self.g) > 1 else ""
         # Where nothing is summed J is an outer product, and no product of matrices.
-        if set(result) == {*columns, "n", *self.out, *self.inp}:
-            g = _placed(self.g if columns else self.g[0], columns + "n" + self.out, result)
-            return huge_pages.multiply(g, _placed(self.x, "n" + self.inp, result))
-        if {*self.out} == {*self.inp}:  # a norm's scale: nothing to multiply out
+        every_letter = {*columns, "n", *self.out, *self.inp}
+        if set(result) == every_letter:
+            g = self.g if columns else self.g[0]
+            g = _placed(g, columns + "n" + self.out, result)
+            x = _placed(self.x, "n" + self.inp, result)
+            return huge_pages.multiply(g, x)
+        # The scale of a norm: both factors have the same axes, so that nothing is multiplied out.
+        if {*self.out} == {*self.inp}:
             product = self.g * _placed(self.x, "n" + self.inp, "vn" + self.out)
             return torch.einsum(f"vn{self.out}->{result}", product)
         return einsum(f"vn{self.out},n{self.inp}->{result}", self.g, self.x)
@@ -387,14 +432,19 @@ class Term:
         if x is None:
             kept = "".join(letter for letter in self.out if letter in self.par)
             total = torch.einsum(f"n,n{self.out}->{kept}", weights.to(g.dtype), g[0])
-            return total.permute([kept.index(letter) for letter in self.par])
+            order = [kept.index(letter) for letter in self.par]
+            return total.permute(order)
         weights = weights.to(g.dtype)
-        if (own := self.own) is not None:
-            return own.gradient(g[0] * weights.reshape(-1, *[1] * (g.ndim - 2)), own.input)
-        if (left := self._weighted_matrix(weights)) is not None:
-            g = left
+        weights_of_g = weights.reshape(-1, *[1] * (g.ndim - 2))
+        own = self.own
+        # The op's own gradient, such as that of a convolution, is faster than any contraction.
+        if own is not None:
+            return own.gradient(g[0] * weights_of_g, own.input)
+        weighted_matrix = self._weighted_matrix(weights)
+        if weighted_matrix is not None:
+            g = weighted_matrix
         elif g.numel() <= x.numel():
-            g = g * weights.reshape(-1, *[1] * (g.ndim - 2))
+            g = g * weights_of_g
         else:
             x = x * weights.reshape(-1, *[1] * (x.ndim - 1))
         return self.of(g, x).contract(self.par)
@@ -407,21 +457,28 @@ class Term:
         """
         g = self.g[0]
         sizes = self.sizes()
-        letters = "n" + self.out
+        letters = "n" + self.out  # of the axes of `g`
         rows = [letter for letter in self.out if letter in self.par]
         summed = ["n", *(letter for letter in self.out if letter not in self.par)]
         columns = math.prod(sizes[letter] for letter in self.par if letter not in self.out)
-        if {*rows} & {*self.inp} or not is_large(g, g.numel() * columns):
+        # A letter that both factors have makes many products, none of which is large.
+        one_product = not {*rows} & {*self.inp}
+        if not one_product or not is_large(g, g.numel() * columns):
             return None
         transposed = g.permute([letters.index(letter) for letter in summed + rows])
         if not transposed.is_contiguous():
             return None
         stacked = transposed.flatten(0, len(summed) - 1).flatten(1)  # [n·s, rows]
         matrix = g.new_empty(stacked.shape[::-1]).copy_(stacked.t())
-        matrix.view(len(matrix), len(weights), -1).mul_(weights[:, None])
-        shape = transposed.shape[len(summed) :] + transposed.shape[: len(summed)]
-        axes = [(rows + summed).index(letter) for letter in letters]
-        return matrix.view(shape).permute(axes)[None]
+        by_sample = matrix.view(len(matrix), len(weights), -1)  # [rows, n, s]
+        by_sample.mul_(weights[:, None])
+        # The same memory, seen with the axes of `g`.
+        summed_sizes = transposed.shape[: len(summed)]
+        row_sizes = transposed.shape[len(summed) :]
+        memory_letters = rows + summed
+        axes = [memory_letters.index(letter) for letter in letters]
+        weighted = matrix.view(row_sizes + summed_sizes).permute(axes)
+        return weighted[None]
 
     def squared_norms(self) -> Tensor:
         """Compute the squared norms of the outer products ``g ⊗ x`` where nothing is shared.
@@ -429,13 +486,18 @@ class Term:
         Returns:
             The squared norms, ``[V, N]``.
         """
-        if {*self.out} & {*self.inp}:
+        common_letters = {*self.out} & {*self.inp}
+        if common_letters:
             x_squared = None if self.x is None else squared_sizes(self.x)
-            return self.of(squared_sizes(self.g), x_squared).contract("vn")
-        norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
+            squared_factors = self.of(squared_sizes(self.g), x_squared)
+            return squared_factors.contract("vn")
+        # ‖g ⊗ x‖ = ‖g‖ ‖x‖. The norms of `g` are kept for the next parameter of the op: they must
+        # not be changed in place.
+        g_norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
         if self.x is None:
-            return norms.square()  # the norms are kept for the next parameter
-        return (norms * _norms(self.x, 1)).square_()
+            return g_norms.square()
+        x_norms = _norms(self.x, 1)
+        return (g_norms * x_norms).square_()
 
     def norms(self) -> Tensor:
         """Bound the norms of the outer products ``g ⊗ x`` where nothing is shared.
@@ -445,10 +507,11 @@ class Term:
         """
         both = [letter for letter in self.out if letter in self.inp]
         if not both:
-            norms, _ = _ROW_NORMS.of(self.g, (), partial(row_norms, self.g, 2))
+            norms_of_g, _ = _ROW_NORMS.of(self.g, (), partial(row_norms, self.g, 2))
             if self.x is None:
-                return norms
-            return product_norms(norms, row_norms(self.x, 1), self.g.dtype)
+                return norms_of_g
+            norms_of_x = row_norms(self.x, 1)
+            return product_norms(norms_of_g, norms_of_x, self.g.dtype)
         assert self.x is not None
         # Where both factors have an axis, the norm is one of products of norms along that axis.
         outputs = both + [letter for letter in self.out if letter not in both]
@@ -457,7 +520,8 @@ class Term:
         x = _placed(self.x, "n" + self.inp, "n" + "".join(inputs))
         g_norms = row_norms(g, 2 + len(both))
         x_norms = row_norms(x, 1 + len(both))
-        return row_norms(product_norms(g_norms, x_norms, self.g.dtype), 2)
+        norms = product_norms(g_norms, x_norms, self.g.dtype)
+        return row_norms(norms, 2)
 
     def squared(self, signs: Tensor | None = None) -> Term:
         """Square both factors: the result contracts to sums of squares where nothing is shared.
@@ -489,7 +553,8 @@ def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
     """``squares [V, N, *]`` times ``signs [V, N]``."""
     if signs is None:
         return squares
-    return squares * signs.reshape(*signs.shape, *[1] * (squares.ndim - 2))
+    trailing_ones = [1] * (squares.ndim - 2)
+    return squares * signs.reshape(*signs.shape, *trailing_ones)
 
 
 def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
@@ -499,12 +564,15 @@ def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
     """
     if len(g) == 1 or g[0].numel() < SMALL or g.is_complex():
         squares = signed(squared_sizes(g), signs)
-        return squares if len(g) == 1 else squares.sum(0, keepdim=True)
+        if len(g) == 1:
+            return squares
+        return squares.sum(0, keepdim=True)
     total = torch.zeros_like(g[:1])
     for number, column in enumerate(g.unbind()):
         factor = column
         if signs is not None:
-            factor = signed(column[None], signs[number : number + 1])[0]
+            sign_of_column = signs[number : number + 1]
+            factor = signed(column[None], sign_of_column)[0]
         total[0].addcmul_(column, factor)
     return total
 
@@ -519,6 +587,7 @@ def _norms(tensor: Tensor, start: int) -> Tensor:
 
 def _placed(tensor: Tensor, letters: str, result: str) -> Tensor:
     """A tensor with its axes where ``result`` has their letters, and axes of size 1 for others."""
+    size_of = dict(zip(letters, tensor.shape, strict=True))
     order = [letters.index(letter) for letter in result if letter in letters]
-    shape = [tensor.shape[letters.index(letter)] if letter in letters else 1 for letter in result]
+    shape = [size_of.get(letter, 1) for letter in result]
     return tensor.permute(order).reshape(shape)
