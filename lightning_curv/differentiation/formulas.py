@@ -24,44 +24,58 @@ def _hardsigmoid(node: Any, x: Tensor) -> Tensor:
 
 
 def _logit(node: Any, x: Tensor) -> Tensor:
-    if node._saved_eps is not None:
-        inside = (x >= node._saved_eps) & (x <= 1 - node._saved_eps)
-        x = torch.where(inside, x, 0.5 + 0 * x.detach())  # beyond, the op is constant
+    eps = node._saved_eps
+    if eps is not None:
+        inside = (x >= eps) & (x <= 1 - eps)
+        # Beyond, the op is constant; NaN stays NaN.
+        constant = 0.5 + 0 * x.detach()
+        x = torch.where(inside, x, constant)
     return x.log() - (1 - x).log()
 
 
 def _distances(node: Any, a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), node._saved_p, -1)
+    differences = a.unsqueeze(-2) - b.unsqueeze(-3)  # every row of `a` with every row of `b`
+    return torch.linalg.vector_norm(differences, node._saved_p, -1)
 
 
 def _pair_distances(node: Any, x: Tensor) -> Tensor:
     first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    return torch.linalg.vector_norm(x[first] - x[second], node._saved_p, -1)
+    differences = x[first] - x[second]
+    return torch.linalg.vector_norm(differences, node._saved_p, -1)
 
 
 def _margins(node: Any, x: Tensor) -> Tensor:
     x = x.reshape(-1, x.shape[-1])
     target = node._saved_target.reshape(-1, 1)
-    losses = (node._saved_margin - x.gather(1, target) + x).clamp(min=0).scatter(
-        1, target, 0
-    ) ** node._saved_p
+    score = x.gather(1, target)
+    margins = (node._saved_margin - score + x).clamp(min=0)
+    # The target itself is no rival.
+    losses = margins.scatter(1, target, 0) ** node._saved_p
     if node._saved_weight is not None:
         losses = losses * node._saved_weight[target]
     return _reduced(losses.sum(1) / x.shape[1], node)
 
 
 def _label_margins(node: Any, x: Tensor) -> Tensor:
-    x, target = x.reshape(-1, x.shape[-1]), node._saved_target.reshape(-1, x.shape[-1])
+    classes = x.shape[-1]
+    x = x.reshape(-1, classes)
+    target = node._saved_target.reshape(-1, classes)
     listed = (target >= 0).cumprod(1)  # what follows the first negative label does not count
     others = node._saved_is_target.reshape(x.shape) == 0
-    losses = (1 - x.gather(1, target.clamp(min=0))[:, :, None] + x[:, None]).clamp(min=0)
-    return _reduced((losses * listed[:, :, None] * others[:, None]).sum((1, 2)) / x.shape[1], node)
+    scores = x.gather(1, target.clamp(min=0))
+    # Every listed class against every other one, [rows, listed, others].
+    margins = (1 - scores[:, :, None] + x[:, None]).clamp(min=0)
+    counted = margins * listed[:, :, None] * others[:, None]
+    return _reduced(counted.sum((1, 2)) / classes, node)
 
 
 def _reduced(losses: Tensor, node: Any) -> Tensor:
+    # Torch's numbers: 0 is "none", 1 "mean", 2 "sum".
     if node._saved_reduction == 0:
         return losses.reshape(node._saved_self.shape[:-1])
-    return losses.mean() if node._saved_reduction == 1 else losses.sum()
+    if node._saved_reduction == 1:
+        return losses.mean()
+    return losses.sum()
 
 
 def _bags(node: Any, weight: Tensor | None, each: Tensor | None) -> Tensor | None:

@@ -76,16 +76,20 @@ class KFRA(GraphExtension):
             if all(_kronecker(p, term) for p, term in terms.items()):
                 # A term has the entries in the order of its op. Once through the rule every row of
                 # the averaged GGN is in that order; transposed and through it again, its columns.
-                squares = {
-                    p: _terms(passes, point, term.g[:, 0].flatten(1).mT)[p]
-                    for p, term in terms.items()
-                }
-                made = {p: self._factors(p, term) for p, term in squares.items()}
+                made = {}
+                for parameter, term in terms.items():
+                    columns = term.g[:, 0].flatten(1).mT
+                    squares = _terms(passes, point, columns)
+                    made[parameter] = self._factors(parameter, squares[parameter])
             else:
+                # No factor of its own: the GGN of the parameter from a root of the average.
                 roots = _terms(passes, point, _root(average, point.count))
-                made = {p: self._kflr.evaluate(Jacobian(p, [term])) for p, term in roots.items()}
-            if again := made.keys() & factors.keys():
-                raise _used_again(again.pop())
+                made = {}
+                for parameter, term in roots.items():
+                    made[parameter] = self._kflr.evaluate(Jacobian(parameter, [term]))
+            used_again = made.keys() & factors.keys()
+            if used_again:
+                raise _used_again(used_again.pop())
             factors |= made
         return factors
 
@@ -99,17 +103,23 @@ class KFRA(GraphExtension):
         sharing = self._kflr.weight_sharing
         # Letters that both sides of the GGN have in common.
         paired = "q" if sharing == "reduce" else "q" + term.shared
+        # Capitals are the letters of the other side.
         other = "".join(letter if letter in paired else letter.upper() for letter in term.out)
         features = "".join(letter for letter in term.out if letter in term.par and letter != "q")
         groups = "q" if "q" in term.out else ""
-        average = term.g[:, 0].reshape(2 * term.g.shape[2:])
+        both_sides = 2 * term.g.shape[2:]
+        average = term.g[:, 0].reshape(both_sides)
         equation = f"{term.out}{other}->{groups}{features}{features.upper()}"
         factor = torch.einsum(equation, average)
-        factor = factor.flatten(-len(features)).flatten(len(groups), -2).clone()
-        return [
-            factor if axis == "o" else kronecker_factor(term, axis, sharing)
-            for axis in kronecker_axes(jacobian)
-        ]
+        by_columns = factor.flatten(-len(features))
+        factor = by_columns.flatten(len(groups), -2).clone()
+        factors = []
+        for axis in kronecker_axes(jacobian):
+            if axis == "o":
+                factors.append(factor)
+            else:
+                factors.append(kronecker_factor(term, axis, sharing))
+        return factors
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,8 @@ class _Point:
             whole = [owners.join(row.expand(self.count, -1), self.shape) for row in rows]
             return torch.stack(whole)
         rest = [size for axis, size in enumerate(self.shape) if axis != owners.axis]
-        one_sample = rows.reshape(len(rows), *rest).unsqueeze(1 + owners.axis)
+        one_sample = rows.reshape(len(rows), *rest)
+        one_sample = one_sample.unsqueeze(1 + owners.axis)
         return one_sample.expand(-1, *self.shape)
 
 
@@ -166,11 +177,13 @@ def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
 def _at_output(passes: Passes, output: _Point) -> Tensor:
     """The sum over the samples of the loss' H, ``[E, E]``."""
     (part,) = passes.parts
-    roots = [
-        output.owners.split(column) for (column,) in part.columns(complete=True) if output.count
-    ]
+    roots = []
+    if output.count:
+        for (column,) in part.columns(complete=True):
+            roots.append(output.owners.split(column))
     if not roots:
         return passes.seed.new_zeros(output.entries, output.entries)
+    # The columns of all samples beside each other, [V·N, E]: their squares add up to the sum.
     return gram(torch.cat(roots).mT)
 
 
@@ -181,7 +194,8 @@ def _chain(passes: Passes) -> list[_Point]:
         raise UnsupportedError(
             f"KFRA expects one loss of one output, found losses of {len(edges)}; use `KFLR`."
         )
-    (part,), dependence = passes.parts, Dependence(passes.tape, edges)
+    (part,) = passes.parts
+    dependence = Dependence(passes.tape, edges)
     while inputs := dependence.inputs(edges[-1].node):
         if len(inputs) > 1:
             raise UnsupportedError(
@@ -189,7 +203,9 @@ def _chain(passes: Passes) -> list[_Point]:
                 f"{len(inputs)} inputs depend on parameters. Use `KFLR` or `KFAC`."
             )
         edges += inputs
-        if inputs[0].node._input_metadata[inputs[0].output_nr].dtype.is_complex:
+        (below,) = inputs
+        metadata = below.node._input_metadata[below.output_nr]
+        if metadata.dtype.is_complex:
             raise UnsupportedError(
                 f"KFRA expects real numbers, found complex ones below `{edges[-2].node.name()}`."
             )
@@ -199,10 +215,13 @@ def _chain(passes: Passes) -> list[_Point]:
             break
         points.append(_Point(edge, owners, shape_at(edge)))
     for point in points:
-        if isinstance(point.owners, RowOwners) and len({*point.owners.lengths.tolist()}) > 1:
+        if not isinstance(point.owners, RowOwners):
+            continue
+        lengths = point.owners.lengths
+        if len({*lengths.tolist()}) > 1:
             raise UnsupportedError(
                 "KFRA averages over the batch and expects equally many rows of every sample, "
-                f"found a tensor of shape {tuple(point.shape)} with {_some(point.owners.lengths)} "
+                f"found a tensor of shape {tuple(point.shape)} with {_some(lengths)} "
                 "of them. Use `KFLR` or `KFAC`."
             )
     return points
@@ -210,7 +229,9 @@ def _chain(passes: Passes) -> list[_Point]:
 
 def _some(numbers: Tensor) -> str:
     shown = ", ".join(map(str, numbers[:4].tolist()))
-    return shown if len(numbers) <= 4 else f"{shown}, ..."
+    if len(numbers) <= 4:
+        return shown
+    return f"{shown}, ..."
 
 
 def _averaged(
@@ -239,12 +260,18 @@ def _averaged(
 
     def pull_rows(rows: Tensor) -> Tensor:
         """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
-        parts = [F.pad(part, (0, 0, 0, count - len(part))) for part in rows.split(count)]
-        return torch.cat([pull(part) for part in parts])[: len(rows)]
+        pulled = []
+        for part in rows.split(count):
+            missing = count - len(part)
+            pulled.append(pull(F.pad(part, (0, 0, 0, missing))))
+        return torch.cat(pulled)[: len(rows)]
 
+    # Of its own, so that nobody's random numbers change.
     generator = torch.Generator(average.device).manual_seed(0)
     axis = _axis(output.owners)
-    same = axis is not None and axis == _axis(source.owners) and output.edge.node.name() in SAME
+    same_axis = axis is not None and axis == _axis(source.owners)
+    same = same_axis and output.edge.node.name() in SAME
+    # As many entries below as above: J may be diagonal. Random entries come out times J 1 then.
     if source.entries == output.entries and not same:
         entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
         image = pull(entries)
@@ -252,7 +279,9 @@ def _averaged(
         if torch.equal(image, entries):
             return average
         if _same(image, entries * diagonal, image.abs().amax()):
+            # diag(d) H diag(d) = (d dᵀ) ⊙ H, and the mean over the samples of d dᵀ.
             return gram(diagonal.mT).mul_(average).div_(count)
+    # H J first, then Jᵀ (H J), both by the same function as H is symmetric.
     half = pull_rows(average)
     if same:
         return pull_rows(half.mT)
@@ -261,9 +290,12 @@ def _averaged(
     mixture = average.new_empty(len(average)).uniform_(-1, 1, generator=generator)
     image = pull(torch.outer(weights, mixture @ average))
     expected = torch.outer(weights, mixture @ half)
-    if _same(image, expected, (mixture.abs() @ half.abs()).amax()):
+    magnitude = (mixture.abs() @ half.abs()).amax()
+    if _same(image, expected, magnitude):
         return pull_rows(half.mT)
-    half = torch.stack([pull(row.expand(count, -1)) for row in average], -1)  # [N, E_in, E_out]
+    # Every sample has a J of its own: as many passes as there are entries above and below.
+    of_rows = [pull(row.expand(count, -1)) for row in average]
+    half = torch.stack(of_rows, -1)  # [N, E_in, E_out]
     full = [pull(column).mean(0) for column in half.unbind(1)]
     return torch.stack(full)
 
@@ -274,7 +306,9 @@ def _axis(owners: Owners) -> int | None:
 
 def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:
     """Up to the rounding of sums of the magnitude ``scale``."""
-    return bool(((one - other).abs() <= 100 * torch.finfo(other.dtype).eps * scale).all())
+    rounding = 100 * torch.finfo(other.dtype).eps * scale
+    within = (one - other).abs() <= rounding
+    return bool(within.all())
 
 
 def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
@@ -283,12 +317,13 @@ def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
     They are equal in all samples.
     """
     node = point.edge.node
-    found = dict[Tensor, Term]()
-    for parameter, term in passes.terms(node, passes.tape.uses[node], point.spread(rows)):
-        if parameter in found:
+    use = passes.tape.uses[node]
+    terms = dict[Tensor, Term]()
+    for parameter, term in passes.terms(node, use, point.spread(rows)):
+        if parameter in terms:
             raise _used_again(parameter)
-        found[parameter] = term
-    return found
+        terms[parameter] = term
+    return terms
 
 
 def _used_again(parameter: Tensor) -> UnsupportedError:
@@ -301,6 +336,7 @@ def _used_again(parameter: Tensor) -> UnsupportedError:
 def _kronecker(parameter: Tensor, term: Term) -> bool:
     """Whether the block has Kronecker factors, and all samples have the cotangents of one."""
     samples = term.g.shape[1]
+    # A stride of zero: one sample's cotangents, seen as those of all.
     shared = samples == 1 or (samples > 1 and not term.g.stride(1))
     return shared and bool(kronecker_axes(Jacobian(parameter, [term])))
 
@@ -308,4 +344,5 @@ def _kronecker(parameter: Tensor, term: Term) -> bool:
 def _root(average: Tensor, count: int) -> Tensor:
     """Rows whose outer products, once per sample, add up to the averaged GGN."""
     values, vectors = eigh(average)
-    return (vectors * (values.clamp(min=0) / count).sqrt()).mT
+    shares = values.clamp(min=0) / count
+    return (vectors * shares.sqrt()).mT

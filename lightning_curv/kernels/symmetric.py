@@ -21,6 +21,7 @@ def gram(x: Tensor) -> Tensor:
     result = empty(x, len(x), len(x))
     for start in range(0, len(x), STRIP):
         stop = start + STRIP
+        # These rows from the diagonal on; what is left of it was a strip above.
         strip = mm(x[start:stop], x[start:].mT)
         result[start:stop, start:] = strip
         below_diagonal = strip[:, STRIP:].mT
@@ -39,9 +40,11 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(exact)
     except RuntimeError:  # torch.linalg.LinAlgError
-        scale = torch.finfo(exact.dtype).eps * exact.abs().amax((-1, -2), keepdim=True)
+        largest = exact.abs().amax((-1, -2), keepdim=True)
+        scale = torch.finfo(exact.dtype).eps * largest
         spread = torch.linspace(0, 1, exact.shape[-1], dtype=exact.dtype, device=exact.device)
-        values, vectors = torch.linalg.eigh(exact + scale * spread.diag())
+        perturbed = exact + scale * spread.diag()
+        values, vectors = torch.linalg.eigh(perturbed)
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
@@ -52,9 +55,9 @@ def root_product(
 ) -> Tensor:
     r"""The root of the positive part of symmetric matrices H times vectors, by products with H.
 
-    This is Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep the
-    squared length :math:`v^\top H v` of the root times v exactly, for positive semi-definite H, and
-    its direction up to an error that falls with the number of steps (Higham, *Functions of
+    This is Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep
+    the squared length :math:`v^\top H v` of the root times v exactly, for positive semi-definite H,
+    and its direction up to an error that falls with the number of steps (Higham, *Functions of
     Matrices*, SIAM 2008, section 13.2).
 
     Args:
@@ -62,16 +65,20 @@ def root_product(
         vector: The vectors v, ``[..., B]``.
         steps: The number of products.
     """
+    smallest = torch.finfo(vector.dtype).tiny
+    eps = torch.finfo(vector.dtype).eps
     length = vector.norm(dim=-1, keepdim=True)
-    basis = [vector / length.clamp(min=torch.finfo(vector.dtype).tiny)]
+    basis = [vector / length.clamp(min=smallest)]
     # The two bands of the tridiagonal matrix.
     diagonal = []
     beside = []
     steps = min(steps, vector.shape[-1])
     for step in range(steps):
         image = times(basis[-1])
-        diagonal.append((image * basis[-1]).sum(-1))
+        along_last = image * basis[-1]
+        diagonal.append(along_last.sum(-1))
         if step + 1 < steps:
+            # All vectors are kept: three-term recurrences lose orthogonality in a few steps.
             known = torch.stack(basis, -1)
             largest = image.norm(dim=-1)
             for _ in range(2):  # once leaves rounding errors that grow
@@ -79,9 +86,10 @@ def root_product(
                 image = image - along_known.squeeze(-1)
             left = image.norm(dim=-1)
             # Where nothing is left H maps the known vectors to each other.
-            done = left <= 100 * torch.finfo(vector.dtype).eps * largest
+            done = left <= 100 * eps * largest
             beside.append(left.masked_fill(done, 0))
-            basis.append((image / left.unsqueeze(-1)).masked_fill(done.unsqueeze(-1), 0))
+            following = image / left.unsqueeze(-1)
+            basis.append(following.masked_fill(done.unsqueeze(-1), 0))
     tridiagonal = torch.diag_embed(torch.stack(diagonal, -1))
     if beside:
         above = torch.diag_embed(torch.stack(beside, -1), 1)
@@ -90,6 +98,8 @@ def root_product(
     values, vectors = eigh(tridiagonal.masked_fill(broken[..., None, None], 0))
     # In the basis v is its length times the first unit vector.
     roots = values.clamp(min=0).sqrt()
-    in_basis = vectors @ (roots * vectors[..., 0, :]).unsqueeze(-1)
-    product = length * (torch.stack(basis, -1) @ in_basis).squeeze(-1)
+    first_row = vectors[..., 0, :]
+    in_basis = vectors @ (roots * first_row).unsqueeze(-1)
+    of_unit_vector = torch.stack(basis, -1) @ in_basis
+    product = length * of_unit_vector.squeeze(-1)
     return product.masked_fill(broken.unsqueeze(-1), torch.nan)

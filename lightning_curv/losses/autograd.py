@@ -20,7 +20,7 @@ from lightning_curv.losses.parts import LossPart, Multiplication, Signed
 from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners, RowOwners, golden
 
 LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
-STEPS = 32
+STEPS = 32  # products that a sample of a larger block takes
 MOST = 2**14  # entries of a block whose matrix is formed at all, 2 GiB
 
 
@@ -79,12 +79,14 @@ class Blocks:
     def split(self, entries: Tensor) -> Tensor:
         """``[N, E]`` to ``[N, blocks, size]``."""
         parts = entries.reshape(len(entries), self.outer, self.size, self.inner)
-        return parts.transpose(2, 3).reshape(len(entries), self.outer * self.inner, self.size)
+        entries_last = parts.transpose(2, 3)
+        return entries_last.reshape(len(entries), self.outer * self.inner, self.size)
 
     def join(self, blocks: Tensor) -> Tensor:
         """Back to ``[N, E]``."""
         parts = blocks.reshape(len(blocks), self.outer, self.inner, self.size)
-        return parts.transpose(2, 3).reshape(len(blocks), self.outer * self.size * self.inner)
+        in_order = parts.transpose(2, 3)
+        return in_order.reshape(len(blocks), self.outer * self.size * self.inner)
 
 
 @dataclass
@@ -141,7 +143,8 @@ class Quadratic(LossPart):
 
     @property
     def flat(self) -> bool:
-        return not bool(self._trial[1].any())
+        _, image = self._trial
+        return not bool(image.any())
 
     def columns(self, complete: bool) -> Iterator[list[Tensor]]:
         """The columns √λ₊ v for every eigenvector v of a sample."""
@@ -154,28 +157,36 @@ class Quadratic(LossPart):
                 stacklevel=2,
             )
         values = values.clamp(min=0)
-        return (self._column(values, vectors, block, k) for block, k in _used(values, complete))
+        used = _used(values, complete)
+        return (self._column(values, vectors, block, k) for block, k in used)
 
     def sample(self, generator: torch.Generator) -> list[Tensor]:
         """The product V √Λ₊ ε; for blocks too large to be decomposed by products with H."""
         rows, blocks = self._layout
         decomposed = "_eigen" in self.__dict__  # another quantity has needed it
         if blocks.size > LARGE and not decomposed:
-            noise = self._noise(blocks.split(rows.split(self.likes)), generator)
+            outputs = blocks.split(rows.split(self.likes))
+            noise = self._noise(outputs, generator)
             return self._joined(root_product(self._times_blocks, noise, STEPS))
         values, vectors = self._eigen
         noise = self._noise(values, generator)
-        return self._joined(_product(vectors, values.clamp(min=0).sqrt() * noise))
+        roots = values.clamp(min=0).sqrt()
+        return self._joined(_product(vectors, roots * noise))
 
     def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """Standard normal numbers ``[N, ...]``; some of the samples get what they would among all."""
-        if self._layout[0].owners is not None:
+        """Standard normal numbers, ``[N, ...]``.
+
+        Some of the samples get what they would among all.
+        """
+        rows, _ = self._layout
+        if rows.owners is not None:
             owners = self.owners[0]
         else:
             owners = None
         if not isinstance(owners, ChosenOwners):
             return torch.empty_like(like).normal_(generator=generator)
-        every = like.new_empty(owners.whole.count, *like.shape[1:]).normal_(generator=generator)
+        every = like.new_empty(owners.whole.count, *like.shape[1:])
+        every.normal_(generator=generator)
         return every[owners.chosen.to(like.device)]
 
     def multiplication(self) -> Multiplication:
@@ -187,7 +198,9 @@ class Quadratic(LossPart):
         """The columns √|λ| v for every eigenvector v of a sample, with the signs of λ."""
         values, vectors = self._eigen
         for block, k in _used(values, not fewest):
-            yield self._column(values.abs(), vectors, block, k), signs_of(values[:, block, k])
+            column = self._column(values.abs(), vectors, block, k)
+            signs = signs_of(values[:, block, k])
+            yield column, signs
 
     def _column(
         self,
@@ -198,7 +211,8 @@ class Quadratic(LossPart):
     ) -> list[Tensor]:
         """The k-th eigenvector of a block times the root of its eigenvalue, zero elsewhere."""
         column = torch.zeros_like(values)
-        column[:, block] = vectors[:, block, :, k] * values[:, block, k].sqrt().unsqueeze(1)
+        roots = values[:, block, k].sqrt()
+        column[:, block] = vectors[:, block, :, k] * roots.unsqueeze(1)
         return self._joined(column)
 
     def _joined(self, entries: Tensor) -> list[Tensor]:
@@ -261,8 +275,10 @@ class Quadratic(LossPart):
                 "last op with parameters return real and imaginary parts (`torch.view_as_real`), "
                 "or use `HMP`."
             )
-        zeros = self._rows.split(self.likes)
-        trial = zeros + 1 + golden(zeros.numel()).reshape(zeros.shape).to(zeros)
+        outputs = self._rows.split(self.likes)
+        different = golden(outputs.numel()).reshape(outputs.shape)
+        # Added to the outputs: their type, their device and numbers of their magnitude.
+        trial = outputs + 1 + different.to(outputs)
         return trial, self._times(self._rows, trial)
 
     @cached_property
@@ -312,10 +328,12 @@ class Quadratic(LossPart):
         which compares with nothing, is taken for that.
         """
         samples, count, size = blocks.split(trial).shape
-        block_weights = golden(samples * count).reshape(samples, count, 1).to(trial)
-        weights = blocks.join(block_weights.expand(samples, count, size))
-        error = self._times(rows, weights * trial) - weights * image
-        return not bool((error.abs() > tolerance).any())
+        block_weights = golden(samples * count).reshape(samples, count, 1)
+        weights = blocks.join(block_weights.to(trial).expand(samples, count, size))
+        image_of_weighted = self._times(rows, weights * trial)
+        error = image_of_weighted - weights * image
+        too_large = error.abs() > tolerance
+        return not bool(too_large.any())
 
     def _candidates(self, entries: int) -> list[Blocks]:
         """Ways in which the entries of a sample may fall into blocks, the smallest first."""
@@ -388,7 +406,9 @@ class Quadratic(LossPart):
 
         Torch drops it silently. Gradients are linear in the seed where their graph is whole.
         """
-        size = torch.stack([g.detach().double().square().sum() for g in gradients]).sum()
+        # The gradient is linear in the seed s: its product with ∂g/∂s is ‖g‖², if nothing is lost.
+        squares = [g.detach().double().square().sum() for g in gradients]
+        size = torch.stack(squares).sum()
         whole = [g for g in gradients if g.requires_grad]
 
         def size_by_graph(scale: float) -> Tensor:
@@ -404,7 +424,8 @@ class Quadratic(LossPart):
                 )
             return (share * self.seed).double().sum() / scale
 
-        first = second = 0 * size
+        first = 0 * size
+        second = first
         if whole:
             first = size_by_graph(1.0)
             second = size_by_graph(1.1)
@@ -428,7 +449,8 @@ def _positive_part(
     """The product V Λ₊ Vᵀ v, with the eigenvalues ``values`` and the eigenvectors ``basis``."""
     entries = blocks.split(rows.split(vectors)).to(basis.dtype)
     along = torch.einsum("nbek,nbe->nbk", basis, entries)
-    return rows.join(blocks.join(_product(basis, values * along)))
+    products = _product(basis, values * along)
+    return rows.join(blocks.join(products))
 
 
 def _product(basis: Tensor, along: Tensor) -> Tensor:

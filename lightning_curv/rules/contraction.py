@@ -16,9 +16,12 @@ SUMMED = "stuwabc"
 
 def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     equation, *operands = args
+    # Torch takes the operands one by one, or as a list.
     listed = len(operands) == 1 and isinstance(operands[0], (list, tuple))
-    numbered = enumerate(operands[0] if listed else operands)
-    return {"equation": equation, **{f"operands{k}": operand for k, operand in numbered}}
+    arguments = {"equation": equation}
+    for number, operand in enumerate(operands[0] if listed else operands):
+        arguments[f"operands{number}"] = operand
+    return arguments
 
 
 def _parsed(arguments: dict[str, Any]) -> tuple[list[str], str] | None:
@@ -37,7 +40,9 @@ def _parsed(arguments: dict[str, Any]) -> tuple[list[str], str] | None:
         out = "".join(sorted(once))
     # A letter twice in one operand is a diagonal of it.
     plain = all(len({*letters}) == len(letters) for letters in operands)
-    return (operands, out) if len(operands) == 2 and plain else None
+    if len(operands) != 2 or not plain:
+        return None
+    return operands, out
 
 
 def _outside_parameters(call: Call, arguments: dict[str, Any]) -> list[int]:
@@ -45,7 +50,9 @@ def _outside_parameters(call: Call, arguments: dict[str, Any]) -> list[int]:
     if parsed is None or len(call.operands) != 1:
         return [0]
     operands, out = parsed
-    par = operands[int(call.operands[0][-1])]
+    number = int(call.operands[0][-1])  # "operands0" or "operands1"
+    par = operands[number]
+    # An axis that the parameter has too cannot be that of the samples.
     return [axis for axis, letter in enumerate(out) if letter not in par]
 
 
@@ -74,12 +81,21 @@ def einsum(call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
         own = int(name[-1])
         other = 1 - own
         data = arguments[f"operands{other}"]
-        term = contraction(call, g, data, operands[other], operands[own], out)
+        term = contraction(
+            call,
+            g,
+            data,
+            inp=operands[other],
+            par=operands[own],
+            out=out,
+        )
         if term is not None:
             return {name: term}
 
+    # The fallback calls ops by the names of their arguments, which `torch.einsum` has none of.
     def einsum(equation: str, **tensors: Tensor) -> Tensor:
-        return torch.einsum(equation, *(tensors[f"operands{k}"] for k in range(len(tensors))))
+        in_order = [tensors[f"operands{k}"] for k in range(len(tensors))]
+        return torch.einsum(equation, *in_order)
 
     return fallback.per_sample(einsum, call, g, arguments)
 
@@ -105,7 +121,8 @@ def contraction(
         out: Those of the output's axes.
     """
     sample = out[call.axis]
-    if sample not in inp or {*par} - {*inp, *out}:
+    summed_alone = {*par} - {*inp, *out}
+    if sample not in inp or summed_alone:
         return None
     letters = _meanings(inp, par, out, sample)
     if letters is None:
@@ -114,7 +131,8 @@ def contraction(
     def named(axes: str) -> str:
         return "".join(letters[axis] for axis in axes if axis != sample)
 
-    return Term(named(out), named(inp), named(par), g, x.movedim(inp.index(sample), 0))
+    samples_first = x.movedim(inp.index(sample), 0)
+    return Term(named(out), named(inp), named(par), g, samples_first)
 
 
 def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | None:
@@ -122,11 +140,13 @@ def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | Non
     both = [axis for axis in par if axis in inp and axis in out]
     rows = [axis for axis in par if axis not in inp]
     columns = [axis for axis in par if axis not in out]
-    shared = [axis for axis in dict.fromkeys(inp + out) if axis not in par and axis != sample]
+    data_axes = dict.fromkeys(inp + out)
+    shared = [axis for axis in data_axes if axis not in par and axis != sample]
     # One axis beside rows or columns counts groups; without any of these the map is diagonal.
     grouped = len(both) == 1 and bool(rows + columns)
     letters = dict(zip(both, "q" if grouped else DIAGONAL, strict=False))
     letters.update(zip(shared, SUMMED, strict=False))
+    # The first of several rows or columns gets their letter, the others those of a kernel's axes.
     spare = iter("xyz")
     for first, axes in (("o", rows), ("i", columns)):
         for number, axis in enumerate(axes):
@@ -145,7 +165,9 @@ def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | Non
 def bmm(call: Call, g: Tensor, input: Tensor, mat2: Tensor) -> dict[str, Term]:
     """Y_q = X_q W_q: one matrix per expert."""
     terms = batched(call, g, input, mat2)
-    return {"mat2" if name == "other" else name: term for name, term in terms.items()}
+    if "other" in terms:
+        return {"mat2": terms["other"]}
+    return terms
 
 
 def batched(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Term]:

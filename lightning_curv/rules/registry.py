@@ -54,12 +54,16 @@ class Call:
         """
         if self.lead > 1:
             return tensor.flatten(0, self.lead - 1)
-        return tensor.movedim(self.axis, 0) if self.axis else tensor
+        if self.axis:
+            return tensor.movedim(self.axis, 0)
+        return tensor
 
 
 def repeated(tensor: Tensor, out: Tensor) -> bool:
     """Whether broadcasting repeats ``tensor`` along the leading axis of ``out``."""
-    return tensor.ndim < out.ndim or (tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0])
+    if tensor.ndim < out.ndim:  # broadcasting adds leading axes
+        return True
+    return tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0]
 
 
 def first_axis(call: Call, arguments: dict[str, Any]) -> Iterable[int]:
@@ -148,14 +152,18 @@ class Rule:
         Returns:
             Whether the argument holds a parameter.
         """
-        return name in self.slots or name.rstrip("0123456789") in self.slots
+        without_number = name.rstrip("0123456789")
+        return name in self.slots or without_number in self.slots
 
     @staticmethod
     @cache
     def inplace(function: Callable[..., Any]) -> bool:
         """Whether ``function`` overwrites its first argument."""
         name = getattr(function, "__name__", "")
-        return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        # `add_`, but not `__add__`; and `__iadd__`.
+        method = name.endswith("_") and not name.endswith("__")
+        operator = name.startswith("__i")
+        return method or operator
 
 
 def rule(

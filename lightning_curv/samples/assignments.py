@@ -28,43 +28,49 @@ def assignments(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]
     if count <= 1:
         yield [(head, BatchAxis(count)) for head in search.heads]
         return
-    told = [
-        (head, owners)
-        for head in search.heads
-        if (owners := told_by_target(head, count)) is not None
-    ]
+    told = []
+    for head in search.heads:
+        owners = told_by_target(head, count)
+        if owners is not None:
+            told.append((head, owners))
     if len(told) == len(search.heads):
         yield told
-    options = [(head, batch_axes(head.like.shape, head.axes, count)) for head in search.heads]
-    if all(found for _, found in options):
-        for i in range(max((len(found) for _, found in options), default=0)):
-            yield [(head, found[min(i, len(found) - 1)]) for head, found in options]
+    options = [batch_axes(head.like.shape, head.axes, count) for head in search.heads]
+    if all(options):
+        # The first choice of all heads, then the second of all: the heads of one loss are alike,
+        # and all combinations would be too many. A head with fewer choices stays at its last one.
+        for i in range(max(map(len, options), default=0)):
+            picked = [choices[min(i, len(choices) - 1)] for choices in options]
+            yield list(zip(search.heads, picked, strict=True))
     yield from _from_inputs(search, count)
     yield from _from_outputs(search, count)
 
 
 def _from_inputs(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]]]:
     """Rows of the heads in any order, as the network's inputs tell."""
-    sources = [
-        (Head(GradientEdge(node_of(node), use.output_nr), _like(search, use)), anchor)
-        for node, use in search.uses.items()
-        if (anchor := anchor_of(search, node, use, count))
-    ]
-    sources += [
-        (Head(op.edge, op.like), owners)
-        for op in search.tape.mapped
-        if (owners := told_by_map(search, op, count)) is not None
-    ]
+    sources: list[tuple[Head, Owners]] = []
+    for node, use in search.uses.items():
+        anchor = anchor_of(search, node, use, count)
+        if anchor:
+            edge = GradientEdge(node_of(node), use.output_nr)
+            sources.append((Head(edge, _like(search, use)), anchor))
+    for op in search.tape.mapped:
+        told = told_by_map(search, op, count)
+        if told is not None:
+            sources.append((Head(op.edge, op.like), told))
+    # A head that is a number has no rows whose owners could be asked for.
     heads = [head for head in search.heads if head.like.ndim]
     if not sources or len(heads) < len(search.heads):
         return
-    found = forward_owners(search.passes, heads, sources, count)
-    if found is not None and all(map(agrees_with_target, heads, found)):
-        yield list(zip(heads, found, strict=True))
+    owners = forward_owners(search.passes, heads, sources, count)
+    if owners is not None and all(map(agrees_with_target, heads, owners)):
+        yield list(zip(heads, owners, strict=True))
 
 
 def _like(search: Search, use: Use) -> Tensor:
-    return torch.zeros((), dtype=use.dtype, device=search.passes.loss.device).expand(use.shape)
+    """A tensor like the output of a use, of the memory of one number."""
+    zero = torch.zeros((), dtype=use.dtype, device=search.passes.loss.device)
+    return zero.expand(use.shape)
 
 
 def _from_outputs(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]]]:
@@ -75,14 +81,14 @@ def _from_outputs(search: Search, count: int) -> Iterator[list[tuple[Head, Owner
     Heads that are inputs of known loss functions stay, if that does not agree all that have N
     rows.
     """
-    rows = [
-        head
-        for head in search.heads
-        if head.like.ndim and batch_axes(head.like.shape, head.axes, count)
-    ]
+    rows = []
+    for head in search.heads:
+        if head.like.ndim and batch_axes(head.like.shape, head.axes, count):
+            rows.append(head)
     calls = [head for head in rows if head.call is not None]
-    for kept in [calls, rows] if len(calls) < len(rows) < len(search.heads) else [calls]:
-        yield from _beside(search, kept, count)
+    yield from _beside(search, calls, count)
+    if len(calls) < len(rows) < len(search.heads):
+        yield from _beside(search, rows, count)
 
 
 def _beside(
@@ -94,13 +100,15 @@ def _beside(
     unknown = [head for head in search.heads if head not in kept]
     if not unknown:
         return
-    below = [head for head in frontier(search.tape, unknown, search.passes.loss) if head.like.ndim]
+    frontier_heads = frontier(search.tape, unknown, search.passes.loss)
+    below = [head for head in frontier_heads if head.like.ndim]
     options = [batch_axes(head.like.shape, _axes_of(search, head), count) for head in below]
     calls = [batch_axes(head.like.shape, head.axes, count) for head in kept]
+    # Something has no axis of N rows: no assignment of this kind.
     if not below or not all(options) or not all(calls):
         return
     for i in range(max(map(len, options))):
-        picked = [found[min(i, len(found) - 1)] for found in options]
+        picked = [choices[min(i, len(choices) - 1)] for choices in options]
         outputs: list[tuple[Head, Owners]] = list(zip(below, picked, strict=True))
         try:
             apart = separable(search.passes, unknown, outputs)
@@ -108,10 +116,8 @@ def _beside(
             search.reason = f"in the loss, which cannot be looked into: {error}"
             return
         if apart:
-            yield [
-                *((head, found[0]) for head, found in zip(kept, calls, strict=True)),
-                *outputs,
-            ]
+            likeliest = [choices[0] for choices in calls]
+            yield [*zip(kept, likeliest, strict=True), *outputs]
         else:
             search.reason = "in the loss, above the outputs of the network"
 

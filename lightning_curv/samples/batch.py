@@ -41,33 +41,36 @@ class Batch:
         numbers. Where the tensors of the batch are not known, any other does too, unless a module
         holds it; but a number, or a row that is no piece of a batch, is shared.
         """
-        rows = Counter(root.shape for root in roots.tensors if root.ndim and len(root) == 1)
-        listed = (
-            self.tensors is None and max(rows.values(), default=0) > 1
-        )  # the batch came as a list of rows
-        return (
-            roots.data
-            or listed
-            or self._gave(roots)
-            or any(self._is_data(root) for root in roots.tensors)
-        )
+        if roots.data or self._gave(roots):
+            return True
+        single_rows = [root.shape for root in roots.tensors if root.ndim and len(root) == 1]
+        most_alike = max(Counter(single_rows).values(), default=0)
+        # Several rows of one shape: the batch came as a list of its samples.
+        if self.tensors is None and most_alike > 1:
+            return True
+        return any(self._is_data(root) for root in roots.tensors)
 
     def _is_data(self, root: Root) -> bool:
+        """Whether a tensor from outside has the samples on an axis."""
         whole = root.whole or root
         sizes = {len(whole), len(root)} if root.ndim else set()
         if root.ndim > 1 and len(root) == 1:
             sizes.add(root.shape[1])  # the batch may be second
+        # A number, or one row: the same for all samples.
         if max(sizes, default=0) <= 1:
             return False
-        rows = self.likely in sizes and self.likely > 1
-        if not rows and (root.made or len(whole) == 1):
+        has_batch_size = self.likely in sizes and self.likely > 1
+        if not has_batch_size and (root.made or len(whole) == 1):
             return False
+        # All tensors of the batch are known, and this is none: it was made of Python's numbers, or
+        # it is a constant.
         if self.tensors is not None:
             return root.made
         return not self._is_held(whole, self.likely)
 
     def _is_held(self, root: Root, count: int) -> bool:
-        return HOLDERS.hold(root, count, () if self.tape is None else self.tape.all_parameters)
+        parameters = () if self.tape is None else self.tape.all_parameters
+        return HOLDERS.hold(root, count, parameters)
 
     @cached_property
     def likely(self) -> int:
@@ -89,7 +92,8 @@ class Batch:
     def read_by(self, tape: Tape) -> Batch:
         """This batch; or only its size, if the graph reads none of its tensors."""
         read = [roots for use in tape.uses.values() for roots in use.roots.values()]
-        read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
+        read += [call.roots for call in tape.losses.values()]
+        read += [op.roots for op in tape.mapped]
         read += tape.read.values()
         if self.tensors is None or any(map(self._gave, read)):
             return self
@@ -113,65 +117,77 @@ class Batch:
         """
         if self.size is not None:
             return [self.size]
-        roots = _whole(_read(tape))
-        found = _whole(
-            [root for call in tape.losses.values() for root in call.roots.tensors if root.ndim]
-        )
-        if len({len(root) for root in found}) > 1:
-            found = [root for root in found if not self._is_held(root, 0)] or found
-        targets = [len(root) for root in found]
-        both = [len(root) for root in roots if len(root) in targets]
-        if not both:  # beside what ops with trainable parameters read
-            beside = [root for found in tape.read.values() for root in found.tensors if root.ndim]
-            both = [len(root) for root in _whole(beside) if len(root) in targets]
-        if not both and len({len(root) for root in roots if len(root) > 1}) > 1:
-            roots = [root for root in roots if not self._is_held(root, 0)] or roots
-        read = [len(root) for root in roots]
-        known = [size for size in both if size > 1] or both or targets or read
+        inputs = _whole(_read(tape))
+        target_roots = _whole(_read_by_losses(tape))
+        # Targets of several lengths: weights of classes may be among them, which modules hold.
+        if len({len(root) for root in target_roots}) > 1:
+            target_roots = self._without_held(target_roots)
+        targets = [len(root) for root in target_roots]
+        agreed = [len(root) for root in inputs if len(root) in targets]
+        if not agreed:  # what ops without trainable parameters read
+            beside = [root for roots in tape.read.values() for root in roots.tensors if root.ndim]
+            agreed = [len(root) for root in _whole(beside) if len(root) in targets]
+        several_lengths = len({len(root) for root in inputs if len(root) > 1}) > 1
+        if not agreed and several_lengths:
+            inputs = self._without_held(inputs)
+        read = [len(root) for root in inputs]
+        known = [size for size in agreed if size > 1] or agreed or targets or read
+        loss_shapes = [call.arguments["input"].shape for call in tape.losses.values()]
         if not known:  # nothing comes from outside: rows of the loss, or of the outputs
-            heads = [call.arguments["input"].shape for call in tape.losses.values()]
             outputs = [use.shape for use in tape.uses.values() if use.operands and sample_axes(use)]
-            known = [int(shape[0]) for shape in [*heads, *outputs] if shape] or [1]
-        shapes = {
-            size for root in roots for size in root.shape[1:]
-        }  # the batch may be second in what is read
-        second = [
-            int(shape[0])
-            for call in tape.losses.values()
-            if (shape := call.arguments["input"].shape)
-        ]
-        swapped = [size for size in second if size in shapes and size > 1]
+            known = [int(shape[0]) for shape in [*loss_shapes, *outputs] if shape] or [1]
+        # The batch may be second in what is read, but first in what the loss gets.
+        behind_first = {size for root in inputs for size in root.shape[1:]}
+        rows_of_losses = [int(shape[0]) for shape in loss_shapes if shape]
+        swapped = [size for size in rows_of_losses if size in behind_first and size > 1]
         others = [size for size in [*known, *targets] if size > 1]
+        # Every size costs a search: the fifth would be a guess too many.
         sizes = list(dict.fromkeys([*known[:1], *swapped, *others]))[:4]
         if self.expected is None:
             return sizes
-        piece = any(
+        # The graph reads a piece of a tensor of the expected size: the batch is that piece.
+        is_piece = any(
             root.whole is not None and len(root.whole) == self.expected != len(root)
-            for root in roots
+            for root in inputs
         )
-        return list(dict.fromkeys([*sizes, self.expected] if piece else [self.expected, *sizes]))
+        in_order = [*sizes, self.expected] if is_piece else [self.expected, *sizes]
+        return list(dict.fromkeys(in_order))
+
+    def _without_held(self, roots: list[Root]) -> list[Root]:
+        """Those that no module holds; all, if modules hold all."""
+        return [root for root in roots if not self._is_held(root, 0)] or roots
 
 
 def _whole(roots: Sequence[Root]) -> list[Root]:
     """Take several pieces of one tensor for that tensor: the batch was cut, not drawn."""
     pieces = Counter(root.whole for root in dict.fromkeys(roots))
-    return [
-        root.whole if root.whole is not None and pieces[root.whole] > 1 else root for root in roots
-    ]
+    wholes = []
+    for root in roots:
+        if root.whole is not None and pieces[root.whole] > 1:
+            wholes.append(root.whole)
+        else:
+            wholes.append(root)
+    return wholes
 
 
 def _read(tape: Tape) -> list[Root]:
     """What the network reads from outside, in the order in which it is read."""
-    reading = [
-        (
-            node_of(node)._sequence_nr(),
-            [found for name, found in use.roots.items() if name not in use.operands],
-        )
-        for node, use in tape.uses.items()
-    ]
-    reading += [(op.edge.node._sequence_nr(), [op.roots]) for op in tape.mapped]
-    ordered = sorted(reading, key=lambda pair: pair[0])
-    return [root for _, read in ordered for found in read for root in found.tensors if root.ndim]
+    reading = []
+    for node, use in tape.uses.items():
+        # Operands are parameters: what they are computed from is no input of the network.
+        inputs = [roots for name, roots in use.roots.items() if name not in use.operands]
+        reading.append((node_of(node)._sequence_nr(), inputs))
+    for op in tape.mapped:
+        reading.append((op.edge.node._sequence_nr(), [op.roots]))
+    # Autograd numbers nodes in the order of the forward pass.
+    reading.sort(key=lambda pair: pair[0])
+    in_order = [roots for _, inputs in reading for roots in inputs]
+    return [root for roots in in_order for root in roots.tensors if root.ndim]
+
+
+def _read_by_losses(tape: Tape) -> list[Root]:
+    """What loss functions read from outside: targets, and weights."""
+    return [root for call in tape.losses.values() for root in call.roots.tensors if root.ndim]
 
 
 def sample_axes(use: Use) -> list[int]:

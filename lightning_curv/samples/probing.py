@@ -60,13 +60,12 @@ class Place:
         """Any axis, or any axes together, may carry the samples."""
         shape = shape_at(edge)
         axes = range(len(shape))
-        rows = [(axis,) for axis in axes] + [tuple(range(k)) for k in range(2, len(shape) + 1)]
-        return cls(
-            edge,
-            shape,
-            batch_axes(shape, axes, count) or ([] if shape else [BatchAxis(count)]),
-            rows,
-        )
+        single = [(axis,) for axis in axes]
+        leading = [tuple(range(k)) for k in range(2, len(shape) + 1)]
+        choices = batch_axes(shape, axes, count)
+        if not shape:  # a number is a row of its own, of whichever sample
+            choices = [BatchAxis(count)]
+        return cls(edge, shape, choices, single + leading)
 
 
 @dataclass(frozen=True)
@@ -125,13 +124,12 @@ class Probe:
         first = self._pass(edges, None)
         second = self._pass(edges, values)
         exact = Tolerance.exact(self.passes.tape.eps)
-        found = [
-            self._cheap(place, plain, weighted, values, exact)
-            for place, plain, weighted in zip(places, first, second, strict=True)
-        ]
-        if any(finding.mixed for finding in found):
-            self._look_closer(places, first, second, values, found)
-        return self._settled(places, found)
+        findings = []
+        for place, plain, weighted in zip(places, first, second, strict=True):
+            findings.append(self._cheap(place, plain, weighted, values, exact))
+        if any(finding.mixed for finding in findings):
+            self._look_closer(places, first, second, values, findings)
+        return self._settled(places, findings)
 
     def _look_closer(
         self,
@@ -139,47 +137,49 @@ class Probe:
         first: Cotangents,
         second: Cotangents,
         values: Tensor,
-        found: list[Finding],
+        findings: list[Finding],
     ) -> None:
-        """Look where no axis agrees to the last digits for rows in any order, and for rounding errors."""
+        """Look where no axis agrees to the last digits for rows in any order and rounding errors."""
         edges = [place.edge for place in places]
         eps = self.passes.tape.eps
         allowed = [Tolerance.exact(eps)]
-        # what cancels between samples leaves rounding errors, which are not multiplied by weights
+        # What cancels between samples leaves rounding errors, which are not multiplied by weights.
         if not self.strict:
             rounded = Tolerance.rounded(eps, largest_entry(first))
             allowed = [replace(allowed[0], noise=rounded.noise), rounded]
         columns: list[Cotangents] | None = None
         for attempt, tolerance in enumerate(allowed):
             for i, place in enumerate(places):
-                if attempt and found[i].mixed:
-                    found[i] = self._cheap(place, first[i], second[i], values, tolerance)
-            unknown = [i for i, finding in enumerate(found) if finding.mixed and places[i].rows]
+                if attempt and findings[i].mixed:
+                    findings[i] = self._cheap(place, first[i], second[i], values, tolerance)
+            mixed = [i for i, finding in enumerate(findings) if finding.mixed]
+            unknown = [i for i in mixed if places[i].rows]
+            # A pass per digit, for all places together, and only where some place needs it.
             if unknown and columns is None:
                 columns = [self._pass(edges, weights) for weights in self._code.values(self.count)]
             for i in unknown:
-                found[i] = self._rows(
-                    places[i],
-                    first[i],
-                    [column[i] for column in columns or ()],
-                    tolerance,
-                )
+                spelled = [column[i] for column in columns or ()]
+                findings[i] = self._rows(places[i], first[i], spelled, tolerance)
 
-    def _settled(self, places: Sequence[Place], found: list[Finding]) -> list[Finding]:
+    def _settled(self, places: Sequence[Place], findings: list[Finding]) -> list[Finding]:
         """Where rows of zeros leave a choice, the owners of as many rows elsewhere."""
         sure: dict[int, set[BatchAxis]] = {}
-        for place, finding in zip(places, found, strict=True):
-            if (
-                isinstance(finding.owners, BatchAxis)
-                and not finding.options
-                and place.shape
-                and finding.reached
-            ):
-                sure.setdefault(place.shape[finding.owners.axis], set()).add(finding.owners)
-        for i, (place, finding) in enumerate(zip(places, found, strict=True)):
-            same = [o for o in finding.options if o in sure.get(place.shape[o.axis], ())]
-            found[i] = Finding(same[0]) if len(same) == 1 else finding
-        return found
+        for place, finding in zip(places, findings, strict=True):
+            owners = finding.owners
+            if not isinstance(owners, BatchAxis) or finding.options:
+                continue
+            if place.shape and finding.reached:
+                rows = place.shape[owners.axis]
+                sure.setdefault(rows, set()).add(owners)
+        settled = []
+        for place, finding in zip(places, findings, strict=True):
+            elsewhere = []
+            for option in finding.options:
+                rows = place.shape[option.axis]
+                if option in sure.get(rows, ()):
+                    elsewhere.append(option)
+            settled.append(Finding(elsewhere[0]) if len(elsewhere) == 1 else finding)
+        return settled
 
     @property
     def _code(self) -> Code:
@@ -191,11 +191,12 @@ class Probe:
             return ()
         seeds = self._ones
         if values is not None:
-            seeds = [
-                one * owners.weights(one, values)
-                for one, (_, owners) in zip(seeds, self.heads, strict=True)
-            ]
-        return self.passes.backward([head.edge for head, _ in self.heads], edges, seeds)
+            weighted = []
+            for one, (_, owners) in zip(seeds, self.heads, strict=True):
+                weighted.append(one * owners.weights(one, values))
+            seeds = weighted
+        tops = [head.edge for head, _ in self.heads]
+        return self.passes.backward(tops, edges, seeds)
 
     def _cheap(
         self,
@@ -205,6 +206,7 @@ class Probe:
         values: Tensor,
         tolerance: Tolerance,
     ) -> Finding:
+        """Which axes agree with two passes."""
         if first is None or second is None:
             return Finding(_trivial(place, self.count), reached=False, silent=True)
         first = first.reshape(place.shape)
@@ -214,21 +216,24 @@ class Probe:
             self.conclusive = False
             options = place.axes if len(place.axes) > 1 else ()
             return Finding(_trivial(place, self.count), options=options, silent=True)
+        # A finite sum is one read; only an infinite one has to be looked into.
         finite = bool(first.sum().isfinite()) or bool(first.isfinite().all())
         if not finite:
             self.conclusive = False
         # Weights are powers of two: where kernels add up in the same order, as they mostly do, they
         # are there to the last digit, and two reads of the memory tell.
-        agreeing = [
-            axis
-            for axis in (place.axes if finite and not zero else ())
-            if torch.equal(first * axis.weights(first, values), second)
-        ]
-        agreeing = agreeing or consistent(first, second, tolerance, place.axes, values)
+        agreeing = []
+        if finite and not zero:
+            for axis in place.axes:
+                if torch.equal(first * axis.weights(first, values), second):
+                    agreeing.append(axis)
+        if not agreeing:
+            agreeing = consistent(first, second, tolerance, place.axes, values)
         if not agreeing:
             return Finding(None)
         self.told_of_all = self.told_of_all and _reaches_all(agreeing[0], first)
-        return Finding(agreeing[0], options=agreeing if len(agreeing) > 1 else ())
+        options = agreeing if len(agreeing) > 1 else ()
+        return Finding(agreeing[0], options=options)
 
     def _rows(
         self,
@@ -240,13 +245,14 @@ class Probe:
         """Owners of rows in any order, by weights that spell the number of the sample."""
         assert first is not None
         plain = first.reshape(place.shape)
-        columns = [
-            torch.zeros_like(plain) if g is None else g.reshape(place.shape) for g in spelled
-        ]
-        options = (
-            self._code.read(plain, columns, axes, self.count, tolerance) for axes in place.rows
-        )
-        return Finding(next((rows for rows in options if rows is not None), None))
+        columns = []
+        for g in spelled:
+            columns.append(torch.zeros_like(plain) if g is None else g.reshape(place.shape))
+        for axes in place.rows:
+            owners = self._code.read(plain, columns, axes, self.count, tolerance)
+            if owners is not None:
+                return Finding(owners)
+        return Finding(None)
 
 
 def _reaches_all(owners: BatchAxis, cotangent: Tensor) -> bool:
@@ -269,7 +275,8 @@ def base_of(eps: float) -> int:
 
 def spread(count: int, eps: float) -> Tensor:
     """Powers of two, ``[N]``: neighbours have different ones, and equal ones are far apart."""
-    return 2.0 ** ((golden(count) - 1) * base_of(eps)).floor()
+    exponents = ((golden(count) - 1) * base_of(eps)).floor()
+    return 2.0**exponents
 
 
 @dataclass(frozen=True)
@@ -289,14 +296,18 @@ class Tolerance:
     @classmethod
     def exact(cls, eps: float) -> Tolerance:
         """Bound the effect of another order of additions, and the last digits of tiny numbers."""
+        # The smallest numbers of float16, and of float32, which bfloat16 has too.
         tiny = 2.0**-24 if FINE < eps < 2e-3 else 2.0**-149
-        return cls(16 * 2.0**-23 if eps < FINE else 2 * eps, 64 * tiny)
+        relative = 16 * 2.0**-23 if eps < FINE else 2 * eps
+        return cls(relative, absolute=64 * tiny)
 
     @classmethod
     def rounded(cls, eps: float, scale: float) -> Tolerance:
         """Whatever rounding may do to numbers that were as large as ``scale``."""
         noise = 8 * eps * scale
-        return cls(eps * (1e3 if eps < 1e-6 else 32), noise, noise)
+        # Coarse types have few digits to spare: a thousand roundings would allow anything.
+        roundings = 1e3 if eps < 1e-6 else 32
+        return cls(eps * roundings, absolute=noise, noise=noise)
 
 
 @dataclass(frozen=True)
@@ -318,14 +329,17 @@ class Code:
     def of(cls, count: int, eps: float) -> Code:
         """The code for N samples in types of number that round by ``eps``."""
         base = max(2, min(count, base_of(eps)))
-        return cls(base, max(1, math.ceil(math.log(max(2, count), base) - 1e-9)))
+        # Less a little: the logarithm of a power of the base may be rounded up.
+        exponent = math.log(max(2, count), base) - 1e-9
+        return cls(base, max(1, math.ceil(exponent)))
 
     def values(self, count: int) -> list[Tensor]:
         """The weights of the samples in every pass."""
         number = torch.arange(count)
         spelled = [number // self.base**k % self.base for k in range(self.digits)]
         check = (self.base - 1 - spelled[0] + sum(spelled[1:])) % self.base
-        return [2.0 ** digit.double() for digit in [*spelled, check]]
+        digits = [*spelled, check]
+        return [2.0 ** digit.double() for digit in digits]
 
     def read(
         self,
@@ -340,54 +354,59 @@ class Code:
         Rows of rounding errors have none or any: what arrives there is nothing, whatever is
         backpropagated.
         """
-        rest = RowOwners(count, torch.zeros(0, dtype=torch.long), axes)
-        if plain.ndim > len(axes):
-            a = rest.rows(plain).flatten(1)
-        else:
-            a = rest.rows(plain)[:, None]
-        if not bool(a.isfinite().all()):
+        plain_rows = _rows_of(plain, axes)
+        if not bool(plain_rows.isfinite().all()):
             return None
-        wide = a.double() if a.device.type != "mps" else a.float()
+        # MPS has no float64.
+        wide = plain_rows.float() if plain_rows.device.type == "mps" else plain_rows.double()
         if wide.shape[1]:
             largest = wide.abs().amax(1)
         else:
             largest = wide.new_zeros(len(wide))
-        normal = (
-            wide / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
-        )  # the largest entry is 1
+        smallest = torch.finfo(wide.dtype).tiny
+        scale = largest.clamp(min=smallest)
+        normal = wide / scale[:, None]  # the largest entry is 1
         norms = normal.square().sum(1)
         owned = largest > tolerance.absolute
         digits = []
         for column in columns:
-            if column.ndim > len(axes):
-                b = rest.rows(column).flatten(1)
-            else:
-                b = rest.rows(column)[:, None]
-            b = b.to(wide.dtype) / largest.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
-            ratio = (normal * b).sum(1) / norms.clamp(min=torch.finfo(wide.dtype).tiny)
-            digit = (
-                ratio.clamp(min=1).log2().round().nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
-            )
+            weighted = _rows_of(column, axes).to(wide.dtype) / scale[:, None]
+            # The weight of a row by least squares, rounded to a power of two.
+            ratio = (normal * weighted).sum(1) / norms.clamp(min=smallest)
+            exponent = ratio.clamp(min=1).log2().round()
+            digit = exponent.nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
             weights = 2.0**digit
             if wide.shape[1]:
-                error = (b / weights[:, None] - normal).abs().amax(1)
+                error = (weighted / weights[:, None] - normal).abs().amax(1)
             else:
                 error = norms
-            allowed = tolerance.relative + tolerance.absolute / largest.clamp(
-                min=torch.finfo(wide.dtype).tiny
-            )
-            if bool((~(error <= allowed) & owned).any()):
+            allowed = tolerance.relative + tolerance.absolute / scale
+            # Negated, so that NaN is an error.
+            wrong = ~(error <= allowed) & owned
+            if bool(wrong.any()):
                 return None
             digits.append(digit.long())
         number = sum(digit * self.base**k for k, digit in enumerate(digits[:-1]))
         assert isinstance(number, Tensor)
         check = (self.base - 1 - digits[0] + sum(digits[1:-1])) % self.base
-        if bool((((number >= count) | (check != digits[-1])) & owned).any()):
+        # Samples that share a row mix their weights: what that spells is hardly ever a sample.
+        misspelled = (number >= count) | (check != digits[-1])
+        if bool((misspelled & owned).any()):
             return None
-        # where all rows are rounding errors, which of them are zero is chance, and other passes
-        # will differ
+        # Where all rows are rounding errors, which of them are zero is chance, and other passes
+        # will differ.
         unowned = (largest == 0) & (largest > tolerance.noise).any()
-        return RowOwners(count, number.clamp(max=count - 1).masked_fill(unowned, -1), axes)
+        index = number.clamp(max=count - 1).masked_fill(unowned, -1)
+        return RowOwners(count, index, axes)
+
+
+def _rows_of(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The rows of a tensor whose rows are made up by some axes, ``[R, E]``."""
+    no_index = torch.zeros(0, dtype=torch.long)
+    rows = RowOwners(0, no_index, axes).rows(tensor)
+    if tensor.ndim > len(axes):
+        return rows.flatten(1)
+    return rows[:, None]
 
 
 def consistent(
@@ -416,7 +435,8 @@ def consistent(
     magnitudes = first.abs()
 
     def deviation(axis: BatchAxis) -> Tensor:
-        return (second / axis.weights(first, values)).masked_fill_(unknown, 0).sub_(first)
+        unweighted = second / axis.weights(first, values)
+        return unweighted.masked_fill_(unknown, 0).sub_(first)
 
     def allowed(axis: BatchAxis) -> Tensor:
         """Of every row: one of large numbers must not hide what happens in the others."""
@@ -427,13 +447,15 @@ def consistent(
             largest = magnitudes
         return tolerance.relative * largest + tolerance.absolute
 
-    norms = {
-        c: float(d.norm()) for c in choices if bool(((d := deviation(c)).abs() <= allowed(c)).all())
-    }
+    norms: dict[BatchAxis, float] = {}
+    for choice in choices:
+        difference = deviation(choice)
+        within = difference.abs() <= allowed(choice)
+        if bool(within.all()):
+            norms[choice] = float(difference.norm())
     # Where the rounding is coarse, more than one may agree, but the right one by far the best.
-    most = 8 * min(norms.values(), default=0.0) + 4 * torch.finfo(first.dtype).eps * float(
-        first.norm()
-    )
+    rounding = 4 * torch.finfo(first.dtype).eps * float(first.norm())
+    most = 8 * min(norms.values(), default=0.0) + rounding
     return [choice for choice, norm in norms.items() if norm <= most]
 
 
@@ -446,26 +468,22 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
     if not edges:
         return {}
     samples = passes.samples
-    heads = [
-        (Head(edge, like), owners)
-        for part in passes.parts
-        for edge, like, owners in zip(part.edges, part.likes, part.owners, strict=True)
-    ]
+    heads = []
+    for part in passes.parts:
+        for edge, like, owners in zip(part.edges, part.likes, part.owners, strict=True):
+            heads.append((Head(edge, like), owners))
     places = [Place.anywhere(edge, samples.count) for edge in edges]
-    found: dict[GradientEdge, Owners | None] = {}
-    for place, finding in zip(
-        places,
-        Probe(passes, heads, samples.count).findings(places),
-        strict=True,
-    ):
+    findings = Probe(passes, heads, samples.count).findings(places)
+    owners_of_edges: dict[GradientEdge, Owners | None] = {}
+    for place, finding in zip(places, findings, strict=True):
         if finding.mixed:
             raise UnsupportedError(
                 f"Expected rows of {samples.count} samples in a tensor of shape "
                 f"{tuple(place.shape)}, found rows that belong to several of them: an op mixes "
                 "samples."
             )
-        found[place.edge] = finding.owners if finding.reached else None
-    return found
+        owners_of_edges[place.edge] = finding.owners if finding.reached else None
+    return owners_of_edges
 
 
 def forward_owners(
@@ -504,10 +522,11 @@ def forward_owners(
             )
             if by_entry and all(g is None for g in pulled):
                 return [_nobodys(head, count) for head in heads]
-            reached = [
-                (g, *source) for g, source in zip(pulled, sources, strict=True) if g is not None
-            ]
-            reached = [(g, source, owners) for g, source, owners in reached if g.requires_grad]
+            # A gradient without a graph is the same for all seeds: the heads do not depend on it.
+            reached = []
+            for g, (source, owners) in zip(pulled, sources, strict=True):
+                if g is not None and g.requires_grad:
+                    reached.append((g, source, owners))
             if not reached:
                 return None
             directions = [_generic(g.detach()) for g, *_ in reached]
@@ -515,12 +534,11 @@ def forward_owners(
             def derivative(values: Tensor | None) -> Cotangents:
                 vectors = directions
                 if values is not None:
-                    vectors = [
-                        (
-                            v.reshape(source.like.shape) * owners.weights(source.like, values)
-                        ).reshape(v.shape)
-                        for v, (_, source, owners) in zip(directions, reached, strict=True)
-                    ]
+                    vectors = []
+                    for direction, (_, source, owners) in zip(directions, reached, strict=True):
+                        weights = owners.weights(source.like, values)
+                        weighted = direction.reshape(source.like.shape) * weights
+                        vectors.append(weighted.reshape(direction.shape))
                 return torch.autograd.grad(
                     [g for g, *_ in reached],
                     seeds,
@@ -536,37 +554,43 @@ def forward_owners(
         except RuntimeError:
             return None
     tolerances = [Tolerance.exact(eps), Tolerance.rounded(eps, largest_entry(plain))]
-    found = []
+    owners_of_heads = []
     for i, head in enumerate(heads):
         shape = head.like.shape
         if by_entry and not head.like.ndim:
             shape = torch.Size([1])
         if not shape or (plain[i] is None and not by_entry):
             return None
-        first, *others = (
-            torch.zeros(shape, dtype=head.like.dtype, device=head.like.device)
-            if g is None
-            else g.reshape(shape)
-            for g in (plain[i], *(column[i] for column in columns))
-        )
+        of_head = []
+        for cotangent in (plain[i], *(column[i] for column in columns)):
+            if cotangent is None:
+                of_head.append(torch.zeros(shape, dtype=head.like.dtype, device=head.like.device))
+            else:
+                of_head.append(cotangent.reshape(shape))
+        first, *others = of_head
         axes = tuple(range(len(shape))) if by_entry else (0,)
+        # To the last digits if possible: the coarser tolerance takes rounding errors for owners.
         options = (code.read(first, others, axes, count, tolerance) for tolerance in tolerances)
         rows = next((rows for rows in options if rows is not None), None)
-        if rows is None or (not by_entry and bool((rows.index < 0).any())):
+        if rows is None:
             return None
-        found.append(rows)
-    return found
+        if not by_entry and bool((rows.index < 0).any()):
+            return None
+        owners_of_heads.append(rows)
+    return owners_of_heads
 
 
 def _nobodys(head: Head, count: int) -> RowOwners:
     """The owners of entries that depend on no sample."""
     shape = head.like.shape or torch.Size((1,))
-    return RowOwners(count, torch.full((shape.numel(),), -1), tuple(range(len(shape))))
+    nobody = torch.full((shape.numel(),), -1)
+    return RowOwners(count, nobody, tuple(range(len(shape))))
 
 
 def _generic(like: Tensor) -> Tensor:
     """Numbers that no structure annihilates."""
-    return torch.linspace(1, 2, like.numel(), device=like.device).to(like.dtype).reshape(like.shape)
+    numbers = torch.linspace(1, 2, like.numel(), device=like.device)
+    return numbers.to(like.dtype).reshape(like.shape)
 
 
 def _trivial(place: Place, count: int) -> Owners:
@@ -575,8 +599,9 @@ def _trivial(place: Place, count: int) -> Owners:
         return place.axes[0]
     if count <= 1:
         return BatchAxis(count, 0)
-    rows = math.prod(place.shape[axis] for axis in (place.rows[0] if place.rows else ()))
-    axes = place.rows[0] if place.rows else ()
-    if axes:
-        return RowOwners(count, torch.full((rows,), -1), axes)
-    return BatchAxis(count)
+    if not place.rows or not place.rows[0]:
+        return BatchAxis(count)
+    axes = place.rows[0]
+    rows = math.prod(place.shape[axis] for axis in axes)
+    nobody = torch.full((rows,), -1)
+    return RowOwners(count, nobody, axes)

@@ -33,34 +33,35 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
     probe = Probe(search.passes, heads, count, search.strict)
     nodes = list(search.uses)
     places = [_place(search, node, search.uses[node], count) for node in nodes]
+    # Inputs of losses that are no heads, because something above them is: they are asked for too.
     own = {head.edge[:2] for head, _ in heads}
     calls = {node: call for node, call in search.tape.losses.items() if call.input[:2] not in own}
     for call in calls.values():
         head = Head(call.input, call.arguments["input"], call)
         axes = batch_axes(head.like.shape, head.axes, count)
-        places.append(Place(call.input, head.like.shape, axes, [(axis,) for axis in head.axes]))
-    told = [
-        (op, said)
-        for op in search.tape.mapped
-        if (said := told_by_map(search, op, count)) is not None
-    ]
+        rows = [(axis,) for axis in head.axes]
+        places.append(Place(call.input, head.like.shape, axes, rows))
+    # Ops under `vmap` say which sample each of their rows is of.
+    told = []
+    for op in search.tape.mapped:
+        said = told_by_map(search, op, count)
+        if said is not None:
+            told.append((op, said))
+    own_places = len(places)
     places += [Place.anywhere(op.edge, count) for op, _ in told]
-    findings = probe.findings(places)
-    findings, of_mapped = (
-        findings[: len(places) - len(told)],
-        findings[len(places) - len(told) :],
-    )
+    # One probe for all places: two passes, however many there are.
+    all_findings = probe.findings(places)
+    findings = all_findings[:own_places]
+    of_mapped = all_findings[own_places:]
     for (op, expected), finding in zip(told, of_mapped, strict=True):
         if not finding.silent:  # as what is above the heads
             _refuse_other_rows(op.name, expected, finding, op.like.shape)
     search.silent = {node for node, finding in zip(nodes, findings, strict=False) if finding.silent}
     uses = dict(zip(nodes, findings, strict=False))
     losses = dict(zip(calls, findings[len(nodes) :], strict=True))
-    if (
-        search.independent
-        and (node := next((n for n, f in losses.items() if f.mixed), None)) is not None
-    ):
-        raise Mixed(f"in the input of `{calls[node].name}`")
+    mixed = [node for node, finding in losses.items() if finding.mixed]
+    if search.independent and mixed:
+        raise Mixed(f"in the input of `{calls[mixed[0]].name}`")
     _refuse_undefined(search, uses)
     joins, dropped = joins_of(search, heads, uses, probe, count)
     search.conclusive = search.conclusive and probe.conclusive
@@ -72,39 +73,41 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
         if key not in dropped:
             assert finding.owners is not None
             owners[key] = by_group(search.uses[key], finding.owners)
-    found = {
-        node: by_edge.get(call.input[:2]) or losses[node].owners
-        for node, call in search.tape.losses.items()
-    }
-    found |= _above(
-        search,
-        heads,
-        [node for node, finding in losses.items() if not finding.reached],
-        count,
-    )
-    placed = {node: found_owners or BatchAxis(count) for node, found_owners in found.items()}
+    of_losses: dict[Node, Owners | None] = {}
+    for node, call in search.tape.losses.items():
+        of_losses[node] = by_edge.get(call.input[:2]) or losses[node].owners
+    # A loss that no head reaches lies above them: it is a function of the heads.
+    unreached = [node for node, finding in losses.items() if not finding.reached]
+    of_losses |= _above(search, heads, unreached, count)
+    placed = {node: known or BatchAxis(count) for node, known in of_losses.items()}
     owners.update(joins.items())
-    apart = not joins and not dropped and samples_cannot_meet(search.tape, heads, owners)
-    return Found(Samples(count, owners, placed), joins, dropped, apart)
+    plain = not joins and not dropped
+    apart = plain and samples_cannot_meet(search.tape, heads, owners)
+    samples = Samples(count, owners, placed)
+    return Found(samples, joins, dropped, apart)
 
 
 def _place(search: Search, node: Node | Join, use: Use, count: int) -> Place:
+    """What is asked of the output of a use."""
     edge = GradientEdge(node_of(node), use.output_nr)
     allowed = search.axes[node]
     if allowed:
         axes = batch_axes(use.shape, allowed, count, rows=False)
     else:
         axes = []
-    if isinstance(anchor := anchor_of(search, node, use, count), BatchAxis):
-        # 16 rows of 4 features may be 4 graphs, or 16 steps of 4 sequences: the weights tell
+    anchor = anchor_of(search, node, use, count)
+    if isinstance(anchor, BatchAxis):
+        # 16 rows of 4 features may be 4 graphs, or 16 steps of 4 sequences: the weights tell.
         ambiguous = anchor.axis > 0 and use.shape[0] % count == 0
         others = [axis for axis in axes if ambiguous and axis != anchor]
         return Place(edge, use.shape, [anchor, *others], [])
-    rows: list[tuple[int, ...]] = [(axis,) for axis in allowed]
-    lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
-    rows += [tuple(range(k)) for k in range(2, min(lead, len(use.shape) - 1) + 1)]
     if groups_of(use) is not None:
         return Place(edge, use.shape, [], [(0,)])
+    rows: list[tuple[int, ...]] = [(axis,) for axis in allowed]
+    # Leading axes together, as far as all of them may carry samples, and a feature is left.
+    lead = next((k for k, axis in enumerate(allowed) if axis != k), len(allowed))
+    most = min(lead, len(use.shape) - 1)
+    rows += [tuple(range(k)) for k in range(2, most + 1)]
     return Place(edge, use.shape, axes, rows)
 
 
@@ -123,18 +126,14 @@ def _above(
         return {}
     records = [search.tape.losses[node] for node in calls]
     inputs = [Head(call.input, call.arguments["input"], call) for call in records]
-    found = forward_owners(search.passes, inputs, heads, count)
-    if (
-        found is None
-        and search.passes.output is not None
-        and all(len(head.like) == count for head in inputs)
-    ):
-        return {
-            node: BatchAxis(count) for node in calls
-        }  # beside `output=`, whose leading axis holds the samples
-    if found is None:
-        raise Mixed(f"in the input of `{records[0].name}`")
-    return dict(zip(calls, found, strict=True))
+    owners = forward_owners(search.passes, inputs, heads, count)
+    if owners is not None:
+        return dict(zip(calls, owners, strict=True))
+    # Beside `output=`, whose leading axis holds the samples.
+    chosen_output = search.passes.output is not None
+    if chosen_output and all(len(head.like) == count for head in inputs):
+        return {node: BatchAxis(count) for node in calls}
+    raise Mixed(f"in the input of `{records[0].name}`")
 
 
 def _refuse_undefined(search: Search, found: Mapping[Node | Join, Finding]) -> None:

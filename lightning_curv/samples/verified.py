@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.graph.tape import Tape
 from lightning_curv.passes.owned import Samples
-from lightning_curv.recording.provenance import Root
+from lightning_curv.recording.provenance import Root, Roots
 from lightning_curv.recording.records import Use
 from lightning_curv.recording.row_numbers import fingerprint
 from lightning_curv.terms.owners import Owners
@@ -33,18 +33,29 @@ def structure_of(tape: Tape) -> tuple[Hashable, ...]:
     """What graphs must have in common for a verification of one to be believed of the other."""
     uses = tape.uses.values()
     losses = tape.losses.values()
-    read = [roots for use in uses for roots in use.roots.values()] + [call.roots for call in losses]
+    by_uses = [roots for use in uses for roots in use.roots.values()]
+    by_losses = [call.roots for call in losses]
+    # Numbers of rows are values, on which the owners of a gather depend: they are part of it.
+    numbers = [roots.numbers for roots in by_uses + by_losses if roots.numbers is not None]
     return (
-        tuple(fingerprint(roots.numbers) for roots in read if roots.numbers is not None),
+        tuple(map(fingerprint, numbers)),
         tuple(tape.structure),
         tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
-        tuple((roots.data, roots.routed) for use in uses for roots in use.roots.values()),
-        tuple(root.shape for roots in tape.read.values() for root in roots.tensors),
-        tuple((call.roots.data, call.roots.routed) for call in losses),
-        tuple(root.shape for use in uses for roots in use.roots.values() for root in roots.tensors),
+        _kinds(by_uses),
+        _shapes(tape.read.values()),
+        _kinds(by_losses),
+        _shapes(by_uses),
         tuple(call.arguments["input"].shape for call in losses),
-        tuple(root.shape for call in losses for root in call.roots.tensors),
+        _shapes(by_losses),
     )
+
+
+def _kinds(read: Iterable[Roots]) -> Hashable:
+    return tuple((roots.data, roots.routed) for roots in read)
+
+
+def _shapes(read: Iterable[Roots]) -> Hashable:
+    return tuple(root.shape for roots in read for root in roots.tensors)
 
 
 @dataclass
@@ -71,35 +82,37 @@ class Memory:
         if entry.seen >= entry.due:
             entry.due *= 10
             return None
+        # Nodes are others in every graph: they are found by their position in the walk.
         keys = [node for node, use in tape.uses.items() if use.operands]
+        for i, constants in entry.dropped:
+            if _constants(tape.uses[keys[i]]) != constants:
+                return None
+        dropped = [node_of(keys[i]) for i, _ in entry.dropped]
         uses: dict[Node | Join, Owners] = {keys[i]: owners for i, owners in entry.uses.items()}
         joins = {spot.join(tape): owners for spot, owners in entry.joins}
-        losses = dict(zip(tape.losses, entry.losses, strict=True))
-        dropped = [node_of(keys[i]) for i, _ in entry.dropped]
-        if any(_constants(tape.uses[keys[i]]) != constants for i, constants in entry.dropped):
-            return None
         uses.update(joins.items())
-        return Found(Samples(entry.count, uses, losses), joins, dropped)
+        losses = dict(zip(tape.losses, entry.losses, strict=True))
+        samples = Samples(entry.count, uses, losses)
+        return Found(samples, joins, dropped)
 
     def keep(self, key: Hashable, tape: Tape, found: Found) -> None:
         """Remember what was found."""
         samples = found.samples
+        nodes = [node for node, use in tape.uses.items() if use.operands]
+        position = {node: i for i, node in enumerate(nodes)}
+        uses = {position[node]: own for node, own in samples.uses.items() if node in position}
+        joins = [(_Spot.of(join, tape), owners) for join, owners in found.joins.items()]
+        dropped = [(position[node], _constants(tape.uses[node])) for node in found.dropped]
+        losses = list(samples.losses.values())
+        entry = _Entry(samples.count, uses, losses, joins, dropped)
+        # Popped and put back: the last one in the order is the one that was verified last.
         before = self.entries.pop(key, None)
-        position = {
-            node: i
-            for i, node in enumerate(node for node, use in tape.uses.items() if use.operands)
-        }
-        entry = self.entries[key] = _Entry(
-            samples.count,
-            {position[node]: owners for node, owners in samples.uses.items() if node in position},
-            list(samples.losses.values()),
-            [(_Spot.of(join, tape), owners) for join, owners in found.joins.items()],
-            [(position[node], _constants(tape.uses[node])) for node in found.dropped],
-        )
         if found.apart:
             entry.due = math.inf
         elif before is not None:
-            entry.seen, entry.due = before.seen, before.due
+            entry.seen = before.seen
+            entry.due = before.due
+        self.entries[key] = entry
         while len(self.entries) > self.size:
             self.entries.popitem(last=False)
 
@@ -136,18 +149,17 @@ class _Spot:
             return cls(position, join.output_nr, inputs.index(join.edge[:2]))
         use = tape.uses[join.node]
         edges = {name: operand.edge for name, operand in use.operands.items()} | use.inputs
-        return cls(
-            position,
-            join.output_nr,
-            next(name for name, e in edges.items() if e[:2] == join.edge[:2]),
-        )
+        # Torch makes a new edge every time it is asked: they are compared by node and output.
+        names = (name for name, edge in edges.items() if edge[:2] == join.edge[:2])
+        return cls(position, join.output_nr, next(names))
 
     def join(self, tape: Tape) -> Join:
         """The join at this spot of another graph."""
         node = tape.nodes[self.node]
         if isinstance(self.argument, int):
             after, number = node.next_functions[self.argument]
-            return Join(node, self.output_nr, GradientEdge(cast("Node", after), number))
+            below = GradientEdge(cast("Node", after), number)
+            return Join(node, self.output_nr, below)
         use = tape.uses[node]
         if self.argument in use.operands:
             edge = use.operands[self.argument].edge

@@ -82,6 +82,7 @@ def part_size(rows: int, size: int) -> int:
     >>> part_size(785, 256), part_size(300, 256), part_size(384, 256)
     (262, 300, 192)
     """
+    # Rounded, not up: one block of 300 rows is better than two of 150 where 256 were asked for.
     blocks = max(1, round(rows / size))
     return math.ceil(rows / blocks)
 
@@ -172,9 +173,15 @@ def _product(matrix: Tensor, v: Tensor) -> Tensor:
     groups, left, size, right = v.shape
     # One matrix product instead of L matrix-vector products.
     if groups == 1 and right == 1:
-        return mm(v.reshape(left, size), matrix.reshape(size, size).mT).view(v.shape)
+        rows_of_v = v.reshape(left, size)
+        product = mm(rows_of_v, matrix.reshape(size, size).mT)
+        return product.view(v.shape)
     if groups == left == 1:
-        return mm(matrix.reshape(size, size), v.reshape(size, right)).view(v.shape)
+        columns_of_v = v.reshape(size, right)
+        product = mm(matrix.reshape(size, size), columns_of_v)
+        return product.view(v.shape)
     if right == 1:
-        return (v.squeeze(-1) @ matrix.mT).unsqueeze(-1)
-    return matrix.reshape(-1, 1, size, size) @ v
+        product = v.squeeze(-1) @ matrix.mT
+        return product.unsqueeze(-1)
+    one_matrix_per_group = matrix.reshape(-1, 1, size, size)
+    return one_matrix_per_group @ v

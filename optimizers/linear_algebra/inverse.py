@@ -25,11 +25,11 @@ def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
 
     Cost: $d^3$ time and two more [d, d] each (a diagonal: $d$).
     """
-    parts = [
-        (part, gamma, batched)
-        for factor, gamma, batched in factors
-        for part in parts_of(factor, batched)
-    ]
+    # A split factor is inverted block by block: its damping is the same in all of them.
+    parts = []
+    for factor, gamma, batched in factors:
+        for part in parts_of(factor, batched):
+            parts.append((part, gamma, batched))
     inverses = iter(_of_matrices(parts))
     return [_assembled(factor, batched, inverses) for factor, _, batched in factors]
 
@@ -54,7 +54,8 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
     stacks: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (factor, damping, batched) in enumerate(factors):
         if is_diagonal(factor, batched):
-            inverses[i] = (factor + damping.unsqueeze(-1)).reciprocal()
+            damped = factor + damping.unsqueeze(-1)
+            inverses[i] = damped.reciprocal()
         else:
             stacks[factor.shape, factor.dtype, factor.device].append(i)
     for members in stacks.values():
@@ -88,9 +89,8 @@ def _inverses(stack: Tensor, damping: Tensor) -> list[Tensor | None]:
         separate = [inverse.clone() for inverse in inverses]
     else:
         separate = [inverses[0]]
-    return [
-        inverse if success else None for inverse, success in zip(separate, succeeded, strict=True)
-    ]
+    flagged = zip(separate, succeeded, strict=True)
+    return [inverse if success else None for inverse, success in flagged]
 
 
 def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, list[bool]]:
@@ -106,4 +106,7 @@ def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, list[bool
     inverse = torch.cholesky_inverse(root)
     # A positive definite matrix has its largest entries on the diagonal.
     finite = inverse.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    return inverse, (finite & ~failed).reshape(len(stack), -1).all(1).tolist()
+    succeeded = finite & ~failed
+    # One flag per factor: all groups of a batched one share the answer.
+    of_factors = succeeded.reshape(len(stack), -1).all(1)
+    return inverse, of_factors.tolist()

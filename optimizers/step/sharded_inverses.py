@@ -55,13 +55,12 @@ def shared_inverses(curvature: Curvature, due: Sequence[Part]) -> list[Result]:
         else:
             # What was computed here is taken from what was sent, too: with other strides a product
             # with it would be rounded differently than on the other processes.
-            flat = sent[i][1:].split([shape.numel() for shape in shapes[i]])
-            results.append(
-                [
-                    numbers.view(shape).to(dtype, copy=True)
-                    for numbers, shape in zip(flat, shapes[i], strict=True)
-                ]
-            )
+            sizes = [shape.numel() for shape in shapes[i]]
+            flat = sent[i][1:].split(sizes)
+            inverses = []
+            for numbers, shape in zip(flat, shapes[i], strict=True):
+                inverses.append(numbers.view(shape).to(dtype, copy=True))
+            results.append(inverses)
     return results
 
 
@@ -75,22 +74,28 @@ def _exchanged(
     """Send what each process computed to all: per part a flag of success, then its numbers."""
     world = processes()
     sizes = [1 + sum(shape.numel() for shape in part) for part in shapes]
-    parts_of = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(world)]
+    parts_of: list[list[int]] = [[] for _ in range(world)]
+    for i, owner in enumerate(owners):
+        parts_of[owner].append(i)
     # All processes send equally many numbers, those with less work zeros behind their own.
     longest = max(sum(sizes[i] for i in parts) for parts in parts_of)
     wide = wide_dtype(curvature.dtype(state) for state, _, _ in due)
     mine = torch.zeros(longest, dtype=wide, device=due[0][2].device)
     if computed:
-        packed = torch.cat([_packed(result, sizes[i], mine) for i, result in computed.items()])
+        # In the order of the parts, which all processes know: no numbers of parts are sent.
+        packed_parts = [_packed(result, sizes[i], mine) for i, result in computed.items()]
+        packed = torch.cat(packed_parts)
         mine[: len(packed)] = packed
     rows = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(rows, mine)
 
     sent: dict[int, Tensor] = {}
     for parts, row in zip(parts_of, rows, strict=True):
-        used = row[: sum(sizes[i] for i in parts)]
+        sizes_of_parts = [sizes[i] for i in parts]
+        used = row[: sum(sizes_of_parts)]
         if parts:
-            sent.update(zip(parts, used.split([sizes[i] for i in parts]), strict=True))
+            numbers_of_parts = used.split(sizes_of_parts)
+            sent.update(zip(parts, numbers_of_parts, strict=True))
     return [sent[i] for i in range(len(due))]
 
 
@@ -108,16 +113,16 @@ def preconditioned(curvature: Curvature, gradients: Sequence[Gradient]) -> list[
         return curvature.precondition(gradients)
     rank = dist.get_rank()
     is_mine = [_owner(curvature, gradient.state) == rank for gradient in gradients]
-    directions_here = iter(
-        curvature.precondition([g for g, mine in zip(gradients, is_mine, strict=True) if mine])
-    )
+    mine_only = [g for g, mine in zip(gradients, is_mine, strict=True) if mine]
+    directions_here = iter(curvature.precondition(mine_only))
     # Every process adds zeros where another one has the direction.
     shares: list[Tensor] = []
     for gradient, mine in zip(gradients, is_mine, strict=True):
         dtype = curvature.dtype(gradient.state)
         values = next(directions_here) if mine else gradient.values
         shares += [value.to(dtype) * mine for value in values]
-    sums = iter([total.to(share) for total, share in zip(summed(shares), shares, strict=True)])
+    totals = zip(summed(shares), shares, strict=True)
+    sums = iter([total.to(share) for total, share in totals])
     return [[next(sums) for _ in gradient.values] for gradient in gradients]
 
 
@@ -134,10 +139,11 @@ def _packed(result: Result, size: int, like: Tensor) -> Tensor:
 
 def _cost(curvature: Curvature, state: State, unit: int) -> int:
     """Multiplications of an inversion, up to a constant: d³ for a matrix, d for a diagonal."""
-    return sum(
-        shape.numel() * (shape[-1] if len(shape) > 1 else 1)
-        for shape in curvature.shapes(state, unit)
-    )
+    cost = 0
+    for shape in curvature.shapes(state, unit):
+        width = shape[-1] if len(shape) > 1 else 1
+        cost += shape.numel() * width
+    return cost
 
 
 def _part_owners(curvature: Curvature, due: Sequence[Part]) -> list[int]:
@@ -148,7 +154,9 @@ def _balanced(costs: Sequence[int]) -> list[int]:
     """The process for each piece of work: the largest first, each to the one with least work."""
     work = [0] * processes()
     owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+    # Ties are broken by position, so that all processes come to the same answer.
+    largest_first = sorted(range(len(costs)), key=lambda i: -costs[i])
+    for i in largest_first:
         owners[i] = work.index(min(work))
         work[owners[i]] += costs[i]
     return owners
@@ -161,7 +169,8 @@ def _block_owners(curvature: Curvature, due: Sequence[Part]) -> list[int]:
     for state, unit, _ in due:
         if curvature.owner(state) is None:
             new_states[id(state)] = state
-            costs[id(state)] = costs.get(id(state), 0) + _cost(curvature, state, unit)
+            cost = _cost(curvature, state, unit)
+            costs[id(state)] = costs.get(id(state), 0) + cost
     owners = _balanced(list(costs.values()))
     for state, owner in zip(new_states.values(), owners, strict=True):
         curvature.assign(state, owner)
