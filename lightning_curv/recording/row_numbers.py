@@ -28,28 +28,31 @@ from lightning_curv.recording.provenance import (
 )
 from lightning_curv.recording.row_trials import narrowed, tried
 
-# functions whose result has at every place what they make of the entries there
+# Functions whose result has at every place what they make of the entries there.
 _ELEMENTWISE = """
-    abs absolute acos acosh add addcdiv addcmul alpha_dropout and angle asin asinh atan atan2 atanh bernoulli bfloat16
-    bitwise_and bitwise_not bitwise_or bitwise_xor bool bucketize byte ceil celu char clamp clamp_max clamp_min clip
-    clone complex conj copysign cos cosh cpu cuda deg2rad digamma div divide double dropout elu eq erf erfc erfinv exp
-    exp2 expm1 feature_dropout float floor floor_divide floordiv fmax fmin fmod frac ge gelu greater greater_equal gt
-    half hardsigmoid hardswish hardtanh heaviside hypot iadd imag imul int invert isfinite isinf isnan isub ixor le
-    leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logical_and logical_not logical_or logical_xor
-    logit logsigmoid long lshift lt masked_fill maximum minimum mish mod mul multiply nan_to_num ne neg negative
-    nextafter or positive pow quantize_per_tensor rad2deg radd rdiv real reciprocal relu relu6 remainder ror round rpow
-    rrelu rshift rsqrt rsub rtruediv rxor selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink
-    softsign sqrt square sub subtract tan tanh tanhshrink threshold to to_dense to_mkldnn to_sparse to_sparse_csc
-    to_sparse_csr true_divide truediv trunc type type_as where xlogy xor
+    abs absolute acos acosh add addcdiv addcmul alpha_dropout and angle asin asinh atan atan2 atanh
+    bernoulli bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool bucketize byte ceil celu
+    char clamp clamp_max clamp_min clip clone complex conj copysign cos cosh cpu cuda deg2rad
+    digamma div divide double dropout elu eq erf erfc erfinv exp exp2 expm1 feature_dropout float
+    floor floor_divide floordiv fmax fmin fmod frac ge gelu greater greater_equal gt half
+    hardsigmoid hardswish hardtanh heaviside hypot iadd imag imul int invert isfinite isinf isnan
+    isub ixor le leaky_relu lerp less less_equal lgamma log log10 log1p log2 logaddexp logical_and
+    logical_not logical_or logical_xor logit logsigmoid long lshift lt masked_fill maximum minimum
+    mish mod mul multiply nan_to_num ne neg negative nextafter or positive pow quantize_per_tensor
+    rad2deg radd rdiv real reciprocal relu relu6 remainder ror round rpow rrelu rshift rsqrt rsub
+    rtruediv rxor selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink
+    softsign sqrt square sub subtract tan tanh tanhshrink threshold to to_dense to_mkldnn to_sparse
+    to_sparse_csc to_sparse_csr true_divide truediv trunc type type_as where xlogy xor
 """
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
-# functions whose result has in every row of the leading axis what they make of that row
+# Functions whose result has in every row of the leading axis what they make of that row.
 _BY_ROW = """
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d avg_pool1d
-    avg_pool2d avg_pool3d batch_norm bilinear bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d
-    conv_transpose3d embedding embedding_bag group_norm instance_norm interpolate layer_norm linear local_response_norm
-    matmul max_pool1d max_pool2d max_pool3d mm one_hot pad pixel_shuffle pixel_unshuffle rms_norm
-    scaled_dot_product_attention tril triu upsample
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
+    adaptive_max_pool2d avg_pool1d avg_pool2d avg_pool3d batch_norm bilinear bmm conv1d conv2d
+    conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding embedding_bag group_norm
+    instance_norm interpolate layer_norm linear local_response_norm matmul max_pool1d max_pool2d
+    max_pool3d mm one_hot pad pixel_shuffle pixel_unshuffle rms_norm scaled_dot_product_attention
+    tril triu upsample
 """
 BY_ROW = frozenset(_BY_ROW.split())
 LIKE = frozenset(("to", "type", "type_as"))  # functions that look at the type of other arguments
@@ -65,32 +68,31 @@ FILLING = frozenset(
         "zeros_like",
     )
 )
-# functions that only move, repeat or leave out entries of their first argument, or of the tensors
-# in it
+# Functions that only move, repeat or leave out entries of their first argument, or of the tensors
+# in it.
 _ROUTING = """
-    broadcast_to cat chunk column_stack concat concatenate contiguous detach diagonal dsplit expand expand_as
-    flatten flip fliplr flipud gather get getitem hsplit hstack index_select masked_select moveaxis movedim mT
-    narrow pack_padded_sequence permute ravel repeat repeat_interleave reshape reshape_as roll rot90 select split
-    split_with_sizes squeeze stack swapaxes swapdims T t take take_along_dim tensor_split tile transpose unbind
-    unflatten unsqueeze view view_as vsplit vstack
+    broadcast_to cat chunk column_stack concat concatenate contiguous detach diagonal dsplit expand
+    expand_as flatten flip fliplr flipud gather get getitem hsplit hstack index_select masked_select
+    moveaxis movedim mT narrow pack_padded_sequence permute ravel repeat repeat_interleave reshape
+    reshape_as roll rot90 select split split_with_sizes squeeze stack swapaxes swapdims T t take
+    take_along_dim tensor_split tile transpose unbind unflatten unsqueeze view view_as vsplit vstack
 """
 ROUTING = frozenset(_ROUTING.split())
-# functions that take the entries along some axes together, and functions that do so and keep the
-# axes
+# Functions that take the entries along some axes together …
 _REDUCING = """
-    all amax amin aminmax any argmax argmin count_nonzero logsumexp max mean median min mode nanmean nanmedian nansum
-    norm prod quantile std std_mean sum var var_mean
+    all amax amin aminmax any argmax argmin count_nonzero logsumexp max mean median min mode nanmean
+    nanmedian nansum norm prod quantile std std_mean sum var var_mean
 """
 REDUCING = frozenset(_REDUCING.split())
+# … and functions that do so and keep the axes.
 _SCANNING = """
     argsort cummax cummin cumprod cumsum log_softmax logcumsumexp softmax softmin sort
 """
 SCANNING = frozenset(_SCANNING.split())
 PRODUCTS = frozenset(("bmm", "matmul", "mm", "mv", "smm", "sparse_mm", "spmm"))
 MEETING = PRODUCTS | {"batch_norm"}  # by row only where no rows meet
-VIEWS = frozenset(
-    ("unflatten", "view", "view_as")
-)  # that look at strides, which numbers do not have
+# These look at strides; the numbers of rows that are broadcast have others than the rows.
+VIEWS = frozenset(("unflatten", "view", "view_as"))
 
 
 @dataclass(frozen=True)
@@ -121,47 +123,55 @@ def follow(
     if name == "setitem" or (name in ROUTING and args and not inplace):
         routed = _written if name == "setitem" else _routed
         try:
-            return list(map(Rows, routed(func, args, kwargs, results)))
+            numbers_of_results = routed(func, args, kwargs, results)
+            return list(map(Rows, numbers_of_results))
         except (RuntimeError, TypeError, ValueError):  # of numbers only: the call itself went well
             return [Rows() for _ in results]
+    # Constants are the same for all samples: their rows are none of the batch.
     known = [(tensor, numbers_of(tensor)) for tensor in tensors if not roots_of(tensor).constant]
     if not tensors or any(tensor.requires_grad for tensor, _ in known):
         return [Rows() for _ in results]
-    if name in REDUCING | SCANNING and not any(tensor is not args[0] for tensor in tensors):
+    only_first = all(tensor is args[0] for tensor in tensors)
+    if name in REDUCING | SCANNING and only_first:
         return [_along(name, args, kwargs, result) for result in results]
     pooled = frozenset(_met(name, args, kwargs, known))
-    if name in ELEMENTWISE or name in MEETING or (name in BY_ROW and _leads(known, results)):
-        return [_kept(known, result, pooled, name in ELEMENTWISE) for result in results]
+    elementwise = name in ELEMENTWISE
+    if elementwise or name in MEETING or (name in BY_ROW and _leads(known, results)):
+        return [_kept(known, result, pooled, elementwise) for result in results]
+    # Nothing is known of the function: it is asked.
     return list(starmap(Rows, tried(func, args, kwargs, results, known)))
 
 
 def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
     """The rows of what a function makes under ``vmap``: those that are mapped over are apart."""
-    known = [
-        (tensor, numbers_of(physical(tensor)))
-        for tensor in tensors
-        if not roots_of(tensor).constant
-    ]
-    if name == "getitem" and len(tensors) == 2 and not mapped(tensors[0]) and not tensors[1].ndim:
+    known = []
+    for tensor in tensors:
+        if not roots_of(tensor).constant:
+            known.append((tensor, numbers_of(physical(tensor))))
+    picks = name == "getitem" and len(tensors) == 2
+    if picks and not mapped(tensors[0]) and not tensors[1].ndim:
         return Rows(_picked(numbers_of(tensors[0]), physical(tensors[1]), result))
-    found = {}
+    numbers_of_result = {}
     together = set[int]()
+    # Axes that are mapped over, of which only the leading one is understood.
+    axes = [axis for tensor in (*tensors, result) for axis in mapped(tensor)]
     for size in {size for _, numbers in known for size in numbers if size > 1}:
-        read = [
-            (bool(mapped(tensor)), numbers[size]) for tensor, numbers in known if size in numbers
-        ]
+        read = []
+        for tensor, numbers in known:
+            if size in numbers:
+                read.append((bool(mapped(tensor)), numbers[size]))
         along = [n.flatten() for over, n in read if over and n.ndim and n.numel() == len(n)]
-        axes = [axis for tensor in (*tensors, result) for axis in mapped(tensor)]
+        # Every mapped call reads all rows of a tensor that is not mapped over.
         if any(not over and n.numel() > 1 for over, n in read):
-            together |= set() if name in ROUTING else {size}
-        elif (
-            not any(axes)
-            and len(along) == len(read)
-            and all(torch.equal(n, along[0]) for n in along)
-        ):
-            whole = physical(result)
-            found[size] = along[0].reshape(-1, *[1] * (whole.ndim - 1))
-    return Rows(found, frozenset(together))
+            if name not in ROUTING:
+                together.add(size)
+            continue
+        if any(axes) or len(along) < len(read):
+            continue
+        if all(torch.equal(n, along[0]) for n in along):
+            trailing_ones = [1] * (physical(result).ndim - 1)
+            numbers_of_result[size] = along[0].reshape(-1, *trailing_ones)
+    return Rows(numbers_of_result, frozenset(together))
 
 
 def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
@@ -178,7 +188,7 @@ def plainly_in_order(
     tensors: Sequence[Tensor],
     results: Sequence[Tensor],
 ) -> bool:
-    """Whether the rows of results are those of the tensors they were computed from, without a closer look."""
+    """Whether the name alone tells that results have the rows of what they were computed from."""
     name = name_of(func)
     if any(map(mapped, results)):
         return False
@@ -200,13 +210,17 @@ def _along(
     """The rows of what is reduced or accumulated along some axes."""
     like = args[0]
     numbers = numbers_of(args[0])
+    # Of these two the argument in front of `dim` is the order of the norm, or the quantile.
     place = 2 if name in ("norm", "quantile") else 1
-    dim = kwargs.get("dim", kwargs.get("axis", args[place] if len(args) > place else None))
+    by_position = args[place] if len(args) > place else None
+    dim = kwargs.get("dim", kwargs.get("axis", by_position))
     every = range(like.ndim)
     if dim is None:
         dims = list(every)
     else:
-        dims = [d % max(1, like.ndim) for d in ([dim] if isinstance(dim, int) else dim)]
+        given = [dim] if isinstance(dim, int) else dim
+        dims = [axis % max(1, like.ndim) for axis in given]
+    # Where the numbers do not change along these axes, no rows of several samples are combined.
     apart = {size: n for size, n in numbers.items() if all(n.shape[axis] == 1 for axis in dims)}
     if name in REDUCING and result.ndim < like.ndim:
         rest = [axis for axis in every if axis not in dims]
@@ -214,7 +228,8 @@ def _along(
     else:
         kept = apart
     together = frozenset(size for size in numbers if size not in apart and size > 1)
-    return Rows(kept if all(n.ndim == result.ndim for n in kept.values()) else {}, together)
+    fits = all(n.ndim == result.ndim for n in kept.values())
+    return Rows(kept if fits else {}, together)
 
 
 def _met(
@@ -223,7 +238,7 @@ def _met(
     kwargs: Mapping[str, Any],
     known: Sequence[tuple[Tensor, Numbers]],
 ) -> Iterator[int]:
-    """The sizes whose rows meet in a product of matrices, in pairs, or in the statistics of a normalization."""
+    """The sizes whose rows meet: in products of matrices, in pairs, or in statistics of a batch."""
     sizes = {size for _, numbers in known for size, n in numbers.items() if n.numel() > 1}
     if name == "batch_norm" and True in (kwargs.get("training"), *args[5:6]):
         yield from sizes
@@ -231,15 +246,17 @@ def _met(
         numbers_by_tensor = {id(tensor): numbers for tensor, numbers in known}
         for size in sizes:
             left, right = (numbers_by_tensor.get(id(value), {}).get(size) for value in args[:2])
-            summed = _vary(left, -1) or _vary(
-                right,
-                -2 if right is not None and right.ndim > 1 else -1,
-            )
-            if summed or (_vary(left, -2) and _vary(right, -1)):
+            # A product sums over the last axis of the left and the last but one of the right; of a
+            # vector, over its only one.
+            summed_of_right = -2 if right is not None and right.ndim > 1 else -1
+            summed = _vary(left, -1) or _vary(right, summed_of_right)
+            in_pairs = _vary(left, -2) and _vary(right, -1)
+            if summed or in_pairs:
                 yield size
 
 
 def _vary(numbers: Tensor | None, axis: int) -> bool:
+    """Whether rows of several samples lie along an axis."""
     return numbers is not None and numbers.ndim >= -axis and numbers.shape[axis] > 1
 
 
@@ -269,33 +286,33 @@ def _routed(
     key = None if several else _structure(func, first, rest, kwargs)
     if key in _MOVED:
         return [*_MOVED[key]]
+    name = name_of(func)
     known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
     told = [numbers for numbers in known if numbers is not None]
-    found: list[dict[int, Tensor]] = [{} for _ in results]
+    numbers_of_results: list[dict[int, Tensor]] = [{} for _ in results]
     for size in set(told[0]).intersection(*told[1:]) if told else ():
-        beside = told[0][
-            size
-        ]  # what is joined to rows of the batch, and is the same for all, belongs to them
-        numbers = [
-            (beside if n is None else n[size]).expand(v.shape)
-            for n, v in zip(known, sources, strict=True)
-        ]
-        if name_of(func) in VIEWS:
+        # What is joined to rows of the batch, and is the same for all, belongs to them.
+        beside = told[0][size]
+        numbers = []
+        for own, value in zip(known, sources, strict=True):
+            own_of_size = beside if own is None else own[size]
+            numbers.append(own_of_size.expand(value.shape))
+        if name in VIEWS:
             numbers = [one.contiguous() for one in numbers]
         with torch._C.DisableTorchFunction():
             out = func(numbers if several else numbers[0], *rest, **kwargs)
         moved = [out] if isinstance(out, Tensor) else out
-        for one, tensor in zip(
-            found,
-            moved[:1] if name_of(func) == "pack_padded_sequence" else moved,
-            strict=False,
-        ):
-            one[size] = narrowed(tensor)
-    if key is not None and sum(n.numel() for numbers in found for n in numbers.values()) <= _SMALL:
-        if len(_MOVED) >= _MOST:
-            _MOVED.clear()
-        _MOVED[key] = tuple(found)
-    return list(found)
+        if name == "pack_padded_sequence":  # its other results are no rows
+            moved = moved[:1]
+        for of_result, tensor in zip(numbers_of_results, moved, strict=False):
+            of_result[size] = narrowed(tensor)
+    if key is not None:
+        entries = sum(n.numel() for numbers in numbers_of_results for n in numbers.values())
+        if entries <= _SMALL:
+            if len(_MOVED) >= _MOST:
+                _MOVED.clear()
+            _MOVED[key] = tuple(numbers_of_results)
+    return list(numbers_of_results)
 
 
 # What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and
@@ -311,7 +328,10 @@ def _structure(
     rest: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Hashable:
-    """What the result of a call depends on where the rows are in their order; ``None``: on tensors, or on more."""
+    """What the result of a call depends on where the rows are in their order.
+
+    ``None``: it depends on tensors, or on more.
+    """
     roots = roots_of(first)
     if roots.numbers is not None or roots.constant or mapped(first):
         return None
@@ -325,12 +345,12 @@ def _structure(
     ]
     for value in (*rest, *kwargs, *kwargs.values()):
         values = value if isinstance(value, (tuple, list)) else (value,)
-        if not all(
-            part is None or isinstance(part, (bool, int, str, torch.memory_format))
-            for part in values
-        ):
-            return None
-        key.append((type(value), *((type(part), part) for part in values)))
+        for part in values:
+            if part is not None and not isinstance(part, (bool, int, str, torch.memory_format)):
+                return None
+        # With their types: 1 == True, but they are different indices.
+        typed = [(type(part), part) for part in values]
+        key.append((type(value), *typed))
     return tuple(key)
 
 
@@ -340,7 +360,10 @@ def _written(
     kwargs: Mapping[str, Any],
     results: Sequence[Tensor],
 ) -> list[Numbers]:
-    """The numbers of a tensor that some entries were written to; constants belong to what they are written to."""
+    """The numbers of a tensor that some entries were written to.
+
+    Constants belong to what they are written to.
+    """
     tensor, index, value = args
     numbers = numbers_of(tensor)
     if not isinstance(value, Tensor) or roots_of(value).constant:
@@ -361,46 +384,58 @@ def _kept(
     pooled: frozenset[int],
     elementwise: bool,
 ) -> Rows:
-    """The rows of a result whose leading axis, or whose entries, are those of the tensors it was computed from."""
+    """The rows of a result that has those of the tensors it was computed from.
+
+    Either its leading axis has, or all of its entries.
+    """
     align = _broadcast if elementwise else _leading
-    found = {}
+    kept = {}
     together = set(pooled)
     for size in {size for _, numbers in known for size in numbers} - pooled:
-        aligned = [
-            align(numbers[size], tensor, result) for tensor, numbers in known if size in numbers
-        ]
-        first = max((one for one in aligned if one is not None), key=Tensor.numel, default=None)
-        if first is not None and all(one is not None and _equal(one, first) for one in aligned):
-            found[size] = first
+        aligned = []
+        for tensor, numbers in known:
+            if size in numbers:
+                aligned.append(align(numbers[size], tensor, result))
+        # The most detailed ones: others are broadcast, and have to be the same where they meet.
+        told = [one for one in aligned if one is not None]
+        finest = max(told, key=Tensor.numel, default=None)
+        if finest is not None and all(one is not None and _equal(one, finest) for one in aligned):
+            kept[size] = finest
         elif elementwise:
             together.add(size)  # rows of several samples meet
-    return Rows(found, frozenset(together))
+    return Rows(kept, frozenset(together))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Whether numbers are the same wherever they meet."""
-    return torch.equal(one, other) or (one.numel() != other.numel() and bool((one == other).all()))
+    if torch.equal(one, other):
+        return True
+    broadcast = one.numel() != other.numel()
+    return broadcast and bool((one == other).all())
 
 
 def _leads(known: Sequence[tuple[Tensor, Numbers]], results: Sequence[Tensor]) -> bool:
     """Whether only the leading axis tells the rows of tensors."""
-    return all(
-        _leading(found, tensor, result) is not None
-        for tensor, numbers in known
-        for found in numbers.values()
-        for result in results
-    )
+    for tensor, numbers in known:
+        for of_size in numbers.values():
+            if any(_leading(of_size, tensor, result) is None for result in results):
+                return False
+    return True
 
 
 def _broadcast(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
     """Numbers of a tensor as those of a result that it was broadcast to; ``None``: it was not."""
     if result.ndim < tensor.ndim:
         return None
-    return numbers.reshape([1] * (result.ndim - tensor.ndim) + list(numbers.shape))
+    leading_ones = [1] * (result.ndim - tensor.ndim)
+    return numbers.reshape(leading_ones + list(numbers.shape))
 
 
 def _leading(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
-    """Numbers of the leading axis of a tensor as those of a result; ``None``: other axes have them too."""
+    """Numbers of the leading axis of a tensor as those of a result.
+
+    ``None``: other axes have them too.
+    """
     along = numbers.ndim > 0 and numbers.numel() == len(numbers)
     if along and result.ndim and len(tensor) == len(result):
         return numbers.reshape(-1, *[1] * (result.ndim - 1))
@@ -423,14 +458,16 @@ def in_order(tensor: Tensor, roots: Roots) -> Numbers:
 def _sizes_in_order(tensor: Tensor, roots: Roots) -> list[tuple[int, int]]:
     """The sizes whose rows are counted where nothing moved rows, and along which axis."""
     shape = tensor.shape
-    sizes = {root.shape[0] for root in roots.tensors if root.ndim and root.shape[0] > 1}
-    sizes |= {root.shape[0] for root in roots.tensors if root.ndim and not sizes}
+    lengths = {root.shape[0] for root in roots.tensors if root.ndim}
+    # A single row is broadcast to any batch: it counts only where nothing else is there.
+    sizes = {length for length in lengths if length > 1} or lengths
     if not tensor.ndim or shape[0] not in sizes or roots.data or roots.routed:
         return []
-    second = any(
-        root.shape[:2] == shape[:2] and _may_be_second(root.shape) for root in roots.tensors
-    )
-    return [(shape[1], 1), (shape[0], 0)] if second else [(shape[0], 0)]
+    first = (shape[0], 0)
+    for root in roots.tensors:
+        if root.shape[:2] == shape[:2] and _may_be_second(root.shape):
+            return [(shape[1], 1), first]
+    return [first]
 
 
 def _may_be_second(shape: Sequence[int]) -> bool:
@@ -441,13 +478,16 @@ def _may_be_second(shape: Sequence[int]) -> bool:
 def counted(size: int, tensor: Tensor, axis: int = 0) -> Tensor:
     """0, 1, ... along an axis of a tensor; broadcasts against it."""
     numbers = _range(size, tensor.device, torch.is_inference_mode_enabled())
-    return numbers.reshape(*[1] * axis, -1, *[1] * (tensor.ndim - 1 - axis))
+    before = [1] * axis
+    behind = [1] * (tensor.ndim - 1 - axis)
+    return numbers.reshape(*before, -1, *behind)
 
 
 def _range(size: int, device: torch.device, inference: bool) -> Tensor:
     """Made once, since nobody changes numbers; what inference mode makes serves only there."""
     key = (size, device, inference)
     if key not in _RANGES:
+        # One byte per row of most batches: numbers are moved as often as the rows.
         dtype = torch.uint8 if size <= 255 else torch.int32
         made = physical(torch.arange(size, dtype=dtype, device=device))
         if type(made) is not Tensor:  # under a mode that makes tensors of its own
@@ -466,14 +506,15 @@ def ordered(numbers: Numbers, result: Tensor, roots: Roots) -> bool:
     leading = {len(root) for root in roots.tensors if root.ndim}
     if not result.ndim or len(result) not in leading.intersection(numbers):
         return False
-    found = numbers[len(result)]
-    along = found.ndim == result.ndim and found.numel() == len(found) == len(result)
-    return along and torch.equal(found.flatten(), counted(len(result), result).flatten())
+    own = numbers[len(result)]
+    along = own.ndim == result.ndim and own.numel() == len(own) == len(result)
+    return along and torch.equal(own.flatten(), counted(len(result), result).flatten())
 
 
 def fingerprint(numbers: Numbers) -> tuple[tuple[int, bytes], ...]:
     """Something that is the same for the same numbers only."""
-    return tuple(
-        (size, blake2b(found.cpu().numpy().tobytes()).digest())
-        for size, found in sorted(numbers.items())
-    )
+    digests = []
+    for size, of_size in sorted(numbers.items()):
+        content = of_size.cpu().numpy().tobytes()
+        digests.append((size, blake2b(content).digest()))
+    return tuple(digests)

@@ -1,4 +1,4 @@
-"""Rows of what a function makes, found by trial: which entries change if some rows of the batch are others?
+"""Rows of what a function makes, found by trial: which entries change with which rows of the batch?
 
 Most functions that a raw batch passes through are known to `row_numbers`. Any other is called
 again, on a batch in which the rows are others whose number has a certain bit, and on one in which
@@ -20,12 +20,11 @@ from torch import Tensor
 from lightning_curv.recording.provenance import Numbers, tensors_in, transforming
 
 Known = Sequence[tuple[Tensor, Numbers]]
-Tried = list[
-    tuple[Numbers, frozenset[int]]
-]  # per result: numbers of rows; sizes whose rows were taken together
+# Per result: numbers of rows; sizes whose rows were taken together.
+Tried = list[tuple[Numbers, frozenset[int]]]
 
 LARGEST = 2**25  # entries that are read: a function of more is not tried
-KEPT = 256
+KEPT = 256  # kinds of calls whose answers are remembered
 _FOUND: OrderedDict[Hashable, Tried] = OrderedDict()
 
 
@@ -36,7 +35,7 @@ def tried(
     results: Sequence[Tensor],
     known: Known,
 ) -> Tried:
-    """The numbers of the rows of the results of a call, and the sizes whose rows were taken together.
+    """The numbers of the rows of the results of a call, and sizes whose rows were taken together.
 
     Args:
         func: The function; one that changes an argument in place is applied to copies.
@@ -46,39 +45,37 @@ def tried(
         known: The tensors among the arguments that came from outside, and the numbers of their
             rows.
     """
-    sizes = {size for _, numbers in known for size in numbers if size > 1}
-    of_one = {size: number for size in sizes if (number := _only_row(size, known)) is not None}
-    nothing: Tried = [
-        ({k: n.reshape([1] * r.ndim) for k, n in of_one.items()}, frozenset()) for r in results
-    ]
+    all_sizes = {size for _, numbers in known for size in numbers if size > 1}
+    # What reads a single row makes rows of that sample, whatever it does.
+    single_rows: dict[int, Tensor] = {}
+    for size in all_sizes:
+        number = _only_row(size, known)
+        if number is not None:
+            single_rows[size] = number
+    untried: Tried = []
+    for result in results:
+        ones = [1] * result.ndim
+        of_result = {size: number.reshape(ones) for size, number in single_rows.items()}
+        untried.append((of_result, frozenset()))
+    sizes = all_sizes - {*single_rows}
+    if not sizes or not _of_torch(func) or transforming():
+        return untried
     entries = sum(map(Tensor.numel, tensors_in([*args, *kwargs.values()])))
-    if (
-        not (sizes := sizes - {*of_one})
-        or not _of_torch(func)
-        or transforming()
-        or entries > LARGEST
-    ):
-        return nothing
+    if entries > LARGEST:
+        return untried
     key = _key(func, args, kwargs, known)
     if key is not None and key in _FOUND:
         return _FOUND[key]
     try:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             found = _tried(func, args, kwargs, results, known, sizes)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        IndexError,
-        NotImplementedError,
-    ):  # it depends on what the values are
-        return nothing
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        return untried  # what the function accepts depends on the values
     if found is None:
-        return nothing
-    found = [
-        ({**one, **numbers}, together)
-        for (one, _), (numbers, together) in zip(nothing, found, strict=True)
-    ]
+        return untried
+    for i, (numbers, together) in enumerate(found):
+        by_single_rows, _ = untried[i]
+        found[i] = ({**by_single_rows, **numbers}, together)
     if key is not None:
         _FOUND[key] = found
         if len(_FOUND) > KEPT:
@@ -115,31 +112,40 @@ def _tried(
         return None
     found: Tried = [({}, frozenset()) for _ in results]
     for size in sizes:
+        # Per bit: which entries change with the rows that have it, and with those that do not.
         halves = []
         for bit in range((size - 1).bit_length()):
             pair = []
             for side in (True, False):
-                others = {
-                    id(tensor): _others(tensor, (numbers[size].long() >> bit & 1) == int(side))
-                    for tensor, numbers in known
-                    if size in numbers
-                }
-                pair.append([_changed(p, c) for p, c in zip(plain, call(others), strict=True)])
+                others = {}
+                for tensor, numbers in known:
+                    if size in numbers:
+                        has_bit = (numbers[size].long() >> bit & 1) == int(side)
+                        others[id(tensor)] = _others(tensor, has_bit)
+                changed = zip(plain, call(others), strict=True)
+                pair.append([_changed(before, after) for before, after in changed])
             halves.append(pair)
         for i, (numbers, together) in enumerate(found):
-            bits = [(ones[i], zeros[i]) for ones, zeros in halves]
-            if any(one is None or zero is None or bool((one & zero).any()) for one, zero in bits):
+            bits = []
+            for ones, zeros in halves:
+                one = ones[i]
+                zero = zeros[i]
+                # Another shape, or an entry that changes with both halves: it is of several rows.
+                if one is None or zero is None or bool((one & zero).any()):
+                    break
+                bits.append((one, zero))
+            if len(bits) < len(halves):
                 found[i] = numbers, together | {size}
-            elif (
-                rows := _spelled([(o, z) for o, z in bits if o is not None and z is not None], size)
-            ) is not None:
+                continue
+            rows = _spelled(bits, size)
+            if rows is not None:
                 found[i] = {**numbers, size: rows}, together
     return found
 
 
 def _only_row(size: int, known: Known) -> Tensor | None:
     """The number of the row that is read, if it is one."""
-    numbers = [found[size].flatten() for _, found in known if size in found]
+    numbers = [of_tensor[size].flatten() for _, of_tensor in known if size in of_tensor]
     first = numbers[0][:1]
     if all(len(one) == 1 and torch.equal(one, first) for one in numbers):
         return first
@@ -147,27 +153,32 @@ def _only_row(size: int, known: Known) -> Tensor | None:
 
 
 def _spelled(bits: Sequence[tuple[Tensor, Tensor]], size: int) -> Tensor | None:
-    """The number of every entry, from whether it changes with the rows that have a bit, and with those that do not.
+    """The number of every entry, bit by bit.
 
     ``None``: it cannot be told. Entries that nothing changes belong to the rows that they lie in.
+
+    Args:
+        bits: Whether it changes with the rows that have a bit, and with those that do not.
+        size: The number of rows.
     """
     told = torch.stack([one | zero for one, zero in bits]).all(0)
-    number = torch.stack([one.int() << bit for bit, (one, _) in enumerate(bits)]).sum(
-        0, dtype=torch.int32
-    )
+    powers = [one.int() << bit for bit, (one, _) in enumerate(bits)]
+    number = torch.stack(powers).sum(0, dtype=torch.int32)
     if not bool(told.any()):
         return None
     if number.ndim and len(number) == size:
-        rows = torch.arange(size, dtype=torch.int32, device=number.device).reshape(
-            -1, *[1] * (number.ndim - 1)
-        )
-        if bool(((number == rows) | ~told).all()):
+        in_order = torch.arange(size, dtype=torch.int32, device=number.device)
+        rows = in_order.reshape(-1, *[1] * (number.ndim - 1))
+        agrees = (number == rows) | ~told
+        if bool(agrees.all()):
             return rows
-    return narrowed(number) if bool(told.all()) else None
+    if bool(told.all()):
+        return narrowed(number)
+    return None
 
 
 def narrowed(numbers: Tensor) -> Tensor:
-    """Numbers without the axes along which they do not change; they broadcast against what they were."""
+    """Numbers without the axes along which they do not change: these are of size 1."""
     for axis in range(numbers.ndim):
         if numbers.shape[axis] > 1:
             first = numbers.narrow(axis, 0, 1)
@@ -177,17 +188,17 @@ def narrowed(numbers: Tensor) -> Tensor:
 
 
 def _others(tensor: Tensor, rows: Tensor) -> Tensor:
-    """A tensor with other numbers in some rows: positive ones in another order; for integers a neighbour's."""
+    """A tensor with other numbers in some rows; for integers those of a neighbour."""
     if tensor.is_floating_point() or tensor.is_complex():
+        # Positive numbers in the opposite order: logarithms stay finite, and a sort, or a maximum,
+        # comes out differently.
         size = tensor.abs().nan_to_num(0, 0, 0).amax()
         other = 1.37 * size - 0.91 * tensor
     else:
-        axis = (
-            next((axis for axis, count in enumerate(rows.shape) if count > 1), 0)
-            + tensor.ndim
-            - rows.ndim
-        )
-        other = tensor.roll(1, axis)
+        # Integers may be indices: only those that are there are known to be in range.
+        axes_of_rows = [axis for axis, count in enumerate(rows.shape) if count > 1]
+        axis_of_rows = axes_of_rows[0] if axes_of_rows else 0
+        other = tensor.roll(1, axis_of_rows + tensor.ndim - rows.ndim)
     return torch.where(rows, other, tensor)
 
 
@@ -207,10 +218,11 @@ def _changed(plain: Tensor, other: Tensor) -> Tensor | None:
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(
-        (changed := _changed(a, b)) is not None and not bool(changed.any()) for a, b in pairs
-    )
+    for first, second in zip(one, other, strict=True):
+        changed = _changed(first, second)
+        if changed is None or bool(changed.any()):
+            return False
+    return True
 
 
 def _replaced(value: Any, others: Mapping[int, Tensor]) -> Any:
@@ -230,7 +242,10 @@ def _key(
     kwargs: Mapping[str, Any],
     known: Known,
 ) -> tuple[Hashable, ...] | None:
-    """What calls must have in common to treat rows alike; ``None``: it depends on values, as on numbers of rows."""
+    """What calls must have in common to treat rows alike.
+
+    ``None``: it depends on values, as on numbers of rows.
+    """
     if any(not tensor.is_floating_point() for tensor in tensors_in([*args, *kwargs.values()])):
         return None
     from lightning_curv.recording.row_numbers import fingerprint
