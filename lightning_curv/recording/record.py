@@ -73,13 +73,17 @@ from lightning_curv.rules import RULES, Rule, bind, fallback
 from lightning_curv.rules.joined import joined
 from lightning_curv.rules.registry import repeated
 
+# Functions whose results are no function of their arguments.
 _RANDOM = """
-    bernoulli exponential multinomial normal poisson rand rand_like randint randint_like randn randn_like randperm
-    uniform
+    bernoulli exponential multinomial normal poisson rand rand_like randint randint_like randn
+    randn_like randperm uniform
 """
 RANDOM = frozenset(_RANDOM.split())
+# Functions that make tensors of something else.
 MAKING = frozenset(("as_tensor", "asarray", "from_numpy", "frombuffer", "tensor"))
+# Functions that fill up what is nested.
 PADDING = frozenset(("nested_to_padded_tensor", "to_padded_tensor"))
+# Functions that cut a tensor into several.
 PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split"))
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
@@ -139,10 +143,9 @@ class record(TorchFunctionMode):
                 if _recording():
                     return _record_loss(func, args, kwargs)
                 return func(*args, **kwargs)
+            # What it returns is connected to the ops that were recorded: nothing is to be noted.
             if func is torch.autograd.grad:
-                return func(
-                    *args, **kwargs
-                )  # what it returns is connected to the ops that were recorded
+                return func(*args, **kwargs)
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
             out = func(*args, **kwargs)
@@ -229,24 +232,26 @@ def _note_roots(
         return
     if physical(results[0]).requires_grad:
         return _mark_mapped(func, results, tensors_in([*args, *kwargs.values()]))
+    # What is looked at for its type only, or not used at all, is not what a result comes from.
     if name in LIKE:
         args = args[:1]
     elif name == "where":
         args = _without_unused(args)
-    else:
-        args = args
     tensors = tensors_in([*args, *kwargs.values()])
     inplace = any(results[0] is tensor for tensor in tensors)
     if inplace and not _changes(func, kwargs):
         return  # an argument as it is
     known = list(map(all_roots, tensors))
     roots = united(known)
-    if roots.pooled and name in ROUTING:  # places are no statistics of what is there
-        roots = replace(roots, pooled=united(map(all_roots, tensors_in(args[:1]))).pooled)
+    # Indices that come from statistics say where something is: they are no part of what is there.
+    if roots.pooled and name in ROUTING:
+        of_first = united(map(all_roots, tensors_in(args[:1])))
+        roots = replace(roots, pooled=of_first.pooled)
     if name in FILLING:
         roots = CONSTANT_ROOTS
     if name in MAKING and not tensors:
-        note(results[0], Roots((replace(Root.of(results[0]), made=True),)))
+        made = replace(Root.of(results[0]), made=True)
+        note(results[0], Roots((made,)))
         return
     if any(tensor.is_nested for tensor in (*tensors, *results)):
         for out in results:
@@ -260,9 +265,8 @@ def _note_roots(
         return
     drawn = _drawn_from(func, args, kwargs)
     decided = any(tensor.requires_grad for tensor in tensors)
-    counts = not any(
-        tensor.is_floating_point() for tensor in tensors
-    )  # lengths are no statistics of what is in rows
+    # Sums of integers are lengths and positions, no statistics of what is in the rows.
+    counts = not any(tensor.is_floating_point() for tensor in tensors)
     view = results[0]._base if inplace else None
     before = None if view is None else numbers_of(results[0])
     for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
@@ -271,20 +275,21 @@ def _note_roots(
         if view is not None and before is not None:
             _note_whole(view, before, rows, replace(roots, pooled=pooled))
         if drawn is None:
-            if ordered(numbers, physical(out), roots):
-                found = roots
-            else:
-                found = roots.moved
+            own = roots if ordered(numbers, physical(out), roots) else roots.moved
         else:
-            found = Roots((Root.of(out, drawn), *(root for root in roots.tensors if root != drawn)))
-            numbers = {len(out): counted(len(out), out), **numbers} if out.ndim else numbers
+            # Some rows of a tensor: they may be the batch, whose rows are counted anew.
+            others = [root for root in roots.tensors if root != drawn]
+            own = Roots((Root.of(out, drawn), *others))
+            if out.ndim:
+                numbers = {len(out): counted(len(out), out), **numbers}
         # What the network's own values decide, the entry of a codebook, is nothing that was moved:
         # weights tell whose rows read it.
-        note(out, replace(found, numbers=numbers or None if decided else numbers, pooled=pooled))
+        told = numbers or None if decided else numbers
+        note(out, replace(own, numbers=told, pooled=pooled))
 
 
 def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
-    """The arguments of ``torch.where`` less the alternative that no entry is taken of, if rows were pooled in it.
+    """The arguments of ``torch.where`` less an alternative with pooled rows that is never taken.
 
     So a statistic of the batch that stands in for missing values is none of the others' business
     where none is missing.
@@ -292,12 +297,13 @@ def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
     alternatives = [value for value in args[1:] if isinstance(value, Tensor)]
     if len(args) != 3 or not any(all_roots(value).pooled for value in alternatives):
         return args
-    taken = args[0].expand(
-        torch.broadcast_shapes(*(value.shape for value in (args[0], *alternatives)))
-    )
-    if bool(taken.all()):
+    shapes = [value.shape for value in (args[0], *alternatives)]
+    first_taken = args[0].expand(torch.broadcast_shapes(*shapes))
+    if bool(first_taken.all()):
         return args[:2]
-    return args if bool(taken.any()) else (args[0], args[2])
+    if bool(first_taken.any()):
+        return args
+    return (args[0], args[2])
 
 
 def _mark_mapped(
@@ -311,9 +317,10 @@ def _mark_mapped(
     roots = united(map(roots_of, read))
     if whole.grad_fn is None or not roots.tensors or not mapped(results[0]):
         return
-    rows = mapped_rows(name_of(func), read, results[0])
-    found = replace(roots, numbers=rows.numbers, pooled=roots.pooled | rows.pooled)
-    mark_at(whole.grad_fn).mapped = Mapped(name_of(func), found, edge_of(whole), like(whole))
+    name = name_of(func)
+    rows = mapped_rows(name, read, results[0])
+    with_rows = replace(roots, numbers=rows.numbers, pooled=roots.pooled | rows.pooled)
+    mark_at(whole.grad_fn).mapped = Mapped(name, with_rows, edge_of(whole), like(whole))
 
 
 def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
@@ -329,10 +336,11 @@ def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 def _note_whole(whole: Tensor, before: Numbers, rows: Rows, roots: Roots) -> None:
     """Note what the tensor behind a view was computed from, after the view was changed in place."""
     known = all_roots(whole)
-    found = replace(known | roots, numbers=known.numbers)
+    both = replace(known | roots, numbers=known.numbers)
+    # Rows have moved inside of the view: those of the whole are not known any more.
     if fingerprint(before) != fingerprint(rows.numbers):
-        found = replace(found.moved, numbers={})
-    note(whole, found)
+        both = replace(both.moved, numbers={})
+    note(whole, both)
 
 
 def _drawn_from(
@@ -351,22 +359,24 @@ def _drawn_from(
 
 
 def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call takes some rows of a tensor, by a slice, by a list of numbers or as one of several pieces."""
+    """Whether a call takes some rows of a tensor: a slice, a list of numbers, or a piece."""
     if name_of(func) in PIECES:
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        return bool(dim == 0)
+        by_position = args[2] if len(args) > 2 else 0
+        return bool(kwargs.get("dim", by_position) == 0)
     if func is not Tensor.__getitem__ or isinstance(args[1], tuple):
         return False
     index = args[1]
-    listed = isinstance(index, Tensor) and index.ndim == 1 and not index.requires_grad
-    return listed or isinstance(index, list) or (isinstance(index, slice) and index != slice(None))
+    if isinstance(index, Tensor):
+        return index.ndim == 1 and not index.requires_grad
+    if isinstance(index, slice):
+        return index != slice(None)
+    return isinstance(index, list)
 
 
 def _has_origin(values: Iterable[Any]) -> bool:
     """Whether some tensor among the arguments was computed from parameters."""
-    return any(
-        tensor.requires_grad and origin_of(tensor) is not None for tensor in tensors_in(values)
-    )
+    with_gradient = (tensor for tensor in tensors_in(values) if tensor.requires_grad)
+    return any(origin_of(tensor) is not None for tensor in with_gradient)
 
 
 def _undispatched(function: FunctionType) -> FunctionType:
@@ -400,15 +410,14 @@ def _record_loss(
     if any((func, name) not in PARTS for name in differentiable):
         return out
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    read = [
-        all_roots(v) for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad
-    ]
+    free = [v for v in arguments.values() if isinstance(v, Tensor) and not v.requires_grad]
+    read = list(map(all_roots, free))
     numbered = [one for one in read if one.numbers is not None]
     roots = united(read)
     if len(numbered) == 1:
-        roots = replace(
-            roots, numbers=numbered[0].numbers
-        )  # of the targets, beside weights of classes
+        # Those of the targets: beside them are weights of classes, which have none.
+        roots = replace(roots, numbers=numbered[0].numbers)
+    # A node holds one record: a loss that is differentiable in two inputs gets a node for each.
     for i, name in enumerate(differentiable):
         out = out.view_as(out) if i else out
         mark = mark_at(out.grad_fn)
@@ -422,11 +431,15 @@ def _record_loss(
 
 
 def _mark_read(out: Tensor, values: Iterable[Any]) -> None:
-    """Leave at the node of an op which tensors without gradient it reads, those of modules left out."""
-    free = [
-        t for t in tensors_in(values) if not t.requires_grad and not isinstance(t, nn.Parameter)
-    ]
-    if free and not (roots := united(map(roots_of, free))).constant:
+    """Leave at the node of an op which tensors without gradient it reads, parameters left out."""
+    free = []
+    for tensor in tensors_in(values):
+        if not tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+            free.append(tensor)
+    if not free:
+        return
+    roots = united(map(roots_of, free))
+    if not roots.constant:
         mark_at(cast("Node", out.grad_fn)).read = roots
 
 
@@ -436,7 +449,10 @@ def _record_unknown(
     kwargs: dict[str, Any],
     out: Any,
 ) -> None:
-    """An op without a rule: note what its outputs come from; parameters among its arguments need the fallback."""
+    """An op without a rule: note what its outputs come from.
+
+    Parameters among its arguments need the fallback.
+    """
     tensors = tensors_in([*args, *kwargs.values()])
     for result in tensors_in([out]):
         if result.grad_fn is not None:
@@ -445,6 +461,7 @@ def _record_unknown(
                 mark_at(result.grad_fn).nested = name_of(func)
     differentiable = [tensor for tensor in tensors if tensor.requires_grad]
     origins = [origin_of(tensor) for tensor in differentiable]
+    # A parameter that was repeated for every sample and is joined to data is data itself.
     if func in JOINS and {*origins} != {PURE}:
         origins = [None if is_copy(tensor) else origin_of(tensor) for tensor in differentiable]
     if not any(origins):
@@ -453,6 +470,7 @@ def _record_unknown(
     if {*origins} == {PURE}:
         _note_beside(out, united(all_roots(t) for t in tensors if not t.requires_grad))
     outputs = [tensor for tensor in tensors_in([out]) if tensor.grad_fn is not None]
+    # Changed in place: the origin of what it was is gone.
     if any(o is t for o in outputs for t in tensors):
         return
     origin, roots = combined(origins, tensors)
@@ -468,7 +486,7 @@ def _record_unknown(
 
 
 def _note_beside(out: Any, roots: Roots) -> None:
-    """Note where tensors without gradient beside others are from, such as the numbers of the largest entries.
+    """Note where tensors without gradient beside others are from, such as indices of a maximum.
 
     Those of parameters alone are constants; those of values of the network are data.
     """
@@ -479,7 +497,7 @@ def _note_beside(out: Any, roots: Roots) -> None:
 
 
 class _Call:
-    """The arguments of a call as they are before it runs (in-place ops change values and history)."""
+    """The arguments of a call as they are before it runs: in-place ops change values and history."""
 
     __slots__ = ("bound", "changed", "func", "nodes", "origins", "reads", "rule", "tensors")
 
@@ -499,18 +517,15 @@ class _Call:
             if isinstance(value, Tensor):
                 self.tensors[name] = value
                 if value.requires_grad:
-                    self.nodes[name], self.origins[name] = (
-                        (value.grad_fn, value.output_nr),
-                        origin_of(value),
-                    )
+                    self.nodes[name] = (value.grad_fn, value.output_nr)
+                    self.origins[name] = origin_of(value)
         self.reads = rule.reads(bound)
         self.changed: dict[str, Tensor] = {}
-        if (
-            rule.inplace(func)
-            and (name := next(iter(bound))) in self.reads
-            and name in self.tensors
-        ):
-            self.changed[name] = self.tensors[name].detach().clone()
+        if rule.inplace(func):
+            first = next(iter(bound))
+            # The rule needs the value that the op is about to overwrite.
+            if first in self.reads and first in self.tensors:
+                self.changed[first] = self.tensors[first].detach().clone()
 
     def store(self, out: Tensor) -> None:
         """Leave the call at the node of its output."""
@@ -534,15 +549,16 @@ class _Call:
             if name in operands:
                 arguments[name] = self._value(name)
             elif name in self.reads:
-                arguments[name] = value = self._value(name)
+                value = self._value(name)
+                arguments[name] = value
                 versions[name] = value._version
-            else:
+            else:  # not read by the rule: its memory is not kept alive
                 arguments[name] = None
-        roots = {
-            k: all_roots(t)
-            for k, t in self.tensors.items()
-            if not t.requires_grad or (k in operands and t.grad_fn is not None)
-        }
+        roots = {}
+        for name, tensor in self.tensors.items():
+            derived = name in operands and tensor.grad_fn is not None
+            if derived or not tensor.requires_grad:
+                roots[name] = all_roots(tensor)
         mark.use = Use(
             function=self.func,
             rule=self.rule,
@@ -573,10 +589,12 @@ class _Call:
     def _operands(self, out: Tensor) -> list[str]:
         """The arguments that are parameters of this call; the others are data."""
         if self.rule.slots:
-            return [k for k in self.nodes if self.rule.holds(k)]
-        pure = [k for k, origin in self.origins.items() if origin == PURE]
-        tentative = (k for k, origin in self.origins.items() if origin in (CONSTANT, TENTATIVE))
-        return pure or [k for k in tentative if self.rule.accepts(k, self.tensors[k], out)]
+            return [name for name in self.nodes if self.rule.holds(name)]
+        pure = [name for name, origin in self.origins.items() if origin == PURE]
+        if pure:
+            return pure
+        tentative = [k for k, origin in self.origins.items() if origin in (CONSTANT, TENTATIVE)]
+        return [name for name in tentative if self.rule.accepts(name, self.tensors[name], out)]
 
     def _operand(self, name: str, value: Tensor) -> Operand:
         leaf = self.nodes[name][0] is None
@@ -597,7 +615,10 @@ class _Call:
 
 
 def _owner(out: Tensor) -> Tensor:
-    """The tensor whose node survives in-place changes: an op's result may be a view of what it computed."""
+    """The tensor whose node survives in-place changes.
+
+    An op's result may be a view of what it computed.
+    """
     base = out._base
     if base is not None and base.grad_fn is not None and base.numel() == out.numel():
         return base
@@ -608,15 +629,16 @@ def mark_output(module: nn.Module, args: Any, output: Any) -> None:
     """Remember at the node of a module's output that it is one."""
     if isinstance(output, Tensor) and output.grad_fn is not None and not disabled():
         mark = mark_at(output.grad_fn)
-        mark.outputs = {**(mark.outputs or {}), module: (output.output_nr, like(output))}
+        others = mark.outputs or {}
+        mark.outputs = {**others, module: (output.output_nr, like(output))}
 
 
 def require_output(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of a module given as ``output=``."""
     if not isinstance(output, Tensor):
         raise UnsupportedError(
-            f"`output=` needs a module that returns one tensor, found `{type(module).__name__}` that returns "
-            f"`{type(output).__name__}`; pass the tensor itself."
+            f"`output=` needs a module that returns one tensor, found `{type(module).__name__}` "
+            f"that returns `{type(output).__name__}`; pass the tensor itself."
         )
     mark_output(module, args, output)
 

@@ -17,10 +17,11 @@ from lightning_curv.rules import Rule
 from lightning_curv.terms.owners import Owners
 
 KEY = "lightning_curv"
-# computed from parameters alone / and from constants / and from tensors without gradient that came
-# from outside
+# What a tensor was computed from: parameters alone, …
 PURE = "pure"
+# … and constants, …
 CONSTANT = "constant"
+# … and tensors without gradient that came from outside. Whether these are data is not known yet.
 TENTATIVE = "tentative"
 
 
@@ -56,13 +57,11 @@ class Use:
     output_nr: int = 0
     versions: dict[str, int] = field(default_factory=dict)
     couples: bool = False  # a sample's output depends on other samples
-    roots: dict[str, Roots] = field(
-        default_factory=dict
-    )  # of the arguments without gradient, and of operands
+    # Of the arguments without gradient, and of operands.
+    roots: dict[str, Roots] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the same
-    pull: Callable[[Tensor, Owners], Tensor] | None = (
-        None  # instead of a rule: cotangents to J of the only operand
-    )
+    # Instead of a rule: cotangents to J of the only operand.
+    pull: Callable[[Tensor, Owners], Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -70,7 +69,7 @@ class Use:
         return str(getattr(self.function, "__name__", self.function)).strip("_")
 
     def release(self, *_: Any) -> None:
-        """Hook of the node: free the inputs with what autograd itself has saved, once a pass is through."""
+        """Hook of the node: free the inputs as soon as autograd frees what it has saved."""
         if not _keeps_graph() and not any_own_pass():
             self.arguments = {}
 
@@ -81,8 +80,9 @@ class Use:
         for name, version in self.versions.items():
             if self.arguments[name]._version != version:
                 raise RuntimeError(
-                    f"`{self.name}` needs its argument `{name}` as it was in the forward pass, but it was modified "
-                    f"by an in-place operation afterwards. Modify a copy instead: `{name}.clone()`."
+                    f"`{self.name}` needs its argument `{name}` as it was in the forward pass, but "
+                    "it was modified by an in-place operation afterwards. Modify a copy instead: "
+                    f"`{name}.clone()`."
                 )
 
 
@@ -104,7 +104,7 @@ class LossCall:
         return str(getattr(self.function, "__name__", self.function))
 
     def release(self, *_: Any) -> None:
-        """Hook of the node: free the arguments with what autograd itself has saved, once a pass is through."""
+        """Hook of the node: free the arguments as soon as autograd frees what it has saved."""
         if not _keeps_graph() and not any_own_pass():
             self.arguments = {}
 
@@ -116,17 +116,18 @@ class LossCall:
 
 def _freed(record: Use | LossCall) -> RuntimeError:
     return RuntimeError(
-        f"Expected a graph that still holds the inputs of its ops, found one that is passed a second time: the "
-        f"first backward pass freed the inputs of `{record.name}`. Pass `retain_graph=True` to it, or run the "
-        "forward pass again."
+        "Expected a graph that still holds the inputs of its ops, found one that is passed a "
+        f"second time: the first backward pass freed the inputs of `{record.name}`. Pass "
+        "`retain_graph=True` to it, or run the forward pass again."
     )
 
 
+# Of the pass that is running. A torch without it never frees: that costs memory, but is right.
 _keeps_graph: Callable[[], bool] = getattr(
     torch._C._autograd,
     "_get_current_graph_task_keep_graph",
     lambda: True,
-)  # of the pass that is running
+)
 
 
 @dataclass(frozen=True)
@@ -152,19 +153,16 @@ class Marks:
 
     use: Use | None = None
     loss: LossCall | None = None
-    outputs: dict[nn.Module, tuple[int, Tensor]] | None = (
-        None  # modules that returned the node's value
-    )
-    origin: str | None = (
-        None  # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters
-    )
+    # The modules that returned the node's value.
+    outputs: dict[nn.Module, tuple[int, Tensor]] | None = None
+    # PURE, CONSTANT or TENTATIVE: the node's value was computed from parameters.
+    origin: str | None = None
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
     read: Roots | None = None  # of the tensors without gradient that the op reads
     mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
     nested: str | None = None  # the op whose value it is, if that is a nested tensor
-    copies: bool = (
-        False  # the node's value repeats a parameter: as data, it is what the repetition made
-    )
+    # The value repeats a parameter: where that is data, the data are what the repetition made.
+    copies: bool = False
 
 
 def marks(node: Node) -> Marks | None:
@@ -198,7 +196,7 @@ class Output:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Output:
-        """The output that a tensor is now; what changes the tensor in place later does not matter."""
+        """The output that a tensor is now; later changes in place do not matter."""
         if not tensor.requires_grad:
             raise ValueError(
                 "`output` must be computed from parameters, found a tensor without a graph."
@@ -213,46 +211,54 @@ def like(tensor: Tensor) -> Tensor:
 
 def is_copy(tensor: Tensor) -> bool:
     """Whether a tensor repeats a parameter, as `Marks.copies` says."""
-    if tensor.grad_fn is not None:
-        found = marks(tensor.grad_fn)
-    else:
-        found = None
-    return found is not None and found.copies
+    if tensor.grad_fn is None:
+        return False
+    left = marks(tensor.grad_fn)
+    return left is not None and left.copies
 
 
 def mark_at(node: Node) -> Marks:
     """The marks at ``node``, to be written."""
     metadata: dict[str, Any] = node.metadata  # type: ignore[assignment]
-    found: Marks | None = metadata.get(KEY)
-    if found is None:
-        found = metadata[KEY] = Marks()
-    return found
+    left: Marks | None = metadata.get(KEY)
+    if left is None:
+        left = Marks()
+        metadata[KEY] = left
+    return left
 
 
 def origin_of(tensor: Tensor) -> str | None:
     """What a tensor that requires gradients was computed from: an origin or, with data, ``None``."""
     if tensor.grad_fn is None:
         return PURE if isinstance(tensor, nn.Parameter) else None
-    found = marks(tensor.grad_fn)
-    return found.origin if found else None
+    left = marks(tensor.grad_fn)
+    return left.origin if left else None
 
 
 def all_roots(tensor: Tensor) -> Roots:
-    """What a tensor was computed from besides parameters; of one that depends on data only that it does."""
+    """What a tensor was computed from besides parameters.
+
+    Of one that depends on data only that it does is known.
+    """
     if not tensor.requires_grad:
         return roots_of(tensor)
     if tensor.grad_fn is None:
         if isinstance(tensor, nn.Parameter):
             return CONSTANT_ROOTS
         return roots_of(tensor)
-    found = marks(tensor.grad_fn)
-    if found is not None and found.origin is not None:
-        return found.roots
+    left = marks(tensor.grad_fn)
+    if left is not None and left.origin is not None:
+        return left.roots
     return DATA
 
 
 def combined(origins: Sequence[str | None], tensors: Sequence[Tensor]) -> tuple[str | None, Roots]:
-    """What a value comes from that was computed from some tensors; ``origins``: of those that require gradients."""
+    """What a value comes from that was computed from some tensors.
+
+    Args:
+        origins: Those of the tensors that require gradients.
+        tensors: All of them.
+    """
     if not origins or None in origins:
         return None, DATA
     roots = united(all_roots(tensor) for tensor in tensors)
@@ -260,4 +266,5 @@ def combined(origins: Sequence[str | None], tensors: Sequence[Tensor]) -> tuple[
         return None, DATA
     if roots.tensors:
         return TENTATIVE, roots
-    return (PURE if len(origins) == len(tensors) and {*origins} == {PURE} else CONSTANT), roots
+    only_parameters = len(origins) == len(tensors) and {*origins} == {PURE}
+    return PURE if only_parameters else CONSTANT, roots
