@@ -2,7 +2,8 @@
 
 >>> import pytorch_lightning as pl
 >>> from lightning_curv.callbacks import CurvatureCallback
->>> trainer = pl.Trainer(callbacks=[CurvatureCallback(every_n_steps=10)], logger=False, enable_checkpointing=False)
+>>> callback = CurvatureCallback(every_n_steps=10)
+>>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
 """
 
 from lightning_curv.callbacks.audit import privacy_audit

@@ -1,4 +1,4 @@
-"""`python -m lightning_curv doctor [MODULE:CLASS]`: versions, and what can be logged for a model."""
+"""The command `python -m lightning_curv doctor`: versions, and what can be logged for a model."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def batch_of(model: Any, given: str | None) -> Any:
         return next(iter(model.train_dataloader()))
     except Exception as error:
         raise SystemExit(
-            f"Expected a model with a `train_dataloader`, or `--batch MODULE:NAME` (a batch or a function that returns "
-            f"one), found neither: {error}."
+            "Expected a model with a `train_dataloader`, or `--batch MODULE:NAME` (a batch or a "
+            f"function that returns one), found neither: {error}."
         ) from error
 
 

@@ -1,8 +1,8 @@
-"""Lightning under both of its import names, `lightning.pytorch` and `pytorch_lightning`, which are separate copies.
+"""Lightning under both of its import names, `lightning.pytorch` and `pytorch_lightning`.
 
-Only the copies that the user has imported are used; where there is none yet, the first one that is
-installed. The other one would take its time, and whichever is imported last gives the messages of
-both to its logger. Classes that Lightning has to know get the classes of all copies as bases, also
+These are separate copies. Only those that the user has imported are used; where there is none yet,
+the first one that is installed. The other one would take its time, and whichever is imported last
+gives the messages of both to its logger. Classes that Lightning has to know get the classes of all copies as bases, also
 of those that are imported later: a Trainer or a LightningCLI accepts only those of its own copy.
 """
 

@@ -533,7 +533,8 @@ class PrivacyCallback(Callback):
             self._spent = self.accountant.epsilon(self.delta)
         if not trainer.barebones:
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
-            if steps % trainer.log_every_n_steps == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if steps % every_n_steps == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
                 values = {**logs.private_values(private_optimizer(trainer)), **self._logged}
                 if self.every_n_steps is not None:
                     values["privacy/epsilon"] = self._spent

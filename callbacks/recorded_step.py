@@ -75,9 +75,10 @@ def _recorded(
 
 
 def returned_loss(pl_module: LightningModule) -> Tensor | None:
-    """The loss as `training_step` returned it, before a strategy or Lightning added anything to its graph.
+    """The loss as `training_step` returned it.
 
-    With `static_graph` DDP adds a node that must be passed once per step only.
+    A strategy, or Lightning, may have added something to its graph since: with
+    `static_graph` DDP adds a node that must be passed once per step only.
     """
     returned: list[Any] = getattr(pl_module.training_step, _RETURNED, [])
     return loss_of(returned[0] if returned else None)
@@ -107,7 +108,7 @@ def restore_training_step(pl_module: LightningModule) -> None:
 
 
 def is_compiled(pl_module: LightningModule) -> bool:
-    """Whether a part of a module is compiled: its steps are run eagerly only where that is needed."""
+    """Whether a part of a module is compiled: its steps run eagerly only where that is needed."""
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         return True
     return any(

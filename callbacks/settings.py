@@ -39,7 +39,8 @@ def check(
         raise ValueError(f"`mc_samples` must be 0 or positive, found {mc_samples}.")
     if not (batch_size is None or _positive(batch_size) or callable(batch_size)):
         raise ValueError(
-            f"`batch_size` must be None, a positive number or a function from a batch to one, found {batch_size!r}."
+            "`batch_size` must be None, a positive number or a function from a batch to one, found "
+            f"{batch_size!r}."
         )
     if not (max_samples is None or _positive(max_samples)):
         raise ValueError(f"`max_samples` must be None or a positive number, found {max_samples!r}.")
@@ -52,12 +53,14 @@ def check(
             re.compile(layers)
         except re.error as error:
             raise ValueError(
-                f"`layers` must be a bool, 'topk' or a regular expression, found {layers!r}: {error}."
+                f"`layers` must be a bool, 'topk' or a regular expression, found {layers!r}: "
+                f"{error}."
             ) from error
     for name in prog_bar:
         if name not in series:
             raise ValueError(
-                f"`prog_bar` must name logged series, found {name!r}; did you mean {near(name, series)}?"
+                f"`prog_bar` must name logged series, found {name!r}; did you mean "
+                f"{near(name, series)}?"
             )
 
 
@@ -66,12 +69,12 @@ def _positive(value: object) -> bool:
 
 
 def require_whole_parameters(trainer: Trainer) -> None:
-    """Refuse strategies whose parameters and gradients are shards, or whose engine makes the backward pass."""
+    """Refuse strategies that shard parameters and gradients, or make the backward pass."""
     strategy = type(trainer.strategy).__name__
     if any(name in strategy for name in ("FSDP", "ModelParallel", "DeepSpeed")):
         raise MisconfigurationException(
-            f"CurvatureCallback needs a strategy that keeps whole parameters in every process, found {strategy}; use "
-            "one device or `strategy='ddp'`."
+            "CurvatureCallback needs a strategy that keeps whole parameters in every process, "
+            f"found {strategy}; use one device or `strategy='ddp'`."
         )
 
 
@@ -81,11 +84,13 @@ def key_of(name: str, settings: object) -> str:
 
 
 def longest_interval(trainer: Trainer) -> int:
-    """The most steps between two logged ones such that a callback that watches a series finds it, or 0: any number.
+    """The most steps between two logged ones such that a callback that watches a series finds it.
 
+    0: any number, as no callback watches one.
     Lightning checks `EarlyStopping` and `ModelCheckpoint` at the end of every epoch and validation.
     """
-    watched = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    watched = [getattr(callback, "monitor", None) for callback in callbacks]
     watched += [config.monitor for config in trainer.lr_scheduler_configs]
     if not any(isinstance(name, str) and name.startswith("curvature") for name in watched):
         return 0

@@ -1,4 +1,4 @@
-"""What the batch of a training step says of its samples: how many there are, and which tensors hold them."""
+"""What the batch of a training step says of its samples: their number, and the tensors of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def describe_batch(batch: Any, size: BatchSize = None) -> Batch:
     if isinstance(batch, Iterator):
         if callable(size):
             raise ValueError(
-                "`batch_size` must be a number where `training_step` takes a `dataloader_iter`, found a function."
+                "`batch_size` must be a number where `training_step` takes a `dataloader_iter`, "
+                "found a function."
             )
         return Batch(size)
     tensors: list[Tensor] = []
@@ -97,7 +98,7 @@ def _number(size: Any) -> int:
 
 
 def _collect(value: Any, tensors: list[Tensor], seen: dict[int, Any]) -> bool:
-    """Collect the tensors below a value; false if it holds other data that tensors may be made of."""
+    """Collect the tensors below a value; false if tensors may be made of other data in it."""
     if isinstance(value, Tensor):
         if id(value) not in seen:
             tensors.append(value)
@@ -113,7 +114,10 @@ def _collect(value: Any, tensors: list[Tensor], seen: dict[int, Any]) -> bool:
 
 
 def _entries(value: Any) -> list[Any] | None:
-    """What a collection or an object consists of; `None`: data of another kind, one value per sample for instance."""
+    """What a collection or an object consists of.
+
+    `None`: data of another kind, one value per sample for instance.
+    """
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):

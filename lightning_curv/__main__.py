@@ -1,4 +1,4 @@
-"""`python -m lightning_curv doctor MODULE:CLASS`: versions, and what `CurvatureCallback` logs for a model."""
+"""The command `python -m lightning_curv`: see `lightning_curv.callbacks.doctor`."""
 
 from importlib import import_module
 

@@ -13,7 +13,10 @@ _ONCE = r"not implemented|differentiate twice|double backward"
 
 
 class UnsupportedError(NotImplementedError):
-    """A quantity is not defined, or not implemented, for this graph; it is never computed approximately instead."""
+    """A quantity is not defined, or not implemented, for this graph.
+
+    It is never computed approximately instead.
+    """
 
 
 class SampleCountError(UnsupportedError):
@@ -43,27 +46,35 @@ def differentiating_loss() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise NoSecondDerivativeError(
-            "The curvature of a loss that torch has no function for is its second derivative at the outputs of the "
-            f"network, and this loss has none. {error} First-order quantities work with any loss."
+            "The curvature of a loss that torch has no function for is its second derivative at "
+            f"the outputs of the network, and this loss has none. {error} First-order quantities "
+            "work with any loss."
         ) from error
 
 
 def once_differentiable(op: str, error: Exception) -> UnsupportedError:
     """The error for an op that torch does not differentiate twice."""
-    advice = "Write it in ops that have one, or compute quantities that need no second derivative of the network."
+    advice = (
+        "Write it in ops that have one, or compute quantities that need no second derivative of "
+        "the network."
+    )
     if re.search("attention", op, re.IGNORECASE):
         advice = (
-            "Known are those of `F.scaled_dot_product_attention` without dropout in the kernel: run the forward pass "
-            "without, or under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
+            "Known are those of `F.scaled_dot_product_attention` without dropout in the kernel: "
+            "run the forward pass without, or under "
+            "`torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`."
         )
     return UnsupportedError(
-        f"Expected ops that can be differentiated twice, found `{op.lstrip('_')}` without a second derivative in "
-        f"torch: {error} {advice}"
+        f"Expected ops that can be differentiated twice, found `{op.lstrip('_')}` without a second "
+        f"derivative in torch: {error} {advice}"
     )
 
 
 def describe(parameter: Tensor) -> str:
-    """The parameter's name in the largest module that is alive and holds it, or its shape. Slow: for messages only."""
+    """The parameter's name in the largest module that is alive and holds it, or its shape.
+
+    It is slow: for messages only.
+    """
     return names_of([parameter])[0]
 
 

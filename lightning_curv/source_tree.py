@@ -1,4 +1,4 @@
-"""Import `lightning_curv.optimizers` and `lightning_curv.callbacks` from a clone that is not installed.
+"""Import `lightning_curv.optimizers` and `.callbacks` from a clone that is not installed.
 
 In the source tree the two packages lie beside this one, at the root of the repository; in an
 installed copy they lie inside it, and nothing here is used. The root itself must not be on the
@@ -20,7 +20,7 @@ ENTRY = f"{ROOT}/<{' and '.join(ROOMS)}>"  # on the package's search path; no fo
 
 
 class RoomFinder:
-    """Finds the two packages, and nothing else, for the one entry of a search path that stands for them."""
+    """Finds the two packages, and nothing else, for the entry of a search path that is theirs."""
 
     def __init__(self, entry: str) -> None:
         if entry != ENTRY:

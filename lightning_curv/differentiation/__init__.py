@@ -1,1 +1,1 @@
-"""What torch's autograd lacks: formulas of ops without a second derivative; which passes are ours."""
+"""What autograd lacks: formulas of ops without a second derivative; which passes are ours."""

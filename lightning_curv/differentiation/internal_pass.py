@@ -1,4 +1,4 @@
-"""Which backward passes are our own: hooks must not take them for the user's; and where they end."""
+"""Which backward passes are ours, so that hooks do not take them for the user's; where they end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 
 
 class OwnPasses:
-    """Context of our own passes that one thread starts, and of what hooks do; counts how many are running.
+    """Context of our own passes, and of what hooks do; counts how many are running.
 
     Autograd may run hooks in threads of its own, which know nothing of the thread that has started
     the pass. So whoever registers a hook keeps this object of its thread, and asks it.
@@ -56,14 +56,14 @@ def _registered(passes: OwnPasses) -> OwnPasses:
 
 
 def any_own_pass() -> bool:
-    """Whether some thread makes a pass of ours, perhaps through a graph that another one recorded."""
+    """Whether some thread makes a pass of ours, perhaps through another thread's graph."""
     found = (reference() for reference in _of_all_threads)
     return any(passes is not None and passes.running for passes in found)
 
 
 @contextmanager
 def nothing_below(nodes: Iterable[Node]) -> Iterator[None]:
-    """Context in which passes bring nothing below some nodes: parameters may be used again there."""
+    """Context in which passes bring nothing below nodes where parameters may be used again."""
     handles = [node.register_prehook(_zeros) for node in nodes]
     try:
         yield

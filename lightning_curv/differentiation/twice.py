@@ -1,4 +1,4 @@
-"""Passes through the graph that are differentiated again: nothing in them may lack a second derivative.
+"""Passes through the graph that are differentiated again: all in them needs a second derivative.
 
 Hooks replace the gradients of fused ops by those of their `FORMULAS`, and refuse what leaves no
 graph. They are there during our own passes alone: the forward pass and every pass of the user's
@@ -23,7 +23,10 @@ from lightning_curv.errors import once_differentiable
 
 
 def fused(outputs: Iterable[Tensor | GradientEdge]) -> list[Node]:
-    """The nodes below ``outputs`` that `differentiable` looks after: those with a formula, and the user's functions."""
+    """The nodes below ``outputs`` that `differentiable` looks after.
+
+    Those are nodes with a formula, and the user's functions.
+    """
     stack = [output.grad_fn if isinstance(output, Tensor) else output.node for output in outputs]
     seen: set[Node] = set()
     found = []
@@ -39,7 +42,7 @@ def fused(outputs: Iterable[Tensor | GradientEdge]) -> list[Node]:
 
 @contextmanager
 def differentiable(nodes: Iterable[Node]) -> Iterator[None]:
-    """In this context passes with a graph of their own (``create_graph``) use the formulas of these nodes.
+    """In this context passes with a graph of their own (``create_graph``) use formulas of nodes.
 
     Raises:
         UnsupportedError: The backward function of a ``torch.autograd.Function`` leaves no graph:
@@ -62,7 +65,7 @@ def differentiable(nodes: Iterable[Node]) -> Iterator[None]:
 
 
 def _required(cotangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-    """Cotangents that a graph starts from, where there is none: its loss is seen where it would be."""
+    """Cotangents that a graph starts from where there is none: where it is lost, that is seen."""
     if not torch.is_grad_enabled():
         return None
     return tuple(
@@ -78,7 +81,10 @@ def _refuse_lost(
     found: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> None:
-    """Gradients are linear in the cotangents; torch drops the graph of a ``once_differentiable`` function silently."""
+    """Whether the graph of a user's function is whole: gradients are linear in the cotangents then.
+
+    Torch drops that of a ``once_differentiable`` function silently.
+    """
     if not torch.is_grad_enabled():
         return
     gradients = [g for g in found if g is not None and g.is_floating_point()]

@@ -51,7 +51,7 @@ class WeightNorm(torch.autograd.Function):
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``torch._weight_norm``; what torch itself computes from ops that it differentiates twice, it still does."""
+    """``torch._weight_norm``; by torch itself where that is made of ops with two derivatives."""
     if v.dtype in (torch.float16, torch.bfloat16) or dim not in (0, v.ndim - 1):
         return torch._weight_norm(v, g, dim)
     return WeightNorm.apply(v.contiguous(), g.contiguous(), dim)[0]

@@ -160,7 +160,7 @@ class Backprop:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Find the samples and what is refused, without computing anything; with `defer`, see `failures`."""
+        """Find the samples and what is refused, without computing anything; see `failures`."""
         with _Failing(self, self._extensions):
             passes = self._looked()
         with _Failing(self, [e for e in self._extensions if e.needs_likelihood]) as some:
@@ -194,7 +194,7 @@ class Backprop:
         )
 
     def run(self, **options: Any) -> None:
-        """The user's backward pass; where the gradients go to receivers, only as far as the recorded ops.
+        """The user's backward pass; as far as the recorded ops where gradients go to receivers.
 
         Args:
             options: Arguments of ``Tensor.backward``.
@@ -318,7 +318,7 @@ class Backprop:
         self._some = passes if chosen is None else passes.only(chosen)
 
     def _passes_of(self, extensions: Sequence[AnyExtension]) -> Passes:
-        """Those of what shares a source: of all samples, or of some if that is enough for every one."""
+        """Those of what shares a source: of all samples, or of some if that is enough for all."""
         if not self._some.samples.partial or not self._content(extensions):
             return self._passes
         self.counts.update(dict.fromkeys(extensions, self._some.samples.count))
@@ -340,7 +340,7 @@ class Backprop:
         return any(isinstance(e, GradientReceiver) for e in self._extensions)
 
     def _needs_samples(self, extension: AnyExtension) -> bool:
-        """Whether a quantity, or the curvature of a loss that is differentiated, needs the samples."""
+        """Whether a quantity, or the curvature of an unknown loss, needs the samples."""
         return extension.needs_samples or (extension.needs_likelihood and self._differentiates_loss)
 
     @cached_property

@@ -80,7 +80,8 @@ class curvature(record):
         >>> from lightning_curv import BatchGrad, BatchL2Grad, DiagGGNExact, curvature
         >>> layer = torch.nn.Linear(2, 3)
         >>> with curvature(BatchL2Grad(), DiagGGNExact()):
-        ...     loss = torch.nn.functional.cross_entropy(layer(torch.ones(5, 2)), torch.tensor([0, 1, 2, 0, 1]))
+        ...     output = layer(torch.ones(5, 2))
+        ...     loss = torch.nn.functional.cross_entropy(output, torch.tensor([0, 1, 2, 0, 1]))
         ...     loss.backward()
         >>> layer.weight.batch_l2.shape, layer.weight.diag_ggn_exact.shape
         (torch.Size([5]), torch.Size([3, 2]))

@@ -92,7 +92,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class GGNTraceJointMC(GraphExtension):
-    r"""Estimate of the trace of the parameter's GGN block from whole batches, in ``ggn_trace_joint_mc``, a scalar.
+    r"""Estimate of the trace of the parameter's GGN block from whole batches, a scalar.
+
+    Saved in ``ggn_trace_joint_mc``.
 
     :math:`\frac1M \sum_m \|J^\top s_m\|^2` with the Jacobian J of all outputs of the batch and
     random :math:`s_m` with :math:`E\,s s^\top = H`. No samples are taken apart, so that they may

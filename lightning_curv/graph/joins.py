@@ -77,7 +77,7 @@ class Join:
         return use
 
     def pull(self, g: Tensor, owners: Owners) -> Tensor:
-        """Pull cotangents of the output ``[V, *]`` to the input for every sample, ``[V, N, *input]``."""
+        """Pull cotangents ``[V, *]`` of the output to the input for every sample, ``[V, N, *]``."""
         shape = shape_at(self.edge)
         columns = []
         for column in g:

@@ -28,12 +28,13 @@ _ROUTING = """
 """
 # attributes of nodes that hold axes, sizes, places and factors: numbers, never tensors
 PLACING = (
-    "_saved_dim", "_saved_self_sym_sizes", "_saved_shifts", "_saved_start", "_saved_end", "_saved_step", "_saved_alpha",
-    "_saved_beta", "_saved_split_size", "_saved_storage_offset", "_saved_offset", "_saved_size", "_saved_stride",
-    "_saved_pad", "_saved_axis", "_saved_diagonal", "_saved_dilation", "_saved_downscale_factor", "_saved_expand",
-    "_saved_groups", "_saved_kernel_size", "_saved_left", "_saved_output_padding", "_saved_output_size",
-    "_saved_repeats", "_saved_source_dim", "_saved_sumdim", "_saved_transpose", "_saved_unitriangular", "_saved_upper",
-    "_saved_upscale_factor",
+    "_saved_dim", "_saved_self_sym_sizes", "_saved_shifts", "_saved_start", "_saved_end",
+    "_saved_step", "_saved_alpha", "_saved_beta", "_saved_split_size", "_saved_storage_offset",
+    "_saved_offset", "_saved_size", "_saved_stride", "_saved_pad", "_saved_axis", "_saved_diagonal",
+    "_saved_dilation", "_saved_downscale_factor", "_saved_expand", "_saved_groups",
+    "_saved_kernel_size", "_saved_left", "_saved_output_padding", "_saved_output_size",
+    "_saved_repeats", "_saved_source_dim", "_saved_sumdim", "_saved_transpose",
+    "_saved_unitriangular", "_saved_upper", "_saved_upscale_factor",
 )  # fmt: skip
 PLACES = frozenset(("_saved_k", "_saved_length"))  # of these names exactly
 ROUTING = frozenset(_ROUTING.split())

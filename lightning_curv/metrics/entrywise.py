@@ -9,7 +9,7 @@ from lightning_curv.metrics.ratios import Ratio
 
 
 class _EntrywiseSums(Ratio):
-    """Sums over batches for every entry of the gradient; the states are scalars until the first batch."""
+    """Sums over batches for every entry of the gradient; scalars until the first batch."""
 
     def add(self, numerator: Tensor, denominator: Tensor) -> None:
         self.numerator = self.numerator + numerator.to(self.numerator)
@@ -22,7 +22,9 @@ class _EntrywiseSums(Ratio):
 
 
 class GradientSNR(_EntrywiseSums):
-    r"""Gradient signal-to-noise ratio: mean over the entries $j$ of $\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$.
+    r"""Gradient signal-to-noise ratio, the mean over the entries of the gradient.
+
+    An entry $j$ has $\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$.
 
     Numerator and denominator are averaged over batches; entries without variance are left out, and
     NaN means that there is no other. Pure noise has $1/N$. Liu et al., "Understanding Why Neural
@@ -34,7 +36,8 @@ class GradientSNR(_EntrywiseSums):
     Example:
         >>> import torch
         >>> metric = GradientSNR()
-        >>> metric.update(torch.tensor([2.0, 1.0]), torch.tensor([10.0, 2.0]), 2)  # entries [1, 1], [3, 1]
+        >>> # Two samples with the gradients [1, 1] and [3, 1].
+        >>> metric.update(torch.tensor([2.0, 1.0]), torch.tensor([10.0, 2.0]), 2)
         >>> metric.compute()
         tensor(2., dtype=torch.float64)
     """
@@ -57,7 +60,9 @@ class GradientSNR(_EntrywiseSums):
 
 
 class EvidenceCriterion(_EntrywiseSums):
-    r"""$1 - \mathrm{mean}_j\,N \bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$: positive where the gradient is mere noise.
+    r"""Evidence criterion: positive where the gradient is mere noise.
+
+    It is $1 - \mathrm{mean}_j\,N \bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$.
 
     The evidence-based criterion for early stopping of plain SGD, $\bar g_j^2$ and
     $\widehat{\mathrm{Var}}\,g_j / N$ averaged over batches. Mahsereci et al., "Early Stopping
@@ -69,7 +74,8 @@ class EvidenceCriterion(_EntrywiseSums):
     Example:
         >>> import torch
         >>> metric = EvidenceCriterion()
-        >>> metric.update(torch.tensor([2.0, 1.0]), torch.tensor([10.0, 2.0]), 2)  # entries [1, 1], [3, 1]
+        >>> # Two samples with the gradients [1, 1] and [3, 1].
+        >>> metric.update(torch.tensor([2.0, 1.0]), torch.tensor([10.0, 2.0]), 2)
         >>> metric.compute()
         tensor(-3., dtype=torch.float64)
     """
@@ -92,7 +98,9 @@ class EvidenceCriterion(_EntrywiseSums):
 
 
 class TICDiagonal(_EntrywiseSums):
-    r"""Diagonal approximation of the Takeuchi information criterion, $\sum_j \overline{g_{nj}^2} / \overline{H}_{jj}$.
+    r"""Diagonal approximation of the Takeuchi information criterion.
+
+    It is $\sum_j \overline{g_{nj}^2} / \overline{H}_{jj}$.
 
     Averages over the samples of all batches; entries without curvature are left out. Thomas et al.,
     "On the interplay between noise and curvature and its effect on optimization and

@@ -1,4 +1,4 @@
-r"""The formulas of gradient noise, once: the metrics add their parts up over batches, the callback takes one batch.
+r"""The formulas of gradient noise, once: metrics add them up, the callback takes one batch.
 
 Notation: samples have gradients $g_n$ and weights $w_n$ with $\sum_n w_n = 1$; the gradient is
 $\bar g = \sum_n w_n g_n$, and $c = \sum_n w_n^2 < 1$ is the *concentration* of the weights, $1/N$
@@ -25,8 +25,8 @@ def unbiased_moments(
 
     For independent samples with weights $w_n$, $\sum_n w_n = 1$, and $\bar g = \sum_n w_n g_n$,
 
-    $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 - \sum_n w_n^2}, \qquad
-    \widehat{\|G\|^2} = \|\bar g\|^2 - \widehat{\mathrm{tr}\,\Sigma} \sum_n w_n^2 .$$
+    $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 - \sum_n w_n^2},
+    \qquad \widehat{\|G\|^2} = \|\bar g\|^2 - \widehat{\mathrm{tr}\,\Sigma} \sum_n w_n^2 .$$
 
     For equal weights these are the estimators of McCandlish et al., "An Empirical Model of
     Large-Batch Training", arXiv:1812.06162, 2018, appendix A, with small batches of one sample. The
@@ -43,7 +43,8 @@ def unbiased_moments(
     Example:
         >>> import torch
         >>> g = torch.tensor([[1.0, 0.0], [3.0, 0.0]])
-        >>> unbiased_moments(g.square().sum(1).mean(), g.mean(0).square().sum(), torch.tensor(1 / 2))
+        >>> grad_sq_norm = g.mean(0).square().sum()
+        >>> unbiased_moments(g.square().sum(1).mean(), grad_sq_norm, torch.tensor(1 / 2))
         (tensor(2.), tensor(3.))
     """
     return unbiased_moments_of_parts(second_moment, grad_sq_norm, 1, concentration)
@@ -55,15 +56,16 @@ def unbiased_moments_of_parts(
     part_inverse: Number | float,
     whole_inverse: Number,
 ) -> tuple[Number, Number]:
-    r"""The same two from gradients of parts of a batch: micro-batches, or the batches of several processes.
+    r"""The same two from gradients of parts of a batch: micro-batches, or those of processes.
 
     No gradient of a single sample is needed. Part $k$ of $n_k$ samples has the mean gradient $G_k$
     and the weight $v_k$, $\sum_k v_k = 1$, and $\bar g = \sum_k v_k G_k$. From
     $E\|G_k\|^2 = \|G\|^2 + \mathrm{tr}\,\Sigma / n_k$ and
     $E\|\bar g\|^2 = \|G\|^2 + \mathrm{tr}\,\Sigma \sum_k v_k^2 / n_k$ follow
 
-    $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_k v_k \|G_k\|^2 - \|\bar g\|^2}{\sum_k v_k / n_k - \sum_k v_k^2 / n_k},
-    \qquad \widehat{\|G\|^2} = \|\bar g\|^2 - \widehat{\mathrm{tr}\,\Sigma} \sum_k v_k^2 / n_k .$$
+    $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_k v_k \|G_k\|^2 - \|\bar g\|^2}{\sum_k v_k / n_k -
+    \sum_k v_k^2 / n_k}, \qquad \widehat{\|G\|^2} = \|\bar g\|^2 - \widehat{\mathrm{tr}\,\Sigma}
+    \sum_k v_k^2 / n_k .$$
 
     For parts of one size these are the estimators of two batch sizes of McCandlish et al., 2018,
     appendix A. They vary more than `unbiased_moments`: the trace by a factor of about
@@ -80,7 +82,8 @@ def unbiased_moments_of_parts(
         The two estimates, [] and [].
 
     Example:
-        >>> unbiased_moments_of_parts(5.0, 4.0, 1 / 8, 1 / 16)  # two parts of 8 with gradients [1, 0] and [3, 0]
+        >>> # Two parts of 8 samples, with the gradients [1, 0] and [3, 0].
+        >>> unbiased_moments_of_parts(5.0, 4.0, 1 / 8, 1 / 16)
         (16.0, 3.0)
     """
     trace = (second_moment - grad_sq_norm) / (part_inverse - whole_inverse)
@@ -118,7 +121,9 @@ def norm_test(
     grad_sq_norm: Number,
     concentration: Number,
 ) -> tuple[Number, Number]:
-    r"""Numerator and denominator of $c\,\widehat{\mathrm{tr}\,\Sigma} / \|\bar g\|^2$, squared error of the gradient.
+    r"""Numerator and denominator of the squared error of the gradient, relative to its norm.
+
+    That is $c\,\widehat{\mathrm{tr}\,\Sigma} / \|\bar g\|^2$.
 
     Where the root of the ratio is above a θ of the user's choice the batch should grow. Byrd et
     al., "Sample Size Selection in Optimization Methods for Machine Learning", Mathematical
@@ -219,7 +224,8 @@ def entry_moments(
 
     Example:
         >>> import torch
-        >>> entry_moments(torch.tensor([2.0, 1.0]), torch.tensor([5.0, 1.0]), 1 / 2)  # gradients [1, 1], [3, 1]
+        >>> # Two samples with the gradients [1, 1] and [3, 1].
+        >>> entry_moments(torch.tensor([2.0, 1.0]), torch.tensor([5.0, 1.0]), 1 / 2)
         (tensor([4., 1.]), tensor([2., 0.]))
     """
     square = mean.square()
@@ -231,7 +237,9 @@ def coupled_batch_size(
     loss: Number,
     lr: float,
 ) -> tuple[Number, Number]:
-    r"""Numerator and denominator of CABS, the batch size $\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$.
+    r"""Numerator and denominator of CABS, a batch size.
+
+    That is $\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$.
 
     For plain SGD and a loss whose minimum is zero. Balles, Romero & Hennig, "Coupling Adaptive
     Batch Sizes with Learning Rates", UAI 2017, eq. 22.

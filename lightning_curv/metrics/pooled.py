@@ -43,7 +43,8 @@ class _PooledMoments(Metric):
         """
         if sample_sq_norms.ndim != 1:
             raise ValueError(
-                f"`sample_sq_norms` must have one entry per sample, [N], found shape {list(sample_sq_norms.shape)}."
+                "`sample_sq_norms` must have one entry per sample, [N], found shape "
+                f"{list(sample_sq_norms.shape)}."
             )
         n = len(sample_sq_norms)
         if n == 0:
@@ -79,7 +80,9 @@ class GradientVariance(_PooledMoments):
 
 
 class NoiseScale(_PooledMoments):
-    r"""Simple gradient noise scale $\mathrm{tr}(\Sigma) / \|G\|^2$: the batch size where noise and signal are equal.
+    r"""Simple gradient noise scale: the batch size where noise and signal are equal.
+
+    It is $\mathrm{tr}(\Sigma) / \|G\|^2$.
 
     Numerator and denominator are unbiased and summed over batches before the ratio is taken; the
     mean of ratios is biased upwards. Infinite while the estimate of $\|G\|^2$ is not positive: the

@@ -31,9 +31,10 @@ class Ratio(Metric):
         self.denominator += denominator.to(self.denominator)
 
     def moments(self, squares: Tensor, grad_sq_norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean of squares [N], the squared norm of the gradient and the concentration 1 / N, in the state's type.
+        """The mean of squares [N], the squared norm of the gradient and the concentration 1 / N.
 
-        They are near-equal numbers where there is little noise, and their difference is taken next.
+        They are in the state's type: where there is little noise the first two are nearly equal,
+        and their difference is taken next.
         """
         second_moment = squares.to(self.numerator).mean()
         return (
@@ -77,7 +78,9 @@ class GradientDiversity(Ratio):
 
 
 class NormTest(Ratio):
-    r"""Relative error of a mini-batch gradient, the root of $\widehat{\mathrm{tr}\,\Sigma} / N$ over $\|\bar g\|^2$.
+    r"""Relative error of a mini-batch gradient.
+
+    It is the root of $\widehat{\mathrm{tr}\,\Sigma} / N$ over $\|\bar g\|^2$.
 
     Numerator and denominator are averaged over batches. Byrd et al., "Sample Size Selection in
     Optimization Methods for Machine Learning", Mathematical Programming 2012, eq. 3.5.
@@ -108,7 +111,10 @@ class NormTest(Ratio):
 
 
 class InnerProductTest(Ratio):
-    r"""Root of $\widehat{\mathrm{Var}}(g_n \cdot \bar g) / N$ over $\|\bar g\|^4$, both averaged over batches.
+    r"""Relative error of the squared norm of a mini-batch gradient.
+
+    It is the root of $\widehat{\mathrm{Var}}(g_n \cdot \bar g) / N$ over $\|\bar g\|^4$, both
+    averaged over batches.
 
     Bollapragada, Byrd & Nocedal, "Adaptive Sampling Strategies for Stochastic Optimization", SIAM
     J. Optim. 2018, eq. 2.6.
@@ -198,7 +204,9 @@ class MeanTrace(Ratio):
 
 
 class TIC(Ratio):
-    r"""Takeuchi information criterion from traces: $\sum_b \sum_n \|g_{bn}\|^2 / \sum_b N_b\,\mathrm{tr}\,H_b$.
+    r"""Takeuchi information criterion from traces.
+
+    It is $\sum_b \sum_n \|g_{bn}\|^2 / \sum_b N_b\,\mathrm{tr}\,H_b$.
 
     Thomas et al., "On the interplay between noise and curvature and its effect on optimization and
     generalization", AISTATS 2020, section 4.
@@ -235,7 +243,8 @@ class CABS(Ratio):
 
     Example:
         >>> metric = CABS()
-        >>> metric.update(torch.tensor([1.0, 9.0]), torch.tensor(4.0), loss=torch.tensor(0.5), lr=0.1)
+        >>> squares = torch.tensor([1.0, 9.0])
+        >>> metric.update(squares, torch.tensor(4.0), loss=torch.tensor(0.5), lr=0.1)
         >>> metric.compute()
         tensor(0.4000, dtype=torch.float64)
     """

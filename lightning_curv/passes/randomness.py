@@ -13,7 +13,7 @@ _generators: dict[torch.device, tuple[int, torch.Generator]] = {}
 
 
 def default_generator(device: torch.device) -> torch.Generator:
-    """A generator of our own, so that training is bit-identical with and without Monte-Carlo quantities.
+    """A generator of our own: training is the same with and without Monte-Carlo quantities.
 
     One per device; it restarts from ``torch.initial_seed()`` whenever that changes
     (``torch.manual_seed``), so that runs can be repeated. Nothing is ever drawn from torch's own
@@ -47,6 +47,6 @@ class Cap:
 
 
 def random_subset(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` of the numbers below ``count`` in ascending order; all subsets are equally likely."""
+    """``size`` of the numbers below ``count``, ascending; all subsets are equally likely."""
     order = torch.randperm(count, generator=generator, device=generator.device)
     return order[:size].sort().values

@@ -98,7 +98,7 @@ def _reindexed(edge: GradientEdge, term: Term) -> tuple[Tensor, Term] | None:
 
 
 def _same(node: Any, number: int, term: Term) -> Term:
-    """Casts, and views that keep the order in memory, which is all that a term knows of the shape."""
+    """Casts, and views that keep the order in memory: a term knows nothing else of the shape."""
     return term
 
 

@@ -186,7 +186,7 @@ def nodes_of_loss(passes: Passes) -> set[Node]:
 
 
 def _likelihood(passes: ReferenceType[Passes], node: Node) -> Likelihood:
-    """The likelihood of a loss call. The passes keep their parts: a strong reference would be a circle."""
+    """The likelihood of a loss call; passes keep their parts: no strong reference, or a circle."""
     alive = passes()
     assert alive is not None
     return alive.likelihood(node)

@@ -1,1 +1,1 @@
-"""What a forward pass leaves in the graph: uses of parameters, calls of losses, where data came from."""
+"""What a forward pass leaves in the graph: uses of parameters, calls of losses, origins of data."""

@@ -45,7 +45,7 @@ def extend(module: Module) -> Module:
 
 
 def extended() -> Iterator[nn.Module]:
-    """The modules that were given to `extend` and have run since, and all modules inside them, each once."""
+    """The modules given to `extend` that have run since, and all modules inside them, each once."""
     return iter(dict.fromkeys(module for root in [*_CALLED] for module in root.modules()))
 
 

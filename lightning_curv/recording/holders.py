@@ -36,7 +36,7 @@ class Holders:
         self._looked_for: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def hold(self, root: Root, count: int, parameters: Iterable[Tensor]) -> bool:
-        """Whether a tensor is held: as a parameter or buffer, or as something else that has not N rows.
+        """Whether a tensor is held, as a parameter or buffer or as something that has not N rows.
 
         Args:
             root: The tensor.
@@ -84,7 +84,7 @@ def _holds(holder: Any) -> bool:
 
 
 def _values(holder: Any) -> Iterator[Any]:
-    """What else a module holds, or what the cache of a function does, also in a dictionary or a list."""
+    """What else a module or the cache of a function holds, also in a dictionary or a list."""
     if isinstance(holder, nn.Module):
         held = list(holder.__dict__.values())
     else:

@@ -132,7 +132,7 @@ def note(tensor: Tensor, roots: Roots) -> None:
 
 
 def physical(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what is behind it under transforms as ``vmap``, with the axes that are mapped over."""
+    """The tensor, or what is behind it under transforms as ``vmap``, with all axes."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
@@ -144,7 +144,7 @@ def transforming() -> bool:
 
 
 def mapped(tensor: Tensor) -> list[int]:
-    """The axes that ``vmap`` maps over, of what is behind a tensor, the outermost first; empty: there are none."""
+    """The axes that ``vmap`` maps over, of what is behind a tensor, the outermost first."""
     axes: list[int] = []
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):

@@ -348,7 +348,7 @@ def _drawn_from(
     args: Any,
     kwargs: Mapping[str, Any],
 ) -> Root | None:
-    """The tensor that a call takes some rows of: a batch out of a data set, or a piece of a batch."""
+    """The tensor that a call takes some rows of: a batch out of a data set, a piece of a batch."""
     if not _draws(func, args, kwargs):
         return None
     roots = all_roots(args[0])
@@ -497,7 +497,7 @@ def _note_beside(out: Any, roots: Roots) -> None:
 
 
 class _Call:
-    """The arguments of a call as they are before it runs: in-place ops change values and history."""
+    """The arguments of a call before it runs: in-place ops change values and history."""
 
     __slots__ = ("bound", "changed", "func", "nodes", "origins", "reads", "rule", "tensors")
 

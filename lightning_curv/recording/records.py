@@ -228,7 +228,7 @@ def mark_at(node: Node) -> Marks:
 
 
 def origin_of(tensor: Tensor) -> str | None:
-    """What a tensor that requires gradients was computed from: an origin or, with data, ``None``."""
+    """What a tensor with gradients was computed from: an origin or, with data, ``None``."""
     if tensor.grad_fn is None:
         return PURE if isinstance(tensor, nn.Parameter) else None
     left = marks(tensor.grad_fn)

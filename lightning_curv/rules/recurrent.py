@@ -193,7 +193,8 @@ class _Network:
         for number, weight in enumerate(self.weights):
             if weight.ndim == 2:
                 shifts[number] = self.x.new_zeros(steps, samples, len(weight))
-        whole, pull, inputs = torch.func.vjp(self._outputs, shifts, has_aux=True)  # type: ignore[misc]
+        with_inputs = torch.func.vjp(self._outputs, shifts, has_aux=True)
+        whole, pull, inputs = with_inputs  # type: ignore[misc]
         g = g.to(whole.dtype)
         if len(g) == 1:  # `vmap` costs time, and gains none for one column
             (of_column,) = pull(g[0])

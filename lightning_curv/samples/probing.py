@@ -139,7 +139,7 @@ class Probe:
         values: Tensor,
         findings: list[Finding],
     ) -> None:
-        """Look where no axis agrees to the last digits for rows in any order and rounding errors."""
+        """Look for rows in any order, and for rounding errors, where no axis agrees exactly."""
         edges = [place.edge for place in places]
         eps = self.passes.tape.eps
         allowed = [Tolerance.exact(eps)]

@@ -188,7 +188,7 @@ def _view(
     inp: torch.Size,
     axis: BatchAxis,
 ) -> BatchAxis | None:
-    """The same numbers in the same order: as many of them before the index of the sample as before."""
+    """The same numbers in the same order, as many of them before the index of the sample."""
     before = math.prod(out[: axis.axis]) * (out[axis.axis] // axis.count if axis.minor else 1)
     for place, size in enumerate(inp):
         if size % axis.count:

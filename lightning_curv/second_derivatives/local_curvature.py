@@ -259,7 +259,7 @@ class LocalCurvature:
         return []
 
     def diagonal(self) -> Tensor:
-        """The diagonal of R, of the input's shape, where the node is elementwise in its only input."""
+        """The diagonal of R, of the input's shape, of a node elementwise in its only input."""
         return self([torch.ones_like(self.inputs[0])])[0]
 
     @property

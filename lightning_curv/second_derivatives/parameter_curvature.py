@@ -150,7 +150,7 @@ class _Op:
         return self.passes.samples.count
 
     def gradient(self, **arguments: Tensor) -> Tensor:
-        """K, the per-sample gradient by the operand, as a function of the op's arguments, ``[N, *D]``."""
+        """K, the per-sample gradient by the operand: a function of the arguments, ``[N, *D]``."""
         owners = self.passes.samples.uses[self.node]
         term = apply_rule(self.use, owners, self.g[None], arguments)[self.name]
         return Jacobian(self.operand.tensor, [term]).per_sample()[0]

@@ -86,7 +86,7 @@ def _of_use(
 
 @contextmanager
 def _only(key: Node | Join, use: Use, seed: Tensor) -> Iterator[None]:
-    """Context in which an op gets ``seed``, after all hooks of its output, and its data gets nothing.
+    """Context in which an op gets ``seed`` after all hooks of its output, and its data nothing.
 
     Below the data the parameters of the op may be used again. No node of the data is between the op
     and a parameter: such a parameter would be reached without a recorded op, which is refused.

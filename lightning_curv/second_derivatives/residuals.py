@@ -80,7 +80,7 @@ def residuals(passes: Passes) -> Iterator[Residual]:
 
 
 def gradients_in_network(passes: Passes, edges: Sequence[GradientEdge]) -> list[Tensor | None]:
-    """The gradient of the loss at ``edges``, without what arrives there from above the outputs of the network.
+    """The gradient of the loss at ``edges``, less what arrives from above the network's outputs.
 
     A node may be part of the loss and of the network: the exponential of a variance that is drawn
     with and penalised.

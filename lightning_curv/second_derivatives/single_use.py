@@ -81,7 +81,7 @@ class OnlyUse:
         return not (self.linear and self.lowest)
 
     def forward(self, vector: Tensor) -> Tensor:
-        """The derivative of the op's output in the direction of a vector of the parameter's shape."""
+        """The derivative of the op's output in the direction of a vector like the parameter."""
         shape = shape_at(self.edge)
         if self._order:
             out = vector.new_empty(()).expand(1, *shape)

@@ -37,7 +37,7 @@ class Snapshot:
 
 
 def _write(parameter: Tensor, value: Tensor, version: int) -> None:
-    """Set value and version in the parameter's own memory: what autograd saved may be views of it."""
+    """Set value and version in the parameter's own memory: autograd may have saved views of it."""
     parameter.data.copy_(value)
     set_version: Any = torch._C._autograd._unsafe_set_version_counter
     try:
