@@ -2,8 +2,9 @@
 
 These are separate copies. Only those that the user has imported are used; where there is none yet,
 the first one that is installed. The other one would take its time, and whichever is imported last
-gives the messages of both to its logger. Classes that Lightning has to know get the classes of all copies as bases, also
-of those that are imported later: a Trainer or a LightningCLI accepts only those of its own copy.
+gives the messages of both to its logger. Classes that Lightning has to know get the classes of all
+copies as bases, also of those that are imported later: a Trainer or a LightningCLI accepts only
+those of its own copy.
 """
 
 from __future__ import annotations

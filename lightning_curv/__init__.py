@@ -16,6 +16,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_curv.engine.context import curvature
+from lightning_curv.extensions import (
+    GGNMP,
+    HMP,
+    KFAC,
+    KFLR,
+    KFRA,
+    PCHMP,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    Extension,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
+from lightning_curv.recording.extend import extend
+from lightning_curv.recording.record import disable, record
+from lightning_curv.rules import rule
 from lightning_curv.source_tree import add_rooms
 
 if TYPE_CHECKING:
@@ -25,28 +50,6 @@ if TYPE_CHECKING:
         PrivacyCallback,
         privacy_audit,
     )
-    from lightning_curv.engine.context import curvature
-    from lightning_curv.extensions import (
-        GGNMP,
-        HMP,
-        KFAC,
-        KFLR,
-        KFRA,
-        PCHMP,
-        BatchDiagGGNExact,
-        BatchDiagGGNMC,
-        BatchDiagHessian,
-        BatchGrad,
-        BatchL2Grad,
-        DiagGGNExact,
-        DiagGGNMC,
-        DiagHessian,
-        Extension,
-        SqrtGGNExact,
-        SqrtGGNMC,
-        SumGradSquared,
-        Variance,
-    )
     from lightning_curv.optimizers import (
         DPSGD,
         DiagGGNOptimizer,
@@ -54,9 +57,6 @@ if TYPE_CHECKING:
         DPOptimizer,
         KFACOptimizer,
     )
-    from lightning_curv.recording.extend import extend
-    from lightning_curv.recording.record import disable, record
-    from lightning_curv.rules import rule
 
 __version__ = "0.1.0"
 
@@ -96,8 +96,8 @@ __all__ = [
     "rule",
 ]
 
-# Everything not listed is an extension. Names resolve on first use, so that the engine never
-# imports Lightning.
+# What the two rooms above the engine export is imported on first use: the engine does not import
+# them, and never Lightning.
 _ROOM = {
     "Alarm": "callbacks",
     "CurvatureCallback": "callbacks",
@@ -107,12 +107,7 @@ _ROOM = {
     "DiagGGNOptimizer": "optimizers",
     "KFACOptimizer": "optimizers",
     "PrivacyCallback": "callbacks",
-    "curvature": "engine.context",
-    "disable": "recording.record",
-    "extend": "recording.extend",
     "privacy_audit": "callbacks",
-    "record": "recording.record",
-    "rule": "rules",
 }
 
 # In the source tree optimizers/ and callbacks/ lie beside this package, in an installed copy inside
@@ -121,14 +116,12 @@ add_rooms(__path__)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _ROOM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = import_module(f"{__name__}.{_ROOM.get(name, 'extensions')}")
+    room = import_module(f"{__name__}.{_ROOM[name]}")
     value = getattr(room, name)
-    if (
-        _ROOM.get(name) == "callbacks"
-    ):  # asked again for every use: Lightning may be imported after us
-        room.follow()
+    if _ROOM[name] == "callbacks":
+        room.follow()  # at every use, for Lightning may be imported after us
     else:
         globals()[name] = value
     return value

@@ -142,9 +142,8 @@ class Signed:
 
     def _by_columns(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
         for part in passes.parts:
-            columns = part.signed_columns(fewest=not passes.ends_at(part.edges))
             yield from passes.jacobians(
-                Column(part.edges, column, signs) for column, signs in columns
+                Column(part.edges, column, signs) for column, signs in part.signed_columns()
             )
         yield from passes.jacobians(
             column for residual in residuals(passes) for column in residual.columns()

@@ -33,12 +33,12 @@ from lightning_curv.kernels.symmetric import gram
 from lightning_curv.terms import one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.term import Term
+from lightning_curv.terms.term import GROUP, KERNEL, Term
 
 WeightSharing = Literal["expand", "reduce"]
 Product = Callable[[Tensor], Tensor]
 # Letters of matrix axes; x y z belong to the patches of the input or of the output.
-KRONECKER = "oixyz"
+KRONECKER = "oi" + KERNEL
 _LATEST = {"o": Latest(), "i": Latest()}
 
 
@@ -178,9 +178,9 @@ def kronecker_axes(jacobian: Jacobian) -> str:
     inputs, see `interleaved`.
     """
     term = jacobian.terms[0]
-    if len(jacobian.terms) > 1 or any(letter not in "q" + KRONECKER for letter in term.par):
+    if len(jacobian.terms) > 1 or any(letter not in GROUP + KRONECKER for letter in term.par):
         return ""
-    par = term.par.removeprefix("q")
+    par = term.par.removeprefix(GROUP)
     if not par:
         return ""
     out = "".join(letter for letter in term.out if letter in par)
@@ -198,7 +198,7 @@ def interleaved(jacobian: Jacobian) -> tuple[int, int] | None:
     those of it with its first two axes swapped. ``None`` for all others.
     """
     term = jacobian.terms[0]
-    letters = term.par.removeprefix("q")
+    letters = term.par.removeprefix(GROUP)
     sides = ["o" if letter in term.out else "i" for letter in letters]
     if kronecker_axes(jacobian) != "oi" or sides[0] == "o" or sides[-1] == "o":
         return None

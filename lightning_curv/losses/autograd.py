@@ -194,10 +194,10 @@ class Quadratic(LossPart):
         values, basis = self._eigen
         return partial(_positive_part, *self._layout, values.clamp(min=0), basis)
 
-    def signed_columns(self, fewest: bool) -> Iterator[Signed]:
+    def signed_columns(self) -> Iterator[Signed]:
         """The columns √|λ| v for every eigenvector v of a sample, with the signs of λ."""
         values, vectors = self._eigen
-        for block, k in _used(values, not fewest):
+        for block, k in _used(values, complete=False):
             column = self._column(values.abs(), vectors, block, k)
             signs = signs_of(values[:, block, k])
             yield column, signs

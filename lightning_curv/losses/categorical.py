@@ -73,14 +73,10 @@ class Categorical(Likelihood):
         """The product w (p ⊙ v - p pᵀv)."""
         return self.weight * self._centred(self.probabilities * v)
 
-    def hessian_columns(
-        self,
-        owners: Owners,
-        fewest: bool = True,
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Either root with the signs of the weights; none for log-probabilities."""
+    def hessian_columns(self, owners: Owners) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Those of `fewest_columns` with the signs of the weights; none for log-probabilities."""
         if not self.normalized:
-            yield from self._columns(_multinomial_roots if fewest else _symmetric_roots, owners)
+            yield from self._columns(_multinomial_roots, owners)
 
     def _positive(self, roots: Roots, owners: Owners) -> Iterator[Tensor]:
         """The columns of a matrix without negative weights."""

@@ -85,18 +85,13 @@ class Likelihood(ABC):
         """
 
     @abstractmethod
-    def hessian_columns(
-        self,
-        owners: Owners,
-        fewest: bool = True,
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def hessian_columns(self, owners: Owners) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Factor the loss' own Hessian: yield columns whose signed squares add up to it.
 
         It differs from H where the input holds no natural parameters: see the head of this module.
 
         Args:
             owners: Which sample owns each row of the input.
-            fewest: As few columns as there are; otherwise those that are made the fastest.
 
         Returns:
             The columns, each of the input's shape, and their signs, ``[N]``; ``None``: all
@@ -170,7 +165,6 @@ class _Independent(Likelihood):
     def hessian_columns(
         self,
         owners: Owners,
-        fewest: bool = True,
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """One column per output entry of a sample, with the sign of the second derivative."""
         yield from _entries(self.hessian, owners)

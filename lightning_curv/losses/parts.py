@@ -55,12 +55,8 @@ class LossPart(ABC):
         """That curvature as a function of a vector, which does not need the graph."""
 
     @abstractmethod
-    def signed_columns(self, fewest: bool) -> Iterator[Signed]:
-        """Columns whose signed squares add up to the Hessian.
-
-        Args:
-            fewest: Leave out what is zero.
-        """
+    def signed_columns(self) -> Iterator[Signed]:
+        """Columns whose signed squares add up to the Hessian, less those that are zero."""
 
 
 @dataclass
@@ -109,8 +105,8 @@ class KnownPart(LossPart):
         nonnegative(self.likelihood.weight)
         return partial(_times, self.likelihood)
 
-    def signed_columns(self, fewest: bool) -> Iterator[Signed]:
-        columns = self.likelihood.hessian_columns(self.owner, fewest)
+    def signed_columns(self) -> Iterator[Signed]:
+        columns = self.likelihood.hessian_columns(self.owner)
         return (([column], signs) for column, signs in columns)
 
 

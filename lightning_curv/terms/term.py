@@ -32,6 +32,8 @@ from lightning_curv.terms.safe_norms import product_norms, row_norms
 
 DIAGONAL = "defghjklm"
 SHARED = "rstu"
+KERNEL = "xyz"
+GROUP = "q"
 CHUNK_BYTES = 2**25  # of products that are added up at once
 WASTE = 4  # how many times as much memory as their rows samples of different lengths may take
 SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
@@ -133,6 +135,67 @@ class Term:
         if self.classes:
             sizes["i"] = self.classes
         return sizes
+
+    @property
+    def positions(self) -> int:
+        """The number of shared positions of a sample."""
+        sizes = self.sizes()
+        return math.prod(sizes[letter] for letter in self.shared)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the parameter is a matrix of one group, outputs first, perhaps with a kernel."""
+        return self.x is not None and not self.classes and self.par.startswith("oi")
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether the derivative by the parameter is the cotangents themselves."""
+        return self.x is None and self.par == "o"
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether the parameter has the axes of a convolution's kernel."""
+        return any(letter in KERNEL for letter in self.par)
+
+    def features(self, axis: str) -> int:
+        """Count the rows of a Kronecker factor.
+
+        Args:
+            axis: ``o``: of the outputs; ``i``: of the inputs.
+
+        Returns:
+            Their number, of one group if there are any.
+        """
+        letters = self.out if axis == "o" else self.inp
+        sizes = self.sizes()
+        counted = [letter for letter in letters if letter in self.par and letter != GROUP]
+        return math.prod(sizes[letter] for letter in counted)
+
+    def at_positions(self, chosen: Tensor) -> Term:
+        """Take some of the shared positions, which are gathered from a view of the input.
+
+        Args:
+            chosen: Their numbers, row-major, ``[P]``.
+
+        Returns:
+            The term of these positions, with one shared letter ``s``.
+        """
+        assert self.x is not None
+        sizes = self.sizes()
+        shared = [letter for letter in self.out if letter in self.shared]
+        indices = torch.unravel_index(chosen, [sizes[letter] for letter in shared])
+        # The shared axes are moved behind those of column and sample, and indexed together.
+        g_axes = [2 + self.out.index(letter) for letter in shared]
+        x_axes = [1 + self.inp.index(letter) for letter in shared]
+        g = self.g.movedim(g_axes, [2 + i for i in range(len(shared))])
+        x = self.x.movedim(x_axes, [1 + i for i in range(len(shared))])
+        samples = (slice(None),)
+        columns_and_samples = (slice(None), slice(None))
+        out = "s" + "".join(letter for letter in self.out if letter not in shared)
+        inp = "s" + "".join(letter for letter in self.inp if letter not in shared)
+        g = g[columns_and_samples + indices]
+        x = x[samples + indices]
+        return replace(self, out=out, inp=inp, g=g, x=x)
 
     def __getitem__(self, samples: slice | list[int] | Tensor) -> Term:
         g = self.g[:, samples]

@@ -36,16 +36,12 @@ def weight_bias_pairs(jacobians: dict[Tensor, Jacobian]) -> dict[Tensor, Tensor]
 
 def _is_weight(jacobian: Jacobian) -> bool:
     """Whether it is a weight of one use with outputs in front, a matrix of one group."""
-    term = jacobian.terms[0]
-    if len(jacobian.terms) > 1 or term.x is None or term.classes:
-        return False
-    return term.par.startswith("oi")
+    return len(jacobian.terms) == 1 and jacobian.terms[0].is_weight
 
 
 def _is_bias(jacobian: Jacobian) -> bool:
     """Whether the derivative by this parameter is the cotangents themselves."""
-    term = jacobian.terms[0]
-    return len(jacobian.terms) == 1 and term.x is None and term.par == "o"
+    return len(jacobian.terms) == 1 and jacobian.terms[0].is_bias
 
 
 def _same_cotangents(weight: Term, bias: Term) -> bool:

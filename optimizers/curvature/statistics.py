@@ -1,6 +1,5 @@
 """Kronecker factors of a block from the Jacobians of its parameters."""
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -86,16 +85,9 @@ def _split_factor(
         split: rows of the diagonal blocks, about.
         has_bias: whether a 1 is appended to the inputs later; their number says how to split.
     """
-    size = _size(term, axis) + (axis == "i" and has_bias)
+    size = term.features(axis) + (axis == "i" and has_bias)
     product = partial(split_gram, size=part_size(size, split))
     return kronecker_factor(term, axis, sharing.weight_sharing, product)
-
-
-def _size(term: Term, axis: str) -> int:
-    """The number of rows of a factor, of one group if there are any."""
-    letters = (term.out if axis == "o" else term.inp).replace("q", "")
-    sizes = term.sizes()
-    return math.prod(sizes[letter] for letter in letters if letter in term.par)
 
 
 def mean_input(jacobian: Jacobian) -> Tensor:

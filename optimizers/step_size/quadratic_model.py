@@ -20,7 +20,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lightning_curv.optimizers.step_size.directional import directional_derivatives
+from lightning_curv.terms.directional import directional_derivatives
 from lightning_curv.terms.jacobian import Jacobian
 
 # The share of a direction's squared length in the metric of the model that others must not have.

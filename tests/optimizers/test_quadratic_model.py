@@ -11,7 +11,6 @@ from zoo import NAMES, ROW, assert_close, compute
 
 from lightning_curv import KFACOptimizer, curvature
 from lightning_curv.extensions import JacobianExact, JacobianMC
-from lightning_curv.optimizers.step_size.directional import directional_derivatives
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
 from lightning_curv.optimizers.step_size.quadratic_model import (
     change,
@@ -19,6 +18,7 @@ from lightning_curv.optimizers.step_size.quadratic_model import (
     minimizer,
     shortened,
 )
+from lightning_curv.terms.directional import directional_derivatives
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ import pytest
 import lightning_curv
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-EXTENSIONS = set(lightning_curv.__all__) - set(lightning_curv._ROOM) - {"Extension"}
+EXTENSIONS = set(lightning_curv.__all__) & set(lightning_curv.extensions.__all__) - {"Extension"}
 NOT_SCRIPTS = {"shared"}
 TESTED_ELSEWHERE = {"dp_mnist"}
 

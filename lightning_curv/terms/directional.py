@@ -1,5 +1,7 @@
 """Directional derivatives of the recorded columns along several directions at once."""
 
+from __future__ import annotations
+
 import math
 
 import torch
@@ -8,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_curv.terms.chunks import CHUNK_BYTES
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.term import Term
+from lightning_curv.terms.term import KERNEL, SHARED, Term
 
 # The convolutions with as many spatial axes.
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -21,17 +23,18 @@ def directional_derivatives(jacobian: Jacobian, vectors: Tensor) -> Tensor:
     convolution is applied as one.
 
     Args:
-        jacobian: of a parameter.
-        vectors: [K, *p].
+        jacobian: Of a parameter.
+        vectors: The directions, ``[K, *p]``.
 
     Returns:
-        [K, V, N].
+        The products, ``[K, V, N]``.
     """
     terms = jacobian.terms
     if len(terms) == 1 and _forming_pays(terms[0], len(vectors)):
         flat_vectors = vectors.to(terms[0].g.dtype).flatten(1).mT
         products_of_chunks = [chunk.flatten(2) @ flat_vectors for chunk in jacobian.chunks()]
-        return torch.cat(products_of_chunks, dim=1).movedim(2, 0)
+        by_sample = torch.cat(products_of_chunks, dim=1)  # [V, N, K]
+        return by_sample.movedim(2, 0)
     products = [_products(term, vectors.to(term.g.dtype)) for term in terms]
     if len(products) == 1:
         return products[0]
@@ -45,9 +48,8 @@ def _forming_pays(term: Term, count: int) -> bool:
     """
     if term.x is None or term.classes or len(term.g) > 1 or {*term.par} != {"o", "i"}:
         return False
-    sizes = term.sizes()
-    positions = math.prod(sizes[letter] for letter in term.shared)
-    return positions > 1 and sizes["i"] <= count * positions
+    positions = term.positions
+    return positions > 1 and term.sizes()["i"] <= count * positions
 
 
 def _products(term: Term, vectors: Tensor) -> Tensor:
@@ -65,18 +67,25 @@ def _products(term: Term, vectors: Tensor) -> Tensor:
     if term.x is None:
         return torch.einsum(f"vn{term.out},K{term.par}->Kvn", term.g, vectors)
     # Outputs for all vectors take memory: some samples at a time.
-    per_sample = len(vectors) * max(math.prod(term.g.shape[2:]), math.prod(term.x.shape[1:]))
-    size = max(1, 4 * CHUNK_BYTES // max(1, per_sample * term.g.element_size()))
-    starts = range(0, max(1, len(term.x)), size)
-    parts = [_outputs_times_cotangents(term[i : i + size], vectors) for i in starts]
+    output_entries = math.prod(term.g.shape[2:])
+    input_entries = math.prod(term.x.shape[1:])
+    sample_entries = len(vectors) * max(output_entries, input_entries)
+    sample_bytes = sample_entries * term.g.element_size()
+    size = max(1, 4 * CHUNK_BYTES // max(1, sample_bytes))
+    parts = []
+    for start in range(0, max(1, len(term.x)), size):
+        some_samples = term[start : start + size]
+        parts.append(_outputs_times_cotangents(some_samples, vectors))
     return torch.cat(parts, dim=2)
 
 
 def _products_of_linear_layer(x: Tensor, g: Tensor, vectors: Tensor) -> Tensor:
     """The layer's outputs for every vector as its weight, times the cotangents."""
-    outputs = F.linear(x, vectors.flatten(0, 1)).unflatten(1, (len(vectors), -1))  # [N, K, o]
-    if len(g) == 1:
-        return (outputs * g[0].unsqueeze(1)).sum(-1).T.unsqueeze(1)
+    one_weight = vectors.flatten(0, 1)  # all vectors as the rows of one layer, [K·o, i]
+    outputs = F.linear(x, one_weight).unflatten(1, (len(vectors), -1))  # [N, K, o]
+    if len(g) == 1:  # `einsum` would make N products of matrices with one column
+        products = outputs * g[0].unsqueeze(1)
+        return products.sum(-1).T.unsqueeze(1)
     return torch.einsum("nko,vno->kvn", outputs, g)
 
 
@@ -98,11 +107,13 @@ def _convolved(term: Term, vectors: Tensor) -> Tensor | None:
         None for any other op, and for patches that were copied.
     """
     dims = len(term.inp) // 2
-    kernel_letters = "xyz"[:dims]
-    position_letters = "stu"[:dims]
+    kernel_letters = KERNEL[:dims]
+    position_letters = SHARED[1 : 1 + dims]
     if dims not in CONVOLUTIONS:
         return None
-    if term.inp != "i" + kernel_letters + position_letters or term.par != "oi" + kernel_letters:
+    if term.inp != "i" + kernel_letters + position_letters:
+        return None
+    if term.par != "oi" + kernel_letters:
         return None
     assert term.x is not None
     kernel = term.x.shape[2 : 2 + dims]
@@ -116,13 +127,21 @@ def _convolved(term: Term, vectors: Tensor) -> Tensor | None:
         return None
     dilation = [stride // unit for stride, unit in zip(of_kernel, units, strict=True)]
     step = [stride // unit for stride, unit in zip(of_positions, units, strict=True)]
-    size = [
-        (k - 1) * d + (p - 1) * s + 1
-        for k, d, p, s in zip(kernel, dilation, positions, step, strict=True)
-    ]
+    size = []
+    for axis in range(dims):
+        within_kernel = (kernel[axis] - 1) * dilation[axis]
+        between_positions = (positions[axis] - 1) * step[axis]
+        size.append(within_kernel + between_positions + 1)
+    # Patches that overlap cover less memory than they have entries; a copy does not overlap.
     is_copy = math.prod(size) > math.prod(kernel) * math.prod(positions)
     if is_copy:
         return None
-    image = term.x.as_strided((*term.x.shape[:2], *size), (of_sample, of_channel, *units))
-    outputs = CONVOLUTIONS[dims](image, vectors.flatten(0, 1), stride=step, dilation=dilation)
-    return outputs.unflatten(1, (len(vectors), -1)).movedim(1, 0)
+    samples_and_channels = term.x.shape[:2]
+    image = term.x.as_strided(
+        (*samples_and_channels, *size),
+        (of_sample, of_channel, *units),
+    )
+    kernels = vectors.flatten(0, 1)
+    outputs = CONVOLUTIONS[dims](image, kernels, stride=step, dilation=dilation)
+    by_vector = outputs.unflatten(1, (len(vectors), -1))
+    return by_vector.movedim(1, 0)
