@@ -50,6 +50,7 @@ def differentiable(nodes: Iterable[Node]) -> Iterator[None]:
     """
     handles = []
     for node in nodes:
+        # Torch's own derivative of the node is replaced while the context lasts.
         if node.name() in FORMULAS:
             handles.append(node.register_hook(_Replacing(node)))
         elif isinstance(node, BackwardCFunction):

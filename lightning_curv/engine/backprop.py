@@ -133,6 +133,7 @@ class Backprop:
         if self.failures and not self._extensions:
             return
         units = _units(self._extensions, passes)
+        # The gradient comes from the user's own pass; all other columns take passes of ours, now.
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
             start = self._now()
@@ -144,6 +145,8 @@ class Backprop:
                         for jacobian in jacobians.values() if extensions else ():
                             self._evaluate(jacobian, extensions)
             self._spend(extensions, start)
+        # Under `create_graph` first-order quantities must have a graph themselves: no hook gives
+        # that.
         if gradient and self._create_graph:
             self._differentiate(passes, gradient)
             gradient = [
@@ -155,7 +158,9 @@ class Backprop:
             self._listen(gradient)
         if self._hook is not None:
             parameters = (p for found in passes.tape.parameters.values() for p in found)
+            # Told of every parameter as soon as its results are there.
             self._handover = Handover(self._hook, parameters, self._leave)
+        # Other contexts must know of this one: a pass that ends early would take gradients from it.
         _PENDING.add(self)
 
     @torch.no_grad()
@@ -199,6 +204,7 @@ class Backprop:
         Args:
             options: Arguments of ``Tensor.backward``.
         """
+        # Private steps take no gradients from the pass, only what the recorded ops are told.
         receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
         if receivers:
             shared = len(receivers) < len(self._extensions) or any(
@@ -210,6 +216,7 @@ class Backprop:
 
     def after(self) -> None:
         """Set the results on the parameters."""
+        # Nothing is set before all is computed: an error leaves no parameter half done.
         found = self.finish()
         if self._handover is not None:
             self._handover.finish()
@@ -262,10 +269,12 @@ class Backprop:
             )
         self._output = find_output(loss, self._where)
         tape = walk(loss.grad_fn, self._output)
+        # A change in place since the forward pass is found before anything is computed from it.
         for use in tape.uses.values():
             use.check()
         for call in tape.losses.values():
             call.check()
+        # The samples are found with the help of passes: until then there are none.
         return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._output, self._generator)
 
     def _refuse_uncovered(self, tape: Tape) -> None:
@@ -281,6 +290,7 @@ class Backprop:
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
+        # A failure takes some extensions away: what is left may be content with less.
         while wanting := [e for e in self._extensions if self._needs_samples(e)]:
             independent = [e for e in wanting if e.independent]
             with _Failing(self, independent or wanting):
@@ -305,6 +315,7 @@ class Backprop:
                 break
         else:
             passes.samples = whole_batch(passes.tape)
+        # Cached properties that depend on the samples.
         for name in ("use_edges", "_ends", "parts"):
             passes.__dict__.pop(name, None)
 
@@ -360,6 +371,7 @@ class Backprop:
                     }
 
     def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
+        # Several quantities of one J: it is kept once it has been formed.
         jacobian.shared = len(extensions) > 1
         heard = extensions is self._heard and self.clock is not None
         for extension in [*extensions]:
@@ -368,6 +380,7 @@ class Backprop:
             start = self._now() if heard else 0.0
             try:
                 results = self._results.setdefault(extension, {})
+                # A parameter whose columns come in several portions.
                 previous = results.get(jacobian.parameter)
                 if previous is None:
                     results[jacobian.parameter] = extension.evaluate(jacobian)
@@ -393,6 +406,7 @@ class Backprop:
 
     def fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
         """Go on without some extensions, and free what they had in memory."""
+        # Frames of an exception hold their local variables, J of the parameter among them.
         link: BaseException | None = error
         while link is not None:
             clear_frames(link.__traceback__)

@@ -69,9 +69,11 @@ class KFRA(GraphExtension):
     def compute(self, passes: Passes) -> dict[Tensor, list[Tensor]]:
         """Make the factors of every parameter, from the last layer to the first."""
         factors: dict[Tensor, list[Tensor]] = {}
+        # From the output to the first layer: one averaged GGN is in memory at a time.
         for point, average in _recursion(passes):
             if point.edge.node not in passes.tape.uses:
                 continue
+            # The rule of the op tells how its parameters see the rows of the average.
             terms = _terms(passes, point, average)
             if all(_kronecker(p, term) for p, term in terms.items()):
                 # A term has the entries in the order of its op. Once through the rule every row of
@@ -189,6 +191,7 @@ def _at_output(passes: Passes, output: _Point) -> Tensor:
 
 def _chain(passes: Passes) -> list[_Point]:
     """The places from the network's output to the output of the first layer."""
+    # One loss of one output: the recursion starts from a single matrix.
     edges = [edge for part in passes.parts for edge in part.edges]
     if len(edges) != 1:
         raise UnsupportedError(
@@ -316,6 +319,7 @@ def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
 
     They are equal in all samples.
     """
+    # What the parameters of the op at this place see of the average.
     node = point.edge.node
     use = passes.tape.uses[node]
     terms = dict[Tensor, Term]()

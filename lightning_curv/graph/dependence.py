@@ -23,6 +23,7 @@ class Dependence:
     """
 
     def __init__(self, tape: Tape, outputs: Iterable[GradientEdge]) -> None:
+        # Depth first, without recursion: graphs of deep networks are deeper than Python's stack.
         reaches: dict[Node, bool] = {}
         uses = {node_of(key) for key in tape.uses}
         seen: set[Node] = set()
@@ -52,6 +53,7 @@ def uses_below(tape: Tape, edges: Iterable[GradientEdge]) -> list[Use]:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
+            # Below a use there may be others, as of a network whose output enters it again.
             if node in uses:
                 found.append(uses[node])
             stack += [after for after, _ in node.next_functions if after is not None]

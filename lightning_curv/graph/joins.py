@@ -60,7 +60,9 @@ class Join:
     def use(self, dtype: torch.dtype, device: torch.device) -> Use:
         """The join as a use of the parameters behind its input."""
         shape = shape_at(self.edge)
+        # Only shape and type of the argument matter: one number in memory.
         value = torch.zeros((), dtype=_dtype_at(self.edge, dtype), device=device).expand(shape)
+        # A use needs a rule, but `pull` takes its place.
         rule = Rule(lambda *_, **__: {}, reads=lambda _: (), affine=False)
         output = GradientEdge(self.node, self.output_nr)
         use = Use(
@@ -81,6 +83,8 @@ class Join:
         shape = shape_at(self.edge)
         columns = []
         for column in g:
+            # One pass where the node broadcasts, as for a bias or a position table; else one per
+            # sample.
             whole = self._broadcast(column, owners, shape)
             columns.append(
                 self._sample_by_sample(column, owners, shape) if whole is None else whole
@@ -106,9 +110,11 @@ class Join:
             return None
         if g.shape == shape or self.recorded:
             return None
+        # With the output's cotangents as they are: does the node sum over the samples?
         entries = self._call(g)
         if entries is None or entries.shape != g.shape or len(shape) > g.ndim:
             return None
+        # The sum over the axes that were broadcast is left to us, all but that of the samples.
         aligned = [1] * (g.ndim - len(shape)) + list(shape)
         if aligned[owners.axis] != 1:
             return None
@@ -122,7 +128,9 @@ class Join:
 
     def _sample_by_sample(self, g: Tensor, owners: Owners, shape: torch.Size) -> Tensor:
         owner = owners.owner(g.shape).to(g.device)
+        # Of every entry, which broadcasts against the cotangents.
         owner = owner.reshape([1] * (g.ndim - owner.ndim) + list(owner.shape))
+        # A copy of all cotangents per sample: some samples at a time.
         size = max(1, CHUNK_BYTES // max(1, g.numel() * g.element_size()))
         columns = g.new_zeros(owners.count, *shape)
         for samples in owner[owner >= 0].unique().split(size):  # others have no row here
@@ -172,6 +180,7 @@ class Join:
             result = node(*gradients)
         else:
             result = node.apply(*gradients)
+        # What a node returns, in the order of its inputs.
         parts = result if isinstance(result, tuple) else (result,)
         here = [
             part

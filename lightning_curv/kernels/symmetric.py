@@ -36,6 +36,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     matrices with many equal eigenvalues; should float64 fail too, a perturbation of the size of its
     rounding errors separates them.
     """
+    # Eigenvalues that differ by less than the rounding of float32 are common in low-rank factors.
     exact = matrix.double()
     try:
         values, vectors = torch.linalg.eigh(exact)

@@ -222,6 +222,7 @@ class Quadratic(LossPart):
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
+        # Λ and V of all samples are decomposed in one call.
         hessian = self._hessian()
         self.__dict__.pop("_gradients", None)  # their graph is not needed any more
         # `eigh` takes no half precision.
@@ -252,6 +253,7 @@ class Quadratic(LossPart):
             direction = zeros.index_fill(2, entry, 1)
             columns.append(self._times_blocks(direction))
         if columns:
+            # The differentiations have given its columns.
             hessian = torch.stack(columns, 2)
         else:
             hessian = zeros[..., None]
@@ -288,10 +290,12 @@ class Quadratic(LossPart):
         Raises:
             UnsupportedError: Second derivatives mix the samples, and they must be separate.
         """
+        # The outputs as entries of every sample.
         rows = self._rows
         trial, image = self._trial
         # Rounding errors are relative to the image, and larger where much cancels, as in a
         # confident softmax: those of the same product computed otherwise tell.
+        # Exactly zero, but for rounding.
         difference = self._times(rows, 1.1 * trial) / 1.1 - image
         noise = 10 * difference.abs()
         noise = noise + 100 * torch.finfo(image.dtype).eps * image.abs()
@@ -353,6 +357,7 @@ class Quadratic(LossPart):
             if len(shape) > 2 and taken == {0} and shape[1:].numel():
                 inner = shape[2:].numel()
                 candidates.append(Blocks(entries // (shape[1] * inner), shape[1], inner))
+        # The whole sample is tried last, by the caller.
         smaller = [blocks for blocks in candidates if 0 < blocks.size < entries]
         return sorted(smaller, key=lambda blocks: blocks.size)
 

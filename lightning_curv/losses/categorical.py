@@ -62,6 +62,7 @@ class Categorical(Likelihood):
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """The gradient √w (e_y - p) with y drawn from p."""
+        # √w: the weight carries the scale of the loss.
         root = root_of(self.weight)
         p = self.probabilities
         classes_last = drawable(p.movedim(self.axis, -1), 1.0)
@@ -89,11 +90,14 @@ class Categorical(Likelihood):
         """Columns of the input's shape and their signs, from those of every row of a sample."""
         p = self.probabilities.movedim(self.axis, -1)
         w = self.weight.movedim(self.axis, -1)
+        # The classes at the end: every row of a sample is then a distribution.
         owners = owners.without(self.axis)
         weights = owners.split(w)  # [N, rows]
         entries = owners.split(p, trailing=1)  # [N, rows, C]
         rows = entries.shape[1]
+        # Samples in front: a reshape is all that it takes.
         in_order = owners == BatchAxis(owners.count)
+        # H has a block per row: its columns are those of the rows, one after the other.
         for row in range(rows):
             signs = signs_of(weights[:, row])
             scale = weights[:, row, None].abs().sqrt()
@@ -120,6 +124,7 @@ def _classes(p: Tensor, generator: torch.Generator) -> Tensor:
     """One class drawn from every row of ``p [*, C]``, ``[*, 1]``."""
     *shape, classes = p.shape
     if p.device.type != "cpu":
+        # On other devices a cumulative sum is the slower one.
         rows = p.reshape(-1, classes)
         return torch.multinomial(rows, 1, generator=generator).reshape(*shape, 1)
     # The inverse of the distribution function takes a tenth of the time of `multinomial`, which
@@ -143,6 +148,7 @@ def _multinomial_roots(p: Tensor, scale: Tensor, rows: int) -> Iterator[Tensor]:
     smallest = torch.finfo(p.dtype).tiny
     tails = p.flip(1).cumsum(1).flip(1)  # Σ_{i>=c} p_i
     rest = tails[:, 1:].clamp(min=smallest)  # q_c
+    # A ratio of tails instead of a difference from one: it cancels nowhere.
     remaining = tails[:, 1:] / tails[:, :-1].clamp(min=smallest)  # q_c / (p_c + q_c)
     roots = scale * (p[:, :-1] * remaining).sqrt()
     for start, own in _pieces(roots, rows):
@@ -158,6 +164,7 @@ def _symmetric_roots(p: Tensor, scale: Tensor, rows: int) -> Iterator[Tensor]:
     """Columns √p_c (e_c - p) of diag(p) - p pᵀ for every class c; see `_multinomial_roots`."""
     roots = scale * p.sqrt()
     for start, own in _pieces(roots, rows):
+        # Minus √p_c p in all classes, plus √p_c in class c.
         block = own.mT.unsqueeze(-1) * -p
         block.diagonal(start, 0, 2).add_(own)
         yield block

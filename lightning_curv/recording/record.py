@@ -137,6 +137,7 @@ class record(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` and record what it consumed."""
         kwargs = kwargs or {}
+        # This runs at every call of a torch function: the usual cases come first.
         rule = RULES.get(func)
         if rule is None:
             if func in LOSSES:
@@ -163,6 +164,7 @@ class record(TorchFunctionMode):
             elif isinstance(out, Tensor) and not disabled():
                 _mark_read(out, [*args, *kwargs.values()])
             return out
+        # Before the call: an op in place changes what its arguments are.
         call = _Call(func, rule, rule.bind(args, kwargs))
         out = func(*args, **kwargs)
         if rule.outputs and any(map(rule.holds, call.origins)):
@@ -258,11 +260,14 @@ def _note_roots(
             in_order = out.is_nested or name in PADDING
             note(out, roots if in_order else replace(roots.moved, numbers={}))
         return
+    # Where nobody has moved rows yet, and this function does not either, nothing has to be
+    # followed.
     explicit = any(one.numbers is not None for one in known)
     if not roots.tensors or (not explicit and plainly_in_order(func, tensors, results)):
         for out in results:
             note(out, roots)
         return
+    # Some rows of a tensor may be a batch out of a data set, whose rows count from zero.
     drawn = _drawn_from(func, args, kwargs)
     decided = any(tensor.requires_grad for tensor in tensors)
     # Sums of integers are lengths and positions, no statistics of what is in the rows.
@@ -407,6 +412,7 @@ def _record_loss(
     differentiable = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
     if out.grad_fn is None:
         return out
+    # No formula for a second derivative by this argument: the loss is one like any other.
     if any((func, name) not in PARTS for name in differentiable):
         return out
     detached = {k: v.detach() if isinstance(v, Tensor) else v for k, v in arguments.items()}
@@ -531,6 +537,7 @@ class _Call:
         """Leave the call at the node of its output."""
         if out._is_view() and self.rule.inplace(self.func):
             return  # its gradient goes to the tensor that it is a view of, around the node
+        # Which arguments are parameters is known only now that there is an output.
         operands = self._operands(out)
         self._mark_origin(operands, out)
         owner = _owner(out) if self.rule.slots else out

@@ -70,6 +70,7 @@ class Use:
 
     def release(self, *_: Any) -> None:
         """Hook of the node: free the inputs as soon as autograd frees what it has saved."""
+        # Passes of our own run before the user's: they must leave everything where it is.
         if not _keeps_graph() and not any_own_pass():
             self.arguments = {}
 
@@ -77,6 +78,7 @@ class Use:
         """Raise if a recorded input was freed, or modified in place after the op had read it."""
         if not self.arguments:
             raise _freed(self)
+        # Torch counts changes in place: autograd itself compares these numbers.
         for name, version in self.versions.items():
             if self.arguments[name]._version != version:
                 raise RuntimeError(

@@ -177,6 +177,7 @@ def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
 def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
     """The numbers of rows that ``vmap`` picks out of a tensor, ``x[i]``."""
     shape = (-1, *[1] * (physical(result).ndim - 1))
+    # Only rows along the first axis are picked by a number.
     leading = {size: n.flatten() for size, n in numbers.items() if n.ndim and n.numel() == len(n)}
     if index.ndim == 1:
         return {size: n[index].reshape(shape) for size, n in leading.items()}
@@ -196,6 +197,7 @@ def plainly_in_order(
         return False
     ranks = {tensor.ndim for tensor in tensors if tensor.ndim}
     same = name in BY_ROW or ranks <= {results[0].ndim}
+    # Numbers and parameters have no rows of the batch.
     read = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, nn.Parameter)]
     lengths = {len(tensor) for tensor in read if len(tensor) > 1}
     return same and all(result.ndim > 0 and lengths <= {len(result)} for result in results)
@@ -227,6 +229,7 @@ def _along(
         kept = {size: n.reshape([n.shape[axis] for axis in rest]) for size, n in apart.items()}
     else:
         kept = apart
+    # Statistics over the batch: what comes out belongs to no single sample.
     together = frozenset(size for size in numbers if size not in apart and size > 1)
     fits = all(n.ndim == result.ndim for n in kept.values())
     return Rows(kept if fits else {}, together)
@@ -283,6 +286,7 @@ def _routed(
         sources = [first]
     if not sources or (several and len(sources) < len(first)):
         return [{} for _ in results]
+    # The same slice of every batch: its numbers are computed once.
     key = None if several else _structure(func, first, rest, kwargs)
     if key in _MOVED:
         return [*_MOVED[key]]
@@ -477,6 +481,7 @@ def _may_be_second(shape: Sequence[int]) -> bool:
 
 def counted(size: int, tensor: Tensor, axis: int = 0) -> Tensor:
     """0, 1, ... along an axis of a tensor; broadcasts against it."""
+    # A view of numbers that are made once.
     numbers = _range(size, tensor.device, torch.is_inference_mode_enabled())
     before = [1] * axis
     behind = [1] * (tensor.ndim - 1 - axis)

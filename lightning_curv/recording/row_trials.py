@@ -63,6 +63,7 @@ def tried(
     entries = sum(map(Tensor.numel, tensors_in([*args, *kwargs.values()])))
     if entries > LARGEST:
         return untried
+    # By shapes and options: what a call does with the rows of one batch it does with those of all.
     key = _key(func, args, kwargs, known)
     if key is not None and key in _FOUND:
         return _FOUND[key]
@@ -85,6 +86,7 @@ def tried(
 
 def _of_torch(func: Callable[..., Any]) -> bool:
     """Whether a function is torch's own, so that to call it once more does nothing else."""
+    # Custom ops may have side effects: they are not called once more.
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return False
     return not isinstance(func, FunctionType) or func.__module__.startswith("torch.")
@@ -99,6 +101,7 @@ def _tried(
     sizes: set[int],
 ) -> Tried | None:
     """``None``: the function makes something else every time."""
+    # The generators that a function may draw from are put back after every call.
     devices = list({tensor.device for tensor, _ in known if tensor.is_cuda})
 
     def call(others: Mapping[int, Tensor]) -> list[Tensor]:
@@ -206,6 +209,7 @@ def _changed(plain: Tensor, other: Tensor) -> Tensor | None:
     """Which entries differ by more than the last digits; ``None``: the shapes do."""
     if plain.shape != other.shape:
         return None
+    # Integers have no last digits.
     if not plain.dtype.is_floating_point and not plain.dtype.is_complex:
         return plain != other
     return ~torch.isclose(

@@ -53,6 +53,7 @@ class Run:
 
     def blocks(self) -> list[range]:
         """Ranges of consecutive steps whose products with the weights stay in cache."""
+        # The products of one step: a row of gates per sample.
         step_bytes = self.x.shape[1] * len(self.weights[0]) * self.x.element_size()
         size = max(1, BLOCK_BYTES // max(1, step_bytes))
         steps = len(self.x)
@@ -69,6 +70,7 @@ class Run:
 
     def arriving(self, g: Tensor, final: Tensor) -> list[Tensor]:
         """Cotangents ``[V, N, P]`` of every h_t, those of the final states added at the ends."""
+        # A list, so that single steps can be replaced without a copy of all.
         arriving = [*g.unbind()]
         for t, ended in self.ends.items():
             arriving[t] = arriving[t].clone()  # `g` belongs to others
@@ -261,6 +263,7 @@ def _elman(
     arriving = run.arriving(g, final[0])
     columns, samples = g.shape[1:3]
     products = g.new_empty(columns, samples, len(g), g.shape[3])
+    # Of all steps at once: only the products with W_h have to wait for each other.
     slopes = derivative(run.after)
     h = arriving[-1]
     for t in reversed(range(len(g))):

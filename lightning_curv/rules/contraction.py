@@ -124,6 +124,7 @@ def contraction(
     summed_alone = {*par} - {*inp, *out}
     if sample not in inp or summed_alone:
         return None
+    # The user's letters mean nothing: those of terms do.
     letters = _meanings(inp, par, out, sample)
     if letters is None:
         return None
@@ -137,6 +138,7 @@ def contraction(
 
 def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | None:
     """The letters of a `Term` for those of the product ``inp, par -> out``; ``None``: too few."""
+    # Axes that both factors and the output have are not summed: a product for each entry.
     both = [axis for axis in par if axis in inp and axis in out]
     rows = [axis for axis in par if axis not in inp]
     columns = [axis for axis in par if axis not in out]

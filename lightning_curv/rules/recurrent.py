@@ -62,6 +62,7 @@ def _bind_layers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any
 def _bind_cell(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     by_position = dict(zip(CELL.split(), args, strict=False))
     given = {**by_position, **kwargs}
+    # The biases of a cell may be missing, both together.
     names = ("w_ih", "w_hh", "b_ih", "b_hh")
     weights = [given[name] for name in names if given.get(name) is not None]
     others = {"input": given["input"], "has_biases": len(weights) == 4}
@@ -241,6 +242,7 @@ class _Network:
             output: What the call returned first.
         """
         dtype = torch.promote_types(self.weights[0].dtype, torch.float32)
+        # What autocast has rounded is not rounded once more on the way back.
         layers = [values.to(dtype) for values in self._layers(output)]
         arriving, final = self._split(g.to(dtype))
         for layer in reversed(range(len(layers) - 1)):
@@ -273,6 +275,7 @@ class _Network:
 
     def _run(self, number: int, x: Tensor, h: Tensor, dtype: torch.dtype) -> cells.Run:
         """One direction of one layer that has run with inputs ``x`` and outputs ``h``."""
+        # Torch's order of the parameters is known to `__init__` alone.
         matrices = self.matrices[number]
         initial = [state[number].to(dtype) for state in self.initial]
         weights = [self.weights[k].to(dtype) for k in matrices]
@@ -352,6 +355,7 @@ class _Network:
 
 def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
     """``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``, ``torch.rnn_relu`` and their cells."""
+    # A cell is a network of one layer and one step: one mechanism for both.
     network = _Network(kind, arguments)
     output, version = arguments["output"] or (g, -1)
     # The closed form is right for what the call returned, as long as nobody has changed it.
@@ -362,6 +366,7 @@ def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str
         products = network.replayed(g)
     terms = {}
     for number, y, x in products:
+        # Every step is a shared position, as of a linear layer that is applied to a sequence.
         weight_term, bias_term = linear.product(y, x, "oi")
         terms[f"params{number}"] = weight_term
         terms[f"params{network.biases.get(number)}"] = bias_term

@@ -23,6 +23,7 @@ def anchor_of(search: Search, node: Node | Join, use: Use, count: int) -> Owners
 
     ``None`` if they do not tell.
     """
+    # Asked again for every assignment that is tried, while the rows stay the same.
     if (node, count) not in search.anchors:
         search.anchors[node, count] = _told_by_rows(search, node, use, count)
     return search.anchors[node, count]
@@ -34,10 +35,12 @@ def _told_by_rows(
     use: Use,
     count: int,
 ) -> Owners | None:
+    # The rule makes samples of its own: rows of the input are not rows of the output.
     if groups_of(use) is not None:
         return None
     for name, roots in use.roots.items():
         shape = use.shapes.get(name)
+        # A table that all samples read tells nothing, even if it has N rows.
         constant = search.batch.tensors is not None and not search.batch.holds(roots)
         if name in use.operands or not shape or not roots.tensors or constant:
             continue
@@ -64,6 +67,7 @@ def _rows_in_order(
 
     Else the first axis of N entries of a tensor of the batch that is read as it is.
     """
+    # The op keeps the rows of what it reads.
     rows = len(use.shape) > 0 and shape[0] == use.shape[0]
     if (
         rows
@@ -73,6 +77,7 @@ def _rows_in_order(
         and in_order(roots, count)
     ):
         return BatchAxis(count)
+    # A tensor of the batch that nothing has touched: an axis of N entries is that of the samples.
     as_it_is = (
         [root.shape for root in roots.tensors] == [tuple(shape)]
         and not roots.data
@@ -132,6 +137,7 @@ def told_by_target(head: Head, count: int) -> Owners | None:
         or len(head.like) != len(target)
     ):
         return None
+    # The numbers of the rows of the targets, as far as they lie along the first axis.
     numbers = (head.call.roots.numbers or {}).get(count)
     if (
         numbers is None
@@ -163,6 +169,7 @@ def in_order(roots: Roots, count: int) -> bool:
 
     It may have several rows of each sample.
     """
+    # One row is the same for all samples: it says nothing of their order.
     several = [root for root in roots.tensors if root.ndim and len(root) > 1]
     if roots.numbers is None or not several:
         return not roots.data and not roots.routed and all(len(root) == count for root in several)

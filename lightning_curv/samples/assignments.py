@@ -25,6 +25,7 @@ from lightning_curv.terms.owners import BatchAxis, Owners, batch_axes
 
 def assignments(search: Search, count: int) -> Iterator[list[tuple[Head, Owners]]]:
     """Who may own the rows of the heads, the likeliest first."""
+    # One sample owns everything.
     if count <= 1:
         yield [(head, BatchAxis(count)) for head in search.heads]
         return
@@ -97,6 +98,7 @@ def _beside(
     count: int,
 ) -> Iterator[list[tuple[Head, Owners]]]:
     """Some heads as they are, and outputs of the network instead of the others."""
+    # What the outputs take the place of.
     unknown = [head for head in search.heads if head not in kept]
     if not unknown:
         return

@@ -51,6 +51,7 @@ def separable(
     Raises:
         Undecided: There is no second derivative.
     """
+    # The gradient where the part begins, from one pass through what is above.
     seeds = passes.gradients([head.edge for head in tops])
     reached = [
         (head.edge, seed) for head, seed in zip(tops, seeds, strict=True) if seed is not None
@@ -65,6 +66,7 @@ def separable(
                 create_graph=True,
                 allow_unused=True,
             )
+            # A gradient without a graph is constant: the part is linear in that output.
             curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
             if not curved:
                 return not nonlinear_in_several(passes, tops, outputs)
@@ -84,12 +86,14 @@ def separable(
                     for f, t in zip(found, trial, strict=True)
                 ]
 
+            # H v and H (w ⊙ v): if no samples meet, the second is w ⊙ (H v).
             plain = image(trial)
             weighted = image([t * w for t, w in zip(trial, weights, strict=True)])
         except RuntimeError as error:
             raise Undecided(str(error)) from error
     if nonlinear_in_several(passes, tops, outputs):
         return False
+    # Rounding is relative to the largest image, since entries of others may cancel to zero.
     scale = max((float(p.abs().max()) for p in plain if p.numel()), default=0.0)
     eps = max(passes.tape.eps, *(torch.finfo(p.dtype).eps for p in plain))
     return all(
@@ -108,6 +112,7 @@ def nonlinear_in_several(
     Second derivatives do not show it where an op is piecewise linear: an absolute value, a hinge, a
     maximum.
     """
+    # The owners at the outputs are known; those above are found from them.
     below = {head.edge[:2] for head, _ in outputs}
     nodes = [
         node
@@ -140,6 +145,7 @@ def nonlinear_in_several(
     }
     for node in nodes:
         owners = [known[edge[:2]] for edge in edges[node]]
+        # Two inputs whose entries belong to different samples meet at one place.
         if name_of(node) not in PRODUCTS and any(differ(one, owners[0]) for one in owners[1:]):
             return True
         if name_of(node) in REDUCTIONS and any(_several(one, node) for one in owners):
@@ -165,6 +171,7 @@ def differ(one: Tensor, other: Tensor) -> bool:
     Inputs that cannot be broadcast do not meet entry by entry: theirs is no pointwise op.
     """
     try:
+        # As the op itself would do with its inputs.
         one, other = torch.broadcast_tensors(one, other)
     except RuntimeError:
         return False
@@ -184,10 +191,12 @@ def _several(owners: Tensor, node: Node) -> bool:
     if not axes or not owners.numel():
         return False
     largest = owners.amax(axes)
+    # Entries of no sample must not count as the smallest.
     smallest = owners.masked_fill(owners < 0, owners.amax() + 1).amin(axes)
     return bool((largest > smallest).any())
 
 
 def _trial(like: Tensor) -> Tensor:
     entries = torch.arange(1.0, like.numel() + 1, dtype=torch.float64)
+    # Cosines of squares: no linear structure has them in its kernel, and none is large.
     return torch.cos(entries * entries).to(like.device, like.dtype).reshape(like.shape)

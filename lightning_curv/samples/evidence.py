@@ -34,14 +34,17 @@ def evident(
         heads = [(head, BatchAxis(count)) for head in search.heads]
     else:
         heads = heads
+    # Targets that were not moved: row n of a loss belongs to sample n.
     if all(head.call is not None and in_order(head.call.roots, count) for head, _ in heads):
         return True
+    # Targets that were moved, and followed: their numbers say whose each row is.
     told = [(told_by_target(head, count), owners, head.like.shape) for head, owners in heads]
     if all(
         target is not None and not differ(target.owner(s), owners.owner(s))
         for target, owners, s in told
     ):
         return True
+    # Heads with exactly one row per sample; one of several rows leaves a choice of order.
     single = [
         isinstance(o, BatchAxis) and head.like.shape[o.axis] == count
         for head, o in heads
@@ -58,8 +61,10 @@ def evident(
         for use in search.uses.values()
     ]
     read += [[op.roots] for op in search.tape.mapped]
+    # Nothing comes from outside: which sample a row is called is a matter of taste.
     if all(single) and not search.blind and _from_nothing(search):
         return True
+    # One row per sample, and all that is read is in an order that is known.
     known = not any(_unknown_order(search, roots, count) for roots in read)
     if known and any(single) and _linked(search, [head for head, _ in heads], count):
         return True
@@ -93,6 +98,7 @@ def told_inside(
         for node, roots in search.tape.read.items()
         if search.batch.holds(roots) and in_order(roots, count)
     ]
+    # Only places with one row per sample: there the weights must arrive one after the other.
     edges = [
         GradientEdge(node, 0) for node in read if shape_at(GradientEdge(node, 0))[:1] == (count,)
     ]
@@ -119,6 +125,7 @@ def _from_nothing(
 
 def _unknown_order(search: Search, read: Sequence[Roots], count: int) -> bool:
     """Whether all rows of the batch that an op reads were moved by something unknown."""
+    # Numbers that lack this size were lost by a function that moves rows by values.
     unknown = [roots for roots in read if roots.numbers is not None and count not in roots.numbers]
     known = [roots for roots in read if roots.numbers is None or count in roots.numbers]
     told = unknown and any(map(search.batch.holds, known))
@@ -144,6 +151,7 @@ def _linked(search: Search, heads: Sequence[Head], count: int) -> bool:
             continue
         below = {node for node in nodes if node in keys}
         below |= {sum_ for sum_, added in together.items() if head in added}
+        # Heads that depend on a common op are one group; in the end there must be only one.
         apart = [group for group in groups if not group & below]
         groups = [*apart, below.union(*(group for group in groups if group & below))]
     return len(groups) == 1

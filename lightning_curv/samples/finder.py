@@ -146,13 +146,16 @@ def _attempt(search: Search, count: int) -> Found | None:
     first: list[tuple[Head, Owners]] = []
     for heads in assignments(search, count):
         try:
+            # Two passes through the network per assignment; most graphs take one.
             agreeing.append(verified(search, heads, count))
             first = first or heads
         except Mixed as mixed:
             search.reason = search.reason or str(mixed)
             continue
+        # Several assignments may agree with the weights: only a plain one may be taken at once.
         if count <= 1 or evident(search, heads, count):
             return agreeing[0]
+    # What agrees is not plain by itself: what moves no rows anywhere makes it so.
     plain = agreeing and (evident(search, None, count) or told_inside(search, first, count))
     if len(agreeing) > 1 or (agreeing and not plain):
         search.reason = (
@@ -198,9 +201,12 @@ def _put_joins(passes: Passes, found: Found) -> None:
     loss = passes.loss
     if not found.joins and not found.dropped and not tape.stray:
         return
+    # Their rules cannot be applied, and their parameters act at joins instead.
     for node in found.dropped:
         del tape.uses[node]
     for join in found.joins:
         tape.uses[join] = join.use(loss.dtype, loss.device)
+    # All of them have joins now.
     tape.stray.clear()
+    # A cached property of the uses, which have changed.
     tape.__dict__.pop("parameters", None)

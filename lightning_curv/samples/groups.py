@@ -31,6 +31,7 @@ def by_group(use: Use, owners: Owners) -> Owners:
         return owners
     groups = groups.to(owners.index.device)
     rows = owners.index
+    # The largest owner among the rows of a group; any other owner in it is then seen below.
     found = rows.new_full((int(groups.max()) + 1 if len(groups) else 0,), -1)
     found = found.scatter_reduce(0, groups, rows, "amax")
     if bool(((rows >= 0) & (rows != found[groups])).any()):

@@ -57,13 +57,17 @@ def find_joins(
     Raises:
         Mixed: They never do, or what they meet mixes the samples.
     """
+    # A dictionary instead of a set: nodes have no order of their own, and joins must come out in
+    # the same order on all processes.
     mixed = dict.fromkeys(mixed)
     links = _links(tape, heads)
     shared = _shared(tape, heads)
     data = _data_nodes(tape, heads, mixed, holds)
     for node in mixed:
+        # An op that mixes samples of its own input is no place where something shared enters.
         if node in data and any(below in data for below in _inputs(tape, node)):
             raise Mixed(f"in the input of `{tape.uses[node].name}`")
+    # Every node at which something shared may meet the samples is asked at once, in two passes.
     above = _above(links, data, [*mixed, *strays])
     outputs = [GradientEdge(node, i) for node in above for i in range(len(node._input_metadata))]
     places = [Place.anywhere(edge, probe.count) for edge in outputs]
@@ -75,10 +79,12 @@ def find_joins(
     seen = set[Node]()
     while pending:
         child = pending.pop()
+        # Several parameters often reach the samples by the same way.
         if child in seen:
             continue
         seen.add(child)
         if not links[child]:
+            # Nothing lies above: the loss itself is reached without a sample in between.
             leaf = leaf_of(child)
             if leaf is not None:
                 names = [leaf]
@@ -91,8 +97,10 @@ def find_joins(
         for link in links[child]:
             findings = [found[link.node, i] for i in range(len(link.node._input_metadata))]
             mixes = any(finding.mixed for finding in findings)
+            # Below here samples were kept apart, here they are not: the network mixes them.
             if mixes and link.node in data:
                 raise Mixed(f"in `{name_of(link.node)}`")
+            # Still a sum over all samples, or inside of an op with a rule: further up.
             if (mixes or link.node in shared) and link.node not in data:
                 pending.append(link.node)
                 continue
@@ -124,11 +132,13 @@ def _links(tape: Tape, heads: Sequence[Head]) -> dict[Node, list[_Link]]:
             continue
         seen.add(node)
         use: Use | None = tape.uses.get(node)
+        # A recorded op may be several nodes: its inputs are then not those of its last node.
         direct = {(after, number) for after, number in node.next_functions if after is not None}
         if use is None:
             edges = direct
         else:
             edges = {edge[:2] for edge in use.inputs.values()}
+        # Sets have no order; autograd's numbers are the same in every run.
         for after, number in sorted(edges, key=lambda edge: (edge[0]._sequence_nr(), edge[1])):
             links[after].append(
                 _Link(node, GradientEdge(after, number), None if (after, number) in direct else use)
@@ -149,6 +159,7 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
     for key in stack:
         use = tape.uses[key]
         data = {edge.node for edge in use.inputs.values()}
+        # From the op's own node down to its recorded inputs: what lies in between is the op.
         inside = [
             after for after, _ in key.next_functions if after is not None and after not in data
         ]
@@ -158,6 +169,7 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
                 seen.add(node)
                 found.add(node)
                 inside += [after for after, _ in node.next_functions if after is not None]
+    # The walk of the tape has left out what no loss depends on.
     return {node for node in found if id(node) in followed}
 
 
@@ -170,6 +182,7 @@ def reads_unknown(node: Node, holds: Callable[[Roots], bool]) -> bool:
         after is not None for after, _ in node.next_functions
     ):
         return False
+    # What a function has saved is all that can be known of what it reads.
     saved = [
         tensor
         for tensor in cast("Any", node).saved_tensors
@@ -191,6 +204,7 @@ def _data_nodes(
     depends: dict[Node, bool] = {}
     reading = {op.edge.node for op in tape.mapped if holds(op.roots)}
     reading |= {node for node, roots in tape.read.items() if node not in mixed and holds(roots)}
+    # Every node twice: once to put its inputs above it on the stack, once when they are finished.
     stack = [(head.edge.node, False) for head in heads]
     seen = set[Node]()
     while stack:

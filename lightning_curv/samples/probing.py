@@ -120,6 +120,7 @@ class Probe:
         if self.count <= 1:
             return [Finding(_trivial(place, self.count)) for place in places]
         edges = [place.edge for place in places]
+        # One weight per sample: neighbours must differ, for it is neighbours that are mixed up.
         values = spread(self.count, self.passes.tape.eps)
         first = self._pass(edges, None)
         second = self._pass(edges, values)
@@ -209,8 +210,10 @@ class Probe:
         """Which axes agree with two passes."""
         if first is None or second is None:
             return Finding(_trivial(place, self.count), reached=False, silent=True)
+        # A node may give a cotangent of an expanded shape.
         first = first.reshape(place.shape)
         second = second.reshape(place.shape)
+        # Zero without weights, and not with them: sums of samples that cancelled.
         zero = not bool(first.any())
         if zero and not bool(second.any()):
             self.conclusive = False
@@ -430,6 +433,7 @@ def consistent(
         choices: What comes into question.
         values: The weights of the samples.
     """
+    # What is not finite cannot be compared; it is counted as agreeing.
     unknown = ~(first.isfinite() & second.isfinite())
     first = first.masked_fill(unknown, 0)
     magnitudes = first.abs()
@@ -510,6 +514,7 @@ def forward_owners(
         differentiated twice.
     """
     with torch.enable_grad(), unheard():
+        # The backward pass is linear in its seeds: any will do, zeros are the cheapest.
         seeds = [torch.zeros_like(head.like).contiguous().requires_grad_() for head in heads]
         edges = [source.edge for source, _ in sources]
         try:
@@ -529,6 +534,7 @@ def forward_owners(
                     reached.append((g, source, owners))
             if not reached:
                 return None
+            # The same for every weighting: only the weights of the samples differ.
             directions = [_generic(g.detach()) for g, *_ in reached]
 
             def derivative(values: Tensor | None) -> Cotangents:

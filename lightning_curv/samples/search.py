@@ -56,6 +56,7 @@ class Search:
         self.axes = {node: sample_axes(use) for node, use in self.uses.items()}
         self.heads = find_heads(self.tape, passes.loss)
         self.blind = any(reads_unknown(node, batch.holds) for node in self.tape.nodes)
+        # What the verification of one assignment leaves for the next, and for messages.
         self.reason = ""
         self.conclusive = True
         self.told_of_all = True

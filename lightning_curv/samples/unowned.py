@@ -41,8 +41,10 @@ def joins_of(
         for node, finding in uses.items()
         if finding.mixed or not _has_rule(search, node, finding)
     ]
+    # Parameters that reach the loss through ops that were not recorded.
     strays = dict.fromkeys(edge_of(parameter).node for parameter, _ in search.tape.stray)
     slow = [(parameter, op) for parameter, op in search.tape.stray]
+    # The usual case: every op has rows of the samples, and a rule.
     if not unplaced and not strays:
         return {}, []
     here: dict[Join, Owners] = {}
@@ -55,6 +57,8 @@ def joins_of(
         if finding.owners is not None:
             if not _keeps(use, finding.owners):
                 _refuse_inner_mixing(search, use, uses[node], probe, count)
+            # The rule cannot be applied, but the rows of the output are known: the op is its own
+            # join.
             direct = {after[:2] for after in node_of(node).next_functions}
             slow += [(parameter, use.name) for parameter in search.tape.parameters[node]]
             for operand in use.operands.values():
@@ -74,6 +78,7 @@ def joins_of(
                 f"in what is computed from the output of `{use.name}` (if its input is the same "
                 "for all samples, let the module hold it as a buffer)"
             )
+        # What it reads is the same for all samples: the join is further up.
         mixed.append(node_of(node))
     if mixed or strays:
         here |= find_joins(
@@ -96,6 +101,7 @@ def _has_rule(search: Search, node: Node | Join, finding: Finding) -> bool:
         return False
     if use.rule.slots:
         return True
+    # A column of ones at rows that a sample owns: whether the rule takes it is all that matters.
     owned = owner_of_rows(use, finding.owners) >= 0
     column = owned.to(search.passes.loss.device, use.dtype).expand(1, *use.shape)
     from lightning_curv.passes.passes import terms_of_rule
@@ -128,6 +134,7 @@ def _refuse_inner_mixing(
     Raises:
         Mixed: Its inputs mix samples, or tell nothing.
     """
+    # The output keeps samples apart on an axis that the rule does not allow: is that true inside?
     excluded = by_rule.mixed and bool(sample_axes(use))
     places = [Place.anywhere(edge, count) for edge in use.inputs.values()]
     if excluded or not use.rule.slots:
@@ -150,6 +157,7 @@ def _warn_of_price(
     most: int | None,
 ) -> None:
     """Once for every parameter."""
+    # Every step of a training asks: the price is named once.
     if all(parameter in _PRICED for parameter, _ in slow):
         return
     _PRICED.update((parameter, None) for parameter, _ in slow)

@@ -31,6 +31,7 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
         Mixed: The graph does not agree.
     """
     probe = Probe(search.passes, heads, count, search.strict)
+    # In one order throughout: places, findings and uses are matched by position.
     nodes = list(search.uses)
     places = [_place(search, node, search.uses[node], count) for node in nodes]
     # Inputs of losses that are no heads, because something above them is: they are asked for too.
@@ -64,8 +65,10 @@ def verified(search: Search, heads: Sequence[tuple[Head, Owners]], count: int) -
         raise Mixed(f"in the input of `{calls[mixed[0]].name}`")
     _refuse_undefined(search, uses)
     joins, dropped = joins_of(search, heads, uses, probe, count)
+    # What was not reached, or not finite, is verified again with the next batch.
     search.conclusive = search.conclusive and probe.conclusive
     search.told_of_all = search.told_of_all and probe.told_of_all
+    # Edges are compared by node and output: torch makes a new one every time.
     by_edge = {head.edge[:2]: owners for head, owners in heads}
     owners: dict[Node | Join, Owners] = {}
     for key, finding in uses.items():

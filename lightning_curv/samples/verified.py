@@ -79,6 +79,7 @@ class Memory:
         if entry is None:
             return None
         entry.seen += 1
+        # Often at first, when gates and masks still move, and ever more seldom.
         if entry.seen >= entry.due:
             entry.due *= 10
             return None

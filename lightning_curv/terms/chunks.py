@@ -103,9 +103,11 @@ class Matrices:
         """
         term = self.term
         assert term.x is not None
+        # Axes of `g`, behind column and sample.
         both = [2 + term.out.index(letter) for letter in self.both]
         rows = [2 + term.out.index(letter) for letter in self.outputs]
         shared = [2 + term.out.index(letter) for letter in self.shared]
+        # Cotangents of a sequence have their features last, those of an image their positions.
         features_last = bool(rows) and term.g.stride(rows[-1]) < term.g.stride(shared[-1])
         features = [0, *rows]
         if features_last:
@@ -169,6 +171,7 @@ class Matrices:
             factors = outputs + self.inputs
         else:
             factors = self.inputs + outputs
+        # As the product has them, behind the sample.
         letters = self.both + factors
         order = [1 + letters.index("v"), 0]
         order += [1 + letters.index(letter) for letter in self.term.par]

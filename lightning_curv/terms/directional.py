@@ -118,6 +118,7 @@ def _convolved(term: Term, vectors: Tensor) -> Tensor | None:
     assert term.x is not None
     kernel = term.x.shape[2 : 2 + dims]
     positions = term.x.shape[2 + dims :]
+    # Patches of a view overlap in memory.
     of_sample, of_channel, *strides = term.x.stride()
     of_kernel = strides[:dims]
     of_positions = strides[dims:]

@@ -93,15 +93,18 @@ def _rounded_up(
 
     The arguments are what `_products` gives.
     """
+    # ‖g_s‖ ‖x_s‖, whose sum bounds the norm of the sum.
     sizes = g_squares.sqrt() * x_squares.sqrt().unsqueeze(2)
     sizes_squared = sizes.sum(3).double().square_().permute(2, 0, 1)
     rounding = ROUNDING * torch.finfo(dtype).eps * sizes_squared
+    # In float64: squares of float32 neither underflow nor overflow there.
     squares = products.clamp(min=0).double() + rounding
     low, high = RANGE[dtype]
     g_total = g_squares.sum(3).permute(2, 0, 1)
     x_total = x_squares.sum(2)[None]
     g_usual = (g_total > low) & (g_total < high)
     x_usual = (x_total > low) & (x_total < high)
+    # Of all columns and groups of a sample.
     usual = (g_usual & x_usual).all(2).all(0)
     odd = (~usual).nonzero().flatten()
     norms = squares.sum(2).sqrt()

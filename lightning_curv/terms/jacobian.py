@@ -70,6 +70,8 @@ class Jacobian:
         self.continues = False
         self._formed: Tensor | None = None
         self._squares: Tensor | None = None
+        # Uses with the same letters become one term: sums over them are one contraction, and
+        # squares come after the sum.
         self.terms = _merged([term.promoted() for term in terms])
 
     @property
@@ -133,6 +135,7 @@ class Jacobian:
         if self._formed is not None:
             return self._formed
         if not self._in_pieces:
+            # In one piece, in the order of memory of the parameter.
             formed = next(self._pieces(max(1, self.samples), ordered=True))
         else:
             formed = huge_pages.empty(self.terms[0].g, self.columns, self.samples, *self.shape)
@@ -173,6 +176,7 @@ class Jacobian:
         made_one_by_one = any(Matrices(term).large for term in products)
         if made_one_by_one:
             return max(1, STACK_BYTES // self._bytes)
+        # The product, its factors, and one, since a parameter may be empty.
         sizes = [self._bytes, 1]
         entry_by_entry = any({*term.out} == {*term.inp} for term in products)
         for term in products:
@@ -185,6 +189,7 @@ class Jacobian:
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
         """J of ``size`` samples at a time, summed over the terms; ``ordered``: see `pieces`."""
+        # Iterators, so that one piece of every term is in memory at a time.
         by_term = [pieces(term, size, ordered) for term in self.terms]
         return (self._added(parts) for parts in zip(*by_term, strict=True))
 
@@ -263,6 +268,7 @@ class Jacobian:
         by_memory = 0, 1, *(axis + 2 for axis in order)
         rows = first.permute(by_memory)
         if first.shape[1] < self.samples:
+            # The first piece has told the order of memory: the others are copied behind it.
             rows = huge_pages.empty(first, 1, self.samples, *rows.shape[2:])
             start = 0
             for chunk in chain([first], chunks):
@@ -419,6 +425,8 @@ class Jacobian:
         reordered = False
         for chunk in self.chunks():
             if not reordered and chunk.shape[1]:
+                # In the order of memory of the chunks: the difference then runs through both
+                # without jumps.
                 mean = torch.empty_like(chunk[0, 0]).copy_(mean)
                 reordered = True
             yield chunk - mean
@@ -444,6 +452,7 @@ class Jacobian:
         """
         squares = self.sum_squares()
         if self.shared:  # others want the squares too
+            # `squares` is kept for the others: it must not be changed in place.
             result = squares.clone(memory_format=torch.contiguous_format)
         else:
             result = squares.contiguous()

@@ -56,6 +56,7 @@ def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
 
 def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
     """Cotangents at some positions; all of them: nothing is copied."""
+    # No padding: the usual case.
     if len(position) == g.shape[axis]:
         return g
     return g.index_select(axis, position)
@@ -111,6 +112,7 @@ def per_sample(term: Term) -> Tensor:
     rest = touched.g.shape[2:]
     dense = huge_pages.empty(touched.g, columns, size, *rest).zero_()
     place = touched.sample * term.classes + touched.token
+    # Every pair is there once: no two rows are written to the same place.
     dense[:, place] = touched.g
     return dense.unflatten(1, (samples, term.classes))
 
@@ -181,6 +183,7 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     pair = index + term.classes * sample  # see `rows`
     key, number, counts = pair.unique(return_inverse=True, return_counts=True)
     g = _at(term.g.flatten(1, 2), position, 1)
+    # Of the rows as they are, before any are added up.
     norms = row_norms(g, 2)
     # Tokens that a sample has once: the squares of their rows add up as they are.
     repeats = (counts > 1)[number]

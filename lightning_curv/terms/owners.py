@@ -111,6 +111,7 @@ class BatchAxis(Owners):
     def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
         if not tensor.ndim:
             tensor = tensor[None]
+        # The axis of the samples in front; a view.
         rows = tensor.movedim(self.axis, 0) if self.axis else tensor
         if self.minor:
             rows = rows.unflatten(0, (-1, self.count)).transpose(0, 1)
@@ -127,6 +128,7 @@ class BatchAxis(Owners):
         if not self.axis and not self.minor:
             return entries.reshape(torch.Size(shape))
         rest = [size for axis, size in enumerate(shape) if axis != self.axis]
+        # Rows per sample on the axis.
         positions = shape[self.axis] // max(1, len(entries))
         rows = entries.reshape(len(entries), positions, *rest)
         if self.minor:

@@ -498,6 +498,7 @@ class Term:
             order = [kept.index(letter) for letter in self.par]
             return total.permute(order)
         weights = weights.to(g.dtype)
+        # Behind the samples as many axes of size one as `g` has.
         weights_of_g = weights.reshape(-1, *[1] * (g.ndim - 2))
         own = self.own
         # The op's own gradient, such as that of a convolution, is faster than any contraction.
@@ -506,6 +507,7 @@ class Term:
         weighted_matrix = self._weighted_matrix(weights)
         if weighted_matrix is not None:
             g = weighted_matrix
+        # The smaller factor is copied.
         elif g.numel() <= x.numel():
             g = g * weights_of_g
         else:
@@ -528,6 +530,7 @@ class Term:
         one_product = not {*rows} & {*self.inp}
         if not one_product or not is_large(g, g.numel() * columns):
             return None
+        # The matrix as the product takes it: summed axes in front, rows behind.
         transposed = g.permute([letters.index(letter) for letter in summed + rows])
         if not transposed.is_contiguous():
             return None

@@ -52,6 +52,7 @@ class EigenCurvature(KroneckerCurvature):
         factors = super().measure(state, block, fields, step)
         shapes = [f.shape for f in factors]
         known_shapes = [f.shape for f in means(state)]
+        # Without a basis there are no moments in it: the first factors make one.
         if not self.ready(state) or shapes != known_shapes:
             return factors
         center_of_basis = state.get("center", ())
@@ -65,6 +66,7 @@ class EigenCurvature(KroneckerCurvature):
         statistics: list[Tensor],
         scale: float,
     ) -> None:
+        # The moments are in front, if `measure` could make any.
         if self.ready(state) and statistics[0].shape == state["moments"].shape:
             moments, *statistics = statistics
             decay = block.group["factor_decay"]
@@ -81,6 +83,7 @@ class EigenCurvature(KroneckerCurvature):
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
         factors = state["factors"]
         batched = state["batched"]
+        # One eigenbasis per group, and moments of the whole block behind them.
         groups = factors[0].shape[: int(batched)]
         moments = torch.Size([*groups, *(rows(factor, batched) for factor in factors)])
         return [*(factor.shape for factor in factors), moments]
@@ -102,6 +105,7 @@ class EigenCurvature(KroneckerCurvature):
         inverse_bases = [
             [_transposed(q, state["batched"]) for q in state["basis"]] for state in states
         ]
+        # Into the basis, divided there, and back; every rotation of all blocks in one call.
         values = [matrix(g).to(g.state["moments"].dtype) for g in gradients]
         values = _rotated(states, inverse_bases, values)
         values = [
@@ -132,6 +136,7 @@ def _decomposition(state: State) -> list[Tensor] | None:
     basis: list[Tensor] = []
     for unit in range(len(state["factors"])):
         decomposed = _eigenvectors(to_invert(state, unit), batched)
+        # One block that fails is enough: the old basis stays.
         if decomposed is None:
             return None
         values.append(decomposed[0])
@@ -181,6 +186,7 @@ def _eigenvectors(factor: Tensor, batched: bool) -> tuple[Tensor, Tensor] | None
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues, none below zero, and eigenvectors, in float64 where the own dtype fails."""
+    # In float64 at once where that is the own dtype: a second try would fail in the same way.
     for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
         try:
             values, vectors = torch.linalg.eigh(matrix.to(dtype))

@@ -85,6 +85,7 @@ class KroneckerCurvature(Curvature):
             ValueError: the factors do not fit the block.
         """
         batched = is_batched(factors)
+        # An extension of the user's own may leave anything.
         if block_size(factors, batched) != sum(param.numel() for param in block.params):
             shapes = [tuple(param.shape) for param in block.params]
             raise ValueError(
@@ -103,6 +104,7 @@ class KroneckerCurvature(Curvature):
         if scale != 1.0:
             # One factor carries the scale of the loss, that of the cotangents.
             statistics = [statistics[0] * scale, *statistics[1:]]
+        # At the first step, and if the layer is used in another way than before.
         if [mean.shape for mean in means(state)] != [value.shape for value in statistics]:
             self._start(state, block, statistics)
         state["weight"] = next_weight(state["weight"], block.group["factor_decay"])
@@ -143,6 +145,7 @@ class KroneckerCurvature(Curvature):
         for state, unit, damping in due:
             batched = state["batched"]
             gammas = split_damping(state["factors"], damping, batched)
+            # All factors of all blocks in one call: those of equal shape are inverted together.
             damped.append((to_invert(state, unit), gammas[unit], batched))
         return [None if inverse is None else [inverse] for inverse in damped_inverses(damped)]
 
@@ -198,6 +201,7 @@ def from_matrix(matrix: Tensor, gradient: Gradient) -> list[Tensor]:
 
 def factors_among(statistics: Sequence[Tensor], block: Block) -> int:
     """How many of the statistics are factors; what is behind them: see `kronecker_factors`."""
+    # Weight and bias have two factors, whatever follows them.
     if len(block.params) == 2:
         return 2
     pair = statistics[:2]
@@ -214,6 +218,7 @@ def means(state: State) -> list[Tensor]:
 
 def center(state: State) -> list[Tensor]:
     """The center of the inputs as it is now, see `weight_and_bias`; empty if it stays at zero."""
+    # Inputs of a diagonal factor are never mixed: a shift of them changes nothing.
     if not state["centers"] or is_diagonal(state["factors"][1], False):
         return []
     if state["mean"]:

@@ -66,6 +66,7 @@ def partwise(
     """
     if len(parts_of(factors[0], batched)) == 1:
         return function(*factors)
+    # Behind a narrower last block zeros are left.
     result = torch.zeros_like(factors[0])
     targets = parts_of(result, batched)
     arguments = zip(*(parts_of(factor, batched) for factor in factors), strict=True)

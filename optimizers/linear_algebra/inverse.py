@@ -51,6 +51,7 @@ def _assembled(
 def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
     """The inverses of diagonals and whole matrices."""
     inverses: list[Tensor | None] = [None] * len(factors)
+    # One call per shape: small matrices take longer to launch than to invert.
     stacks: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for i, (factor, damping, batched) in enumerate(factors):
         if is_diagonal(factor, batched):
@@ -97,6 +98,7 @@ def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, list[bool
     """The inverses of all matrices, and of each of the M whether it is one."""
     damped = stack.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+    # It reports failures instead of raising: one matrix must not stop the others of its stack.
     root, info = torch.linalg.cholesky_ex(damped)
     failed = info != 0
     if bool(failed.any()):

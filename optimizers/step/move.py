@@ -45,6 +45,7 @@ def directions(
     Returns:
         One direction per parameter, those of a block beside each other.
     """
+    # Blocks without an inverse yet are moved by the update without curvature.
     ready = [block for block in blocks if curvature.ready(parameters.state[block.params[0]])]
     members = [member for block in ready for member in block.members]
     if average:
@@ -110,6 +111,8 @@ def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor,
             means[param] = gradient(param)
             continue
         if "gradient" not in state:
+            # Running means lose everything in half precision: what is added each step is smaller
+            # than its last digit.
             dtype = torch.promote_types(param.dtype, torch.float32)
             state["gradient"] = torch.zeros_like(param, dtype=dtype)
             state["gradient_weight"] = 0.0
@@ -121,6 +124,7 @@ def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor,
 
 def _decay(group: ParamGroup) -> float:
     """The decay of the running mean of the gradients: the first of two `betas`, or its own."""
+    # An Adam-like optimizer states both decays together.
     betas = group.get("betas")
     return float(betas[0] if betas else group.get("gradient_decay", 0.0))
 
@@ -145,6 +149,7 @@ def move(
         False if some updates are not finite; then nothing moves.
     """
     state = parameters.state
+    # All updates are computed before any parameter moves: one that is not finite stops the step.
     fallback = {p: adam_direction(state[p], gradient(p)) for _, p in members if p not in updates}
     if not all(finite_flags([*updates.values(), *fallback.values()])):
         return False

@@ -79,6 +79,7 @@ def _exchanged(
         parts_of[owner].append(i)
     # All processes send equally many numbers, those with less work zeros behind their own.
     longest = max(sum(sizes[i] for i in parts) for parts in parts_of)
+    # One collective has one type: the widest, so that nothing is rounded on the way.
     wide = wide_dtype(curvature.dtype(state) for state, _, _ in due)
     mine = torch.zeros(longest, dtype=wide, device=due[0][2].device)
     if computed:
@@ -112,6 +113,7 @@ def preconditioned(curvature: Curvature, gradients: Sequence[Gradient]) -> list[
     if processes() == 1 or not curvature.sharded or not gradients:
         return curvature.precondition(gradients)
     rank = dist.get_rank()
+    # The inverse of a block is on one process alone.
     is_mine = [_owner(curvature, gradient.state) == rank for gradient in gradients]
     mine_only = [g for g, mine in zip(gradients, is_mine, strict=True) if mine]
     directions_here = iter(curvature.precondition(mine_only))
@@ -171,6 +173,7 @@ def _block_owners(curvature: Curvature, due: Sequence[Part]) -> list[int]:
             new_states[id(state)] = state
             cost = _cost(curvature, state, unit)
             costs[id(state)] = costs.get(id(state), 0) + cost
+    # Blocks that have no process yet are spread over all by their cost.
     owners = _balanced(list(costs.values()))
     for state, owner in zip(new_states.values(), owners, strict=True):
         curvature.assign(state, owner)
