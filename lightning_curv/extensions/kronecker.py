@@ -105,7 +105,10 @@ class KFLR(Extension):
         # The inputs' factor stays that of the first columns: `merge` does not look at this one.
         known = "i" if jacobian.continues else ""
         term = jacobian.terms[0]
-        return [term.g if axis in known else self._factor(term, axis) for axis in axes]
+        factors = []
+        for axis in axes:
+            factors.append(term.g if axis in known else self._factor(term, axis))
+        return factors
 
     def _factor(self, term: Term, axis: str) -> Tensor:
         """Make one factor, or copy it from the parameter that has the same, such as the bias."""
@@ -187,8 +190,12 @@ def kronecker_axes(jacobian: Jacobian) -> str:
     inp = "".join(letter for letter in term.inp if letter in par)
     if not inp:
         return "o" if par == out else ""
-    orders = {out + inp: "oi", inp[:1] + out + inp[1:]: "oi", inp + out: "io"}
-    return orders.get(par, "")
+    if par == out + inp:
+        return "oi"
+    if par == inp + out:
+        return "io"
+    # A transposed convolution: the channels of the input, those of the output, the kernel.
+    return "oi" if par == inp[:1] + out + inp[1:] else ""
 
 
 def interleaved(jacobian: Jacobian) -> tuple[int, int] | None:
@@ -264,8 +271,9 @@ def _ragged_input_factor(
     x = term.x
     count = lengths.sum()
     if weight_sharing == "reduce":
-        lengths_of_rows = lengths.clamp(min=1).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        x = x / lengths_of_rows
+        # The mean over a sample's own positions; what is filled up behind them is zero.
+        own_lengths = lengths.clamp(min=1).to(x.dtype)
+        x = x / own_lengths.reshape(-1, *[1] * (x.ndim - 1))
         count = torch.tensor(len(x))
     total = _second_moment(x, term.inp, term.par, weight_sharing, product)
     return total.div_(count.clamp(min=1).to(total.device))
@@ -314,7 +322,8 @@ def _second_moment(
         if weight_sharing == "reduce" and positions:
             rows = rows.sum(list(range(-len(positions), 0)))
         number = rows.shape[0] if groups else 1
-        matrices = rows.reshape(number, width, rows.numel() // max(1, number * width))
+        vectors = rows.numel() // max(1, number * width)
+        matrices = rows.reshape(number, width, vectors)
         if groups:
             moment = torch.stack([product(matrix) for matrix in matrices])
         else:

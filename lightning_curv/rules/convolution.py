@@ -65,8 +65,13 @@ def convolution(
         own_input = padded
         own_padding = [0] * dims
     own = _adjoint(x, own_input, weight, (stride, own_padding, dilation), groups)
-    weight_term = Term(q + "o" + s, q + "i" + k + s, q + "oi" + k, by_group, x, adjoint=own)
-    return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
+    out = q + "o" + s
+    inp = q + "i" + k + s
+    par = q + "oi" + k
+    return {
+        "weight": Term(out, inp, par, by_group, x, adjoint=own),
+        "bias": Term("o" + s, "", "o", g),
+    }
 
 
 @rule(
@@ -110,8 +115,13 @@ def transposed_convolution(
     outputs_first = weight.new_empty(()).expand(g.shape[2], len(weight) // groups, *kernel)
     settings = (1,) * dims, [0] * dims, dilation
     own = _adjoint(x, padded, outputs_first, settings, groups, transposed=True)
-    weight_term = Term(q + "o" + s, q + "i" + k + s, q + "io" + k, by_group, x, adjoint=own)
-    return {"weight": weight_term, "bias": Term("o" + s, "", "o", g)}
+    out = q + "o" + s
+    inp = q + "i" + k + s
+    par = q + "io" + k
+    return {
+        "weight": Term(out, inp, par, by_group, x, adjoint=own),
+        "bias": Term("o" + s, "", "o", g),
+    }
 
 
 def _grouped(x: Tensor, g: Tensor, groups: int) -> tuple[str, Tensor, Tensor]:
@@ -236,7 +246,8 @@ def _adjoint(
         if not transposed:
             return gradients
         axis = gradients.ndim - weight.ndim
-        return gradients.unflatten(axis, (groups, -1)).transpose(axis + 1, axis + 2)
+        by_group = gradients.unflatten(axis, (groups, -1))
+        return by_group.transpose(axis + 1, axis + 2)
 
     def gradient(g: Tensor, input: Tensor) -> Tensor:
         return ordered(weight_gradient(flat(g), input, weight, *settings, groups))
@@ -250,7 +261,8 @@ def _adjoint(
         stacked = weight_gradient(g, input, weights, *settings, samples * groups)
         return ordered(stacked.unflatten(0, (samples, -1)))
 
-    return Adjoint(x, input, gradient, gradients if _by_groups(input, weight, groups) else None)
+    fast = _by_groups(input, weight, groups)
+    return Adjoint(x, input, gradient, gradients if fast else None)
 
 
 def weight_gradient(

@@ -41,11 +41,9 @@ _ALONG = frozenset(
     "Cat Cumprod Cumsum Flip LogSoftmax Roll SafeSoftmax Softmax Split SplitWithSizes".split()  # noqa: SIM905
 )
 _REDUCING = frozenset("Amax Amin LinalgVectorNorm Logsumexp Max Mean Min Std Sum Var".split())  # noqa: SIM905
-ENTRYWISE, VIEWS, LEADING = (
-    frozenset(_ENTRYWISE.split()),
-    frozenset(_VIEWS),
-    frozenset(_LEADING.split()),
-)
+ENTRYWISE = frozenset(_ENTRYWISE.split())
+VIEWS = frozenset(_VIEWS)
+LEADING = frozenset(_LEADING.split())
 _SLOTTED = """
     batch_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d embedding
     group_norm layer_norm linear matmul rms_norm

@@ -33,9 +33,8 @@ from lightning_curv.second_derivatives.local_curvature import trial_vectors
 from lightning_curv.second_derivatives.per_sample import gradients_per_sample
 from lightning_curv.terms.jacobian import Jacobian
 
-AFFINE = frozenset(
-    ("CopySlices", "IndexPut", "IndexPutImpl", "MaskedScatter")
-)  # in what they write, too
+# Nodes that are affine in what they write, too.
+AFFINE = frozenset(("CopySlices", "IndexPut", "IndexPutImpl", "MaskedScatter"))
 
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
@@ -44,17 +43,22 @@ def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
     for node, use in passes.tape.uses.items():
         if isinstance(node, Join):  # linear, or among `curved_parameters`
             continue
-        again = any(times[p] > 1 for p in passes.tape.parameters[node])
-        names = [
-            k
-            for k, operand in use.operands.items()
-            if again or operand.derived or not use.rule.affine
-        ]
-        if names and (g := passes.gradients([GradientEdge(node, use.output_nr)])[0]) is not None:
-            for op in [_Op(passes, node, use, name, g) for name in names]:
-                yield from op.bent()
-                yield from op.fed_back()
-                yield from op.transformed()
+        # A parameter that is used once, as it is, by an op that is affine in it has none.
+        used_again = any(times[p] > 1 for p in passes.tape.parameters[node])
+        names = []
+        for name, operand in use.operands.items():
+            if used_again or operand.derived or not use.rule.affine:
+                names.append(name)
+        if not names:
+            continue
+        (g,) = passes.gradients([GradientEdge(node, use.output_nr)])
+        if g is None:
+            continue
+        for name in names:
+            op = _Op(passes, node, use, name, g)
+            yield from op.nonaffine()
+            yield from op.recursive()
+            yield from op.reparametrized()
 
 
 def curved_parameters(passes: Passes) -> dict[Tensor, str]:
@@ -71,14 +75,14 @@ def curved_parameters(passes: Passes) -> dict[Tensor, str]:
 
 def _curved(passes: Passes, join: Join, use: Use) -> bool:
     (operand,) = use.operands.values()
-    found = leaves(operand.edge)
+    at_join = leaves(operand.edge)
     inputs = [(after, number) for after, number in join.node.next_functions if after is not None]
     data = [GradientEdge(after, number) for after, number in inputs if after is not join.edge.node]
     below = {p for other in uses_below(passes.tape, data) for p in parameters(other)}
     linear = is_piecewise_linear(join.node) or name_of(join.node) in BILINEAR | AFFINE
-    if not linear or join.recorded is not None or below.intersection(found):
+    if not linear or join.recorded is not None or below.intersection(at_join):
         return True
-    return not _is_linear(operand, found)
+    return not _is_linear(operand, at_join)
 
 
 def differentiated_diagonals(
@@ -157,88 +161,97 @@ class _Op:
 
     def derivative(self, argument: str, at: Tensor, direction: Tensor) -> Tensor:
         """∂K/∂argument · direction."""
-        return torch.func.jvp(
-            lambda value: self.gradient(**{argument: value}),
-            (at,),
-            (direction,),
-        )[1]
+
+        def gradient(value: Tensor) -> Tensor:
+            return self.gradient(**{argument: value})
+
+        value_and_change = torch.func.jvp(gradient, (at,), (direction,))
+        return value_and_change[1]
 
     def pulled(self, jacobian: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """``[V, N, *D]`` by the leaves that the operand was computed from."""
         if not self.operand.derived:
             yield self.operand.tensor, jacobian
             return
-        for parameter, term in pulled_back(self.operand.edge, self.operand.tensor, dense(jacobian)):
-            yield parameter, term.g.reshape(*jacobian.shape[:2], *parameter.shape)
+        columns_and_samples = jacobian.shape[:2]
+        operand = self.operand
+        for parameter, term in pulled_back(operand.edge, operand.tensor, dense(jacobian)):
+            yield parameter, term.g.reshape(*columns_and_samples, *parameter.shape)
 
-    def bent(self) -> Iterator[dict[Tensor, Jacobian]]:
+    def nonaffine(self) -> Iterator[dict[Tensor, Jacobian]]:
         """∂K/∂D of an op that is not affine in D."""
         if self.use.rule.affine:
             return
         value = self.operand.tensor.detach()
-        units = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(
-            -1, *value.shape
-        )
-        columns = [
-            self.derivative(self.name, value, unit).reshape(self.count, -1) for unit in units
-        ]
+        units = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
+        columns = []
+        for unit in units.reshape(-1, *value.shape):
+            column = self.derivative(self.name, value, unit)
+            columns.append(column.reshape(self.count, -1))
+        # One matrix per sample, whose eigenvectors are the columns: V |Λ|½ with the signs of Λ.
         values, vectors = eigh(torch.stack(columns, -1))  # [N, D], [N, D, D]
-        jacobian = (vectors * values.abs().sqrt()[:, None]).permute(2, 0, 1)
-        for parameter, found in self.pulled(jacobian.reshape(*jacobian.shape[:2], *value.shape)):
-            yield {parameter: Jacobian(parameter, [dense(found)], values.sign().mT)}
+        roots = values.abs().sqrt()[:, None]
+        jacobian = (vectors * roots).permute(2, 0, 1)
+        signs = values.sign().mT
+        shaped = jacobian.reshape(*jacobian.shape[:2], *value.shape)
+        for parameter, by_parameter in self.pulled(shaped):
+            yield {parameter: Jacobian(parameter, [dense(by_parameter)], signs)}
 
-    def fed_back(self) -> Iterator[dict[Tensor, Jacobian]]:
+    def recursive(self) -> Iterator[dict[Tensor, Jacobian]]:
         """2 Σ_k ∂K/∂x_k · ∂x_k/∂p where the input x depends on p; its diagonal."""
-        inputs = {
-            k: edge for k, edge in self.use.inputs.items() if self.use.arguments[k] is not None
-        }
+        inputs = {}
+        for argument, edge in self.use.inputs.items():
+            if self.use.arguments[argument] is not None:
+                inputs[argument] = edge
         if self.operand.derived:
-            found = leaves(self.operand.edge)
+            own = leaves(self.operand.edge)
         else:
-            found = [self.operand.tensor]
+            own = [self.operand.tensor]
         below = {
             p for use in uses_below(self.passes.tape, inputs.values()) for p in parameters(use)
         }
-        if not below.intersection(found):
+        if not below.intersection(own):
             return
         for argument, edge in inputs.items():
             owners = owners_at(self.passes, [edge])[edge]
             x = self.use.arguments[argument]
             if owners is None:
                 continue
+            # One pass below the op per entry of the input of a sample, in all samples at once.
             entries = owners.split(x).shape[1]
             for entry in range(entries):
                 unit = x.new_zeros(self.count, entries)
                 unit[:, entry] = 1
                 direction = owners.join(unit, x.shape)
                 reached = self.passes.jacobian(Column([edge], [direction]))
-                for parameter, change in self.pulled(self.derivative(argument, x, direction)[None]):
+                change_of_gradient = self.derivative(argument, x, direction)[None]
+                for parameter, change in self.pulled(change_of_gradient):
                     if parameter in reached:
-                        yield _diagonal(
-                            parameter,
-                            2 * change[0] * reached[parameter].per_sample()[0],
-                        )
+                        change_of_input = reached[parameter].per_sample()[0]
+                        # Twice: the product is one of two mixed derivatives.
+                        yield _diagonal(parameter, 2 * change[0] * change_of_input)
 
-    def transformed(self) -> Iterator[dict[Tensor, Jacobian]]:
+    def reparametrized(self) -> Iterator[dict[Tensor, Jacobian]]:
         """Σ_k K_k ∂²D_k/∂p_j² of a nonlinear transform D(p); its diagonal, by N·P small passes."""
         edge = self.operand.edge
-        found = leaves(self.operand.edge)
-        if not self.operand.derived or _is_linear(self.operand, found):
+        behind = leaves(edge)
+        if not self.operand.derived or _is_linear(self.operand, behind):
             return
-        result = {p: self.g.new_zeros(self.count, *p.shape) for p in found}
+        result = {p: self.g.new_zeros(self.count, *p.shape) for p in behind}
         with torch.enable_grad(), unheard(), differentiable(fused([edge])):
             for n, cotangent in enumerate(self.gradient()):
                 pulled = torch.autograd.grad(
                     edge,
-                    found,
+                    behind,
                     cotangent,
                     create_graph=True,
                     allow_unused=True,
                 )
-                for p, first in zip(found, pulled, strict=True):
-                    for j, entry in enumerate(
-                        first.flatten() if first is not None and first.requires_grad else ()
-                    ):
+                for p, first in zip(behind, pulled, strict=True):
+                    # Without a graph: the transform is linear in this parameter.
+                    if first is None or not first.requires_grad:
+                        continue
+                    for j, entry in enumerate(first.flatten()):
                         (second,) = torch.autograd.grad(
                             entry,
                             p,
@@ -258,12 +271,16 @@ def _diagonal(parameter: Tensor, diagonal: Tensor) -> dict[Tensor, Jacobian]:
     return {parameter: Jacobian(parameter, [dense(roots)], signs)}
 
 
-def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
+def _is_linear(operand: Operand, behind: list[Tensor]) -> bool:
+    """Whether an operand is linear in the parameters that it was computed from.
+
+    Its second derivatives are then zero in a direction that no structure annihilates.
+    """
     with torch.enable_grad(), unheard(), differentiable(fused([operand.edge])):
         (trial,) = trial_vectors([operand.tensor])
         pulled = torch.autograd.grad(
             operand.edge,
-            found,
+            behind,
             trial,
             create_graph=True,
             allow_unused=True,
@@ -273,7 +290,7 @@ def _is_linear(operand: Operand, found: list[Tensor]) -> bool:
             return True
         second = torch.autograd.grad(
             first,
-            found,
+            behind,
             trial_vectors(first),
             retain_graph=True,
             allow_unused=True,

@@ -144,11 +144,14 @@ def _decomposition(state: State) -> list[Tensor] | None:
     if "basis" not in state:
         return [*basis, kronecker_matmul(values, _outer_ones(values, batched), batched)]
     # The diagonal of U diag(s) Uᵀ is (U ∘ U) s, U from the old basis to the new one.
-    changes = [
-        q if is_diagonal(q, batched) else partwise(_squared_cosines, q, old, batched=batched)
-        for q, old in zip(basis, state["basis"], strict=True)
-    ]
-    return [*basis, kronecker_matmul(changes, state["moments"], batched)]
+    changes = []
+    for q, old in zip(basis, state["basis"], strict=True):
+        if is_diagonal(q, batched):
+            changes.append(q)
+        else:
+            changes.append(partwise(_squared_cosines, q, old, batched=batched))
+    moments = kronecker_matmul(changes, state["moments"], batched)
+    return [*basis, moments]
 
 
 def _outer_ones(values: Sequence[Tensor], batched: bool) -> Tensor:
@@ -180,8 +183,10 @@ def _eigenvectors(factor: Tensor, batched: bool) -> tuple[Tensor, Tensor] | None
         vectors.append(decomposed[1])
     remaining = iter(vectors)
     basis = partwise(lambda _: next(remaining), factor, batched=batched)
+    if len(values) == 1:
+        return values[0], basis
     # Groups come first: the blocks of a group are beside each other.
-    return (values[0] if len(values) == 1 else torch.cat(values, dim=-1)), basis
+    return torch.cat(values, dim=-1), basis
 
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -218,7 +218,6 @@ def means(state: State) -> list[Tensor]:
 
 def center(state: State) -> list[Tensor]:
     """The center of the inputs as it is now, see `weight_and_bias`; empty if it stays at zero."""
-    # Inputs of a diagonal factor are never mixed: a shift of them changes nothing.
     if not state["centers"] or is_diagonal(state["factors"][1], False):
         return []
     if state["mean"]:
