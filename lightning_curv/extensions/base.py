@@ -62,7 +62,7 @@ class Extension(ABC):
         return not isinstance(self.source, Gradient)
 
     def wants(self, parameter: Tensor) -> bool:
-        """Say whether the quantity of a parameter is wanted, in a pass with the gradient as its only column.
+        """Say whether the quantity of a parameter is wanted, where the only column is the gradient.
 
         Ops whose parameters no extension wants are not listened to.
 

@@ -89,8 +89,8 @@ class SumGradSquared(Differentiable):
     r"""Sum of the squared per-sample gradients :math:`\sum_n (s\,g_n)^2`, in ``sum_grad_squared``.
 
     It has the parameter's shape, and is the uncentred second moment times N; of complex parameters
-    the squares are :math:`|s\,g_n|^2`, real numbers. Cost: one more product per layer without weight
-    sharing; no per-sample gradients are in memory.
+    the squares are :math:`|s\,g_n|^2`, real numbers. Cost: one more product per layer without
+    weight sharing; no per-sample gradients are in memory.
 
     Example:
         >>> import torch

@@ -1,8 +1,9 @@
 """Products of matrices by the faster of the two libraries that torch has on a CPU.
 
 ``torch.mm`` multiplies float32 matrices with the BLAS that torch was built with, MKL as a rule,
-which on processors that are not Intel's uses half the width of the vector units. oneDNN, the library behind torch's
-convolutions, uses all of it: the same IEEE products and sums in another order, in half the time.
+which on processors that are not Intel's uses half the width of the vector units. oneDNN, the
+library behind torch's convolutions, uses all of it: the same IEEE products and sums in another
+order, in half the time.
 Torch offers its product of matrices to the code that the compiler generates, as
 ``torch.ops.mkldnn._linear_pointwise``; where that op is missing, or a product is small (oneDNN
 costs more per call), everything is ``torch.mm``. So it is on Intel's processors, where MKL was

@@ -206,7 +206,7 @@ def _owners(passes: Passes) -> dict[Place, Owners]:
 
 
 def _at_node(use: Use, node: Node, owners: Owners) -> Owners:
-    """The owners of an op's output in the shape that its node has: `linear` multiplies flattened rows."""
+    """The owners of an op's output in the shape of its node: `linear` multiplies flattened rows."""
     shape = shape_at(GradientEdge(node, use.output_nr))
     leading = owners == BatchAxis(owners.count)
     if shape == use.shape or leading or not isinstance(owners, (BatchAxis, RowOwners)):

@@ -36,11 +36,15 @@ _LEADING = """
     ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu UpsampleBicubic2D
     UpsampleBilinear2D UpsampleLinear1D UpsampleNearest1D UpsampleNearest2D
 """
-# ops that mix the entries of the axes in `_saved_dim` or `_saved_dims`, and keep all axes
-_ALONG = frozenset(
-    "Cat Cumprod Cumsum Flip LogSoftmax Roll SafeSoftmax Softmax Split SplitWithSizes".split()  # noqa: SIM905
-)
-_REDUCING = frozenset("Amax Amin LinalgVectorNorm Logsumexp Max Mean Min Std Sum Var".split())  # noqa: SIM905
+# Ops that mix the entries of the axes in `_saved_dim` or `_saved_dims`, and keep all axes.
+_MIXING = """
+    Cat Cumprod Cumsum Flip LogSoftmax Roll SafeSoftmax Softmax Split SplitWithSizes
+"""
+_ALONG = frozenset(_MIXING.split())
+_SUMMING = """
+    Amax Amin LinalgVectorNorm Logsumexp Max Mean Min Std Sum Var
+"""
+_REDUCING = frozenset(_SUMMING.split())
 ENTRYWISE = frozenset(_ENTRYWISE.split())
 VIEWS = frozenset(_VIEWS)
 LEADING = frozenset(_LEADING.split())

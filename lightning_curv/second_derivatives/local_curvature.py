@@ -21,7 +21,7 @@ from lightning_curv.terms.owners import Owners
 
 
 def trial_vectors(likes: Sequence[Tensor]) -> list[Tensor]:
-    """Vectors that no structure annihilates: no two entries are alike, in different tensors neither.
+    """Vectors that no structure annihilates: no two entries are alike, also of different tensors.
 
     A function of differences takes no notice of what is added to all of its arguments.
     """

@@ -62,7 +62,7 @@ def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
 
 
 def curved_parameters(passes: Passes) -> dict[Tensor, str]:
-    """The parameters that meet the samples where the second derivatives are not known, and in which op.
+    """The parameters that meet the samples where second derivatives are not known, and the op.
 
     The op or what is below it is nonlinear in them, or the data uses them again.
     """
