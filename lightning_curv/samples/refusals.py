@@ -142,8 +142,8 @@ def _other_axis(search: Search) -> str:
     if count <= 1 or not square:
         return ""
     return (
-        f"What the network reads has {count} entries along another axis too: the first one is taken "
-        "for that of the samples. If it is not, give the other one another length. "
+        f"What the network reads has {count} entries along another axis too: the first one is "
+        "taken for that of the samples. If it is not, give the other one another length. "
     )
 
 

@@ -114,7 +114,7 @@ def _has_rule(search: Search, node: Node | Join, finding: Finding) -> bool:
 
 
 def _keeps(use: Use, owners: Owners) -> bool:
-    """Whether what an op's output has of a sample reads nothing of what its data have of another."""
+    """Whether what an op's output has of a sample reads nothing that its data have of another."""
     axes = owners.axes if isinstance(owners, RowOwners) else (getattr(owners, "axis", -1),)
     kept = use.rule.keeps(Call(use.shape, tuple(use.operands)), use.arguments)
     return {*axes} <= {*kept}
