@@ -175,7 +175,7 @@ class record(TorchFunctionMode):
             call.store(whole)
         elif isinstance(out, Tensor) and out.grad_fn is not None:
             call.store(out)
-            _mark_read(out, [*args, *kwargs.values()])
+            _mark_read(out, [*args, *kwargs.values()], call.roots_of)
         elif isinstance(out, Tensor):
             _note_roots(func, args, kwargs, [out])
         return out
@@ -436,15 +436,25 @@ def _record_loss(
     return out
 
 
-def _mark_read(out: Tensor, values: Iterable[Any]) -> None:
-    """Leave at the node of an op which tensors without gradient it reads, parameters left out."""
+def _mark_read(
+    out: Tensor,
+    values: Iterable[Any],
+    find: Callable[[Tensor], Roots] = roots_of,
+) -> None:
+    """Leave at the node of an op which tensors without gradient it reads, parameters left out.
+
+    Args:
+        out: The output of the op.
+        values: Its arguments.
+        find: Looks up the roots of a tensor without gradient.
+    """
     free = []
     for tensor in tensors_in(values):
         if not tensor.requires_grad and not isinstance(tensor, nn.Parameter):
             free.append(tensor)
     if not free:
         return
-    roots = united(map(roots_of, free))
+    roots = united(map(find, free))
     if not roots.constant:
         mark_at(cast("Node", out.grad_fn)).read = roots
 
@@ -505,7 +515,17 @@ def _note_beside(out: Any, roots: Roots) -> None:
 class _Call:
     """The arguments of a call before it runs: in-place ops change values and history."""
 
-    __slots__ = ("bound", "changed", "func", "nodes", "origins", "reads", "rule", "tensors")
+    __slots__ = (
+        "_roots",
+        "bound",
+        "changed",
+        "func",
+        "nodes",
+        "origins",
+        "reads",
+        "rule",
+        "tensors",
+    )
 
     def __init__(
         self,
@@ -516,6 +536,8 @@ class _Call:
         self.func = func
         self.rule = rule
         self.bound = bound
+        # By the `id` of a tensor: they are asked for several times, and to look one up takes long.
+        self._roots: dict[int, Roots] = {}
         self.tensors: dict[str, Tensor] = {}
         self.nodes: dict[str, tuple[Node | None, int]] = {}
         self.origins: dict[str, str | None] = {}
@@ -532,6 +554,13 @@ class _Call:
             # The rule needs the value that the op is about to overwrite.
             if first in self.reads and first in self.tensors:
                 self.changed[first] = self.tensors[first].detach().clone()
+
+    def roots_of(self, tensor: Tensor) -> Roots:
+        """What an argument was computed from besides parameters."""
+        found = self._roots.get(id(tensor))
+        if found is None:
+            found = self._roots[id(tensor)] = all_roots(tensor)
+        return found
 
     def store(self, out: Tensor) -> None:
         """Leave the call at the node of its output."""
@@ -565,7 +594,7 @@ class _Call:
         for name, tensor in self.tensors.items():
             derived = name in operands and tensor.grad_fn is not None
             if derived or not tensor.requires_grad:
-                roots[name] = all_roots(tensor)
+                roots[name] = self.roots_of(tensor)
         mark.use = Use(
             function=self.func,
             rule=self.rule,
@@ -584,7 +613,7 @@ class _Call:
 
     def _mark_origin(self, operands: list[str], out: Tensor) -> None:
         node = cast("Node", out.grad_fn)
-        origin, roots = combined([*self.origins.values()], [*self.tensors.values()])
+        origin, roots = combined([*self.origins.values()], [*self.tensors.values()], self.roots_of)
         if self.rule.expands and operands and repeated(self.tensors[operands[0]], out):
             origin = None  # a copy per sample: from here on it is data
         if origin is not None or self.rule.expands or marks(node) is not None:

@@ -254,16 +254,21 @@ def all_roots(tensor: Tensor) -> Roots:
     return DATA
 
 
-def combined(origins: Sequence[str | None], tensors: Sequence[Tensor]) -> tuple[str | None, Roots]:
+def combined(
+    origins: Sequence[str | None],
+    tensors: Sequence[Tensor],
+    roots_of: Callable[[Tensor], Roots] = all_roots,
+) -> tuple[str | None, Roots]:
     """What a value comes from that was computed from some tensors.
 
     Args:
         origins: Those of the tensors that require gradients.
         tensors: All of them.
+        roots_of: Looks up the roots of a tensor.
     """
     if not origins or None in origins:
         return None, DATA
-    roots = united(all_roots(tensor) for tensor in tensors)
+    roots = united(map(roots_of, tensors))
     if roots.data:
         return None, DATA
     if roots.tensors:
