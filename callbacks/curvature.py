@@ -428,7 +428,8 @@ class CurvatureCallback(Callback):
         if not self._observation:
             self._observation.read(batch)
             return
-        recorded_step.record_training_step(pl_module, output, self._observation.read)
+        observation = self._observation
+        recorded_step.record_training_step(pl_module, output, observation.read, observation.fail)
 
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_curv.recording.lenient import lenient_record
 from lightning_curv.recording.record import record
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ _REPLACED = "_lightning_curv_replaced"
 _OUTPUTS = "_lightning_curv_outputs"
 _RETURNED = "_lightning_curv_returned"
 _READERS = "_lightning_curv_readers"
+_LISTENERS = "_lightning_curv_listeners"
 
 
 def record_training_step(
     pl_module: LightningModule,
     output: nn.Module | None = None,
     read: Callable[[Any], None] | None = None,
+    failed: Callable[[Exception], None] | None = None,
 ) -> None:
     """Make `pl_module.training_step` run under `record()`; several callers share one patch.
 
@@ -33,19 +36,32 @@ def record_training_step(
         pl_module: is patched until `restore_training_step`.
         output: a module whose output is to be found again.
         read: gets the batch as `training_step` does, before it runs.
+        failed: gets an error of the recording itself, which then disturbs nothing. If some caller
+            leaves it out, such an error is raised.
     """
     step = pl_module.training_step
     if not hasattr(step, _REPLACED):
         outputs: list[nn.Module] = []
         returned: list[Any] = []
         readers: list[Callable[[Any], None]] = []
+        listeners: list[Callable[[Exception], None] | None] = []
 
         @functools.wraps(step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             for reader in readers:
                 reader(args[0] if args else next(iter(kwargs.values()), None))
-            with eager():
-                returned[:] = [_recorded(outputs, step, args, kwargs)]
+            told = [listener for listener in listeners if listener is not None]
+            lenient = lenient_record if len(told) == len(listeners) else record
+            recordings = [lenient(output) for output in outputs] or [lenient()]
+            with ExitStack() as stack:
+                stack.enter_context(eager())
+                for recording in recordings:
+                    stack.enter_context(recording)
+                returned[:] = [step(*args, **kwargs)]
+            for recording in recordings:
+                if isinstance(recording, lenient_record) and recording.failure is not None:
+                    for listener in told:
+                        listener(recording.failure)
             return returned[0]
 
         own = {
@@ -53,25 +69,14 @@ def record_training_step(
             _OUTPUTS: outputs,
             _RETURNED: returned,
         }
-        vars(recorded).update(own | {_READERS: readers})
+        vars(recorded).update(own | {_READERS: readers, _LISTENERS: listeners})
         vars(pl_module)["training_step"] = recorded
     shared: list[nn.Module] = getattr(pl_module.training_step, _OUTPUTS)
     if output is not None and output not in shared:
         shared.append(output)
     if read is not None:
         getattr(pl_module.training_step, _READERS).append(read)
-
-
-def _recorded(
-    outputs: Sequence[nn.Module],
-    step: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-) -> Any:
-    with record(*outputs[:1]):
-        if len(outputs) > 1:
-            return _recorded(outputs[1:], step, args, kwargs)
-        return step(*args, **kwargs)
+    getattr(pl_module.training_step, _LISTENERS).append(failed)
 
 
 def returned_loss(pl_module: LightningModule) -> Tensor | None:

@@ -69,6 +69,7 @@ class Observation:
         self._generator: torch.Generator | None = None
         self._backprop: Backprop | None = None
         self._failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
+        self._unrecorded: Exception | None = None
         self._left: list[tuple[Tensor, str]] = []  # fields of parameters
         self.count = 0
         self.counts: dict[str, int] = {}
@@ -84,6 +85,10 @@ class Observation:
         """Before `training_step`: what its batch says of the samples."""
         self._batch = describe_batch(batch, self._batch_size)
 
+    def fail(self, error: Exception) -> None:
+        """After `training_step`: it could not be recorded, and nothing of this batch is known."""
+        self._unrecorded = error
+
     @property
     def size(self) -> int | None:
         """N, as far as the batch says it."""
@@ -97,6 +102,8 @@ class Observation:
             seed: as for `begin`.
         """
         considered, self.considered = self.considered, []
+        if self._unrecorded is not None:
+            return {extension.savefield: self._unrecorded for extension in considered}
         cap = None
         if self._max_samples is not None and self._subsets is not None:
             cap = Cap(self._max_samples, considered, self._subsets)
@@ -127,6 +134,9 @@ class Observation:
         fields = {extension.savefield for extension in self.supplied}
         logged = [e for e in self.logged if e.savefield not in fields]
         extensions = [*self.supplied, *logged]
+        if self._unrecorded is not None:
+            self._failures.append((tuple(extensions), self._unrecorded))
+            return
         check = check and not all(map(_draws, extensions))  # of gradients, if there are any
         cap = None
         if self._max_samples is not None and self._subsets is not None:
@@ -194,6 +204,7 @@ class Observation:
     def release(self) -> None:
         """Leave nothing of this batch behind."""
         self._batch = Batch()
+        self._unrecorded = None
         if self._backprop is not None:
             self._backprop.abort()
             self._backprop = None

@@ -136,20 +136,29 @@ class record(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run ``func`` and record what it consumed."""
-        kwargs = kwargs or {}
+        return self._recorded(func, args, kwargs or {}, func)
+
+    def _recorded(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Callable[..., Any],
+    ) -> Any:
+        """The result of a call, recorded; ``run`` is what is called."""
         # This runs at every call of a torch function: the usual cases come first.
         rule = RULES.get(func)
         if rule is None:
             if func in LOSSES:
                 if _recording():
-                    return _record_loss(func, args, kwargs)
-                return func(*args, **kwargs)
+                    return _record_loss(func, args, kwargs, run)
+                return run(*args, **kwargs)
             # What it returns is connected to the ops that were recorded: nothing is to be noted.
             if func is torch.autograd.grad:
-                return func(*args, **kwargs)
+                return run(*args, **kwargs)
             if func in self._intercepted and not disabled():
                 return self._intercepted[func](self, func, args, kwargs)
-            out = func(*args, **kwargs)
+            out = run(*args, **kwargs)
             if isinstance(out, (Tensor, tuple, list)) and (free := _without_gradient(out)):
                 _note_roots(func, args, kwargs, free)
             elif isinstance(out, (Tensor, tuple, list, dict)) and _recording():
@@ -158,7 +167,7 @@ class record(TorchFunctionMode):
                 _note_roots(func, args, kwargs, [args[0]])
             return out
         if not _recording() or not (rule.slots or _has_origin([*args, *kwargs.values()])):
-            out = func(*args, **kwargs)
+            out = run(*args, **kwargs)
             if isinstance(out, Tensor) and out.grad_fn is None:
                 _note_roots(func, args, kwargs, [out])
             elif isinstance(out, Tensor) and not disabled():
@@ -166,7 +175,7 @@ class record(TorchFunctionMode):
             return out
         # Before the call: an op in place changes what its arguments are.
         call = _Call(func, rule, rule.bind(args, kwargs))
-        out = func(*args, **kwargs)
+        out = run(*args, **kwargs)
         if rule.outputs and any(map(rule.holds, call.origins)):
             first = out[0] if isinstance(out, tuple) else out
             call.bound["output"] = first.detach(), first._version
@@ -406,8 +415,9 @@ def _record_loss(
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    run: Callable[..., Any],
 ) -> Any:
-    out = func(*args, **kwargs)
+    out = run(*args, **kwargs)
     arguments = bind(LOSSES[func], args, kwargs)
     differentiable = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.requires_grad]
     if out.grad_fn is None:

@@ -24,6 +24,8 @@ from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions import BatchL2Grad
 from lightning_curv.extensions.unevaluated import GradientJacobian
 from lightning_curv.metrics.functional import unbiased_moments, unbiased_moments_of_parts
+from lightning_curv.recording import record as record_module
+from lightning_curv.recording.lenient import lenient_record
 
 OF_SAMPLES = {"grad_variance", "grad_signal", *NORMS}
 NOISE = {"grad_variance", "grad_signal", "noise_scale", "suggested_batch_size"}
@@ -292,6 +294,33 @@ def test_errors_between_the_passes_do_not_end_the_run_either(monkeypatch, owner,
     values = run(Quantiles, CurvatureCallback(["default", "update_size"], strict=False))
     assert_same_parameters(plain.net, values.net)
     assert sum("unforeseen" in text for text in values.said) == 1
+
+
+@pytest.mark.parametrize("name", ["_note_roots", "_mark_read", "_record_unknown", "_Call"])
+def test_errors_of_recording_do_not_end_a_forward_pass(monkeypatch, name):
+    """The user's step goes on, and what needs no record of it is still logged."""
+    plain = run(Quantiles)
+    monkeypatch.setattr(record_module, name, fail)
+    values = run(Quantiles, CurvatureCallback())
+    assert_same_parameters(plain.net, values.net)
+    assert any("unforeseen" in text for text in values.said)
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="the user's own"), lenient_record():
+        torch.empty(3).apply_(lambda _: user_error())
+
+
+def user_error():
+    raise RuntimeError("the user's own")
+
+
+def test_what_has_run_is_not_run_again(monkeypatch):
+    monkeypatch.setattr(record_module, "_note_roots", fail)
+    counter = torch.zeros(3)
+    with lenient_record() as recording:
+        counter.add_(1)
+        counter.add_(1)
+    assert counter.tolist() == [2, 2, 2]
+    assert "unforeseen" in str(recording.failure)
 
 
 def test_a_formula_that_fails_is_left_out_alone(monkeypatch):
