@@ -14,7 +14,7 @@ from lightning_curv import (
     Variance,
     curvature,
 )
-from lightning_curv.kernels import onednn, symmetric
+from lightning_curv.kernels import onednn, switches, symmetric
 from lightning_curv.passes import passes
 
 LAYOUTS = {
@@ -23,6 +23,18 @@ LAYOUTS = {
     "slice": lambda m: torch.cat([m, m], 1)[:, : m.shape[1]],
     "expanded": lambda m: m[:, :1].expand(m.shape),
 }
+
+
+@pytest.fixture(autouse=True)
+def switched_on(monkeypatch):
+    """Also on processors on which it is left alone by default."""
+    caches = (switches.enabled, onednn._onednn)
+    for cached in caches:
+        cached.cache_clear()
+    monkeypatch.setenv(switches.VARIABLE, "onednn")
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("right", LAYOUTS)
