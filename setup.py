@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the address of the repository, and the README without relative links.
+"""What pyproject.toml cannot say: the repository's address, and the README without relative links.
 
 The address is that of the repository whose release workflow builds the package, so that a fork's
 package leads to the fork. A build elsewhere has none: then links to files of the repository, and
@@ -15,10 +15,16 @@ ROOT = Path(__file__).parent
 
 
 def project_urls(environment: dict[str, str]) -> dict[str, str]:
-    """The links beside the README, from what the release workflow says of its repository; none elsewhere."""
+    """The links beside the README, from what the release workflow says of its repository.
+
+    There are none elsewhere.
+    """
     if "GITHUB_REPOSITORY" not in environment:
         return {}
-    repository = f"{environment.get('GITHUB_SERVER_URL', 'https://github.com')}/{environment['GITHUB_REPOSITORY']}"
+    repository = (
+        f"{environment.get('GITHUB_SERVER_URL', 'https://github.com')}/"
+        f"{environment['GITHUB_REPOSITORY']}"
+    )
     return {
         "Repository": repository,
         "Documentation": f"{repository}/blob/main/docs/quickstart.md",

@@ -40,12 +40,10 @@ def privacy_audit(
 
     The set-up is that of the run that is to be audited: its module, its loader, and a Trainer with
     its `PrivacyCallback`. m canaries are thrown a fair coin each; those it chose are trained on as
-    samples of the data set
-    are: drawn by the same sampler, clipped, noised and accounted by the same step. An auditor who
-        sees the released
-    steps then guesses the coins. More right guesses than (ε, δ)-differential privacy allows refute
-    the claim, with a stated confidence. Steinke, Nasr & Jagielski, *Privacy Auditing with One (1)
-    Training Run*, NeurIPS 2023.
+    samples of the data set are: drawn by the same sampler, clipped, noised and accounted by the
+    same step. An auditor who sees the released steps then guesses the coins. More right guesses
+    than (ε, δ)-differential privacy allows refute the claim, with a stated confidence. Steinke,
+    Nasr & Jagielski, *Privacy Auditing with One (1) Training Run*, NeurIPS 2023.
 
     An audit that finds nothing proves nothing: the guarantee rests on the proof, the audit on the
     worst samples that it tried. The trained weights have seen the canaries and are for the audit
@@ -70,8 +68,7 @@ def privacy_audit(
         ε that was shown beside ε that was claimed; ``print`` and ``.plot()`` show it.
 
     Cost: per step a backward pass through one linear op per large parameter; for input canaries a
-        forward pass of each
-    before and after training.
+        forward pass of each before and after training.
 
     Raises:
         MisconfigurationException: There is no `PrivacyCallback`, or not Poisson sampling, or

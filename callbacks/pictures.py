@@ -54,8 +54,8 @@ def plot_critical_batch_size(
     found = {step: value for step, value in sorted(course.items()) if 0 < value < math.inf}
     if not found:
         raise ValueError(
-            f"`logged` must hold positive values of {GROUP}/{series}, found none. Where batches are "
-            "too small to resolve the gradient the noise scale has gaps."
+            f"`logged` must hold positive values of {GROUP}/{series}, found none. Where batches "
+            "are too small to resolve the gradient the noise scale has gaps."
         )
     steps, values = [*found], [*found.values()]
     if axes is None:
@@ -84,9 +84,7 @@ def _read(logged: Course | str | Path, series: str) -> Course:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get(f"{GROUP}/{series}")]
         return {int(row["step"]): float(row[f"{GROUP}/{series}"]) for row in rows}
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-        EventAccumulator,
-    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     if f"{GROUP}/{series}" not in accumulator.Tags()["scalars"]:

@@ -391,9 +391,10 @@ class PrivacyCallback(Callback):
             record_training_step(pl_module, read=self._read)
 
     def _rows(self, part: int) -> tuple[int | None, Tensor | None]:
-        """How many rows a part of the step has, and which of them count: all, unless some are given.
+        """How many rows a part of the step has, and which of them count.
 
-        None at all where nobody was drawn; the number is unknown where the batch tells.
+        All count, unless some are given; none is there where nobody was drawn. The number is
+        unknown where the batch tells.
         """
         counted = self._current.counted(self._step, part)
         if counted is None:

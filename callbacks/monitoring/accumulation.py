@@ -1,4 +1,7 @@
-"""The backward passes that add up to the gradient of a step: how many, and what those that are logged have left."""
+"""The backward passes that add up to the gradient of a step.
+
+How many, and what those that are logged have left.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,14 @@ class Accumulation:
         self._partial = set()
 
     def add(self, backward: BackwardPass) -> None:
-        """Take what a logged pass has left, but for parameters with gradients of passes that were not logged."""
+        """Take what a logged pass has left.
+
+        Not of parameters with gradients of passes that were not logged.
+        """
         self.window.add(backward.without(self._partial))
 
     def divisor(self, trainer: Trainer, automatic: bool) -> tuple[int, float]:
-        """How many passes share the mean of a step, and what the accumulated gradient is to be divided by.
+        """How many passes share the mean of a step, and the divisor of the accumulated gradient.
 
         Lightning divides by the full number of passes, but the last window of an epoch may hold
         fewer.
@@ -64,6 +70,7 @@ class Accumulation:
         self._partial = {p for p in params if p not in zero and p not in self.window}
         if self._partial:
             rank_zero_warn(
-                "CurvatureCallback leaves out parameters whose gradient was accumulated over batches that it did not "
-                "log. Log every step, `every_n_steps=1`, when you accumulate gradients in manual optimization."
+                "CurvatureCallback leaves out parameters whose gradient was accumulated over "
+                "batches that it did not log. Log every step, `every_n_steps=1`, when you "
+                "accumulate gradients in manual optimization."
             )

@@ -156,6 +156,6 @@ def refuse_alarms(alarms: Sequence[Alarm], optimizers: Sequence[Optimizer]) -> N
     acting = [alarm for alarm in alarms if alarm.action != "warn"]
     if private and acting:
         raise MisconfigurationException(
-            f"Alarms on private steps must warn, found `action={acting[0].action!r}`: whether a step "
-            "is taken would reveal more than its noise hides."
+            f"Alarms on private steps must warn, found `action={acting[0].action!r}`: whether a "
+            "step is taken would reveal more than its noise hides."
         )

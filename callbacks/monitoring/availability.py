@@ -1,4 +1,4 @@
-"""What of the chosen quantities can be computed in a run, and what is said, or raised, where something cannot."""
+"""What of the chosen quantities can be computed in a run, and what is said where one cannot."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Availability:
         return found
 
     def leave_out(self, what: Collection[str], error: Exception) -> None:
-        """What fails in the course of the run, for whatever reason, is not logged in the rest of it, or stops it.
+        """What fails in the course of the run is not logged in the rest of it, or stops it.
 
         Args:
             what: savefields or names.
@@ -124,7 +124,7 @@ class Availability:
         self.off = off
 
     def _lost(self, what: Collection[str], error: Exception, off: Collection[str]) -> list[str]:
-        """What is lost with savefields or quantities; that ends the run if the user asked for some of it.
+        """What is lost with savefields or quantities; it ends the run if the user asked for it.
 
         Args:
             what: savefields or names.

@@ -1,4 +1,4 @@
-r"""Histograms of all entries of the per-sample gradients, alone and together with the values of the parameters.
+r"""Histograms of all entries of the per-sample gradients, alone and with the parameters' values.
 
 Their bins do not depend on the data, so that counts of chunks, parameters, micro-batches and
 processes add up exactly: they are equally wide on a logarithmic scale for either sign, with one bin
@@ -101,10 +101,10 @@ def histogram_1d(counts: Numbers, scale: float) -> dict[str, Any]:
 
 
 def image_2d(counts: Numbers, pixels: int = 8) -> Tensor | None:
-    """Counts as an image [3, H, W]: gradients upwards, values of parameters to the right, both from - to +.
+    """Counts as an image [3, H, W]: gradients upwards, values of parameters to the right.
 
-    Black: none; dark blue to yellow: few to many, on a logarithmic scale. Empty rows and columns
-    around are left out; grey lines are where gradient and value are zero.
+    Both from - to +. Black: none; dark blue to yellow: few to many, on a logarithmic scale. Empty
+    rows and columns around are left out; grey lines are where gradient and value are zero.
     """
     bins = round(len(counts) ** 0.5)
     if not counts.any() or not np.isfinite(counts).all():

@@ -44,7 +44,7 @@ class RunningNoiseScale:
 
     @property
     def unresolved(self) -> bool:
-        """Whether there are measurements, but batches too small to tell the gradient from their noise."""
+        """Whether there are measurements, of batches too small to tell the gradient from noise."""
         return self.variance > 0 >= self.signal
 
     def update(self, variance: float, signal: float) -> float | None:

@@ -89,9 +89,10 @@ class Measurement:
         self.norm_weights: Numbers | None  # how many samples each stands for, if not one
 
     def local_sums(self) -> dict[Key, Tensor | float]:
-        """What the formulas need the average over processes of, in the same order and shapes in all of them.
+        """What the formulas need the average over processes of.
 
-        A parameter that this process did not use has zeros, what could not be computed has NaN.
+        In the same order and shapes in all of them: a parameter that this process did not use has
+        zeros, what could not be computed has NaN.
         """
         sums: dict[Key, Tensor | float] = {}
         if self._with_loss:
@@ -183,11 +184,11 @@ class Measurement:
 
     @property
     def unseen(self) -> bool:
-        """Whether there should be statistics of samples, but no backward pass of the window was seen."""
+        """Whether statistics of samples are due, but no backward pass of the window was seen."""
         return not self.covered and not self._lost.issuperset(self._fields)
 
     def on_device(self) -> list[Tensor]:
-        """Vectors that are to be transferred to the host: sums and norms of gradients, norms of samples."""
+        """Vectors for the host: sums and norms of gradients, norms of samples."""
         tensors = {key: value for key, value in self._sums.items() if isinstance(value, Tensor)}
         self._scalars = [key for key, value in tensors.items() if not value.ndim]
         grads = [
@@ -228,12 +229,13 @@ class Measurement:
 
     @property
     def second_moment(self) -> np.float64:
-        r"""$\sum_n w_n \|g_n\|^2$, from some samples $\|\bar g\|^2 + \sum_n w_n \|g_n - \bar g\|^2$.
+        r"""$\sum_n w_n \|g_n\|^2$, as far as the measured samples tell it.
 
-        In all samples the two are equal, and the second is unbiased for every subset size: it is
-        the estimate by $\|g_n\|^2 - 2\,g_n \cdot \bar g$ of a sum whose part $g_n \cdot \bar g$ is
-        known. It varies less, and makes no variance negative. Cochran, *Sampling techniques*, 3rd
-        edition, 1977, theorem 7.1.
+        Of some samples $\|\bar g\|^2 + \sum_n w_n \|g_n - \bar g\|^2$. In all samples the two are
+        equal, and the second is unbiased for every subset size: it is the estimate by
+        $\|g_n\|^2 - 2\,g_n \cdot \bar g$ of a sum whose part $g_n \cdot \bar g$ is known. It varies
+        less, and makes no variance negative. Cochran, *Sampling techniques*, 3rd edition, 1977,
+        theorem 7.1.
         """
         return np.float64(self._sums["second_moment"]) - 2 * self._excess
 
@@ -293,7 +295,7 @@ class Measurement:
         return self.mean_of("sum_grad_squared")
 
     def entry_moments(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Squared mean and unbiased variance of the entries of the per-sample gradients, parameter by parameter."""
+        """Squared mean and unbiased variance of the per-sample gradients' entries, by parameter."""
         estimates = self.mean_of("grad_sum") if self._partial else {}
         for p, second in self.second_moments().items():
             mean = self._params[p].to_dense().to(second) / self._divisor

@@ -1,4 +1,4 @@
-"""The per-sample gradients of normalization layers alone, which are few and cost next to nothing."""
+"""Per-sample gradients of normalization layers alone, which are few and cost next to nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = re.compile(r"(?<!weight)(?<!spectral)norm\d*d?$", re.IGNORECASE)
 
 
 def norm_parameters(module: nn.Module) -> dict[str, Parameter]:
-    """The trainable parameters that modules named after a normalization hold themselves, by name."""
+    """Trainable parameters that modules named after a normalization hold themselves, by name."""
     return {
         f"{prefix}.{name}" if prefix else name: param
         for prefix, layer in module.named_modules()
@@ -30,13 +30,15 @@ def norm_parameters(module: nn.Module) -> dict[str, Parameter]:
 def no_norm_layers() -> UnsupportedError:
     """Why there is no noise scale of theirs."""
     return UnsupportedError(
-        "`noise_scale_norm_layers` needs normalization layers with trainable parameters, found none. "
-        "`noise_scale` looks at all layers."
+        "`noise_scale_norm_layers` needs normalization layers with trainable parameters, found "
+        "none. `noise_scale` looks at all layers."
     )
 
 
 class NormLayerL2(BatchL2Grad):
-    """Squared norms of the per-sample gradients of some parameters; ops of others are not listened to.
+    """Squared norms of the per-sample gradients of some parameters.
+
+    Ops of others are not listened to.
 
     Args:
         parameters: which.

@@ -95,7 +95,9 @@ class Observation:
         return self._batch.expected if self._batch.size is None else self._batch.size
 
     def look(self, loss: Tensor, seed: Tensor) -> dict[str, Exception]:
-        """Before a backward pass: savefields of what is considered and cannot be computed on this graph, and why.
+        """Before a backward pass: savefields that cannot be computed on this graph, and why.
+
+        Of what is considered.
 
         Args:
             loss: as for `begin`.
@@ -165,7 +167,7 @@ class Observation:
         self._failures, backprop.failures = backprop.failures, []
 
     def finish(self) -> Fields:
-        """After the backward pass: leave what is supplied on the parameters, return what is logged."""
+        """After the pass: leave what is supplied on the parameters, return what is logged."""
         backprop, self._backprop = self._backprop, None
         if backprop is None:
             return {}
@@ -218,17 +220,25 @@ def _draws(extension: AnyExtension) -> bool:
 
 
 def _subsets(seed: int) -> torch.Generator:
-    """Draws who is measured. The random labels have the seed itself: they must not depend on that."""
+    """Draws who is measured; the random labels have the seed itself and must not depend on that."""
     return torch.Generator().manual_seed(hash((seed, 1)))
 
 
 def seed_of_batch(trainer: Trainer, seed: int) -> int:
-    """A hash spreads neighbouring batches and ranks; nothing needs to be saved to draw the same after a restart."""
+    """A hash spreads neighbouring batches and ranks.
+
+    Nothing needs to be saved to draw the same after a restart.
+    """
     return hash((seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
 
 
 def required_extensions(optimizers: Iterable[Optimizer], partial: bool) -> list[AnyExtension]:
-    """What optimizers ask for, of each savefield the first; `partial`: from a micro-batch that is not the last one."""
+    """What optimizers ask for, of each savefield the first.
+
+    Args:
+        optimizers: all that ask.
+        partial: whether it is for a micro-batch that is not the last one.
+    """
     wanted = "accumulated_extensions" if partial else "required_extensions"
     by_field: dict[str, AnyExtension] = {}
     for optimizer in optimizers:
@@ -242,8 +252,8 @@ def explained(error: Exception, names: Sequence[str]) -> RuntimeError:
     kind = type(error) if isinstance(error, RuntimeError) else RuntimeError
     drawn = "`mc_samples=0` leaves out the GGN trace and " if "ggn_trace" in names else ""
     return kind(
-        f"{for_trainers(error)} (CurvatureCallback needs this for {', '.join(names)}. {drawn}`quantities` chooses what "
-        "is computed; `strict=False` trains on without.)"
+        f"{for_trainers(error)} (CurvatureCallback needs this for {', '.join(names)}. {drawn}"
+        "`quantities` chooses what is computed; `strict=False` trains on without.)"
     )
 
 

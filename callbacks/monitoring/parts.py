@@ -1,4 +1,7 @@
-"""Norms of the gradients of whole backward passes: what is known of the noise where no sample has a gradient."""
+"""Norms of the gradients of whole backward passes.
+
+They are what is known of the noise where no sample has a gradient.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ PARTS = "part_l2"  # the savefield
 
 
 class PartNorms:
-    """Listens to one backward pass where the gradients reach the parameters, before processes are averaged."""
+    """Listens to one backward pass where gradients reach parameters, before processes average."""
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []

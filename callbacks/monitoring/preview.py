@@ -92,10 +92,14 @@ def preview(
     output: nn.Module | None,
     mc_samples: int,
 ) -> Preview:
-    """Run `training_step` on a batch, without a Trainer, and leave nothing behind; see `CurvatureCallback.preview`."""
+    """Run `training_step` on a batch, without a Trainer, and leave nothing behind.
+
+    See `CurvatureCallback.preview`.
+    """
     if not module.automatic_optimization:
         raise MisconfigurationException(
-            "`CurvatureCallback.preview` expects a `training_step` that returns a loss, found manual optimization."
+            "`CurvatureCallback.preview` expects a `training_step` that returns a loss, found "
+            "manual optimization."
         )
     fields = dict.fromkeys(
         field for q in quantities for field in (*q.fields, *q.instead) if field in FIELDS

@@ -1,4 +1,4 @@
-"""What monitoring costs, measured in the run itself, and how rarely it has to be for a share of the run's time."""
+"""What monitoring costs in the run itself, and how rarely it has to be for a share of its time."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def warning_of_price(
     steps = {name: price / rest for name, price in by_quantity(quantities, seconds).items()}
     dear = sorted(steps, key=lambda name: -steps[name])[:DEAREST]
     return (
-        f"The first step that CurvatureCallback logged took {total / rest:.0f} times as long for it as for the rest of "
-        f"the step ({1e3 * rest:.3g} ms). In such steps: {', '.join(f'{name} {steps[name]:.1f}' for name in dear)}. "
-        "Choose fewer `quantities`, log more rarely (`every_n_steps`), or give it a share of the run's time (`budget`)."
+        f"The first step that CurvatureCallback logged took {total / rest:.0f} times as long for "
+        f"it as for the rest of the step ({1e3 * rest:.3g} ms). In such steps: "
+        f"{', '.join(f'{name} {steps[name]:.1f}' for name in dear)}. Choose fewer `quantities`, "
+        "log more rarely (`every_n_steps`), or give it a share of the run's time (`budget`)."
     )
 
 

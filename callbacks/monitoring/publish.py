@@ -54,15 +54,18 @@ class Events:
 
     @contextmanager
     def tolerating(self) -> Iterator[None]:
-        """What loggers raise does not end the run: a full disk, a folder that is read only, a logger of a test."""
+        """What loggers raise does not end the run.
+
+        A full disk, a folder that is read only, a logger of a test.
+        """
         try:
             yield
         except Exception as error:
             if not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    f"CurvatureCallback cannot write to a logger ({type(error).__name__}: {error}) and goes on "
-                    "without; its values are still in `trainer.callback_metrics`."
+                    f"CurvatureCallback cannot write to a logger ({type(error).__name__}: {error}) "
+                    "and goes on without; its values are still in `trainer.callback_metrics`."
                 )
 
 
@@ -135,7 +138,10 @@ def _write(
 
 
 def _is_plain_tensorboard(logger: Any) -> bool:
-    """Whether a logger only hands metrics on to TensorBoard, as Lightning's does in the process that writes."""
+    """Whether a logger only hands metrics on to TensorBoard.
+
+    Lightning's does, in the process that writes.
+    """
     tensorboard = sys.modules.get(
         "torch.utils.tensorboard"
     )  # 0.1 s to import, for loggers that do not need it
@@ -158,7 +164,7 @@ def _write_event(
     images: Mapping[str, Tensor],
     moment: float,
 ) -> None:
-    """What `_write` leaves in the file of TensorBoard, but as one event: each wakes the thread that writes."""
+    """What `_write` leaves in TensorBoard's file, as one event: each wakes the writing thread."""
     tensorboard = sys.modules["torch.utils.tensorboard.summary"]
     values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
     for name, found in samples.items():
@@ -171,7 +177,10 @@ def _write_event(
 
 
 def binned(samples: Numbers | dict[str, Any]) -> dict[str, Any]:
-    """A histogram of equal bins of ascending samples, 0.6 kB in an event file; empty if there is nothing to count."""
+    """A histogram of equal bins of ascending samples; empty if there is nothing to count.
+
+    0.6 kB in an event file.
+    """
     if isinstance(samples, dict):
         return samples
     if not len(samples) or not math.isfinite(squares := float((samples * samples).sum())):
@@ -192,7 +201,10 @@ def binned(samples: Numbers | dict[str, Any]) -> dict[str, Any]:
 
 
 def add_layout(trainer: Trainer, series: Collection[str], events: Events) -> None:
-    """Describe the charts of TensorBoard's "Custom Scalars": the norms as a band, every other series by itself."""
+    """Describe the charts of TensorBoard's "Custom Scalars".
+
+    The norms are a band, every other series has a chart by itself.
+    """
     charts: dict[str, list[object]] = {}
     if set(NORM_BAND) <= set(series):
         charts["sample norms"] = ["Margin", [f"{GROUP}/{name}$" for name in NORM_BAND]]
@@ -207,9 +219,10 @@ def add_layout(trainer: Trainer, series: Collection[str], events: Events) -> Non
 
 
 def heat_map(rows: Mapping[str, Mapping[str, float]], pixels: int = 8) -> Tensor | None:
-    """An image [3, H, W]: a row per layer, a column per quantity; log scale from a column's least value to its largest.
+    """An image [3, H, W]: a row per layer, a column per quantity.
 
-    Black: no value; dark blue to yellow: small to large.
+    Black: no value; dark blue to yellow: small to large, on a logarithmic scale from a column's
+    least value to its largest.
     """
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     if not columns:

@@ -15,7 +15,7 @@ SIZE = 256  # samples per process up to which nothing is lost
 
 
 def shared_sketch(values: Tensor, rank: int, world: int) -> Tensor:
-    """Zeros but for this process' row, [world, 1 + `SIZE`]: the sum over processes has the row of each.
+    """Zeros but for this process' row, [world, 1 + `SIZE`]: the sum over processes has all rows.
 
     A row is the number of values and the values in ascending order; of more than `SIZE` these are
     as many order statistics, equally spaced from the least to the largest.
@@ -46,7 +46,9 @@ def pooled(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantiles(values: Numbers, weights: Numbers | None, levels: Sequence[float]) -> list[float]:
-    """Quantiles by linear interpolation, those of `torch.quantile` if all weights are equal; NaN without values.
+    """Quantiles by linear interpolation; NaN without values.
+
+    They are those of `torch.quantile` if all weights are equal.
 
     Args:
         values: ascending, [K].

@@ -1,10 +1,9 @@
 r"""What `CurvatureCallback` can log: one function per quantity, with its formula and source.
 
 Notation: $g_1, \dots, g_B$ are the gradients of the samples of an optimizer step and $\bar g$ is
-    their mean, the
-gradient. With accumulated micro-batches of different sizes the samples have weights $w_n$ instead
-of $1/B$, and $c = \sum_n w_n^2$ stands for $1/B$. The unbiased trace of the covariance of the $g_n$
-is
+their mean, the gradient. With accumulated micro-batches of different sizes the samples have weights
+$w_n$ instead of $1/B$, and $c = \sum_n w_n^2$ stands for $1/B$. The unbiased trace of the
+covariance of the $g_n$ is
 
 $$\widehat{\mathrm{tr}\,\Sigma} = \frac{\sum_n w_n \|g_n\|^2 - \|\bar g\|^2}{1 - c} .$$
 
@@ -12,7 +11,8 @@ With `max_samples=S` a random subset $\mathcal S$ of the samples is measured, wh
 $\bar g$, and c, are those of all of them. Every sum $\sum_n w_n v_n$ is then estimated with weights
 $w_n N / S$, and around what is known of it:
 
-$$\sum_n w_n \|g_n\|^2 \approx \|\bar g\|^2 + \frac NS \sum_{n \in \mathcal S} w_n \|g_n - \bar g\|^2 ,$$
+$$\sum_n w_n \|g_n\|^2
+\approx \|\bar g\|^2 + \frac NS \sum_{n \in \mathcal S} w_n \|g_n - \bar g\|^2 ,$$
 
 $\sum_n w_n (g_n \cdot \bar g)^2$ and the variances of entries likewise. The expectation over the
 subsets is the value of the batch for every $S \ge 1$, so that $\widehat{\mathrm{tr}\,\Sigma}$ and
@@ -123,7 +123,7 @@ class Quantity:
 
     @property
     def of_some(self) -> Quantity:
-        """The same from some of the samples: second moments then need the sum of the gradients of these."""
+        """The same from some of the samples: second moments need the sum of these gradients."""
         norms = {"batch_l2", NORM_LAYERS} & {*self.fields}
         moments = bool(norms) and self.name != "sample_norms"
         return replace(self, fields=(*self.fields, "grad_sum")) if moments else self
@@ -166,8 +166,8 @@ def select(quantities: str | Sequence[str]) -> list[Quantity]:
     for name in names:
         if name not in QUANTITIES:
             raise ValueError(
-                f"`quantities` must be 'default', 'all' or a list of names, found {name!r}; did you mean "
-                f"{near(str(name), QUANTITIES)}?"
+                "`quantities` must be 'default', 'all' or a list of names, found "
+                f"{name!r}; did you mean {near(str(name), QUANTITIES)}?"
             )
     return [
         QUANTITIES[name]
@@ -178,7 +178,7 @@ def select(quantities: str | Sequence[str]) -> list[Quantity]:
 
 
 def named(quantities: str | Sequence[str]) -> set[str]:
-    """Those that the user chose by name: what is there by default, or with all, was not asked for."""
+    """Those that the user chose by name: what is there by default, or with all, was not."""
     given = [quantities] if isinstance(quantities, str) else list(quantities)
     return {name for name in given if name in QUANTITIES}
 
@@ -245,7 +245,10 @@ def gradient_stats(m: Measurement) -> list[float]:
 
 @_quantity()
 def sparsity(m: Measurement) -> float:
-    r"""Share of the entries of $\bar g$ that are exactly zero: dead units, rows of embeddings that were not read."""
+    r"""Share of the entries of $\bar g$ that are exactly zero.
+
+    Dead units, rows of embeddings that were not read.
+    """
     return m.entries.zeros
 
 
@@ -262,11 +265,11 @@ def grad_variance(m: Measurement) -> float:
 
 @_quantity("batch_l2", instead=(PARTS,))
 def grad_signal(m: Measurement) -> float:
-    r"""$\widehat{\|G\|^2} = \|\bar g\|^2 - c\,\widehat{\mathrm{tr}\,\Sigma}$: squared norm without noise, unbiased.
+    r"""$\|\bar g\|^2 - c\,\widehat{\mathrm{tr}\,\Sigma}$: squared norm without noise, unbiased.
 
-    Negative now and then where the batches are too small to resolve it. McCandlish et al., *An
-    empirical model of large-batch training*, arXiv:1812.06162, 2018, appendix A with small batches
-    of one sample.
+    The estimate $\widehat{\|G\|^2}$, negative now and then where the batches are too small to
+    resolve it. McCandlish et al., *An empirical model of large-batch training*, arXiv:1812.06162,
+    2018, appendix A with small batches of one sample.
     """
     return m.signal
 
@@ -277,20 +280,21 @@ def grad_signal(m: Measurement) -> float:
 # 2.3). See `RunningNoiseScale`.
 _of_the_course("noise_scale")
 _of_the_course("suggested_batch_size")
-# The noise scale of the parameters of normalization layers alone, without listening to other ops. Gray
-# et al., *Normalization layer per-example gradients are sufficient to predict gradient noise scale in
-# transformers*, NeurIPS 2024: in transformers it follows the noise scale of all parameters, up to a
-# factor that depends on the model. They find it by a regression; so do it for yours, once, by
-# logging both for a while, before you read batch sizes off this one. See `norm_layers`.
+# The noise scale of the parameters of normalization layers alone, without listening to other ops.
+# Gray et al., *Normalization layer per-example gradients are sufficient to predict gradient noise
+# scale in transformers*, NeurIPS 2024: in transformers it follows the noise scale of all
+# parameters, up to a factor that depends on the model. They find it by a regression; so do it for
+# yours, once, by logging both for a while, before you read batch sizes off this one. See
+# `norm_layers`.
 _of_the_course("noise_scale_norm_layers")
 
 
 @_quantity("ggn_trace_mc", instead=("ggn_trace_joint_mc",))
 def ggn_trace(m: Measurement) -> float:
-    """Trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate. Dangel et al., *BackPACK*, ICLR 2020.
+    """Trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate.
 
-    Where samples influence each other, that of the network as a function of the whole batch:
-    `GGNTraceJointMC`.
+    Dangel et al., *BackPACK*, ICLR 2020. Where samples influence each other, that of the network as
+    a function of the whole batch: `GGNTraceJointMC`.
     """
     return m.first_of("ggn_trace_mc", "ggn_trace_joint_mc")
 
@@ -303,13 +307,16 @@ def ggn_trace_exact(m: Measurement) -> float:
 
 @_quantity("hessian_trace_mc")
 def hessian_trace(m: Measurement) -> float:
-    """Trace of the Hessian by Hutchinson's estimator; its cost does not grow with the number of outputs."""
+    """Trace of the Hessian by Hutchinson's estimator.
+
+    Its cost does not grow with the number of outputs.
+    """
     return m.sum_of("hessian_trace_mc")
 
 
 @_quantity("ggn_max_eigenvalue", per_layer=False)
 def ggn_max_eigenvalue(m: Measurement) -> float:
-    """Largest eigenvalue of the generalized Gauss-Newton matrix of all parameters; see `MaxEigenvalue`."""
+    """Largest eigenvalue of the Gauss-Newton matrix of all parameters; see `MaxEigenvalue`."""
     return m.any_of("ggn_max_eigenvalue")
 
 
@@ -321,10 +328,11 @@ def hessian_max_eigenvalue(m: Measurement) -> float:
 
 @_quantity("batch_l2", "sum_grad_squared")
 def mean_gsnr(m: Measurement) -> Tensor:
-    r"""Mean over the entries of $\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$; entries without variance are left out.
+    r"""Mean over the entries of $\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$.
 
-    Gradient signal-to-noise ratio; pure noise has $1/B$. Liu et al., *Understanding why neural
-    networks generalize well through GSNR of parameters*, ICLR 2020, eq. 3.
+    Entries without variance are left out. Gradient signal-to-noise ratio; pure noise has $1/B$. Liu
+    et al., *Understanding why neural networks generalize well through GSNR of parameters*, ICLR
+    2020, eq. 3.
     """
     totals, counts = [], []
     for square, variance in m.entry_moments():
@@ -335,7 +343,7 @@ def mean_gsnr(m: Measurement) -> Tensor:
 
 @_quantity("batch_l2", "sum_grad_squared")
 def early_stopping(m: Measurement) -> Tensor:
-    r"""$1 - B\,\mathrm{mean}_j\,\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$: positive where the gradient is mere noise.
+    r"""$1 - B\,\mathrm{mean}_j\,\bar g_j^2 / \widehat{\mathrm{Var}}\,g_j$: positive in mere noise.
 
     The evidence-based criterion; meant for plain SGD. Mahsereci et al., *Early stopping without a
     validation set*, arXiv:1703.09580, 2017, eq. 7.
@@ -365,10 +373,10 @@ def norm_test(m: Measurement) -> float:
 
 @_quantity("batch_l2", "jacobian_grad")
 def inner_product_test(m: Measurement) -> float:
-    r"""$\sqrt{c\,\widehat{\mathrm{Var}}(g_n \cdot \bar g)} / \|\bar g\|^2$: the part of the error along $\bar g$.
+    r"""$\sqrt{c\,\widehat{\mathrm{Var}}(g_n \cdot \bar g)} / \|\bar g\|^2$: error along $\bar g$.
 
-    Bollapragada, Byrd & Nocedal, *Adaptive sampling strategies for stochastic optimization*, SIAM
-    J. Optim. 2018, eq. 2.6.
+    The part of the norm test's in that direction. Bollapragada, Byrd & Nocedal, *Adaptive sampling
+    strategies for stochastic optimization*, SIAM J. Optim. 2018, eq. 2.6.
     """
     return np.sqrt(
         _ratio(functional.inner_product_test(m.dot_second, m.grad_sq_norm, m.concentration))
@@ -377,10 +385,11 @@ def inner_product_test(m: Measurement) -> float:
 
 @_quantity("batch_l2", "jacobian_grad")
 def orthogonality_test(m: Measurement) -> float:
-    r"""Root of the mean square of the $g_n$ orthogonal to $\bar g$, times $\sqrt{c / (1 - c)}$, over $\|\bar g\|$.
+    r"""Relative error of the gradient orthogonal to $\bar g$.
 
-    The other part: its square and that of the inner product test add up to the norm test's.
-    Bollapragada et al., 2018, eq. 3.2.
+    Root of the mean square of the $g_n$ orthogonal to $\bar g$, times $\sqrt{c / (1 - c)}$, over
+    $\|\bar g\|$. The other part: its square and that of the inner product test add up to the norm
+    test's. Bollapragada et al., 2018, eq. 3.2.
     """
     parts = functional.orthogonality_test(
         m.second_moment, m.dot_second, m.grad_sq_norm, m.concentration
@@ -390,19 +399,20 @@ def orthogonality_test(m: Measurement) -> float:
 
 @_quantity("batch_l2", per_layer=False)
 def cabs(m: Measurement) -> float:
-    r"""$\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$: batch size for plain SGD and a loss $\ell$ with minimum 0.
+    r"""$\mathrm{lr}\,\widehat{\mathrm{tr}\,\Sigma} / \ell$: batch size for plain SGD.
 
-    Balles, Romero & Hennig, *Coupling adaptive batch sizes with learning rates*, UAI 2017, eq. 22.
+    For a loss $\ell$ with minimum 0. Balles, Romero & Hennig, *Coupling adaptive batch sizes with
+    learning rates*, UAI 2017, eq. 22.
     """
     return _ratio(functional.coupled_batch_size(m.variance, m.loss, m.lr))
 
 
 @_quantity("batch_l2", "ggn_trace_mc")
 def tic_trace(m: Measurement) -> float:
-    r"""$\sum_n w_n \|g_n\|^2 / \mathrm{tr}\,G$, a scalar approximation of the Takeuchi information criterion.
+    r"""$\sum_n w_n \|g_n\|^2 / \mathrm{tr}\,G$, approximates the Takeuchi information criterion.
 
-    Thomas et al., *On the interplay between noise and curvature and its effect on optimization and
-    generalization*, AISTATS 2020, section 4.
+    By scalars. Thomas et al., *On the interplay between noise and curvature and its effect on
+    optimization and generalization*, AISTATS 2020, section 4.
     """
     return m.second_moment / (m.sum_of("ggn_trace_mc") + EPS)
 
@@ -424,8 +434,8 @@ _of_the_course("update_size")
 _of_the_course("distance")
 _of_the_course("alpha")
 
-# Counts of all entries of the $g_n$, and of pairs of such an entry and the value of its parameter, for
-# loggers that take histograms and images. Schneider, Dangel & Hennig, *Cockpit*, NeurIPS 2021, section
-# 2.2. All B times P entries are formed, a few samples at a time. See `histograms`.
+# Counts of all entries of the $g_n$, and of pairs of such an entry and the value of its parameter,
+# for loggers that take histograms and images. Schneider, Dangel & Hennig, *Cockpit*, NeurIPS 2021,
+# section 2.2. All B times P entries are formed, a few samples at a time. See `histograms`.
 _picture(ONE)
 _picture(TWO)

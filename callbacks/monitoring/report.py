@@ -1,4 +1,4 @@
-"""The numbers of one batch: measured at its optimizer steps, completed after the updates, published once."""
+"""The numbers of one batch: measured at its steps, completed after them, published once."""
 
 from __future__ import annotations
 
@@ -75,7 +75,11 @@ class Report:
         self.turn_off(off)
 
     def turn_off(self, fields: Collection[str]) -> None:
-        """Leave out what needs one of these, savefields or names, that could not be computed in this process."""
+        """Leave out what needs one of these, which could not be computed in this process.
+
+        Args:
+            fields: savefields or names of quantities.
+        """
         self._off |= set(fields)
         paths = {quantity.name: quantity.path(self._off) for quantity in self._quantities}
         self._names = {name for name, path in paths.items() if path is not None}
@@ -269,7 +273,8 @@ def warn_of_noise(trainer: Trainer, samples: int, ema: float) -> None:
     """Say why the noise scale has gaps."""
     rank_zero_warn(
         f"At step {trainer.fit_loop.epoch_loop._batches_that_stepped} the batches of "
-        f"{samples * getattr(trainer.strategy, 'world_size', 1)} samples are too small to resolve the gradient: "
-        "`curvature/noise_scale` has gaps where the average of `curvature/grad_signal` is not positive. Enlarge the "
-        f"batches (`accumulate_grad_batches`) or average longer (`ema`, now {ema})."
+        f"{samples * getattr(trainer.strategy, 'world_size', 1)} samples are too small to resolve "
+        "the gradient: `curvature/noise_scale` has gaps where the average of "
+        "`curvature/grad_signal` is not positive. Enlarge the batches (`accumulate_grad_batches`) "
+        f"or average longer (`ema`, now {ema})."
     )

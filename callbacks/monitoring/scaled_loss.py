@@ -33,7 +33,10 @@ class ScaledLoss:
 
 
 def held_factor(trainer: Trainer, optimizer: Optimizer) -> float:
-    """The scaler's factor that gradients have before a step: 1 unless the optimizer's own kernel divides by it."""
+    """The scaler's factor that gradients have before a step.
+
+    1 unless the optimizer's own kernel divides by it.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0

@@ -1,4 +1,7 @@
-"""Which steps are logged: every n-th, more where something watches a series, fewer where time is short."""
+"""Which steps are logged.
+
+Every n-th, more where something watches a series, fewer where time is short.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ if TYPE_CHECKING:
 
 
 def step_of(trainer: Trainer) -> int:
-    """The optimizer step that a batch belongs to, from 1; the batches that it accumulates have the same."""
+    """The optimizer step that a batch belongs to, from 1; the batches it accumulates share it."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped + 1
 
 
 class Schedule:
-    """Which steps of a run are logged, from what is equal on all ranks and constant while gradients accumulate.
+    """Which steps of a run are logged.
+
+    Decided from what is equal on all ranks and constant while gradients accumulate.
 
     Args:
         budget: as `Budget` takes it.
@@ -44,7 +49,12 @@ class Schedule:
             trainer: of the run.
             every_n_steps: as `CurvatureCallback` takes it.
         """
-        given = trainer.log_every_n_steps if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
+        given = (
+            # an attribute that Lightning's logger connector sets, which no class declares
+            trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if every_n_steps is None
+            else every_n_steps
+        )
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 1 if every_n_steps is None else min(given, 1)
         return min(given, self._longest) if self._longest else given

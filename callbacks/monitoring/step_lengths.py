@@ -1,4 +1,4 @@
-"""What `LearningRateMonitor` shows of optimizers that find their learning rate themselves: the last step's."""
+"""What `LearningRateMonitor` shows of optimizers that find their learning rate: the last step's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ READERS = ("_extract_lr", "_extract_momentum")  # of a monitor, from a parameter
 
 
 def show_steps(trainer: Trainer) -> None:
-    """Let monitors show the learning rate and the momentum that were used, instead of settings that are not."""
+    """Let monitors show the learning rate and the momentum that were used.
+
+    The settings are not.
+    """
     for monitor in trainer.callbacks:  # type: ignore[attr-defined]
         if all(hasattr(monitor, name) and name not in vars(monitor) for name in READERS):
             vars(monitor).update(

@@ -14,8 +14,10 @@ PATHS = {PARTS: "from micro-batches", "ggn_trace_joint_mc": "of the whole batch"
 INSIDE = "inside `training_step`"
 ADVICE = {
     "inside `curvature(...)` or `record()`, or `extend` the model": INSIDE,
-    "inside `curvature(..., output=module)` or `record(output=module)`, or `extend` the module": INSIDE,
-    "outside of `curvature(...)`, run it inside or `extend` the model": "outside of `training_step`, run it inside",
+    "inside `curvature(..., output=module)` or `record(output=module)`, "
+    "or `extend` the module": INSIDE,
+    "outside of `curvature(...)`, "
+    "run it inside or `extend` the model": "outside of `training_step`, run it inside",
     "`curvature(..., output=...)`": "`output=`",
 }
 

@@ -1,4 +1,4 @@
-r"""How the parameters move: update size, distance from initialisation, and the position in the local parabola."""
+r"""How the parameters move: update size, distance from the start, place in the local parabola."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def distance(one: Mapping[Key, Tensor], other: Mapping[Key, Tensor]) -> Tensor:
 
 
 def alpha(update: Values, before: Values, after: Values) -> Tensor:
-    r"""Where an update ends in the parabola along it: -1 at its start, 0 at the minimum, 1 at the mirrored point.
+    r"""Where an update ends in the parabola along it.
+
+    -1: at its start; 0: at the minimum; 1: at the mirrored point.
 
     $\alpha = -f'(1) / f'(0)$ with the slopes $f'(0) = g_t \cdot d$ and $f'(1) = g_{t+1} \cdot d$ of
     the gradients before and after the update $d = \theta_{t+1} - \theta_t$: a parabola with these
@@ -47,7 +49,10 @@ def alpha(update: Values, before: Values, after: Values) -> Tensor:
 
 
 class Trajectory:
-    """Copies of parameters and gradients that outlive a step; memory: one of each for the quantities that need it."""
+    """Copies of parameters and gradients that outlive a step.
+
+    Memory: one of each for the quantities that need it.
+    """
 
     def __init__(self) -> None:
         self.initial: dict[str, Tensor] = {}
@@ -74,7 +79,7 @@ class Trajectory:
         self._grads.update({p: g.detach().to_dense() / divisor for p, g in grads.items()})
 
     def alpha(self, grads: Values, divisor: float) -> Tensor | None:
-        """Of the last update, with the gradient where it ended, []; None if the last step is not known."""
+        """Of the last update, by the gradient where it ended, []; None if no update is known."""
         known = [p for p in grads if p in self._params]
         if not known:
             return None

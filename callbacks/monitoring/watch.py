@@ -57,7 +57,8 @@ class Raised:
         }[self.alarm.action]
         return (
             f"Alarm at step {self.step}: curvature/{self.alarm.series}{self.where} must not be "
-            f"{str(self.alarm).partition(' ')[2]}, found {found or 'that in another process'}.{done}"
+            f"{str(self.alarm).partition(' ')[2]}, "
+            f"found {found or 'that in another process'}.{done}"
         )
 
 

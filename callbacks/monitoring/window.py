@@ -138,7 +138,7 @@ class Statistics:
         return sum(means) / max(len(self._passes), 1)
 
     def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
-        r"""$g_n \cdot v$, as `sq_norms`: the op is applied to v; no per-sample gradient is formed."""
+        r"""$g_n \cdot v$, as `sq_norms`: the op is applied to v, no per-sample gradient formed."""
         parts = []
         for backward, found in self._found("jacobian_grad"):
             products = [jacobian.dot(vectors[jacobian.parameter])[0] for jacobian in found]
@@ -150,14 +150,18 @@ class Statistics:
         return self._means("sum_grad_squared", power=2)
 
     def mean_gradients(self) -> dict[Parameter, Tensor]:
-        r"""$\sum_n w_n g_n$, of the parameters' shapes: $\bar g$ if all samples are known, else an estimate of it."""
+        r"""$\sum_n w_n g_n$, of the parameters' shapes.
+
+        $\bar g$ if all samples are known, else an estimate of it.
+        """
         return self._means("grad_sum", power=1)
 
     @property
     def parts(self) -> tuple[Tensor | float, float, float]:
-        r"""$\sum_k v_k \|G_k\|^2$, $\sum_k v_k / n_k$ and the number of parts: the passes, of mean gradients $G_k$.
+        r"""$\sum_k v_k \|G_k\|^2$, $\sum_k v_k / n_k$ and the number of parts.
 
-        NaN where a pass is no part of the mean, or its number of samples is not known.
+        Parts are the passes, of mean gradients $G_k$. NaN where a pass is no part of the mean, or
+        its number of samples is not known.
         """
         squares = [_total(found) / backward.factor**2 for backward, found in self._found(PARTS)]
         sizes = [backward.size for backward in self._passes]
@@ -171,9 +175,9 @@ class Statistics:
         )
 
     def unit(self, savefield: str) -> float:
-        """Gradients of samples over those that assume that their pass, and its chosen samples, are all of the loss.
+        """Gradients of samples over those of a pass, and its chosen samples, as all of the loss.
 
-        NaN where these are different shares of different passes.
+        NaN where passes are different shares of it.
         """
         shares = {
             backward.samples / backward.count(savefield)
@@ -188,13 +192,21 @@ class Statistics:
         return torch.stack(found).sum(0) if found else None
 
     def curvatures(self, savefield: str) -> dict[Parameter, Tensor]:
-        r"""A curvature of the window's loss, $\alpha \sum_m C_m$; for eigenvalues an upper bound of that."""
+        r"""A curvature of the window's loss, $\alpha \sum_m C_m$.
+
+        For eigenvalues an upper bound of that.
+        """
         return self._summed(
             savefield, lambda backward: self._share * (backward.samples / backward.count(savefield))
         )
 
     def _means(self, savefield: str, power: int) -> dict[Parameter, Tensor]:
-        """Weighted means over the samples of what is of some power in their gradients, from sums over samples."""
+        """Weighted means over the samples, from sums over them.
+
+        Args:
+            savefield: of the sums.
+            power: of the gradients in what is summed.
+        """
 
         def factor(backward: BackwardPass) -> Tensor | float:
             return self._sample_factor(backward) ** power / (
@@ -243,7 +255,7 @@ class Window:
         self.passes.append(backward)
 
     def forget(self, params: Iterable[Parameter]) -> None:
-        """Drop parameters whose gradient was set to zero, and passes that then have nothing left."""
+        """Drop parameters whose gradient was set to zero, and passes with nothing left then."""
         params = frozenset(params)
         self.passes = [
             backward.without(params) for backward in self.passes if not backward.covered <= params

@@ -142,8 +142,8 @@ class Checks:
             raise MisconfigurationException(
                 "PrivacyCallback needs a model that learns by its private optimizer alone, found "
                 f"that something else changed {some} around a batch or after an epoch (another "
-                "optimizer, a callback or hook): no noise covers that. Leave it out; or, if no data is looked "
-                "at (moving averages of weights, clamping), name it in "
+                "optimizer, a callback or hook): no noise covers that. Leave it out; or, if no "
+                "data is looked at (moving averages of weights, clamping), name it in "
                 "`PrivacyCallback(public_state=[...])`."
             )
 

@@ -158,7 +158,8 @@ class Plan:
     def align(self) -> None:
         """Training begins: the loader must stand where the run does."""
         if self.sampler is not None and self.sampler.first != self._position():
-            iter(self.trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # made before the position was known
+            # The iterator was made before the position was known: a checkpoint brings it later.
+            iter(self.trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def refuse_parts_of_steps(self) -> None:
         """Raise if an epoch would end in the middle of a step's batch."""

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
     """Raise if something that is known before the model is set up is not private."""
     strategy = type(trainer.strategy).__name__
-    callbacks = [kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__]  # type: ignore[attr-defined]
+    callbacks = [
+        kind.__name__
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        # of all bases, by name: either copy of Lightning may have made it, or it is a subclass
+        for kind in type(callback).__mro__
+    ]
     overfits = bool(trainer.overfit_batches)  # type: ignore[attr-defined]
     refusals = {
         "automatic optimization, found manual; use `DPOptimizer` with `curvature(...)` in a loop "
@@ -77,7 +82,7 @@ def refuse_half_precision(optimizer: DPOptimizer) -> None:
 
 
 def settings_of(optimizer: DPOptimizer) -> dict[str, Any]:
-    """What a private step is made of besides its batch; learning rates may follow anything public."""
+    """What a private step is made of besides its batch; learning rates follow anything public."""
     return {
         "noise_multiplier": optimizer.noise_multiplier,
         "clip_norm": optimizer.clip_norm,

@@ -281,7 +281,11 @@ class DPOptimizer(Optimizer):
                     f"`{name}` must be known before the first step, found None; pass it to the "
                     "optimizer, or add `PrivacyCallback(...)`, which sets it, to the Trainer."
                 )
-        return float(self.noise_multiplier), float(self.expected_batch_size)  # type: ignore[arg-type]
+        return (
+            # both were compared with None above, by name, which no type checker follows
+            float(self.noise_multiplier),  # type: ignore[arg-type]
+            float(self.expected_batch_size),  # type: ignore[arg-type]
+        )
 
     def _refuse_unprivatised(self) -> None:
         """Refuse gradients that no recorded pass explains; the sum replaces all others."""
