@@ -116,10 +116,12 @@ def privacy_audit(
         part = _Gradients(privacy, canaries, norm, seed)
     else:
         part = _Inputs(privacy, canaries, seed)
+    # At the end of the list: in `setup` the private callback must have made its plan before.
     callbacks.append(part)
     try:
         trainer.fit(model, train_dataloaders, **fit)
     finally:
+        # A later fit of this Trainer is no audit.
         callbacks.remove(part)
     epsilon = privacy.accountant.epsilon(privacy.delta)
     return PrivacyAudit.of(*part.found(), epsilon, privacy.delta, confidence, guesses)
@@ -132,6 +134,7 @@ class _Audited(Callback):
         self.privacy = privacy
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # There is no loader yet: the plan adapts it when Lightning asks for it.
         self.privacy._current.adapt = self.adapt
 
     def adapt(self, loader: DataLoader) -> DataLoader:
@@ -168,10 +171,12 @@ class _Gradients(_Audited):
         return self._canaries.scores, self._canaries.members
 
     def adapt(self, loader: DataLoader) -> DataLoader:
+        # None is loaded: no data set has them, their gradients are made at the step.
         _sampler(loader).guests = np.zeros(self.count, bool)
         return loader
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # σ and C are known by now: the private callback has set them in this hook, just before.
         self.canaries = GradientCanaries(
             private_optimizer(trainer),
             self.count,
@@ -185,6 +190,8 @@ class _Gradients(_Audited):
         pl_module: LightningModule,
         optimizer: Optimizer,
     ) -> None:
+        # All samples of the step are in the sum, and its noise is not: canaries count as further
+        # samples.
         self._canaries.backward(self.privacy._current.drawn_guests(self.privacy._step))
 
     def teardown(
@@ -220,6 +227,7 @@ class _Inputs(_Audited):
         self.scores = self._losses(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What was trained on should have lost more: higher scores are guessed to be members.
         self.scores = self.scores - self._losses(pl_module)
 
     def _losses(self, pl_module: LightningModule) -> np.ndarray:
@@ -231,6 +239,7 @@ class _Inputs(_Audited):
             undisturbed(pl_module),
             pl_module.trainer.precision_plugin.forward_context(),
         ):
+            # One by one: the loss of a batch is that of no sample.
             for i in range(len(self.members)):
                 batch = strategy.batch_to_device(self._collate([cast("Any", self.dataset)[i]]))
                 output = pl_module.training_step(batch, 0)

@@ -212,6 +212,7 @@ class CurvatureCallback(Callback):
         alarms: Sequence[str | Alarm] = (),
         report: bool | str | Path = False,
     ) -> None:
+        # `mc_samples=0`, for losses without a second derivative, leaves out what draws labels.
         chosen = [q for q in select(quantities) if mc_samples > 0 or not SAMPLED & set(q.fields)]
         self._quantities = (
             chosen if max_samples is None else [quantity.of_some for quantity in chosen]
@@ -248,6 +249,8 @@ class CurvatureCallback(Callback):
         self.budget = budget
         self.on_epoch = on_epoch
         self.alarms = alarms
+        # The Trainer refuses two callbacks with the same key: settings that make other series are
+        # in it.
         names = quantities if isinstance(quantities, str) else list(quantities)
         self._state_key = key_of(
             type(self).__name__, (names, every_n_steps, layers, ema, mc_samples)
@@ -299,10 +302,12 @@ class CurvatureCallback(Callback):
             >>> [row.path for row in table.rows if row.quantity == "grad_variance"]
             ['exact']
         """
+        # An instance: its arguments are checked as those of a run are.
         own = cls(**settings)
         output = find_output(module, own.output)
 
         def observe(considered: Sequence[AnyExtension]) -> Observation:
+            # Seeds of a run count the Trainer's batches, of which there are none here.
             seed = partial(int, own.seed)
             return Observation((), (), seed, output, own.batch_size, own.max_samples, considered)
 
@@ -329,6 +334,7 @@ class CurvatureCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            # Plain types only: torch's safe loading refuses arrays, NumPy's numbers and classes.
             "noise": {name: noise.state_dict() for name, noise in self._noise.items()},
             "initial": self._trajectory.initial,
             "alarms": self._watch.state_dict(),
@@ -348,6 +354,7 @@ class CurvatureCallback(Callback):
         self._loaded = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # The strategy shards parameters between this hook and `on_fit_start`.
         require_whole_parameters(trainer)
         if stage == "fit":  # before a checkpoint is loaded
             self._trajectory, self._loaded = Trajectory(), False
@@ -356,6 +363,8 @@ class CurvatureCallback(Callback):
             self._run.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Of this fit: a second one may have another model, and a resumed run looks at its own first
+        # graph.
         self._available = Availability(
             self._quantities,
             self.extensions,
@@ -367,21 +376,26 @@ class CurvatureCallback(Callback):
         self._checked = self._noisy = self._priced = False
         self._schedule = Schedule(self.budget)
         find_output(pl_module, self.output)
+        # Optimizers are made after `setup`: here is the first hook that sees them.
         refuse_alarms(self._watch.alarms, trainer.optimizers)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
         self._run.begin(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Some strategies restore callbacks only after `on_fit_start`; by now all have done so.
         if trainer.ckpt_path is not None and not self._loaded:
             rank_zero_warn(
                 "The checkpoint holds no state of CurvatureCallback with these settings: its "
                 "averages start anew."
             )
+        # A resumed run measures from where the first one began: these came with the checkpoint, by
+        # name, as its parameters are other objects.
         if "distance" in self._names and not self._trajectory.initial:
             self._trajectory.initial = {
                 name: p.detach().clone() for name, p in pl_module.named_parameters()
             }
         show_steps(trainer)
+        # The number of batches in an epoch is not known before.
         self._schedule.watch(trainer)
         if self.layout:
             add_layout(trainer, self._series, self._events)
@@ -389,6 +403,8 @@ class CurvatureCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        # All that follows is decided from counters alone, so that processes decide alike: where one
+        # measures and another does not, a reduction waits for ever.
         self._schedule.begin_batch(trainer)
         supplied, logged, considered = self._required(trainer), [], []
         self._required_fields = {extension.savefield for extension in supplied}
@@ -406,15 +422,21 @@ class CurvatureCallback(Callback):
                 norm_parameters(pl_module).values(),
             )
             logged = [FIELDS[name](self.mc_samples, pl_module) for name in self._report.fields]
+            # A savefield is one attribute of a parameter: that of an optimizer comes first.
             known = self._required_fields | off.keys()
             supplied += [e for e in self.extensions if e.savefield not in known]
         else:
+            # Logged passes of an earlier step are no part of this one. Only `zero_grad` resets
+            # their count.
             self._accumulation.forget()
+        # At the first batch, logged or not: what cannot be computed is told at once, not hours
+        # later.
         if not self._available.looked and interval:
             considered = self._available.considered()
             if self._report is None and recorded_step.is_compiled(pl_module):
                 considered = []  # this step runs as it would without
         listens = self._report is not None and self._report.listens
+        # Most batches end here: no patch, no record, no hook, no cost.
         if not logged and not supplied and not considered and not listens:
             return
         output = find_output(pl_module, self.output)
@@ -422,12 +444,16 @@ class CurvatureCallback(Callback):
         self._observation = Observation(
             supplied, logged, seed, output, self.batch_size, self.max_samples, considered
         )
+        # The clock waits for the device, which costs time itself: once per fit.
         if self._report is not None and not self._priced:
             self._observation.clock = clock
+        # The profiler has rows for hooks; what runs during the backward pass would be in none of
+        # them.
         self._observation.section = partial(
             trainer.profiler.profile,  # type: ignore[attr-defined]
             f"[Callback]{self.state_key}.during_backward",
         )
+        # Only norms of whole gradients are wanted: they need no record, but the size of the batch.
         if not self._observation:
             self._observation.read(batch)
             return
@@ -437,6 +463,8 @@ class CurvatureCallback(Callback):
     def on_before_zero_grad(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        # Lightning calls this in automatic optimization alone; `follow_zero_grad` stands in for it
+        # else.
         self._accumulation.set_to_zero()
 
     def on_before_backward(
@@ -444,6 +472,7 @@ class CurvatureCallback(Callback):
     ) -> None:
         if not self._report and not self._observation:
             return
+        # Now: after the pass its graph is freed.
         start = self._loss = scaled_loss(trainer, pl_module, loss)
         logs = self._report is not None and (self._observation.logged or self._report.listens)
         if logs and not pl_module.automatic_optimization:
@@ -456,9 +485,11 @@ class CurvatureCallback(Callback):
             and loss.device.type == "cpu"
             and "true" in trainer.precision
         )
+        # Before `begin`: what this graph does not have is not tried.
         if self._observation.considered:
             self._look(trainer, pl_module, start)
         for extension in self._observation.logged:
+            # Its bins are fixed: entries are unscaled before they are counted, not afterwards.
             if isinstance(extension, GradientHistogram):
                 extension.factor = start.factor
         if self._observation:
@@ -468,10 +499,15 @@ class CurvatureCallback(Callback):
             self._parts.listen(pl_module.parameters())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Logged or not: all passes since `zero_grad` are in the gradient.
         self._accumulation.passes += 1
         found = self._observation.finish()
+        # The loss would keep the nodes of its graph, with what they have saved, until the batch
+        # ends.
         recorded_step.forget_returned_loss(pl_module)
         self._turn_off_failed()
+        # No `step` follows this micro-batch, and its curvature is dropped when the batch ends: the
+        # optimizers take it now.
         if self._required_fields and trainer.fit_loop._should_accumulate():
             for optimizer in trainer.optimizers:
                 if getattr(optimizer, "accumulated_extensions", tuple)():
@@ -500,8 +536,11 @@ class CurvatureCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        # `alpha` needs the gradient of the step before a logged one, alarms that of every step.
         if not self._report and "alpha" not in self._names and not self._watch:
             return
+        # In this hook gradients are accumulated, averaged over processes and unscaled, but not yet
+        # clipped.
         grads = {
             p: p.grad
             for group in optimizer.param_groups
@@ -510,6 +549,8 @@ class CurvatureCallback(Callback):
         }
         automatic = pl_module.automatic_optimization
         passes, divisor = self._accumulation.divisor(trainer, automatic)
+        # For optimizers whose kernel unscales, Lightning leaves the scaler's factor in the
+        # gradients.
         divisor = divisor * held_factor(trainer, optimizer)
         if grads:
             self._measure(trainer, pl_module, optimizer, grads, passes, divisor)
@@ -531,6 +572,7 @@ class CurvatureCallback(Callback):
             try:
                 self._report.measure(trainer, pl_module, optimizer, grads, window, divisor, passes)
             except Exception as error:
+                # What nobody foresaw names no quantity: all of them are left out.
                 self._report.failures.append((self._names, error))
             for what, reasoned in self._report.failures:
                 self._leave_out(what, reasoned)
@@ -538,6 +580,7 @@ class CurvatureCallback(Callback):
             if self._report.too_noisy and not self._noisy:
                 self._noisy = True
                 warn_of_noise(trainer, self._report.too_noisy, self.ema)
+        # The update that ends at the next logged step begins here.
         if "alpha" in self._names and self._schedule.is_logged(
             trainer, self.every_n_steps, ahead=1
         ):
@@ -553,12 +596,15 @@ class CurvatureCallback(Callback):
     ) -> None:
         """Before the step of an optimizer, in all processes."""
         values = gradient_series(grads, parameters_by_layer(pl_module), self._watch.alarms, divisor)
+        # A scaler finds its factor by steps that overflow, and skips them itself: no alarm.
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             values = finite_only(values)
+        # Also without values: processes agree by a reduction, which all have to enter.
         raised = self._raise(trainer, optimizer, values, "gradient")
         if self._report is not None:
             measured = {"": self._report.values_of(suffix_of(trainer, optimizer))}
             raised += self._raise(trainer, optimizer, measured, "measured")
+        # An alarm that stops the run skips the step, too: what set it off must not be learned last.
         if any(one.alarm.action != "warn" for one in raised):
             skip_step(optimizer, held_factor(trainer, optimizer) != 1)
 
@@ -582,14 +628,18 @@ class CurvatureCallback(Callback):
                 self._leave_out({"update_size", "distance"}, error)
             if self._watch:
                 for optimizer in trainer.optimizers:
+                    # Too late to skip the step, which `Alarm` refuses for these series.
                     known = {"": self._report.values_of(suffix_of(trainer, optimizer))}
                     self._raise(trainer, optimizer, known, "updated")
+            # Lightning counts this step after the hook: its counter is still that of the measured
+            # one.
             self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
             if self.on_epoch:
                 self._epoch.add(self._report.values)
                 self._epoch_of_layers.add(self._report.values_of_layers)
             passes, automatic = self._accumulation.window.passes, pl_module.automatic_optimization
             self._run.add(trainer, self._report.values, self._report.layers, passes, automatic)
+        # Before the release, which forgets what the pass has cost.
         self._reckon(trainer)
         self._release(pl_module)
 
@@ -601,17 +651,21 @@ class CurvatureCallback(Callback):
             self._priced = True
             rest = max(seconds - observation.spent, 1e-9)
             text = warning_of_price(self._quantities, observation.seconds, observation.spent, rest)
+            # A budget deals with the price by itself.
             if text and self.budget is None:
                 rank_zero_warn(text)
+        # A batch that only looked at the first graph is neither a plain step nor a logged one.
         if logged or not self._looking:
             self._schedule.reckon(trainer, logged)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Else these would come after validation, which may take long.
         self._events.write()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # A run that goes on from this checkpoint does not log these steps again.
         self._events.write()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -625,6 +679,7 @@ class CurvatureCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        # Lightning calls no `teardown` after an error.
         self.teardown(trainer, pl_module, "fit")
         self._run.end(trainer, pl_module, self.raised, exception)
 
@@ -660,6 +715,7 @@ class CurvatureCallback(Callback):
         """What could not be computed in a backward pass."""
         for fields, error in self._observation.failures():
             if fields & self._required_fields:
+                # Never turned off, `strict` or not: the optimizer cannot step without.
                 raise for_optimizers(error)
             self._leave_out(fields, error)
 
@@ -668,6 +724,7 @@ class CurvatureCallback(Callback):
         self._looking = True
         found = self._available.look(trainer, pl_module, self._observation, start.root, start.seed)
         if self._report is not None:
+            # What is left may go by another path, with other fields.
             self._report.turn_off(found)
             self._observation.logged = [
                 FIELDS[name](self.mc_samples, pl_module) for name in self._report.fields

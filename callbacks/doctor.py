@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.model is None:
         return
     imported()
+    # At the first sign only: JSON may hold others.
     settings = dict(entry.split("=", 1) for entry in given.init)
     model = find(given.model)(**{name: json.loads(value) for name, value in settings.items()})
     if given.quantities == ["all"]:

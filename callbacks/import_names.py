@@ -25,6 +25,7 @@ COPIES = ("pytorch_lightning", "lightning.pytorch")
 
 def imported() -> list[ModuleType]:
     """The copies that are imported; one is imported if none is."""
+    # A copy without `Callback` is still being imported.
     found = [sys.modules[name] for name in COPIES if hasattr(sys.modules.get(name), "Callback")]
     return found or [
         import_module(next(name for name in COPIES if find_spec(name.partition(".")[0])))
@@ -50,15 +51,19 @@ def follow() -> None:
             (MisconfigurationException, errors.MisconfigurationException),
         ):
             if not issubclass(own, other):
+                # Assigned, so that instances and subclasses that exist already have the new base as
+                # well.
                 own.__bases__ = (other, *own.__bases__)
 
 
+# Bases that are found at run time tell type checkers nothing: for them Lightning's own stand here.
 if not TYPE_CHECKING:
 
     class Callback(imported()[0].Callback):
         """A callback for every copy of Lightning."""
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
+            # The copy of the Trainer that will get this callback may be younger than this module.
             follow()
             return super().__new__(cls)
 

@@ -51,6 +51,7 @@ def plot_critical_batch_size(
     from matplotlib.figure import Figure
 
     course = _read(logged, series)
+    # The axis is logarithmic.
     found = {step: value for step, value in sorted(course.items()) if 0 < value < math.inf}
     if not found:
         raise ValueError(
@@ -59,6 +60,7 @@ def plot_critical_batch_size(
         )
     steps, values = [*found], [*found.values()]
     if axes is None:
+        # Not by pyplot, which would keep the figure and choose a backend.
         axes = Figure(figsize=(6, 3.6), layout="constrained").add_subplot()
     axes.plot(steps, values, lw=2, color="C0", label=series.replace("_", " "))
     if batch_size is not None:
@@ -82,10 +84,12 @@ def _read(logged: Course | str | Path, series: str) -> Course:
     path = Path(logged)
     if path.suffix == ".csv":
         with path.open(newline="") as file:
+            # One file has the rows of all metrics: most of them are empty here.
             rows = [row for row in csv.DictReader(file) if row.get(f"{GROUP}/{series}")]
         return {int(row["step"]): float(row[f"{GROUP}/{series}"]) for row in rows}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # 0: all points; of a long series a random sample would be kept.
     accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     if f"{GROUP}/{series}" not in accumulator.Tags()["scalars"]:
         return {}

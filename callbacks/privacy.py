@@ -209,6 +209,8 @@ class PrivacyCallback(Callback):
         self._logged: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
+        # Whoever reads the seed knows which samples took part: it is saved only where that was
+        # asked for.
         drawn = {"entropy": self._entropy, "next": self._next} if self.exact_resume else {}
         return {"noise_multiplier": self.noise_multiplier, **drawn, **self.accountant.state_dict()}
 
@@ -253,12 +255,15 @@ class PrivacyCallback(Callback):
         if self in callbacks:
             callbacks.remove(self)
             callbacks.insert(0, self)
+        # In case an earlier `fit` ended without a hook that tidied up.
         self._restore(trainer)
         self._forget_fit()
         refuse_trainer(trainer, pl_module)
         refuse_batch_statistics(pl_module)
         poisson = self.sampling != "epoch"
         if poisson:
+            # Every process draws the same global batch and takes its share: Lightning must not
+            # divide the data set among them once more.
             connector = trainer._accelerator_connector
             self._replaced, connector.use_distributed_sampler = (
                 connector.use_distributed_sampler,
@@ -273,11 +278,13 @@ class PrivacyCallback(Callback):
             self.max_physical_batch_size,
             self.same_shapes,
         )
+        # The source, not the loader: Lightning asks it again whenever loaders are reloaded.
         self._source = ConvertedSource(trainer.fit_loop._data_source, plan.convert)
         trainer.fit_loop._data_source = self._source
 
     def _secret_seed(self, trainer: Trainer) -> int:
         if self._entropy is None:
+            # One seed for all processes, or they would draw different global batches.
             self._entropy = trainer.strategy.broadcast(secrets.randbits(128))
         return self._entropy
 
@@ -286,6 +293,7 @@ class PrivacyCallback(Callback):
         own = optimizer.accountant
         if own is not None and own is not self.accountant:  # what it has spent stays spent
             self.accountant.load_state_dict(own.state_dict())
+        # The optimizer itself tells of its steps, before anything of them can be seen.
         optimizer.accountant, optimizer.exact_resume = self.accountant, self.exact_resume
         refuse_batch_statistics(pl_module)  # of layers that were made since `setup`
 
@@ -297,11 +305,13 @@ class PrivacyCallback(Callback):
             trainer.strategy.model.require_backward_grad_sync = (
                 False  # clipped sums are added up instead
             )
+        # The same noise in two runs cancels in the difference of their weights.
         if self.accountant.history and not self._resumes:
             optimizer.renew_noise()
         self._resumes = False
         self.accountant.start_run(trainer.strategy.broadcast(secrets.token_hex(8)))
         plan.align()
+        # The user's, if there is one: `_follow` replaces it.
         self._given_size = optimizer.expected_batch_size
         self._follow(trainer)
         optimizer.noise_multiplier = self._noise(plan, optimizer)
@@ -331,6 +341,7 @@ class PrivacyCallback(Callback):
                 f"processes, {expected:g}, found {self._given_size}; leave it out."
             )
         optimizer.expected_batch_size = expected
+        # Lightning divides the loss by it, but C bounds the gradients of the samples' own losses.
         optimizer.loss_scale = 1 / trainer.accumulate_grad_batches
         self._clip_norm = optimizer.clip_norm
 
@@ -354,6 +365,8 @@ class PrivacyCallback(Callback):
                     "`max_epochs` nor `max_steps` in the Trainer; set one, or pass "
                     "`noise_multiplier=` to the optimizer."
                 )
+            # Once, and kept in checkpoints: a resumed run must not calibrate for the steps that are
+            # left.
             self.noise_multiplier = calibrated_noise(
                 self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
             )
@@ -385,8 +398,12 @@ class PrivacyCallback(Callback):
         self._in_batch = True
         self._size, self._counted = self._rows(part)
         self._batch = Batch(self._size)
+        # What hooks and the step change is found by comparing with how things are now.
         self._check.before(batch, batch_idx, self._size, self._current.loader)
+        # This callback is the first: `_read` tells what the hooks of all others have made of the
+        # batch.
         self._contents = Contents(batch)
+        # An empty part holds a stand-in, whose gradient is thrown away: nothing of it is recorded.
         if self._size != 0:
             record_training_step(pl_module, read=self._read)
 
@@ -408,9 +425,13 @@ class PrivacyCallback(Callback):
         self._passes = self._expected_passes = 0
         self._follow(trainer)
         self._check_budget(trainer)
+        # Of an epoch as one release the first step costs. After the step the account says
+        # otherwise.
         self._cost = self.accountant.next_step_costs
         self._steps_before = private_optimizer(trainer).steps
+        # When it is drawn, not when it has stepped: no number is drawn from twice, whatever fails.
         self._step, self._next = self._next, self._next + 1
+        # From here on the batch can be read: what changes later may follow the data.
         self._settings = settings_of(private_optimizer(trainer))
 
     @property
@@ -430,6 +451,7 @@ class PrivacyCallback(Callback):
 
     def _check_budget(self, trainer: Trainer) -> None:
         sigma = float(private_optimizer(trainer).noise_multiplier or 0.0)
+        # Under a schedule only so many of the coming steps have the noise that is asked about.
         planned = private_optimizer(trainer).same_noise(self._current.left)
         if (
             self._warned
@@ -458,6 +480,8 @@ class PrivacyCallback(Callback):
         if self._size != 0:
             optimizer = private_optimizer(trainer)
             optimizer.counted = self._counted
+            # The backward pass is Lightning's: a hook enters the context before it, another one
+            # leaves it.
             self._context = curvature(*optimizer.extensions, batch_size=self._batch)
             self._context.__enter__()
 
@@ -489,8 +513,10 @@ class PrivacyCallback(Callback):
                 "between steps."
             )
         self._refuse_changed_step(private)
+        # The last moment at which every change is somebody else's: now the optimizer makes its own.
         self._check.before_step()
         if self.log_non_private:
+            # The step forgets the norms.
             self._logged = logs.non_private_values(private) or self._logged
         private.statistics.keep_norms = self.log_non_private
 
@@ -524,15 +550,19 @@ class PrivacyCallback(Callback):
         self._release(pl_module)
         self._check.after(batch, batch_idx, self._size)
         accumulated = self._expected_passes == trainer.accumulate_grad_batches
+        # The last step of an epoch of the user's own batches may have fewer of them.
         if not accumulated and not trainer.is_last_batch:
             return
         self._refuse_other_than_one_step(trainer)
         if self._cost:
             self._budget.spend()
+        # Lightning counts this step after the hook.
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         if self.every_n_steps is not None and steps % self.every_n_steps == 0:
             self._spent = self.accountant.epsilon(self.delta)
         if not trainer.barebones:
+            # For the progress bar: by `log`, loggers would get it once more at every later logging
+            # step.
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
             every_n_steps = trainer.log_every_n_steps  # type: ignore[attr-defined]
             if steps % every_n_steps == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -552,10 +582,12 @@ class PrivacyCallback(Callback):
             )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # There are none yet in the sanity check, before training begins.
         if self._checks is not None:
             self._checks.between()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A -1 of a later hook leaves out `on_train_batch_end`, but not the end of the epoch.
         if self._in_batch:
             raise MisconfigurationException(
                 "PrivacyCallback expects every drawn batch to be trained on, found one that "
@@ -565,6 +597,7 @@ class PrivacyCallback(Callback):
         self._check.after_epoch()
         self._expected_passes = 0
         self._spent = self.accountant.epsilon(self.delta)
+        # For callbacks that watch it.
         trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self._spent)
         if not trainer.barebones:
             pl_module.log("epsilon", self._spent, prog_bar=True, logger=False)
@@ -580,6 +613,7 @@ class PrivacyCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        # Lightning calls no `teardown` after an error.
         self._release(pl_module)
         self._restore(trainer)
 
@@ -606,6 +640,7 @@ class PrivacyCallback(Callback):
             self._plan.restore()
         if self._source is not None and trainer.fit_loop._data_source is self._source:
             trainer.fit_loop._data_source = self._source.source
+            # Else a later `fit`, even without this callback, would go on with the private loader.
             trainer.fit_loop._combined_loader = None
         self._source = None
         if self._replaced is not None:

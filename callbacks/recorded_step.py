@@ -39,6 +39,7 @@ def record_training_step(
         failed: gets an error of the recording itself, which then disturbs nothing. If some caller
             leaves it out, such an error is raised.
     """
+    # On the instance, where it shadows the method: deleting one attribute undoes it.
     step = pl_module.training_step
     if not hasattr(step, _REPLACED):
         outputs: list[nn.Module] = []
@@ -46,10 +47,13 @@ def record_training_step(
         readers: list[Callable[[Any], None]] = []
         listeners: list[Callable[[Exception], None] | None] = []
 
+        # Lightning reads the signature to see whether the step takes `batch_idx`.
         @functools.wraps(step)
         def recorded(*args: Any, **kwargs: Any) -> Any:
             for reader in readers:
                 reader(args[0] if args else next(iter(kwargs.values()), None))
+            # An error of the recording stays silent only if all who asked for the record can do
+            # without.
             told = [listener for listener in listeners if listener is not None]
             lenient = lenient_record if len(told) == len(listeners) else record
             recordings = [lenient(output) for output in outputs] or [lenient()]
@@ -57,6 +61,7 @@ def record_training_step(
                 stack.enter_context(eager())
                 for recording in recordings:
                     stack.enter_context(recording)
+                # In place: `returned_loss` finds this very list on the patch.
                 returned[:] = [step(*args, **kwargs)]
             for recording in recordings:
                 if isinstance(recording, lenient_record) and recording.failure is not None:
@@ -65,6 +70,7 @@ def record_training_step(
             return returned[0]
 
         own = {
+            # A patch of the user's own, which has to come back.
             _REPLACED: vars(pl_module).get("training_step"),
             _OUTPUTS: outputs,
             _RETURNED: returned,
@@ -114,9 +120,11 @@ def restore_training_step(pl_module: LightningModule) -> None:
 
 def is_compiled(pl_module: LightningModule) -> bool:
     """Whether a part of a module is compiled: its steps run eagerly only where that is needed."""
+    # Lightning sets it where the whole module was compiled.
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         return True
     return any(
+        # `torch.compile(module)` makes a wrapper, `module.compile()` does not.
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None)
         for m in pl_module.modules()
     )

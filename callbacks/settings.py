@@ -50,6 +50,7 @@ def check(
         raise ValueError(f"`max_layers` must be positive, found {max_layers}.")
     if isinstance(layers, str):
         try:
+            # Now, not when training begins.
             re.compile(layers)
         except re.error as error:
             raise ValueError(
@@ -65,11 +66,13 @@ def check(
 
 
 def _positive(value: object) -> bool:
+    # In Python, True is an int.
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def require_whole_parameters(trainer: Trainer) -> None:
     """Refuse strategies that shard parameters and gradients, or make the backward pass."""
+    # By name: each copy of Lightning has strategies of its own.
     strategy = type(trainer.strategy).__name__
     if any(name in strategy for name in ("FSDP", "ModelParallel", "DeepSpeed")):
         raise MisconfigurationException(
@@ -80,6 +83,7 @@ def require_whole_parameters(trainer: Trainer) -> None:
 
 def key_of(name: str, settings: object) -> str:
     """A short name for the state of a callback in checkpoints and in the rows of profilers."""
+    # Not `hash`, which differs for strings from process to process.
     return f"{name}-{zlib.crc32(repr(settings).encode()):08x}"
 
 
@@ -91,12 +95,14 @@ def longest_interval(trainer: Trainer) -> int:
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     watched = [getattr(callback, "monitor", None) for callback in callbacks]
+    # A scheduler that watches a series which was not logged yet ends the run.
     watched += [config.monitor for config in trainer.lr_scheduler_configs]
     if not any(isinstance(name, str) and name.startswith("curvature") for name in watched):
         return 0
     batches = [trainer.num_training_batches, getattr(trainer, "val_check_batch", None) or math.inf]
     shortest = min(float(number) for number in batches)
     if math.isfinite(shortest):
+        # Lightning counts batches, `every_n_steps` optimizer steps.
         return max(1, int(shortest) // trainer.accumulate_grad_batches)
     return 0
 

@@ -44,6 +44,7 @@ def describe_batch(batch: Any, size: BatchSize = None) -> Batch:
         ValueError: `size` is a function, but the batch is an iterator over batches; or it gives no
             number.
     """
+    # To look at batches of a `dataloader_iter` is to take them away from the step.
     if isinstance(batch, Iterator):
         if callable(size):
             raise ValueError(
@@ -53,9 +54,11 @@ def describe_batch(batch: Any, size: BatchSize = None) -> Batch:
         return Batch(size)
     tensors: list[Tensor] = []
     complete = _collect(batch, tensors, {})
+    # With other data there, a tensor of the step need not come from one of these: nothing follows.
     known = tensors if tensors and complete else None
     if size is not None:
         return Batch(_number(size(batch)) if callable(size) else size, tensors=known)
+    # Several leading sizes say nothing: sequences first, ragged parts, tables beside samples.
     sizes = {len(tensor) for tensor in tensors if tensor.ndim}
     return Batch(expected=sizes.pop() if len(sizes) == 1 else None, tensors=known)
 
@@ -84,6 +87,7 @@ class Contents:
 
 
 def _version(tensor: Tensor) -> int:
+    # Tensors of inference mode count no versions; asking for one is an error.
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -106,10 +110,12 @@ def _collect(value: Any, tensors: list[Tensor], seen: dict[int, Any]) -> bool:
         return True
     if id(value) in seen or isinstance(value, (*_VALUES, *_NO_DATA)):
         return True
+    # Held, as the id of an object that is gone may be that of another one.
     seen[id(value)] = value
     entries = _entries(value)
     if entries is None:
         return False
+    # A list, for `all` would stop at the first that is incomplete and miss the tensors behind it.
     return False not in [_collect(entry, tensors, seen) for entry in entries]
 
 
@@ -122,6 +128,7 @@ def _entries(value: Any) -> list[Any] | None:
         return list(value.values())
     if isinstance(value, (list, tuple, set, frozenset)):
         entries = list(value)
+        # Texts or labels, one per sample: the step may make tensors of them.
         if len(entries) > 1 and all(isinstance(entry, _VALUES) for entry in entries):
             return None
         return entries

@@ -59,14 +59,17 @@ class Accumulation:
             trainer: of the run.
             automatic: whether Lightning steps.
         """
+        # In manual optimization Lightning divides nothing: a mean over passes is the user's own.
         passes = max(self.passes, 1) if automatic else 1
         return passes, passes / trainer.accumulate_grad_batches
 
     def follow_zero_grad(self, pl_module: LightningModule) -> None:
         """In manual optimization nothing announces `zero_grad`: the gradients themselves tell."""
         params = [p for p in pl_module.parameters() if p.requires_grad]
+        # One wait for the device per parameter, on logged steps only.
         zero = {p for p in params if p.grad is None or not p.grad.any()}
         self.window.forget(zero)
+        # Their gradient holds passes whose samples nobody has seen.
         self._partial = {p for p in params if p not in zero and p not in self.window}
         if self._partial:
             rank_zero_warn(

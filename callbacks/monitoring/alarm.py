@@ -102,6 +102,7 @@ class Alarm:
             True beyond a bound, and for NaN if there is one above.
         """
         unit = average if self.relative else 1.0
+        # `not <=` instead of `>`: no comparison with NaN is true.
         return (self.above is not None and not value <= self.above * unit) or (
             self.below is not None and value < self.below * unit
         )
@@ -118,6 +119,7 @@ PRESETS = {
     "exploding": Alarm("grad_norm", above=10.0, relative=True),
     # a layer whose largest entry is lost in Adam's ε
     "vanishing": Alarm("grad_max", below=SMALLEST, layers=True),
+    # inf is above the largest number, NaN above every bound
     "nonfinite": Alarm("grad_norm", above=sys.float_info.max),
 }
 
@@ -140,6 +142,7 @@ def alarms_of(given: Sequence[str | Alarm], series: Collection[str]) -> list[Ala
                 f"{near(entry, PRESETS)}?"
             )
         alarm = PRESETS[entry] if isinstance(entry, str) else entry
+        # Series of the gradient are computed for the alarms themselves.
         if alarm.moment != "gradient" and alarm.series not in series:
             known = dict.fromkeys((*OF_GRADIENTS, *series))
             raise ValueError(

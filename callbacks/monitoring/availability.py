@@ -62,6 +62,7 @@ class Availability:
             for field in (*quantity.fields, *quantity.instead)
         )
         found = [FIELDS[name](self._mc_samples, self._module) for name in fields if name in FIELDS]
+        # Where no quantity needs a graph, there is nothing to look for in one.
         self.looked = not found
         return [*found, *self._extensions]
 
@@ -91,9 +92,11 @@ class Availability:
             found = observation.look(loss, seed)
         except Exception as error:  # of ours: training goes on
             found = dict.fromkeys(considered, error)
+        # The graph refuses parameters; of none at all it has nothing to say.
         if NORM_LAYERS in considered and not norm_parameters(self._module):
             found = {**found, NORM_LAYERS: no_norm_layers()}
         without_parts = _without_parts(trainer, pl_module, observation.size)
+        # Raises in a strict run, for what was asked for; the rest is told in one sentence below.
         for field, refusal in found.items():
             self._lost({field}, refusal, {**found, **without_parts})
         self.off = {
@@ -154,6 +157,7 @@ def _without_parts(
         pl_module: the model.
         size: number of samples in the batch, if it is known.
     """
+    # Strategies for one device have no such attribute.
     processes = getattr(trainer.strategy, "world_size", 1)
     parts = processes * (trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1)
     if parts == 1:

@@ -22,6 +22,7 @@ def stored(gradient: Tensor) -> Tensor:
     """
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    # Sums in half precision overflow, or lose the small entries.
     return values.float() if values.dtype.itemsize < 4 else values
 
 
@@ -39,6 +40,7 @@ def entry_rows(
     full = [tensor for tensor in values if tensor.numel()]
     if not full:
         return torch.zeros(len(values), COLUMNS, dtype=torch.float64)
+    # Rows have all columns whatever is wanted: readers need not know what was.
     nothing = [full[0].new_zeros(())] * len(full)
     means = [tensor.mean() for tensor in full] if spread else nothing
     columns = [
@@ -99,6 +101,7 @@ def pooled_entries(rows: Numbers, stored: Sequence[int], sizes: Sequence[int]) -
     total = sum(sizes)
     if not total:
         return Entries(np.nan, np.nan, np.nan, np.nan)
+    # The last group are the zeros that sparse gradients do not store: mean and deviation 0.
     counts = np.array([*stored, total - sum(stored)], dtype=np.float64)
     means, variances = (np.append(rows[:, column], 0.0) for column in (0, 1))
     mean = float(counts @ means / total)

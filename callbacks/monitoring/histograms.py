@@ -61,16 +61,20 @@ class GradientHistogram(Extension):
         bounds = limits(COARSE if self.joint else FINE, like)
         bins = len(bounds) + 1
         counts = torch.zeros(bins**2 if self.joint else bins, dtype=torch.int64, device=like.device)
+        # From shares in the mean over the samples, as it was scaled, to gradients of single losses.
         scale = jacobian.samples / self.factor
         column = None
         if self.joint:
+            # All samples have the same parameters: their bins are found once.
             column = torch.bucketize(jacobian.parameter.detach().to(bounds), bounds)
         for chunk in jacobian.chunks():
             for entries in (chunk[0] * scale).split(max(1, CHUNK // chunk[0, 0].numel())):
                 index = torch.bucketize(entries.to(bounds), bounds)
                 if column is not None:
+                    # A pair as one number, which `bincount` can count.
                     index = index * bins + column
                 counts += torch.bincount(index.flatten(), minlength=len(counts))
+        # No integers: processes average them. MPS has no float64.
         return counts.double() if like.device.type != "mps" else counts.float()
 
 
@@ -83,10 +87,12 @@ def histogram_1d(counts: Numbers, scale: float) -> dict[str, Any]:
     """
     if not counts.any() or not np.isfinite([*counts, scale]).all():
         return {}
+    # The outer bins have no limit; the largest number stands for it.
     upper = np.append(scale * limits(FINE).numpy(), sys.float_info.max)
     lower = np.append(-sys.float_info.max, upper[:-1])
     used = np.flatnonzero(counts)
     first, last = used[0], used[-1] + 1
+    # Halved before they are added, and clipped: sums and squares of the outer limits overflow.
     centers = np.clip((lower / 2 + upper / 2)[first:last], -1e150, 1e150)
     kept = counts[first:last]
     return {
@@ -117,7 +123,9 @@ def image_2d(counts: Numbers, pixels: int = 8) -> Tensor | None:
     colors = torch.tensor([[0.15, 0.15, 0.45], [1.0, 0.9, 0.2]], dtype=torch.float32)
     image = torch.lerp(colors[0, :, None, None], colors[1, :, None, None], shade[None])
     zero = torch.zeros_like(table, dtype=torch.bool)
+    # As many limits above zero as below: the number of bins is odd, that in the middle holds zero.
     zero[bins // 2], zero[:, bins // 2] = True, True
     background = 0.35 * zero.float()
+    # Rows of an image go down, the axis of the gradients goes up.
     image = torch.where(table == 0, background, image)[:, top:bottom, left:right].flip(1)
     return image.repeat_interleave(pixels, 1).repeat_interleave(pixels, 2)

@@ -13,6 +13,7 @@ def parameters_by_layer(module: nn.Module) -> dict[str, list[Parameter]]:
     layers: dict[str, list[Parameter]] = {}
     for name, param in module.named_parameters():
         if param.requires_grad:
+            # Parameters of the model itself have no dot in their names.
             layers.setdefault(name.rpartition(".")[0] or "root", []).append(param)
     return layers
 
@@ -30,6 +31,7 @@ def choose(module: nn.Module, layers: bool | str, most: int) -> list[str]:
     names = list(found) if layers else []
     if layers == "topk":
         largest = sorted(names, key=lambda name: -sum(p.numel() for p in found[name]))[:most]
+        # Back in the order of the model.
         names = [name for name in names if name in largest]
     elif isinstance(layers, str):
         names = [name for name in names if re.search(layers, name)]

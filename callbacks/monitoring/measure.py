@@ -89,8 +89,10 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
     single entries.
     """
     measurements = [job.measurement for job in jobs]
+    # Before the formulas, which may fail in one process: the others must not wait for it.
     _reduce(measurements, strategy)
     vectors = [measurement.on_device() for measurement in measurements]
+    # Joined, so that the host waits for the device once for all jobs.
     numbers, start = (
         torch.cat([part for parts in vectors for part in parts]).cpu().double().numpy(),
         0,
@@ -99,6 +101,7 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
         stop = start + sum(part.numel() for part in parts)
         measurement.set_numbers(numbers[start:stop])
         start = stop
+    # 0 / 0 is no warning: what is not finite is left out.
     with np.errstate(all="ignore"):
         return [_with_noise_scale(job, _values(job)) for job in jobs]
 
@@ -139,6 +142,7 @@ def _values(job: Job) -> dict[str, float]:
                 zip(quantity.series, map(float, results if len(quantity.series) > 1 else [results]))
             )
     if _noise_scale(job.quantities) and m.covered:
+        # Not to be logged: `_with_noise_scale` takes them out again, after averaging.
         values |= {"_variance": float(m.variance), "_signal": float(m.signal)}
     return values
 

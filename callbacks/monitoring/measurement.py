@@ -99,6 +99,7 @@ class Measurement:
             loss = self.statistics.loss
             sums["loss"] = math.nan if loss is None else loss
         if self._world > 1:
+            # A parameter that only some processes used is covered in all of them.
             sums["covered"] = torch.tensor([p in self.statistics.covered for p in self._params])
         for field in self._fields:
             if field not in self._lost:
@@ -119,6 +120,8 @@ class Measurement:
             sums: dict[Key, Tensor | float] = {"concentration": 0.0, "second_moment": 0.0}
             if available:
                 sums = {
+                    # Of W processes, weights are 1 / W of the local ones and Σ w² adds up: mean
+                    # over W.
                     "concentration": s.concentration / self._world
                 }  # the rest on the host, if in one process
             if available and self._world > 1:
@@ -132,6 +135,7 @@ class Measurement:
             return {
                 "part_second": second,
                 "part_inverse": inverse,
+                # Σ v² / n, with weights v of one over the parts of all processes.
                 "whole_inverse": inverse / (parts * self._world),
             }
         if field == "jacobian_grad":
@@ -140,6 +144,7 @@ class Measurement:
                 "dot_second": s.mean((s.dots(vectors) / self._divisor).square()) if vectors else 0.0
             }
         if field in (ONE, TWO):
+            # Known without data, so that a process without counts reduces as many zeros.
             bins = (len(limits(FINE if field == ONE else COARSE)) + 1) ** (1 if field == ONE else 2)
             counts = s.total(field) if available else None
             return {field: torch.zeros(bins) if counts is None else counts}
@@ -164,11 +169,13 @@ class Measurement:
             "dot_first": first,
         }
         return (
+            # As large as the model: only where variances of single entries need it.
             sums | self._entries("grad_sum", means) if "sum_grad_squared" in self._fields else sums
         )
 
     def _entries(self, field: str, found: Mapping[Parameter, Tensor]) -> dict[Key, Tensor | float]:
         return {
+            # Expanded: one zero in memory, whatever the shape.
             (field, p): found[p] if p in found else wide(p.new_zeros(())).expand(p.shape)
             for p in self._params
         }
@@ -194,6 +201,7 @@ class Measurement:
         grads = [
             grad.coalesce().values() if grad.is_sparse else grad for grad in self._params.values()
         ]
+        # A few kernels for all parameters, not one for each.
         norms = torch._foreach_norm(
             [grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads]
         )
@@ -205,6 +213,8 @@ class Measurement:
         if self._world == 1:
             parts.append(self.statistics.sq_norms.to(norms[0].device))
         elif self._pool:
+            # The mean over processes of rows that are zero in all but one, times W, has the row of
+            # each.
             parts += pooled(tensors["norms"] * self._world)
         return parts
 
@@ -221,6 +231,7 @@ class Measurement:
             start = stop
         samples = numbers[start:]
         if self._world == 1:
+            # From numbers that the host has anyway.
             self._sums.setdefault("second_moment", self.statistics.mean(samples))
             self.norms, self.norm_weights = np.sqrt(samples), None
             self.norms.sort()
@@ -272,11 +283,13 @@ class Measurement:
         """A trace, added up over the parameters."""
         return np.float64(self._sums[savefield])
 
+    # An eigenvalue is kept once, not per parameter, so that the sum over them is the value itself.
     any_of = sum_of
 
     def counts(self, savefield: str) -> Numbers:
         """A histogram over all processes."""
         counts = cast("Tensor", self._sums[savefield]) * self._world
+        # A mean times the number of processes is whole but for rounding.
         return np.rint(counts.double().cpu().numpy())
 
     def first_of(self, *savefields: str) -> np.float64:
@@ -300,12 +313,14 @@ class Measurement:
         for p, second in self.second_moments().items():
             mean = self._params[p].to_dense().to(second) / self._divisor
             if p in estimates:
+                # What `_excess` is to the sum over all entries, entry by entry.
                 second = second - 2 * mean * (estimates[p] - mean)
             yield entry_moments(mean, second, float(self.concentration))
 
     @property
     def grad_norm(self) -> np.float64:
         r"""$\|\bar g\|$ over all parameters."""
+        # Unlike `grad_sq_norm`: parameters whose samples were not seen have a gradient, too.
         return np.sqrt(np.float64(sum(self._grad_squares)))
 
     @cached_property
@@ -313,6 +328,7 @@ class Measurement:
         """Of the gradient, over all parameters."""
         sizes = [(2 if grad.is_complex() else 1) * grad.numel() for grad in self._params.values()]
         found = pooled_entries(self._entry_rows, self._stored, sizes)
+        # The mean keeps its sign; deviation and magnitude have none.
         scale = abs(self._divisor)
         return Entries(
             found.mean / self._divisor, found.std / scale, found.largest / scale, found.zeros

@@ -143,6 +143,7 @@ class Observation:
         cap = None
         if self._max_samples is not None and self._subsets is not None:
             cap = Cap(self._max_samples, logged, self._subsets)
+        # Once per batch: its backward passes draw different labels.
         if self._generator is None and any(map(_draws, extensions)):
             self._generator = torch.Generator(loss.device).manual_seed(self._seed())
         backprop = self._backprop = Backprop(
@@ -164,6 +165,7 @@ class Observation:
             self._backprop = None
             self._failures.append((tuple(extensions), error))
             return
+        # Told before the pass; `finish` tells of what fails during it.
         self._failures, backprop.failures = backprop.failures, []
 
     def finish(self) -> Fields:
@@ -229,6 +231,7 @@ def seed_of_batch(trainer: Trainer, seed: int) -> int:
 
     Nothing needs to be saved to draw the same after a restart.
     """
+    # Of numbers alone: their hash is the same in every process, that of strings is not.
     return hash((seed, trainer.global_rank, trainer.fit_loop.total_batch_idx))
 
 

@@ -34,6 +34,8 @@ class PartNorms:
         self._own_passes = unheard()  # of the thread that begins the backward pass
         for param in params:
             if param.requires_grad:
+                # Where the gradient is accumulated: a prehook there gets the sum over all uses of
+                # the parameter, and comes before the reducer of DDP, which averages afterwards.
                 node = get_gradient_edge(param).node
                 self._found[param] = torch.zeros((), dtype=torch.float32, device=param.device)
                 self._handles.append(node.register_prehook(partial(self._hear, param)))
@@ -45,6 +47,7 @@ class PartNorms:
         with torch.no_grad():
             values = gradient.coalesce().values() if gradient.is_sparse else gradient.detach()
             real = values.abs() if values.is_complex() else values
+            # In single precision at least: squares of half-precision numbers overflow early.
             norm = torch.linalg.vector_norm(
                 real, dtype=torch.promote_types(real.dtype, torch.float32)
             )

@@ -110,10 +110,12 @@ def preview(
         stack.enter_context(undisturbed(module))
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.enable_grad())
+        # Warms up: the first pass also chooses kernels and allocates memory.
         _seconds(module, batch)
         plain = _seconds(module, batch)
         seconds, off, logged = _measured(module, batch, quantities, observation, output, mc_samples)
         if logged < BRIEF:  # what is brief is measured again, warm
+            # `look` has emptied it.
             observation.considered = considered
             seconds, off, logged = _measured(
                 module, batch, quantities, observation, output, mc_samples
@@ -190,12 +192,14 @@ def _seconds(module: LightningModule, batch: Any) -> float:
 
 def _loss(module: LightningModule, batch: Any) -> Tensor:
     step = module.training_step
+    # As Lightning decides it: `training_step(batch)` without an index is allowed.
     takes = from_lightning("utilities.signature_utils", "is_param_in_hook_signature")
     loss = loss_of(step(batch, 0) if takes(step, "batch_idx", min_args=2) else step(batch))
     if loss is None:
         raise MisconfigurationException(
             "`CurvatureCallback.preview` expects a `training_step` that returns a loss, found none."
         )
+    # Else the next backward pass would add to the gradient of this one.
     for parameter in module.parameters():
         parameter.grad = None
     return loss

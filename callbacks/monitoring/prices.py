@@ -20,6 +20,7 @@ DEAREST = 6  # quantities that it names
 
 def clock() -> float:
     """Seconds, once all devices are done."""
+    # To wait for a device that nobody uses would initialise it.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -106,8 +107,11 @@ class Budget:
             )  # the first one warms up
         else:
             self._plain = _average(self._plain, seconds)
+        # All processes come here at the same steps: whether both prices are known follows from
+        # how many batches of either kind there were.
         if logged or not math.isfinite(self._interval):
             self._agree(strategy)
+        # Two at first: a plain step has to be timed between two logged ones.
         self._due = self._last + (2 if not math.isfinite(self._interval) else self._interval)
 
     def _agree(self, strategy: Strategy | None) -> None:

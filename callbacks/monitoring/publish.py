@@ -101,7 +101,9 @@ def publish(
     )  # the public property first collects those of the epoch
     for name in prog_bar:
         if f"{GROUP}/{name}" in tagged:
+            # Loggers get it below, once.
             pl_module.log(f"{GROUP}/{name}", tagged[f"{GROUP}/{name}"], prog_bar=True, logger=False)
+    # Not `global_step`, which counts the steps of several optimizers one by one.
     step = trainer.fit_loop.epoch_loop._batches_that_stepped - steps_ago
     for logger in trainer.loggers:
         separator = getattr(logger, "group_separator", "/")
@@ -149,6 +151,7 @@ def _is_plain_tensorboard(logger: Any) -> bool:
         "fabric.loggers.tensorboard"
     ):
         return False
+    # Elsewhere the experiment is a dummy, and `log_metrics` puts a prefix before names.
     return type(logger.experiment) is tensorboard.SummaryWriter and not logger._prefix
 
 
@@ -186,6 +189,7 @@ def binned(samples: Numbers | dict[str, Any]) -> dict[str, Any]:
     if not len(samples) or not math.isfinite(squares := float((samples * samples).sum())):
         return {}
     low, high = float(samples[0]), float(samples[-1])
+    # Equal samples have no range, zeros no magnitude either.
     width = (high - low) / BINS or abs(high) / BINS or 1.0
     limits = [low + i * width for i in range(1, BINS + 1)]
     upto = samples.searchsorted(limits[:-1], side="right").tolist()
@@ -207,6 +211,7 @@ def add_layout(trainer: Trainer, series: Collection[str], events: Events) -> Non
     """
     charts: dict[str, list[object]] = {}
     if set(NORM_BAND) <= set(series):
+        # Names are regular expressions there: without an end one would find longer names, too.
         charts["sample norms"] = ["Margin", [f"{GROUP}/{name}$" for name in NORM_BAND]]
     charts |= {
         name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND
@@ -230,6 +235,7 @@ def heat_map(rows: Mapping[str, Mapping[str, float]], pixels: int = 8) -> Tensor
     table = torch.tensor([[_log(row.get(name)) for name in columns] for row in rows.values()])
     low = table.nan_to_num(nan=math.inf).amin(0)
     high = table.nan_to_num(nan=-math.inf).amax(0)
+    # A column of equal values has no range.
     shade = (table - low) / (high - low).clamp(min=1e-9)
     dark, bright = torch.tensor([0.15, 0.15, 0.45]), torch.tensor([1.0, 0.9, 0.2])
     image = torch.lerp(dark[:, None, None], bright[:, None, None], shade[None])

@@ -28,6 +28,7 @@ def shared_sketch(values: Tensor, rank: int, world: int) -> Tensor:
     rows = values.new_zeros(world, 1 + SIZE)
     ordered, count = values.sort().values, len(values)
     if count > SIZE:
+        # Single precision does not tell positions beyond 2²⁴ apart.
         position = torch.linspace(0, count - 1, SIZE, dtype=torch.float64, device=values.device)
         ordered = at(ordered, position)
     rows[rank, 0] = count
@@ -37,6 +38,7 @@ def shared_sketch(values: Tensor, rank: int, world: int) -> Tensor:
 
 def pooled(rows: Tensor) -> tuple[Tensor, Tensor]:
     """All values in ascending order, and how many samples each stands for."""
+    # NaN: a process that could not compute its norms. Rounded: a mean over processes, times W.
     counts = rows[:, 0].nan_to_num().round()
     kept = counts.clamp(max=SIZE)
     weights = (counts / kept.clamp(min=1))[:, None].expand(-1, SIZE)
@@ -59,6 +61,7 @@ def quantiles(values: Numbers, weights: Numbers | None, levels: Sequence[float])
         return [math.nan] * len(levels)
     if weights is None:
         return [_between(values, level * (len(values) - 1)) for level in levels]
+    # A value is in the middle of the samples that it stands for: 0, 1, 2, ... if all weights are 1.
     centers = weights.cumsum() - (weights + weights[0]) / 2
     return np.interp(np.asarray(levels) * centers[-1], centers, values).tolist()
 

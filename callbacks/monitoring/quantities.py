@@ -118,6 +118,7 @@ class Quantity:
         Returns:
             `None` where it cannot be computed either.
         """
+        # An empty second path needs nothing and would always be there.
         paths = [self.fields, self.instead] if self.instead else [self.fields]
         return next((fields for fields in paths if not {self.name, *fields} & {*off}), None)
 
@@ -135,6 +136,7 @@ class Quantity:
             step: counted from 1.
             interval: every how many steps are logged.
         """
+        # Spacing in steps, rounded up to intervals: between them nothing is logged.
         return step <= DENSE or step // interval % -(-self.spacing // interval) == 0
 
 
@@ -171,6 +173,7 @@ def select(quantities: str | Sequence[str]) -> list[Quantity]:
             )
     return [
         QUANTITIES[name]
+        # Who names a quantity gets it at every logged step.
         if name in given
         else replace(QUANTITIES[name], spacing=SPACING.get(name, 1))
         for name in dict.fromkeys(names)

@@ -84,6 +84,7 @@ class Report:
         paths = {quantity.name: quantity.path(self._off) for quantity in self._quantities}
         self._names = {name for name, path in paths.items() if path is not None}
         self._fields = dict.fromkeys(field for path in paths.values() for field in path or ())
+        # No extension computes parts; norms of all layers have those of normalization layers, too.
         known = {PARTS, NORM_LAYERS} if "batch_l2" in self._fields else {PARTS}
         self.fields = [field for field in self._fields if field not in known]
         self.listens = PARTS in self._fields
@@ -120,6 +121,7 @@ class Report:
             fields = dict.fromkeys(
                 field for quantity in quantities for field in (*quantity.fields, *quantity.instead)
             )
+            # What is lost in this process stays a key of the reduction: others may have it.
             lost, names = (
                 fields.keys() - self._fields.keys(),
                 {quantity.name for quantity in quantities},
@@ -143,6 +145,8 @@ class Report:
         all_layers = parameters_by_layer(pl_module) if self._chosen or self._more else {}
         for layer, params in all_layers.items():
             mine = [p for p in params if p in grads]
+            # Where some layers have series, the others are measured as well: all are in the heat
+            # map.
             if mine and (self._chosen or layer in self._more):
                 jobs[layer] = job(mine, layer)
         if "noise_scale_norm_layers" in self._names:
@@ -151,6 +155,7 @@ class Report:
                 jobs[NORM_LAYERS] = self._norm_job(
                     mine, suffix, window, grads, divisor, passes, trainer
                 )
+        # Together: one reduction and one wait for the device, however many layers.
         found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
         self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
         self.values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}

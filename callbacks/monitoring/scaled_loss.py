@@ -53,12 +53,15 @@ def scaled_loss(trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> S
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     factor: Tensor | float = (
+        # as a tensor: `get_scale` would wait for the device
         1.0 if scaler is None else scaler.scale(torch.ones((), device=loss.device))
     )
     if pl_module.automatic_optimization:
         factor = factor / trainer.accumulate_grad_batches
     value = loss.detach() if loss.ndim == 0 else None
+    # In manual optimization a step may differentiate something else than it returns.
     returned = returned_loss(pl_module) if pl_module.automatic_optimization else None
     if returned is None:
+        # This root carries the factor: its seed takes it back.
         return ScaledLoss(loss, torch.ones_like(loss) / factor, factor, value)
     return ScaledLoss(returned, torch.ones_like(returned), factor, value)

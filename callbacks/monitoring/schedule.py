@@ -55,6 +55,7 @@ class Schedule:
             if every_n_steps is None
             else every_n_steps
         )
+        # It has fewer batches than `log_every_n_steps` by default: nothing would be tried.
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return 1 if every_n_steps is None else min(given, 1)
         return min(given, self._longest) if self._longest else given

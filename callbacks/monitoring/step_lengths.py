@@ -19,6 +19,8 @@ def show_steps(trainer: Trainer) -> None:
     The settings are not.
     """
     for monitor in trainer.callbacks:  # type: ignore[attr-defined]
+        # By what it has: each copy of Lightning has its own class. Once: another
+        # callback may have been here.
         if all(hasattr(monitor, name) and name not in vars(monitor) for name in READERS):
             vars(monitor).update(
                 {name: _of_steps(getattr(monitor, name), trainer) for name in READERS}

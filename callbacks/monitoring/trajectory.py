@@ -76,6 +76,7 @@ class Trajectory:
     def remember(self, grads: Values, divisor: float) -> None:
         """Keep the start of an update and the gradient there, for `alpha` at the next step."""
         self._params.update({p: p.detach().clone() for p in grads})
+        # The division copies: clipping and the next pass write into gradients.
         self._grads.update({p: g.detach().to_dense() / divisor for p, g in grads.items()})
 
     def alpha(self, grads: Values, divisor: float) -> Tensor | None:

@@ -102,6 +102,7 @@ class Watch:
         """
         watching = [i for i, alarm in enumerate(self.alarms) if alarm.moment == moment]
         beyond = {index: self._beyond(index, values, where) for index in watching}
+        # Flags and not values: where one process skips a step, all have to.
         flags = torch.tensor([bool(beyond[index]) for index in watching], dtype=torch.int32)
         if watching and getattr(strategy, "world_size", 1) > 1:
             flags = strategy.reduce(flags.to(strategy.root_device), reduce_op="max").cpu()
@@ -157,6 +158,7 @@ def gradient_series(
     spread, largest = bool(wanted & {"grad_mean", "grad_std"}), "grad_max" in wanted
     if wanted != {"grad_norm"}:
         columns.append(entry_rows(values, spread, largest, "sparsity" in wanted).to(columns[0]))
+    # The one wait for the device.
     rows = torch.cat(columns, 1).cpu().numpy()
     norms, rows = rows[:, 0], rows[:, 1:]
     counts = [tensor.numel() for tensor in values]
@@ -191,6 +193,7 @@ def finite_only(values: Values) -> dict[str, dict[str, float]]:
     return {
         layer: dict(series)
         for layer, series in values.items()
+        # a single entry has no deviation, which is NaN and no overflow
         if all(math.isfinite(value) for name, value in series.items() if name != "grad_std")
     }
 

@@ -125,6 +125,7 @@ class Statistics:
     def concentration(self) -> float:
         r"""$\sum_n w_n^2$ over all samples."""
         counts = [backward.samples for backward, _ in self._norms]
+        # Per pass, N_m times the square of 1 / (M N_m).
         return sum(1 / count for count in counts if count) / max(len(self._passes), 1) ** 2
 
     def mean(self, values: Tensor | Numbers) -> Any:
@@ -135,6 +136,7 @@ class Statistics:
             for size, stop in zip(self._sizes, stops)
             if size
         ]
+        # Passes weigh the same, whatever their sizes: Lightning averages their losses.
         return sum(means) / max(len(self._passes), 1)
 
     def dots(self, vectors: Mapping[Parameter, Tensor]) -> Tensor:
@@ -265,6 +267,7 @@ class Window:
         """Combine the passes; see `Statistics`."""
         params = list(params)
         passes = [backward for backward in self.passes if not backward.covered.isdisjoint(params)]
+        # Parameters that no pass saw: loss and number of samples are known all the same.
         return Statistics(passes or self.passes, params, share)
 
 

@@ -45,6 +45,8 @@ class Budget:
             self._asked = 0 if self._valid_for is None else 1
             self._left, self._valid_for = 0, now
         if self._left <= 0:
+            # Doubled: few questions where σ or the rate change rarely, small ones where they change
+            # often.
             count = min(2 * self._asked, planned) if self._asked else planned
             self._left = self.accountant.releases_left(
                 self.epsilon, self.delta, noise_multiplier, max(count, 1)

@@ -79,6 +79,7 @@ class Checks:
             self._due = _next_of_series(self._due)
             if self._gradients:
                 self._look(batch, batch_idx, count)
+        # Values of parameters are read on checked batches only; versions cost little.
         self._watch.begin(values=checked)
         self._began = True
 

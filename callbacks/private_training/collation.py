@@ -47,6 +47,7 @@ class _Pairs(Dataset[Pair]):
         batches = []
         for other in rest:
             with seeded(seed, torch.device("cpu")), randomness:
+                # `collate_fn` may write into its samples.
                 batches.append(self._collate(copy.deepcopy([*first, *other])))
             randomness.again()
         return batches[0], batches[1]
@@ -93,10 +94,12 @@ def refuse_mixed_batches(
         return
     jobs = []
     for _ in range(rounds):
+        # Not from the user's generators: the run goes on as it would without the check.
         drawn = random.SystemRandom().sample(range(size), 3 * count)
         jobs.append((drawn, secrets.randbits(31)))
     pairs = DataLoader(
         _Pairs(loader),
+        # a pair is collated already
         batch_size=None,
         sampler=jobs,
         num_workers=min(1, loader.num_workers),  # where the user's data set is read, too
@@ -133,6 +136,7 @@ def _compare_gradients(pl_module: LightningModule, a: Any, b: Any, count: int, m
     weights = torch.randn(
         size, dtype=torch.float64, generator=torch.Generator().manual_seed(secrets.randbits(63))
     )
+    # The other samples differ on purpose.
     weights[count:] = 0
     randomness = EqualRandomness(size)
     try:
@@ -185,6 +189,7 @@ def same_samples(a: Any, b: Any, count: int, size: int) -> bool:
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return False
+        # One entry per sample, or a few tensors that happen to be as many?
         per_sample = len(a) == size and not any(
             isinstance(v, Tensor) and v.ndim and len(v) == size for v in a
         )
@@ -200,6 +205,7 @@ def same_samples(a: Any, b: Any, count: int, size: int) -> bool:
 def _same_rows(a: Tensor, b: Tensor, count: int, size: int) -> bool:
     if a.is_sparse or b.is_sparse or a.dtype != b.dtype or a.shape != b.shape:
         return False
+    # Samples come first, or second where sequences do.
     axis = next((k for k in range(min(a.ndim, 2)) if a.shape[k] == size), None)
     if axis is not None:
         a, b = a.movedim(axis, 0)[:count], b.movedim(axis, 0)[:count]

@@ -69,6 +69,7 @@ class EqualRandomness(TorchDispatchMode):
             expected = self._of_rows(earlier, value.shape)
             if expected is None or value.shape != result.shape or expected.shape != known.shape:
                 return
+            # Not exactly equal: rounding depends on the shape of the batch.
             same &= torch.isclose(expected[shared], value[shared], rtol=1e-3)
         result[shared] = torch.where(same, known[shared], result[shared])
 
@@ -89,8 +90,10 @@ class EqualRandomness(TorchDispatchMode):
 
 def _drawn_from(func: Any, args: Sequence[Any]) -> list[Tensor]:
     """The tensors whose values decide about what is drawn."""
+    # These read a shape and no values.
     if "_like" in str(func):
         return []
+    # What an op overwrites, as `x.normal_()` does, decides nothing.
     written = {
         i
         for i, a in enumerate(func._schema.arguments)

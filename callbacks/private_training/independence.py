@@ -51,6 +51,7 @@ class _Gradients(GraphExtension):
         jacobians = passes.jacobian(Column([edge_of(passes.loss)], [passes.seed]))
         squares = [jacobian.squared_norms()[0] for jacobian in jacobians.values()]
         norms = torch.stack([s.double() for s in squares]).sum(0).sqrt() * self._scale
+        # Clipping discards the others; here they would make every sum NaN.
         finite = norms.isfinite()
         kept = finite.nonzero().flatten().tolist()
         sums: list[dict[Tensor, Tensor]] = [
@@ -120,6 +121,7 @@ def observe(
     if not isinstance(loss, Tensor) or loss.grad_fn is None:
         return None
     gradients = _Gradients(weights, size if mean else 1)
+    # No backward pass of the user's follows: parameters get no gradient.
     Backprop(loss, [gradients], batch_size=known).before()
     return gradients.found
 
@@ -159,7 +161,9 @@ def refuse_coupled_samples(
     """
     order = torch.randperm(size, generator=torch.Generator().manual_seed(secrets.randbits(63)))
     first = _share(size)
+    # In the order of the batch, which a step may rely on, for instance falling lengths.
     parts = [order[:first].sort().values, order[first:].sort().values]
+    # Random: only by chance of measure zero does a difference of gradients leave the sum as it is.
     weights = torch.randn(
         size, generator=torch.Generator().manual_seed(secrets.randbits(63)), dtype=torch.float64
     )
@@ -176,6 +180,7 @@ def refuse_coupled_samples(
         if whole is None:
             return None
         for number, (rows, part) in enumerate(zip(parts, batches_of_parts, strict=True)):
+            # Each run starts from the same state: what they change is compared, too.
             kept.put_back()
             count, own = len(rows), [weights[rows]]
             found = _observe_part(
@@ -252,6 +257,7 @@ def compare(
     """
     norms = whole.norms[rows.to(whole.norms.device)]
     finite = norms.isfinite()
+    # Beside the largest: a small gradient may be what rounding left of large ones.
     size = norms[finite].max() if bool(finite.any()) else norms.new_zeros(())
     differ = (norms[finite] - part.norms[finite]).abs() > (allowed * size).clamp(
         min=max(negligible, allowed * 1e-12)

@@ -55,6 +55,7 @@ def require_plain_loader(loader: Any) -> DataLoader:
             "iterable one: without its size there is no sampling rate. Load it into a map-style "
             "data set."
         )
+    # The very class: a subclass may do anything.
     if loader.batch_size is None or type(loader.batch_sampler) is not BatchSampler:
         raise MisconfigurationException(
             "PrivacyCallback expects a DataLoader with `batch_size=`, found "
@@ -136,6 +137,7 @@ def with_batches(
     loader: DataLoader, sampler: PoissonBatchSampler, dataset: Dataset | None = None
 ) -> DataLoader:
     """The same loader with other batches, and with another data set if one is given."""
+    # A plain one: subclasses may take other arguments, and bring their own way to samples.
     return DataLoader(
         loader.dataset if dataset is None else dataset,
         batch_sampler=sampler,

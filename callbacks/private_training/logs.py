@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def private_values(optimizer: DPOptimizer) -> dict[str, float]:
     """Settings, and the norm of the noised gradient."""
+    # After its step the private optimizer leaves the noised mean there: its norm costs no privacy.
     grads = [
         p.grad.norm().float()
         for group in optimizer.param_groups

@@ -48,6 +48,7 @@ class PlannedBatches(PoissonBatchSampler):
         size = dataset_size(self._loader)
         if size != self.dataset_size:
             self.dataset_size, self.sampling_rate = size, _rate(self._expected, size)
+            # They were drawn from another number of samples.
             self._drawn.clear()
         return super().__iter__()
 
@@ -111,6 +112,7 @@ class Plan:
             require_each_sample_once(loader, trainer)
             return loader
         if self.max_physical_batch_size is not None:
+            # When loaders are reloaded, the Trainer has our number already.
             self._accumulate = self._accumulate or trainer.accumulate_grad_batches
             trainer.accumulate_grad_batches = self._parts(self.max_physical_batch_size)
         self.sampler = PlannedBatches(
@@ -158,7 +160,7 @@ class Plan:
     def align(self) -> None:
         """Training begins: the loader must stand where the run does."""
         if self.sampler is not None and self.sampler.first != self._position():
-            # The iterator was made before the position was known: a checkpoint brings it later.
+            # The iterator was made before the position was known.
             iter(self.trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def refuse_parts_of_steps(self) -> None:

@@ -98,9 +98,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
             generator = np.random.Generator(
                 np.random.PCG64(np.random.SeedSequence([self.seed, step]))
             )
+            # A number for everyone, drawn or not: who takes part does not depend on others.
             chosen = np.flatnonzero(generator.random(self.population) < self.sampling_rate)
             if self.max_batch_size is not None and len(chosen) > self.max_batch_size:
                 chosen = generator.choice(chosen, self.max_batch_size, replace=False)
+            # Parts and processes take slices: sorted, a sample's part would follow its
+            # index.
             self._drawn[step] = generator.permutation(chosen)
         return self._drawn[step]
 

@@ -61,6 +61,7 @@ class StateWatch:
         before, self._seen = self._seen, {}
         self._empty = {name for *_, name, tensor in self._entries() if not _has_values(tensor)}
         for name, tensor in self._tensors():
+            # Both: a tensor that was put in the place of another one may have the same version.
             now = id(tensor), tensor._version
             known = before.get(name)
             if values:
@@ -163,4 +164,5 @@ def fingerprint(tensor: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64)
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = real.contiguous().flatten().view(_INTEGERS[real.element_size()])
+    # Integers add exactly in any order, and wrap around: equal entries have equal sums.
     return bits.sum(dtype=torch.int64)

@@ -30,13 +30,17 @@ class Kept:
         }
         self._grads = [(parameter, parameter.grad) for parameter in module.parameters()]
         self._metrics = {
-            m: copy.deepcopy(vars(m)) for m in self._modules if hasattr(m, "_defaults")
+            # metrics of torchmetrics, whose states are attributes
+            m: copy.deepcopy(vars(m))
+            for m in self._modules
+            if hasattr(m, "_defaults")
         }
         self._attributes = {m: _attributes(m) for m in self._modules}
         self._contents = [
             (value, copy.copy(value))
             for attributes in self._attributes.values()
             for value in attributes.values()
+            # the very types: how to fill a subclass again is not known
             if type(value) in _CONTAINERS
         ]
         self._root = module
@@ -61,11 +65,13 @@ class Kept:
                 del vars(module)[name]
             vars(module).update(attributes)
         for value, content in self._contents:
+            # In place: others may refer to this very object.
             value.clear()
             value.extend(content) if isinstance(value, (list, deque)) else value.update(content)
         for metric, values in self._metrics.items():
             vars(metric).update(copy.deepcopy(values))
         for tensor, before in self._tensors.values():
+            # Writing what is there already would count as a change of version.
             if not equal(tensor, before):
                 tensor.detach().copy_(before)
         for parameter, grad in self._grads:
@@ -93,6 +99,7 @@ def undisturbed(pl_module: LightningModule) -> Iterator[Kept]:
     kept = Kept(pl_module)
     dropping = [m for m in pl_module.modules() if m.training and _drops(m)]
     for module in dropping:
+        # The flag alone: `eval()` would reach the layers inside.
         module.training = False
     try:
         yield kept

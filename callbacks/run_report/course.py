@@ -48,6 +48,7 @@ class Series(Generic[Value]):
             self._last = None
         self._count += 1
         while len(self) > self._most:
+            # The latest point may be one of those that are dropped.
             self._last = self._kept[-1] if self._last is None else self._last
             self._kept, self._stride = self._kept[::2], 2 * self._stride
             if self._kept[-1] is self._last:
@@ -110,6 +111,7 @@ class Course:
         for name, value in values.items():
             if math.isfinite(value):
                 self.series.setdefault(name, Series()).add(step, value)
+                # Before thinning: a spike of one step must not get lost.
                 if value > self.largest.get(name, (0, -math.inf))[1]:
                     self.largest[name] = step, value
         by_quantity: dict[str, dict[str, float]] = {}

@@ -63,6 +63,7 @@ def _optimizers(trainer: Trainer) -> str:
     texts = []
     for optimizer in trainer.optimizers:
         name, rate = type(optimizer).__name__, optimizer.param_groups[0].get("lr")
+        # `lr` then is a factor of the learning rate that the optimizer finds.
         found = getattr(optimizer, "relative_lr", False)
         texts.append(f"{name}, lr auto" if found else f"{name}, lr {number(float(rate or 0))}")
     return "; ".join(texts) or "none"
@@ -82,6 +83,7 @@ def _device(trainer: Trainer) -> str:
 
 def sgd_momentum(trainer: Trainer) -> float | None:
     """Of the only optimizer, if it is plain SGD."""
+    # The very class: other updates have other limits of stability.
     if len(trainer.optimizers) != 1 or type(trainer.optimizers[0]) is not torch.optim.SGD:
         return None
     [group, *others] = trainer.optimizers[0].param_groups

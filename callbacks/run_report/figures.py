@@ -52,6 +52,7 @@ def _colours(names: Sequence[str]) -> list[str]:
 
 def _band(low: Series[float], high: Series[float]) -> list[Scatter]:
     """Two lines that are not seen, and what is between them."""
+    # Here, as plotly is optional.
     from plotly.graph_objects import Scatter
 
     edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
@@ -78,6 +79,7 @@ def _lines(name: str, series: Series[float], colour: str) -> list[Scatter]:
     if len(values) < LEAST_SMOOTHED:
         main.update(mode="lines+markers", marker={"size": 5})
         return [main]
+    # One group: a click in the legend hides both lines.
     main.update(line={"width": 1}, opacity=0.4, showlegend=False, legendgroup=name)
     mean = Scatter(
         x=steps,
@@ -101,6 +103,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     sums = [0.0, *accumulate(values)]
     means = []
     for i in range(len(values)):
+        # Shorter at the ends, but as far to either side: else a trend would be shifted there.
         reach = min(most, i, len(values) - 1 - i)
         means.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
     return means
@@ -125,8 +128,10 @@ def heat_map(rows: Series[dict[str, float]], layers: Sequence[str]) -> Figure | 
             x=rows.steps,
             y=names,
             z=shown,
+            # colours are of logarithms, what the pointer shows is not
             customdata=[[_digits(value) for value in row] for row in numbers],
             colorscale="Viridis" if logarithmic else "RdBu",
+            # of two signs: the middle colour is zero
             zmid=None if logarithmic else 0,
             hovertemplate="%{y}<br>step %{x:,}<br>%{customdata:.4g}<extra></extra>",
             colorbar=_colour_bar(shown) if logarithmic else {"thickness": 10, "outlinewidth": 0},

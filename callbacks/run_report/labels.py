@@ -140,6 +140,7 @@ def charts_of(series: Collection[str]) -> list[Chart]:
         Chart(chart.title, chart.unit, shown, chart.note)
         for chart in CHARTS
         if (shown := tuple(name for name in chart.series if name in series))
+        # the batch is a mark beside the noise scale, no chart of its own
         and shown != ("samples",)
     ]
     known = {name for chart in CHARTS for name in chart.series}

@@ -76,6 +76,7 @@ class Page:
                 f"<style>{_file('page.css')}</style></head><body><main>",
                 *body,
                 f"<footer>{_text(self.remark)}<br>{_text(self.versions)}</footer></main>",
+                # all of plotly: the page loads nothing
                 f"<script>{get_plotlyjs()}</script>",
                 f"<script>const FIGURES={{{_safe(data)}}};{_file('page.js')}</script>",
                 "</body></html>\n",

@@ -149,6 +149,7 @@ def gradients_of_layers_vanish(seen: Evidence) -> Finding | None:
     """Root mean square of a gradient's entries, beside that of the layer where it is largest."""
     layers = {name: enough(s, "steps with layers") for name, s in _relative_norms(seen).items()}
     shares = {name: quartiles(values) for name, values in layers.items()}
+    # Zero in all steps is another finding.
     vanished = [
         name for name, (_, _, high) in shares.items() if high < VANISHED and any(layers[name])
     ]
@@ -233,6 +234,7 @@ def sharpness_is_at_the_edge(seen: Evidence) -> Finding | None:
     if seen.sgd is None:
         raise Lacking("needs plain SGD")
     sharpness, rates = seen.second_half("hessian_max_eigenvalue"), _rates(seen)
+    # The limit of gradient descent with heavy-ball momentum on a quadratic.
     limits = [2 * (1 + seen.sgd) / rate for rate in rates]
     low, typical, _ = quartiles([s / limit for s, limit in zip(sharpness, limits, strict=True)])
     if low < EDGE:
@@ -291,6 +293,7 @@ def _noise_scales(seen: Evidence) -> Sequence[float]:
                 f"{len(signals[half:])}"
             )
         found = zip(*seen.series["noise_scale"], strict=True)
+        # By step: the noise scale has gaps, so that half of its values is not half of the run.
         noise = [value for step, value in found if step >= steps[half]]
     return enough(noise, "noise scales in the second half", LEAST_NOISE)
 
@@ -324,6 +327,7 @@ def _relative_norms(seen: Evidence) -> dict[str, list[float]]:
     if len(steps) > 1:
         raise Lacking("needs all layers in the same steps")
     roots = {
+        # norms grow with the root of a layer's size
         name: [value / seen.sizes.get(name, 1) ** 0.5 for value in values]
         for name, values in norms.items()
     }

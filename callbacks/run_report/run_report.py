@@ -105,7 +105,9 @@ class RunReport:
             return
         more = {}
         if automatic or len(passes) == 1:
+            # As the user returned them: without what Lightning and a scaler multiplied.
             losses = [float(p.loss / p.factor) for p in passes if p.loss is not None]
+            # As the graph tells it, or else the batch.
             sizes = [p.samples or p.size or 0 for p in passes]
             if losses:
                 more["loss"] = statistics.fmean(losses)
@@ -137,6 +139,7 @@ class RunReport:
         """
         if self._started is None:
             return
+        # Not running any more: a second call writes nothing.
         seconds, self._started = self._seconds(), None
         self._course.seconds = seconds
         if not trainer.is_global_zero:
@@ -255,6 +258,7 @@ def write(path: str, text: str) -> None:
     part = target.with_name(f".{target.name}.part")
     try:
         part.write_text(text, encoding="utf-8")
+        # In one step: nobody finds half a page.
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
