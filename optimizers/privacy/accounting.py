@@ -82,6 +82,7 @@ class PoissonSampling(Sampling):
     def event(self, noise_multiplier: float) -> Any:
         """A Poisson-sampled Gaussian per step."""
         da = _library()
+        # A sample is absent from some steps, and nobody knows from which: that amplifies privacy.
         return da.PoissonSampledDpEvent(self.sampling_rate, da.GaussianDpEvent(noise_multiplier))
 
 
@@ -231,9 +232,12 @@ class PrivacyAccountant:
         """
         if isinstance(self.sampling, EpochSampling):
             entries = self._runs.get(self._run or "", [])
+            # Another σ within an epoch is another release: which samples had which noise is not
+            # known here.
             if self._paid and entries and entries[-1][:2] == (self.sampling, noise_multiplier):
                 self._paid -= 1
                 return
+            # This step pays for the rest of the epoch: a sample is in one of its steps at most.
             self._paid = self.sampling.steps_per_epoch - 1
         self.release(noise_multiplier)
 
@@ -251,6 +255,7 @@ class PrivacyAccountant:
             raise RuntimeError(
                 "`accountant.sampling` must be set before the first step, found None."
             )
+        # At random: checkpoints of several runs may come together in one account.
         self._run = self._run or secrets.token_hex(8)
         _append(self._runs.setdefault(self._run, []), self.sampling, noise_multiplier, times)
 
@@ -298,12 +303,14 @@ class PrivacyAccountant:
                 "`accountant.sampling` must be set before it is asked for releases, found None."
             )
         history = self.history
+        # Without noise ε is infinite: nothing to ask the library.
         if noise_multiplier == 0 or any(sigma == 0 for _, sigma, _ in history):
             return 0
         spent = self._compose(history, self.sampling)
         event = self.sampling.event(noise_multiplier)
 
         def fits(count: int) -> bool:
+            # Composing changes an accountant, and the history takes long to compose anew.
             trial = copy.deepcopy(spent)
             if count:
                 trial.compose(event, count)
@@ -361,6 +368,7 @@ class PrivacyAccountant:
         # Older versions kept one list.
         runs = state["runs"] if "runs" in state else {"": state["history"]}
         for name, entries in runs.items():
+            # A run only grows: of two records of one run the longer one holds the other.
             if _length(entries) > _length(self._runs.get(name, ())):
                 self._runs[name] = [
                     (_SAMPLINGS[kind](**args), sigma, count) for kind, args, sigma, count in entries
@@ -469,6 +477,7 @@ def calibrated_noise(
         )
 
     noise_multiplier = da.calibrate_dp_mechanism(
+        # Coarse is safe: it overestimates ε, so that σ comes out a little larger.
         lambda: _accountant({sampling.relation}, method, _COARSE),
         whole_run,
         epsilon,
@@ -482,6 +491,7 @@ def calibrated_noise(
 def _accountant(relations: set[str], method: str, interval: float) -> Any:
     """An accountant of the library, of which nothing is released yet."""
     da = _library()
+    # An ε for one notion of neighbours says nothing for the other: they do not add up.
     if len(relations) > 1:
         notions = " and ".join(f"{name} ({NEIGHBOURS[name]})" for name in sorted(relations))
         raise ValueError(

@@ -93,6 +93,7 @@ class ClippedSum(GradientReceiver):
 
     def receive(self, jacobian: Jacobian) -> None:
         """Take a parameter's norms now, while its inputs are in the cache, and hold its terms."""
+        # Held until the pass ends, the gradients then take less memory than what they are made of.
         if jacobian.forms_norms and _is_small(jacobian):
             jacobian = jacobian.formed()
         if jacobian.forms_norms:
@@ -109,6 +110,7 @@ class ClippedSum(GradientReceiver):
         """Clip and add up the pass."""
         jacobians, formed, samples = self._jacobians, self._formed, self._samples
         norms, cancelling = self._norms, self._cancelling
+        # For one pass: rows of the next one belong to others.
         counted, self.counted = self.counted, None
         self.begin(0)
         self.passes += 1
@@ -133,6 +135,7 @@ class ClippedSum(GradientReceiver):
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
                 self._add(row, weight, not all_count or self.discarded > discarded_before)
             weights_of_chunks.append(weights[: len(jacobians)])
+        # Their terms are not needed again, and the loop below wants the memory.
         formed.clear()
         weights = torch.cat(weights_of_chunks, dim=1)
         # One after the other, so that memory falls.
@@ -162,6 +165,7 @@ class ClippedSum(GradientReceiver):
         number.
         """
         device = norms[0].device
+        # Parameters may be on several devices; the norm of a sample is over all of them.
         stacked = torch.stack([norm.to(device) for norm in norms])
         if counted is not None:
             # What stands in is in nobody's statistics: rules count, and norms are kept.
@@ -175,7 +179,9 @@ class ClippedSum(GradientReceiver):
         joint = stacked.norm(dim=0)
         if self.keep_norms:
             self.norms.append(joint)
+        # Subnormal factors have fewer digits: the product could be longer than C.
         normal = (factors >= smallest_normal) & (factors < math.inf)
+        # In all parameters or in none: what was clipped is the whole gradient of a sample.
         usable = joint.isfinite() & normal.all(0)
         self.discarded += len(usable) - int(usable.sum())
         return factors.where(usable, math.nan).expand(len(norms), -1)

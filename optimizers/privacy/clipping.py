@@ -249,6 +249,7 @@ class PerLayerClipping(AtMostOne):
 
         A sample with any norm that is not finite counts nowhere.
         """
+        # P bounds of C / √P are one of C: the squares add up.
         factors = (self.clip_norm / math.sqrt(parameters) / norms).clamp(max=1)
         return _where_finite(_joint(norms), factors)
 
@@ -326,6 +327,7 @@ class AdaptiveClipping(FlatClipping):
         Raises:
             ValueError: The count alone would cost more than σ allows.
         """
+        # For `count_noise`, which is asked afterwards.
         self._accounted = accounted
         if accounted == 0:
             return 0.0
@@ -343,6 +345,8 @@ class AdaptiveClipping(FlatClipping):
             return 0.0
         if self._count_noise is not None:
             return self._count_noise
+        # B̄ / 20 is the paper's choice. For small batches σ: of less than σ / 2 the count would
+        # spend all.
         return max(expected_batch_size / 20, self._accounted)
 
     def counts(self) -> Tensor | None:

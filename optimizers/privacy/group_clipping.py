@@ -90,6 +90,7 @@ class PerGroupClipping(AtMostOne):
             [group_of_parameter[parameter] for parameter in rows], device=norms.device
         )
         limits = norms.new_tensor(self._norms())
+        # Over the parameters of a group together, not one by one.
         norms_of_groups = torch.stack(
             [norms[group_of_row == number].norm(dim=0) for number in range(len(limits))]
         )

@@ -52,6 +52,7 @@ def summed_over_ranks(
         for piece, units in _units(totals, stds, noise):
             piece.set(units.mul_(piece.step))
         return list(totals)
+    # Of every one of W processes, noise would add up to √W times σC.
     source = noise if dist.get_rank() == 0 else None
     # Copies: the next piece takes the memory of the last one. What is added up over the processes
     # are whole numbers, so that their order does not matter.
@@ -63,6 +64,7 @@ def summed_over_ranks(
 
 def grid(std: float) -> float:
     """The power of two that sums and noise of this standard deviation are multiples of."""
+    # Of σC alone, which is public: a grid that followed the sums would tell of them.
     return 2.0 ** (math.floor(math.log2(std)) - GRID)
 
 

@@ -103,6 +103,7 @@ class DPOptimizer(Optimizer):
         if expected_batch_size is not None:
             require_positive("expected_batch_size", expected_batch_size)
         self.optimizer = optimizer
+        # A torch optimizer itself: schedulers, the Trainer and checkpoints ask for one.
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share()
         self.noise_schedule = noise_multiplier if callable(noise_multiplier) else None
@@ -167,6 +168,7 @@ class DPOptimizer(Optimizer):
         """
         taking_part = set(self._trainable())
         if self._sum.passes:
+            # Their gradients are in the sum already, whatever was frozen since.
             taking_part.update(self._sum.parameters)
         self._sum.parameters = [p for p in self._all() if p in taking_part]
 
@@ -262,6 +264,7 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Before noise is drawn: a step that is refused releases nothing.
         self._refuse_unprivatised()
         sigma, size = self._settings()
         self._privatise(sigma, size)
@@ -270,6 +273,7 @@ class DPOptimizer(Optimizer):
             self.accountant.step(sigma)
         self.steps += 1
         self._schedule()
+        # All that follows is post-processing: it reads nothing but what was released.
         self.optimizer.step()
         return loss
 
@@ -320,7 +324,10 @@ class DPOptimizer(Optimizer):
         for parameter in self._all():
             parameter.grad = None
         for parameter, total in zip(self._sum.parameters, released, strict=True):
+            # By the expected B̄: how many were drawn is private itself.
             parameter.grad = total.div_(size).to(parameter.dtype)
+            # An empty batch makes no pass: its step must not take this gradient for one from
+            # elsewhere.
             self._own[parameter] = parameter.grad, parameter.grad._version
         self.clipping.end_step(noisy_counts, size)
         self._sum.forget()

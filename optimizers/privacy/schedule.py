@@ -58,6 +58,7 @@ def value_of(name: str, setting: float | Schedule, step: int) -> float:
     Raises:
         ValueError: A schedule gives a number that is not positive, or negative noise.
     """
+    # No noise is allowed, for tests; a clip norm of zero would leave nothing to learn from.
     require = require_non_negative if name == "noise_multiplier" else require_positive
     if not callable(setting):
         require(name, setting)
@@ -73,6 +74,7 @@ def value_of(name: str, setting: float | Schedule, step: int) -> float:
 def held_for(schedule: Schedule, step: int, at_most: float) -> int:
     """For how many steps from this one on a schedule keeps its value, at least one."""
     value, count = schedule(step), 1
+    # A schedule is any function: its runs are found by asking for one step after the other.
     while count < at_most and schedule(step + count) == value:
         count += 1
     return count
