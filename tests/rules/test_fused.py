@@ -52,6 +52,20 @@ MASKS = {
 }
 
 
+def shares_heads():
+    """Whether this version of torch has a fused kernel on CPUs for heads that queries share; 2.6 has none."""
+    q, k = randn(1, 2, 3, 2), randn(1, 1, 3, 2)
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+FUSED = [name for name in MASKS if "grouped" not in name or shares_heads()]
+
+
 class Attending(nn.Module):
     """Queries of the first T positions, keys and values of all S; two heads of these where they are shared."""
 
@@ -93,7 +107,7 @@ def assert_products(problem, field, blocks):
         assert_close(getattr(p, field)(units).flatten(1), block, label=name, rounding=1e-12)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", FUSED)
 def test_attention_is_differentiated_twice(mask):
     problem, reference = attending(mask), attending(mask)
     nodes = fused([problem.compute_loss()])
@@ -105,7 +119,7 @@ def test_attention_is_differentiated_twice(mask):
         assert_close(p.diag_h.flatten(), blocks[name].sum(0).diagonal(), label=name, rounding=1e-12)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", FUSED)
 def test_quantities_are_those_of_the_math_kernel(mask):
     """Products with the GGN, traces and eigenvalues of all parameters."""
     found = []
