@@ -45,10 +45,6 @@ PIECEWISE_LINEAR = LINEAR | frozenset(_PIECEWISE.split())
 PRODUCTS = frozenset(("Div", "Dot", "Mul", "Mv"))
 # nodes that are linear in each input: linear in the data if one input alone carries it
 BILINEAR = frozenset(("Addmm", "Addmv", "Baddbmm", "Bmm", "Convolution", "Dot", "Mm", "Mul", "Mv"))
-# linear nodes whose entries are those of their inputs at the same place
-_ENTRY_BY_ENTRY = frozenset(
-    ("Add", "Clone", "Div", "MaskedFill", "Mul", "Neg", "Rsub", "Sub", "ToCopy", "Where")
-)
 CLASSES = frozenset(("cross_entropy", "nll_loss"))  # loss functions with classes on the second axis
 
 
@@ -128,59 +124,6 @@ def frontier(tape: Tape, heads: Sequence[Head], loss: Tensor) -> list[Head]:
         else:
             stack += [after for after, _ in node.next_functions if after is not None]
     return list(found.values())
-
-
-def added_by_row(loss: Tensor, heads: Sequence[Head], count: int) -> dict[Node, list[Head]]:
-    """The heads that are added up row by row, by the node of the sum: the losses of N samples.
-
-    Args:
-        loss: The loss, which is linear in the heads.
-        heads: Its heads.
-        count: N.
-    """
-    by_place = {head.edge[:2]: head for head in heads}
-    found: dict[Node, list[Head]] = {}
-    stack, seen = [(cast("Node", loss.grad_fn), loss.output_nr)], set[tuple[Node, int]]()
-    while stack:
-        place = stack.pop()
-        if place in seen or place in by_place:
-            continue
-        seen.add(place)
-        added = _added_at(place, by_place, count)
-        if len(added) > 1:
-            found[place[0]] = added
-        else:
-            stack += linear_inputs(place[0])
-    return found
-
-
-def _added_at(
-    top: tuple[Node, int], by_place: dict[tuple[Node, int], Head], count: int
-) -> list[Head]:
-    """The heads whose row n is added up in row n of an output of N rows."""
-    found, stack, seen = list[Head](), [top], set[tuple[Node, int]]()
-    while stack:
-        place = stack.pop()
-        if place in seen or shape_at(GradientEdge(*place))[:1] != (count,):
-            continue
-        seen.add(place)
-        if place in by_place:
-            found.append(by_place[place])
-        else:
-            stack += [below for below in linear_inputs(place[0]) if _keeps_rows(place, below)]
-    return found
-
-
-def _keeps_rows(above: tuple[Node, int], below: tuple[Node, int]) -> bool:
-    """Whether row n of an output of a linear node is made of row n of an input."""
-    node = above[0]
-    out, inp = (len(shape_at(GradientEdge(*place))) for place in (above, below))
-    if name_of(node) in _ENTRY_BY_ENTRY:
-        return out == inp
-    dims = getattr(node, "_saved_dim", None)
-    if name_of(node) not in ("Mean", "Sum") or not dims:
-        return False
-    return 0 not in [saved_axis(dim, inp) for dim in dims]
 
 
 def linear_inputs(node: Node, kinks: bool = False) -> list[tuple[Node, int]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.graph.heads import Head, added_by_row
+from lightning_curv.graph.heads import Head
 from lightning_curv.graph.joins import node_of
 from lightning_curv.graph.tape import leaf_of, nodes_below
 from lightning_curv.recording.provenance import Roots, roots_of
@@ -15,6 +15,7 @@ from lightning_curv.recording.records import shape_at
 from lightning_curv.samples.anchors import anchor_of, in_order, told_by_map, told_by_target
 from lightning_curv.samples.coupling import differ
 from lightning_curv.samples.probing import Place, Probe
+from lightning_curv.samples.rowwise import added_by_row
 from lightning_curv.samples.search import Search
 from lightning_curv.terms.owners import BatchAxis, Owners
 

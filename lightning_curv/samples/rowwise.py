@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.autograd.graph import Node
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.graph.heads import Head, name_of, saved_axis
+from lightning_curv.graph.heads import Head, linear_inputs, name_of, saved_axis
 from lightning_curv.graph.joins import Join
 from lightning_curv.graph.tape import Tape
+from lightning_curv.recording.records import shape_at
 from lightning_curv.terms.owners import BatchAxis, Owners
 
 _ENTRYWISE = """
@@ -53,6 +55,9 @@ _SLOTTED = """
     group_norm layer_norm linear matmul rms_norm
 """
 _USES = frozenset(_SLOTTED.split()) | frozenset("add addmm div mul sub".split())  # noqa: SIM905
+
+# linear ops that losses per sample are added up by
+_ADDING = frozenset("Add Clone Div MaskedFill Mean Mul Neg Rsub Sub Sum ToCopy Where".split())  # noqa: SIM905
 
 Edge = tuple[Node, int]
 
@@ -103,7 +108,7 @@ def samples_cannot_meet(
             rule = _rule(node)
         if inputs and rule is None:
             return False
-        shape = torch.Size(node._input_metadata[edge[1]].shape)
+        shape = _shape(edge)
         if node in tape.uses and tape.uses[node].operands:
             shape = tape.uses[node].shape
         stack += [
@@ -113,7 +118,7 @@ def samples_cannot_meet(
 
 
 def _shape(edge: Edge) -> torch.Size:
-    return torch.Size(edge[0]._input_metadata[edge[1]].shape)
+    return shape_at(GradientEdge(*edge))
 
 
 Rule = Callable[[Any, torch.Size, torch.Size, BatchAxis], BatchAxis | None]
@@ -345,3 +350,49 @@ def _slice(
     axis: BatchAxis,
 ) -> BatchAxis | None:
     return axis if out[axis.axis] == inp[axis.axis] else None
+
+
+def added_by_row(loss: Tensor, heads: Sequence[Head], count: int) -> dict[Node, list[Head]]:
+    """The heads that are added up row by row, by the node of the sum: the losses of N samples.
+
+    Args:
+        loss: The loss, which is linear in the heads.
+        heads: Its heads.
+        count: N.
+    """
+    by_place = {head.edge[:2]: head for head in heads}
+    found: dict[Node, list[Head]] = {}
+    stack, seen = [(cast("Node", loss.grad_fn), loss.output_nr)], set[Edge]()
+    while stack:
+        place = stack.pop()
+        if place in seen or place in by_place:
+            continue
+        seen.add(place)
+        added = _added_at(place, by_place, count)
+        if len(added) > 1:
+            found[place[0]] = added
+        else:
+            stack += linear_inputs(place[0])
+    return found
+
+
+def _added_at(top: Edge, by_place: Mapping[Edge, Head], count: int) -> list[Head]:
+    """The heads whose row n is added up in row n of an output of N rows."""
+    found, stack, seen = list[Head](), [top], set[Edge]()
+    while stack:
+        place = stack.pop()
+        if place in seen or _shape(place)[:1] != (count,):
+            continue
+        seen.add(place)
+        if place in by_place:
+            found.append(by_place[place])
+        else:
+            stack += [below for below in linear_inputs(place[0]) if _adds_up_rows(place, below)]
+    return found
+
+
+def _adds_up_rows(above: Edge, below: Edge) -> bool:
+    """Whether row n of an output of a linear node is made of row n of an input."""
+    node, rows = above[0], BatchAxis(_shape(above)[0])
+    rule = _rule(node) if name_of(node) in _ADDING else None
+    return rule is not None and rule(node, _shape(above), _shape(below), rows) == rows

@@ -8,11 +8,12 @@ from trap_problems import assert_right, both, problem
 
 from lightning_curv import curvature
 from lightning_curv.extensions import KFAC, KFLR, BatchGrad
-from lightning_curv.graph.heads import added_by_row, find_heads
+from lightning_curv.graph.heads import find_heads
 from lightning_curv.graph.tape import walk
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.record import record
 from lightning_curv.samples.batch import Batch
+from lightning_curv.samples.rowwise import added_by_row
 from lightning_curv.samples.verified import MEMORY
 
 
