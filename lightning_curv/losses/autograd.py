@@ -17,7 +17,7 @@ from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, dif
 from lightning_curv.kernels.symmetric import eigh, root_product
 from lightning_curv.losses.likelihoods import signs_of
 from lightning_curv.losses.parts import LossPart, Multiplication, Signed
-from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners, RowOwners, golden
+from lightning_curv.terms.owners import ChosenOwners, Owners, golden
 
 LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
 STEPS = 32  # products that a sample of a larger block takes
@@ -112,6 +112,7 @@ class Quadratic(LossPart):
         The quadratic f₀ f₁ has an indefinite Hessian; the GGN takes its positive part.
 
         >>> from torch.autograd.graph import get_gradient_edge
+        >>> from lightning_curv.terms.owners import BatchAxis
         >>> f = torch.tensor([[1.0, 2.0]], requires_grad=True)
         >>> value = f.prod()
         >>> edges, owners = [get_gradient_edge(f)], [BatchAxis(1)]
@@ -344,12 +345,7 @@ class Quadratic(LossPart):
         candidates = [Blocks(entries, 1)]
         if len(self.likes) == 1:
             shape = self.likes[0].shape
-            owners = getattr(self.owners[0], "whole", self.owners[0])
-            taken = {0}
-            if isinstance(owners, BatchAxis):
-                taken = {owners.axis}
-            elif isinstance(owners, RowOwners):
-                taken = set(owners.axes)
+            taken = {*self.owners[0].axes}
             # The last axis holds the classes, as of tokens [N, T, C] …
             if len(shape) > 1 and len(shape) - 1 not in taken and shape[-1]:
                 candidates.append(Blocks(entries // shape[-1], shape[-1]))

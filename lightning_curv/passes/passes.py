@@ -28,7 +28,7 @@ from lightning_curv.recording.records import LossCall, Use
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import dense
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners, RowOwners
+from lightning_curv.terms.owners import ChosenOwners, Owners
 from lightning_curv.terms.term import Term
 
 COLUMN_BYTES = 2**26  # of cotangents that are held at once
@@ -269,7 +269,8 @@ def terms_of_rule(
 ) -> dict[str, Term]:
     """The same, where a rule that does not cover these arguments raises `NotImplementedError`."""
     g = g.reshape(g.shape[0], *use.shape)
-    axis, lead = _rows(owners)
+    # The axis with the rows, and how many leading axes carry them together.
+    axis, lead = owners.axes[0], len(owners.axes)
     if lead > 1:
         g = g.flatten(1, lead)
     elif axis:
@@ -293,16 +294,6 @@ def terms_of_rule(
     if isinstance(owners, ChosenOwners):
         return {name: found[name].of_chosen(owners, chosen) for name in use.operands}
     return {name: found[name].grouped(owners) for name in use.operands}
-
-
-def _rows(owners: Owners) -> tuple[int, int]:
-    """The axis of a use's output with the rows, and how many leading axes carry them together."""
-    if isinstance(owners, ChosenOwners):
-        owners = owners.whole
-    if isinstance(owners, RowOwners):
-        return owners.axes[0], len(owners.axes)
-    assert isinstance(owners, BatchAxis)
-    return owners.axis, 1
 
 
 def _multiplications(use: Use) -> int:

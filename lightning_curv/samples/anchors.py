@@ -102,8 +102,7 @@ def _numbered(
     Or all of it, if it reads one sample only.
     """
     owners = owners_of(numbers, shape, count)
-    axes = (owners.axis,) if isinstance(owners, BatchAxis) else owners.axes
-    if all(axis in search.axes[node] and use.shape[axis] == shape[axis] for axis in axes):
+    if all(axis in search.axes[node] and use.shape[axis] == shape[axis] for axis in owners.axes):
         return owners
     if numbers.numel() == 1:
         return owners_of(numbers.flatten(), use.shape, count)

@@ -20,7 +20,7 @@ from lightning_curv.samples.groups import owner_of_rows
 from lightning_curv.samples.meeting import Mixed, find_joins
 from lightning_curv.samples.probing import Finding, Place, Probe
 from lightning_curv.samples.search import Search
-from lightning_curv.terms.owners import Owners, RowOwners
+from lightning_curv.terms.owners import Owners
 
 _PRICED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters whose price was named
 
@@ -115,9 +115,8 @@ def _has_rule(search: Search, node: Node | Join, finding: Finding) -> bool:
 
 def _keeps(use: Use, owners: Owners) -> bool:
     """Whether what an op's output has of a sample reads nothing that its data have of another."""
-    axes = owners.axes if isinstance(owners, RowOwners) else (getattr(owners, "axis", -1),)
     kept = use.rule.keeps(Call(use.shape, tuple(use.operands)), use.arguments)
-    return {*axes} <= {*kept}
+    return {*owners.axes} <= {*kept}
 
 
 def _refuse_inner_mixing(

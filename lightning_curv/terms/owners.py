@@ -28,6 +28,11 @@ class Owners(ABC):
 
     count: int
 
+    @property
+    @abstractmethod
+    def axes(self) -> tuple[int, ...]:
+        """The axes that carry the samples, together."""
+
     @abstractmethod
     def owner(self, shape: Sequence[int]) -> Tensor:
         """The sample that every entry of a tensor belongs to; broadcasts against it."""
@@ -92,6 +97,10 @@ class BatchAxis(Owners):
     count: int
     axis: int = 0
     minor: bool = False
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return (self.axis,)
 
     def owner(self, shape: Sequence[int]) -> Tensor:
         if not len(shape):
@@ -256,6 +265,10 @@ class ChosenOwners(Owners):
     count: int
     whole: Owners
     chosen: Tensor
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return self.whole.axes
 
     @cached_property
     def _places(self) -> Tensor:
