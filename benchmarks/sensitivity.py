@@ -358,8 +358,9 @@ class Sum:
 
     def change(self, batch: Batch, place: int) -> float:
         """‖Σ(S ∪ {x}) - Σ(S)‖ / C with x at a place of the batch."""
+        change = float((self(batch) - self.without(batch, place)).norm()) / self.case.clip_norm
         self.case.evaluations += 1
-        return float((self(batch) - self.without(batch, place)).norm()) / self.case.clip_norm
+        return change
 
     def without(self, batch: Batch, place: int) -> Tensor:
         """Σ(S): the sum without the sample at a place."""
@@ -378,16 +379,19 @@ def search(case: Case, climbs: int = 8) -> Case:
     batch, place = evaluate.draw(case.count), source.randrange(case.count)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            for _ in range(climbs):
-                trial = _moved(batch, place, source, HARD.get(case.model, ""))
+        for _ in range(climbs):
+            trial = _moved(batch, place, source, HARD.get(case.model, ""))
+            try:
                 change = evaluate.change(trial, place)
-                if not change <= case.change or not case.evaluations:
-                    case.change, batch = change, trial
-                if case.violated:
-                    break
-        except UnsupportedError as error:
-            case.refused = str(error)
+            except UnsupportedError as error:
+                case.refused = str(error)  # this batch; the climb goes on from the last one
+                continue
+            if not change <= case.change:
+                case.change, batch = change, trial
+            if case.violated:
+                break
+    if case.evaluations:
+        case.refused = ""
     case.batch = batch
     return case
 

@@ -40,7 +40,7 @@ def test_no_sample_changes_the_sum_by_more_than_the_norm(sensitivity):
     found = [sensitivity.search(case, climbs=4) for case in sensitivity.cases(200, seed=3)]
     violations = [sensitivity.describe(case) for case in found if case.violated]
     assert not violations
-    assert sum(bool(case.refused) for case in found) < 30  # of what is not finite
+    assert not any(case.refused for case in found)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16-mixed", "bf16-true"])
