@@ -65,7 +65,15 @@ class _LossInputs(TorchFunctionMode):
                 input = input.view_as(input)  # nothing but this call depends on it
                 self.found.append(input)
             args = (input, *args[1:])
+        if func is torch.sparse_coo_tensor and args[1].requires_grad:
+            return _scattered(*args)
         return func(*args, **kwargs)
+
+
+def _scattered(places: Tensor, values: Tensor, size: Sequence[int]) -> Tensor:
+    """A sparse tensor as a dense one: torch's own gradient by its values leaves no graph."""
+    zeros = values.new_zeros(*size)
+    return zeros.index_put(tuple(places.long()), values, accumulate=True)
 
 
 class _Outputs:
@@ -320,13 +328,19 @@ class Reference:
                     g, p, self.vector(name), retain_graph=True, materialize_grads=True
                 )[0].detach()
                 if g.requires_grad
-                else torch.zeros_like(p)
+                else self._lost(name)
                 for name, p, g in zip(self.chosen, parameters, gradients)
             }
         except RuntimeError as error:
             if "not implemented" not in str(error):
                 raise
             return {name: self._extrapolated(name) for name in self.chosen}
+
+    def _lost(self, name: str) -> Tensor:
+        """Where a gradient has no graph: it depends on nothing, or an op of torch has lost it."""
+        if largest(self._difference(name, 1e-5)) < self.tolerance * self._largest:
+            return torch.zeros_like(self.parameters[name])
+        return self._extrapolated(name)
 
     def _extrapolated(self, name: str) -> Tensor:
         """Central differences of two gradients, extrapolated from two steps.

@@ -103,9 +103,16 @@ def _bags(node: Any, weight: Tensor | None, each: Tensor | None) -> Tensor | Non
     return total
 
 
+def _entries(node: Any, values: Tensor) -> Tensor:
+    """A sparse tensor as a dense one: torch's own gradient by its values leaves no graph."""
+    result = node._saved_result
+    dense = values.new_zeros(result.shape)
+    return dense.index_put(tuple(result._indices()), values, accumulate=True)
+
+
 # node name -> the op on its differentiable inputs, and the names under which the node has saved
-# these
-FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
+# these (`None`: it saves no values, for the op is linear in them)
+FORMULAS: dict[str, tuple[Formula, tuple[str | None, ...]]] = {
     "HardsigmoidBackward0": (_hardsigmoid, ("self",)),
     "LogitBackward0": (_logit, ("self",)),
     "CdistBackward0": (_distances, ("x1", "x2")),
@@ -114,6 +121,7 @@ FORMULAS: dict[str, tuple[Formula, tuple[str, ...]]] = {
     "MultilabelMarginLossBackward0": (_label_margins, ("self",)),
     "CtcLossBackward0": (alignments, ("log_probs",)),
     "CtcLossBackward1": (alignments, ("log_probs",)),
+    "SparseCooTensorWithDimsAndTensorsBackward0": (_entries, (None,)),
     "EmbeddingBagBackward0": (_bags, ("weight", "per_sample_weights")),
     "ScaledDotProductFlashAttentionForCpuBackward0": (
         attention("attn_mask"),

@@ -135,6 +135,8 @@ class _Replacing:
         cotangent: Tensor,
     ) -> tuple[Tensor | None, ...] | None:
         formula, names = FORMULAS[self._node.name()]
+        if cotangent.is_sparse:  # formulas are written in dense ops
+            cotangent = cotangent.to_dense()
         saved = [self._saved(name, g, cotangent) for name, g in zip(names, found, strict=False)]
         # inputs may be one and the same tensor: each gets a node of its own
         inputs = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in saved]
@@ -155,12 +157,12 @@ class _Replacing:
 
     def _saved(
         self,
-        name: str,
+        name: str | None,
         gradient: Tensor | None,
         cotangent: Tensor,
     ) -> Tensor | None:
         """What the node has saved, or an input that it is linear in and has not saved."""
-        saved = getattr(self._node, f"_saved_{name}")
+        saved = None if name is None else getattr(self._node, f"_saved_{name}")
         if saved is None and gradient is not None:
             return cotangent.new_zeros(gradient.shape, requires_grad=True)
         return saved

@@ -149,7 +149,7 @@ class Join:
         return found
 
     def _reduced(self, g: Tensor, shape: torch.Size) -> Tensor:
-        found = self._call(g)
+        found = strided(self._call(g))
         if found is None:
             return g.new_zeros(shape)
         if found.shape == shape:
@@ -204,6 +204,13 @@ class _Named:
 def node_of(key: Node | Join) -> Node:
     """The node where the cotangents of a use arrive."""
     return key.node if isinstance(key, Join) else key
+
+
+def strided(g: Tensor | None) -> Tensor | None:
+    """A cotangent whose memory has strides, as that of a sparse tensor has not."""
+    if g is None or g.layout in (torch.strided, torch.jagged):
+        return g
+    return g.to_dense()
 
 
 def _dtype_at(edge: GradientEdge, default: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import unheard
 from lightning_curv.errors import UnsupportedError, describe
-from lightning_curv.graph.joins import Join, node_of
+from lightning_curv.graph.joins import Join, node_of, strided
 from lightning_curv.graph.tape import Tape, parameters
 from lightning_curv.kernels import huge_pages
 from lightning_curv.kernels.onednn import fast_products, is_large
@@ -101,13 +101,14 @@ class Passes:
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
         with unheard(), fast_products(self.multiplies):
-            return torch.autograd.grad(
+            found = torch.autograd.grad(
                 outputs,
                 inputs,
                 seeds,
                 retain_graph=keep_graph,
                 allow_unused=True,
             )
+        return tuple(map(strided, found))
 
     @cached_property
     def multiplies(self) -> bool:
@@ -207,6 +208,7 @@ class Passes:
 
         ``None``: the columns do not reach it.
         """
+        g = strided(g)
         if g is None or not use.operands:
             return
         if use.pull is not None:

@@ -72,6 +72,64 @@ def test_a_network_over_a_sparse_graph_is_recorded_and_has_products(layout, prod
             values(model, extension)
 
 
+class Scattered(nn.Module):
+    """A matrix whose entries at some places are a parameter, and how the samples meet it."""
+
+    MEETINGS = {
+        "added": lambda A, x: F.linear(x, torch.ones(4, 6).double() + A),
+        "mm": lambda A, x: torch.sparse.mm(A, x.T).T,
+        "coalesced": lambda A, x: torch.sparse.mm(A.coalesce(), x.T).T,
+        "addmm": lambda A, x: torch.sparse.addmm(torch.zeros(4, 3).double(), A, x.T).T,
+        "matmul": lambda A, x: (A @ x.T).T,
+        "transposed": lambda A, x: x @ A.t(),
+        "dense": lambda A, x: F.linear(x, A.to_dense()),
+    }
+
+    def __init__(self, meeting):
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(6).double())
+        self.bend = nn.Linear(6, 6).double()
+        # one place twice: its entries are added up
+        self.register_buffer("places", torch.tensor([[0, 1, 2, 3, 3, 0], [0, 5, 2, 1, 4, 0]]))
+        self.meet = self.MEETINGS[meeting]
+
+    def forward(self, x):
+        shape = (4, 6)
+        if self.meet is None:
+            zeros = torch.zeros(shape).double()
+            A = zeros.index_put((*self.places,), self.values, accumulate=True)
+            return F.linear(self.bend(x).tanh(), A + self.added)
+        return self.meet(
+            torch.sparse_coo_tensor(self.places, self.values, shape), self.bend(x).tanh()
+        )
+
+
+@pytest.mark.filterwarnings("ignore::lightning_curv.rules.fallback.FallbackWarning")
+@pytest.mark.parametrize("meeting", Scattered.MEETINGS)
+def test_the_entries_of_a_sparse_matrix_may_be_a_parameter(meeting):
+    """Torch's gradient by them leaves no graph, and says nothing of it."""
+    model = Scattered(meeting)
+    X, y = torch.randn(3, 6).double(), torch.tensor([0, 3, 2])
+    extensions = (BatchGrad(), DiagGGNExact(), HMP(), GGNMP(), DiagHessian())
+
+    def values():
+        with curvature(*extensions):
+            F.cross_entropy(model(X), y).backward()
+        found = {}
+        for name, p in model.named_parameters():
+            for extension in extensions:
+                value = getattr(p, extension.savefield)
+                found[name, extension.savefield] = (
+                    value if isinstance(value, torch.Tensor) else value(torch.ones_like(p))
+                )
+        return found
+
+    found = values()
+    model.meet, model.added = None, 1.0 if meeting == "added" else 0.0
+    for key, reference in values().items():
+        assert_close(found[key], reference, label=key)
+
+
 @pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
 def test_neighbours_that_are_added_up_before_the_first_parameter_are_seen(layout, read):
