@@ -380,6 +380,8 @@ class CurvatureCallback(Callback):
         refuse_alarms(self._watch.alarms, trainer.optimizers)
         self._chosen = choose(pl_module, self.layers, self.max_layers)
         self._run.begin(trainer, pl_module)
+        if self.every_n_steps != 0:
+            self._events.tolerance.guard(trainer.loggers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Some strategies restore callbacks only after `on_fit_start`; by now all have done so.

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
+from lightning_curv.callbacks.monitoring.tolerance import Tolerance
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -31,12 +30,15 @@ class Events:
 
     Alone, each costs more than twice as much: between two steps, the code that makes and writes it
     leaves the processor's caches.
+
+    Attributes:
+        tolerance: of what loggers raise.
     """
 
     def __init__(self) -> None:
         self._held: list[tuple[Any, ...]] = []
         self._due = 0.0
-        self._warned = False
+        self.tolerance = Tolerance()
 
     def add(self, *event: Any) -> None:
         """Take the arguments of `_write_event` without the time."""
@@ -48,25 +50,9 @@ class Events:
     def write(self) -> None:
         """Write what is held back."""
         while self._held:
-            with self.tolerating():
+            with self.tolerance.tolerating():
                 _write_event(*self._held.pop(0))
         self._due = time.time() + HELD_SECONDS
-
-    @contextmanager
-    def tolerating(self) -> Iterator[None]:
-        """What loggers raise does not end the run.
-
-        A full disk, a folder that is read only, a logger of a test.
-        """
-        try:
-            yield
-        except Exception as error:
-            if not self._warned:
-                self._warned = True
-                rank_zero_warn(
-                    f"CurvatureCallback cannot write to a logger ({type(error).__name__}: {error}) "
-                    "and goes on without; its values are still in `trainer.callback_metrics`."
-                )
 
 
 def publish(
@@ -115,7 +101,7 @@ def publish(
         }
         samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
         pictures = {name.replace("/", separator): image for name, image in (images or {}).items()}
-        with events.tolerating():
+        with events.tolerance.tolerating():
             write = events.add if _is_plain_tensorboard(logger) else _write
             write(logger, step, metrics, samples, pictures)
 
@@ -217,7 +203,7 @@ def add_layout(trainer: Trainer, series: Collection[str], events: Events) -> Non
         name: ["Multiline", [f"{GROUP}/{name}$"]] for name in series if name not in NORM_BAND
     }
     for logger in trainer.loggers:
-        with events.tolerating():
+        with events.tolerance.tolerating():
             add = getattr(getattr(logger, "experiment", None), "add_custom_scalars", None)
             if add is not None:
                 add({GROUP: charts})

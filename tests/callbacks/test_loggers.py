@@ -1,6 +1,7 @@
 """Whatever the logger is, and whatever happens to it, training goes on."""
 
 import warnings
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -131,3 +132,63 @@ def test_a_folder_that_vanishes_is_no_error(tmp_path):
     with pytest.warns(UserWarning, match="cannot write to a logger .*Permission denied"):
         trainer = fit(net, CurvatureCallback(), logger=logger, epochs=1)
     assert trainer.callback_metrics["curvature/grad_norm"] > 0
+
+
+def fill(path):
+    """Nothing can be written to a file any more, as on a full disk."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/full")
+
+
+def forbid(path):
+    """Nothing can be written to a file any more, not even by who may write everywhere."""
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+class Obstructed(Net):
+    """What the logger writes to is taken away after the second step; Lightning logs the loss as well."""
+
+    def __init__(self, obstruct):
+        super().__init__()
+        self.obstruct = obstruct
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        if self.trainer.global_step == 2 and self.obstruct is not None:
+            folder = Path(self.logger.log_dir)
+            for path in [*folder.glob("events*")] or [folder / "metrics.csv"]:
+                self.obstruct(path)
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("obstruct", [fill, forbid])
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_no_space_and_no_permission_in_the_middle_of_a_run(tmp_path, kind, obstruct):
+    if obstruct is fill and not Path("/dev/full").exists():  # what Linux has
+        obstruct = forbid
+    logger, net = kind(tmp_path), Obstructed(obstruct)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = fit(net, CurvatureCallback(), logger=logger, epochs=2)
+    said = [str(w.message) for w in caught if "cannot write to a logger" in str(w.message)]
+    assert len(said) == 1
+    assert trainer.global_step == 8
+    assert {"loss", "curvature/grad_norm"} <= trainer.callback_metrics.keys()
+    assert not {"log_metrics", "save", "finalize"} & vars(logger).keys()
+    plain = Obstructed(None)
+    fit(plain, logger=CSVLogger(tmp_path / "plain"), epochs=2)
+    assert_same_parameters(plain, net)
+
+
+def test_a_value_that_a_logger_does_not_take_is_an_error_as_ever():
+    class Choosy(Minimal):
+        def log_metrics(self, metrics, step):
+            if "loss" in metrics:
+                raise TypeError("no losses here")
+
+    logger = Choosy()
+    with pytest.raises(TypeError, match="no losses here"):
+        fit(Obstructed(None), CurvatureCallback(), logger=logger, epochs=1)
