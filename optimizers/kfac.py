@@ -5,9 +5,10 @@ from typing import Literal
 from torch.optim.optimizer import ParamsT
 
 from lightning_curv.extensions import KFLR, Extension, JacobianExact, JacobianMC
+from lightning_curv.extensions.unevaluated import JacobianEmpirical
 from lightning_curv.optimizers.curvature.base import ParamGroup
 from lightning_curv.optimizers.curvature.eigenbasis import EigenCurvature
-from lightning_curv.optimizers.curvature.empirical import JacobianEmpirical, curved
+from lightning_curv.optimizers.curvature.empirical import curved
 from lightning_curv.optimizers.curvature.kronecker import KroneckerCurvature
 from lightning_curv.optimizers.second_order import SecondOrderOptimizer
 from lightning_curv.optimizers.settings import (

@@ -19,7 +19,7 @@ from lightning_curv.engine.refusals import refuse_uncovered
 from lightning_curv.engine.sum_check import SumCheck
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
-from lightning_curv.extensions.columns import Exact, Gradient, Sampled, Source
+from lightning_curv.extensions.columns import Chosen, Exact, Gradient, Sampled, Source
 from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.graph.tape import Tape, find_output, walk
 from lightning_curv.passes.gradient_hooks import Listener
@@ -449,12 +449,9 @@ def _units(
     """
     units: dict[GraphExtension | Source, list[Any]] = {}
     for extension in extensions:
-        unit: GraphExtension | Source
-        if isinstance(extension, GraphExtension):
-            unit = extension
-        else:
-            unit = extension.source
-        unit = unit.on(passes) if hasattr(unit, "on") else unit
+        unit = extension if isinstance(extension, GraphExtension) else extension.source
+        if isinstance(unit, Chosen):
+            unit = unit.on(passes)
         units.setdefault(unit, []).append(extension)
     kinds_of_exact = [unit for unit in units if isinstance(unit, Exact)]
     if len(kinds_of_exact) > 1:  # the complete root serves all that need any

@@ -16,14 +16,13 @@ from lightning_curv.extensions.ggn import (
     DiagGGNExact,
     DiagGGNMC,
     GGNTraceMC,
-    JacobianExact,
-    JacobianMC,
     SqrtGGNExact,
     SqrtGGNMC,
 )
 from lightning_curv.extensions.hessian import BatchDiagHessian, DiagHessian
 from lightning_curv.extensions.kfra import KFRA
 from lightning_curv.extensions.kronecker import KFAC, KFLR
+from lightning_curv.extensions.unevaluated import JacobianExact, JacobianMC
 
 __all__ = [
     "GGNMP",

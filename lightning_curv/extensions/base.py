@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_curv.extensions.columns import Exact, Gradient, Sampled, Source
+from lightning_curv.extensions.columns import Chosen, Exact, Gradient, Sampled, Source
 from lightning_curv.passes.passes import Passes
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -48,7 +48,7 @@ class Extension(ABC):
     """
 
     savefield: str
-    source: Source = Gradient()
+    source: Source | Chosen = Gradient()
     independent: bool = True
     needs_samples: bool = True
     totals: bool = True

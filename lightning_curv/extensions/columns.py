@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lightning_curv.passes.passes import Column, Passes
 from lightning_curv.second_derivatives.parameter_curvature import (
@@ -151,12 +153,47 @@ class Signed:
         yield from own_curvature(passes)
 
 
-class Chosen(Protocol):
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    r"""The gradient for the labels of the data, as one column that takes a pass of its own.
+
+    For a loss that is a mean over N samples, the outer products of the samples' gradients
+    :math:`g_n` have the mean :math:`\tfrac1N \sum_n g_n g_n^\top`: the empirical Fisher matrix.
+
+    Attributes:
+        fitted: Whether to divide the Fisher matrix by the loss :math:`b`, if that is positive. The
+            loss is then taken for a negative log-likelihood :math:`\ell / b` up to a scale
+            :math:`b`, whose best value is the mean of :math:`\ell` (of absolute errors: the
+            Laplace distribution), and :math:`b` times the Fisher matrix of :math:`\ell / b` has
+            the unit of a curvature.
+    """
+
+    fitted: bool = False
+
+    def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
+        """Yield the Jacobians of the one column.
+
+        Args:
+            passes: The graph of the loss.
+
+        Yields:
+            The Jacobian of every parameter.
+        """
+        # A loss that is a mean over N samples has per-sample gradients g / N, its Fisher matrix
+        # columns g / √N.
+        seed = passes.seed * math.sqrt(passes.samples.count)
+        if self.fitted:
+            loss = (passes.loss.detach() * passes.seed).sum()
+            seed = seed / loss.where(loss > 0, 1.0).sqrt()
+        yield from passes.jacobians([Column([get_gradient_edge(passes.loss)], [seed])])
+
+
+class Chosen(ABC):
     """A source that is chosen when the loss is known."""
 
+    @abstractmethod
     def on(self, passes: Passes) -> Source:
         """Choose the source for the graph of a loss."""
-        ...
 
 
-Source = Gradient | Exact | Sampled | Signed
+Source = Gradient | Exact | Sampled | Signed | EmpiricalFisher
