@@ -618,8 +618,11 @@ class PrivacyCallback(Callback):
         self._restore(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        checks = self._checks
         self._release(pl_module)
         self._restore(trainer)
+        if checks is not None:
+            checks.after_end()  # which may raise: everything has been put back before
 
     def _release(self, pl_module: LightningModule) -> None:
         restore_training_step(pl_module)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_curv.callbacks.import_names import MisconfigurationException
+from lightning_curv.callbacks.import_names import MisconfigurationException, imported
 from lightning_curv.callbacks.private_training.collation import refuse_mixed_batches
 from lightning_curv.callbacks.private_training.independence import refuse_coupled_samples
 from lightning_curv.callbacks.private_training.state import StateWatch
@@ -115,9 +115,14 @@ class Checks:
             self._refuse(self._watch.changed())
 
     def finish(self) -> None:
-        """Training is over."""
-        self.between()
+        """Training is over; hooks that run at its end may still follow."""
+        self.after_epoch()
         self._refuse(self._watch.unexpected(self._unknown))
+
+    def after_end(self) -> None:
+        """The last hook has run."""
+        if not _averages_weights(self._trainer):
+            self.between()
 
     def close(self) -> None:
         """Let go of the optimizer."""
@@ -142,11 +147,26 @@ class Checks:
             some = ", ".join(f"`{name}`" for name in sorted(names)[:4])
             raise MisconfigurationException(
                 "PrivacyCallback needs a model that learns by its private optimizer alone, found "
-                f"that something else changed {some} around a batch or after an epoch (another "
-                "optimizer, a callback or hook): no noise covers that. Leave it out; or, if no "
-                "data is looked at (moving averages of weights, clamping), name it in "
+                f"that something else changed {some} around a batch, after an epoch or at the end "
+                "(another optimizer, a callback or hook): no noise covers that. Leave it out; or, "
+                "if no data is looked at (moving averages of weights, clamping), name it in "
                 "`PrivacyCallback(public_state=[...])`."
             )
+
+
+def _averages_weights(trainer: Trainer) -> bool:
+    """Whether Lightning itself puts an average of the released weights in their place at the end.
+
+    Such an average is a function of what was released, and costs no privacy.
+    """
+    names = ("StochasticWeightAveraging", "WeightAveraging")
+    kinds = [
+        getattr(copy.callbacks, name)
+        for copy in imported()
+        for name in names
+        if hasattr(copy.callbacks, name)  # older copies lack the second one
+    ]
+    return any(isinstance(callback, tuple(kinds)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _next_of_series(number: int) -> int:

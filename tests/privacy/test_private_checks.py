@@ -602,6 +602,37 @@ def test_what_learns_between_epochs_is_refused(hook):
     fit(module, public_state=["net.2.bias"])  # clamped, for instance
 
 
+@torch.no_grad()
+def learned_at_the_end(module):
+    module.net[2].bias.add_(Data().X.mean())
+
+
+class LearnsAtTheEnd(pl.Callback):
+    def on_train_end(self, trainer, module):
+        learned_at_the_end(module)
+
+
+@pytest.mark.parametrize("place", ["module", "callback"])
+def test_what_learns_at_the_end_of_training_is_refused(place):
+    def run(**settings):
+        module, callbacks = Net(), [LearnsAtTheEnd()]
+        if place == "module":
+            module.on_train_end, callbacks = lambda: learned_at_the_end(module), []
+        return fit(module, *callbacks, **settings)
+
+    with pytest.raises(Exception, match=r"at the end.*public_state"):
+        run()
+    run(public_state=["net.2.bias"])  # clamped, for instance
+
+
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_averages_of_the_released_weights_may_take_their_place(name):
+    if not hasattr(pl.callbacks, name):
+        pytest.skip(f"a Lightning without `{name}`")
+    settings = {"swa_lrs": 0.1, "swa_epoch_start": 1} if name.startswith("Stochastic") else {}
+    fit(Net(), getattr(pl.callbacks, name)(device="cpu", **settings))
+
+
 def test_swaps_of_averaged_weights_for_validation_are_let_through():
     if not hasattr(pl.callbacks, "WeightAveraging"):
         pytest.skip("a Lightning without `WeightAveraging`")
