@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
-from operator import attrgetter
+from functools import cached_property
 from traceback import clear_frames
 from typing import Any
 from weakref import WeakSet
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_curv.engine import truncated_backward
 from lightning_curv.engine.extension_hook import ExtensionHook, Handover
-from lightning_curv.engine.refusals import refuse_uncovered
+from lightning_curv.engine.refusals import refusal
 from lightning_curv.engine.sum_check import SumCheck
-from lightning_curv.errors import UnsupportedError
+from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
 from lightning_curv.extensions.columns import Chosen, Exact, Gradient, Sampled, Source
 from lightning_curv.extensions.receiver import GradientReceiver
@@ -99,11 +98,8 @@ class Backprop:
             self._seed = torch.ones_like(loss)
         else:
             self._seed = gradient
-        if check:
-            self._extensions = [*extensions, SumCheck()]
-        else:
-            self._extensions = list(extensions)
-        self._check = check
+        self._extensions = list(extensions)
+        self._sum_check = SumCheck() if check else None
         self.defers = defer
         if isinstance(batch_size, Batch):
             self._batch = batch_size
@@ -116,6 +112,7 @@ class Backprop:
         self._cap = cap
         self._handover: Handover | None = None
         self._heard: list[Extension] = []  # evaluated during the backward pass
+        self._failed: set[AnyExtension] = set()
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
         self.count = 0
         self.counts: dict[AnyExtension, int] = {}
@@ -127,37 +124,37 @@ class Backprop:
     @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
-        with _Failing(self, self._extensions):
+        with _ErrorScope(self, self._extensions):
             passes = self._looked()
             self._choose(passes)
-        if self.failures and not self._extensions:
+        if self._failed and not self._extensions:
             return
         units = _units(self._extensions, passes)
         # The gradient comes from the user's own pass; all other columns take passes of ours, now.
         gradient = units.pop(Gradient(), None)
         for unit, extensions in units.items():
             start = self._now()
-            with _Failing(self, extensions):
+            with _ErrorScope(self, extensions):
                 if isinstance(unit, GraphExtension):
                     self._results[unit] = unit.compute(passes)
                 else:
                     for jacobians in unit.jacobians(self._passes_of(extensions)):
-                        for jacobian in jacobians.values() if extensions else ():
-                            self._evaluate(jacobian, extensions)
+                        for jacobian in jacobians.values():
+                            working = self._working(extensions)
+                            # Several quantities of one J: it is kept once it has been formed.
+                            jacobian.shared = len(working) > 1
+                            for extension in working:
+                                self._evaluate(extension, jacobian)
             self._spend(extensions, start)
-        # Under `create_graph` first-order quantities must have a graph themselves: no hook gives
-        # that.
-        if gradient and self._create_graph:
-            self._differentiate(passes, gradient)
-            gradient = [
-                extension for extension in gradient if not isinstance(extension, Differentiable)
-            ]
-        if gradient and (
-            self._create_graph or any(type(extension) is not SumCheck for extension in gradient)
-        ):
-            self._listen(gradient)
+        if gradient is not None:
+            # Under `create_graph` first-order quantities must have a graph themselves: no hook
+            # gives that.
+            if self._create_graph:
+                gradient = self._differentiate(passes, gradient)
+            if gradient or self._sum_check is not None:
+                self._listen(gradient)
         if self._hook is not None:
-            parameters = (p for found in passes.tape.parameters.values() for p in found)
+            parameters = (p for used in passes.tape.parameters.values() for p in used)
             # Told of every parameter as soon as its results are there.
             self._handover = Handover(self._hook, parameters, self._leave)
         # Other contexts must know of this one: a pass that ends early would take gradients from it.
@@ -166,13 +163,13 @@ class Backprop:
     @torch.no_grad()
     def look(self) -> None:
         """Find the samples and what is refused, without computing anything; see `failures`."""
-        with _Failing(self, self._extensions):
+        with _ErrorScope(self, self._extensions):
             passes = self._looked()
-        with _Failing(self, [e for e in self._extensions if e.needs_likelihood]) as some:
-            if some:
-                list(
-                    map(attrgetter("flat"), passes.parts)
-                )  # differentiates losses that are not known
+        curved = [e for e in self._extensions if e.needs_likelihood]
+        with _ErrorScope(self, curved):
+            # To look at the curvature of a loss that is not known differentiates it.
+            for part in passes.parts if curved else ():
+                _ = part.flat
 
     def _looked(self) -> Passes:
         self._passes = passes = self._walked()
@@ -183,20 +180,28 @@ class Backprop:
     def _listen(self, extensions: list[Extension]) -> None:
         """Hear the gradients of the user's pass."""
         passes = self._passes_of(extensions)
-        if passes.samples.partial:  # whose gradients do not add up to that of the batch
-            extensions = [extension for extension in extensions if type(extension) is not SumCheck]
-        totals = not passes.samples.partial and any(extension.totals for extension in extensions)
-        failed = partial(self.fail, extensions) if self.defers else None
+        if passes.samples.partial:
+            # The gradients of some samples do not add up to that of the batch.
+            self._sum_check = None
+            totals = False
+        else:
+            checked = self._sum_check is not None
+            totals = checked or any(extension.totals for extension in extensions)
         self._heard = extensions
-        evaluate = partial(self._evaluate, extensions=extensions)
         self._listener = Listener(
             passes,
-            evaluate,
+            self._evaluate_heard,
+            _ErrorScope(self, extensions),
             totals,
-            failed,
             self.section,
-            lambda parameter: any(extension.wants(parameter) for extension in extensions),
+            self._wants,
         )
+
+    def _wants(self, parameter: Tensor) -> bool:
+        """Whether something that listens wants the gradients of a parameter."""
+        if self._sum_check is not None:
+            return True
+        return any(extension.wants(parameter) for extension in self._heard)
 
     def run(self, **options: Any) -> None:
         """The user's backward pass; as far as the recorded ops where gradients go to receivers.
@@ -207,9 +212,8 @@ class Backprop:
         # Private steps take no gradients from the pass, only what the recorded ops are told.
         receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
         if receivers:
-            shared = len(receivers) < len(self._extensions) or any(
-                other is not self for other in _PENDING
-            )
+            others = len(receivers) < len(self._extensions) or self._sum_check is not None
+            shared = others or any(other is not self for other in _PENDING)
             truncated_backward.run(self._passes, receivers, shared, **options)
         else:
             Tensor.backward(self._loss, **options)
@@ -217,10 +221,10 @@ class Backprop:
     def after(self) -> None:
         """Set the results on the parameters."""
         # Nothing is set before all is computed: an error leaves no parameter half done.
-        found = self.finish()
+        finished = self.finish()
         if self._handover is not None:
             self._handover.finish()
-        for extension, results in found.items():
+        for extension, results in finished.items():
             for parameter, result in results.items():
                 setattr(parameter, extension.savefield, result)
 
@@ -231,7 +235,7 @@ class Backprop:
         self._listener = None
         if listener is not None:
             listener.finish()
-        return {e: results for e, results in self._results.items() if type(e) is not SumCheck}
+        return self._results
 
     def abort(self) -> None:
         """Stop listening."""
@@ -249,17 +253,15 @@ class Backprop:
         False if none are there, or some are to come.
         """
         if self._listener is not None and any(
-            parameter not in self._results.get(e, {}) for e in self._heard if e.wants(parameter)
+            parameter not in self._results.get(extension, {})
+            for extension in self._working(self._heard)
+            if extension.wants(parameter)
         ):
             return False
-        found = [
-            e
-            for e, results in self._results.items()
-            if parameter in results and type(e) is not SumCheck
-        ]
-        for extension in found:
+        ready = [e for e, results in self._results.items() if parameter in results]
+        for extension in ready:
             setattr(parameter, extension.savefield, self._results[extension].pop(parameter))
-        return bool(found)
+        return bool(ready)
 
     def _walked(self) -> Passes:
         loss = self._loss
@@ -278,22 +280,19 @@ class Backprop:
         return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._output, self._generator)
 
     def _refuse_uncovered(self, tape: Tape) -> None:
-        try:
-            refuse_uncovered(tape, self._extensions, self._output is not None)
-        except UnsupportedError as error:
-            if not self.defers:
-                raise
-            self.fail(
-                [e for e in self._extensions if _uncovered(tape, e, self._output is not None)],
-                error,
-            )
+        reasons = {e: refusal(tape, e, self._output is not None) for e in self._extensions}
+        refused = [extension for extension, reason in reasons.items() if reason]
+        # One error for all that are refused, in the words of the first.
+        with _ErrorScope(self, refused):
+            if refused:
+                raise UnsupportedError(reasons[refused[0]])
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
         # A failure takes some extensions away: what is left may be content with less.
         while wanting := [e for e in self._extensions if self._needs_samples(e)]:
             independent = [e for e in wanting if e.independent]
-            with _Failing(self, independent or wanting):
+            with _ErrorScope(self, independent or wanting):
                 try:
                     if self._cap is not None and self._content(wanting):
                         most = self._cap.size
@@ -304,7 +303,7 @@ class Backprop:
                         passes,
                         self._batch,
                         bool(independent),
-                        self._check,
+                        self._sum_check is not None,
                         most,
                         self._private,
                     )
@@ -337,12 +336,11 @@ class Backprop:
 
     def _content(self, extensions: Sequence[AnyExtension]) -> bool:
         """Whether a subset of the samples is enough for all of them."""
-        asking = [extension for extension in extensions if type(extension) is not SumCheck]
         return self._cap is not None and all(
             extension in self._cap.extensions
             and isinstance(extension, Extension)
             and isinstance(extension.source, (Gradient, Exact, Sampled))
-            for extension in asking
+            for extension in extensions
         )
 
     @property
@@ -359,40 +357,52 @@ class Backprop:
         """Whether there is more to the loss than known loss functions."""
         return self._output is not None or bool(find_summands(self._passes.tape, self._loss).others)
 
-    def _differentiate(self, passes: Passes, extensions: list[Extension]) -> None:
-        if found := [
-            extension for extension in extensions if isinstance(extension, Differentiable)
-        ]:
+    def _differentiate(self, passes: Passes, extensions: list[Extension]) -> list[Extension]:
+        """Give those that can have one a graph, and return the others."""
+        differentiable = [e for e in extensions if isinstance(e, Differentiable)]
+        if differentiable:
             gradients = gradients_per_sample(passes)
             with torch.enable_grad():
-                for e in found:
-                    self._results[e] = {
-                        parameter: e.of_gradients(rows) for parameter, rows in gradients.items()
+                for extension in differentiable:
+                    self._results[extension] = {
+                        parameter: extension.of_gradients(rows)
+                        for parameter, rows in gradients.items()
                     }
+        return [e for e in extensions if not isinstance(e, Differentiable)]
 
-    def _evaluate(self, jacobian: Jacobian, extensions: list[Extension]) -> None:
-        # Several quantities of one J: it is kept once it has been formed.
-        jacobian.shared = len(extensions) > 1
-        heard = extensions is self._heard and self.clock is not None
-        for extension in [*extensions]:
-            if extensions is self._heard and not extension.wants(jacobian.parameter):
-                continue
-            start = self._now() if heard else 0.0
-            try:
-                results = self._results.setdefault(extension, {})
-                # A parameter whose columns come in several portions.
-                previous = results.get(jacobian.parameter)
-                if previous is None:
-                    results[jacobian.parameter] = extension.evaluate(jacobian)
-                else:
-                    results[jacobian.parameter] = extension.accumulate(previous, jacobian)
-            except Exception as error:
-                if not self.defers:
-                    raise
-                self.fail(extensions if isinstance(extension, SumCheck) else [extension], error)
-                extensions[:] = [e for e in extensions if e in self._extensions]
-            if heard:
+    def _evaluate_heard(self, jacobian: Jacobian) -> None:
+        """Evaluate what listens to the user's pass, and check the sum of the gradients."""
+        working = self._working(self._heard)
+        checked = self._sum_check is not None
+        jacobian.shared = len(working) + checked > 1
+        for extension in working:
+            if extension.wants(jacobian.parameter):
+                start = self._now()
+                self._evaluate(extension, jacobian)
                 self._spend([extension], start)
+        if self._sum_check is not None:
+            start = self._now()
+            # Its error is for the scope of the listener: what is wrong is so in all quantities.
+            self._sum_check.compare(jacobian)
+            self._spend([], start)
+
+    def _working(self, extensions: list[Extension]) -> list[Extension]:
+        """Those that have not failed."""
+        if not self._failed:
+            return extensions
+        return [extension for extension in extensions if extension not in self._failed]
+
+    def _evaluate(self, extension: Extension, jacobian: Jacobian) -> None:
+        """Evaluate one quantity on one parameter's Jacobian."""
+        parameter = jacobian.parameter
+        with _ErrorScope(self, [extension], parameter):
+            results = self._results.setdefault(extension, {})
+            # A parameter whose columns come in several portions.
+            previous = results.get(parameter)
+            if previous is None:
+                results[parameter] = extension.evaluate(jacobian)
+            else:
+                results[parameter] = extension.accumulate(previous, jacobian)
 
     def _now(self) -> float:
         return 0.0 if self.clock is None else self.clock()
@@ -411,31 +421,55 @@ class Backprop:
         while link is not None:
             clear_frames(link.__traceback__)
             link = link.__context__
-        self.failures.append((tuple(extensions), error))
-        self._extensions = [e for e in self._extensions if e not in extensions]
+        failing = tuple(extension for extension in extensions if extension not in self._failed)
+        self.failures.append((failing, error))
+        self._failed.update(failing)
+        self._extensions = [e for e in self._extensions if e not in self._failed]
         self._results = {
             extension: results
             for extension, results in self._results.items()
-            if extension not in extensions
+            if extension not in self._failed
         }
 
 
-class _Failing:
-    """Context in which some extensions may fail; a generator would take twice the time."""
+class _ErrorScope:
+    """Decides what an error of ours takes down, and says what it concerns: the only place.
 
-    __slots__ = ("_backprop", "_extensions")
+    Where the backward pass goes on after failures, the extensions of the scope fail and the error
+    ends here. Elsewhere it is raised, with a note on the quantity and the parameter. It is a class,
+    since a generator would take twice the time, once per parameter.
 
-    def __init__(self, backprop: Backprop, extensions: Sequence[AnyExtension]) -> None:
+    Args:
+        backprop: Whose extensions fail.
+        extensions: What cannot be computed if an error ends the scope.
+        parameter: What they are computed of, where that is one parameter.
+    """
+
+    __slots__ = ("_backprop", "_extensions", "_parameter")
+
+    def __init__(
+        self,
+        backprop: Backprop,
+        extensions: Sequence[AnyExtension],
+        parameter: Tensor | None = None,
+    ) -> None:
         self._backprop = backprop
         self._extensions = extensions
+        self._parameter = parameter
 
-    def __enter__(self) -> bool:
-        return bool(self._extensions)
+    def __enter__(self) -> None:
+        pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if isinstance(error, Exception) and self._backprop.defers:
+        if not isinstance(error, Exception):
+            return False
+        if self._backprop.defers:
             self._backprop.fail(self._extensions, error)
             return True
+        # From Python 3.11 on, an error takes notes.
+        if self._parameter is not None and hasattr(error, "add_note"):
+            names = ", ".join(map(repr, self._extensions))
+            error.add_note(f"This concerns {names} of parameter {describe(self._parameter)}.")
         return False
 
 
@@ -460,11 +494,3 @@ def _units(
         if len(group) > 1 and not isinstance(unit, GraphExtension):
             group.sort(key=lambda extension: not extension.forms)
     return units
-
-
-def _uncovered(tape: Tape, extension: AnyExtension, output: bool) -> bool:
-    try:
-        refuse_uncovered(tape, [extension], output)
-    except UnsupportedError:
-        return True
-    return False

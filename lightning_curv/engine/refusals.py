@@ -2,68 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from lightning_curv.errors import UnsupportedError, describe
+from lightning_curv.errors import describe
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.graph.tape import Tape
 
 
-def refuse_uncovered(
+def refusal(
     tape: Tape,
-    extensions: Sequence[Extension | GraphExtension],
+    extension: Extension | GraphExtension,
     output: bool = False,
-) -> None:
-    """Raise `UnsupportedError` if some extension would be wrong on the recorded graph.
+) -> str | None:
+    """Say why an extension would be wrong on the recorded graph.
 
     Args:
         tape: The graph.
-        extensions: What is to be computed.
+        extension: What is to be computed.
         output: Whether the user says where the network ends.
+
+    Returns:
+        The message of an `UnsupportedError`; ``None``: nothing speaks against it.
     """
     for name in tape.hidden:
-        raise UnsupportedError(
+        return (
             f"Every op must be in the graph before the backward pass, found `{name}`, which runs "
             "its ops during it. Use `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
         )
     if tape.nested:
-        raise UnsupportedError(
+        return (
             "Quantities need tensors whose samples have one shape, found a nested tensor as the "
             f"value of `{tape.nested[0]}`. Pad it before the network "
             "(`torch.nested.to_padded_tensor`) or pack it (`torch.nn.utils.rnn.pack_sequence`)."
         )
     unrecorded = tape.stray and not tape.uses and not tape.losses and not tape.mapped
-    reading = [e for e in extensions if e.needs_samples or e.needs_likelihood]  # the records
-    if unrecorded and reading:
+    if unrecorded and (extension.needs_samples or extension.needs_likelihood):
         parameter, op = tape.stray[0]
-        raise UnsupportedError(
-            f"{reading[0]} needs the ops and the losses of a forward pass, found no record of any: "
+        return (
+            f"{extension} needs the ops and the losses of a forward pass, found no record of any: "
             f"parameter {describe(parameter)} reaches the loss through `{op or 'the root'}`, and "
             "no op was recorded. Run the forward pass inside `curvature(...)` or `record()`, or "
             "`extend` the model. Where all of it runs inside of transforms of `torch.func` (`jvp`, "
             "`jacrev`), which leave no record, use `HMP`, which needs none."
         )
-    for extension in extensions:
-        if extension.independent and extension.needs_samples and not extension.batchwise:
-            _refuse_coupled(tape, extension)
-        if output and tape.outside and extension.needs_likelihood:
-            _refuse_around(tape, extension)
-
-
-def _refuse_coupled(tape: Tape, extension: Extension | GraphExtension) -> None:
-    for use in tape.uses.values():
-        if use.couples:
-            raise UnsupportedError(
-                f"{extension} needs samples that do not influence each other, found `{use.name}` "
-                "with statistics of the batch. Put the layer into evaluation mode (`.eval()`), or "
-                "use GroupNorm or LayerNorm."
-            )
-
-
-def _refuse_around(tape: Tape, extension: Extension | GraphExtension) -> None:
-    name = tape.uses[next(iter(tape.outside))].name
-    raise UnsupportedError(
-        f"{extension} with `output=` needs a loss that depends on the network by this output "
-        f"alone, found that `{name}` reaches it around the output. Leave `output=` out: all "
-        "outputs are then found."
-    )
+    if extension.independent and extension.needs_samples and not extension.batchwise:
+        for use in tape.uses.values():
+            if use.couples:
+                return (
+                    f"{extension} needs samples that do not influence each other, found "
+                    f"`{use.name}` with statistics of the batch. Put the layer into evaluation "
+                    "mode (`.eval()`), or use GroupNorm or LayerNorm."
+                )
+    if output and tape.outside and extension.needs_likelihood:
+        name = tape.uses[next(iter(tape.outside))].name
+        return (
+            f"{extension} with `output=` needs a loss that depends on the network by this output "
+            f"alone, found that `{name}` reaches it around the output. Leave `output=` out: all "
+            "outputs are then found."
+        )
+    return None

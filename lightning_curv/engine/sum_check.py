@@ -5,24 +5,20 @@ from __future__ import annotations
 import torch
 
 from lightning_curv.errors import describe
-from lightning_curv.extensions.base import Extension
 from lightning_curv.terms.jacobian import Jacobian
 
 
-class SumCheck(Extension):
+class SumCheck:
     """Compares the sum of the per-sample gradients with what the backward pass adds to ``.grad``.
 
     Rounding errors of a gradient that cancels are as large as what arrived from above: they are
     measured by the largest gradient so far. One object serves one backward pass.
     """
 
-    savefield = "gradient_sum"
-    independent = False
-
     def __init__(self) -> None:
         self._largest = 0.0  # norm of a gradient
 
-    def evaluate(self, jacobian: Jacobian) -> None:
+    def compare(self, jacobian: Jacobian) -> None:
         """Raise if the sum is not the parameter's gradient, up to the rounding of such a sum."""
         if jacobian.gradient is None:
             return

@@ -30,10 +30,10 @@ class Listener:
     Args:
         passes: The graph.
         evaluate: Receives the Jacobian of every parameter.
+        scope: Entered around all that is done during the pass. Where it keeps an error from the
+            backward pass, nothing more is listened to.
         totals: Whether to wait for the gradient, the sum over the samples.
-        failed: Receives an error instead of the backward pass, after which nothing more is listened
-            to.
-        section: Entered around all that is done during the pass, for profilers.
+        section: Entered around the same, for profilers.
         wanted: Whether the Jacobian of a parameter is: ops without one that is are left alone.
     """
 
@@ -41,20 +41,20 @@ class Listener:
         self,
         passes: Passes,
         evaluate: Callable[[Jacobian], None],
+        scope: AbstractContextManager[None, bool],
         totals: bool = True,
-        failed: Callable[[Exception], None] | None = None,
         section: Callable[[], AbstractContextManager[Any]] = nullcontext,
         wanted: Callable[[Tensor], bool] = lambda _: True,
     ) -> None:
         self._passes = passes
         self._evaluate = evaluate
-        self._failed = failed
+        self._scope = scope
         self._section = section
         self._terms: dict[Tensor, list[Term]] = defaultdict(list)
         self._bulky: dict[
             Node | Join, tuple[Use, Tensor]
         ] = {}  # uses that were reached and whose terms are not made yet
-        self._deaf = False
+        self._stopped = False
         self._own_passes = unheard()  # of the thread that begins the backward pass
         self._waiting: dict[Tensor, int] = {}  # how often it is still to be reached
         self._handles = []
@@ -127,22 +127,20 @@ class Listener:
         *arguments: Any,
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            if self._own_passes.running or self._deaf:
+            if self._own_passes.running or self._stopped:
                 return
-            try:
+            with self._scope:
                 with (
                     self._section(),
                     self._own_passes,
                     torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
                 ):
                     function(gradients, *arguments)
-            except Exception as error:
-                if self._failed is None:
-                    raise
-                self._deaf = True
-                self._terms.clear()
-                self._bulky.clear()
-                self._failed(error)
+                return
+            # Reached only where the scope has kept an error.
+            self._stopped = True
+            self._terms.clear()
+            self._bulky.clear()
 
         return hook
 

@@ -100,7 +100,7 @@ def test_a_failed_check_raises_or_trains_on_without_logging(monkeypatch):
     def fail(*args):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(SumCheck, "evaluate", fail)
+    monkeypatch.setattr(SumCheck, "compare", fail)
     with pytest.raises(RuntimeError, match=r"on purpose.*`strict=False` trains on"):
         fit(Net(), CurvatureCallback(["grad_variance"]))
     plain, watched = Net(optimizer=kfac), Net(optimizer=kfac)
