@@ -51,6 +51,7 @@ from lightning_curv.callbacks.monitoring.window import BackwardPass
 from lightning_curv.callbacks.run_report.run_report import RunReport
 from lightning_curv.callbacks.settings import check, find_output, key_of, require_whole_parameters
 from lightning_curv.callbacks.user_batch import BatchSize
+from lightning_curv.distributed.failures import explain, processes, tell, telling
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -320,6 +321,7 @@ class CurvatureCallback(Callback):
         self._parts.stop()
         self._report: Report | None = None  # on logging steps
         self._loss: ScaledLoss | None = None
+        self._refusal: Exception | None = None  # before a pass that other processes take part in
         self._accumulation.end_batch()
         self._required_fields: set[str] = set()  # by optimizers
 
@@ -472,6 +474,15 @@ class CurvatureCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
+        try:
+            self._begin_pass(trainer, pl_module, loss)
+        except Exception as error:
+            if processes() == 1:
+                raise
+            # The pass is made: where it exchanges gradients, the other processes wait for it.
+            self._refusal = error
+
+    def _begin_pass(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if not self._report and not self._observation:
             return
         # Now: after the pass its graph is freed.
@@ -500,7 +511,10 @@ class CurvatureCallback(Callback):
         if self._report is not None and self._report.listens:
             self._parts.listen(pl_module.parameters())
 
+    @telling()
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._refusal is not None:
+            raise self._refusal
         # Logged or not: all passes since `zero_grad` are in the gradient.
         self._accumulation.passes += 1
         found = self._observation.finish()
@@ -535,6 +549,7 @@ class CurvatureCallback(Callback):
                 )
             )
 
+    @telling()
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -620,6 +635,7 @@ class CurvatureCallback(Callback):
             trainer.should_stop = True
         return raised
 
+    @telling()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -681,6 +697,9 @@ class CurvatureCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        # An error of the user's, too: the other processes wait for it just as long.
+        tell(exception)
+        explain(exception)
         # Lightning calls no `teardown` after an error.
         self.teardown(trainer, pl_module, "fit")
         self._run.end(trainer, pl_module, self.raised, exception)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from lightning_curv.distributed.failures import telling
 from lightning_curv.extensions import Extension, GraphExtension
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup
 from lightning_curv.optimizers.curvature.fields import Inbox
@@ -176,6 +177,7 @@ class SecondOrderOptimizer(Optimizer):
         require_non_negative("weight_decay", group["weight_decay"])
 
     @torch.no_grad()
+    @telling()
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -213,6 +215,7 @@ class SecondOrderOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
+    @telling()
     def accumulate(self) -> None:
         """Take in the curvature of a micro-batch whose gradient is not all of the step's.
 

@@ -12,6 +12,7 @@ import torch
 
 from lightning_curv.callbacks.monitoring.measurement import Measurement
 from lightning_curv.callbacks.monitoring.quantities import Quantity
+from lightning_curv.callbacks.monitoring.reduction import reduced
 from lightning_curv.callbacks.monitoring.window import wide
 
 if TYPE_CHECKING:
@@ -116,9 +117,7 @@ def _reduce(measurements: Sequence[Measurement], strategy: Strategy) -> None:
             for group in sums
             for value in group.values()
         ]
-        flat = strategy.reduce(
-            torch.cat([tensor.reshape(-1) for tensor in tensors]), reduce_op="mean"
-        )
+        flat = reduced(torch.cat([tensor.reshape(-1) for tensor in tensors]), strategy, "mean")
         parts = flat.split([tensor.numel() for tensor in tensors])
         rest = iter([part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
         sums = [{key: next(rest) for key in group} for group in sums]

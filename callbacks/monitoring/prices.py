@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_curv.callbacks.monitoring.quantities import DEFAULT, Quantity
+from lightning_curv.callbacks.monitoring.reduction import reduced
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -118,7 +119,7 @@ class Budget:
         if strategy is None or getattr(strategy, "world_size", 1) == 1:
             return
         both = torch.tensor([self._plain, self._logged], device=strategy.root_device)
-        plain, logged = strategy.reduce(both, reduce_op="mean").tolist()
+        plain, logged = reduced(both, strategy, "mean").tolist()
         self._plain, self._logged = plain, logged
 
     @property

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_curv.callbacks.monitoring.alarm import Alarm, Moment
 from lightning_curv.callbacks.monitoring.entries import entry_rows, pooled_entries, stored
+from lightning_curv.callbacks.monitoring.reduction import reduced
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -105,7 +106,7 @@ class Watch:
         # Flags and not values: where one process skips a step, all have to.
         flags = torch.tensor([bool(beyond[index]) for index in watching], dtype=torch.int32)
         if watching and getattr(strategy, "world_size", 1) > 1:
-            flags = strategy.reduce(flags.to(strategy.root_device), reduce_op="max").cpu()
+            flags = reduced(flags.to(strategy.root_device), strategy, "max").cpu()
         off = [index for index, flag in zip(watching, flags.tolist(), strict=True) if flag]
         found = [Raised(step, self.alarms[index], where, beyond[index]) for index in off]
         for index, raised in zip(off, found, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_curv.distributed.failures import telling
 from lightning_curv.engine.backprop import Backprop
 from lightning_curv.engine.extension_hook import ExtensionHook
 from lightning_curv.errors import UnsupportedError
@@ -159,9 +160,10 @@ class curvature(record):
         if True in [extension.keeps_graph for extension in self.extensions]:
             kwargs["retain_graph"] = True
         try:
-            backprop.before()
-            backprop.run(**kwargs)
-            backprop.after()
+            with telling():
+                backprop.before()
+                backprop.run(**kwargs)
+                backprop.after()
         finally:
             backprop.abort()
 

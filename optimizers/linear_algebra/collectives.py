@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lightning_curv.distributed.failures import processes, together
+
 Field = list[Tensor]
 
 
@@ -34,7 +36,7 @@ def averaged_over_ranks(fields: Sequence[Field | None], device: torch.device) ->
     # The least and the largest over the processes: what some process lacks has the code 0.
     codes = torch.tensor(list(map(_code, fields)), dtype=torch.int64, device=device)
     extremes = torch.stack([codes, -codes])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
+    together(dist.all_reduce, extremes, op=dist.ReduceOp.MIN)
     least = extremes[0].tolist()
     largest = (-extremes[1]).tolist()
     shared = [
@@ -72,7 +74,7 @@ def largest_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int
     if processes() == 1:
         return list(numbers)
     largest = torch.tensor(list(numbers), dtype=torch.int64, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    together(dist.all_reduce, largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 
 
@@ -92,7 +94,7 @@ def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     device = tensors[0].device
     wide = wide_dtype(tensor.dtype for tensor in tensors)
     flat = torch.cat([tensor.detach().to(device, wide).flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    together(dist.all_reduce, flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
@@ -104,16 +106,9 @@ def wide_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return torch.float32
 
 
-def processes() -> int:
-    """The number of processes that share the batch; 1 where nothing is distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return 1
-
-
 def averaged(tensor: Tensor) -> Tensor:
     """The mean of a small tensor over all processes."""
     if processes() > 1:
-        dist.all_reduce(tensor)
+        together(dist.all_reduce, tensor)
         tensor = tensor / dist.get_world_size()
     return tensor

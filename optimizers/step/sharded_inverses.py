@@ -7,7 +7,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_curv.optimizers.curvature.base import Curvature, Gradient, Part, State
-from lightning_curv.optimizers.linear_algebra.collectives import processes, summed, wide_dtype
+from lightning_curv.optimizers.linear_algebra.collectives import summed, wide_dtype
+from lightning_curv.distributed.failures import processes, together
 
 Result = list[Tensor] | None
 
@@ -88,7 +89,7 @@ def _exchanged(
         packed = torch.cat(packed_parts)
         mine[: len(packed)] = packed
     rows = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(rows, mine)
+    together(dist.all_gather, rows, mine)
 
     sent: dict[int, Tensor] = {}
     for parts, row in zip(parts_of, rows, strict=True):
