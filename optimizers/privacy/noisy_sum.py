@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lightning_curv.distributed.failures import processes
 from lightning_curv.optimizers.linear_algebra.collectives import summed
 from lightning_curv.optimizers.privacy.noise import NoiseSource
-from lightning_curv.distributed.failures import processes
 
 GRID = 34  # bits of the noise's standard deviation
 PIECE = 2**16  # entries that are worked on at once, in cache

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lightning_curv.distributed.failures import processes, together
 from lightning_curv.optimizers.curvature.base import Curvature, Gradient, Part, State
 from lightning_curv.optimizers.linear_algebra.collectives import summed, wide_dtype
-from lightning_curv.distributed.failures import processes, together
 
 Result = list[Tensor] | None
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_curv.distributed.failures import processes
 from lightning_curv.extensions import GraphExtension
 from lightning_curv.losses.categorical import Categorical
 from lightning_curv.losses.likelihoods import Bernoulli
 from lightning_curv.losses.parts import KnownPart, LossPart
-from lightning_curv.distributed.failures import processes
 from lightning_curv.passes.passes import Passes
 
 NONNEGATIVE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
