@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_STATE = "optimizer."
 _Seen = tuple[int, int, Tensor | None]  # identity, version, fingerprint
 
 
 class StateWatch:
-    """Compares the parameters and buffers of a module with what they were.
+    """Compares parameters, buffers and the state of the optimizer with what they were.
 
     A change is found by the version that torch counts for every tensor, and that of a buffer by its
     values too: writing back what was there is no change. Changes through ``.data`` have no version;
     they are found where values of all tensors are compared. What was not there before is a change.
+    Momenta and the like, which the inner optimizer keeps of a parameter, are named
+    ``optimizer.<parameter>.<key>``.
 
     Args:
         pl_module: The module.
@@ -66,7 +69,7 @@ class StateWatch:
             known = before.get(name)
             if values:
                 print_of = fingerprint(tensor)
-            elif isinstance(tensor, torch.nn.Parameter):
+            elif self._is_trained(name, tensor):
                 print_of = None
             else:  # read again only if its version says so
                 print_of = (
@@ -86,8 +89,8 @@ class StateWatch:
             if known is None:
                 differs = moved
             else:
-                buffer = not isinstance(tensor, torch.nn.Parameter)
-                differs = (moved or not buffer) and not torch.equal(known, fingerprint(tensor))
+                suspected = moved or self._is_trained(name, tensor)
+                differs = suspected and not torch.equal(known, fingerprint(tensor))
             if differs:
                 found.add(name)
         return self.unexpected(found)
@@ -122,8 +125,10 @@ class StateWatch:
         """What the optimizer has just changed is as it is now."""
         own = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
         for name, tensor in self._tensors():
-            if id(tensor) in own and name in self._seen:
-                compared = self._seen[name][2] is not None
+            known = self._seen.get(name)
+            # A state that is new was made by the step.
+            if name.startswith(_STATE) or (id(tensor) in own and known is not None):
+                compared = known is not None and known[2] is not None
                 self._seen[name] = (
                     id(tensor),
                     tensor._version,
@@ -143,6 +148,17 @@ class StateWatch:
             for tensors in (module._parameters, module._buffers):
                 for key, tensor in [*tensors.items()]:
                     yield tensors, key, f"{prefix}.{key}" if prefix else key, tensor
+        names = {id(p): name for name, p in self._root.named_parameters()}
+        for parameter, state in self._optimizer.state.items():
+            for key, value in [*state.items()]:
+                if isinstance(value, Tensor):
+                    name = names.get(id(parameter), "parameter")
+                    yield state, key, f"{_STATE}{name}.{key}", value
+
+    @staticmethod
+    def _is_trained(name: str, tensor: Tensor) -> bool:
+        """Whether every step changes it: its values are then read on some batches only."""
+        return isinstance(tensor, torch.nn.Parameter) or name.startswith(_STATE)
 
     def _look_up_modules(self) -> None:
         self._modules = list(self._root.named_modules())

@@ -602,6 +602,49 @@ def test_what_learns_between_epochs_is_refused(hook):
     fit(module, public_state=["net.2.bias"])  # clamped, for instance
 
 
+class WithMomentum(Net):
+    """Whose momentum, or Adam's second moment, may be written to."""
+
+    def __init__(self, inner, place):
+        super().__init__()
+        self.inner, self.place = inner, place
+
+    def configure_optimizers(self):
+        inner = self.inner(self.net.parameters(), lr=0.1)
+        return DPOptimizer(inner, clip_norm=0.5, noise_multiplier=1.0, noise_seed=0)
+
+    @torch.no_grad()
+    def learn(self, value):
+        for state in self.trainer.optimizers[0].optimizer.state.values():
+            for tensor in state.values():
+                tensor.add_(value)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.place == "step":
+            self.learn(loss.detach())
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.place == "afterwards":
+            self.learn(batch[0].mean())
+
+
+INNER = {
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "Adam": torch.optim.Adam,
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("place", ["step", "afterwards"])
+def test_what_learns_in_the_state_of_the_optimizer_is_refused(inner, place):
+    with pytest.raises(Exception, match=r"optimizer\.net\.0\.bias\..*public_state"):
+        fit(WithMomentum(INNER[inner], place))
+    fit(WithMomentum(INNER[inner], place), public_state=["optimizer.*"])
+    fit(WithMomentum(INNER[inner], "nowhere"))
+
+
 @torch.no_grad()
 def learned_at_the_end(module):
     module.net[2].bias.add_(Data().X.mean())
