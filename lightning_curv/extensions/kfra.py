@@ -13,12 +13,7 @@ from torch.nn import functional as F
 
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import GraphExtension
-from lightning_curv.extensions.kronecker import (
-    KFLR,
-    WeightSharing,
-    kronecker_axes,
-    kronecker_factor,
-)
+from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_factor
 from lightning_curv.graph.dependence import Dependence
 from lightning_curv.kernels.symmetric import eigh, gram
 from lightning_curv.passes.passes import Passes
@@ -26,6 +21,7 @@ from lightning_curv.recording.records import shape_at
 from lightning_curv.samples.probing import owners_at
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners
+from lightning_curv.terms.sides import kronecker_sides, side_of
 from lightning_curv.terms.term import Term
 
 # Nodes whose J is the same in all samples of an axis.
@@ -103,24 +99,15 @@ class KFRA(GraphExtension):
         jacobian = Jacobian(parameter, [term])
         term = jacobian.terms[0]
         sharing = self._kflr.weight_sharing
-        # Letters that both sides of the GGN have in common.
-        paired = "q" if sharing == "reduce" else "q" + term.shared
-        # Capitals are the letters of the other side.
-        other = "".join(letter if letter in paired else letter.upper() for letter in term.out)
-        features = "".join(letter for letter in term.out if letter in term.par and letter != "q")
-        groups = "q" if "q" in term.out else ""
-        both_sides = 2 * term.g.shape[2:]
-        average = term.g[:, 0].reshape(both_sides)
-        equation = f"{term.out}{other}->{groups}{features}{features.upper()}"
-        factor = torch.einsum(equation, average)
-        by_columns = factor.flatten(-len(features))
-        factor = by_columns.flatten(len(groups), -2).clone()
+        rows_and_columns = 2 * term.g.shape[2:]
+        average = term.g[:, 0].reshape(rows_and_columns)
+        outputs = side_of(term, "outputs")
         factors = []
-        for axis in kronecker_axes(jacobian):
-            if axis == "o":
-                factors.append(factor)
+        for side in kronecker_sides(jacobian.terms):
+            if side == "outputs":
+                factors.append(outputs.paired_features(average, sharing == "expand"))
             else:
-                factors.append(kronecker_factor(term, axis, sharing))
+                factors.append(kronecker_factor(term, side, sharing))
         return factors
 
 
@@ -342,7 +329,7 @@ def _kronecker(parameter: Tensor, term: Term) -> bool:
     samples = term.g.shape[1]
     # A stride of zero: one sample's cotangents, seen as those of all.
     shared = samples == 1 or (samples > 1 and not term.g.stride(1))
-    return shared and bool(kronecker_axes(Jacobian(parameter, [term])))
+    return shared and bool(kronecker_sides(Jacobian(parameter, [term]).terms))
 
 
 def _root(average: Tensor, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -33,13 +34,12 @@ from lightning_curv.kernels.symmetric import gram
 from lightning_curv.terms import one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.term import GROUP, KERNEL, Term
+from lightning_curv.terms.sides import Side, SideName, kronecker_sides, side_of
+from lightning_curv.terms.term import Term
 
 WeightSharing = Literal["expand", "reduce"]
 Product = Callable[[Tensor], Tensor]
-# Letters of matrix axes; x y z belong to the patches of the input or of the output.
-KRONECKER = "oi" + KERNEL
-_LATEST = {"o": Latest(), "i": Latest()}
+_LATEST: dict[SideName, Latest] = {"outputs": Latest(), "inputs": Latest()}
 
 
 class KFLR(Extension):
@@ -99,33 +99,24 @@ class KFLR(Extension):
 
     def evaluate(self, jacobian: Jacobian) -> list[Tensor]:
         """Make the factors of the parameter's block, in the order of its axes."""
-        axes = kronecker_axes(jacobian)
-        if not axes:
+        sides = kronecker_sides(jacobian.terms)
+        if not sides:
             return [jacobian.sum_squares().flatten()]
-        # The inputs' factor stays that of the first columns: `merge` does not look at this one.
-        known = "i" if jacobian.continues else ""
         term = jacobian.terms[0]
         factors = []
-        for axis in axes:
-            factors.append(term.g if axis in known else self._factor(term, axis))
+        for side in sides:
+            # The inputs' factor stays that of the first columns: `merge` does not look at this one.
+            known = side == "inputs" and jacobian.continues
+            factors.append(term.g if known else self._factor(term, side))
         return factors
 
-    def _factor(self, term: Term, axis: str) -> Tensor:
+    def _factor(self, term: Term, name: SideName) -> Tensor:
         """Make one factor, or copy it from the parameter that has the same, such as the bias."""
-        factor: Tensor | None
-        if axis == "o":
-            factor = term.g
-            letters = term.out
-        else:
-            factor = term.x
-            letters = term.inp
-        assert factor is not None
-        positions = [letter for letter in letters if letter not in term.par]
-        key = letters, *positions, self.weight_sharing, term.classes
-        result, known = _LATEST[axis].of(
-            factor,
-            key,
-            lambda: kronecker_factor(term, axis, self.weight_sharing),
+        side = side_of(term, name)
+        result, known = _LATEST[name].of(
+            side.tensor,
+            (*side.layout, self.weight_sharing),
+            lambda: kronecker_factor(term, name, self.weight_sharing),
         )
         # Each parameter owns its factors, since they are added to in place.
         return result.clone() if known else result
@@ -137,9 +128,11 @@ class KFLR(Extension):
         jacobian: Jacobian,
     ) -> list[Tensor]:
         """Add the factors of the columns; that of the inputs depends on no column and stays."""
-        axes = kronecker_axes(jacobian) or "o"
-        pairs = zip(axes, previous, new, strict=True)
-        return [before if axis == "i" else before + added for axis, before, added in pairs]
+        sides = kronecker_sides(jacobian.terms) or ("outputs",)
+        factors = []
+        for side, before, added in zip(sides, previous, new, strict=True):
+            factors.append(before if side == "inputs" else before + added)
+        return factors
 
 
 class KFAC(KFLR):
@@ -174,48 +167,9 @@ class KFAC(KFLR):
         self.source = Sampled(mc_samples)
 
 
-def kronecker_axes(jacobian: Jacobian) -> str:
-    """Name the factors of the block, ``o`` and ``i`` in the order of the parameter's axes.
-
-    Empty where it has no Kronecker structure. Outputs are first where they are in between the
-    inputs, see `interleaved`.
-    """
-    term = jacobian.terms[0]
-    if len(jacobian.terms) > 1 or any(letter not in GROUP + KRONECKER for letter in term.par):
-        return ""
-    par = term.par.removeprefix(GROUP)
-    if not par:
-        return ""
-    out = "".join(letter for letter in term.out if letter in par)
-    inp = "".join(letter for letter in term.inp if letter in par)
-    if not inp:
-        return "o" if par == out else ""
-    if par == out + inp:
-        return "oi"
-    if par == inp + out:
-        return "io"
-    # A transposed convolution: the channels of the input, those of the output, the kernel.
-    return "oi" if par == inp[:1] + out + inp[1:] else ""
-
-
-def interleaved(jacobian: Jacobian) -> tuple[int, int] | None:
-    """Groups, and inputs per group, of a weight whose outputs are in between its inputs.
-
-    That is the weight of a transposed convolution, ``[in, out/groups, *kernel]``: its factors are
-    those of it with its first two axes swapped. ``None`` for all others.
-    """
-    term = jacobian.terms[0]
-    letters = term.par.removeprefix(GROUP)
-    sides = ["o" if letter in term.out else "i" for letter in letters]
-    if kronecker_axes(jacobian) != "oi" or sides[0] == "o" or sides[-1] == "o":
-        return None
-    sizes = term.sizes()
-    return sizes.get("q", 1), sizes[letters[0]]
-
-
 def kronecker_factor(
     term: Term,
-    axis: str,
+    side: SideName,
     weight_sharing: WeightSharing,
     product: Product = gram,
 ) -> Tensor:
@@ -223,12 +177,12 @@ def kronecker_factor(
 
     Args:
         term: The only term of a Jacobian.
-        axis: ``o`` for the factor of the outputs, ``i`` for that of the inputs.
+        side: Whose factor it is.
         weight_sharing: ``"expand"`` or ``"reduce"``.
         product: Makes x xᵀ, or a part of it, of ``x [D, R]``; not used with one-hot inputs.
     """
-    factor = {"o": _output_factor, "i": _input_factor}[axis]
-    return factor(term, weight_sharing, product)
+    make = _output_factor if side == "outputs" else _input_factor
+    return make(term, weight_sharing, product)
 
 
 def _output_factor(
@@ -237,7 +191,9 @@ def _output_factor(
     product: Product,
 ) -> Tensor:
     """B: the sum over columns, samples and positions, ``[(q), o, o]``."""
-    return _second_moment(term.g.transpose(0, 1), term.out, term.par, weight_sharing, product)
+    outputs = side_of(term, "outputs")
+    samples_first = replace(outputs, tensor=term.g.transpose(0, 1))
+    return _second_moment(samples_first, weight_sharing, product)
 
 
 def _input_factor(
@@ -251,10 +207,10 @@ def _input_factor(
         return one_hot.second_moment(term, weight_sharing == "reduce")
     if term.lengths is not None:
         return _ragged_input_factor(term, term.lengths.to(term.x.device), weight_sharing, product)
-    sizes = term.sizes()
+    inputs = side_of(term, "inputs")
     samples = max(1, len(term.x))
-    positions = max(1, math.prod(sizes[letter] for letter in term.inp if letter not in term.par))
-    total = _second_moment(term.x, term.inp, term.par, weight_sharing, product)
+    positions = max(1, math.prod(term.x.shape[axis] for axis in inputs.positions))
+    total = _second_moment(inputs, weight_sharing, product)
     # "reduce" has summed the positions, where it needs the product of two means over them.
     power = 2 if weight_sharing == "reduce" else 1
     return total.div_(samples * positions**power)
@@ -275,39 +231,35 @@ def _ragged_input_factor(
         own_lengths = lengths.clamp(min=1).to(x.dtype)
         x = x / own_lengths.reshape(-1, *[1] * (x.ndim - 1))
         count = torch.tensor(len(x))
-    total = _second_moment(x, term.inp, term.par, weight_sharing, product)
+    inputs = replace(side_of(term, "inputs"), tensor=x)
+    total = _second_moment(inputs, weight_sharing, product)
     return total.div_(count.clamp(min=1).to(total.device))
 
 
 def _second_moment(
-    factor: Tensor,
-    letters: str,
-    par: str,
+    side: Side,
     weight_sharing: WeightSharing,
     product: Product,
 ) -> Tensor:
     """Sum of the outer products of the features, in chunks of samples.
 
     Args:
-        factor: ``[N, …, *letters]``.
-        letters: Of the trailing axes; features are those that the parameter has.
-        par: Letters of the parameter.
+        side: Its tensor has the samples in front.
         weight_sharing: ``"expand"``: one vector of features per position; ``"reduce"``: their sum
             over the positions.
         product: Of a matrix with itself, ``[D, R]``.
     """
+    factor = side.tensor
     # A factor that is expanded over the samples is the same for all of them: it is worked on once.
     if len(factor) > 1 and factor.stride(0) == 0:
         repeats = len(factor)
     else:
         repeats = 1
     factor = factor[: len(factor) // repeats]
-    lead = factor.ndim - len(letters)
-    axis_of = {letter: lead + position for position, letter in enumerate(letters)}
-    groups = [axis_of["q"]] if "q" in letters else []
-    features = [axis_of[letter] for letter in letters if letter in par and letter != "q"]
-    positions = [axis_of[letter] for letter in letters if letter not in par]
-    summed = [*range(lead), *positions]
+    groups = side.groups
+    features = side.features
+    positions = side.positions
+    summed = [*range(side.lead), *positions]
     if weight_sharing == "expand":
         # In the order of memory they are one axis, so that the reshape below need not copy.
         strides = factor.stride()

@@ -157,20 +157,6 @@ class Term:
         """Whether the parameter has the axes of a convolution's kernel."""
         return any(letter in KERNEL for letter in self.par)
 
-    def features(self, axis: str) -> int:
-        """Count the rows of a Kronecker factor.
-
-        Args:
-            axis: ``o``: of the outputs; ``i``: of the inputs.
-
-        Returns:
-            Their number, of one group if there are any.
-        """
-        letters = self.out if axis == "o" else self.inp
-        sizes = self.sizes()
-        counted = [letter for letter in letters if letter in self.par and letter != GROUP]
-        return math.prod(sizes[letter] for letter in counted)
-
     def at_positions(self, chosen: Tensor) -> Term:
         """Take some of the shared positions, which are gathered from a view of the input.
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_curv.extensions.kronecker import interleaved, kronecker_axes
 from lightning_curv.optimizers.curvature.weight_and_bias import outputs_first
 from lightning_curv.optimizers.linear_algebra.factors import is_diagonal, parts_of, rows
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.term import Term
+from lightning_curv.terms.sides import as_matrix, interleaved, kronecker_sides
 
 
 def second_moments(
@@ -37,7 +36,7 @@ def second_moments(
     # Without rotation, or of several uses, the moments are those of the weight as it is.
     is_plain = len(weight.terms) > 1 or all(is_diagonal(q, batched) for q in basis)
     if is_plain and not bias:
-        squares = outputs_first(weight.sum_squares(), interleaved(weight) or ())
+        squares = outputs_first(weight.sum_squares(), interleaved(weight.terms) or ())
     else:
         squares = _rotated(weight, basis, batched, bool(bias), center).sum_squares()
     return squares.reshape(_sizes(basis, batched))
@@ -65,42 +64,21 @@ def _rotated(
         ones: whether a 1 is appended to the inputs, for the bias.
         center: what is subtracted from the inputs before.
     """
-    term = _flat(jacobian.terms[0], kronecker_axes(jacobian))
+    sides = kronecker_sides(jacobian.terms)
+    term = as_matrix(jacobian.terms[0], sides)
     x = term.x
     if x is not None and ones:
         for mean in center:
             x = x - mean.to(x)
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
-    rotations = dict(zip(term.par.removeprefix("q"), basis, strict=True))
-    g = _applied(rotations["o"], term.g, batched)
+    rotations = dict(zip(sides, basis, strict=True))
+    g = _applied(rotations["outputs"], term.g, batched)
     # The factor of inputs that are classes is diagonal: they stay numbers of classes.
     if x is not None and not term.classes:
-        x = _applied(rotations["i"], x, batched)
+        x = _applied(rotations["inputs"], x, batched)
     # Only the shape of the parameter matters from here on: no memory for its values.
     shape_of_parameter = g.new_zeros(1).expand(_sizes(basis, batched))
     return Jacobian(shape_of_parameter, [replace(term, g=g, x=x)], jacobian.signs)
-
-
-def _flat(term: Term, order: str) -> Term:
-    """The canonical term with one letter per factor, and no axis of a single position.
-
-    Args:
-        term: of a weight.
-        order: letters of the factors, in the order of the basis.
-    """
-    group = "q" if "q" in term.par else ""
-    term = term.canonical()
-    has_positions = term.g.shape[2] != 1 or term.classes
-    position = "s" if has_positions else ""
-    g = term.g.flatten(3 + len(group))
-    g = g if has_positions else g.squeeze(2)
-    x = term.x
-    if x is not None and not term.classes:
-        x = x.flatten(2 + len(group))
-        x = x if has_positions else x.squeeze(1)
-    out = position + group + "o"
-    inp = "" if x is None else position + group + "i"
-    return replace(term, out=out, inp=inp, par=group + order, g=g, x=x)
 
 
 def _applied(q: Tensor, v: Tensor, batched: bool) -> Tensor:

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions import KFLR
-from lightning_curv.extensions.kronecker import interleaved, kronecker_axes, kronecker_factor
+from lightning_curv.extensions.kronecker import kronecker_factor
 from lightning_curv.optimizers.curvature.positions import subsampled
 from lightning_curv.optimizers.linear_algebra.factors import part_size, parts_of, split_gram
 from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.sides import SideName, interleaved, kronecker_sides, side_of
 from lightning_curv.terms.term import Term
 
 
@@ -48,16 +49,16 @@ def kronecker_factors(
     weight, *bias = jacobians
     if positions is not None and sharing.weight_sharing == "expand":
         weight = subsampled(weight, positions, seed)
-    axes = kronecker_axes(weight) if split else ""
-    if split and axes:
+    sides = kronecker_sides(weight.terms)
+    if split and sides:
         factors = [
-            _split_factor(weight.terms[0], axis, sharing, split, has_bias=bool(bias))
-            for axis in axes
+            _split_factor(weight.terms[0], side, sharing, split, has_bias=bool(bias))
+            for side in sides
         ]
     else:
         factors = sharing.evaluate(weight)
     if not bias:
-        layout = interleaved(weight)
+        layout = interleaved(weight.terms)
         if not layout:
             return factors
         # A tensor, as all statistics are: they are averaged over processes together.
@@ -71,7 +72,7 @@ def kronecker_factors(
 
 def _split_factor(
     term: Term,
-    axis: str,
+    side: SideName,
     sharing: KFLR,
     split: int,
     has_bias: bool,
@@ -80,22 +81,21 @@ def _split_factor(
 
     Args:
         term: of a weight.
-        axis: letter of the factor.
+        side: whose factor it is.
         sharing: expand or reduce.
         split: rows of the diagonal blocks, about.
         has_bias: whether a 1 is appended to the inputs later; their number says how to split.
     """
-    size = term.features(axis) + (axis == "i" and has_bias)
+    size = side_of(term, side).width + (side == "inputs" and has_bias)
     product = partial(split_gram, size=part_size(size, split))
-    return kronecker_factor(term, axis, sharing.weight_sharing, product)
+    return kronecker_factor(term, side, sharing.weight_sharing, product)
 
 
 def mean_input(jacobian: Jacobian) -> Tensor:
     """The mean of a weight's inputs over samples and positions, flat."""
     term = jacobian.terms[0]
     assert term.x is not None
-    axes_of_positions = [1 + i for i, letter in enumerate(term.inp) if letter in term.shared]
-    axes = [0, *axes_of_positions]
+    axes = [0, *side_of(term, "inputs").positions]
     if term.lengths is None:
         return term.x.mean(axes).flatten()
     # Positions behind the length of a sample are zeros, which do not count.

@@ -120,7 +120,7 @@ def test_what_a_weight_and_its_bias_share_is_computed_once(weight_sharing, monke
     )
     with curvature(KFAC(weight_sharing=weight_sharing)):
         F.mse_loss(model(torch.randn(5, 2, 3)), torch.zeros(5, 2)).backward()
-    assert products == ["o", "i"] * 3
+    assert products == ["outputs", "inputs"] * 3
     for layer in (model[0], model[2], model[5]):
         (bias,), B = layer.bias.kfac, layer.weight.kfac[0]
         assert torch.equal(bias, B)
