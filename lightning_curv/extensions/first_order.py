@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_curv.extensions.base import Differentiable
 from lightning_curv.extensions.subsampling import wanted_rows, wanted_samples
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.term import squared_sizes
+from lightning_curv.terms.squares import squared_sizes
 
 
 class BatchGrad(Differentiable):

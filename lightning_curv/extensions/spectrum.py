@@ -16,7 +16,7 @@ from lightning_curv.extensions.matvec import Product, all_parameters, ggn_produc
 from lightning_curv.kernels.onednn import fast_products
 from lightning_curv.passes.passes import Passes
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.term import squared_sizes
+from lightning_curv.terms.squares import squared_sizes
 
 
 class GGNTraceExact(Extension):

@@ -29,6 +29,7 @@ from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import dense
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.owners import ChosenOwners, Owners
+from lightning_curv.terms.regrouping import grouped, of_chosen
 from lightning_curv.terms.term import Term
 
 COLUMN_BYTES = 2**26  # of cotangents that are held at once
@@ -294,8 +295,8 @@ def terms_of_rule(
         )
     found = use.rule.function(call, g, **{**use.arguments, **operands, **other})
     if isinstance(owners, ChosenOwners):
-        return {name: found[name].of_chosen(owners, chosen) for name in use.operands}
-    return {name: found[name].grouped(owners) for name in use.operands}
+        return {name: of_chosen(found[name], owners, chosen) for name in use.operands}
+    return {name: grouped(found[name], owners) for name in use.operands}
 
 
 def _multiplications(use: Use) -> int:

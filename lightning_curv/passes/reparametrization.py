@@ -7,7 +7,7 @@ its own graph, densely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_curv.graph.heads import saved_axis, saved_integer
 from lightning_curv.graph.tape import leaves
 from lightning_curv.rules.fallback import dense
 from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.parameter_axes import permuted, uncut
 from lightning_curv.terms.term import Term
 
 
@@ -103,31 +104,24 @@ def _same(node: Any, number: int, term: Term) -> Term:
 
 
 def _transposed(node: Any, number: int, term: Term) -> Term | None:
-    letters = _letters(term, node._input_metadata[number].shape)
-    if letters is None or term.classes:
-        return None
-    source = list(range(len(letters)))
+    shape = node._input_metadata[number].shape
+    source = list(range(len(shape)))
     if node.name() == "PermuteBackward0":
-        source = [saved_axis(dim, len(letters)) for dim in node._saved_dims]
-    elif len(letters) > 1:
+        source = [saved_axis(dim, len(shape)) for dim in node._saved_dims]
+    elif len(shape) > 1:
         plain = node.name() == "TBackward0"
         if plain:
             a = 0
             b = 1
         else:
-            a, b = (saved_axis(dim, len(letters)) for dim in (node._saved_dim0, node._saved_dim1))
+            a, b = (saved_axis(dim, len(shape)) for dim in (node._saved_dim0, node._saved_dim1))
         source[a], source[b] = source[b], source[a]
-    by_source = dict(zip(source, letters, strict=True))
-    return replace(term, par="".join(by_source[axis] for axis in range(len(letters))), adjoint=None)
+    return permuted(term, shape, source)
 
 
 def _sliced(node: Any, number: int, term: Term) -> Term | None:
-    """Zeros in the term's factors stand for what was cut off."""
-    letters = _letters(term, node._input_metadata[number].shape)
     sizes = node._saved_self_sym_sizes
     axis = saved_axis(node._saved_dim, len(sizes))
-    if letters is None or len(letters[axis]) != 1 or term.classes:
-        return None
     index = torch.arange(sizes[axis], device=term.g.device)
     if node.name() == "SliceBackward0":
         index = index[
@@ -137,33 +131,7 @@ def _sliced(node: Any, number: int, term: Term) -> Term | None:
         index = index.split(node._saved_split_size)[number]
     else:
         index = index.split(list(node._saved_split_sizes))[number]
-
-    def padded(tensor: Tensor, letters_of: str, before: int) -> Tensor:
-        if letters[axis] not in letters_of:
-            return tensor
-        dim = before + letters_of.index(letters[axis])
-        shape = [*tensor.shape[:dim], sizes[axis], *tensor.shape[dim + 1 :]]
-        return tensor.new_zeros(shape).index_copy(dim, index, tensor)
-
-    x = None if term.x is None else padded(term.x, term.inp, 1)
-    return replace(term, g=padded(term.g, term.out, 2), x=x, adjoint=None)
-
-
-def _letters(term: Term, shape: Sequence[int]) -> list[str] | None:
-    """The letters of every axis of the value; ``None``: the axes do not separate them."""
-    sizes = term.sizes()
-    remaining = list(term.par)
-    groups = []
-    for size in shape:
-        group = ""
-        count = 1
-        while remaining and (count < size or (not group and size == sizes[remaining[0]])):
-            group = group + remaining[0]
-            count = count * sizes[remaining.pop(0)]
-        if count != size:
-            return None
-        groups.append(group)
-    return groups if not remaining else None
+    return uncut(term, node._input_metadata[number].shape, axis, index, sizes[axis])
 
 
 STEPS: dict[str, Callable[[Any, int, Term], Term | None]] = {

@@ -19,11 +19,11 @@ from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.dependence import uses_below
 from lightning_curv.graph.joins import Join
 from lightning_curv.graph.tape import leaves
-from lightning_curv.kernels import onednn
 from lightning_curv.passes.passes import Passes, apply_rule
 from lightning_curv.recording.records import Use, shape_at
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.owners import Owners
+from lightning_curv.terms.parameter_axes import applied
 from lightning_curv.terms.term import Term
 
 
@@ -88,15 +88,7 @@ class OnlyUse:
         else:
             out = vector.new_empty(1, *shape)
         term = self._term(out)
-        sizes = term.sizes()
-        known = "n" + term.par + term.inp
-        vector = vector.reshape([sizes[letter] for letter in term.par])
-        letters = "".join(letter for letter in term.out if letter in known)
-        if term.x is None:
-            image = torch.einsum(f"{term.par}->{letters}", vector)[None]
-        else:
-            image = onednn.einsum(f"n{term.inp},{term.par}->n{letters}", term.x, vector)
-        image = image[tuple(slice(None) if letter in known else None for letter in "n" + term.out)]
+        image = applied(term, vector)
         if self._order:
             return image.expand(term.g.shape[1:]).reshape(shape)
         term.g[0].copy_(image)  # a view of `out`

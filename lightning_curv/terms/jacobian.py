@@ -19,7 +19,8 @@ from torch import Tensor
 from lightning_curv.kernels import huge_pages
 from lightning_curv.terms import ghost_norms, one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, pieces
-from lightning_curv.terms.term import DIAGONAL, Term, signed, squared_sizes
+from lightning_curv.terms.squares import signed, squared_sizes
+from lightning_curv.terms.term import DIAGONAL, Term
 
 # Size of per-sample products that are worked on together where they are made one by one or, entry
 # by entry, without a product of matrices.

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_curv.kernels import huge_pages
 from lightning_curv.terms.safe_norms import row_norms
-from lightning_curv.terms.term import ROUNDING, Term, signed
+from lightning_curv.terms.squares import signed
+from lightning_curv.terms.term import ROUNDING, Term
 
 
 class Rows(NamedTuple):

@@ -23,20 +23,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_curv.errors import UnsupportedError
 from lightning_curv.kernels import huge_pages
 from lightning_curv.kernels.memo import Latest
 from lightning_curv.kernels.onednn import einsum, is_large
-from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners, RowOwners
 from lightning_curv.terms.safe_norms import product_norms, row_norms
+from lightning_curv.terms.squares import squared_sizes, squares_of_columns
 
 DIAGONAL = "defghjklm"
 SHARED = "rstu"
 KERNEL = "xyz"
 GROUP = "q"
 CHUNK_BYTES = 2**25  # of products that are added up at once
-WASTE = 4  # how many times as much memory as their rows samples of different lengths may take
-SMALL = 2**14  # entries of a column up to which the squares of all columns are made at once
 # What was computed of the cotangents that a weight and its bias share.
 _SQUARES = Latest()
 _NORMS = Latest()
@@ -262,133 +259,6 @@ class Term:
             return self
         return self.of(self.g.to(dtype), x)
 
-    def grouped(self, owners: Owners) -> Term:
-        """Regroup rows to samples: the rows of a sample become its shared positions ``r``.
-
-        Args:
-            owners: Which sample owns each row.
-
-        Returns:
-            The term of N samples.
-
-        Raises:
-            RuntimeError: A cotangent arrives at a row that was found to belong to no sample.
-        """
-        if isinstance(owners, RowOwners):
-            return self._gathered(owners.to(self.g.device))
-        assert isinstance(owners, BatchAxis)
-        rows = self.g.shape[1]
-        samples = owners.count
-        if rows == samples:
-            return self
-        positions = rows // samples
-
-        def split(tensor: Tensor, axis: int) -> Tensor:
-            if not owners.minor:
-                return tensor.unflatten(axis, (samples, positions))
-            by_position = tensor.unflatten(axis, (positions, samples))
-            return by_position.transpose(axis, axis + 1)
-
-        x = None if self.x is None else split(self.x, 0)
-        inp = "r" + self.inp if x is not None else ""
-        return replace(self, out="r" + self.out, inp=inp, g=split(self.g, 1), x=x)
-
-    def of_chosen(self, owners: ChosenOwners, left: Tensor | None) -> Term:
-        """Regroup the rows of some samples to these.
-
-        Args:
-            owners: The samples, and which rows belong to them.
-            left: The rows that the rule was asked for; it may have left out all others.
-
-        Returns:
-            The term of the chosen samples.
-        """
-        if left is not None and self.g.shape[1] == len(left):
-            return self.grouped(owners.within)
-        if isinstance(owners.whole, RowOwners):
-            self._refuse_unowned(owners.whole.to(self.g.device))
-        rows = owners.rows(self.g.shape[1]).to(self.g.device)
-        return self[rows].grouped(owners.within)
-
-    def _refuse_unowned(self, owners: RowOwners) -> None:
-        """Raise where a row that no sample owns has a cotangent, or an input that is not finite."""
-        unowned = owners.index < 0
-        cotangents = self.g[:, unowned]
-        if cotangents.numel():
-            # A cotangent that cancels is zero up to rounding of those that it was made of.
-            eps = torch.finfo(self.g.dtype).eps
-            rounding = 1e4 * eps * self.g.abs().amax()
-            beyond_rounding = cotangents.abs() > rounding
-            if bool(beyond_rounding.any()):
-                raise RuntimeError(
-                    "Expected no gradient at rows that no sample depended on when the samples were "
-                    "found, found one. Pass `check=True` to `curvature`: the samples are then "
-                    "found anew."
-                )
-        if self.x is None or self.classes:
-            return
-        # Zero times infinity is not zero: such a row would reach the sum over all samples.
-        unowned_inputs = self.x[unowned]
-        if not bool(unowned_inputs.isfinite().all()):
-            raise UnsupportedError(
-                "Expected finite inputs in rows that no gradient arrives at, found others: which "
-                "sample they make undefined cannot be told. Leave samples that are not finite out "
-                "of the batch."
-            )
-
-    def _gathered(self, owners: RowOwners) -> Term:
-        """The rows of every sample next to each other, filled up.
-
-        Where that costs more memory than J, J itself is formed.
-        """
-        self._refuse_unowned(owners)
-        sizes = self.sizes()
-        samples, longest = owners.table.shape
-        row_entries = self.g[:, :1].numel()
-        if self.x is not None:
-            row_entries += self.x[:1].numel()
-        # Both per sample.
-        padded_entries = longest * row_entries
-        formed_entries = len(self.g) * math.prod(sizes[letter] for letter in self.par)
-        # One long sample among many short ones: every other one is padded to its length.
-        wasteful = longest * samples > WASTE * len(owners.index)
-        if wasteful and padded_entries > formed_entries and not self.classes:
-            return self._formed(owners)
-        no_input = -1 if self.classes else 0  # a one-hot row of zeros, or zeros
-        if self.x is None:
-            x = None
-        else:
-            x = owners.padded(self.x, 0, no_input)
-        positions = math.prod(sizes[letter] for letter in self.shared)
-        inp = "" if x is None else "r" + self.inp
-        return replace(
-            self,
-            out="r" + self.out,
-            inp=inp,
-            g=owners.padded(self.g, 1),
-            x=x,
-            lengths=owners.lengths * positions,
-        )
-
-    def _formed(self, owners: RowOwners) -> Term:
-        """J itself, ``[V, N, *par]``, some rows at a time."""
-        sizes = self.sizes()
-        shape = [sizes[letter] for letter in self.par]
-        total = self.g.new_zeros(len(self.g), owners.count, *shape)
-        row_bytes = total[:, :1].numel() * total.element_size()
-        size = max(1, CHUNK_BYTES // max(1, row_bytes))
-        for start in range(0, len(owners.index), size):
-            index = owners.index[start : start + size]
-            owned = (index >= 0).nonzero().squeeze(1)
-            some_rows = self[(owned + start).tolist()]
-            by_row = some_rows.contract(f"vn{self.par}")
-            total.index_add_(1, index[owned], by_row)
-        # Formed, J has no structure left: every axis is diagonal, and a number has one of size 1.
-        if not shape:
-            return Term("d", "", "d", total[..., None])
-        letters = DIAGONAL[: len(shape)]
-        return Term(letters, "", letters, total)
-
     def canonical(self) -> Term:
         """Bring all shared positions together on one axis.
 
@@ -592,41 +462,6 @@ class Term:
         if x is not None and not self.classes:  # the square of a one-hot row is the row
             x = squared_sizes(x)
         return self.of(g, x)
-
-
-def squared_sizes(tensor: Tensor) -> Tensor:
-    """The squared absolute values of all entries: real numbers, those of complex ones too."""
-    if not tensor.is_complex():
-        return tensor.square()
-    return torch.view_as_real(tensor.resolve_conj()).square().sum(-1)
-
-
-def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
-    """``squares [V, N, *]`` times ``signs [V, N]``."""
-    if signs is None:
-        return squares
-    trailing_ones = [1] * (squares.ndim - 2)
-    return squares * signs.reshape(*signs.shape, *trailing_ones)
-
-
-def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
-    """The sum of the squares over the columns, ``[1, N, *]``.
-
-    Large columns are added up one after the other: their squares are never all in memory.
-    """
-    if len(g) == 1 or g[0].numel() < SMALL or g.is_complex():
-        squares = signed(squared_sizes(g), signs)
-        if len(g) == 1:
-            return squares
-        return squares.sum(0, keepdim=True)
-    total = torch.zeros_like(g[:1])
-    for number, column in enumerate(g.unbind()):
-        factor = column
-        if signs is not None:
-            sign_of_column = signs[number : number + 1]
-            factor = signed(column[None], sign_of_column)[0]
-        total[0].addcmul_(column, factor)
-    return total
 
 
 def _norms(tensor: Tensor, start: int) -> Tensor:
