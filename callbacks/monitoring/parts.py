@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 
 PARTS = "part_l2"  # the savefield
 
@@ -26,12 +26,12 @@ class PartNorms:
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._found: dict[Parameter, Tensor] = {}
-        self._own_passes = unheard()
+        self._own_passes = internal_pass()
 
     def listen(self, params: Iterable[Parameter]) -> None:
         """Begin."""
         self.stop()
-        self._own_passes = unheard()  # of the thread that begins the backward pass
+        self._own_passes = internal_pass()  # of the thread that begins the backward pass
         for param in params:
             if param.requires_grad:
                 # Where the gradient is accumulated: a prehook there gets the sum over all uses of

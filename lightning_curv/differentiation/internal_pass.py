@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 
-class OwnPasses:
+class InternalPasses:
     """Context of our own passes, and of what hooks do; counts how many are running.
 
     Autograd may run hooks in threads of its own, which know nothing of the thread that has started
@@ -36,18 +36,19 @@ class OwnPasses:
 
 _local = threading.local()
 _lock = threading.Lock()
-_of_all_threads: tuple[ref[OwnPasses], ...] = ()  # replaced as a whole: others may be reading it
+# Replaced as a whole: others may be reading it.
+_of_all_threads: tuple[ref[InternalPasses], ...] = ()
 
 
-def unheard() -> OwnPasses:
+def internal_pass() -> InternalPasses:
     """Context in which the hooks of this thread stay silent; they ask whether it is `running`."""
     if not hasattr(_local, "passes"):
-        _local.passes = _registered(OwnPasses())
-    passes: OwnPasses = _local.passes
+        _local.passes = _registered(InternalPasses())
+    passes: InternalPasses = _local.passes
     return passes
 
 
-def _registered(passes: OwnPasses) -> OwnPasses:
+def _registered(passes: InternalPasses) -> InternalPasses:
     global _of_all_threads
     with _lock:
         alive = [other for other in _of_all_threads if other() is not None]
@@ -55,7 +56,7 @@ def _registered(passes: OwnPasses) -> OwnPasses:
     return passes
 
 
-def any_own_pass() -> bool:
+def any_internal_pass() -> bool:
     """Whether some thread makes a pass of ours, perhaps through another thread's graph."""
     found = (reference() for reference in _of_all_threads)
     return any(passes is not None and passes.running for passes in found)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.recording.extend import extended
 
 ExtensionHook = Callable[[Any], object]
@@ -37,7 +37,7 @@ class Handover:
     ) -> None:
         self._hook = hook
         self._leave = leave
-        self._own_passes = unheard()  # of the thread that begins the backward pass
+        self._own_passes = internal_pass()  # of the thread that begins the backward pass
         self._left = dict.fromkeys(parameters)
         self._holders: dict[Tensor, list[nn.Module]] = {}
         self._waiting: dict[nn.Module, set[Tensor]] = {}

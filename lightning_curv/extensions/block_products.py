@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.differentiation.twice import differentiable, fused
 from lightning_curv.errors import UnsupportedError, differentiating_twice
 from lightning_curv.extensions.base import GraphExtension
@@ -28,7 +28,7 @@ from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import edge_of
 from lightning_curv.second_derivatives.local_curvature import Residual
 from lightning_curv.second_derivatives.residuals import residuals
-from lightning_curv.second_derivatives.single_use import OnlyUse, only_uses
+from lightning_curv.second_derivatives.single_use import SingleUse, single_uses
 from lightning_curv.second_derivatives.snapshot import Snapshot
 
 
@@ -45,7 +45,7 @@ class _Product(GraphExtension):
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
         """Make one function per parameter."""
         parameters = passes.tape.all_parameters
-        uses = only_uses(passes)
+        uses = single_uses(passes)
         # Products come after an optimizer's step, perhaps: values that they read are kept.
         needed = [p for p in parameters if p not in uses or uses[p].needs_value]
         snapshot = Snapshot(needed)
@@ -53,7 +53,7 @@ class _Product(GraphExtension):
         return {p: _Block(p, snapshot, matrix, self) for p in parameters}
 
     @abstractmethod
-    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, SingleUse]) -> _Matrix:
         """Make what all parameters share."""
 
 
@@ -65,7 +65,7 @@ class _Matrix(ABC):
         uses: The parameters that are used once, and where.
     """
 
-    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, SingleUse]) -> None:
         self._uses = uses
         self._multiplies = passes.multiplies
 
@@ -104,7 +104,7 @@ class _Matrix(ABC):
             return dict(zip(edges, self._backpropagated(edges), strict=True))
         return {}
 
-    def _gradient(self, parameter: Tensor) -> tuple[OnlyUse | None, Tensor | None]:
+    def _gradient(self, parameter: Tensor) -> tuple[SingleUse | None, Tensor | None]:
         """Find what is differentiated for the parameter's block.
 
         It is the cotangent at the parameter's only use, if that can be applied to vectors; else the
@@ -149,7 +149,12 @@ class _Block:
             raise ValueError(
                 f"Expected vectors of shape [{sizes}] or [V, {sizes}], found {list(vectors.shape)}."
             )
-        with torch.enable_grad(), self._snapshot.restored(), unheard(), differentiating_twice():
+        with (
+            torch.enable_grad(),
+            self._snapshot.restored(),
+            internal_pass(),
+            differentiating_twice(),
+        ):
             if single:
                 several = vectors.detach()[None]
             else:
@@ -209,14 +214,14 @@ class HMP(_Product):
     def __init__(self, savefield: str = "hmp") -> None:
         super().__init__(savefield)
 
-    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, SingleUse]) -> _Matrix:
         return _Hessian(passes, uses)
 
 
 class _Hessian(_Matrix):
     """The Hessian, as the derivative of the gradient."""
 
-    def __init__(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> None:
+    def __init__(self, passes: Passes, uses: Mapping[Tensor, SingleUse]) -> None:
         super().__init__(passes, uses)
         self._loss = passes.loss
         self._seed = passes.seed
@@ -269,7 +274,7 @@ class GGNMP(_Product):
     def __init__(self, savefield: str = "ggnmp") -> None:
         super().__init__(savefield)
 
-    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, SingleUse]) -> _Matrix:
         return _Curvatures(passes, uses, [])
 
 
@@ -311,7 +316,7 @@ class PCHMP(GGNMP):
             raise ValueError(f"`modify` must be 'clip' or 'abs', found {modify!r}.")
         self.modify = modify
 
-    def _prepare(self, passes: Passes, uses: Mapping[Tensor, OnlyUse]) -> _Matrix:
+    def _prepare(self, passes: Passes, uses: Mapping[Tensor, SingleUse]) -> _Matrix:
         return _Curvatures(passes, uses, [r.positive(self.modify) for r in residuals(passes)])
 
 
@@ -330,7 +335,7 @@ class _Curvatures(_Matrix):
     def __init__(
         self,
         passes: Passes,
-        uses: Mapping[Tensor, OnlyUse],
+        uses: Mapping[Tensor, SingleUse],
         found: Sequence[Residual],
     ) -> None:
         super().__init__(passes, uses)

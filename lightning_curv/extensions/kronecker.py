@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
-from lightning_curv.kernels.memo import Latest
+from lightning_curv.kernels.memo import LastResult
 from lightning_curv.kernels.symmetric import gram
 from lightning_curv.terms import one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES
@@ -39,7 +39,7 @@ from lightning_curv.terms.term import Term
 
 WeightSharing = Literal["expand", "reduce"]
 Product = Callable[[Tensor], Tensor]
-_LATEST: dict[SideName, Latest] = {"outputs": Latest(), "inputs": Latest()}
+_LATEST: dict[SideName, LastResult] = {"outputs": LastResult(), "inputs": LastResult()}
 
 
 class KFLR(Extension):
@@ -113,7 +113,7 @@ class KFLR(Extension):
     def _factor(self, term: Term, name: SideName) -> Tensor:
         """Make one factor, or copy it from the parameter that has the same, such as the bias."""
         side = side_of(term, name)
-        result, known = _LATEST[name].of(
+        result, known = _LATEST[name].get_or_compute(
             side.tensor,
             (*side.layout, self.weight_sharing),
             lambda: kronecker_factor(term, name, self.weight_sharing),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import differentiating_twice
 from lightning_curv.extensions.base import Exact, Extension, GraphExtension
 from lightning_curv.extensions.matvec import Product, all_parameters, ggn_product, hessian_product
@@ -61,7 +61,7 @@ class HessianTraceMC(GraphExtension):
         totals = {p: torch.zeros((), dtype=p.real.dtype, device=p.device) for p in params}
         with (
             torch.enable_grad(),
-            unheard(),
+            internal_pass(),
             differentiating_twice(),
             fast_products(passes.multiplies),
         ):
@@ -183,7 +183,7 @@ class MaxEigenvalue(GraphExtension):
         start = [random_like(parameter) for parameter in params]
         with (
             torch.enable_grad(),
-            unheard(),
+            internal_pass(),
             differentiating_twice(),
             fast_products(passes.multiplies),
         ):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import nothing_below, unheard
+from lightning_curv.differentiation.internal_pass import internal_pass, nothing_below
 from lightning_curv.recording.records import Operand, Use, shape_at
 from lightning_curv.rules.registry import Rule
 from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners
@@ -103,7 +103,7 @@ class Join:
             return whole[owners.chosen.to(whole.device)]
         if (
             not isinstance(owners, BatchAxis)
-            or owners.minor
+            or owners.inner
             or not g.ndim
             or g.shape[owners.axis] != owners.count
         ):
@@ -159,7 +159,7 @@ class Join:
     def _call(self, g: Tensor) -> Tensor | None:
         """The node's own derivative; several inputs that lead to one place add up there."""
         if self.recorded:
-            with unheard(), nothing_below(self.data):
+            with internal_pass(), nothing_below(self.data):
                 (found,) = torch.autograd.grad(
                     [GradientEdge(self.node, self.output_nr)],
                     [self.edge],

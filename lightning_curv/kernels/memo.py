@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 
-class Latest(threading.local):
+class LastResult(threading.local):
     """One result, kept while the tensor that it was computed from is in memory.
 
     The parameters of an op come one after the other and share their cotangents (a weight and its
@@ -23,7 +23,7 @@ class Latest(threading.local):
         self._result: Tensor | None = None
         self._version = 0
 
-    def of(
+    def get_or_compute(
         self,
         tensor: Tensor,
         key: tuple[Any, ...],

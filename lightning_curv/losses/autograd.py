@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import nothing_below, unheard
+from lightning_curv.differentiation.internal_pass import internal_pass, nothing_below
 from lightning_curv.differentiation.twice import differentiable, fused
 from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, differentiating_loss
 from lightning_curv.kernels.symmetric import eigh, root_product
@@ -365,7 +365,12 @@ class Quadratic(LossPart):
             return torch.zeros_like(direction)
         outputs = [gradient for _, gradient in gradients]
         seeds = [vectors[number] for number, _ in gradients]
-        with torch.enable_grad(), unheard(), nothing_below(self.others), differentiating_loss():
+        with (
+            torch.enable_grad(),
+            internal_pass(),
+            nothing_below(self.others),
+            differentiating_loss(),
+        ):
             by_output = torch.autograd.grad(
                 outputs,
                 self.edges,
@@ -384,7 +389,7 @@ class Quadratic(LossPart):
         seed = self.seed.detach().clone().requires_grad_()
         with (
             torch.enable_grad(),
-            unheard(),
+            internal_pass(),
             nothing_below(self.others),
             differentiating_loss(),
             differentiable(fused([self.root])),

@@ -217,7 +217,7 @@ class PiecewiseLinear(Gaussian):
     flat = True
 
 
-class Variance(Gaussian):
+class GaussianVariance(Gaussian):
     """The variance of a normal distribution: H is its Fisher information."""
 
     @property

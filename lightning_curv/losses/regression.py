@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_curv.losses.likelihoods import Gaussian, PiecewiseLinear, Poisson, Variance
+from lightning_curv.losses.likelihoods import Gaussian, GaussianVariance, PiecewiseLinear, Poisson
 from lightning_curv.losses.reduction import full, reduced, reduction_of, same_shape
 from lightning_curv.losses.registry import loss
 
@@ -123,7 +123,7 @@ def gaussian_variance(
     full: bool = False,
     eps: float = 1e-6,
     reduction: str = "mean",
-) -> Variance:
+) -> GaussianVariance:
     """The variance ``input`` around the mean ``var``, with the Fisher information 1/(2 v²).
 
     There is none between mean and variance.
@@ -135,7 +135,7 @@ def gaussian_variance(
     shape = input.shape
     if input.ndim != mean.ndim:
         shape = torch.Size([*shape, 1])
-    return Variance(weights.sum_to_size(shape).reshape(input.shape))
+    return GaussianVariance(weights.sum_to_size(shape).reshape(input.shape))
 
 
 def _variance(var: Tensor | float, mean: Tensor, eps: float) -> Tensor:

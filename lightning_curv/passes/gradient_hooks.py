@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import Use
@@ -55,7 +55,7 @@ class Listener:
             Node | Join, tuple[Use, Tensor]
         ] = {}  # uses that were reached and whose terms are not made yet
         self._stopped = False
-        self._own_passes = unheard()  # of the thread that begins the backward pass
+        self._own_passes = internal_pass()  # of the thread that begins the backward pass
         self._waiting: dict[Tensor, int] = {}  # how often it is still to be reached
         self._handles = []
         late: dict[Tensor, None] = {}

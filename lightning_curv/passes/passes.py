@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph.joins import Join, node_of, strided
 from lightning_curv.graph.tape import Tape, parameters
@@ -101,7 +101,7 @@ class Passes:
         keep_graph: bool = True,
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
-        with unheard(), fast_products(self.multiplies):
+        with internal_pass(), fast_products(self.multiplies):
             found = torch.autograd.grad(
                 outputs,
                 inputs,

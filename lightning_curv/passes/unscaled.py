@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import functional as F
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.heads import linear_inputs, saved_axis
 from lightning_curv.graph.tape import Tape
@@ -208,7 +208,7 @@ def _loss(call: LossCall, output: GradientEdge, count: int) -> _Division | None:
         inputs = arguments["input"]
         dtype = torch.promote_types(inputs.dtype, torch.float32)  # as under autocast
         own = {name: _cast(value, dtype) for name, value in arguments.items()}
-        with torch.enable_grad(), unheard():
+        with torch.enable_grad(), internal_pass():
             own["input"] = own["input"].detach().requires_grad_()
             rows = call.function(**{**own, "reduction": "none"})
             weights = (g * (count / rows.numel())).to(rows.dtype).expand_as(rows)

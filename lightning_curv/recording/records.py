@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import any_own_pass
+from lightning_curv.differentiation.internal_pass import any_internal_pass
 from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
 from lightning_curv.recording.provenance import DATA, Roots, roots_of, united
 from lightning_curv.rules import Rule
@@ -71,7 +71,7 @@ class Use:
     def release(self, *_: Any) -> None:
         """Hook of the node: free the inputs as soon as autograd frees what it has saved."""
         # Passes of our own run before the user's: they must leave everything where it is.
-        if not _keeps_graph() and not any_own_pass():
+        if not _keeps_graph() and not any_internal_pass():
             self.arguments = {}
 
     def check(self) -> None:
@@ -107,7 +107,7 @@ class LossCall:
 
     def release(self, *_: Any) -> None:
         """Hook of the node: free the arguments as soon as autograd frees what it has saved."""
-        if not _keeps_graph() and not any_own_pass():
+        if not _keeps_graph() and not any_internal_pass():
             self.arguments = {}
 
     def check(self) -> None:

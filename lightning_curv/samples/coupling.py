@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.graph.heads import Head, head_at, linear_inputs, name_of, saved_axis
 from lightning_curv.samples.probing import forward_owners
 from lightning_curv.terms.owners import Owners
@@ -57,7 +57,7 @@ def separable(
         (head.edge, seed) for head, seed in zip(tops, seeds, strict=True) if seed is not None
     ]
     edges = [head.edge for head, _ in outputs]
-    with torch.enable_grad(), unheard():
+    with torch.enable_grad(), internal_pass():
         try:
             gradients = torch.autograd.grad(
                 [edge for edge, _ in reached],

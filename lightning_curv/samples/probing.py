@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.heads import Head
 from lightning_curv.recording.records import shape_at
@@ -263,8 +263,8 @@ def _reaches_all(owners: BatchAxis, cotangent: Tensor) -> bool:
     rest = [axis for axis in range(cotangent.ndim) if axis != owners.axis]
     arriving = cotangent.any(rest) if rest else cotangent.bool()
     if len(arriving) != owners.count:
-        split = (-1, owners.count) if owners.minor else (owners.count, -1)
-        arriving = arriving.reshape(split).any(0 if owners.minor else 1)
+        split = (-1, owners.count) if owners.inner else (owners.count, -1)
+        arriving = arriving.reshape(split).any(0 if owners.inner else 1)
     return bool(arriving.all())
 
 
@@ -513,7 +513,7 @@ def forward_owners(
         The owners; ``None``: a row depends on several samples, or the graph cannot be
         differentiated twice.
     """
-    with torch.enable_grad(), unheard():
+    with torch.enable_grad(), internal_pass():
         # The backward pass is linear in its seeds: any will do, zeros are the cheapest.
         seeds = [torch.zeros_like(head.like).contiguous().requires_grad_() for head in heads]
         edges = [source.edge for source, _ in sources]

@@ -174,7 +174,7 @@ def _entrywise(
     place = axis.axis - (len(out) - len(inp))
     if place < 0 or inp[place] != out[axis.axis]:
         return None  # broadcast along the samples
-    return BatchAxis(axis.count, place, axis.minor)
+    return BatchAxis(axis.count, place, axis.inner)
 
 
 def _leading(
@@ -196,7 +196,7 @@ def _view(
     axis: BatchAxis,
 ) -> BatchAxis | None:
     """The same numbers in the same order, as many of them before the index of the sample."""
-    before = math.prod(out[: axis.axis]) * (out[axis.axis] // axis.count if axis.minor else 1)
+    before = math.prod(out[: axis.axis]) * (out[axis.axis] // axis.count if axis.inner else 1)
     for place, size in enumerate(inp):
         if size % axis.count:
             continue
@@ -204,7 +204,7 @@ def _view(
         if outer == before:
             return BatchAxis(axis.count, place)
         if outer * (size // axis.count) == before:
-            return BatchAxis(axis.count, place, minor=size != axis.count)
+            return BatchAxis(axis.count, place, inner=size != axis.count)
     return None
 
 
@@ -309,7 +309,7 @@ def _reducing(
     place = kept[axis.axis]
     if place in summed:
         return None
-    return BatchAxis(axis.count, place, axis.minor)
+    return BatchAxis(axis.count, place, axis.inner)
 
 
 def _transpose(
@@ -321,7 +321,7 @@ def _transpose(
     dims = (0, 1) if name_of(node) == "T" else (node._saved_dim0, node._saved_dim1)
     first, second = (saved_axis(dim, len(out)) for dim in dims)
     place = {first: second, second: first}.get(axis.axis, axis.axis)
-    return BatchAxis(axis.count, place, axis.minor)
+    return BatchAxis(axis.count, place, axis.inner)
 
 
 def _permute(
@@ -330,7 +330,7 @@ def _permute(
     inp: torch.Size,
     axis: BatchAxis,
 ) -> BatchAxis | None:
-    return BatchAxis(axis.count, saved_axis(node._saved_dims[axis.axis], len(inp)), axis.minor)
+    return BatchAxis(axis.count, saved_axis(node._saved_dims[axis.axis], len(inp)), axis.inner)
 
 
 def _select(

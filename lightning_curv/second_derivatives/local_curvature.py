@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import nothing_below, unheard
+from lightning_curv.differentiation.internal_pass import internal_pass, nothing_below
 from lightning_curv.differentiation.twice import differentiable
 from lightning_curv.errors import UnsupportedError, differentiating_twice
 from lightning_curv.kernels.symmetric import eigh
@@ -225,7 +225,7 @@ class LocalCurvature:
         with (
             differentiating_twice(node.name()),
             torch.enable_grad(),
-            unheard(),
+            internal_pass(),
             _blocked(edges),
             differentiable([node]),
         ):
@@ -271,7 +271,7 @@ class LocalCurvature:
         """R applied to vectors of the inputs' shapes."""
         if not self.gradients:
             return [torch.zeros_like(v) for v in vectors]
-        with differentiating_twice(self.node.name()), unheard(), _blocked(self.edges):
+        with differentiating_twice(self.node.name()), internal_pass(), _blocked(self.edges):
             parts = torch.autograd.grad(
                 [g for _, g in self.gradients],
                 self.edges,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.differentiation.twice import differentiable, fused
 from lightning_curv.errors import differentiating_twice, names_of
 from lightning_curv.graph.dependence import uses_below
@@ -122,7 +122,7 @@ def _differentiated(rows: Tensor, parameter: Tensor) -> Tensor:
     if not rows.requires_grad:
         return diagonal
     places = diagonal.view(-1)
-    with torch.enable_grad(), differentiating_twice(), unheard():
+    with torch.enable_grad(), differentiating_twice(), internal_pass():
         for place, entry in enumerate(rows.flatten()):
             (second,) = torch.autograd.grad(
                 entry,
@@ -238,7 +238,7 @@ class _Op:
         if not self.operand.derived or _is_linear(self.operand, behind):
             return
         result = {p: self.g.new_zeros(self.count, *p.shape) for p in behind}
-        with torch.enable_grad(), unheard(), differentiable(fused([edge])):
+        with torch.enable_grad(), internal_pass(), differentiable(fused([edge])):
             for n, cotangent in enumerate(self.gradient()):
                 pulled = torch.autograd.grad(
                     edge,
@@ -276,7 +276,7 @@ def _is_linear(operand: Operand, behind: list[Tensor]) -> bool:
 
     Its second derivatives are then zero in a direction that no structure annihilates.
     """
-    with torch.enable_grad(), unheard(), differentiable(fused([operand.edge])):
+    with torch.enable_grad(), internal_pass(), differentiable(fused([operand.edge])):
         (trial,) = trial_vectors([operand.tensor])
         pulled = torch.autograd.grad(
             operand.edge,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import UnsupportedError, describe, differentiating_twice
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.passes.passes import Passes
@@ -41,7 +41,7 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
                 "backward pass instead."
             )
     gradients: dict[Tensor, Tensor] = {}
-    with torch.enable_grad(), unheard(), differentiating_twice():
+    with torch.enable_grad(), internal_pass(), differentiating_twice():
         edges = [GradientEdge(node_of(key), use.output_nr) for key, use in uses.items()]
         cotangents = torch.autograd.grad(
             [passes.loss],

@@ -28,7 +28,7 @@ from lightning_curv.terms.term import Term
 
 
 @dataclass(frozen=True)
-class OnlyUse:
+class SingleUse:
     """The only use of a parameter, by its own value.
 
     Attributes:
@@ -105,7 +105,7 @@ class OnlyUse:
         return apply_rule(self.use, self.owners, g)[self.name]
 
 
-def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
+def single_uses(passes: Passes) -> dict[Tensor, SingleUse]:
     """The parameters that are used once, by themselves and by ops of one output; and these uses."""
     counts: Counter[Tensor] = Counter(parameter for parameter, _ in passes.tape.stray)
     found: dict[Tensor, tuple[Node, Use, str]] = {}
@@ -118,7 +118,7 @@ def only_uses(passes: Passes) -> dict[Tensor, OnlyUse]:
         node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()
     }
     return {
-        p: OnlyUse(
+        p: SingleUse(
             GradientEdge(node, use.output_nr),
             use,
             name,

@@ -120,7 +120,7 @@ class Matrices:
         x = term.x.permute(0, *input_axes)
         return g, x, features_last
 
-    def of(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def piece(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
         q = self.size(self.both)
         s = self.size(self.shared)
@@ -144,7 +144,7 @@ class Matrices:
         else:
             step = size
         for start in range(0, max(self.term.g.shape[1], 1), step):
-            g, x = self.of(start, start + step)
+            g, x = self.piece(start, start + step)
             left, right = (g, x) if self.ordered else (x, g)
             groups = left.shape[1]
             left = left.flatten(0, 1)

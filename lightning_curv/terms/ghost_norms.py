@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_curv.kernels import onednn
-from lightning_curv.kernels.memo import Latest
+from lightning_curv.kernels.memo import LastResult
 from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices
 from lightning_curv.terms.safe_norms import product_norms, row_norms
 from lightning_curv.terms.term import ROUNDING, Term
 
 # The last Gram matrices of cotangents and of inputs: parameters of one op share them.
-_GRAMS = Latest(), Latest()
+_GRAMS = LastResult(), LastResult()
 # The range of usual squares of factors: products of two of them are normal numbers.
 RANGE = {
     torch.float32: (2.0**-50, 2.0**50),
@@ -23,7 +23,7 @@ RANGE = {
 }
 
 
-def pay(term: Term) -> bool:
+def are_cheaper(term: Term) -> bool:
     """Whether Gram matrices over the shared positions are cheaper than per-sample gradients.
 
     The crossover was measured.
@@ -59,7 +59,7 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     for products in _products(term):
         norms, sizes, odd = _rounded_up(*products, term.g.dtype)
         if len(odd):
-            g, x = Matrices(term[(odd + start).tolist()]).of(0, len(odd))
+            g, x = Matrices(term[(odd + start).tolist()]).piece(0, len(odd))
             # Positions that a sample does not have may be filled up with anything: numbers of other
             # samples. What is not finite stays, for it would be in the sum too.
             missing = (g == 0).all(2, keepdim=True)
@@ -136,13 +136,15 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     sample_bytes = gram_entries * columns * both * term.g.element_size()
     size = max(1, CHUNK_BYTES // max(1, sample_bytes))
     for start in range(0, term.g.shape[1], size):
-        g, x = matrices.of(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
+        g, x = matrices.piece(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
         x = x.flatten(0, 1)
         g = g.flatten(0, 1).unflatten(1, (columns, -1))
         # Weights that are applied to the same tensor (query, key and value) share its Gram matrix.
         how = start, size, *matrices.both, *matrices.shared
-        g_gram, _ = _GRAMS[0].of(term.g, (term.out, *how), partial(_gram, g.flatten(0, 1)))
-        x_gram, _ = _GRAMS[1].of(term.x, (term.inp, *how), partial(_gram, x))
+        g_gram, _ = _GRAMS[0].get_or_compute(
+            term.g, (term.out, *how), partial(_gram, g.flatten(0, 1))
+        )
+        x_gram, _ = _GRAMS[1].get_or_compute(term.x, (term.inp, *how), partial(_gram, x))
         g_gram = g_gram.unflatten(0, (-1, columns))
         products = torch.einsum("bvst,bst->vb", g_gram, x_gram)
         g_squares = g_gram.diagonal(dim1=2, dim2=3)

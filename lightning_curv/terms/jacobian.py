@@ -251,7 +251,7 @@ class Jacobian:
         """Whether `norms` form per-sample gradients, not products of norms or Gram matrices."""
         if self._onehot is not None or self._factorised is not None:
             return False
-        return len(self.terms) > 1 or not ghost_norms.pay(self.terms[0])
+        return len(self.terms) > 1 or not ghost_norms.are_cheaper(self.terms[0])
 
     def formed(self) -> Jacobian:
         """Form the only column, in the order of memory that is the fastest.

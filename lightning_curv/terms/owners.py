@@ -91,12 +91,12 @@ class BatchAxis(Owners):
     Attributes:
         count: The number of samples N.
         axis: The axis; its size is N or a multiple of it (rows of several positions per sample).
-        minor: Whether the sample is the inner index of the rows, as in ``[T·N, ...]``.
+        inner: Whether the sample is the inner index of the rows, as in ``[T·N, ...]``.
     """
 
     count: int
     axis: int = 0
-    minor: bool = False
+    inner: bool = False
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ class BatchAxis(Owners):
         rows = torch.arange(shape[self.axis])
         samples = max(1, self.count)
         positions = max(1, shape[self.axis] // samples)
-        index = rows % samples if self.minor else rows // positions
+        index = rows % samples if self.inner else rows // positions
         following = [1] * (len(shape) - self.axis - 1)
         return index.reshape(-1, *following)
 
@@ -122,7 +122,7 @@ class BatchAxis(Owners):
             tensor = tensor[None]
         # The axis of the samples in front; a view.
         rows = tensor.movedim(self.axis, 0) if self.axis else tensor
-        if self.minor:
+        if self.inner:
             rows = rows.unflatten(0, (-1, self.count)).transpose(0, 1)
         elif len(rows) != self.count and self.count:
             rows = rows.unflatten(0, (self.count, -1))
@@ -134,13 +134,13 @@ class BatchAxis(Owners):
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
         if not len(shape):
             return entries.reshape(())
-        if not self.axis and not self.minor:
+        if not self.axis and not self.inner:
             return entries.reshape(torch.Size(shape))
         rest = [size for axis, size in enumerate(shape) if axis != self.axis]
         # Rows per sample on the axis.
         positions = shape[self.axis] // max(1, len(entries))
         rows = entries.reshape(len(entries), positions, *rest)
-        if self.minor:
+        if self.inner:
             rows = rows.transpose(0, 1)
         joined = rows.reshape(shape[self.axis], *rest)
         return joined.movedim(0, self.axis)
@@ -301,7 +301,7 @@ class ChosenOwners(Owners):
     def rows(self, count: int) -> Tensor:
         """Which of ``count`` rows belong to the chosen samples.
 
-        They ascend, but for those of a minor `BatchAxis`.
+        They ascend, but for those of an inner `BatchAxis`.
         """
         whole = self.whole
         if isinstance(whole, RowOwners):
@@ -309,7 +309,7 @@ class ChosenOwners(Owners):
             return (places >= 0).nonzero().squeeze(1)
         assert isinstance(whole, BatchAxis)
         position = torch.arange(count // whole.count)
-        if whole.minor:  # row = position · N + sample
+        if whole.inner:  # row = position · N + sample
             rows = position[:, None] * whole.count + self.chosen
         else:  # row = sample · positions + position
             rows = self.chosen[:, None] * len(position) + position
@@ -353,9 +353,9 @@ def batch_axes(
             continue
         multiple = size % count == 0
         if multiple:
-            flat.append(BatchAxis(count, axis, minor=False))
+            flat.append(BatchAxis(count, axis, inner=False))
         if multiple and count > 1:  # with one sample both orders are the same
-            flat.append(BatchAxis(count, axis, minor=True))
+            flat.append(BatchAxis(count, axis, inner=True))
     return exact + flat
 
 

@@ -38,7 +38,7 @@ def grouped(term: Term, owners: Owners) -> Term:
     positions = rows // samples
 
     def split(tensor: Tensor, axis: int) -> Tensor:
-        if not owners.minor:
+        if not owners.inner:
             return tensor.unflatten(axis, (samples, positions))
         by_position = tensor.unflatten(axis, (positions, samples))
         return by_position.transpose(axis, axis + 1)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.kernels import huge_pages
-from lightning_curv.kernels.memo import Latest
+from lightning_curv.kernels.memo import LastResult
 from lightning_curv.kernels.onednn import einsum, is_large
 from lightning_curv.terms.safe_norms import product_norms, row_norms
 from lightning_curv.terms.squares import squared_sizes, squares_of_columns
@@ -35,9 +35,9 @@ KERNEL = "xyz"
 GROUP = "q"
 CHUNK_BYTES = 2**25  # of products that are added up at once
 # What was computed of the cotangents that a weight and its bias share.
-_SQUARES = Latest()
-_NORMS = Latest()
-_ROW_NORMS = Latest()
+_SQUARES = LastResult()
+_NORMS = LastResult()
+_ROW_NORMS = LastResult()
 # Rounding of a squared norm and of a weighted sum together, in machine epsilons of the squared sum
 # of what is added up.
 ROUNDING = 2.0  # measured: at most 1.5 + 0.4 (two positions), less for more of them
@@ -415,7 +415,7 @@ class Term:
             return squared_factors.contract("vn")
         # ‖g ⊗ x‖ = ‖g‖ ‖x‖. The norms of `g` are kept for the next parameter of the op: they must
         # not be changed in place.
-        g_norms, _ = _NORMS.of(self.g, (), partial(_norms, self.g, 2))
+        g_norms, _ = _NORMS.get_or_compute(self.g, (), partial(_norms, self.g, 2))
         if self.x is None:
             return g_norms.square()
         x_norms = _norms(self.x, 1)
@@ -429,7 +429,7 @@ class Term:
         """
         both = [letter for letter in self.out if letter in self.inp]
         if not both:
-            norms_of_g, _ = _ROW_NORMS.of(self.g, (), partial(row_norms, self.g, 2))
+            norms_of_g, _ = _ROW_NORMS.get_or_compute(self.g, (), partial(row_norms, self.g, 2))
             if self.x is None:
                 return norms_of_g
             norms_of_x = row_norms(self.x, 1)
@@ -455,7 +455,7 @@ class Term:
             The term of ``g²``, summed over the columns, and of ``x²``.
         """
         if signs is None and len(self.g) > 1:
-            g, _ = _SQUARES.of(self.g, (), partial(squares_of_columns, self.g))
+            g, _ = _SQUARES.get_or_compute(self.g, (), partial(squares_of_columns, self.g))
         else:
             g = squares_of_columns(self.g, signs)
         x = self.x

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_curv import curvature, extend, record
-from lightning_curv.differentiation.internal_pass import unheard
+from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.extensions import (
     KFAC,
     BatchGrad,
@@ -223,6 +223,6 @@ def test_own_passes_free_nothing():
     with record():
         loss = net(x).square().sum()
     (use,) = walk(loss.grad_fn).uses.values()
-    with unheard():
+    with internal_pass():
         torch.autograd.grad(loss, net.weight)
     assert use.arguments

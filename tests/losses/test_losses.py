@@ -243,7 +243,7 @@ def test_rows_of_samples_in_both_orders(name):
     rows = dense((column, None) for column in found.columns(BatchAxis(4)))
     pairs = {False: [(0, 1), (2, 3)], True: [(0, 2), (1, 3)]}
     for minor, samples in pairs.items():
-        columns = list(found.columns(BatchAxis(2, minor=minor)))
+        columns = list(found.columns(BatchAxis(2, inner=minor)))
         for own in samples:
             part = torch.stack([column[list(own)].flatten() for column in columns])
             assert_close(part.T @ part, torch.block_diag(*rows[list(own)]), label=name)

@@ -88,7 +88,7 @@ def regrouped(monkeypatch):
     def other_way_round(passes, *arguments):
         samples = find(passes, *arguments)
         uses = {
-            node: dataclasses.replace(owners, minor=not owners.minor)
+            node: dataclasses.replace(owners, inner=not owners.inner)
             if isinstance(owners, BatchAxis)
             and passes.tape.uses[node].shape[owners.axis] != owners.count
             else owners
