@@ -121,7 +121,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Signed:
+class ExactHessian:
     """Columns with signs whose squares add up to the Hessian.
 
     They are those of the loss Hessian, of the second derivatives of the network (its residuals) and
@@ -196,4 +196,4 @@ class Chosen(ABC):
         """Choose the source for the graph of a loss."""
 
 
-Source = Gradient | Exact | Sampled | Signed | EmpiricalFisher
+Source = Gradient | Exact | Sampled | ExactHessian | EmpiricalFisher

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
 from lightning_curv.extensions.subsampling import wanted_samples
+
+# Here was their home in version 0.1.0.
+from lightning_curv.extensions.unevaluated import JacobianExact as JacobianExact
+from lightning_curv.extensions.unevaluated import JacobianMC as JacobianMC
 from lightning_curv.kernels import huge_pages
 from lightning_curv.terms.jacobian import Jacobian
 

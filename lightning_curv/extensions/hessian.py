@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_curv.extensions.base import Extension
-from lightning_curv.extensions.columns import Signed
+from lightning_curv.extensions.columns import ExactHessian
 from lightning_curv.extensions.ggn import BatchDiagGGNExact
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -33,7 +33,7 @@ class DiagHessian(Extension):
     """
 
     savefield = "diag_h"
-    source = Signed()
+    source = ExactHessian()
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Sum the signed squares of J over columns and samples."""
@@ -59,4 +59,4 @@ class BatchDiagHessian(BatchDiagGGNExact):
     """
 
     savefield = "diag_h_batch"
-    source = Signed()
+    source = ExactHessian()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from zoo import NAMES, ROW, assert_close, compute
 
-from lightning_curv.extensions import JacobianExact, JacobianMC, SqrtGGNExact, SqrtGGNMC
+from lightning_curv.extensions import JacobianExact, JacobianMC, SqrtGGNExact, SqrtGGNMC, ggn
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -21,3 +21,8 @@ def test_dot_is_the_product_with_the_square_root(name):
         ]:
             expected = (root * d).reshape(*root.shape[:2], -1).sum(-1)
             assert_close(jacobian.dot(d), expected, ROW[name].rtol, key, rounding=1e-14)
+
+
+def test_the_home_of_kept_jacobians_in_version_0_1_still_has_them():
+    assert ggn.JacobianMC is JacobianMC
+    assert ggn.JacobianExact is JacobianExact
