@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.graph.heads import Head, head_at, linear_inputs, name_of, saved_axis
-from lightning_curv.samples.probing import forward_owners
+from lightning_curv.samples.forward import forward_owners
 from lightning_curv.terms.owners import Owners
 
 if TYPE_CHECKING:

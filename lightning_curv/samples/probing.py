@@ -3,16 +3,12 @@
 Backpropagation is linear. Two passes whose cotangents differ by one weight per sample give, at
 every row of every tensor, cotangents that differ by the weight of the row's owner; where they
 differ by anything else, samples mix.
-
-The weights are powers of two, factors that do not round: what a sample's rows get is multiplied by
-them to the last digit, in every precision, rounding errors included. Rows that are tiny beside
-others are told apart like all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,16 +16,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.heads import Head
 from lightning_curv.recording.records import shape_at
+from lightning_curv.samples.weights import Code, Tolerance, consistent, generic, spread
 from lightning_curv.terms.owners import (
     BatchAxis,
     Owners,
     RowOwners,
     batch_axes,
-    golden,
     largest_entry,
 )
 
@@ -113,7 +108,7 @@ class Probe:
         self.strict = strict
         self.conclusive = True
         self.told_of_all = True
-        self._ones = [_generic(head.like) for head, _ in heads]
+        self._ones = [generic(head.like) for head, _ in heads]
 
     def findings(self, places: Sequence[Place]) -> list[Finding]:
         """What the weights say of every place."""
@@ -268,201 +263,6 @@ def _reaches_all(owners: BatchAxis, cotangent: Tensor) -> bool:
     return bool(arriving.all())
 
 
-FINE = 1e-4  # between the roundings of float32 and of float16
-
-
-def base_of(eps: float) -> int:
-    """How many powers of two are weights; float16, whose numbers end at 65504, holds fewer."""
-    return 4 if FINE < eps < 2e-3 else 16
-
-
-def spread(count: int, eps: float) -> Tensor:
-    """Powers of two, ``[N]``: neighbours have different ones, and equal ones are far apart."""
-    exponents = ((golden(count) - 1) * base_of(eps)).floor()
-    return 2.0**exponents
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How much a weighted cotangent may differ from the weight times the unweighted one.
-
-    Attributes:
-        relative: To the largest entry of a row.
-        absolute: Besides.
-        noise: Cotangents up to here may be rounding errors of larger ones.
-    """
-
-    relative: float
-    absolute: float
-    noise: float = 0.0
-
-    @classmethod
-    def exact(cls, eps: float) -> Tolerance:
-        """Bound the effect of another order of additions, and the last digits of tiny numbers."""
-        # The smallest numbers of float16, and of float32, which bfloat16 has too.
-        tiny = 2.0**-24 if FINE < eps < 2e-3 else 2.0**-149
-        relative = 16 * 2.0**-23 if eps < FINE else 2 * eps
-        return cls(relative, absolute=64 * tiny)
-
-    @classmethod
-    def rounded(cls, eps: float, scale: float) -> Tolerance:
-        """Whatever rounding may do to numbers that were as large as ``scale``."""
-        noise = 8 * eps * scale
-        # Coarse types have few digits to spare: a thousand roundings would allow anything.
-        roundings = 1e3 if eps < 1e-6 else 32
-        return cls(eps * roundings, absolute=noise, noise=noise)
-
-
-@dataclass(frozen=True)
-class Code:
-    """Numbers of samples, spelled by one weight per pass.
-
-    The digits are the exponents of powers of two.
-
-    Attributes:
-        base: The number of digits.
-        digits: The number of passes; the last one repeats the first digit in other weights, to be
-            sure.
-    """
-
-    base: int
-    digits: int
-
-    @classmethod
-    def of(cls, count: int, eps: float) -> Code:
-        """The code for N samples in types of number that round by ``eps``."""
-        base = max(2, min(count, base_of(eps)))
-        # Less a little: the logarithm of a power of the base may be rounded up.
-        exponent = math.log(max(2, count), base) - 1e-9
-        return cls(base, max(1, math.ceil(exponent)))
-
-    def values(self, count: int) -> list[Tensor]:
-        """The weights of the samples in every pass."""
-        number = torch.arange(count)
-        spelled = [number // self.base**k % self.base for k in range(self.digits)]
-        check = (self.base - 1 - spelled[0] + sum(spelled[1:])) % self.base
-        digits = [*spelled, check]
-        return [2.0 ** digit.double() for digit in digits]
-
-    def read(
-        self,
-        plain: Tensor,
-        columns: Sequence[Tensor],
-        axes: tuple[int, ...],
-        count: int,
-        tolerance: Tolerance,
-    ) -> RowOwners | None:
-        """The owners of the rows; ``None``: a row has several.
-
-        Rows of rounding errors have none or any: what arrives there is nothing, whatever is
-        backpropagated.
-        """
-        plain_rows = _rows_of(plain, axes)
-        if not bool(plain_rows.isfinite().all()):
-            return None
-        # MPS has no float64.
-        wide = plain_rows.float() if plain_rows.device.type == "mps" else plain_rows.double()
-        if wide.shape[1]:
-            largest = wide.abs().amax(1)
-        else:
-            largest = wide.new_zeros(len(wide))
-        smallest = torch.finfo(wide.dtype).tiny
-        scale = largest.clamp(min=smallest)
-        normal = wide / scale[:, None]  # the largest entry is 1
-        norms = normal.square().sum(1)
-        owned = largest > tolerance.absolute
-        digits = []
-        for column in columns:
-            weighted = _rows_of(column, axes).to(wide.dtype) / scale[:, None]
-            # The weight of a row by least squares, rounded to a power of two.
-            ratio = (normal * weighted).sum(1) / norms.clamp(min=smallest)
-            exponent = ratio.clamp(min=1).log2().round()
-            digit = exponent.nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
-            weights = 2.0**digit
-            if wide.shape[1]:
-                error = (weighted / weights[:, None] - normal).abs().amax(1)
-            else:
-                error = norms
-            allowed = tolerance.relative + tolerance.absolute / scale
-            # Negated, so that NaN is an error.
-            wrong = ~(error <= allowed) & owned
-            if bool(wrong.any()):
-                return None
-            digits.append(digit.long())
-        number = sum(digit * self.base**k for k, digit in enumerate(digits[:-1]))
-        assert isinstance(number, Tensor)
-        check = (self.base - 1 - digits[0] + sum(digits[1:-1])) % self.base
-        # Samples that share a row mix their weights: what that spells is hardly ever a sample.
-        misspelled = (number >= count) | (check != digits[-1])
-        if bool((misspelled & owned).any()):
-            return None
-        # Where all rows are rounding errors, which of them are zero is chance, and other passes
-        # will differ.
-        unowned = (largest == 0) & (largest > tolerance.noise).any()
-        index = number.clamp(max=count - 1).masked_fill(unowned, -1)
-        return RowOwners(count, index, axes)
-
-
-def _rows_of(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The rows of a tensor whose rows are made up by some axes, ``[R, E]``."""
-    no_index = torch.zeros(0, dtype=torch.long)
-    rows = RowOwners(0, no_index, axes).rows(tensor)
-    if tensor.ndim > len(axes):
-        return rows.flatten(1)
-    return rows[:, None]
-
-
-def consistent(
-    first: Tensor,
-    second: Tensor,
-    tolerance: Tolerance,
-    choices: Iterable[BatchAxis],
-    values: Tensor,
-) -> list[BatchAxis]:
-    """The axes that two cotangents agree with.
-
-    The second started as the first times `Owners.weights`.
-
-    Backpropagation is linear: as long as samples do not mix, every entry keeps the weight of its
-    sample. Entries that are not finite tell nothing.
-
-    Args:
-        first: Cotangent of any shape.
-        second: The other one.
-        tolerance: Of their difference.
-        choices: What comes into question.
-        values: The weights of the samples.
-    """
-    # What is not finite cannot be compared; it is counted as agreeing.
-    unknown = ~(first.isfinite() & second.isfinite())
-    first = first.masked_fill(unknown, 0)
-    magnitudes = first.abs()
-
-    def deviation(axis: BatchAxis) -> Tensor:
-        unweighted = second / axis.weights(first, values)
-        return unweighted.masked_fill_(unknown, 0).sub_(first)
-
-    def allowed(axis: BatchAxis) -> Tensor:
-        """Of every row: one of large numbers must not hide what happens in the others."""
-        rest = [other for other in range(first.ndim) if other != axis.axis]
-        if rest and first.numel():
-            largest = magnitudes.amax(rest, keepdim=True)
-        else:
-            largest = magnitudes
-        return tolerance.relative * largest + tolerance.absolute
-
-    norms: dict[BatchAxis, float] = {}
-    for choice in choices:
-        difference = deviation(choice)
-        within = difference.abs() <= allowed(choice)
-        if bool(within.all()):
-            norms[choice] = float(difference.norm())
-    # Where the rounding is coarse, more than one may agree, but the right one by far the best.
-    rounding = 4 * torch.finfo(first.dtype).eps * float(first.norm())
-    most = 8 * min(norms.values(), default=0.0) + rounding
-    return [choice for choice, norm in norms.items() if norm <= most]
-
-
 def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, Owners | None]:
     """Who owns the rows of the tensors at ``edges``; ``None``: no loss reaches them.
 
@@ -488,115 +288,6 @@ def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdg
             )
         owners_of_edges[place.edge] = finding.owners if finding.reached else None
     return owners_of_edges
-
-
-def forward_owners(
-    passes: Passes,
-    heads: Sequence[Head],
-    sources: Sequence[tuple[Head, Owners]],
-    count: int,
-    by_entry: bool = False,
-) -> list[RowOwners] | None:
-    """Owners of the rows of heads, from those of tensors that the network computes from its inputs.
-
-    The derivative of the heads in a direction that is weighted by the samples is found by
-    differentiating a backward pass by its seeds.
-
-    Args:
-        passes: The graph.
-        heads: Whose rows are asked for.
-        sources: Tensors with known owners.
-        count: N.
-        by_entry: Whether every entry is a row of its own, and some may depend on no sample.
-
-    Returns:
-        The owners; ``None``: a row depends on several samples, or the graph cannot be
-        differentiated twice.
-    """
-    with torch.enable_grad(), internal_pass():
-        # The backward pass is linear in its seeds: any will do, zeros are the cheapest.
-        seeds = [torch.zeros_like(head.like).contiguous().requires_grad_() for head in heads]
-        edges = [source.edge for source, _ in sources]
-        try:
-            pulled = torch.autograd.grad(
-                [head.edge for head in heads],
-                edges,
-                seeds,
-                create_graph=True,
-                allow_unused=True,
-            )
-            if by_entry and all(g is None for g in pulled):
-                return [_nobodys(head, count) for head in heads]
-            # A gradient without a graph is the same for all seeds: the heads do not depend on it.
-            reached = []
-            for g, (source, owners) in zip(pulled, sources, strict=True):
-                if g is not None and g.requires_grad:
-                    reached.append((g, source, owners))
-            if not reached:
-                return None
-            # The same for every weighting: only the weights of the samples differ.
-            directions = [_generic(g.detach()) for g, *_ in reached]
-
-            def derivative(values: Tensor | None) -> Cotangents:
-                vectors = directions
-                if values is not None:
-                    vectors = []
-                    for direction, (_, source, owners) in zip(directions, reached, strict=True):
-                        weights = owners.weights(source.like, values)
-                        weighted = direction.reshape(source.like.shape) * weights
-                        vectors.append(weighted.reshape(direction.shape))
-                return torch.autograd.grad(
-                    [g for g, *_ in reached],
-                    seeds,
-                    vectors,
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-
-            eps = max(passes.tape.eps, torch.finfo(seeds[0].dtype).eps)
-            code = Code.of(count, eps)
-            plain = derivative(None)
-            columns = [derivative(values) for values in code.values(count)]
-        except RuntimeError:
-            return None
-    tolerances = [Tolerance.exact(eps), Tolerance.rounded(eps, largest_entry(plain))]
-    owners_of_heads = []
-    for i, head in enumerate(heads):
-        shape = head.like.shape
-        if by_entry and not head.like.ndim:
-            shape = torch.Size([1])
-        if not shape or (plain[i] is None and not by_entry):
-            return None
-        of_head = []
-        for cotangent in (plain[i], *(column[i] for column in columns)):
-            if cotangent is None:
-                of_head.append(torch.zeros(shape, dtype=head.like.dtype, device=head.like.device))
-            else:
-                of_head.append(cotangent.reshape(shape))
-        first, *others = of_head
-        axes = tuple(range(len(shape))) if by_entry else (0,)
-        # To the last digits if possible: the coarser tolerance takes rounding errors for owners.
-        options = (code.read(first, others, axes, count, tolerance) for tolerance in tolerances)
-        rows = next((rows for rows in options if rows is not None), None)
-        if rows is None:
-            return None
-        if not by_entry and bool((rows.index < 0).any()):
-            return None
-        owners_of_heads.append(rows)
-    return owners_of_heads
-
-
-def _nobodys(head: Head, count: int) -> RowOwners:
-    """The owners of entries that depend on no sample."""
-    shape = head.like.shape or torch.Size((1,))
-    nobody = torch.full((shape.numel(),), -1)
-    return RowOwners(count, nobody, tuple(range(len(shape))))
-
-
-def _generic(like: Tensor) -> Tensor:
-    """Numbers that no structure annihilates."""
-    numbers = torch.linspace(1, 2, like.numel(), device=like.device)
-    return numbers.to(like.dtype).reshape(like.shape)
 
 
 def _trivial(place: Place, count: int) -> Owners:

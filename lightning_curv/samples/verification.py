@@ -14,9 +14,10 @@ from lightning_curv.passes.owned import Samples
 from lightning_curv.recording.records import Use
 from lightning_curv.samples.anchors import anchor_of, told_by_map
 from lightning_curv.samples.coupling import differ
+from lightning_curv.samples.forward import forward_owners
 from lightning_curv.samples.groups import by_group, groups_of
 from lightning_curv.samples.meeting import Mixed
-from lightning_curv.samples.probing import Finding, Place, Probe, forward_owners
+from lightning_curv.samples.probing import Finding, Place, Probe
 from lightning_curv.samples.rowwise import samples_cannot_meet
 from lightning_curv.samples.search import Search
 from lightning_curv.samples.unowned import joins_of
