@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
-from lightning_curv.callbacks.monitoring.window import wide
+from lightning_curv.precision import wide
 
 COLUMNS = 4  # mean, mean squared deviation from it, largest magnitude, number that are not zero
 

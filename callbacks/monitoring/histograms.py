@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
 from lightning_curv.extensions import Extension
+from lightning_curv.precision import wide
 from lightning_curv.terms.jacobian import Jacobian
 
 LEAST, MOST = -12, 4  # decades
@@ -74,8 +75,8 @@ class GradientHistogram(Extension):
                     # A pair as one number, which `bincount` can count.
                     index = index * bins + column
                 counts += torch.bincount(index.flatten(), minlength=len(counts))
-        # No integers: processes average them. MPS has no float64.
-        return counts.double() if like.device.type != "mps" else counts.float()
+        # No integers: processes average them.
+        return wide(counts)
 
 
 def histogram_1d(counts: Numbers, scale: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from lightning_curv.callbacks.monitoring.measurement import Measurement
 from lightning_curv.callbacks.monitoring.quantities import Quantity
 from lightning_curv.callbacks.monitoring.reduction import reduced
-from lightning_curv.callbacks.monitoring.window import wide
+from lightning_curv.precision import wide
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy

@@ -22,12 +22,13 @@ from lightning_curv.callbacks.monitoring.entries import (
 from lightning_curv.callbacks.monitoring.histograms import COARSE, FINE, ONE, TWO, limits
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers, pooled, shared_sketch
-from lightning_curv.callbacks.monitoring.window import Statistics, wide
+from lightning_curv.callbacks.monitoring.window import Statistics
 from lightning_curv.metrics.functional import (
     entry_moments,
     unbiased_moments,
     unbiased_moments_of_parts,
 )
+from lightning_curv.precision import wide
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -290,7 +291,7 @@ class Measurement:
         """A histogram over all processes."""
         counts = cast("Tensor", self._sums[savefield]) * self._world
         # A mean times the number of processes is whole but for rounding.
-        return np.rint(counts.double().cpu().numpy())
+        return np.rint(counts.cpu().double().numpy())
 
     def first_of(self, *savefields: str) -> np.float64:
         """The first of several estimates of a trace that exists."""

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_curv.precision import widest
+
 Numbers = NDArray[np.float64]
 SIZE = 256  # samples per process up to which nothing is lost
 
@@ -29,7 +31,9 @@ def shared_sketch(values: Tensor, rank: int, world: int) -> Tensor:
     ordered, count = values.sort().values, len(values)
     if count > SIZE:
         # Single precision does not tell positions beyond 2²⁴ apart.
-        position = torch.linspace(0, count - 1, SIZE, dtype=torch.float64, device=values.device)
+        position = torch.linspace(
+            0, count - 1, SIZE, dtype=widest(values.device), device=values.device
+        )
         ordered = at(ordered, position)
     rows[rank, 0] = count
     rows[rank, 1 : 1 + len(ordered)] = ordered

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_curv.precision import wide, widest
+
 Values = Mapping[Parameter, Tensor]
 Key = TypeVar("Key", Parameter, str)
 
@@ -16,7 +18,7 @@ Key = TypeVar("Key", Parameter, str)
 def distance(one: Mapping[Key, Tensor], other: Mapping[Key, Tensor]) -> Tensor:
     r"""$\|\theta - \theta'\|$, []."""
     return torch.stack(
-        [(p.detach() - other[q]).norm().double() for q, p in one.items() if q in other]
+        [wide((p.detach() - other[q]).norm()) for q, p in one.items() if q in other]
     ).norm()
 
 
@@ -42,7 +44,7 @@ def alpha(update: Values, before: Values, after: Values) -> Tensor:
 
     def slope(gradient: Values) -> Tensor:
         return torch.stack(
-            [(gradient[p] * d).sum(dtype=torch.float64) for p, d in update.items()]
+            [(gradient[p] * d).sum(dtype=widest(d.device)) for p, d in update.items()]
         ).sum()
 
     return -slope(after) / slope(before)

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
+from lightning_curv.precision import wide, widest
 
 
 @dataclass(frozen=True)
@@ -284,9 +285,4 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _total(vectors: list[Tensor]) -> Tensor:
     """Sum of [N], in the widest type."""
     stack = torch.stack(vectors)
-    return stack.sum(0, dtype=torch.float32 if stack.device.type == "mps" else torch.float64)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Float64 where the device has it: the variance is a difference of near-equal numbers."""
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+    return stack.sum(0, dtype=widest(stack.device))

@@ -24,6 +24,7 @@ from lightning_curv.engine.backprop import Backprop
 from lightning_curv.extensions import GraphExtension
 from lightning_curv.optimizers.privacy.clipping import Clipping
 from lightning_curv.passes.passes import Column, Passes
+from lightning_curv.precision import wide
 from lightning_curv.recording.record import record
 from lightning_curv.recording.records import edge_of
 from lightning_curv.samples.batch import Batch
@@ -50,7 +51,7 @@ class _Gradients(GraphExtension):
     def compute(self, passes: Passes) -> dict[Tensor, Any]:
         jacobians = passes.jacobian(Column([edge_of(passes.loss)], [passes.seed]))
         squares = [jacobian.squared_norms()[0] for jacobian in jacobians.values()]
-        norms = torch.stack([s.double() for s in squares]).sum(0).sqrt() * self._scale
+        norms = torch.stack([wide(s) for s in squares]).sum(0).sqrt() * self._scale
         # Clipping discards the others; here they would make every sum NaN.
         finite = norms.isfinite()
         kept = finite.nonzero().flatten().tolist()
@@ -292,7 +293,7 @@ def _distance(a: dict[Tensor, Tensor], b: dict[Tensor, Tensor]) -> float:
             else second
         )
         assert difference is not None
-        squares += float(difference.double().square().sum())
+        squares += float(wide(difference).square().sum())
     return squares**0.5
 
 

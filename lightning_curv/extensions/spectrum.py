@@ -15,6 +15,7 @@ from lightning_curv.extensions.base import Exact, Extension, GraphExtension
 from lightning_curv.extensions.matvec import Product, all_parameters, ggn_product, hessian_product
 from lightning_curv.kernels.onednn import fast_products
 from lightning_curv.passes.passes import Passes
+from lightning_curv.precision import widest
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.squares import squared_sizes
 
@@ -242,6 +243,6 @@ def _largest(diagonal: list[float], beside: list[float]) -> float:
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    """The dot product, summed in float64 and read from the device once."""
-    products = [_products(x, y).sum(dtype=torch.float64) for x, y in zip(a, b, strict=True)]
+    """The dot product, summed in the widest type and read from the device once."""
+    products = [_products(x, y).sum(dtype=widest(x.device)) for x, y in zip(a, b, strict=True)]
     return float(torch.stack(products).sum())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_curv.kernels.huge_pages import empty
 from lightning_curv.kernels.onednn import mm
+from lightning_curv.precision import in_float64
 
 STRIP = 128  # rows of the product that are made at once, measured
 
@@ -37,7 +38,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rounding errors separates them.
     """
     # Eigenvalues that differ by less than the rounding of float32 are common in low-rank factors.
-    exact = matrix.double()
+    exact = in_float64(matrix)
     try:
         values, vectors = torch.linalg.eigh(exact)
     except RuntimeError:  # torch.linalg.LinAlgError
@@ -46,7 +47,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         spread = torch.linspace(0, 1, exact.shape[-1], dtype=exact.dtype, device=exact.device)
         perturbed = exact + scale * spread.diag()
         values, vectors = torch.linalg.eigh(perturbed)
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+    return values.to(matrix), vectors.to(matrix)
 
 
 def root_product(

@@ -17,6 +17,7 @@ from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError, dif
 from lightning_curv.kernels.symmetric import eigh, root_product
 from lightning_curv.losses.likelihoods import signs_of
 from lightning_curv.losses.parts import LossPart, Multiplication, Signed
+from lightning_curv.precision import wide
 from lightning_curv.terms.owners import ChosenOwners, Owners, golden
 
 LARGE = 256  # entries of a block; of more no matrix is formed to draw samples
@@ -413,7 +414,7 @@ class Quadratic(LossPart):
         Torch drops it silently. Gradients are linear in the seed where their graph is whole.
         """
         # The gradient is linear in the seed s: its product with ∂g/∂s is ‖g‖², if nothing is lost.
-        squares = [g.detach().double().square().sum() for g in gradients]
+        squares = [wide(g.detach()).square().sum() for g in gradients]
         size = torch.stack(squares).sum()
         whole = [g for g in gradients if g.requires_grad]
 
@@ -428,7 +429,7 @@ class Quadratic(LossPart):
                     retain_graph=True,
                     materialize_grads=True,
                 )
-            return (share * self.seed).double().sum() / scale
+            return wide(share * self.seed).sum() / scale
 
         first = 0 * size
         second = first

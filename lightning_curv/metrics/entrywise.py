@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_curv.metrics.functional import entry_moments
 from lightning_curv.metrics.ratios import Ratio
+from lightning_curv.precision import wide
 
 
 class _EntrywiseSums(Ratio):
@@ -139,4 +140,4 @@ def _moments(
     samples: int,
 ) -> tuple[Tensor, Tensor]:
     """Squares of the mean gradient's entries and unbiased variances of the samples', [P] each."""
-    return entry_moments(grad.double(), sum_grad_squared.double() / samples, 1 / samples)
+    return entry_moments(wide(grad), wide(sum_grad_squared) / samples, 1 / samples)

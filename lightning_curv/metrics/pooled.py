@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from lightning_curv.metrics.wide_state import WideState
 
 
-class _PooledMoments(Metric):
+class _PooledMoments(WideState):
     r"""Sums over batches of $(N-1)\,\widehat{\mathrm{tr}\,\Sigma}$ and $(N-1)\,\widehat{\|G\|^2}$.
 
     The weight $N - 1$ pools batches of different sizes, and needs no division: a batch of one
@@ -27,8 +28,7 @@ class _PooledMoments(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name in ("trace_sum", "signal_sum", "freedom"):
-            # Sums of differences of near-equal numbers; on devices without float64 call `set_dtype`
-            # first.
+            # Sums of differences of near-equal numbers.
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sample_sq_norms: Tensor, grad_sq_norm: Tensor) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_curv.metrics import functional
+from lightning_curv.metrics.wide_state import WideState
 
 
-class Ratio(Metric):
+class Ratio(WideState):
     """A ratio of sums over batches."""
 
     is_differentiable = False

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_curv.precision import wide
 from lightning_curv.terms.owners import BatchAxis, RowOwners, golden
 
 FINE = 1e-4  # between the roundings of float32 and of float16
@@ -108,26 +109,25 @@ class Code:
         plain_rows = _rows_of(plain, axes)
         if not bool(plain_rows.isfinite().all()):
             return None
-        # MPS has no float64.
-        wide = plain_rows.float() if plain_rows.device.type == "mps" else plain_rows.double()
-        if wide.shape[1]:
-            largest = wide.abs().amax(1)
+        exact_rows = wide(plain_rows)
+        if exact_rows.shape[1]:
+            largest = exact_rows.abs().amax(1)
         else:
-            largest = wide.new_zeros(len(wide))
-        smallest = torch.finfo(wide.dtype).tiny
+            largest = exact_rows.new_zeros(len(exact_rows))
+        smallest = torch.finfo(exact_rows.dtype).tiny
         scale = largest.clamp(min=smallest)
-        normal = wide / scale[:, None]  # the largest entry is 1
+        normal = exact_rows / scale[:, None]  # the largest entry is 1
         norms = normal.square().sum(1)
         owned = largest > tolerance.absolute
         digits = []
         for column in columns:
-            weighted = _rows_of(column, axes).to(wide.dtype) / scale[:, None]
+            weighted = _rows_of(column, axes).to(exact_rows.dtype) / scale[:, None]
             # The weight of a row by least squares, rounded to a power of two.
             ratio = (normal * weighted).sum(1) / norms.clamp(min=smallest)
             exponent = ratio.clamp(min=1).log2().round()
             digit = exponent.nan_to_num(0.0, 0.0, 0.0).clamp(0, self.base - 1)
             weights = 2.0**digit
-            if wide.shape[1]:
+            if exact_rows.shape[1]:
                 error = (weighted / weights[:, None] - normal).abs().amax(1)
             else:
                 error = norms

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_curv.kernels import onednn
 from lightning_curv.kernels.memo import LastResult
+from lightning_curv.precision import wide
 from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices
 from lightning_curv.terms.safe_norms import product_norms, row_norms
 from lightning_curv.terms.term import ROUNDING, Term
@@ -95,10 +96,10 @@ def _rounded_up(
     """
     # ‖g_s‖ ‖x_s‖, whose sum bounds the norm of the sum.
     sizes = g_squares.sqrt() * x_squares.sqrt().unsqueeze(2)
-    sizes_squared = sizes.sum(3).double().square_().permute(2, 0, 1)
+    sizes_squared = wide(sizes.sum(3)).square().permute(2, 0, 1)
     rounding = ROUNDING * torch.finfo(dtype).eps * sizes_squared
-    # In float64: squares of float32 neither underflow nor overflow there.
-    squares = products.clamp(min=0).double() + rounding
+    # In float64, where there is any, no squares of float32 underflow or overflow.
+    squares = wide(products.clamp(min=0)) + rounding
     low, high = RANGE[dtype]
     g_total = g_squares.sum(3).permute(2, 0, 1)
     x_total = x_squares.sum(2)[None]

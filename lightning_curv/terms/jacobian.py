@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_curv.kernels import huge_pages
+from lightning_curv.precision import wide
 from lightning_curv.terms import ghost_norms, one_hot
 from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, pieces
+from lightning_curv.terms.safe_norms import row_norms
 from lightning_curv.terms.squares import signed, squared_sizes
 from lightning_curv.terms.term import DIAGONAL, Term
 
@@ -326,7 +328,7 @@ class Jacobian:
         largest number they are infinite.
 
         Returns:
-            The norms, ``[V, N]`` of float64.
+            The norms, ``[V, N]`` in the widest type of the device.
         """
         return self.norms_and_sizes()[0]
 
@@ -335,7 +337,7 @@ class Jacobian:
 
         Returns:
             The norms, and those that the same sums would have if nothing of them cancelled,
-            ``[V, N]`` of float64 each.
+            ``[V, N]`` in the widest type of the device each.
         """
         if self._onehot is not None:
             return one_hot.norms(self._onehot)
@@ -347,7 +349,7 @@ class Jacobian:
         parts = []
         for chunk in self.chunks():
             rows = _rows(chunk)
-            parts.append(torch.linalg.vector_norm(rows, dim=2, dtype=torch.float64))
+            parts.append(row_norms(rows, 2))
         norms = torch.cat(parts, dim=1)
         return norms, norms
 
@@ -580,6 +582,6 @@ def _concatenated(terms: list[Term]) -> Term:
 
 
 def _doubled(term: Term) -> Term:
-    """The term in float64."""
-    x = None if term.x is None else term.x.double()
-    return term.of(term.g.double(), x)
+    """The term in the widest type of its device."""
+    x = None if term.x is None else wide(term.x)
+    return term.of(wide(term.g), x)

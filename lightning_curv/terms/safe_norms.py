@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Norms of float64 outside of these: their squares may be no normal numbers.
-_SMALL = 2.0**-480
-_LARGE = 2.0**480
+from lightning_curv.precision import widest
+
+# Norms outside of these: their squares may be no normal numbers of the type.
+_USUAL = {torch.float64: (2.0**-480, 2.0**480), torch.float32: (2.0**-60, 2.0**60)}
 
 
 def limit(dtype: torch.dtype) -> float:
@@ -19,17 +20,20 @@ def limit(dtype: torch.dtype) -> float:
 
 
 def row_norms(tensor: Tensor, start: int) -> Tensor:
-    """Norms over all axes from ``start`` on, in float64.
+    """Norms over all axes from ``start`` on, in the widest type of the device.
 
-    Squares of float32 are normal numbers of float64. Rows of float64 are divided by their largest
-    entry where theirs may be none.
+    Squares of float32 are normal numbers of float64. Rows that are in the widest type themselves
+    are divided by their largest entry where theirs may be none.
     """
     rows = tensor[..., None].flatten(start)
-    norms = torch.linalg.vector_norm(rows, dim=start, dtype=torch.float64)
-    if tensor.dtype == torch.float64:
-        odd = ~((norms > _SMALL) & (norms < _LARGE))
+    dtype = widest(tensor.device)
+    norms = torch.linalg.vector_norm(rows, dim=start, dtype=dtype)
+    # bfloat16 has the range of float32.
+    if torch.finfo(tensor.dtype).max > torch.finfo(dtype).max ** 0.5:
+        small, large = _USUAL[dtype]
+        odd = ~((norms > small) & (norms < large))
         if bool(odd.any()):
-            norms[odd] = _scaled_norms(rows[odd])
+            norms[odd] = _scaled_norms(rows[odd].to(dtype))
     return norms
 
 

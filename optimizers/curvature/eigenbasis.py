@@ -25,6 +25,7 @@ from lightning_curv.optimizers.linear_algebra.factors import (
     rows,
 )
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
+from lightning_curv.precision import in_float64
 
 
 class EigenCurvature(KroneckerCurvature):
@@ -191,10 +192,12 @@ def _eigenvectors(factor: Tensor, batched: bool) -> tuple[Tensor, Tensor] | None
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues, none below zero, and eigenvectors, in float64 where the own dtype fails."""
-    # In float64 at once where that is the own dtype: a second try would fail in the same way.
-    for dtype in dict.fromkeys((matrix.dtype, torch.float64)):
+    for try_again in (False, True):
+        # In float64 at once where that is the own dtype: a second try would fail in the same way.
+        if try_again and matrix.dtype == torch.float64:
+            break
         try:
-            values, vectors = torch.linalg.eigh(matrix.to(dtype))
+            values, vectors = torch.linalg.eigh(in_float64(matrix) if try_again else matrix)
         except RuntimeError:  # did not converge
             continue
         if bool(vectors.isfinite().all()):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.optimizers.linear_algebra.factors import is_diagonal, parts_of, partwise
+from lightning_curv.precision import in_float64
 
 Damped = tuple[Tensor, Tensor, bool]  # factor, damping, batched
 
@@ -76,11 +77,9 @@ def _inverses(stack: Tensor, damping: Tensor) -> list[Tensor | None]:
     """The inverses of matrices [M, d, d] or [M, G, d, d]; None where both precisions fail."""
     inverses, succeeded = _cholesky_inverse(stack, damping)
     if not all(succeeded) and stack.dtype != torch.float64:
-        # MPS has no float64.
-        device = "cpu" if stack.device.type == "mps" else stack.device
         failed = [i for i, success in enumerate(succeeded) if not success]
-        wide_stack = stack[failed].to(device, torch.float64)
-        wide_damping = damping[failed].to(device, torch.float64)
+        wide_stack = in_float64(stack[failed])
+        wide_damping = in_float64(damping[failed])
         repaired, flags = _cholesky_inverse(wide_stack, wide_damping)
         inverses[failed] = repaired.to(inverses)
         for i, flag in zip(failed, flags, strict=True):

@@ -144,7 +144,7 @@ class GradientCanaries:
         for parameter, entries in self._entries.items():
             flat = values[parameter].detach().flatten()
             indices = torch.from_numpy(entries).to(parameter.device)
-            along.append(flat[indices].double().cpu())
+            along.append(flat[indices].cpu().double())
         return along
 
     def _released(self, *_: Any) -> None:

@@ -26,6 +26,7 @@ from torch import distributed as dist
 from lightning_curv.distributed.failures import processes
 from lightning_curv.optimizers.linear_algebra.collectives import summed
 from lightning_curv.optimizers.privacy.noise import NoiseSource
+from lightning_curv.precision import widest
 
 GRID = 34  # bits of the noise's standard deviation
 PIECE = 2**16  # entries that are worked on at once, in cache
@@ -136,7 +137,7 @@ def _units(
     pieces = _pieces(totals, stds)
     size = max((piece.size for piece in pieces), default=0)
     devices = {total.device for total in totals}
-    memory = {device: torch.empty(size, dtype=torch.float64, device=device) for device in devices}
+    memory = {device: _memory(size, device) for device in devices}
     for std, pieces_of_std in groupby(pieces, key=attrgetter("std")):
         # What is rare in the noise is drawn once for some pieces, whose numbers stay in cache.
         while some := list(islice(pieces_of_std, PIECES)):
@@ -148,3 +149,9 @@ def _units(
                 if numbers is not None:
                     units.add_(numbers.to(units.device))
                 yield piece, units
+
+
+def _memory(size: int, device: torch.device) -> Tensor:
+    """Numbers with the digits of the grid; a device without float64 leaves them on the CPU."""
+    place = device if widest(device) == torch.float64 else torch.device("cpu")
+    return torch.empty(size, dtype=torch.float64, device=place)

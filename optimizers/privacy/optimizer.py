@@ -17,6 +17,7 @@ from lightning_curv.optimizers.privacy.noise import NoiseSource
 from lightning_curv.optimizers.privacy.noisy_sum import summed_over_ranks
 from lightning_curv.optimizers.privacy.schedule import Schedule, held_for, value_of
 from lightning_curv.optimizers.settings import require_choice, require_positive
+from lightning_curv.precision import widest
 
 
 class DPOptimizer(Optimizer):
@@ -315,7 +316,8 @@ class DPOptimizer(Optimizer):
         released = list(totals)
         stds = [gradient_sigma * self.clip_norm] * len(totals)
         if counts is not None:
-            released.append(counts.to(totals[0].device, torch.float64, copy=True))
+            device = totals[0].device
+            released.append(counts.to(device, widest(device), copy=True))
             stds.append(self.clipping.count_noise(size))
         released = summed_over_ranks(released, stds, self._noise)
         noisy_counts = None if counts is None else released.pop()

@@ -20,6 +20,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from lightning_curv.precision import widest
 from lightning_curv.terms.directional import directional_derivatives
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -44,7 +45,7 @@ def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[
         )
         # The sum is 0, no tensor, of a batch in which no parameter has a Jacobian.
         if isinstance(derivatives, Tensor):
-            s = derivatives.flatten(1).to(_wide(derivatives))
+            s = derivatives.flatten(1).to(widest(derivatives.device))
             moments.append(s @ s.mT)
     if len(moments) == 1:
         return moments[0]
@@ -53,7 +54,7 @@ def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[
 
 def inner_products(first: Tensor, second: Tensor) -> Tensor:
     """The inner products of all pairs of rows, in float64: first [K, P], second [L, P] → [K, L]."""
-    return (first @ second.mT).to(_wide(first))
+    return (first @ second.mT).to(widest(first.device))
 
 
 def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:
@@ -129,10 +130,3 @@ def shortened(curvature: float, slope: float, most: float) -> float:
     # The smaller root of τ² c + τ s + most = 0, without cancellation, as s is negative.
     discriminant = max(slope * slope - 4 * curvature * most, 0.0)
     return 2 * most / (math.sqrt(discriminant) - slope)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """The widest dtype of a device: MPS has no float64."""
-    if tensor.device.type == "mps":
-        return torch.float32
-    return torch.float64
