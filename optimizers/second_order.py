@@ -16,7 +16,11 @@ from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, P
 from lightning_curv.optimizers.curvature.fields import Inbox
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
 from lightning_curv.optimizers.linear_algebra.finite import finite_flags
-from lightning_curv.optimizers.settings import require_non_negative, require_positive
+from lightning_curv.optimizers.settings import (
+    require_non_negative,
+    require_positive,
+    require_whole,
+)
 from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statistics
 from lightning_curv.optimizers.step.move import directions, move
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
@@ -449,6 +453,7 @@ class SecondOrderOptimizer(Optimizer):
 
 
 def _check_param(param: Tensor) -> None:
+    require_whole([param])
     if param.is_complex() or param.layout != torch.strided:
         kind = "complex" if param.is_complex() else "sparse"
         raise TypeError(

@@ -1,6 +1,12 @@
 """Checks of optimizer settings."""
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
+
+from lightning_curv.distributed.shards import is_sharded
+from lightning_curv.errors import UnsupportedError
 
 
 def require_positive(name: str, value: float) -> None:
@@ -33,3 +39,14 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, choices))}, found {value!r}."
         )
+
+
+def require_whole(params: Iterable[Tensor]) -> None:
+    """Refuse parameters of which this process has a part only."""
+    for param in params:
+        if is_sharded(param) or hasattr(param, "_is_flat_param"):
+            raise UnsupportedError(
+                "Curvature and private steps need whole parameters in every process, found a "
+                f"sharded one of shape {tuple(param.shape)} (FSDP or tensor parallelism); train "
+                "with `DistributedDataParallel`."
+            )

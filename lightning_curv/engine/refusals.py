@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_curv.distributed.shards import find_shards, is_sharded
 from lightning_curv.errors import describe
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.graph.tape import Tape
@@ -22,6 +23,8 @@ def refusal(
     Returns:
         The message of an `UnsupportedError`; ``None``: nothing speaks against it.
     """
+    if reason := _sharded(tape):
+        return reason
     for name in tape.hidden:
         return (
             f"Every op must be in the graph before the backward pass, found `{name}`, which runs "
@@ -57,5 +60,24 @@ def refusal(
             f"{extension} with `output=` needs a loss that depends on the network by this output "
             f"alone, found that `{name}` reaches it around the output. Leave `output=` out: all "
             "outputs are then found."
+        )
+    return None
+
+
+def _sharded(tape: Tape) -> str | None:
+    """Parameters of which this process has a part only: their results would reach nobody."""
+    parameters = tape.all_parameters
+    for parameter in parameters:
+        if is_sharded(parameter):
+            return (
+                "Quantities need whole parameters in the forward pass, found a `DTensor` of shape "
+                f"{tuple(parameter.shape)}, as tensor parallelism has them. Train the model with "
+                "data parallelism (`DistributedDataParallel`)."
+            )
+    if find_shards(parameters) or any(hasattr(p, "_is_flat_param") for p in parameters):
+        return (
+            "Quantities need whole parameters, found a model under FSDP, whose parameters are "
+            "gathered for the while of a pass alone: results would be left where nobody looks. "
+            "Train it with `DistributedDataParallel`."
         )
     return None

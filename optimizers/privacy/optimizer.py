@@ -16,7 +16,7 @@ from lightning_curv.optimizers.privacy.group_clipping import PerGroupClipping
 from lightning_curv.optimizers.privacy.noise import NoiseSource
 from lightning_curv.optimizers.privacy.noisy_sum import summed_over_ranks
 from lightning_curv.optimizers.privacy.schedule import Schedule, held_for, value_of
-from lightning_curv.optimizers.settings import require_choice, require_positive
+from lightning_curv.optimizers.settings import require_choice, require_positive, require_whole
 from lightning_curv.precision import widest
 
 
@@ -100,6 +100,7 @@ class DPOptimizer(Optimizer):
         exact_resume: bool = False,
     ) -> None:
         _refuse_curvature(optimizer)
+        require_whole(p for group in optimizer.param_groups for p in group["params"])
         require_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         if expected_batch_size is not None:
             require_positive("expected_batch_size", expected_batch_size)
