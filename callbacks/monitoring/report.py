@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +29,58 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 NOISE_SCALE = {"noise_scale", "suggested_batch_size"}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the step of an optimizer is measured from.
+
+    Attributes:
+        trainer: of the run.
+        optimizer: whose parameters are measured.
+        grads: their accumulated gradients.
+        window: the backward passes that they come from.
+        divisor: of the accumulated gradients, gives those of the window.
+        passes: number of backward passes that share the loss' mean.
+    """
+
+    trainer: Trainer
+    optimizer: Optimizer
+    grads: dict[Parameter, Tensor]
+    window: Window
+    divisor: float
+    passes: int
+
+    @cached_property
+    def suffix(self) -> str:
+        """Of the series of this optimizer."""
+        return suffix_of(self.trainer, self.optimizer)
+
+    def measurement(
+        self,
+        params: Sequence[Parameter],
+        fields: Collection[str],
+        lost: Collection[str],
+        **wanted: bool,
+    ) -> Measurement:
+        """What some of the parameters are measured by.
+
+        Args:
+            params: these.
+            fields: savefields that their quantities need.
+            lost: those that could not be computed in this process.
+            wanted: what is wanted besides, see `Measurement`.
+        """
+        return Measurement(
+            self.window.statistics(params, share=1 / self.passes),
+            {p: self.grads[p] for p in params},
+            self.divisor,
+            self.optimizer.param_groups[0]["lr"],
+            self.trainer.strategy,
+            fields,
+            lost,
+            **wanted,
+        )
 
 
 class Report:
@@ -111,105 +165,95 @@ class Report:
             divisor: of the accumulated gradients, gives those of the window.
             passes: number of backward passes that share the loss' mean.
         """
-        suffix = suffix_of(trainer, optimizer)
-        lr = optimizer.param_groups[0]["lr"]
-
-        def job(params: Sequence[Parameter], name: str) -> Job:
-            part = {p: grads[p] for p in params}
-            statistics = window.statistics(params, share=1 / passes)
-            quantities = [q for q in self._quantities if not name or q.per_layer]
-            fields = dict.fromkeys(
-                field for quantity in quantities for field in (*quantity.fields, *quantity.instead)
-            )
-            # What is lost in this process stays a key of the reduction: others may have it.
-            lost, names = (
-                fields.keys() - self._fields.keys(),
-                {quantity.name for quantity in quantities},
-            )
-            measurement = Measurement(
-                statistics,
-                part,
-                divisor,
-                lr,
-                trainer.strategy,
-                fields,
-                lost,
-                pool="sample_norms" in names,
-                with_loss="cabs" in names,
-                with_entries=bool(names & ENTRIES),
-            )
-            noise = self._noise.setdefault(f"{name}{suffix}", RunningNoiseScale(self._ema))
-            return Job(quantities, measurement, noise)
-
-        jobs = {"": job(list(grads), "")}
-        all_layers = parameters_by_layer(pl_module) if self._chosen or self._more else {}
-        for layer, params in all_layers.items():
-            mine = [p for p in params if p in grads]
-            # Where some layers have series, the others are measured as well: all are in the heat
-            # map.
-            if mine and (self._chosen or layer in self._more):
-                jobs[layer] = job(mine, layer)
-        if "noise_scale_norm_layers" in self._names:
-            mine = [p for p in self._norm_layers if p in grads]
-            if mine:
-                jobs[NORM_LAYERS] = self._norm_job(
-                    mine, suffix, window, grads, divisor, passes, trainer
-                )
+        step = _Step(trainer, optimizer, grads, window, divisor, passes)
+        jobs = self._jobs(step, pl_module)
         # Together: one reduction and one wait for the device, however many layers.
         found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
         self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
-        self.values |= {f"{name}{suffix}": value for name, value in found.pop("").items()}
-        if "noise_scale" in (of_norms := found.pop(NORM_LAYERS, {})):
-            self.values[f"noise_scale_norm_layers{suffix}"] = of_norms["noise_scale"]
+        self.values |= {f"{name}{step.suffix}": value for name, value in found.pop("").items()}
+        of_norms = found.pop(NORM_LAYERS, {})
+        if "noise_scale" in of_norms:
+            self.values[f"noise_scale_norm_layers{step.suffix}"] = of_norms["noise_scale"]
         self.layers |= found
-        measurement = jobs[""].measurement
-        if measurement.unseen:
+        whole = jobs[""]
+        if whole.measurement.unseen:
             return
-        if self._names & NOISE_SCALE and jobs[""].noise.unresolved:
-            self.too_noisy = measurement.statistics.samples
-        if "sample_norms" in self._names:
-            self._histograms[f"sample_norms{suffix}"] = measurement.norms
-        if ONE in self._names and ONE in self._fields:
-            self._histograms[f"{ONE}{suffix}"] = histogram_1d(
-                measurement.counts(ONE), measurement.statistics.unit(ONE)
-            )
-        if TWO in self._names and (image := image_2d(measurement.counts(TWO))) is not None:
-            self._pictures[f"{TWO}{suffix}"] = image
-        if "alpha" in self._names and (alpha := self._trajectory.alpha(grads, divisor)) is not None:
-            self._add(f"alpha{suffix}", alpha)
-        if self._names & {"update_size", "distance"}:
-            self._updated[suffix] = list(grads)
-        if "update_size" in self._names:
-            self._trajectory.begin_update(grads)
+        if self._names & NOISE_SCALE and whole.noise.unresolved:
+            self.too_noisy = whole.measurement.statistics.samples
+        self._take_histograms(step, whole.measurement)
+        self._follow_trajectory(step)
 
-    def _norm_job(
-        self,
-        params: Sequence[Parameter],
-        suffix: str,
-        window: Window,
-        grads: Mapping[Parameter, Tensor],
-        divisor: float,
-        passes: int,
-        trainer: Trainer,
-    ) -> Job:
-        """The noise scale of normalization layers."""
-        statistics = window.statistics(params, share=1 / passes)
-        part, fields = {p: grads[p] for p in params}, ["batch_l2", PARTS]
-        lost = {
-            "batch_l2": not {"batch_l2", NORM_LAYERS} & {*self._fields},
-            PARTS: PARTS not in self._fields,
-        }
-        measurement = Measurement(
-            statistics,
-            part,
-            divisor,
-            0.0,
-            trainer.strategy,
-            fields,
-            [field for field in fields if lost[field]],
+    def _jobs(self, step: _Step, pl_module: LightningModule) -> dict[str, Job]:
+        """What is measured at a step: all parameters, each layer, the normalization layers."""
+        jobs = {"": self._job(step, list(step.grads), "")}
+        all_layers = parameters_by_layer(pl_module) if self._chosen or self._more else {}
+        for layer, params in all_layers.items():
+            mine = [p for p in params if p in step.grads]
+            # Where some layers have series, the others are measured as well: all are in the heat
+            # map.
+            if mine and (self._chosen or layer in self._more):
+                jobs[layer] = self._job(step, mine, layer)
+        if "noise_scale_norm_layers" in self._names:
+            mine = [p for p in self._norm_layers if p in step.grads]
+            if mine:
+                jobs[NORM_LAYERS] = self._norm_job(step, mine)
+        return jobs
+
+    def _job(self, step: _Step, params: Sequence[Parameter], layer: str) -> Job:
+        """What is measured of a layer, or of all parameters, which have no name."""
+        quantities = [q for q in self._quantities if not layer or q.per_layer]
+        names = {quantity.name for quantity in quantities}
+        fields = dict.fromkeys(
+            field for quantity in quantities for field in (*quantity.fields, *quantity.instead)
         )
-        noise = self._noise.setdefault(f"{NORM_LAYERS}{suffix}", RunningNoiseScale(self._ema))
-        return Job([QUANTITIES["noise_scale"]], measurement, noise)
+        # What is lost in this process stays a key of the reduction: others may have it.
+        lost = fields.keys() - self._fields.keys()
+        measurement = step.measurement(
+            params,
+            fields,
+            lost,
+            pool="sample_norms" in names,
+            with_loss="cabs" in names,
+            with_entries=bool(names & ENTRIES),
+        )
+        return Job(quantities, measurement, self._noise_of(step, layer))
+
+    def _norm_job(self, step: _Step, params: Sequence[Parameter]) -> Job:
+        """The noise scale of normalization layers."""
+        lost = []
+        if not {"batch_l2", NORM_LAYERS} & {*self._fields}:
+            lost.append("batch_l2")
+        if PARTS not in self._fields:
+            lost.append(PARTS)
+        measurement = step.measurement(params, ["batch_l2", PARTS], lost)
+        return Job([QUANTITIES["noise_scale"]], measurement, self._noise_of(step, NORM_LAYERS))
+
+    def _noise_of(self, step: _Step, layer: str) -> RunningNoiseScale:
+        return self._noise.setdefault(f"{layer}{step.suffix}", RunningNoiseScale(self._ema))
+
+    def _take_histograms(self, step: _Step, measurement: Measurement) -> None:
+        """Keep what is no number: norms of samples, and the counts of gradients' entries."""
+        if "sample_norms" in self._names:
+            self._histograms[f"sample_norms{step.suffix}"] = measurement.norms
+        if ONE in self._names and ONE in self._fields:
+            unit = measurement.statistics.unit(ONE)
+            histogram = histogram_1d(measurement.counts(ONE), unit)
+            self._histograms[f"{ONE}{step.suffix}"] = histogram
+        if TWO in self._names:
+            image = image_2d(measurement.counts(TWO))
+            if image is not None:
+                self._pictures[f"{TWO}{step.suffix}"] = image
+
+    def _follow_trajectory(self, step: _Step) -> None:
+        """Measure what needs the gradient before this one, or the parameters after the update."""
+        if "alpha" in self._names:
+            alpha = self._trajectory.alpha(step.grads, step.divisor)
+            if alpha is not None:
+                self._add(f"alpha{step.suffix}", alpha)
+        if self._names & {"update_size", "distance"}:
+            self._updated[step.suffix] = list(step.grads)
+        if "update_size" in self._names:
+            self._trajectory.begin_update(step.grads)
 
     def _add(self, name: str, value: Tensor) -> None:
         if value.isfinite():
