@@ -192,7 +192,8 @@ class _Gradients(_Audited):
     ) -> None:
         # All samples of the step are in the sum, and its noise is not: canaries count as further
         # samples.
-        self._canaries.backward(self.privacy._current.drawn_guests(self.privacy._step))
+        number = self.privacy._drawn_step.number
+        self._canaries.backward(self.privacy._current.drawn_guests(number))
 
     def teardown(
         self,

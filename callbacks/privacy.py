@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,25 +23,18 @@ from lightning_curv.callbacks.private_training.refusals import (
     refuse_batch_statistics,
     refuse_half_precision,
     refuse_trainer,
-    settings_of,
 )
+from lightning_curv.callbacks.private_training.settings import check
+from lightning_curv.callbacks.private_training.step import DrawnStep
 from lightning_curv.callbacks.private_training.summary import guarantee, summary_table
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
 from lightning_curv.callbacks.user_batch import Contents, describe_batch
 from lightning_curv.engine.context import curvature
-from lightning_curv.optimizers.privacy.accounting import (
-    METHODS,
-    PrivacyAccountant,
-    calibrated_noise,
-)
-from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
-from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
+from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
 from lightning_curv.samples.batch import Batch
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-SAMPLINGS = ("poisson", "truncated_poisson", "epoch")
 
 
 class PrivacyCallback(Callback):
@@ -144,33 +136,16 @@ class PrivacyCallback(Callback):
         max_physical_batch_size: int | None = None,
         same_shapes: bool = False,
     ) -> None:
-        if same_shapes and sampling == "epoch":
-            raise ValueError(
-                "`same_shapes` fills Poisson batches up, found sampling='epoch', whose batches "
-                "have the same size for all neighbouring data sets; leave it out."
-            )
-        if max_physical_batch_size is not None:
-            require_count("max_physical_batch_size", max_physical_batch_size)
-            if sampling == "epoch":
-                raise ValueError(
-                    "`max_physical_batch_size` splits Poisson batches, found sampling='epoch', "
-                    "which leaves batches as they are; use a smaller `batch_size` and "
-                    "`accumulate_grad_batches`."
-                )
-        if epsilon is not None:
-            require_positive("epsilon", epsilon)
-        if not 0 < delta < 1:
-            raise ValueError(
-                f"`delta` must lie in (0, 1), well below 1 / data set size, found {delta}."
-            )
-        require_choice("sampling", sampling, SAMPLINGS)
-        require_choice("accountant", accountant, METHODS)
-        require_choice("on_budget", on_budget, ("stop", "warn"))
-        if (max_batch_size is not None) != (sampling == "truncated_poisson"):
-            raise ValueError(
-                "`max_batch_size` belongs to `sampling='truncated_poisson'`, found "
-                f"max_batch_size={max_batch_size} with sampling={sampling!r}."
-            )
+        check(
+            epsilon,
+            delta,
+            sampling,
+            max_batch_size,
+            accountant,
+            on_budget,
+            max_physical_batch_size,
+            same_shapes,
+        )
         self.epsilon, self.delta = epsilon, delta
         self.sampling, self.max_batch_size = sampling, max_batch_size
         self.max_physical_batch_size, self.same_shapes = max_physical_batch_size, same_shapes
@@ -194,15 +169,12 @@ class PrivacyCallback(Callback):
         self._warned = False
         self._given_size: float | None = None
         self._checks: Checks | None = None
-        self._cost = True
         self._context: curvature | None = None
-        self._step, self._steps_before = 0, 0
+        self._step: DrawnStep | None = None
         self._size: int | None = None
         self._counted: Tensor | None = None
-        self._settings: dict[str, Any] = {}  # of the private step, when its batch was drawn
         self._contents: Contents | None = None
         self._batch = Batch()
-        self._passes = self._expected_passes = 0
         self._in_batch = False
         self._spent = 0.0
         self._replaced: Any = None
@@ -314,7 +286,12 @@ class PrivacyCallback(Callback):
         # The user's, if there is one: `_follow` replaces it.
         self._given_size = optimizer.expected_batch_size
         self._follow(trainer)
-        optimizer.noise_multiplier = self._noise(plan, optimizer)
+        if optimizer.noise_multiplier is None:
+            # Once, and kept in checkpoints: a resumed run must not calibrate for the steps that are
+            # left.
+            if self.noise_multiplier is None:
+                self.noise_multiplier = self._budget.noise(plan.sampling, plan.releases)
+            optimizer.noise_multiplier = self.noise_multiplier
         mean = optimizer.loss_reduction == "mean"
         self._checks = Checks(
             trainer, pl_module, optimizer, mean, self.public_state, self.check_independence
@@ -350,43 +327,18 @@ class PrivacyCallback(Callback):
         assert self._plan is not None
         return self._plan
 
-    def _noise(self, plan: Plan, optimizer: DPOptimizer) -> float:
-        if optimizer.noise_multiplier is not None:
-            return optimizer.noise_multiplier
-        if self.noise_multiplier is None:
-            if self.epsilon is None:
-                raise MisconfigurationException(
-                    "The noise is unknown: pass `noise_multiplier=` to the optimizer, or "
-                    "`epsilon=` to PrivacyCallback."
-                )
-            if math.isinf(plan.releases):
-                raise MisconfigurationException(
-                    "The noise for a budget depends on the number of steps, found neither "
-                    "`max_epochs` nor `max_steps` in the Trainer; set one, or pass "
-                    "`noise_multiplier=` to the optimizer."
-                )
-            # Once, and kept in checkpoints: a resumed run must not calibrate for the steps that are
-            # left.
-            self.noise_multiplier = calibrated_noise(
-                self.epsilon, self.delta, plan.sampling, int(plan.releases), self.accountant.method
-            )
-            line = guarantee(self.epsilon, self.delta, plan.sampling)
-            rank_zero_info(
-                f"PrivacyCallback: noise multiplier {self.noise_multiplier:.4g} for {line}."
-            )
-        return self.noise_multiplier
-
     # --- one batch --------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.accountant.start_epoch()
-        self._passes = self._expected_passes = 0
+        self._forget_parts()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         part = batch_idx % trainer.accumulate_grad_batches
-        if part != self._expected_passes % trainer.accumulate_grad_batches:
+        parts_before = 0 if self._step is None else self._step.parts
+        if part != parts_before % trainer.accumulate_grad_batches:
             raise MisconfigurationException(
                 f"PrivacyCallback expects whole steps of {trainer.accumulate_grad_batches} "
                 f"accumulated batches, found a run that goes on at batch {batch_idx}, in the "
@@ -394,7 +346,7 @@ class PrivacyCallback(Callback):
             )
         if part == 0:
             self._begin_step(trainer)
-        self._expected_passes += 1
+        self._drawn_step.parts += 1
         self._in_batch = True
         self._size, self._counted = self._rows(part)
         self._batch = Batch(self._size)
@@ -413,7 +365,7 @@ class PrivacyCallback(Callback):
         All count, unless some are given; none is there where nobody was drawn. The number is
         unknown where the batch tells.
         """
-        counted = self._current.counted(self._step, part)
+        counted = self._current.counted(self._drawn_step.number, part)
         if counted is None:
             return None, None
         if not counted.any():
@@ -422,17 +374,23 @@ class PrivacyCallback(Callback):
 
     def _begin_step(self, trainer: Trainer) -> None:
         """Account for what a step will release, and allow it, before its first batch is read."""
-        self._passes = self._expected_passes = 0
+        self._forget_parts()
         self._follow(trainer)
         self._check_budget(trainer)
-        # Of an epoch as one release the first step costs. After the step the account says
-        # otherwise.
-        self._cost = self.accountant.next_step_costs
-        self._steps_before = private_optimizer(trainer).steps
+        # After the step the account says otherwise.
+        costs = self.accountant.next_step_costs
+        self._step = DrawnStep(private_optimizer(trainer), self._next, costs)
         # When it is drawn, not when it has stepped: no number is drawn from twice, whatever fails.
-        self._step, self._next = self._next, self._next + 1
-        # From here on the batch can be read: what changes later may follow the data.
-        self._settings = settings_of(private_optimizer(trainer))
+        self._next += 1
+
+    @property
+    def _drawn_step(self) -> DrawnStep:
+        assert self._step is not None
+        return self._step
+
+    def _forget_parts(self) -> None:
+        if self._step is not None:
+            self._step.forget_parts()
 
     @property
     def _check(self) -> Checks:
@@ -486,7 +444,8 @@ class PrivacyCallback(Callback):
             self._context.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._passes += 1
+        if self._step is not None:
+            self._step.passes += 1
         if self._context is None:
             private_optimizer(trainer).add_empty_pass()
         self._leave()
@@ -494,12 +453,8 @@ class PrivacyCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._passes != self._expected_passes:
-            raise MisconfigurationException(
-                f"Expected a loss from each of {self._expected_passes} calls of `training_step`, "
-                f"found {self._passes}: leaving out a batch depends on the data and is not "
-                "private. Return a loss, for example of zero weight."
-            )
+        if self._step is not None:
+            self._step.refuse_lost_parts()
         private = private_optimizer(trainer)
         costs = self.accountant.next_step_costs and not self._warned
         if (
@@ -512,7 +467,8 @@ class PrivacyCallback(Callback):
                 f"`noise_multiplier` changed to {private.noise_multiplier} since; change it "
                 "between steps."
             )
-        self._refuse_changed_step(private)
+        if self._step is not None:
+            self._step.refuse_changes(private)
         # The last moment at which every change is somebody else's: now the optimizer makes its own.
         self._check.before_step()
         if self.log_non_private:
@@ -520,41 +476,19 @@ class PrivacyCallback(Callback):
             self._logged = logs.non_private_values(private) or self._logged
         private.statistics.keep_norms = self.log_non_private
 
-    def _refuse_changed_step(self, optimizer: DPOptimizer) -> None:
-        """Raise if the step is not what it was when its batch was drawn.
-
-        Raises:
-            MisconfigurationException: Its settings or the sum have been changed since.
-        """
-        now = settings_of(optimizer)
-        changed = [name for name, value in self._settings.items() if now[name] != value]
-        if changed:
-            name = changed[0]
-            raise MisconfigurationException(
-                "PrivacyCallback expects the settings of a private step before its batch is read, "
-                f"found `{name}` changed from {self._settings[name]} to {now[name]} since: what "
-                "depends on the batch is not private. Change it between steps, or pass a schedule, "
-                "a function of the step's number."
-            )
-        if optimizer.statistics.passes != self._expected_passes:
-            raise MisconfigurationException(
-                f"PrivacyCallback expects the sum of {self._expected_passes} backward passes, "
-                f"found one of {optimizer.statistics.passes}: leaving out a part of a batch may "
-                "depend on the data and is not private. Leave `zero_grad` to the Trainer."
-            )
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._in_batch = False
         self._release(pl_module)
         self._check.after(batch, batch_idx, self._size)
-        accumulated = self._expected_passes == trainer.accumulate_grad_batches
+        step = self._drawn_step
+        accumulated = step.parts == trainer.accumulate_grad_batches
         # The last step of an epoch of the user's own batches may have fewer of them.
         if not accumulated and not trainer.is_last_batch:
             return
-        self._refuse_other_than_one_step(trainer)
-        if self._cost:
+        step.refuse_other_than_one(private_optimizer(trainer))
+        if step.costs:
             self._budget.spend()
         # Lightning counts this step after the hook.
         steps = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
@@ -571,16 +505,6 @@ class PrivacyCallback(Callback):
                     values["privacy/epsilon"] = self._spent
                 logs.write(trainer, values, steps - 1)
 
-    def _refuse_other_than_one_step(self, trainer: Trainer) -> None:
-        steps = private_optimizer(trainer).steps - self._steps_before
-        if steps != 1:
-            raise MisconfigurationException(
-                f"PrivacyCallback expects one optimizer step for every drawn batch, found {steps}: "
-                "leaving out a step may depend on the data and is not private, and a second one "
-                "has no batch. Let `optimizer_step` step always, for example with a learning rate "
-                "of zero."
-            )
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # There are none yet in the sanity check, before training begins.
         if self._checks is not None:
@@ -595,7 +519,7 @@ class PrivacyCallback(Callback):
                 "which is not private. For shorter epochs use `limit_train_batches`."
             )
         self._check.after_epoch()
-        self._expected_passes = 0
+        self._forget_parts()
         self._spent = self.accountant.epsilon(self.delta)
         # For callbacks that watch it.
         trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self._spent)

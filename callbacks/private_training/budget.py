@@ -5,9 +5,18 @@ The accountant, which is slow, is asked only when the answer may have changed.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_curv.callbacks.import_names import MisconfigurationException
+from lightning_curv.callbacks.private_training.summary import guarantee
+from lightning_curv.optimizers.privacy.accounting import (
+    PrivacyAccountant,
+    Sampling,
+    calibrated_noise,
+)
 
 
 class Budget:
@@ -24,6 +33,34 @@ class Budget:
         self._left = 0
         self._asked = 0  # releases of this kind that were asked for at once
         self._valid_for: tuple[Any, ...] | None = None
+
+    def noise(self, sampling: Sampling, releases: float) -> float:
+        """The noise multiplier σ that spends the budget in a whole run.
+
+        Args:
+            sampling: How the batch of every release is drawn.
+            releases: How many releases the run will make.
+
+        Raises:
+            MisconfigurationException: There is no budget, or the run has no end.
+        """
+        if self.epsilon is None:
+            raise MisconfigurationException(
+                "The noise is unknown: pass `noise_multiplier=` to the optimizer, or `epsilon=` to "
+                "PrivacyCallback."
+            )
+        if math.isinf(releases):
+            raise MisconfigurationException(
+                "The noise for a budget depends on the number of steps, found neither "
+                "`max_epochs` nor `max_steps` in the Trainer; set one, or pass "
+                "`noise_multiplier=` to the optimizer."
+            )
+        noise = calibrated_noise(
+            self.epsilon, self.delta, sampling, int(releases), self.accountant.method
+        )
+        promised = guarantee(self.epsilon, self.delta, sampling)
+        rank_zero_info(f"PrivacyCallback: noise multiplier {noise:.4g} for {promised}.")
+        return noise
 
     def allows(self, noise_multiplier: float, planned: float) -> bool:
         """Whether one more release, as it would be drawn now, keeps ε at or below the budget.
