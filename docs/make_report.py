@@ -9,20 +9,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from chromium import FLAGS
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--virtual-time-budget=20000",  # until the charts are drawn
-)
 
 
 def main() -> None:
@@ -36,7 +26,12 @@ def main() -> None:
         example = [sys.executable, str(ROOT / "examples" / "report.py"), "--out", str(page)]
         subprocess.run(example, check=True, cwd=folder)
         browser = [options.chromium, *FLAGS, f"--user-data-dir={folder}/profile"]
-        shown = ["--window-size=1200,1240", f"--screenshot={photo}", page.as_uri()]
+        shown = [
+            "--hide-scrollbars",
+            "--window-size=1200,1240",
+            f"--screenshot={photo}",
+            page.as_uri(),
+        ]
         subprocess.run([*browser, *shown], check=True, stderr=subprocess.DEVNULL)
         image = Image.open(photo).convert("RGB").quantize(128)
         image.save(Path(__file__).with_name("images") / "report.png", optimize=True)

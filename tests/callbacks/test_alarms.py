@@ -19,6 +19,7 @@ from monitoring import (
     series,
     sgd,
 )
+from processes import spawn
 from torch import nn
 
 from lightning_curv import CurvatureCallback, DPOptimizer
@@ -360,7 +361,7 @@ def test_what_makes_no_sense_is_refused(make, message):
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alarms")
-    alarm_runs.spawn(folder)
+    spawn(alarm_runs.work, str(folder))
     return {
         (rank, *case): torch.load(folder / f"{rank}-{case[0]}-{case[1]}", weights_only=False)
         for rank in range(2)

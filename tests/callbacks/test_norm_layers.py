@@ -6,6 +6,7 @@ import norm_layer_runs
 import pytest
 import torch
 from monitoring import Net, data, events, fit, series
+from processes import spawn
 from torch import nn
 
 from lightning_curv import BatchL2Grad, CurvatureCallback
@@ -203,7 +204,7 @@ def test_it_is_its_own_field():
 
 def test_two_processes_log_what_one_logs_on_the_union_batch(tmp_path):
     """Histograms and means of the epoch, too."""
-    norm_layer_runs.spawn(tmp_path)
+    spawn(norm_layer_runs.work, str(tmp_path))
     expected = norm_layer_runs.run(tmp_path, world=1)
     assert f"curvature/{NAME}_epoch" in expected
     for rank in range(2):

@@ -4,17 +4,26 @@ import warnings
 
 import pytest
 import torch
-from processes import CASES, SAMPLED, SIZE, STEPS, Net, batches, run_alone, spawn
+from process_runs import (
+    CASES,
+    SAMPLED,
+    SIZE,
+    STEPS,
+    WORLDS,
+    Net,
+    batches,
+    run_alone,
+    work,
+)
+from processes import spawn
 from torch.nn import functional as F
-
-WORLDS = (3, 2)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What every process saw, by number of processes, rank, run, and whether it was monitored."""
     folder = tmp_path_factory.mktemp("processes")
-    spawn(folder)
+    spawn(work, str(folder), world=max(WORLDS), groups=WORLDS)
     return {
         (world, rank, name, monitored): torch.load(
             folder / f"{world}-{rank}-{name}-{monitored}", weights_only=False

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from failing_ranks import CASES, work
-from torch import multiprocessing
+from processes import spawn
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """The errors of both processes, and their warnings."""
     folder = tmp_path_factory.mktemp("failing")
-    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    spawn(work, str(folder))
     return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in (0, 1)] for case in CASES}
 
 

@@ -1,10 +1,8 @@
 """Layers that only some processes use: nobody waits for anybody, and all end with the same parameters."""
 
-import socket
-
 import pytest
 import torch
-from torch import multiprocessing
+from processes import spawn
 from uneven_ranks import CASES, work
 
 
@@ -12,10 +10,7 @@ from uneven_ranks import CASES, work
 def results(request, tmp_path_factory):
     """What every process ended with, by optimizer and pattern."""
     world, folder = request.param, tmp_path_factory.mktemp("uneven")
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    multiprocessing.spawn(work, (world, port, str(folder)), nprocs=world)
+    spawn(work, str(folder), world=world)
     return {
         case: [torch.load(folder / f"{case[0]} {case[1]} {rank}.pt") for rank in range(world)]
         for case in CASES

@@ -1,9 +1,5 @@
 """Two processes with alarms: gradients are averaged, so that one process' loss sets off the alarms of both."""
 
-import os
-import socket
-import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -12,7 +8,6 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import distributed as dist
-from torch import multiprocessing as mp
 from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback
@@ -67,22 +62,6 @@ def run(action, alone):
 RUNS = [(action, alone) for action in ("warn", "skip", "stop") for alone in (False, True)]
 
 
-def worker(rank, folder, port):
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2}
-    names |= {"LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
+def work(rank, folder):
     for action, alone in RUNS:
         torch.save(run(action, alone), Path(folder) / f"{rank}-{action}-{alone}")
-
-
-def spawn(folder):
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    mp.spawn(worker, (str(folder), port), nprocs=2)
-
-
-if __name__ == "__main__":
-    spawn(sys.argv[1])

@@ -5,19 +5,8 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 
+from chromium import FLAGS
 from packages import needs_browser
-
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--virtual-time-budget=20000",
-)
 
 
 @dataclass
@@ -36,7 +25,13 @@ class Shown:
 def open_page(path, *flags):
     """Open a file in a new profile. Whatever it asks of the network fails."""
     with tempfile.TemporaryDirectory() as profile:
-        command = [needs_browser(), *FLAGS, f"--user-data-dir={profile}", *flags]
+        command = [
+            needs_browser(),
+            *FLAGS,
+            "--enable-logging=stderr",
+            f"--user-data-dir={profile}",
+            *flags,
+        ]
         command += ["--proxy-server=127.0.0.1:9", "--dump-dom", path.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
     dom = re.sub(r"<script>.*?</script>", "", done.stdout, flags=re.DOTALL)

@@ -1,9 +1,5 @@
 """What two processes log of normalization layers, histograms and epochs, and one process on the union batch."""
 
-import os
-import socket
-import sys
-import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -12,7 +8,6 @@ from monitoring import CONSTANT, Net, data
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
-from torch import multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -60,21 +55,5 @@ def run(folder, world, rank=0):
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def worker(rank, folder, port):
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2}
-    names |= {"LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
+def work(rank, folder):
     torch.save(run(folder, 2, rank), Path(folder) / f"values-{rank}")
-
-
-def spawn(folder):
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    mp.spawn(worker, (str(folder), port), nprocs=2)
-
-
-if __name__ == "__main__":
-    spawn(sys.argv[1])

@@ -1,6 +1,5 @@
 """Processes in a loop of their own, of which only some use a layer of the model."""
 
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,10 +61,8 @@ def parameters_after(name, pattern):
     return before, [p.detach() for p in model.parameters()]
 
 
-def work(rank, world, port, folder):
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+def work(rank, folder):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name, pattern in CASES:
         torch.save(parameters_after(name, pattern), Path(folder) / f"{name} {pattern} {rank}.pt")
     dist.destroy_process_group()
