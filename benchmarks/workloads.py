@@ -172,11 +172,16 @@ def waves(seed: int) -> tuple[Batch, Batch]:
     return sample(1024), sample(4096)
 
 
-def python_text() -> tuple[Tensor, int]:
-    """The help texts that come with Python, as character numbers."""
+def help_text() -> str:
+    """The help texts that come with Python."""
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     text = "\n".join(topics[name] for name in sorted(topics))
-    text = "".join(c for c in text if c.isascii() and (c.isprintable() or c == "\n"))[:400_000]
+    return "".join(c for c in text if c.isascii() and (c.isprintable() or c == "\n"))[:400_000]
+
+
+def python_text() -> tuple[Tensor, int]:
+    """The same, as character numbers, and how many characters there are."""
+    text = help_text()
     letters = {c: i for i, c in enumerate(sorted(set(text)))}
     return torch.tensor([letters[c] for c in text]), len(letters)
 
