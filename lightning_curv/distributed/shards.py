@@ -1,14 +1,17 @@
 """Parameters that processes share among each other: FSDP2, and tensor parallelism.
 
-Under `fully_shard` a module's parameters are `DTensor`s of which every process has a part. The ops
-of a forward pass see other tensors, gathered for the while of it: these are the leaves of its
-graph.
+Under `fully_shard` the parameters of a module, and of an optimizer, are `DTensor`s of which every
+process has a part. The ops of a forward pass see other tensors, gathered for the while of it: these
+are the leaves of its graph, and are freed and gathered again as FSDP sees fit. What is found for a
+gathered parameter belongs to the registered one, which the user knows.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
@@ -16,8 +19,44 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# What FSDP knows of a gathered parameter, by that parameter; None: it belongs to no FSDP.
+# The shard of a gathered or registered parameter, by that parameter; None: it belongs to no FSDP.
 _known = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter under FSDP2. FSDP has no public way from a gathered parameter to its module.
+
+    Args:
+        own: what FSDP knows of the parameter.
+        group: parameters that are gathered together.
+        state: of the module.
+    """
+
+    own: ref[Any]
+    group: ref[Any]
+    state: ref[Any]
+
+    @property
+    def registered(self) -> Tensor:
+        """The `DTensor` that the module and the optimizer have."""
+        return self._alive.sharded_param
+
+    @property
+    def gathered(self) -> Tensor | None:
+        """The leaf of graphs; None before the first forward pass."""
+        return getattr(self._alive, "_unsharded_param", None)
+
+    @property
+    def processes(self) -> int:
+        """The number of processes that share the batch: of the mesh, replicas included."""
+        return self._alive.mesh_info.mesh.size()
+
+    @property
+    def _alive(self) -> Any:
+        own = self.own()
+        assert own is not None, "the module of a parameter is gone"
+        return own
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -25,28 +64,96 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
-def shard_of(gathered: Tensor) -> Any | None:
-    """What FSDP2 knows of a parameter that it has gathered; None if it is no such parameter."""
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a `DTensor` its parts are gathered from all processes."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def registered(parameter: Tensor) -> Tensor:
+    """The parameter that the user knows, of one in a graph."""
+    shard = shard_of(parameter)
+    return parameter if shard is None else shard.registered
+
+
+def in_graph(parameter: Tensor) -> Tensor:
+    """The leaf in the graph of a forward pass, of a parameter that the user knows."""
+    shard = shard_of(parameter)
+    gathered = None if shard is None else shard.gathered
+    return parameter if gathered is None else gathered
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """What there is to a parameter under FSDP2; None for any other."""
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    if gathered not in _known:
-        _look([gathered])
-    found = _known[gathered]
-    return None if found is None else found()
+    if parameter not in _known:
+        _look()
+        _known.setdefault(parameter, None)
+    return _known[parameter]
 
 
-def _look(parameters: Sequence[Tensor]) -> None:
-    """Find parameters among those of all modules under FSDP2, once: it takes a tenth of a second.
+def find_shards(parameters: Iterable[Tensor]) -> dict[Tensor, Shard]:
+    """Those of several parameters that are under FSDP2."""
+    found = {parameter: shard_of(parameter) for parameter in parameters}
+    return {parameter: shard for parameter, shard in found.items() if shard is not None}
 
-    FSDP2 has no public way from a gathered parameter to the module.
+
+@contextmanager
+def gathered(shards: Iterable[Shard]) -> Iterator[None]:
+    """Parameters stay gathered, and FSDP takes no notice of passes through their graph.
+
+    FSDP counts passes: at the end of each it would free the parameters, and exchange gradients that
+    were accumulated. All processes enter, in the same state: what is not there is gathered.
+
+    Memory: these parameters, all at once.
     """
-    for parameter in parameters:
-        _known[parameter] = None
+    groups = {id(group): group for shard in shards if (group := shard.group()) is not None}
+    states = {id(state): state for shard in shards if (state := shard.state()) is not None}
+    if not groups:
+        yield
+        return
+    context = next(iter(states.values()))._state_ctx
+    everyone = [*context.all_states] or [*states.values()]
+    all_groups = [group for state in everyone for group in _groups(state)]
+    fetched = [group for group in groups.values() if not group.is_unsharded]
+    for group in fetched:
+        group.unshard()
+        group.wait_for_unshard()
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    phases = [(thing, thing._training_state) for thing in (*everyone, *all_groups)]
+    queued = context.post_backward_final_callback_queued
+    # What is said to be queued is not queued again, who is in a pass begins none.
+    context.post_backward_final_callback_queued = True
+    for group in all_groups:
+        group._training_state = TrainingState.PRE_BACKWARD
+        group.post_backward = _nothing
+    try:
+        yield
+    finally:
+        for group in all_groups:
+            del group.post_backward
+        for thing, phase in phases:
+            thing._training_state = phase
+        context.post_backward_final_callback_queued = queued
+        for group in fetched:
+            group.reshard()
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _look() -> None:
+    """Find the parameters of all modules under FSDP2: it takes a tenth of a second."""
     for module in _modules():
-        for shard in _shards(module):
-            gathered = getattr(shard, "_unsharded_param", None)
-            if gathered is not None:
-                _known[gathered] = ref(shard)
+        state = module._get_fsdp_state()
+        for group in _groups(state):
+            for own in group.fsdp_params:
+                shard = Shard(ref(own), ref(group), ref(state))
+                _known[own.sharded_param] = shard
+                if shard.gathered is not None:
+                    _known[shard.gathered] = shard
 
 
 def _modules() -> Iterator[Any]:
@@ -57,18 +164,9 @@ def _modules() -> Iterator[Any]:
         yield from (thing for thing in gc.get_objects() if issubclass(type(thing), kind))
 
 
-def _shards(module: Any) -> Iterator[Any]:
-    """The parameters of one module under FSDP2, as FSDP knows them."""
-    state = module._get_fsdp_state()
+def _groups(state: Any) -> list[Any]:
+    """Parameters that are gathered together; before torch 2.13 a module had one such group."""
     groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # before torch 2.13 there was one
-        groups = [state._fsdp_param_group]
-    for group in groups:
-        if group is not None:
-            yield from group.fsdp_params
-
-
-def find_shards(parameters: Iterable[Tensor]) -> dict[Tensor, Any]:
-    """What FSDP2 knows of those parameters that it has gathered."""
-    found = {parameter: shard_of(parameter) for parameter in parameters}
-    return {parameter: shard for parameter, shard in found.items() if shard is not None}
+    if groups is not None:
+        return list(groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

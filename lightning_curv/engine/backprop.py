@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from traceback import clear_frames
 from typing import Any
@@ -12,9 +12,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lightning_curv.distributed.shards import Shard, find_shards, gathered
 from lightning_curv.engine import truncated_backward
 from lightning_curv.engine.extension_hook import ExtensionHook, Handover
-from lightning_curv.engine.refusals import refusal
+from lightning_curv.engine.refusals import refusal, sharded_refusal
 from lightning_curv.engine.sum_check import SumCheck
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
@@ -113,6 +114,7 @@ class Backprop:
         self._handover: Handover | None = None
         self._heard: list[Extension] = []  # evaluated during the backward pass
         self._failed: set[AnyExtension] = set()
+        self._shards: dict[Tensor, Shard] = {}
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
         self.count = 0
         self.counts: dict[AnyExtension, int] = {}
@@ -124,8 +126,12 @@ class Backprop:
     @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
+        with ExitStack() as gathering:
+            self._prepare(gathering)
+
+    def _prepare(self, gathering: ExitStack) -> None:
         with _ErrorScope(self, self._extensions):
-            passes = self._looked()
+            passes = self._looked(gathering)
             self._choose(passes)
         if self._failed and not self._extensions:
             return
@@ -163,16 +169,21 @@ class Backprop:
     @torch.no_grad()
     def look(self) -> None:
         """Find the samples and what is refused, without computing anything; see `failures`."""
-        with _ErrorScope(self, self._extensions):
-            passes = self._looked()
-        curved = [e for e in self._extensions if e.needs_likelihood]
-        with _ErrorScope(self, curved):
-            # To look at the curvature of a loss that is not known differentiates it.
-            for part in passes.parts if curved else ():
-                _ = part.flat
+        with ExitStack() as gathering:
+            with _ErrorScope(self, self._extensions):
+                passes = self._looked(gathering)
+            curved = [e for e in self._extensions if e.needs_likelihood]
+            with _ErrorScope(self, curved):
+                # To look at the curvature of a loss that is not known differentiates it.
+                for part in passes.parts if curved else ():
+                    _ = part.flat
 
-    def _looked(self) -> Passes:
+    def _looked(self, gathering: ExitStack) -> Passes:
         self._passes = passes = self._walked()
+        self._shards = find_shards(passes.tape.all_parameters)
+        if self._shards:
+            # Before anything can fail: all processes take part.
+            gathering.enter_context(gathered(self._shards.values()))
         self._refuse_uncovered(passes.tape)
         self._find_samples(passes)
         return passes
@@ -201,7 +212,13 @@ class Backprop:
         """Whether something that listens wants the gradients of a parameter."""
         if self._sum_check is not None:
             return True
-        return any(extension.wants(parameter) for extension in self._heard)
+        known = self._registered(parameter)
+        return any(extension.wants(known) for extension in self._heard)
+
+    def _registered(self, parameter: Tensor) -> Tensor:
+        """The parameter that the user knows, of one in the graph."""
+        shard = self._shards.get(parameter)
+        return parameter if shard is None else shard.registered
 
     def run(self, **options: Any) -> None:
         """The user's backward pass; as far as the recorded ops where gradients go to receivers.
@@ -235,7 +252,12 @@ class Backprop:
         self._listener = None
         if listener is not None:
             listener.finish()
-        return self._results
+        if not self._shards:
+            return self._results
+        return {
+            extension: {self._registered(p): result for p, result in results.items()}
+            for extension, results in self._results.items()
+        }
 
     def abort(self) -> None:
         """Stop listening."""
@@ -280,7 +302,12 @@ class Backprop:
         return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._output, self._generator)
 
     def _refuse_uncovered(self, tape: Tape) -> None:
-        reasons = {e: refusal(tape, e, self._output is not None) for e in self._extensions}
+        stays = self._hook is None and not self._create_graph
+        reasons = {
+            e: sharded_refusal(tape, e, self._shards, stays)
+            or refusal(tape, e, self._output is not None)
+            for e in self._extensions
+        }
         refused = [extension for extension, reason in reasons.items() if reason]
         # One error for all that are refused, in the words of the first.
         with _ErrorScope(self, refused):
@@ -376,7 +403,7 @@ class Backprop:
         checked = self._sum_check is not None
         jacobian.shared = len(working) + checked > 1
         for extension in working:
-            if extension.wants(jacobian.parameter):
+            if extension.wants(self._registered(jacobian.parameter)):
                 start = self._now()
                 self._evaluate(extension, jacobian)
                 self._spend([extension], start)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from lightning_curv.distributed.shards import find_shards, is_sharded
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_curv.distributed.failures import processes
+from lightning_curv.distributed.shards import Shard, is_sharded
 from lightning_curv.errors import describe
 from lightning_curv.extensions.base import Extension, GraphExtension
+from lightning_curv.extensions.receiver import GradientReceiver
+from lightning_curv.extensions.unevaluated import KeptJacobian
 from lightning_curv.graph.tape import Tape
 
 
@@ -23,8 +30,6 @@ def refusal(
     Returns:
         The message of an `UnsupportedError`; ``None``: nothing speaks against it.
     """
-    if reason := _sharded(tape):
-        return reason
     for name in tape.hidden:
         return (
             f"Every op must be in the graph before the backward pass, found `{name}`, which runs "
@@ -64,20 +69,48 @@ def refusal(
     return None
 
 
-def _sharded(tape: Tape) -> str | None:
-    """Parameters of which this process has a part only: their results would reach nobody."""
+def sharded_refusal(
+    tape: Tape,
+    extension: Extension | GraphExtension,
+    shards: Mapping[Tensor, Shard],
+    stays: bool,
+) -> str | None:
+    """Say why an extension would be wrong where processes share the parameters among each other.
+
+    Args:
+        tape: The graph.
+        extension: What is to be computed.
+        shards: The parameters under FSDP2.
+        stays: Whether results are left on the parameters when the pass is through, without a graph.
+    """
+    if processes() == 1 and not shards:
+        return None
     parameters = tape.all_parameters
     for parameter in parameters:
         if is_sharded(parameter):
             return (
-                "Quantities need whole parameters in the forward pass, found a `DTensor` of shape "
-                f"{tuple(parameter.shape)}, as tensor parallelism has them. Train the model with "
-                "data parallelism (`DistributedDataParallel`)."
+                f"{extension} needs whole parameters in the forward pass, found a `DTensor` of "
+                f"shape {tuple(parameter.shape)}, as tensor parallelism has them. Train the model "
+                "with data parallelism (`fully_shard`, `DistributedDataParallel`)."
             )
-    if find_shards(parameters) or any(hasattr(p, "_is_flat_param") for p in parameters):
+    if any(hasattr(p, "_is_flat_param") for p in parameters):
         return (
-            "Quantities need whole parameters, found a model under FSDP, whose parameters are "
-            "gathered for the while of a pass alone: results would be left where nobody looks. "
-            "Train it with `DistributedDataParallel`."
+            f"{extension} needs parameters that are known one by one, found the flat ones of "
+            "`FullyShardedDataParallel`. Shard the model with its successor, `fully_shard`."
+        )
+    for shard in shards.values():
+        if shard.processes != processes():
+            return (
+                f"{extension} needs all {processes()} processes to share the batch, found a mesh "
+                f"of {shard.processes} of them under `fully_shard`. Use a mesh of all processes."
+            )
+    after = extension.keeps_graph or isinstance(extension, KeptJacobian)
+    after = after or isinstance(extension, GradientReceiver) or not stays
+    if shards and after:
+        return (
+            f"{extension} needs the parameters of its graph after the pass or in place of the "
+            "user's, or is handed over during it, found a model under `fully_shard`, which frees "
+            "them as it goes. Train it with `DistributedDataParallel`, or compute first-order "
+            "quantities, diagonals, Kronecker factors, traces or eigenvalues."
         )
     return None
