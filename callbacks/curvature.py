@@ -14,14 +14,15 @@ from torch.optim import Optimizer
 
 from lightning_curv.callbacks import recorded_step
 from lightning_curv.callbacks.import_names import Callback
-from lightning_curv.callbacks.monitoring.accumulation import Accumulation
-from lightning_curv.callbacks.monitoring.alarm import Alarm, Moment, alarms_of, refuse_alarms
+from lightning_curv.callbacks.monitoring.accumulation import Accumulation, backward_pass
+from lightning_curv.callbacks.monitoring.alarm import Alarm, alarms_of, refuse_alarms
+from lightning_curv.callbacks.monitoring.alarm_checks import check_after_updates, check_before_step
 from lightning_curv.callbacks.monitoring.availability import Availability
 from lightning_curv.callbacks.monitoring.epochs import EpochMeans
 from lightning_curv.callbacks.monitoring.histograms import GradientHistogram
-from lightning_curv.callbacks.monitoring.layers import choose, parameters_by_layer
+from lightning_curv.callbacks.monitoring.layers import choose
 from lightning_curv.callbacks.monitoring.measure import RunningNoiseScale
-from lightning_curv.callbacks.monitoring.norm_layers import NORM_LAYERS, norm_parameters
+from lightning_curv.callbacks.monitoring.norm_layers import norm_parameters
 from lightning_curv.callbacks.monitoring.observation import (
     AnyExtension,
     Observation,
@@ -34,20 +35,12 @@ from lightning_curv.callbacks.monitoring.preview import Preview, preview
 from lightning_curv.callbacks.monitoring.prices import clock, warning_of_price
 from lightning_curv.callbacks.monitoring.publish import Events, add_layout, publish
 from lightning_curv.callbacks.monitoring.quantities import FIELDS, SAMPLED, named, select
-from lightning_curv.callbacks.monitoring.report import Report, suffix_of, warn_of_noise
+from lightning_curv.callbacks.monitoring.report import Report, warn_of_noise
 from lightning_curv.callbacks.monitoring.scaled_loss import ScaledLoss, held_factor, scaled_loss
 from lightning_curv.callbacks.monitoring.schedule import Schedule, step_of
 from lightning_curv.callbacks.monitoring.step_lengths import restore_monitors, show_steps
 from lightning_curv.callbacks.monitoring.trajectory import Trajectory
-from lightning_curv.callbacks.monitoring.watch import (
-    Raised,
-    Values,
-    Watch,
-    finite_only,
-    gradient_series,
-    skip_step,
-)
-from lightning_curv.callbacks.monitoring.window import BackwardPass
+from lightning_curv.callbacks.monitoring.watch import Raised, Watch
 from lightning_curv.callbacks.run_report.run_report import RunReport
 from lightning_curv.callbacks.settings import check, find_output, key_of, require_whole_parameters
 from lightning_curv.callbacks.user_batch import BatchSize
@@ -532,22 +525,7 @@ class CurvatureCallback(Callback):
             self._checked = True
             if self._report.listens:
                 found[PARTS] = self._parts.stop()
-            observed, start = self._observation, self._loss
-            counts = dict(observed.counts)
-            if NORM_LAYERS in found:  # alone: else they are among those of all layers
-                found["batch_l2"] = found.pop(NORM_LAYERS)
-                if NORM_LAYERS in counts:
-                    counts["batch_l2"] = counts.pop(NORM_LAYERS)
-            self._accumulation.add(
-                BackwardPass(
-                    found,
-                    start.factor,
-                    start.value,
-                    observed.count,
-                    counts,
-                    observed.size,
-                )
-            )
+            self._accumulation.add(backward_pass(found, self._observation, self._loss))
 
     @telling()
     def on_before_optimizer_step(
@@ -572,7 +550,9 @@ class CurvatureCallback(Callback):
         if grads:
             self._measure(trainer, pl_module, optimizer, grads, passes, divisor)
         if self._watch:
-            self._check_alarms(trainer, pl_module, optimizer, grads, divisor)
+            check_before_step(
+                self._watch, trainer, pl_module, optimizer, grads, divisor, self._report
+            )
 
     def _measure(
         self,
@@ -603,38 +583,6 @@ class CurvatureCallback(Callback):
         ):
             self._trajectory.remember(grads, divisor)
 
-    def _check_alarms(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        optimizer: Optimizer,
-        grads: dict[Parameter, Tensor],
-        divisor: float,
-    ) -> None:
-        """Before the step of an optimizer, in all processes."""
-        values = gradient_series(grads, parameters_by_layer(pl_module), self._watch.alarms, divisor)
-        # A scaler finds its factor by steps that overflow, and skips them itself: no alarm.
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            values = finite_only(values)
-        # Also without values: processes agree by a reduction, which all have to enter.
-        raised = self._raise(trainer, optimizer, values, "gradient")
-        if self._report is not None:
-            measured = {"": self._report.values_of(suffix_of(trainer, optimizer))}
-            raised += self._raise(trainer, optimizer, measured, "measured")
-        # An alarm that stops the run skips the step, too: what set it off must not be learned last.
-        if any(one.alarm.action != "warn" for one in raised):
-            skip_step(optimizer, held_factor(trainer, optimizer) != 1)
-
-    def _raise(
-        self, trainer: Trainer, optimizer: Optimizer, values: Values, moment: Moment
-    ) -> list[Raised]:
-        """Alarms that go off."""
-        where, step = suffix_of(trainer, optimizer), step_of(trainer) - 1
-        raised = self._watch.check(values, step, where, trainer.strategy, moment)
-        if any(one.alarm.action == "stop" for one in raised):
-            trainer.should_stop = True
-        return raised
-
     @telling()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -645,10 +593,7 @@ class CurvatureCallback(Callback):
             except Exception as error:
                 self._leave_out({"update_size", "distance"}, error)
             if self._watch:
-                for optimizer in trainer.optimizers:
-                    # Too late to skip the step, which `Alarm` refuses for these series.
-                    known = {"": self._report.values_of(suffix_of(trainer, optimizer))}
-                    self._raise(trainer, optimizer, known, "updated")
+                check_after_updates(self._watch, trainer, self._report)
             # Lightning counts this step after the hook: its counter is still that of the measured
             # one.
             self._report.publish(trainer, pl_module, self._events, self.histograms, self.prog_bar)
@@ -663,12 +608,12 @@ class CurvatureCallback(Callback):
 
     def _reckon(self, trainer: Trainer) -> None:
         """What this batch has cost."""
-        observation, logged = self._observation, self._report is not None
+        observed, logged = self._observation, self._report is not None
         seconds = self._schedule.stop_clock()
         if logged and not self._priced:
             self._priced = True
-            rest = max(seconds - observation.spent, 1e-9)
-            text = warning_of_price(self._quantities, observation.seconds, observation.spent, rest)
+            rest = max(seconds - observed.spent, 1e-9)
+            text = warning_of_price(self._quantities, observed.seconds, observed.spent, rest)
             # A budget deals with the price by itself.
             if text and self.budget is None:
                 rank_zero_warn(text)
@@ -722,15 +667,10 @@ class CurvatureCallback(Callback):
 
     def _required(self, trainer: Trainer) -> list[AnyExtension]:
         """What the optimizers need from this batch; the first of several callbacks supplies it."""
-        asking = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if hasattr(optimizer, "required_extensions")
-        ]
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if not asking or self is not next(c for c in callbacks if isinstance(c, CurvatureCallback)):
+        if self is not next((c for c in callbacks if isinstance(c, CurvatureCallback)), None):
             return []
-        return required_extensions(asking, partial=trainer.fit_loop._should_accumulate())
+        return required_extensions(trainer.optimizers, trainer.fit_loop._should_accumulate())
 
     def _turn_off_failed(self) -> None:
         """What could not be computed in a backward pass."""

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn import Parameter
 
+from lightning_curv.callbacks.monitoring.norm_layers import NORM_LAYERS
+from lightning_curv.callbacks.monitoring.observation import Fields, Observation
+from lightning_curv.callbacks.monitoring.scaled_loss import ScaledLoss
 from lightning_curv.callbacks.monitoring.window import BackwardPass, Window
 
 if TYPE_CHECKING:
@@ -77,3 +80,20 @@ class Accumulation:
                 "batches that it did not log. Log every step, `every_n_steps=1`, when you "
                 "accumulate gradients in manual optimization."
             )
+
+
+def backward_pass(found: Fields, observation: Observation, loss: ScaledLoss) -> BackwardPass:
+    """What a logged pass has left.
+
+    Args:
+        found: results by savefield and parameter.
+        observation: which has computed them.
+        loss: where the pass began.
+    """
+    counts = dict(observation.counts)
+    # Norms of normalization layers alone; where all layers have theirs, these are among them.
+    if NORM_LAYERS in found:
+        found["batch_l2"] = found.pop(NORM_LAYERS)
+        if NORM_LAYERS in counts:
+            counts["batch_l2"] = counts.pop(NORM_LAYERS)
+    return BackwardPass(found, loss.factor, loss.value, observation.count, counts, observation.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -95,7 +95,7 @@ def _release(logger: Logger) -> None:
                 setattr(logger, name, method)
 
 
-def _is_guard(method: Any) -> bool:
+def _is_guard(method: Any) -> TypeGuard[partial[Any]]:
     return isinstance(method, partial) and method.func is _guarded
 
 
