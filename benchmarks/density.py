@@ -133,9 +133,9 @@ def main() -> None:
     )
     total = Density()
     for folder in parser.parse_args().folders:
-        found = room(folder)
-        print(found.row(folder.name))
-        total += found
+        counts = room(folder)
+        print(counts.row(folder.name))
+        total += counts
     print(total.row("total"))
 
 

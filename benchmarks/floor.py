@@ -85,10 +85,10 @@ def count(net: nn.Module, x: Tensor, y: Tensor) -> Counter[str]:
         F.cross_entropy(output, y).backward()
     classes = output.shape[1]
     columns = output[0].numel() // classes * (classes - 1)
-    found: list[Counter[str]] = [p.work for p in net.parameters()]
-    total = sum(found, Counter())
+    work: list[Counter[str]] = [p.work for p in net.parameters()]
+    total = sum(work, Counter())
     product = total["product"]
-    backwards = product - found[0]["product"]  # a pass to the outputs of the first layer
+    backwards = product - work[0]["product"]  # a pass to the outputs of the first layer
     total["plain"] = 2 * product + backwards
     total["SumGradSquared"] = total["Variance"] = product
     total["DiagGGNMC"] = backwards + product
@@ -146,10 +146,10 @@ def main() -> None:
             compare(dict(zip("ab", contenders, strict=True)), options.repeats, options.limit)
             if any(contender.skipped for contender in contenders):
                 continue
-            base, found = (contender.seconds for contender in contenders)
+            base, own_seconds = (contender.seconds for contender in contenders)
             floor = 1 + work[name] / operations / median(base)
             touched = floor + work[f"{name} bytes"] / fresh / median(base)
-            ratio = median(b / a for a, b in zip(base, found, strict=True))
+            ratio = median(b / a for a, b in zip(base, own_seconds, strict=True))
             counted = f"{work['plain'] / 1e9:.2f} | {work[name] / 1e9:.2f} | {work[f'{name} bytes'] / 1e6:.1f}"
             print(
                 f"| {network} | {name} | {counted} | {floor:.2f} | {touched:.2f} | {ratio:.2f} |",

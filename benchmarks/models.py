@@ -39,8 +39,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    found = _known(arguments.out) if arguments.resume else []
-    done = {cell.model for cell in found}
+    rows = _known(arguments.out) if arguments.resume else []
+    done = {cell.model for cell in rows}
     start, missing = time.perf_counter(), Counter()
     for network, samples in _chosen(arguments):
         if reason := _missing(network.package):
@@ -51,14 +51,14 @@ def main() -> None:
         new = cells(network, samples, arguments.quantities, arguments.seconds, arguments.alone)
         for cell in new:
             print(cell, flush=True)
-        found += new
+        rows += new
         if arguments.out:
-            arguments.out.write_text(json.dumps([cell.report() for cell in found], indent=1))
-    _summarize(found)
+            arguments.out.write_text(json.dumps([cell.report() for cell in rows], indent=1))
+    _summarize(rows)
     for reason, count in missing.items():
         print(f"{count} networks skipped: {reason}")
     print(f"{time.perf_counter() - start:.0f} s")
-    failed = any(cell.outcome in ("wrong", "crash") for cell in found)
+    failed = any(cell.outcome in ("wrong", "crash") for cell in rows)
     sys.exit(failed or (bool(missing) and os.environ.get("CI") == "true"))
 
 

@@ -85,11 +85,11 @@ def train(
 
 def interleaved(runs: dict[str, Iterator[tuple[float, Curve]]]) -> dict[str, Curve]:
     """The curves of several runs, a step at a time of the one that is furthest behind: all meet the same machine."""
-    found = {method: next(run) for method, run in runs.items()}
-    while min(done for done, _ in found.values()) < 1:
-        behind = min(found, key=lambda method: found[method][0])
-        found[behind] = next(runs[behind])
-    return {method: curve for method, (_, curve) in found.items()}
+    states = {method: next(run) for method, run in runs.items()}
+    while min(done for done, _ in states.values()) < 1:
+        behind = min(states, key=lambda method: states[method][0])
+        states[behind] = next(runs[behind])
+    return {method: curve for method, (_, curve) in states.items()}
 
 
 def first(curve: Curve, target: float) -> dict[str, float] | None:
@@ -197,12 +197,12 @@ def main() -> None:
                 print(name, lr, metric(curves["baseline"][-1]), flush=True)
             continue
         results = json.loads(path.read_text()) if path.exists() else {}
-        found = [
+        chosen = [
             interleaved({method: train(workload, method, seed) for method in arguments.methods})
             for seed in range(arguments.seeds)
         ]
         results.update(
-            {method: [curves[method] for curves in found] for method in arguments.methods}
+            {method: [curves[method] for curves in chosen] for method in arguments.methods}
         )
         path.write_text(json.dumps(results))
         if "baseline" in results:

@@ -111,9 +111,9 @@ def main() -> None:
             for name in options.quantities:
                 if name.endswith("ReLU") and not NETWORKS[network].rectified:
                     continue
-                found = measure(network, COMPARISONS[name], peers, options)
-                saved["networks"].setdefault(network, {})[name] = found
-                print(f"  {name:24} {line(found)}", flush=True)
+                measured = measure(network, COMPARISONS[name], peers, options)
+                saved["networks"].setdefault(network, {})[name] = measured
+                print(f"  {name:24} {line(measured)}", flush=True)
                 options.results.write_text(json.dumps(saved) + "\n")
     if options.results.parent == RESULTS:
         write(saved, options.device)

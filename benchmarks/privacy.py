@@ -179,11 +179,11 @@ def main() -> None:
             f"{name}: plain {1e3 * statistics.median(base.seconds):.1f} ms, {base.bytes / 2**20:.0f} MiB"
         )
         print(f"    {'allowed':<14} time {allowed:.2f}x  memory 1.50x")
-        for key, found in list(contenders.items())[1:]:
+        for key, other in list(contenders.items())[1:]:
             ratio = statistics.median(
-                s / b for s, b in zip(found.seconds, base.seconds, strict=True)
+                s / b for s, b in zip(other.seconds, base.seconds, strict=True)
             )
-            print(f"    {key:<14} time {ratio:.2f}x  memory {found.bytes / base.bytes:.2f}x")
+            print(f"    {key:<14} time {ratio:.2f}x  memory {other.bytes / base.bytes:.2f}x")
 
 
 if __name__ == "__main__":

@@ -111,13 +111,13 @@ def targets(networks: dict[str, dict[str, Cells]]) -> Iterator[Target]:
     def collect(
         ratio: Any, other: str, quantities: Any = COMPARISONS, only: Any = NETWORKS
     ) -> dict[Any, float]:
-        found = {
+        rows = {
             (network, name): ratio(cells, other)
             for network, comparisons in networks.items()
             for name, cells in comparisons.items()
             if network in only and name in quantities
         }
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in rows.items() if value is not None}
 
     faster = collect(time_ratio, "BackPACK")
     yield Target("time / BackPACK", faster, 1.0)

@@ -50,7 +50,7 @@ def contenders(samples: int, classes: int, names: list[str]) -> dict[str, Conten
     """The plain step and every quantity's."""
     torch.manual_seed(0)
     x, y = torch.randn(samples, 3, 12, 12), torch.randint(classes, (samples,))
-    found = {}
+    steps = {}
     for name in ("plain", *names):
         net = nn.Sequential(
             *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
@@ -58,8 +58,8 @@ def contenders(samples: int, classes: int, names: list[str]) -> dict[str, Conten
             *(nn.Flatten(), nn.Linear(288, classes)),
         )
         step = plain(net, x, y) if name == "plain" else ours(net, x, y, (name,))
-        found[name] = Contender(step, partial(clear, net))
-    return found
+        steps[name] = Contender(step, partial(clear, net))
+    return steps
 
 
 def measure(
@@ -148,10 +148,10 @@ def draw(saved: dict[str, Any]) -> None:
     for ax, panel, which in zip(axes, ("N", "memory", "C"), (1, 2, 1), strict=True):
         for name in saved[panel]:
             if which == 1 or name != "plain":
-                found = curves(saved[panel], name)
+                points = curves(saved[panel], name)
                 scale = 1e3 if which == 1 else 2**-20
-                label = f"{name} ({slope(found[0][len(found[0]) // 2 :], found[which][len(found[0]) // 2 :]):.2f})"
-                ax.plot(found[0], [scale * v for v in found[which]], "o-", label=label)
+                label = f"{name} ({slope(points[0][len(points[0]) // 2 :], points[which][len(points[0]) // 2 :]):.2f})"
+                ax.plot(points[0], [scale * v for v in points[which]], "o-", label=label)
         ax.set(xscale="log", yscale="log", xlabel="C" if panel == "C" else "N")
         ax.set_title("time of a step [ms]" if which == 1 else "memory beyond the plain step [MiB]")
         ax.legend(fontsize=7, title="slope in brackets", title_fontsize=7)

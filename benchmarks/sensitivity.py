@@ -452,18 +452,18 @@ def main() -> None:
     parser.add_argument("--shrinks", action="store_true", help="without x a row less")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found, start = [], time.time()
+    outcomes, start = [], time.time()
     chosen = cases(
         arguments.skip + arguments.cases, arguments.seed, arguments.only, arguments.shrinks
     )
     for i, case in enumerate(islice(chosen, arguments.skip, None), 1):
-        found.append(search(case, arguments.climbs))
+        outcomes.append(search(case, arguments.climbs))
         if case.violated:
             print("VIOLATION", describe(case), flush=True)
         if i % 100 == 0 or i == arguments.cases:
             violations, refused = (
-                sum(c.violated for c in found),
-                sum(bool(c.refused) for c in found),
+                sum(c.violated for c in outcomes),
+                sum(bool(c.refused) for c in outcomes),
             )
             seconds = time.time() - start
             print(
@@ -471,16 +471,16 @@ def main() -> None:
                 flush=True,
             )
     print("The largest:")
-    compared = [case for case in found if case.evaluations and not case.refused]
+    compared = [case for case in outcomes if case.evaluations and not case.refused]
     for case in sorted(compared, key=lambda c: (c.change - 1) / rounding(c.count, c.precision))[
         -10:
     ]:
         print("   ", describe(case))
     for (model, reason), number in Counter(
-        (c.model, c.refused[:150]) for c in found if c.refused
+        (c.model, c.refused[:150]) for c in outcomes if c.refused
     ).most_common(12):
         print(f"    refused {number} times: {model}: {reason}")
-    sys.exit(any(case.violated for case in found))
+    sys.exit(any(case.violated for case in outcomes))
 
 
 if __name__ == "__main__":

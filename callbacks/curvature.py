@@ -510,7 +510,7 @@ class CurvatureCallback(Callback):
             raise self._refusal
         # Logged or not: all passes since `zero_grad` are in the gradient.
         self._accumulation.passes += 1
-        found = self._observation.finish()
+        results = self._observation.finish()
         # The loss would keep the nodes of its graph, with what they have saved, until the batch
         # ends.
         recorded_step.forget_returned_loss(pl_module)
@@ -524,8 +524,8 @@ class CurvatureCallback(Callback):
         if self._report and self._loss is not None:
             self._checked = True
             if self._report.listens:
-                found[PARTS] = self._parts.stop()
-            self._accumulation.add(backward_pass(found, self._observation, self._loss))
+                results[PARTS] = self._parts.stop()
+            self._accumulation.add(backward_pass(results, self._observation, self._loss))
 
     @telling()
     def on_before_optimizer_step(
@@ -683,10 +683,12 @@ class CurvatureCallback(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule, start: ScaledLoss) -> None:
         """At the first graph."""
         self._looking = True
-        found = self._available.look(trainer, pl_module, self._observation, start.root, start.seed)
+        refused = self._available.look(
+            trainer, pl_module, self._observation, start.root, start.seed
+        )
         if self._report is not None:
             # What is left may go by another path, with other fields.
-            self._report.turn_off(found)
+            self._report.turn_off(refused)
             self._observation.logged = [
                 FIELDS[name](self.mc_samples, pl_module) for name in self._report.fields
             ]

@@ -54,8 +54,8 @@ def find(path: str) -> Any:
 def batch_of(model: Any, given: str | None) -> Any:
     """The batch that is given, or the first one of the model's own loader."""
     if given is not None:
-        found = find(given)
-        return found() if callable(found) else found
+        named = find(given)
+        return named() if callable(named) else named
     try:
         return next(iter(model.train_dataloader()))
     except Exception as error:

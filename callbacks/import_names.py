@@ -26,8 +26,8 @@ COPIES = ("pytorch_lightning", "lightning.pytorch")
 def imported() -> list[ModuleType]:
     """The copies that are imported; one is imported if none is."""
     # A copy without `Callback` is still being imported.
-    found = [sys.modules[name] for name in COPIES if hasattr(sys.modules.get(name), "Callback")]
-    return found or [
+    copies = [sys.modules[name] for name in COPIES if hasattr(sys.modules.get(name), "Callback")]
+    return copies or [
         import_module(next(name for name in COPIES if find_spec(name.partition(".")[0])))
     ]
 

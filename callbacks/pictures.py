@@ -52,13 +52,13 @@ def plot_critical_batch_size(
 
     course = _read(logged, series)
     # The axis is logarithmic.
-    found = {step: value for step, value in sorted(course.items()) if 0 < value < math.inf}
-    if not found:
+    positive = {step: value for step, value in sorted(course.items()) if 0 < value < math.inf}
+    if not positive:
         raise ValueError(
             f"`logged` must hold positive values of {GROUP}/{series}, found none. Where batches "
             "are too small to resolve the gradient the noise scale has gaps."
         )
-    steps, values = [*found], [*found.values()]
+    steps, values = [*positive], [*positive.values()]
     if axes is None:
         # Not by pyplot, which would keep the figure and choose a backend.
         axes = Figure(figsize=(6, 3.6), layout="constrained").add_subplot()

@@ -109,8 +109,8 @@ def longest_interval(trainer: Trainer) -> int:
 
 def near(name: str, valid: Collection[str]) -> str:
     """The valid names that are most like a wrong one."""
-    found = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4) or list(valid)
-    return " or ".join(map(repr, found))
+    names = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4) or list(valid)
+    return " or ".join(map(repr, names))
 
 
 def find_output(module: nn.Module, output: nn.Module | str | None) -> nn.Module | None:

@@ -111,8 +111,8 @@ def main() -> None:
     audits = {
         name: audit(name, options.epsilon, options.epochs, options.canaries) for name in FAULTS
     }
-    for name, found in audits.items():
-        print(f"{' '.join(name.split())}:\n{found}\n", flush=True)
+    for name, result in audits.items():
+        print(f"{' '.join(name.split())}:\n{result}\n", flush=True)
     draw(audits, options.out)
 
 

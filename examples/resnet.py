@@ -86,7 +86,7 @@ def examine(model: nn.Module, X: Tensor, y: Tensor) -> tuple[dict[str, str], dic
     """Relative errors of the quantities of one convolution; and the quantities."""
     name = "2.conv2.weight"
     v = torch.randn_like(model.get_parameter(name))
-    true, errors, found = (
+    true, errors, values = (
         {k: t.detach() for k, t in brute_force(model, name, X, y, v).items()},
         {},
         {},
@@ -98,9 +98,9 @@ def examine(model: nn.Module, X: Tensor, y: Tensor) -> tuple[dict[str, str], dic
         except RuntimeError:
             errors[row] = "refused"
         else:
-            found[row] = value(model.get_parameter(name)).detach()
-            errors[row] = f"{(found[row] - true[key]).norm() / true[key].norm():.1e}"
-    return errors, found
+            values[row] = value(model.get_parameter(name)).detach()
+            errors[row] = f"{(values[row] - true[key]).norm() / true[key].norm():.1e}"
+    return errors, values
 
 
 class Digits(pl.LightningModule):
@@ -152,10 +152,10 @@ def main() -> None:
     print(f"KFAC, BatchNorm: held-out accuracy {accuracy:.1%} after {trainer.global_step} steps")
 
     figure, axes = shared.plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
-    found = examined["GroupNorm"][1]
-    limit = float(found["GGN"].abs().max()) / 4
+    values = examined["GroupNorm"][1]
+    limit = float(values["GGN"].abs().max()) / 4
     for axis, row in zip(axes, ("GGN", "Kronecker factors of the GGN")):
-        axis.imshow(found[row], cmap="RdBu_r", vmin=-limit, vmax=limit)
+        axis.imshow(values[row], cmap="RdBu_r", vmin=-limit, vmax=limit)
         axis.set(title=f"{row}, one convolution" if row == "GGN" else row, xticks=[], yticks=[])
     shared.draw(axes[2], history.series["train/loss"])
     axes[2].set(title="training loss, KFAC", xlabel="step")

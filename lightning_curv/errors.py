@@ -83,9 +83,9 @@ def names_of(parameters: Sequence[Tensor]) -> list[str]:
     names: dict[int, list[str]] = {id(parameter): [] for parameter in parameters}
     for module in gc.get_objects():
         if issubclass(type(module), nn.Module) and "_parameters" in module.__dict__:
-            for name, found in module.named_parameters(remove_duplicate=False):
-                if id(found) in names:
-                    names[id(found)].append(name)
+            for name, held in module.named_parameters(remove_duplicate=False):
+                if id(held) in names:
+                    names[id(held)].append(name)
     return [
         _longest(names[id(parameter)]) or f"of shape {tuple(parameter.shape)}"
         for parameter in parameters

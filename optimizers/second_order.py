@@ -129,14 +129,14 @@ class SecondOrderOptimizer(Optimizer):
         return self.required_extensions()
 
     def _extensions(self, measure: bool) -> tuple[Extension | GraphExtension, ...]:
-        found: list[Extension | GraphExtension | None] = [self.step_rule.extension]
+        wanted: list[Extension | GraphExtension | None] = [self.step_rule.extension]
         if measure:
-            found.append(self.curvature.extension)
-        if self._adapts and any(found):
-            found.append(LossLimits())
+            wanted.append(self.curvature.extension)
+        if self._adapts and any(wanted):
+            wanted.append(LossLimits())
         return tuple(
             {
-                extension.savefield: extension for extension in found if extension is not None
+                extension.savefield: extension for extension in wanted if extension is not None
             }.values()
         )
 

@@ -143,21 +143,21 @@ def cells(
             reference = Reference(problem)
     except Exception as error:
         return [Cell(name, network.suite, "building", "skipped", message=_line(error))]
-    found: list[Cell] = []
+    rows: list[Cell] = []
     deadline = time.perf_counter() + PASSES * limit
     for group in GROUPS:
         wanted = [q for q in group if q in quantities]
         for part in [[q] for q in wanted] if alone else [wanted] * bool(wanted):
             if time.perf_counter() > deadline:
-                found += [
+                rows += [
                     Cell(
                         name, network.suite, q, "skipped", message=f"> {PASSES * limit:g} s before"
                     )
                     for q in part
                 ]
             else:
-                found += _group(network, name, problem, reference, part, limit)
-    return found
+                rows += _group(network, name, problem, reference, part, limit)
+    return rows
 
 
 def _group(
@@ -170,12 +170,12 @@ def _group(
 ) -> list[Cell]:
     """Quantities of one backward pass; if it fails, each on its own."""
     run = _Run(network, name, problem, reference, limit)
-    found = run(quantities)
-    if len(quantities) > 1 and any(cell.outcome in ("refused", "crash", "slow") for cell in found):
-        found = [cell for quantity in quantities for cell in run([quantity])]
-    if quantities[0] in PRODUCTS and found[0].cause == NO_SECOND:
-        found += run(quantities, plain_attention=True)
-    return found
+    rows = run(quantities)
+    if len(quantities) > 1 and any(cell.outcome in ("refused", "crash", "slow") for cell in rows):
+        rows = [cell for quantity in quantities for cell in run([quantity])]
+    if quantities[0] in PRODUCTS and rows[0].cause == NO_SECOND:
+        rows += run(quantities, plain_attention=True)
+    return rows
 
 
 @dataclass
@@ -191,7 +191,7 @@ class _Run:
     def __call__(self, quantities: Sequence[str], plain_attention: bool = False) -> list[Cell]:
         """One backward pass, and what is wrong with its results."""
         suffix = " (plain attention)" if plain_attention else ""
-        found = [Cell(self.name, self.network.suite, q + suffix, "right") for q in quantities]
+        rows = [Cell(self.name, self.network.suite, q + suffix, "right") for q in quantities]
         extensions = [getattr(lightning_curv, quantity)() for quantity in quantities]
         start = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
@@ -203,10 +203,10 @@ class _Run:
                         self.problem().backward()
                     fields = [self._values(extension) for extension in extensions]
             except Exception as error:
-                for cell in found:
+                for cell in rows:
                     self._failed(cell, error)
             else:
-                for cell, quantity, values in zip(found, quantities, fields):
+                for cell, quantity, values in zip(rows, quantities, fields):
                     self._judge(cell, quantity, values)
             finally:
                 self._clear(extensions)
@@ -215,9 +215,9 @@ class _Run:
             for w in caught
             if "lightning_curv" in w.filename or "allback" in str(w.message)
         ]
-        for cell in found:
+        for cell in rows:
             cell.seconds, cell.warning = time.perf_counter() - start, slow[0][:300] if slow else ""
-        return found
+        return rows
 
     def _values(self, extension: Any) -> dict[str, Any]:
         """What the extension left on the parameters; products are carried out."""
@@ -226,13 +226,13 @@ class _Run:
             if type(extension).__name__ in PRODUCTS
             else self.reference.parameters
         )
-        found = {
+        values = {
             name: getattr(self.reference.parameters[name], extension.savefield, None)
             for name in names
         }
         return {
             name: f(self.reference.vector(name)) if callable(f) and not isinstance(f, Tensor) else f
-            for name, f in found.items()
+            for name, f in values.items()
         }
 
     def _judge(self, cell: Cell, quantity: str, values: dict[str, Any]) -> None:

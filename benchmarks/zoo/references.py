@@ -187,13 +187,13 @@ class Reference:
     def _hidden(self) -> list[str]:
         """Names of parameters that some op runs a backward pass of its own for."""
         self._loss.backward(retain_graph=True)
-        found = [
+        hidden = [
             name
             for name, p in self.problem.parameters.items()
             if p.grad is not None and name not in self.gradient
         ]
         self.problem.model.zero_grad(set_to_none=True)
-        return found
+        return hidden
 
     def _derivative(
         self, output: Tensor | Sequence[Tensor], cotangent: Any = None, batched: bool = False
@@ -227,16 +227,16 @@ class Reference:
             losses = [self.problem.sample(n) for n in range(self.problem.samples)]
         shares = self._shares([float(loss) for loss in losses])
         rows = [self._derivative(loss) for loss in losses]
-        found = {
+        gradients = {
             name: torch.stack([share * g for share, g in zip(shares, row)])
             for name, row in zip(self.parameters, zip(*rows))
         }
-        for name, g in found.items():
+        for name, g in gradients.items():
             if largest(g.sum(0) - self.gradient[name]) > self.tolerance * self._largest:
                 raise NoReferenceError(
                     f"gradients of samples on their own do not add up to the gradient of {name}"
                 )
-        return found
+        return gradients
 
     def _shares(self, losses: list[float]) -> list[float]:
         """What every sample's loss weighs in the loss of the batch."""
@@ -274,13 +274,13 @@ class Reference:
         root = (vectors * values.clamp(min=0).sqrt()).T[kept]
         cotangents = [g.unflatten(1, z.shape) for g, z in zip(root.split(sizes, 1), self._inputs)]
         try:
-            found = self._derivative(self._inputs, cotangents, batched=True)
+            rows_of_columns = self._derivative(self._inputs, cotangents, batched=True)
         except RuntimeError:
             rows = [
                 self._derivative(self._inputs, [g[v] for g in cotangents]) for v in range(len(root))
             ]
-            found = [torch.stack(row) for row in zip(*rows)]
-        return dict(zip(self.parameters, found))
+            rows_of_columns = [torch.stack(row) for row in zip(*rows)]
+        return dict(zip(self.parameters, rows_of_columns))
 
     def _by_inputs(self, output: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
         return torch.autograd.grad(

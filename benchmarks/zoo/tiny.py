@@ -82,11 +82,14 @@ def tiny(architecture: str, **settings: Any) -> nn.Module:
 
 def shrunk(known: dict[str, Any]) -> dict[str, Any]:
     """Those of the tiny sizes that a configuration knows; the same for configurations in it."""
-    found = {key: value for key, value in SIZES.items() if key in known}
+    settings = {key: value for key, value in SIZES.items() if key in known}
     for key, part in known.items():
         if isinstance(part, dict) and "model_type" in part:
-            found[key] = {**{k: v for k, v in part.items() if k != "layer_types"}, **shrunk(part)}
-    return found
+            settings[key] = {
+                **{k: v for k, v in part.items() if k != "layer_types"},
+                **shrunk(part),
+            }
+    return settings
 
 
 def problem(architecture: str, batch: Make, settings: dict[str, Any], samples: int) -> Problem:

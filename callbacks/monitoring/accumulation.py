@@ -82,18 +82,20 @@ class Accumulation:
             )
 
 
-def backward_pass(found: Fields, observation: Observation, loss: ScaledLoss) -> BackwardPass:
+def backward_pass(results: Fields, observation: Observation, loss: ScaledLoss) -> BackwardPass:
     """What a logged pass has left.
 
     Args:
-        found: results by savefield and parameter.
+        results: by savefield and parameter.
         observation: which has computed them.
         loss: where the pass began.
     """
     counts = dict(observation.counts)
     # Norms of normalization layers alone; where all layers have theirs, these are among them.
-    if NORM_LAYERS in found:
-        found["batch_l2"] = found.pop(NORM_LAYERS)
+    if NORM_LAYERS in results:
+        results["batch_l2"] = results.pop(NORM_LAYERS)
         if NORM_LAYERS in counts:
             counts["batch_l2"] = counts.pop(NORM_LAYERS)
-    return BackwardPass(found, loss.factor, loss.value, observation.count, counts, observation.size)
+    return BackwardPass(
+        results, loss.factor, loss.value, observation.count, counts, observation.size
+    )

@@ -134,7 +134,7 @@ def alarms_of(given: Sequence[str | Alarm], series: Collection[str]) -> list[Ala
     Raises:
         ValueError: a preset does not exist, or a series is not logged.
     """
-    found = []
+    alarms = []
     for entry in [given] if isinstance(given, (str, Alarm)) else given:
         if isinstance(entry, str) and entry not in PRESETS:
             raise ValueError(
@@ -149,8 +149,8 @@ def alarms_of(given: Sequence[str | Alarm], series: Collection[str]) -> list[Ala
                 f"`alarms` must watch a series that is logged, found {alarm.series!r}; add it to "
                 f"`quantities`, or did you mean {near(alarm.series, known)}?"
             )
-        found.append(alarm)
-    return found
+        alarms.append(alarm)
+    return alarms
 
 
 def refuse_alarms(alarms: Sequence[Alarm], optimizers: Sequence[Optimizer]) -> None:

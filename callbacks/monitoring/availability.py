@@ -61,10 +61,12 @@ class Availability:
             for quantity in self._quantities
             for field in (*quantity.fields, *quantity.instead)
         )
-        found = [FIELDS[name](self._mc_samples, self._module) for name in fields if name in FIELDS]
+        extensions = [
+            FIELDS[name](self._mc_samples, self._module) for name in fields if name in FIELDS
+        ]
         # Where no quantity needs a graph, there is nothing to look for in one.
-        self.looked = not found
-        return [*found, *self._extensions]
+        self.looked = not extensions
+        return [*extensions, *self._extensions]
 
     def look(
         self,
@@ -89,24 +91,24 @@ class Availability:
         self.looked = True
         considered = {extension.savefield for extension in observation.considered}
         try:
-            found = observation.look(loss, seed)
+            refused = observation.look(loss, seed)
         except Exception as error:  # of ours: training goes on
-            found = dict.fromkeys(considered, error)
+            refused = dict.fromkeys(considered, error)
         # The graph refuses parameters; of none at all it has nothing to say.
         if NORM_LAYERS in considered and not norm_parameters(self._module):
-            found = {**found, NORM_LAYERS: no_norm_layers()}
+            refused = {**refused, NORM_LAYERS: no_norm_layers()}
         without_parts = _without_parts(trainer, pl_module, observation.size)
         # Raises in a strict run, for what was asked for; the rest is told in one sentence below.
-        for field, refusal in found.items():
-            self._lost({field}, refusal, {**found, **without_parts})
+        for field, refusal in refused.items():
+            self._lost({field}, refusal, {**refused, **without_parts})
         self.off = {
-            name: error for name, error in found.items() if name in FIELDS
+            name: error for name, error in refused.items() if name in FIELDS
         }  # the rest is tried
         off = {**without_parts, **self.off}
         less = any(reason(quantity, off) is not None for quantity in self._quantities)
         say = rank_zero_warn if less else rank_zero_info
         say(announcement(self._quantities, off))
-        return found
+        return refused
 
     def leave_out(self, what: Collection[str], error: Exception) -> None:
         """What fails in the course of the run is not logged in the rest of it, or stops it.

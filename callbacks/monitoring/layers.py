@@ -27,10 +27,10 @@ def choose(module: nn.Module, layers: bool | str, most: int) -> list[str]:
             expression that is searched in the name.
         most: the cap.
     """
-    found = parameters_by_layer(module)
-    names = list(found) if layers else []
+    parameters = parameters_by_layer(module)
+    names = list(parameters) if layers else []
     if layers == "topk":
-        largest = sorted(names, key=lambda name: -sum(p.numel() for p in found[name]))[:most]
+        largest = sorted(names, key=lambda name: -sum(p.numel() for p in parameters[name]))[:most]
         # Back in the order of the model.
         names = [name for name in names if name in largest]
     elif isinstance(layers, str):

@@ -186,15 +186,15 @@ class Observation:
         self.spent = backprop.spent
         self.count = backprop.count
         self.counts = {extension.savefield: count for extension, count in backprop.counts.items()}
-        found: dict[str, dict[Any, Any]] = {extension.savefield: {} for extension in self.logged}
+        by_field: dict[str, dict[Any, Any]] = {extension.savefield: {} for extension in self.logged}
         for extension, by_parameter in results.items():
             if extension in self.supplied:
                 for parameter, result in by_parameter.items():
                     setattr(parameter, extension.savefield, result)
                     self._left.append((parameter, extension.savefield))
-            if extension.savefield in found:
-                found[extension.savefield] = by_parameter
-        return found
+            if extension.savefield in by_field:
+                by_field[extension.savefield] = by_parameter
+        return by_field
 
     def failures(self) -> Iterator[tuple[set[str], Exception]]:
         """Savefields that could not be computed and why, each only once."""

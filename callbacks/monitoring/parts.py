@@ -57,5 +57,5 @@ class PartNorms:
         """End; the squared norms by parameter, [] each, zero for what the pass did not reach."""
         while self._handles:
             self._handles.pop().remove()
-        found, self._found = self._found, {}
-        return found
+        norms, self._found = self._found, {}
+        return norms

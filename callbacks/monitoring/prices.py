@@ -35,7 +35,9 @@ def by_quantity(quantities: Sequence[Quantity], seconds: Mapping[str, float]) ->
         seconds: by savefield.
     """
     fields = {q.name: [f for f in (*q.fields, *q.instead) if f in seconds] for q in quantities}
-    return {name: sum(seconds[field] for field in found) for name, found in fields.items() if found}
+    return {
+        name: sum(seconds[field] for field in priced) for name, priced in fields.items() if priced
+    }
 
 
 def warning_of_price(

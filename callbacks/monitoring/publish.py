@@ -99,7 +99,7 @@ def publish(
             f"{LAYERS}{separator}{name.replace('/', separator)}": value
             for name, value in layers.items()
         }
-        samples = {f"{GROUP}{separator}{name}": found for name, found in histograms.items()}
+        samples = {f"{GROUP}{separator}{name}": numbers for name, numbers in histograms.items()}
         pictures = {name.replace("/", separator): image for name, image in (images or {}).items()}
         with events.tolerance.tolerating():
             write = events.add if _is_plain_tensorboard(logger) else _write
@@ -117,8 +117,8 @@ def _write(
     logger.log_metrics(metrics, step)
     experiment = getattr(logger, "experiment", None)
     if add_histogram := getattr(experiment, "add_histogram_raw", None):
-        for name, found in samples.items():
-            if histogram := binned(found):
+        for name, numbers in samples.items():
+            if histogram := binned(numbers):
                 add_histogram(name, **histogram, global_step=step)
     if add_image := getattr(experiment, "add_image", None):
         for name, image in images.items():
@@ -156,8 +156,8 @@ def _write_event(
     """What `_write` leaves in TensorBoard's file, as one event: each wakes the writing thread."""
     tensorboard = sys.modules["torch.utils.tensorboard.summary"]
     values = [{"tag": name, "simple_value": value} for name, value in metrics.items()]
-    for name, found in samples.items():
-        if histogram := binned(found):
+    for name, numbers in samples.items():
+        if histogram := binned(numbers):
             values += tensorboard.histogram_raw(name, **histogram).value
     for name, image in images.items():
         values += tensorboard.image(name, image, dataformats="CHW").value

@@ -168,13 +168,13 @@ class Report:
         step = _Step(trainer, optimizer, grads, window, divisor, passes)
         jobs = self._jobs(step, pl_module)
         # Together: one reduction and one wait for the device, however many layers.
-        found = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
+        values = dict(zip(jobs, measure(list(jobs.values()), trainer.strategy), strict=True))
         self.failures += [failure for one in jobs.values() for failure in one.measurement.failures]
-        self.values |= {f"{name}{step.suffix}": value for name, value in found.pop("").items()}
-        of_norms = found.pop(NORM_LAYERS, {})
+        self.values |= {f"{name}{step.suffix}": value for name, value in values.pop("").items()}
+        of_norms = values.pop(NORM_LAYERS, {})
         if "noise_scale" in of_norms:
             self.values[f"noise_scale_norm_layers{step.suffix}"] = of_norms["noise_scale"]
-        self.layers |= found
+        self.layers |= values
         whole = jobs[""]
         if whole.measurement.unseen:
             return

@@ -62,11 +62,11 @@ def require_plain_loader(loader: Any) -> DataLoader:
             f"`{type(loader.batch_sampler).__name__}`, which may repeat samples; pass "
             "`batch_size=` and leave the drawing to the callback."
         )
-    found = _not_uniform(loader.sampler, dataset_size(loader))
-    if found:
+    reason = _not_uniform(loader.sampler, dataset_size(loader))
+    if reason:
         raise MisconfigurationException(
-            f"PrivacyCallback expects every sample with the same probability, found {found}, which "
-            "may repeat or prefer samples; use `shuffle=True`."
+            f"PrivacyCallback expects every sample with the same probability, found {reason}, "
+            "which may repeat or prefer samples; use `shuffle=True`."
         )
     return loader
 

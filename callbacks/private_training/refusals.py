@@ -97,9 +97,9 @@ def private_optimizer(trainer: Trainer) -> DPOptimizer:
     """The one optimizer; raise if there are others."""
     optimizers: list[Any] = trainer.optimizers
     if len(optimizers) != 1 or not isinstance(optimizers[0], DPOptimizer):
-        found = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
         raise MisconfigurationException(
-            f"PrivacyCallback expects one `DPOptimizer`, found {found}; return "
+            f"PrivacyCallback expects one `DPOptimizer`, found {names}; return "
             "`DPOptimizer(your_optimizer, clip_norm=...)` from `configure_optimizers`."
         )
     return optimizers[0]

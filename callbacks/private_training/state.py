@@ -79,10 +79,10 @@ class StateWatch:
 
     def changed(self) -> set[str]:
         """Names of what is not as it was, and must not change."""
-        found = set()
+        names = set()
         for name, tensor in self._tensors():
             if name not in self._seen:
-                found.add(name)
+                names.add(name)
                 continue
             identity, version, known = self._seen[name]
             moved = (identity, version) != (id(tensor), tensor._version)
@@ -92,8 +92,8 @@ class StateWatch:
                 suspected = moved or self._is_trained(name, tensor)
                 differs = suspected and not torch.equal(known, fingerprint(tensor))
             if differs:
-                found.add(name)
-        return self.unexpected(found)
+                names.add(name)
+        return self.unexpected(names)
 
     @contextmanager
     def without(self, names: set[str]) -> Iterator[None]:

@@ -115,8 +115,8 @@ class Course:
                 if value > self.largest.get(name, (0, -math.inf))[1]:
                     self.largest[name] = step, value
         by_quantity: dict[str, dict[str, float]] = {}
-        for layer, found in layers.items():
-            for quantity, value in found.items():
+        for layer, by_name in layers.items():
+            for quantity, value in by_name.items():
                 by_quantity.setdefault(quantity, {})[layer] = value
         for quantity, row in by_quantity.items():
             self.layers.setdefault(quantity, Series(MOST_COLUMNS)).add(step, row)
@@ -130,12 +130,12 @@ class Course:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, found in state.get("series", {}).items():
+        for name, saved in state.get("series", {}).items():
             self.series[name] = Series()
-            self.series[name].load_state_dict(found)
-        for name, found in state.get("layers", {}).items():
+            self.series[name].load_state_dict(saved)
+        for name, saved in state.get("layers", {}).items():
             self.layers[name] = Series(MOST_COLUMNS)
-            self.layers[name].load_state_dict(found)
+            self.layers[name].load_state_dict(saved)
         self.largest = {name: (int(s), v) for name, (s, v) in state.get("largest", {}).items()}
         self.seconds = state.get("seconds", 0.0)
 

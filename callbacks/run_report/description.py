@@ -64,8 +64,8 @@ def _optimizers(trainer: Trainer) -> str:
     for optimizer in trainer.optimizers:
         name, rate = type(optimizer).__name__, optimizer.param_groups[0].get("lr")
         # `lr` then is a factor of the learning rate that the optimizer finds.
-        found = getattr(optimizer, "relative_lr", False)
-        texts.append(f"{name}, lr auto" if found else f"{name}, lr {number(float(rate or 0))}")
+        is_found = getattr(optimizer, "relative_lr", False)
+        texts.append(f"{name}, lr auto" if is_found else f"{name}, lr {number(float(rate or 0))}")
     return "; ".join(texts) or "none"
 
 

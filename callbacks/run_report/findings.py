@@ -30,13 +30,13 @@ def judged(
         where = f"{optimizer}: " if optimizer else ""
         for rule in RULES:
             try:
-                found = rule.judge(evidence)
+                verdict = rule.judge(evidence)
             except Lacking as reason:
                 checked.append((where + rule.statement, f"not judged: {reason}"))
                 continue
-            checked.append((where + rule.statement, "no" if found is None else "yes"))
-            if found is not None:
-                findings.append(Finding(found.kind, where + found.title, found.text))
+            checked.append((where + rule.statement, "no" if verdict is None else "yes"))
+            if verdict is not None:
+                findings.append(Finding(verdict.kind, where + verdict.title, verdict.text))
     return sorted(findings, key=lambda finding: ORDER[finding.kind]), checked
 
 
@@ -48,7 +48,7 @@ def evidence_of(
     layers = {name: (rows.steps, rows.values) for name, rows in course.layers.items()}
     shared = {name: points[name] for name in SHARED if name in points}
     optimizers = dict.fromkeys(split(name)[1] for name in points if name not in SHARED)
-    found = {}
+    by_optimizer = {}
     for optimizer in optimizers:
         own = {split(name)[0]: p for name, p in points.items() if split(name)[1] == optimizer}
         largest = {
@@ -56,8 +56,8 @@ def evidence_of(
             for name, point in course.largest.items()
             if split(name)[1] == optimizer
         }
-        found[optimizer] = Evidence({**shared, **own}, layers, largest, sizes, momentum)
-    return found
+        by_optimizer[optimizer] = Evidence({**shared, **own}, layers, largest, sizes, momentum)
+    return by_optimizer
 
 
 def of_alarms(raised: Sequence[Raised]) -> list[Finding]:
@@ -75,8 +75,8 @@ def of_alarms(raised: Sequence[Raised]) -> list[Finding]:
         Finding(
             "warning",
             f"Alarm: {alarm}",
-            f"It went off at {least}{len(found):,} step{'s' if len(found) > 1 else ''}, first at "
-            f"step {found[0]:,}, last at step {found[-1]:,}.",
+            f"It went off at {least}{len(times):,} step{'s' if len(times) > 1 else ''}, first at "
+            f"step {times[0]:,}, last at step {times[-1]:,}.",
         )
-        for alarm, found in steps.items()
+        for alarm, times in steps.items()
     ]

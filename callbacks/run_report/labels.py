@@ -136,7 +136,7 @@ def charts_of(series: Collection[str]) -> list[Chart]:
         >>> [chart.title for chart in charts_of(["samples", "grad_norm", "my_number"])]
         ['Gradient norm', 'my number']
     """
-    found = [
+    charts = [
         Chart(chart.title, chart.unit, shown, chart.note)
         for chart in CHARTS
         if (shown := tuple(name for name in chart.series if name in series))
@@ -144,7 +144,7 @@ def charts_of(series: Collection[str]) -> list[Chart]:
         and shown != ("samples",)
     ]
     known = {name for chart in CHARTS for name in chart.series}
-    return found + [Chart(name_of(n), name_of(n), (n,)) for n in series if n not in known]
+    return charts + [Chart(name_of(n), name_of(n), (n,)) for n in series if n not in known]
 
 
 def split(name: str) -> tuple[str, str]:

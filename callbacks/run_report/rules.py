@@ -292,9 +292,9 @@ def _noise_scales(seen: Evidence) -> Sequence[float]:
                 f"needs a signal above zero in most steps, there are {positive} of "
                 f"{len(signals[half:])}"
             )
-        found = zip(*seen.series["noise_scale"], strict=True)
+        points = zip(*seen.series["noise_scale"], strict=True)
         # By step: the noise scale has gaps, so that half of its values is not half of the run.
-        noise = [value for step, value in found if step >= steps[half]]
+        noise = [value for step, value in points if step >= steps[half]]
     return enough(noise, "noise scales in the second half", LEAST_NOISE)
 
 

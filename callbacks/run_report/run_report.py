@@ -116,7 +116,7 @@ class RunReport:
         rate = _learning_rate(trainer)
         if rate is not None:
             more["learning_rate"] = rate
-        mapped = {layer: found for layer, found in layers.items() if layer in self.layers}
+        mapped = {layer: own for layer, own in layers.items() if layer in self.layers}
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._course.add(step, {**more, **values}, mapped)
 
@@ -213,7 +213,7 @@ def curves(course: Course) -> list[Picture]:
     for optimizer, series in by_optimizer(course).items():
         constant = series.get("learning_rate")
         if constant is not None and len({*constant.values}) == 1:  # is at the head of the page
-            series = {name: found for name, found in series.items() if name != "learning_rate"}
+            series = {name: points for name, points in series.items() if name != "learning_rate"}
         for chart in charts_of(series):
             title = f"{chart.title}, {optimizer}" if optimizer else chart.title
             pictures.append(Picture(title, chart.note, draw(chart, series)))

@@ -58,8 +58,8 @@ def _registered(passes: InternalPasses) -> InternalPasses:
 
 def any_internal_pass() -> bool:
     """Whether some thread makes a pass of ours, perhaps through another thread's graph."""
-    found = (reference() for reference in _of_all_threads)
-    return any(passes is not None and passes.running for passes in found)
+    contexts = (reference() for reference in _of_all_threads)
+    return any(passes is not None and passes.running for passes in contexts)
 
 
 @contextmanager

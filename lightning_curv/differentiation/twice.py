@@ -29,15 +29,15 @@ def fused(outputs: Iterable[Tensor | GradientEdge]) -> list[Node]:
     """
     stack = [output.grad_fn if isinstance(output, Tensor) else output.node for output in outputs]
     seen: set[Node] = set()
-    found = []
+    watched = []
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             if node.name() in FORMULAS or isinstance(node, BackwardCFunction):
-                found.append(node)
+                watched.append(node)
             stack += [after for after, _ in node.next_functions]
-    return found
+    return watched
 
 
 @contextmanager

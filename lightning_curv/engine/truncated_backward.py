@@ -41,13 +41,15 @@ def run(
             "`create_graph` nor `inputs`; leave them out. Parameters that the optimizer does not "
             "have get ordinary gradients."
         )
-    found = passes.tape.parameters
-    leaves = dict.fromkeys([*passes.tape.leaves, *(p for group in found.values() for p in group)])
+    parameters_of_uses = passes.tape.parameters
+    leaves = dict.fromkeys(
+        [*passes.tape.leaves, *(p for group in parameters_of_uses.values() for p in group)]
+    )
     others = [leaf for leaf in leaves if not any(r.receives(leaf) for r in receivers)]
     kept = shared or bool(others) or bool(options.get("retain_graph"))
     groups = _by_scale(receivers)
     for i, group in enumerate(groups):
-        _receive(passes, group, found, kept or i + 1 < len(groups))
+        _receive(passes, group, parameters_of_uses, kept or i + 1 < len(groups))
     if shared or others:
         Tensor.backward(passes.loss, **{**options, "inputs": None if shared else others})
 
@@ -64,13 +66,13 @@ def _by_scale(receivers: Sequence[GradientReceiver]) -> list[list[GradientReceiv
 def _receive(
     passes: Passes,
     receivers: Sequence[GradientReceiver],
-    found: dict[Any, list[Tensor]],
+    parameters_of_uses: dict[Any, list[Tensor]],
     keep_graph: bool,
 ) -> None:
     for receiver in receivers:
         receiver.begin(passes.samples.count)
     column = unscaled(passes, receivers[0].mean, receivers[0].loss_scale)
-    left = Counter(p for group in found.values() for p in group)
+    left = Counter(p for group in parameters_of_uses.values() for p in group)
     terms: dict[Tensor, list[Term]] = defaultdict(list)
     cotangents = list(passes.backward(column.edges, passes.use_edges, column.seeds, keep_graph))
     for i, (node, use) in enumerate(passes.tape.uses.items()):
@@ -78,7 +80,7 @@ def _receive(
         if g is not None:
             for parameter, term in passes.terms(node, use, g[None]):
                 terms[parameter].append(term)
-        for parameter in found[node]:
+        for parameter in parameters_of_uses[node]:
             left[parameter] -= 1
             if not left[parameter] and parameter in terms:  # its inputs are still in the cache
                 jacobian = Jacobian(parameter, terms.pop(parameter))

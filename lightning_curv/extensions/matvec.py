@@ -27,14 +27,14 @@ def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     *Fast exact multiplication by the Hessian*, Neural Computation 1994).
     """
     with differentiable(fused([passes.loss])):
-        found = torch.autograd.grad(
+        by_parameter = torch.autograd.grad(
             passes.loss,
             params,
             passes.seed,
             create_graph=True,
             allow_unused=True,
         )
-    gradients = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
+    gradients = [(i, g) for i, g in enumerate(by_parameter) if g is not None and g.requires_grad]
 
     def product(vectors: Vectors) -> list[Tensor]:
         if not gradients:
@@ -60,8 +60,10 @@ def ggn_product(passes: Passes, params: Sequence[Tensor]) -> Product:
     # Jᵀu is linear in u, whatever its value; its derivative by u is J.
     dual = [torch.ones_like(like, requires_grad=True) for like in likes]
     with differentiable(fused(edges)):
-        found = torch.autograd.grad(edges, params, dual, create_graph=True, allow_unused=True)
-    transposed = [(i, gradient) for i, gradient in enumerate(found) if gradient is not None]
+        by_parameter = torch.autograd.grad(
+            edges, params, dual, create_graph=True, allow_unused=True
+        )
+    transposed = [(i, gradient) for i, gradient in enumerate(by_parameter) if gradient is not None]
 
     def product(vectors: Vectors) -> list[Tensor]:
         outputs = [gradient for _, gradient in transposed]

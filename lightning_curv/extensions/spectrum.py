@@ -121,8 +121,8 @@ class GGNTraceJointMC(GraphExtension):
         totals = {p: torch.zeros((), dtype=_wide(p).real.dtype, device=p.device) for p in params}
         for part in passes.parts:
             for _ in range(self.mc_samples):
-                found = passes.backward(part.edges, edges, part.sample(passes.generator))
-                for p, gradient in zip(params, found, strict=True):
+                gradients = passes.backward(part.edges, edges, part.sample(passes.generator))
+                for p, gradient in zip(params, gradients, strict=True):
                     if gradient is not None:
                         totals[p] += squared_sizes(_wide(gradient)).sum() / self.mc_samples
         return totals

@@ -48,13 +48,13 @@ def uses_below(tape: Tape, edges: Iterable[GradientEdge]) -> list[Use]:
     uses = {node_of(key): use for key, use in tape.uses.items()}
     stack = [edge.node for edge in edges]
     seen = set[Node]()
-    found = []
+    below = []
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
             # Below a use there may be others, as of a network whose output enters it again.
             if node in uses:
-                found.append(uses[node])
+                below.append(uses[node])
             stack += [after for after, _ in node.next_functions if after is not None]
-    return found
+    return below

@@ -74,7 +74,7 @@ class Head:
 
 def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
     """The heads of a loss, each once."""
-    found: dict[tuple[Node, int], Head] = {}
+    heads: dict[tuple[Node, int], Head] = {}
     seen: set[tuple[Node, int]] = set()
     stack = [(cast("Node", loss.grad_fn), loss.output_nr)]
     while stack:
@@ -84,7 +84,7 @@ def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
         seen.add((node, number))
         call = tape.losses.get(node)
         if call is not None:
-            found.setdefault(call.input[:2], Head(call.input, like(call.arguments["input"]), call))
+            heads.setdefault(call.input[:2], Head(call.input, like(call.arguments["input"]), call))
             if call.beside:
                 stack += [
                     (after, index) for after, index in node.next_functions if after is not None
@@ -94,8 +94,8 @@ def find_heads(tape: Tape, loss: Tensor) -> list[Head]:
         ):
             stack += inputs
         else:
-            found.setdefault((node, number), head_at(GradientEdge(node, number), loss))
-    return list(found.values())
+            heads.setdefault((node, number), head_at(GradientEdge(node, number), loss))
+    return list(heads.values())
 
 
 def head_at(edge: GradientEdge, loss: Tensor) -> Head:
@@ -110,7 +110,7 @@ def head_at(edge: GradientEdge, loss: Tensor) -> Head:
 
 def frontier(tape: Tape, heads: Sequence[Head], loss: Tensor) -> list[Head]:
     """The outputs of the first ops with parameters below some heads."""
-    found: dict[tuple[Node, int], Head] = {}
+    outputs: dict[tuple[Node, int], Head] = {}
     stack = [head.edge.node for head in heads]
     seen = set[Node]()
     while stack:
@@ -120,10 +120,10 @@ def frontier(tape: Tape, heads: Sequence[Head], loss: Tensor) -> list[Head]:
         seen.add(node)
         use = tape.uses.get(node)
         if use is not None:
-            found[node, use.output_nr] = head_at(GradientEdge(node, use.output_nr), loss)
+            outputs[node, use.output_nr] = head_at(GradientEdge(node, use.output_nr), loss)
         else:
             stack += [after for after, _ in node.next_functions if after is not None]
-    return list(found.values())
+    return list(outputs.values())
 
 
 def linear_inputs(node: Node, kinks: bool = False) -> list[tuple[Node, int]]:

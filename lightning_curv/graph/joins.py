@@ -143,31 +143,31 @@ class Join:
         if self.recorded:
             return torch.stack([self._reduced(g, shape) for g in gs])
         try:
-            found = torch.func.vmap(partial(self._reduced, shape=shape))(gs)
+            results = torch.func.vmap(partial(self._reduced, shape=shape))(gs)
         except (RuntimeError, NotImplementedError):  # an op without a batching rule
-            found = torch.stack([self._reduced(g, shape) for g in gs])
-        return found
+            results = torch.stack([self._reduced(g, shape) for g in gs])
+        return results
 
     def _reduced(self, g: Tensor, shape: torch.Size) -> Tensor:
-        found = strided(self._call(g))
-        if found is None:
+        gradient = strided(self._call(g))
+        if gradient is None:
             return g.new_zeros(shape)
-        if found.shape == shape:
-            return found
-        return found.sum_to_size(shape)
+        if gradient.shape == shape:
+            return gradient
+        return gradient.sum_to_size(shape)
 
     def _call(self, g: Tensor) -> Tensor | None:
         """The node's own derivative; several inputs that lead to one place add up there."""
         if self.recorded:
             with internal_pass(), nothing_below(self.data):
-                (found,) = torch.autograd.grad(
+                (gradient,) = torch.autograd.grad(
                     [GradientEdge(self.node, self.output_nr)],
                     [self.edge],
                     [g],
                     retain_graph=True,
                     allow_unused=True,
                 )
-            return found
+            return gradient
         node: Any = self.node
         outputs = len(node._input_metadata)
         g = g.contiguous()  # some ops look at the strides

@@ -106,7 +106,7 @@ class Tape:
     @property
     def all_parameters(self) -> list[Tensor]:
         """The parameters that the loss depends on, each once."""
-        used = [parameter for found in self.parameters.values() for parameter in found]
+        used = [parameter for group in self.parameters.values() for parameter in group]
         return list(dict.fromkeys([*used, *(parameter for parameter, _ in self.stray)]))
 
     def demote(self, is_data: Callable[[Use, Roots, Operand], bool]) -> list[Step]:
@@ -171,7 +171,7 @@ def _data_after_all(tape: Tape) -> list[Step]:
     Such as a mean over the batch.
     """
     return tape.demote(
-        lambda _, __, operand: any(found in tape.uses for found in nodes_below(operand.edge.node))
+        lambda _, __, operand: any(below in tape.uses for below in nodes_below(operand.edge.node))
     )
 
 
@@ -269,8 +269,10 @@ def _placing(kind: type[Node]) -> tuple[str, ...]:
 
     An op that works along the axis of the samples mixes them, another one does not.
     """
-    found = [name for name in dir(kind) if name.startswith(PLACING) or name in PLACES]
-    return (*found, "_saved_index") if kind.__name__.startswith("Select") else tuple(found)
+    attributes = [name for name in dir(kind) if name.startswith(PLACING) or name in PLACES]
+    if kind.__name__.startswith("Select"):
+        attributes.append("_saved_index")
+    return tuple(attributes)
 
 
 def _above(use: Use, output: LossCall) -> bool:
@@ -291,7 +293,7 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
         return None
     root = cast("Node", loss.grad_fn)
     if isinstance(output, Output):
-        found = [output] if reaches(root, output.edge.node) else []
+        candidates = [output] if reaches(root, output.edge.node) else []
         name = f"a tensor of shape {tuple(output.like.shape)}"
     else:
         known = [
@@ -299,23 +301,24 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
             for node in nodes_below(root)
             if (mark := marks(node)) is not None and mark.outputs
         ]
-        found = [
+        candidates = [
             Output(GradientEdge(node, outputs[output][0]), outputs[output][1])
             for node, outputs in known
             if output in outputs
         ]
         name = f"`{type(output).__name__}`"
-    if len(found) != 1:
+    if len(candidates) != 1:
         raise UnsupportedError(
-            f"`output=` must be something that the loss depends on once, found {name} {len(found)} "
-            "times in its graph. Run the forward pass inside `curvature(..., output=module)` or "
-            "`record(output=module)`, or `extend` the module; pass the tensor instead of a module "
-            "that is called several times; clone an output that is a view before overwriting it."
+            f"`output=` must be something that the loss depends on once, found {name} "
+            f"{len(candidates)} times in its graph. Run the forward pass inside "
+            "`curvature(..., output=module)` or `record(output=module)`, or `extend` the module; "
+            "pass the tensor instead of a module that is called several times; clone an output "
+            "that is a view before overwriting it."
         )
     return LossCall(
         find_output,
-        {"input": found[0].like},
-        found[0].edge,
+        {"input": candidates[0].like},
+        candidates[0].edge,
         loss.shape,
         loss.output_nr,
     )
@@ -323,7 +326,7 @@ def find_output(loss: Tensor, output: nn.Module | Output | None) -> LossCall | N
 
 def reaches(root: Node, node: Node) -> bool:
     """Whether a value depends on another."""
-    return any(found is node for found in nodes_below(root))
+    return any(below is node for below in nodes_below(root))
 
 
 def leaves(edge: GradientEdge) -> list[Tensor]:
@@ -337,13 +340,13 @@ def leaves(edge: GradientEdge) -> list[Tensor]:
 
 def parameters(use: Use) -> list[Tensor]:
     """The parameters that a use consumes, through transforms too."""
-    found: dict[Tensor, None] = {}
+    consumed: dict[Tensor, None] = {}
     for operand in use.operands.values():
         if operand.derived:
-            found.update(dict.fromkeys(leaves(operand.edge)))
+            consumed.update(dict.fromkeys(leaves(operand.edge)))
         else:
-            found[operand.tensor] = None
-    return list(found)
+            consumed[operand.tensor] = None
+    return list(consumed)
 
 
 def nodes_below(root: Node) -> Iterator[Node]:

@@ -60,15 +60,15 @@ class Listener:
         self._handles = []
         late: dict[Tensor, None] = {}
         for node, use in passes.tape.uses.items():
-            found = passes.tape.parameters[node] if use.operands else []
-            if any(map(wanted, found)):
+            parameters = passes.tape.parameters[node] if use.operands else []
+            if any(map(wanted, parameters)):
                 self._handles.append(
-                    node_of(node).register_prehook(self._hook(self._arrive, node, use, found))
+                    node_of(node).register_prehook(self._hook(self._arrive, node, use, parameters))
                 )
-                for parameter in found:
+                for parameter in parameters:
                     self._waiting[parameter] = self._waiting.get(parameter, 0) + 1
                 if totals or _late(use):
-                    late.update(dict.fromkeys(found))
+                    late.update(dict.fromkeys(parameters))
         for parameter in late:
             self._waiting[parameter] += 1
             accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -93,7 +93,7 @@ class Listener:
         gradients: tuple[Tensor | None, ...],
         node: Node | Join,
         use: Use,
-        found: list[Tensor],
+        parameters: list[Tensor],
     ) -> None:
         g = gradients[use.output_nr]
         if g is not None:
@@ -101,7 +101,7 @@ class Listener:
                 self._bulky[node] = replace(use), g  # a copy, whose arguments are not released
             else:
                 self._add(node, use, g)
-            for parameter in found:
+            for parameter in parameters:
                 self._waiting[parameter] -= 1
                 if not self._waiting[parameter]:
                     self._complete((None,), parameter)
@@ -112,7 +112,7 @@ class Listener:
 
     def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:
         for node in [*self._bulky]:
-            if any(found is parameter for found in self._passes.tape.parameters[node]):
+            if any(other is parameter for other in self._passes.tape.parameters[node]):
                 self._add(node, *self._bulky.pop(node))
         # the user's tensor hooks may have changed the gradient on its way, and that of some samples
         # is another

@@ -102,14 +102,14 @@ class Passes:
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
         with internal_pass(), fast_products(self.multiplies):
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 outputs,
                 inputs,
                 seeds,
                 retain_graph=keep_graph,
                 allow_unused=True,
             )
-        return tuple(map(strided, found))
+        return tuple(map(strided, gradients))
 
     @cached_property
     def multiplies(self) -> bool:
@@ -189,7 +189,7 @@ class Passes:
             )
         terms: dict[Tensor, list[Term]] = defaultdict(list)
         waiting = Counter(
-            parameter for found in self.tape.parameters.values() for parameter in found
+            parameter for group in self.tape.parameters.values() for parameter in group
         )
         for i, (node, use) in enumerate(self.tape.uses.items()):
             for parameter, term in self.terms(node, use, _stacked([gs for _, gs in columns], i)):
@@ -213,13 +213,13 @@ class Passes:
         if g is None or not use.operands:
             return
         if use.pull is not None:
-            found = {
+            terms_by_name = {
                 "value": dense(use.pull(g.reshape(g.shape[0], *use.shape), self.samples.uses[node]))
             }
         else:
-            found = apply_rule(use, self.samples.uses[node], g)
+            terms_by_name = apply_rule(use, self.samples.uses[node], g)
         for name, operand in use.operands.items():
-            term = found[name]
+            term = terms_by_name[name]
             if operand.derived:
                 yield from pulled_back(operand.edge, operand.tensor, term)
             else:
@@ -231,10 +231,10 @@ def _stacked(columns: list[list[Tensor | None]], i: int) -> Tensor | None:
     gs = [column[i] for column in columns]
     for column in columns:
         column[i] = None
-    found = next((g for g in gs if g is not None), None)
-    if found is None or len(gs) == 1:
-        return None if found is None else found[None]
-    return huge_pages.stack([torch.zeros_like(found) if g is None else g for g in gs])
+    like = next((g for g in gs if g is not None), None)
+    if like is None or len(gs) == 1:
+        return None if like is None else like[None]
+    return huge_pages.stack([torch.zeros_like(like) if g is None else g for g in gs])
 
 
 def use_edges(tape: Tape) -> list[GradientEdge]:
@@ -293,10 +293,10 @@ def terms_of_rule(
             f"`{use.name}` using parameter {describe(parameters(use)[0])}. Multiply real and "
             "imaginary parts (`torch.view_as_real`), or use `HMP`."
         )
-    found = use.rule.function(call, g, **{**use.arguments, **operands, **other})
+    terms_by_name = use.rule.function(call, g, **{**use.arguments, **operands, **other})
     if isinstance(owners, ChosenOwners):
-        return {name: of_chosen(found[name], owners, chosen) for name in use.operands}
-    return {name: grouped(found[name], owners) for name in use.operands}
+        return {name: of_chosen(terms_by_name[name], owners, chosen) for name in use.operands}
+    return {name: grouped(terms_by_name[name], owners) for name in use.operands}
 
 
 def _multiplications(use: Use) -> int:

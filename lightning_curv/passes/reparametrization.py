@@ -81,21 +81,21 @@ def _reindexed(edge: GradientEdge, term: Term) -> tuple[Tensor, Term] | None:
     """The leaf behind a chain of re-indexings and its term; ``None``: the chain has another op."""
     node: Any = edge.node
     number = edge.output_nr
-    found = term
+    current = term
     while (leaf := getattr(node, "variable", None)) is None:
         step = STEPS.get(node.name())
-        pulled = step(node, number, found) if step else None
+        pulled = step(node, number, current) if step else None
         if pulled is None:
             return None
-        found, (node, number) = pulled, node.next_functions[0]
+        current, (node, number) = pulled, node.next_functions[0]
     if leaf.device != term.g.device:
         return None
     dtype = torch.promote_types(leaf.dtype, torch.float32)
-    if found.x is None or found.classes:
-        x = found.x
+    if current.x is None or current.classes:
+        x = current.x
     else:
-        x = found.x.to(dtype)
-    return leaf, replace(found, g=found.g.to(dtype), x=x)
+        x = current.x.to(dtype)
+    return leaf, replace(current, g=current.g.to(dtype), x=x)
 
 
 def _same(node: Any, number: int, term: Term) -> Term:

@@ -78,8 +78,8 @@ def find_summands(tape: Tape, loss: Tensor, joint: bool = False) -> Summands:
         elif not differentiated and (inputs := linear_inputs(node, kinks=True)):
             stack += inputs
         else:
-            found, passed = outputs.below(place)
-            others.append(found)
+            outputs_below, passed = outputs.below(place)
+            others.append(outputs_below)
             below |= passed
     known = {node: call for node, call in known.items() if node not in below}
     return Summands(known, [[*places] for places in _united(others) if places])
@@ -102,7 +102,7 @@ class _Outputs:
 
     def below(self, top: Place) -> tuple[set[Place], set[Node]]:
         """The first outputs on every way down, and the nodes above them."""
-        found = set[Place]()
+        outputs = set[Place]()
         passed = set[Node]()
         seen = set[Place]()
         stack = [top]
@@ -112,7 +112,7 @@ class _Outputs:
                 continue
             seen.add(place)
             if (output := self.at(place)) is not None:
-                found.add(output)
+                outputs.add(output)
             else:
                 passed.add(place[0])
                 stack += [
@@ -120,7 +120,7 @@ class _Outputs:
                     for after, number in place[0].next_functions
                     if after is not None
                 ]
-        return found, passed
+        return outputs, passed
 
 
 def _united(sets: Iterable[set[Place]]) -> list[set[Place]]:
@@ -137,10 +137,10 @@ def loss_parts(passes: Passes) -> list[LossPart]:
     tape = passes.tape
     output = passes.output
     if output is None:
-        found = find_summands(tape, passes.loss, passes.joint)
+        summands = find_summands(tape, passes.loss, passes.joint)
     else:
         known = {node: call for node, call in tape.losses.items() if call is not output}
-        found = Summands(known, [[output.input[:2]]])
+        summands = Summands(known, [[output.input[:2]]])
     parts: list[LossPart] = [
         KnownPart(
             call.input,
@@ -149,11 +149,11 @@ def loss_parts(passes: Passes) -> list[LossPart]:
             call.function,
             partial(_likelihood, ref(passes), node),
         )
-        for node, call in found.known.items()
+        for node, call in summands.known.items()
     ]
     owners = _owners(passes)
-    others = [*found.known, *(node for places in found.others for node, _ in places)]
-    for places in found.others:
+    others = [*summands.known, *(node for places in summands.others for node, _ in places)]
+    for places in summands.others:
         edges = [GradientEdge(*place) for place in places]
         likes = [head_at(edge, passes.loss).like for edge in edges]
         own = [
@@ -175,14 +175,14 @@ def nodes_of_loss(passes: Passes) -> set[Node]:
     """The nodes of loss functions that are differentiated."""
     if not (below := {*bounds(passes.parts)}):
         return set()
-    found = set[Node]()
+    nodes = set[Node]()
     stack = [cast("Node", passes.loss.grad_fn)]
     while stack:
         node = stack.pop()
-        if node not in found and node not in below:
-            found.add(node)
+        if node not in nodes and node not in below:
+            nodes.add(node)
             stack += [after for after, _ in node.next_functions if after is not None]
-    return found
+    return nodes
 
 
 def _likelihood(passes: ReferenceType[Passes], node: Node) -> Likelihood:
@@ -195,14 +195,14 @@ def _likelihood(passes: ReferenceType[Passes], node: Node) -> Likelihood:
 def _owners(passes: Passes) -> dict[Place, Owners]:
     """Which sample owns each row of the outputs of all uses, and of `Passes.output`."""
     samples = passes.samples
-    found = {
+    owners = {
         (node_of(key), use.output_nr): _at_node(use, node_of(key), samples.uses[key])
         for key, use in passes.tape.uses.items()
         if key in samples.uses
     }
     if passes.output is not None:
-        found[passes.output.input[:2]] = samples.losses[cast("Node", passes.loss.grad_fn)]
-    return found
+        owners[passes.output.input[:2]] = samples.losses[cast("Node", passes.loss.grad_fn)]
+    return owners
 
 
 def _at_node(use: Use, node: Node, owners: Owners) -> Owners:

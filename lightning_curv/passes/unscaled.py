@@ -77,8 +77,8 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
         arriving: tuple[Tensor | None, ...] = (seed,)
     else:
         arriving = passes.backward([loss], outputs, [seed])
-    found = [(d, g) for d, g in zip(divisions, arriving, strict=True) if g is not None]
-    return Column([d.input for d, _ in found], [d.seed(g) for d, g in found])
+    reached = [(d, g) for d, g in zip(divisions, arriving, strict=True) if g is not None]
+    return Column([d.input for d, _ in reached], [d.seed(g) for d, g in reached])
 
 
 def _refuse_half(passes: Passes, dtype: torch.dtype) -> None:
@@ -104,7 +104,7 @@ def _divisions(
 
     ``None`` if there is a way without one.
     """
-    found: list[_Division] = []
+    divisions: list[_Division] = []
     stack = [root[:2]]
     seen = set[tuple[Node, int]]()
     while stack:
@@ -120,14 +120,14 @@ def _divisions(
         else:
             division = _division(tape, node, number, count)
         if division is not None:
-            found.append(division)
+            divisions.append(division)
         elif node in tape.uses and tape.uses[node].operands:
             return None
         elif inputs := linear_inputs(node):
             stack += inputs
         else:
             return None
-    return found
+    return divisions
 
 
 def _division(tape: Tape, node: Node, number: int, count: int) -> _Division | None:
@@ -136,8 +136,8 @@ def _division(tape: Tape, node: Node, number: int, count: int) -> _Division | No
     if name in ("MeanBackward0", "MeanBackward1"):
         return _mean(node, output, count)
     call = tape.losses.get(node)
-    if call is not None and (found := _loss(call, output, count)) is not None:
-        return found
+    if call is not None and (division := _loss(call, output, count)) is not None:
+        return division
     divisor = _quotient(node)
     if divisor and divisor % count == 0:
         return _Division(output, _below(node), lambda g: g * (count / divisor))
@@ -212,8 +212,8 @@ def _loss(call: LossCall, output: GradientEdge, count: int) -> _Division | None:
             own["input"] = own["input"].detach().requires_grad_()
             rows = call.function(**{**own, "reduction": "none"})
             weights = (g * (count / rows.numel())).to(rows.dtype).expand_as(rows)
-            (found,) = torch.autograd.grad(rows, own["input"], weights)
-        return found.to(inputs.dtype)
+            (gradient,) = torch.autograd.grad(rows, own["input"], weights)
+        return gradient.to(inputs.dtype)
 
     return _Division(output, call.input, seed)
 

@@ -74,7 +74,7 @@ def separable(
             weights = [owners.weights(t) for t, (_, owners) in zip(trial, outputs, strict=True)]
 
             def image(vectors: Sequence[Tensor]) -> list[Tensor]:
-                found = torch.autograd.grad(
+                rows = torch.autograd.grad(
                     [g for _, g in curved],
                     edges,
                     [vectors[i] for i, _ in curved],
@@ -83,7 +83,7 @@ def separable(
                 )
                 return [
                     torch.zeros_like(t) if f is None else f
-                    for f, t in zip(found, trial, strict=True)
+                    for f, t in zip(rows, trial, strict=True)
                 ]
 
             # H v and H (w ⊙ v): if no samples meet, the second is w ⊙ (H v).
@@ -127,21 +127,21 @@ def nonlinear_in_several(
         ]
         for node in nodes
     }
-    inputs = list(dict.fromkeys(edge[:2] for found in edges.values() for edge in found))
+    inputs = list(dict.fromkeys(edge[:2] for of_node in edges.values() for edge in of_node))
     known = {
         head.edge[:2]: owners.owner(head.like.shape).expand(head.like.shape)
         for head, owners in outputs
     }
     heads = [head_at(GradientEdge(*edge), passes.loss) for edge in inputs if edge not in below]
     if heads:
-        found = forward_owners(passes, heads, outputs, outputs[0][1].count, by_entry=True)
+        owners_of_heads = forward_owners(passes, heads, outputs, outputs[0][1].count, by_entry=True)
     else:
-        found = []
-    if found is None:
+        owners_of_heads = []
+    if owners_of_heads is None:
         return True
     known |= {
         head.edge[:2]: rows.index.reshape(head.like.shape)
-        for head, rows in zip(heads, found, strict=True)
+        for head, rows in zip(heads, owners_of_heads, strict=True)
     }
     for node in nodes:
         owners = [known[edge[:2]] for edge in edges[node]]

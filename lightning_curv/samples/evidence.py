@@ -105,10 +105,10 @@ def told_inside(
     ]
     if not edges or count <= 1:
         return False
-    found = Probe(search.passes, heads, count).findings(
+    findings = Probe(search.passes, heads, count).findings(
         [Place.anywhere(edge, count) for edge in edges]
     )
-    arrived = [finding.owners for finding in found if not finding.silent]
+    arrived = [finding.owners for finding in findings if not finding.silent]
     return bool(arrived) and all(owners == BatchAxis(count) for owners in arrived)
 
 

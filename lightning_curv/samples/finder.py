@@ -190,7 +190,7 @@ def _assumed(search: Search, count: int) -> Samples | None:
         return None
     return Samples(
         count,
-        {n: found[0] for n, found in uses.items()},
+        {n: options[0] for n, options in uses.items()},
         {n: h[0] for n, h in heads.items()},
     )
 

@@ -32,11 +32,11 @@ def by_group(use: Use, owners: Owners) -> Owners:
     groups = groups.to(owners.index.device)
     rows = owners.index
     # The largest owner among the rows of a group; any other owner in it is then seen below.
-    found = rows.new_full((int(groups.max()) + 1 if len(groups) else 0,), -1)
-    found = found.scatter_reduce(0, groups, rows, "amax")
-    if bool(((rows >= 0) & (rows != found[groups])).any()):
+    largest = rows.new_full((int(groups.max()) + 1 if len(groups) else 0,), -1)
+    largest = largest.scatter_reduce(0, groups, rows, "amax")
+    if bool(((rows >= 0) & (rows != largest[groups])).any()):
         raise Mixed(f"in `{use.name}`")
-    return RowOwners(owners.count, found)
+    return RowOwners(owners.count, largest)
 
 
 def owner_of_rows(use: Use, owners: Owners) -> Tensor:

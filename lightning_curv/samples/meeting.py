@@ -71,7 +71,7 @@ def find_joins(
     above = _above(links, data, [*mixed, *strays])
     outputs = [GradientEdge(node, i) for node in above for i in range(len(node._input_metadata))]
     places = [Place.anywhere(edge, probe.count) for edge in outputs]
-    found = {
+    by_edge = {
         edge[:2]: finding for edge, finding in zip(outputs, probe.findings(places), strict=True)
     }
     joins: dict[tuple[Node, int, Node, int], tuple[Join, Owners]] = {}
@@ -95,7 +95,7 @@ def find_joins(
                 f"in a summand of the loss that depends on no sample: a penalty of parameter {name}"
             )
         for link in links[child]:
-            findings = [found[link.node, i] for i in range(len(link.node._input_metadata))]
+            findings = [by_edge[link.node, i] for i in range(len(link.node._input_metadata))]
             mixes = any(finding.mixed for finding in findings)
             # Below here samples were kept apart, here they are not: the network mixes them.
             if mixes and link.node in data:
@@ -153,7 +153,7 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
     What arrives there is accounted for by the rules of these ops, in part at least.
     """
     followed = {id(node) for node in tape.nodes}
-    found = set[Node]()
+    inner = set[Node]()
     seen = set[Node]()
     stack = [node for node, use in tape.uses.items() if isinstance(node, Node) and use.operands]
     for key in stack:
@@ -167,10 +167,10 @@ def _shared(tape: Tape, heads: Sequence[Head]) -> set[Node]:
             node = inside.pop()
             if node not in seen and node not in data:
                 seen.add(node)
-                found.add(node)
+                inner.add(node)
                 inside += [after for after, _ in node.next_functions if after is not None]
     # The walk of the tape has left out what no loss depends on.
-    return {node for node in found if id(node) in followed}
+    return {node for node in inner if id(node) in followed}
 
 
 def reads_unknown(node: Node, holds: Callable[[Roots], bool]) -> bool:
@@ -221,7 +221,7 @@ def _data_nodes(
         elif node not in seen:
             seen.add(node)
             stack += [(node, True), *((after, False) for after in inputs)]
-    return {node for node, found in depends.items() if found}
+    return {node for node, is_data in depends.items() if is_data}
 
 
 def _above(
@@ -230,7 +230,7 @@ def _above(
     start: Iterable[Node],
 ) -> dict[Node, None]:
     """The nodes above some others, up to the first ones that depend on the samples."""
-    found: dict[Node, None] = {}
+    above: dict[Node, None] = {}
     stack = [*start]
     seen = set[Node]()
     while stack:
@@ -239,7 +239,7 @@ def _above(
             continue
         seen.add(node)
         for link in links.get(node, []):
-            found[link.node] = None
+            above[link.node] = None
             if link.node not in data:
                 stack.append(link.node)
-    return found
+    return above

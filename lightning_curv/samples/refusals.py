@@ -30,11 +30,12 @@ def refuse_penalties(
         if isinstance(leaf_of(node), torch.nn.Parameter) or (
             mark is not None and mark.origin == PURE
         ):
-            found = [leaf for below in nodes_below(node) if (leaf := leaf_of(below)) is not None]
             refuse_scales(search)
+            leaves = (leaf_of(below) for below in nodes_below(node))
+            penalized = next(leaf for leaf in leaves if leaf is not None)
             raise UnsupportedError(
                 "Per-sample quantities need a loss that is a sum over samples, found a summand "
-                f"that depends on no sample: a penalty of parameter {describe(found[0])}. Leave "
+                f"that depends on no sample: a penalty of parameter {describe(penalized)}. Leave "
                 "penalties to the optimizer (`weight_decay`)."
             )
 

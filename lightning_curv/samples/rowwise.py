@@ -78,7 +78,7 @@ def samples_cannot_meet(
         not isinstance(owners, BatchAxis) for owners in [*uses.values(), *(o for _, o in heads)]
     ):
         return False
-    found: dict[Edge, BatchAxis] = {}
+    axes: dict[Edge, BatchAxis] = {}
     stack: list[tuple[Edge, Owners | None]] = [
         ((head.edge.node, head.edge.output_nr), owners) for head, owners in heads
     ]
@@ -86,11 +86,11 @@ def samples_cannot_meet(
         edge, axis = stack.pop()
         if not isinstance(axis, BatchAxis):
             return False
-        if edge in found:
-            if found[edge] != axis:
+        if edge in axes:
+            if axes[edge] != axis:
                 return False
             continue
-        found[edge] = axis
+        axes[edge] = axis
         node = edge[0]
         if node in tape.uses:
             use = tape.uses[node]
@@ -361,7 +361,7 @@ def added_by_row(loss: Tensor, heads: Sequence[Head], count: int) -> dict[Node, 
         count: N.
     """
     by_place = {head.edge[:2]: head for head in heads}
-    found: dict[Node, list[Head]] = {}
+    sums: dict[Node, list[Head]] = {}
     stack, seen = [(cast("Node", loss.grad_fn), loss.output_nr)], set[Edge]()
     while stack:
         place = stack.pop()
@@ -370,25 +370,25 @@ def added_by_row(loss: Tensor, heads: Sequence[Head], count: int) -> dict[Node, 
         seen.add(place)
         added = _added_at(place, by_place, count)
         if len(added) > 1:
-            found[place[0]] = added
+            sums[place[0]] = added
         else:
             stack += linear_inputs(place[0])
-    return found
+    return sums
 
 
 def _added_at(top: Edge, by_place: Mapping[Edge, Head], count: int) -> list[Head]:
     """The heads whose row n is added up in row n of an output of N rows."""
-    found, stack, seen = list[Head](), [top], set[Edge]()
+    added, stack, seen = list[Head](), [top], set[Edge]()
     while stack:
         place = stack.pop()
         if place in seen or _shape(place)[:1] != (count,):
             continue
         seen.add(place)
         if place in by_place:
-            found.append(by_place[place])
+            added.append(by_place[place])
         else:
             stack += [below for below in linear_inputs(place[0]) if _adds_up_rows(place, below)]
-    return found
+    return added
 
 
 def _adds_up_rows(above: Edge, below: Edge) -> bool:

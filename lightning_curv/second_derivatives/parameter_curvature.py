@@ -39,7 +39,7 @@ AFFINE = frozenset(("CopySlices", "IndexPut", "IndexPutImpl", "MaskedScatter"))
 
 def own_curvature(passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
     """These second derivatives, or their diagonals, as Jacobians of dense signed columns."""
-    times = Counter(p for found in passes.tape.parameters.values() for p in found)
+    times = Counter(p for group in passes.tape.parameters.values() for p in group)
     for node, use in passes.tape.uses.items():
         if isinstance(node, Join):  # linear, or among `curved_parameters`
             continue
@@ -66,11 +66,11 @@ def curved_parameters(passes: Passes) -> dict[Tensor, str]:
 
     The op or what is below it is nonlinear in them, or the data uses them again.
     """
-    found: dict[Tensor, str] = {}
+    op_names: dict[Tensor, str] = {}
     for node, use in passes.tape.uses.items():
         if isinstance(node, Join) and _curved(passes, node, use):
-            found.update((p, name_of(node.node)) for p in passes.tape.parameters[node])
-    return found
+            op_names.update((p, name_of(node.node)) for p in passes.tape.parameters[node])
+    return op_names
 
 
 def _curved(passes: Passes, join: Join, use: Use) -> bool:

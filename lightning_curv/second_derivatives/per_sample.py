@@ -74,8 +74,8 @@ def _of_use(
     for n in range(passes.samples.count):
         with _only(key, use, torch.where(of_row == n, g.reshape(use.shape), 0).reshape(g.shape)):
             row = torch.autograd.grad(edge, parameters, g, create_graph=True, allow_unused=True)
-        for parameter, column, found in zip(parameters, columns, row, strict=True):
-            column.append(torch.zeros_like(parameter) if found is None else found.to_dense())
+        for parameter, column, gradient in zip(parameters, columns, row, strict=True):
+            column.append(torch.zeros_like(parameter) if gradient is None else gradient.to_dense())
     for parameter, column in zip(parameters, columns, strict=True):
         if column:
             stacked = torch.stack(column)

@@ -74,9 +74,9 @@ def residuals(passes: Passes) -> Iterator[Residual]:
             if bool(values.any()):
                 yield DiagonalResidual(edges, values, partial(owner, edges[0]))
         else:
-            found = [at for edge in edges if (at := owner(edge)) is not None]
-            if len(found) == len(edges) and not curvature.linear:
-                yield curvature.eigen(found)
+            owners_of_edges = [at for edge in edges if (at := owner(edge)) is not None]
+            if len(owners_of_edges) == len(edges) and not curvature.linear:
+                yield curvature.eigen(owners_of_edges)
 
 
 def gradients_in_network(passes: Passes, edges: Sequence[GradientEdge]) -> list[Tensor | None]:

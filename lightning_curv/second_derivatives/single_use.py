@@ -108,14 +108,14 @@ class SingleUse:
 def single_uses(passes: Passes) -> dict[Tensor, SingleUse]:
     """The parameters that are used once, by themselves and by ops of one output; and these uses."""
     counts: Counter[Tensor] = Counter(parameter for parameter, _ in passes.tape.stray)
-    found: dict[Tensor, tuple[Node, Use, str]] = {}
+    uses: dict[Tensor, tuple[Node, Use, str]] = {}
     for node, use in passes.tape.uses.items():
         for name, operand in use.operands.items():
             counts.update(leaves(operand.edge) if operand.derived else [operand.tensor])
             if not operand.derived and use.rule.outputs is None and not isinstance(node, Join):
-                found[operand.tensor] = node, use, name
+                uses[operand.tensor] = node, use, name
     lowest = {
-        node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in found.values()
+        node: not uses_below(passes.tape, use.inputs.values()) for node, use, _ in uses.values()
     }
     return {
         p: SingleUse(
@@ -125,6 +125,6 @@ def single_uses(passes: Passes) -> dict[Tensor, SingleUse]:
             passes.samples.uses[node],
             lowest[node],
         )
-        for p, (node, use, name) in found.items()
+        for p, (node, use, name) in uses.items()
         if counts[p] == 1
     }
