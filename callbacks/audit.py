@@ -52,7 +52,7 @@ def privacy_audit(
     Args:
         trainer: With a `PrivacyCallback`; one process.
         model: Its optimizer is a `DPOptimizer`. It is trained.
-        train_dataloaders: As for ``trainer.fit``.
+        train_dataloaders: As for `trainer.fit`.
         canaries: Their number m: gradients of one entry each, longer than C (`GradientCanaries`),
             the worst case for the steps. Or a data set of m samples like those of the loader, for
             example with wrong labels: input canaries, which test the forward pass and the loss too.
@@ -62,10 +62,10 @@ def privacy_audit(
             among them.
         norm: Norm of the gradient canaries in units of C.
         seed: Of coins and canaries; default: from the operating system's entropy.
-        fit: Further arguments of ``trainer.fit``.
+        fit: Further arguments of `trainer.fit`.
 
     Returns:
-        ε that was shown beside ε that was claimed; ``print`` and ``.plot()`` show it.
+        ε that was shown beside ε that was claimed; `print` and `.plot()` show it.
 
     Cost: per step a backward pass through one linear op per large parameter; for input canaries a
         forward pass of each before and after training.

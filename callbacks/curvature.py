@@ -62,28 +62,28 @@ class CurvatureCallback(Callback):
       until the batch ends;
     - on logging steps, the series below. No per-sample gradient is materialised.
 
-    - ``curvature/grad_norm``: $\|\bar g\|$, norm of the gradient before clipping
-    - ``curvature/grad_variance``: $\mathrm{tr}\,\Sigma$ of the per-sample gradients, unbiased
-    - ``curvature/sample_norm_median|p5|p95|max``: quantiles of the per-sample gradient norms
+    - `curvature/grad_norm`: $\|\bar g\|$, norm of the gradient before clipping
+    - `curvature/grad_variance`: $\mathrm{tr}\,\Sigma$ of the per-sample gradients, unbiased
+    - `curvature/sample_norm_median|p5|p95|max`: quantiles of the per-sample gradient norms
       $\|g_n\|$
-    - ``curvature/sample_norms``: their histogram (TensorBoard)
-    - ``curvature/grad_signal``: $\|G\|^2$ of the gradient without its noise, unbiased; it is
+    - `curvature/sample_norms`: their histogram (TensorBoard)
+    - `curvature/grad_signal`: $\|G\|^2$ of the gradient without its noise, unbiased; it is
       negative now and then where the batches are too small to resolve it
-    - ``curvature/noise_scale``: $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of
+    - `curvature/noise_scale`: $\mathrm{tr}\,\Sigma / \|G\|^2$, ratio of exponential averages of
       the two; absent, with a warning, while the average of $\|G\|^2$ is not positive
-    - ``curvature/suggested_batch_size``: the power of two next to the noise scale
-    - ``curvature/ggn_trace``: trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate;
-      needs a loss that can be differentiated twice; not with ``mc_samples=0``. It takes a backward
-      pass of its own: from step 20 on at most every tenth step, unless ``quantities`` names it
+    - `curvature/suggested_batch_size`: the power of two next to the noise scale
+    - `curvature/ggn_trace`: trace of the generalized Gauss-Newton matrix, Monte-Carlo estimate;
+      needs a loss that can be differentiated twice; not with `mc_samples=0`. It takes a backward
+      pass of its own: from step 20 on at most every tenth step, unless `quantities` names it
 
-    Not in the default: ``gradient_stats`` (``grad_norm|mean|std|max``) and ``sparsity`` of the
-    gradient, ``noise_scale_norm_layers`` (of normalization layers alone, for large models; see the
-    concepts), ``grad_hist_1d`` and ``grad_hist_2d`` (all entries of the per-sample gradients, alone
+    Not in the default: `gradient_stats` (`grad_norm|mean|std|max`) and `sparsity` of the
+    gradient, `noise_scale_norm_layers` (of normalization layers alone, for large models; see the
+    concepts), `grad_hist_1d` and `grad_hist_2d` (all entries of the per-sample gradients, alone
     and with the parameters' values, for loggers that take histograms and images),
-    ``ggn_trace_exact``, ``hessian_trace``, ``ggn_max_eigenvalue``,
-    ``hessian_max_eigenvalue``, ``mean_gsnr``, ``grad_diversity``, ``norm_test``,
-    ``inner_product_test``, ``orthogonality_test``, ``cabs``, ``early_stopping``, ``tic_trace``,
-    ``tic_diag``, ``update_size``, ``distance`` and ``alpha``: formulas and sources are in
+    `ggn_trace_exact`, `hessian_trace`, `ggn_max_eigenvalue`,
+    `hessian_max_eigenvalue`, `mean_gsnr`, `grad_diversity`, `norm_test`,
+    `inner_product_test`, `orthogonality_test`, `cabs`, `early_stopping`, `tic_trace`,
+    `tic_diag`, `update_size`, `distance` and `alpha`: formulas and sources are in
     `lightning_curv.callbacks.monitoring.quantities` and
     `lightning_curv.callbacks.monitoring.trajectory`.
 

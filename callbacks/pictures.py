@@ -30,14 +30,14 @@ def plot_critical_batch_size(
     matplotlib.
 
     Args:
-        logged: ``{step: noise scale}``, or where a logger wrote it: a folder with TensorBoard's
-            event files, or the ``metrics.csv`` of a `CSVLogger`.
+        logged: `{step: noise scale}`, or where a logger wrote it: a folder with TensorBoard's
+            event files, or the `metrics.csv` of a `CSVLogger`.
         batch_size: samples per optimizer step of the run.
         axes: where to draw; new ones by default.
-        series: another noise scale, such as ``noise_scale_norm_layers``.
+        series: another noise scale, such as `noise_scale_norm_layers`.
 
     Returns:
-        The axes; ``axes.figure.savefig("critical_batch_size.png")`` writes the picture.
+        The axes; `axes.figure.savefig("critical_batch_size.png")` writes the picture.
 
     Raises:
         ValueError: the series is not there.

@@ -44,11 +44,11 @@ class PrivacyCallback(Callback):
     they are. The callback
 
     - draws Poisson batches from the loader's data set: every sample takes part in a step with
-      probability q = B̄ / N, where B̄ = ``batch_size`` × ``accumulate_grad_batches`` × processes of
-      the loader as written; each batch is split into exactly ``accumulate_grad_batches`` parts, so
+      probability q = B̄ / N, where B̄ = `batch_size` × `accumulate_grad_batches` × processes of
+      the loader as written; each batch is split into exactly `accumulate_grad_batches` parts, so
       that `global_step`, schedulers and the length of an epoch are what they were;
     - listens to the user's own backward passes, so that the optimizer clips and adds noise;
-    - accounts for every step with ``dp-accounting``, in the checkpoint too, as it was drawn: rate,
+    - accounts for every step with `dp-accounting`, in the checkpoint too, as it was drawn: rate,
       sizes and length of the run are read at every step. Training stops before a step that would
       exceed the budget;
     - verifies on batches at growing distances, and in parts at every batch, that samples do not
@@ -62,19 +62,19 @@ class PrivacyCallback(Callback):
     The account goes on over further fits, Trainers and checkpoints; each draws fresh batches and
     fresh noise.
 
-    - ``privacy/epsilon``: ε spent, on the progress bar too
-    - ``privacy/noise_multiplier``: σ
-    - ``privacy/clip_norm``: C
-    - ``privacy/noised_grad_norm``: ‖g̃‖
-    - ``non_private/sample_norm_median|max``: quantiles of ‖g_i‖; only with ``log_non_private=True``
-    - ``non_private/clipped_fraction``: share of samples with ‖g_i‖ > C; the same
-    - ``non_private/discarded``: samples whose gradient was not finite; the same
+    - `privacy/epsilon`: ε spent, on the progress bar too
+    - `privacy/noise_multiplier`: σ
+    - `privacy/clip_norm`: C
+    - `privacy/noised_grad_norm`: ‖g̃‖
+    - `non_private/sample_norm_median|max`: quantiles of ‖g_i‖; only with `log_non_private=True`
+    - `non_private/clipped_fraction`: share of samples with ‖g_i‖ > C; the same
+    - `non_private/discarded`: samples whose gradient was not finite; the same
 
     Args:
-        epsilon: The budget ε; gives σ when the optimizer has none. ``None``: no budget.
+        epsilon: The budget ε; gives σ when the optimizer has none. `None`: no budget.
         delta: δ, well below 1 / N.
-        sampling: ``"poisson"``; ``"truncated_poisson"``, of whose batches at most
-            ``max_batch_size`` samples are kept; ``"epoch"``, the shuffled loader as it is,
+        sampling: `"poisson"`; `"truncated_poisson"`, of whose batches at most
+            `max_batch_size` samples are kept; `"epoch"`, the shuffled loader as it is,
             accounted as one Gaussian mechanism per epoch without amplification, for neighbours of
             which one has a sample zeroed out.
         max_batch_size: Samples of the largest truncated batch, all processes and parts together.
@@ -84,8 +84,8 @@ class PrivacyCallback(Callback):
             `accumulate_grad_batches` becomes the number of parts that suffice for all but one in
             10⁹ batches, of whose last part is larger. Empty parts cost a sample each. Whatever the
             Trainer counts in batches (`limit_train_batches`, `val_check_interval`) counts parts.
-        accountant: ``"pld"`` or ``"rdp"``.
-        on_budget: ``"stop"`` before the step that would exceed ``epsilon``, or ``"warn"`` once and
+        accountant: `"pld"` or `"rdp"`.
+        on_budget: `"stop"` before the step that would exceed `epsilon`, or `"warn"` once and
             go on.
         every_n_steps: Steps between two evaluations of ε besides the end of every epoch (each takes
             up to a second).
@@ -94,10 +94,10 @@ class PrivacyCallback(Callback):
         check_independence: Compare gradients of samples in a batch with those in random parts of
             it, on the 1st, 2nd, 5th, 10th, ... step; and what `collate_fn` and transfer hooks make
             of samples in different batches, for each loader. Random numbers of a sample are equal
-            in all of them. ``False`` is for losses of which you know that samples do not influence
+            in all of them. `False` is for losses of which you know that samples do not influence
             each other, although random numbers that do not come from torch make it seem so.
         log_non_private: Log statistics of the samples.
-        public_state: Patterns of names (``"target.*"``) of parameters and buffers that other code
+        public_state: Patterns of names (`"target.*"`) of parameters and buffers that other code
             changes without looking at the data: moving averages of weights, clamped weights.
         exact_resume: Save the state of batches and noise in checkpoints and go on with it, so that
             a run resumes bit for bit. Two runs that go on from one checkpoint then use the same

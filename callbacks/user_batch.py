@@ -78,7 +78,7 @@ class Contents:
     def are(self, other: Contents) -> bool:
         """Whether the others are the same tensors, and none was written to in between.
 
-        Writes that torch does not count, through ``.data``, are not seen.
+        Writes that torch does not count, through `.data`, are not seen.
         """
         return len(self._tensors) == len(other._tensors) and all(
             mine is theirs and version == now

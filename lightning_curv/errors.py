@@ -29,7 +29,7 @@ class NoSecondDerivativeError(UnsupportedError):
 
 @contextmanager
 def differentiating_twice(name: str | None = None) -> Iterator[None]:
-    """Names the op where one has no second derivative in torch: ``name``, or what torch says."""
+    """Names the op where one has no second derivative in torch: `name`, or what torch says."""
     try:
         yield
     except RuntimeError as error:

@@ -2,7 +2,7 @@
 
 In the source tree the two packages lie beside this one, at the root of the repository; in an
 installed copy they lie inside it, and nothing here is used. The root itself must not be on the
-package's search path: then everything that lies there (``setup.py``, ``tests/``, ``benchmarks/``)
+package's search path: then everything that lies there (`setup.py`, `tests/`, `benchmarks/`)
 could be imported under the package's name.
 """
 

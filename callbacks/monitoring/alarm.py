@@ -25,8 +25,8 @@ SMALLEST = 1e-8  # Adam's ε: what is smaller is lost in it
 class Alarm:
     """A bound on a series of `CurvatureCallback`, and what happens when it is crossed.
 
-    Series of the gradient alone (``grad_norm``, ``grad_mean``, ``grad_std``, ``grad_max``,
-    ``sparsity``) are watched at every optimizer step, logged or not, which takes their norms and
+    Series of the gradient alone (`grad_norm`, `grad_mean`, `grad_std`, `grad_max`,
+    `sparsity`) are watched at every optimizer step, logged or not, which takes their norms and
     one wait for the device; all others where they are logged, so `quantities` must have them.
     Values are those before clipping, without a scaler's factor. Under a gradient scaler a gradient
     with inf or NaN is no alarm: the scaler itself skips that step and lowers its factor.

@@ -23,9 +23,9 @@ class Budget:
     """A budget ε of an account.
 
     Args:
-        epsilon: ε; ``None``: no budget.
+        epsilon: ε; `None`: no budget.
         delta: δ.
-        accountant: The account. Its ``sampling`` is that of the next release.
+        accountant: The account. Its `sampling` is that of the next release.
     """
 
     def __init__(self, epsilon: float | None, delta: float, accountant: PrivacyAccountant) -> None:

@@ -19,8 +19,8 @@ class EqualRandomness(TorchDispatchMode):
     Every random op of torch is seen, inside of other functions too. The k-th one of a later run
     returns what the k-th one of the first run has drawn; where the first has rows of all samples,
     only those of the samples of the later run. An op that draws from values
-    (``torch.bernoulli(p)``) returns what was drawn from the same values only, else it draws anew,
-    so that values that depend on other samples are not hidden. ``torch.randperm`` always draws
+    (`torch.bernoulli(p)`) returns what was drawn from the same values only, else it draws anew,
+    so that values that depend on other samples are not hidden. `torch.randperm` always draws
     anew. Batches that are padded to different lengths share the entries that both have.
 
     Args:
@@ -34,7 +34,7 @@ class EqualRandomness(TorchDispatchMode):
         self._position: int | None = None  # of the next draw of a later run
 
     def again(self, rows: Tensor | None = None) -> EqualRandomness:
-        """Begin a later run, with these samples of the first; ``None``: all in the same places."""
+        """Begin a later run, with these samples of the first; `None`: all in the same places."""
         self._rows, self._position = torch.arange(self._size) if rows is None else rows, 0
         return self
 

@@ -186,7 +186,7 @@ class Plan:
     def counted(self, step: int, part: int) -> np.ndarray | None:
         """Which rows of a part of a step's batch are samples of this process, and do not stand in.
 
-        ``None``: all of the batch that is there.
+        `None`: all of the batch that is there.
         """
         return None if self.sampler is None else self.sampler.counted(step, part)
 

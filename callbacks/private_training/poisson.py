@@ -15,7 +15,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     A step's batch is a function of the seed and the step's number alone: nothing needs to be saved
     to resume, all processes draw the same global batch, and each takes its share. The parts of a
-    batch may be empty: then they hold ``0``, a sample that stands in, and `part_size` says that it
+    batch may be empty: then they hold `0`, a sample that stands in, and `part_size` says that it
     does not count.
 
     Args:
@@ -32,12 +32,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
             takes what is left. Default: parts of equal size.
         position: The number of the next step, asked when an epoch begins.
         slots: Places of a step's batch, over all processes and parts. Those that no sample takes,
-            drawn at random, hold ``0``, a sample that stands in: parts then have the same size in
+            drawn at random, hold `0`, a sample that stands in: parts then have the same size in
             every step. A batch that has more samples is as large as it is. Default: no such places.
 
     Attributes:
         guests: Samples beyond the data set that are drawn as all others are, numbered from
-            ``dataset_size`` on (the canaries of an audit): whether each is loaded, ``[guests]``.
+            `dataset_size` on (the canaries of an audit): whether each is loaded, `[guests]`.
 
     Example:
         >>> sampler = PoissonBatchSampler(100, sampling_rate=0.05, steps=3, parts=2, seed=1)

@@ -25,10 +25,10 @@ class StateWatch:
     """Compares parameters, buffers and the state of the optimizer with what they were.
 
     A change is found by the version that torch counts for every tensor, and that of a buffer by its
-    values too: writing back what was there is no change. Changes through ``.data`` have no version;
+    values too: writing back what was there is no change. Changes through `.data` have no version;
     they are found where values of all tensors are compared. What was not there before is a change.
     Momenta and the like, which the inner optimizer keeps of a parameter, are named
-    ``optimizer.<parameter>.<key>``.
+    `optimizer.<parameter>.<key>`.
 
     Args:
         pl_module: The module.

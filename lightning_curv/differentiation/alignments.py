@@ -14,9 +14,9 @@ NEVER = -1e30  # the logarithm of no probability, finite so that it has derivati
 
 
 def alignments(node: Any, log_probs: Tensor) -> Tensor:
-    r"""The formula of a node of ``F.ctc_loss``, ``[N]``.
+    r"""The formula of a node of `F.ctc_loss`, `[N]`.
 
-    That is :math:`-\log \sum_{\pi} \prod_t p_t(\pi_t)` over alignments π.
+    That is $-\log \sum_{\pi} \prod_t p_t(\pi_t)$ over alignments π.
 
     The sum is taken forward in time over the labels with blanks between them (Graves et al.,
     *Connectionist temporal classification*, ICML 2006, eq. 6-8). The kernel's gradient is right for
@@ -25,7 +25,7 @@ def alignments(node: Any, log_probs: Tensor) -> Tensor:
 
     Args:
         node: The node.
-        log_probs: ``[T, N, C]``.
+        log_probs: `[T, N, C]`.
     """
     steps, count, _ = log_probs.shape
     blank = node._saved_blank
@@ -74,7 +74,7 @@ def _lengths(node: Any) -> tuple[Any, Any]:
 
 
 def _with_blanks(targets: Tensor, lengths: Tensor, blank: int) -> Tensor:
-    """The labels of every sample, padded, with blanks around each, ``[N, 2 L + 1]``."""
+    """The labels of every sample, padded, with blanks around each, `[N, 2 L + 1]`."""
     if targets.ndim == 1:  # those of all samples behind each other
         ends = lengths.cumsum(0)
         longest = int(lengths.max()) if len(lengths) else 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def attention(mask: str | None = None) -> Callable[..., Tensor | None]:
-    """The formula of a node of ``F.scaled_dot_product_attention``.
+    """The formula of a node of `F.scaled_dot_product_attention`.
 
     Args:
         mask: The name of a saved mask that the node does not differentiate.
@@ -42,10 +42,10 @@ def scaled_dot_product(
     """softmax(scale · Q Kᵀ + bias) V; a query without keys gives 0.
 
     Args:
-        query: ``[N, H, T, E]``.
-        key: ``[N, G, S, E]``; every one of the G heads serves H / G heads of the queries.
-        value: ``[N, G, S, F]``.
-        bias: Broadcasts to ``[N, H, T, S]``; ``True`` marks what takes part, numbers are added.
+        query: `[N, H, T, E]`.
+        key: `[N, G, S, E]`; every one of the G heads serves H / G heads of the queries.
+        value: `[N, G, S, F]`.
+        bias: Broadcasts to `[N, H, T, S]`; `True` marks what takes part, numbers are added.
         is_causal: Queries see no keys of later positions.
         scale: By default one over the root of E.
     """

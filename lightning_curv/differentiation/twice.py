@@ -23,7 +23,7 @@ from lightning_curv.errors import once_differentiable
 
 
 def fused(outputs: Iterable[Tensor | GradientEdge]) -> list[Node]:
-    """The nodes below ``outputs`` that `differentiable` looks after.
+    """The nodes below `outputs` that `differentiable` looks after.
 
     Those are nodes with a formula, and the user's functions.
     """
@@ -42,10 +42,10 @@ def fused(outputs: Iterable[Tensor | GradientEdge]) -> list[Node]:
 
 @contextmanager
 def differentiable(nodes: Iterable[Node]) -> Iterator[None]:
-    """In this context passes with a graph of their own (``create_graph``) use formulas of nodes.
+    """In this context passes with a graph of their own (`create_graph`) use formulas of nodes.
 
     Raises:
-        UnsupportedError: The backward function of a ``torch.autograd.Function`` leaves no graph:
+        UnsupportedError: The backward function of a `torch.autograd.Function` leaves no graph:
             what torch makes of it is a second derivative of zero.
     """
     handles = []
@@ -84,7 +84,7 @@ def _refuse_lost(
 ) -> None:
     """Whether the graph of a user's function is whole: gradients are linear in the cotangents then.
 
-    Torch drops that of a ``once_differentiable`` function silently.
+    Torch drops that of a `once_differentiable` function silently.
     """
     if not torch.is_grad_enabled():
         return

@@ -1,6 +1,6 @@
 """Weight normalization with the right second derivative.
 
-torch's own graph of ``torch._weight_norm`` takes the norm as given when it is differentiated twice,
+torch's own graph of `torch._weight_norm` takes the norm as given when it is differentiated twice,
 so its Hessian is wrong (and not even symmetric). Under `record` the op leaves another node: values
 and first derivatives are torch's, bit for bit.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class WeightNorm(torch.autograd.Function):
-    """``g v / ‖v‖`` with the norm over all axes but ``dim``, the first or the last one."""
+    """`g v / ‖v‖` with the norm over all axes but `dim`, the first or the last one."""
 
     generate_vmap_rule = True
 
@@ -51,7 +51,7 @@ class WeightNorm(torch.autograd.Function):
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``torch._weight_norm``; by torch itself where that is made of ops with two derivatives."""
+    """`torch._weight_norm`; by torch itself where that is made of ops with two derivatives."""
     if v.dtype in (torch.float16, torch.bfloat16) or dim not in (0, v.ndim - 1):
         return torch._weight_norm(v, g, dim)
     return WeightNorm.apply(v.contiguous(), g.contiguous(), dim)[0]

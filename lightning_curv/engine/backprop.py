@@ -41,7 +41,7 @@ class Backprop:
     """The quantities of one backward pass.
 
     Call `before`, then `run` or a backward pass of the user's, then `after`. `curvature` does so
-    around ``loss.backward()``.
+    around `loss.backward()`.
 
     Args:
         loss: The root of the backward pass.
@@ -224,7 +224,7 @@ class Backprop:
         """The user's backward pass; as far as the recorded ops where gradients go to receivers.
 
         Args:
-            options: Arguments of ``Tensor.backward``.
+            options: Arguments of `Tensor.backward`.
         """
         # Private steps take no gradients from the pass, only what the recorded ops are told.
         receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]

@@ -1,4 +1,4 @@
-"""``curvature(...)``: the context in which ``loss.backward()`` gives more than the gradient."""
+"""`curvature(...)`: the context in which `loss.backward()` gives more than the gradient."""
 
 from __future__ import annotations
 
@@ -19,62 +19,62 @@ from lightning_curv.samples.batch import Batch
 
 
 class curvature(record):
-    r"""Context manager in which ``loss.backward()`` also computes ``extensions``.
+    r"""Context manager in which `loss.backward()` also computes `extensions`.
 
-    The results are attributes of the parameters, named by each extension's ``savefield``; every
+    The results are attributes of the parameters, named by each extension's `savefield`; every
     backward pass overwrites them. The forward pass runs inside the context, or before it inside
     `record` or with modules given to `extend`.
 
     Args:
-        extensions: What to compute, for example ``Variance(), KFAC()``.
+        extensions: What to compute, for example `Variance(), KFAC()`.
         generator: Draws the targets of Monte-Carlo quantities; default: one of our own that follows
-            ``torch.manual_seed`` and never touches the global random state.
+            `torch.manual_seed` and never touches the global random state.
         batch_size: Number of samples N; by default the leading axis of what the network reads
             first. The graph verifies it: the rows of different samples must not meet.
         check: Compare the sum of the per-sample gradients with the gradient of every parameter, and
             verify that samples do not influence each other; costs one more backward pass.
         output: Where the network ends and the loss begins, instead of where the last parameters
             enter (see below): a module that is called once inside the context (earlier: inside
-            ``record(output=module)``, or extended), or a tensor; its leading axis holds the
+            `record(output=module)`, or extended), or a tensor; its leading axis holds the
             samples. All that follows is differentiated at this output, known loss functions too,
             and its second derivatives must not mix samples. Known loss functions that do not depend
             on the output add their own curvature. Inside Lightning a submodule's name is turned
-            into the module by ``pl_module.get_submodule(name)``.
+            into the module by `pl_module.get_submodule(name)`.
         extension_hook: A function that is called during the backward pass as soon as a parameter
-            has all its quantities and its ``.grad``: it may reduce them and delete them from the
+            has all its quantities and its `.grad`: it may reduce them and delete them from the
             parameter, so that they are never in memory all at once. Parameters of modules given to
-            `extend` come with their module, ``extension_hook(module)``, once for every module that
-            holds parameters itself, when all of ``module.parameters(recurse=False)`` that the loss
+            `extend` come with their module, `extension_hook(module)`, once for every module that
+            holds parameters itself, when all of `module.parameters(recurse=False)` that the loss
             reaches are there (a parameter of several modules comes with the first of them); all
-            other parameters come alone, ``extension_hook(parameter)``. Parameters left out of
-            ``backward(inputs=)`` come after the pass. An error in the function ends the pass.
+            other parameters come alone, `extension_hook(parameter)`. Parameters left out of
+            `backward(inputs=)` come after the pass. An error in the function ends the pass.
 
     **The curvature of the loss.** Summands that are known loss functions of torch, times factors,
     have the curvature of their likelihood. All else (nonlinear functions of known losses too) is a
     function of the network's outputs: the results of the last ops with parameters, above which
-    there are none. Its Hessian :math:`H_n` by these outputs, several together where a summand
+    there are none. Its Hessian $H_n$ by these outputs, several together where a summand
     depends on several, is found by differentiation for every sample, and the GGN is
-    :math:`\sum_n J_n^\top H_n^+ J_n` with the positive part :math:`H_n^+` (negative eigenvalues are
+    $\sum_n J_n^\top H_n^+ J_n$ with the positive part $H_n^+$ (negative eigenvalues are
     set to zero): for a loss that is convex in the outputs the usual one, for a piecewise linear
-    loss (quantile, hinge) zero. Hessian quantities take :math:`H_n` as it is. Monte-Carlo
-    quantities draw :math:`\sqrt{H_n^+} \varepsilon` with standard normal ε. Products, Kronecker
+    loss (quantile, hinge) zero. Hessian quantities take $H_n$ as it is. Monte-Carlo
+    quantities draw $\sqrt{H_n^+} \varepsilon$ with standard normal ε. Products, Kronecker
     factors and their kind take a loss that mixes samples as one function of the batch.
     Cost: at most one differentiation of the loss, not of the network, per output entry of a sample;
         fewer where the
     entries fall into separate blocks (pixels, tokens).
 
-    The backward pass is ``loss.backward()``, or ``torch.autograd.backward(loss)`` in versions of
-    torch that hand it to function modes (2.13 does, 2.6 does not); ``torch.autograd.grad`` computes
-    no extensions. After ``loss.backward(create_graph=True)`` first-order quantities are as
-    differentiable as ``.grad``, for penalties on the variance of the gradient and the like; each
+    The backward pass is `loss.backward()`, or `torch.autograd.backward(loss)` in versions of
+    torch that hand it to function modes (2.13 does, 2.6 does not); `torch.autograd.grad` computes
+    no extensions. After `loss.backward(create_graph=True)` first-order quantities are as
+    differentiable as `.grad`, for penalties on the variance of the gradient and the like; each
     per-sample gradient is then a pass of its own through its op, and time and memory grow with N².
     All other quantities, and extensions that are not `Differentiable`, are constants.
 
     Raises:
-        UnsupportedError: In ``backward``: a parameter, an op or the loss is not covered (a loss
+        UnsupportedError: In `backward`: a parameter, an op or the loss is not covered (a loss
             that is differentiated has no second derivative, or mixes samples where they must be
             apart); the message says what to do.
-        RuntimeError: In ``backward``: a recorded input was modified in place, or the check failed.
+        RuntimeError: In `backward`: a recorded input was modified in place, or the check failed.
 
     Example:
         >>> import torch
@@ -179,7 +179,7 @@ def _of_tensor(
     *arguments: Any,
     **named: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The loss and the arguments of ``Tensor.backward`` by name."""
+    """The loss and the arguments of `Tensor.backward` by name."""
     return loss, {
         **dict(
             zip(("gradient", "retain_graph", "create_graph", "inputs"), arguments, strict=False)
@@ -194,7 +194,7 @@ def _of_tensors(
     *arguments: Any,
     **named: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The same for ``torch.autograd.backward``."""
+    """The same for `torch.autograd.backward`."""
     losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     if len(losses) != 1 or not isinstance(losses[0], Tensor):
         raise UnsupportedError(

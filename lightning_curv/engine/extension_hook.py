@@ -1,4 +1,4 @@
-"""Handing quantities over during the backward pass: ``curvature(..., extension_hook=)``."""
+"""Handing quantities over during the backward pass: `curvature(..., extension_hook=)`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ExtensionHook = Callable[[Any], object]
 
 
 class Handover:
-    """Leaves a parameter's quantities once the pass has added to its ``.grad``, and calls the hook.
+    """Leaves a parameter's quantities once the pass has added to its `.grad`, and calls the hook.
 
     A parameter of a module that was extended is handed over with the module, when all that the loss
     reaches of the module's own parameters have their quantities; every other parameter by itself.

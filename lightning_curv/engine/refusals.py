@@ -28,7 +28,7 @@ def refusal(
         output: Whether the user says where the network ends.
 
     Returns:
-        The message of an `UnsupportedError`; ``None``: nothing speaks against it.
+        The message of an `UnsupportedError`; `None`: nothing speaks against it.
     """
     for name in tape.hidden:
         return (

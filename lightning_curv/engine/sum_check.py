@@ -9,7 +9,7 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class SumCheck:
-    """Compares the sum of the per-sample gradients with what the backward pass adds to ``.grad``.
+    """Compares the sum of the per-sample gradients with what the backward pass adds to `.grad`.
 
     Rounding errors of a gradient that cancels are as large as what arrived from above: they are
     measured by the largest gradient so far. One object serves one backward pass.

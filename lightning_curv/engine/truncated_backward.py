@@ -30,10 +30,10 @@ def run(
         receivers: Stand in for the gradients of the parameters that they receive.
         shared: Whether somebody else needs the whole pass: it then runs too, the gradients
             included.
-        options: Arguments of ``Tensor.backward``.
+        options: Arguments of `Tensor.backward`.
 
     Raises:
-        UnsupportedError: ``inputs`` or ``create_graph`` are asked for.
+        UnsupportedError: `inputs` or `create_graph` are asked for.
     """
     if options.get("create_graph") or options.get("inputs") is not None:
         raise UnsupportedError(

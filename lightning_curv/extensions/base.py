@@ -18,7 +18,7 @@ class Extension(ABC):
     """A quantity that a backward pass leaves on every parameter.
 
     A subclass sets three attributes and writes one function of a `Jacobian`. Extensions with the
-    same ``source`` share the backward pass.
+    same `source` share the backward pass.
 
     Attributes:
         savefield: Name of the parameter's attribute that receives the result.
@@ -104,8 +104,8 @@ class Extension(ABC):
 
         Args:
             previous: The result so far.
-            new: The result for the columns of ``jacobian``.
-            jacobian: What ``new`` was evaluated on.
+            new: The result for the columns of `jacobian`.
+            jacobian: What `new` was evaluated on.
 
         Returns:
             The result for all these columns.
@@ -119,9 +119,9 @@ class Extension(ABC):
 
 
 class Differentiable(Extension):
-    """A first-order quantity that has a graph after ``loss.backward(create_graph=True)``.
+    """A first-order quantity that has a graph after `loss.backward(create_graph=True)`.
 
-    It is then as differentiable as ``.grad``: for penalties on the variance of the gradient and the
+    It is then as differentiable as `.grad`: for penalties on the variance of the gradient and the
     like. A subclass writes one more function, of the per-sample gradients.
 
     Example:
@@ -148,7 +148,7 @@ class Differentiable(Extension):
         """Compute the quantity by operations that autograd can differentiate.
 
         Args:
-            gradients: The per-sample gradients, ``[N, *p]``, with a graph. They carry the scale of
+            gradients: The per-sample gradients, `[N, *p]`, with a graph. They carry the scale of
                 the loss.
 
         Returns:

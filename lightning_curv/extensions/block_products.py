@@ -1,6 +1,6 @@
 r"""Products with blocks of curvature matrices, one block per parameter.
 
-``p.hmp(V)`` and its siblings are functions: ``[V, *p] -> [V, *p]`` and ``[*p] -> [*p]``. They keep
+`p.hmp(V)` and its siblings are functions: `[V, *p] -> [V, *p]` and `[*p] -> [*p]`. They keep
 the graph of the loss, see the parameters as they were at the backward pass, and free both when the
 attribute is deleted or overwritten. A graph cannot be saved: in a model that was saved and loaded
 they say that they are gone.
@@ -95,7 +95,7 @@ class _Matrix(ABC):
 
     @abstractmethod
     def _backpropagated(self, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
-        """Make the cotangents that are differentiated, at ``edges``, with a graph."""
+        """Make the cotangents that are differentiated, at `edges`, with a graph."""
 
     @cached_property
     def _cotangents(self) -> dict[GradientEdge, Tensor | None]:
@@ -122,7 +122,7 @@ class _Matrix(ABC):
 
 
 class _Block:
-    """One parameter's block as a function of vectors, as in ``p.hmp(V)``.
+    """One parameter's block as a function of vectors, as in `p.hmp(V)`.
 
     It pickles and copies to a `_Gone`.
     """
@@ -186,9 +186,9 @@ class _Gone:
 
 
 class HMP(_Product):
-    """Products with the parameter's block of the Hessian of the loss, in ``hmp``.
+    """Products with the parameter's block of the Hessian of the loss, in `hmp`.
 
-    ``p.hmp(V)`` takes vectors ``[V, *p]`` or ``[*p]`` and returns as many; the scale of the loss is
+    `p.hmp(V)` takes vectors `[V, *p]` or `[*p]` and returns as many; the scale of the loss is
     included. Exact for any differentiable network and loss. Cost: a backward pass with a graph at
     the first call, and two passes per vector between the parameter's op and the loss (Pearlmutter,
     *Fast exact multiplication by the Hessian*, Neural Computation 1994); one more to the parameter
@@ -245,9 +245,9 @@ class _Hessian(_Matrix):
 
 
 class GGNMP(_Product):
-    """Products with the parameter's block of the generalised Gauss-Newton matrix, in ``ggnmp``.
+    """Products with the parameter's block of the generalised Gauss-Newton matrix, in `ggnmp`.
 
-    ``p.ggnmp(V)`` takes vectors ``[V, *p]`` or ``[*p]`` and returns as many; the scale of the loss
+    `p.ggnmp(V)` takes vectors `[V, *p]` or `[*p]` and returns as many; the scale of the loss
     is included. Cost: a backward pass with a graph at the first call, and two passes per vector
     between the parameter's op and the loss (Schraudolph, *Fast curvature matrix-vector products for
     second-order gradient descent*, Neural Computation 2002); one more to the parameter per call
@@ -257,7 +257,7 @@ class GGNMP(_Product):
         savefield: Name of the parameter's attribute.
 
     Raises:
-        UnsupportedError: In ``backward``: a known loss function has a negative weight, so that the
+        UnsupportedError: In `backward`: a known loss function has a negative weight, so that the
             matrix would have negative eigenvalues.
 
     Example:
@@ -279,10 +279,10 @@ class GGNMP(_Product):
 
 
 class PCHMP(GGNMP):
-    r"""Products with the parameter's block of the positive-curvature Hessian, in ``pchmp``.
+    r"""Products with the parameter's block of the positive-curvature Hessian, in `pchmp`.
 
-    ``p.pchmp(V)`` takes vectors ``[V, *p]`` or ``[*p]`` and returns as many. The Hessian's residual
-    of each nonlinearity, :math:`\varphi''(z)\,g` where it is elementwise, else the eigenvalues of
+    `p.pchmp(V)` takes vectors `[V, *p]` or `[*p]` and returns as many. The Hessian's residual
+    of each nonlinearity, $\varphi''(z)\,g$ where it is elementwise, else the eigenvalues of
     its per-sample residual matrix, is made non-negative (Chen et al., *Positive curvature Hessian*;
     Dangel, Harmeling & Hennig, AISTATS 2020, section 4). The nonlinearities are the nodes of the
     graph: a fused attention kernel is one, attention written out is several, and their matrices
@@ -291,11 +291,11 @@ class PCHMP(GGNMP):
 
     Args:
         savefield: Name of the parameter's attribute.
-        modify: ``"clip"`` sets negative residuals to zero, ``"abs"`` takes their absolute value.
+        modify: `"clip"` sets negative residuals to zero, `"abs"` takes their absolute value.
 
     Raises:
-        ValueError: ``modify`` is neither.
-        UnsupportedError: In ``backward``: a known loss function has a negative weight.
+        ValueError: `modify` is neither.
+        UnsupportedError: In `backward`: a known loss function has a negative weight.
 
     Example:
         >>> import torch
@@ -381,7 +381,7 @@ class _Curvatures(_Matrix):
         return rows
 
     def _pulled(self, images: Sequence[Tensor | None], by: GradientEdge) -> Tensor:
-        """Make Jᵀ C u, for u = J v at all places; u is ``None`` at those that v does not reach."""
+        """Make Jᵀ C u, for u = J v at all places; u is `None` at those that v does not reach."""
         edges: list[GradientEdge] = []
         seeds: list[Tensor] = []
         remaining = iter(images)

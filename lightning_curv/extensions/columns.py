@@ -24,7 +24,7 @@ from lightning_curv.terms.jacobian import Jacobian
 class Gradient:
     """The gradient itself, taken from the user's backward pass where it reaches the ops.
 
-    The single column of a parameter's Jacobian is the gradient of every sample, ``[1, N, *p]``.
+    The single column of a parameter's Jacobian is the gradient of every sample, `[1, N, *p]`.
 
     Example:
         >>> from lightning_curv import BatchGrad
@@ -48,8 +48,8 @@ class Gradient:
 class Exact:
     r"""Columns whose outer products add up to the exact GGN: a square root of the loss Hessian.
 
-    They are :math:`J_n^\top \sqrt{s H_n}`, with the network's Jacobian :math:`J_n`, the loss
-    Hessian :math:`H_n` and the scale s of the loss.
+    They are $J_n^\top \sqrt{s H_n}$, with the network's Jacobian $J_n$, the loss
+    Hessian $H_n$ and the scale s of the loss.
 
     Attributes:
         complete: Whether to make one column per output entry of a sample, where fewer would do (for
@@ -158,13 +158,13 @@ class EmpiricalFisher:
     r"""The gradient for the labels of the data, as one column that takes a pass of its own.
 
     For a loss that is a mean over N samples, the outer products of the samples' gradients
-    :math:`g_n` have the mean :math:`\tfrac1N \sum_n g_n g_n^\top`: the empirical Fisher matrix.
+    $g_n$ have the mean $\tfrac1N \sum_n g_n g_n^\top$: the empirical Fisher matrix.
 
     Attributes:
-        fitted: Whether to divide the Fisher matrix by the loss :math:`b`, if that is positive. The
-            loss is then taken for a negative log-likelihood :math:`\ell / b` up to a scale
-            :math:`b`, whose best value is the mean of :math:`\ell` (of absolute errors: the
-            Laplace distribution), and :math:`b` times the Fisher matrix of :math:`\ell / b` has
+        fitted: Whether to divide the Fisher matrix by the loss $b$, if that is positive. The
+            loss is then taken for a negative log-likelihood $\ell / b$ up to a scale
+            $b$, whose best value is the mean of $\ell$ (of absolute errors: the
+            Laplace distribution), and $b$ times the Fisher matrix of $\ell / b$ has
             the unit of a curvature.
     """
 

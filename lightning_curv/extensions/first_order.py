@@ -1,6 +1,6 @@
 r"""First-order quantities: functions of the per-sample gradients.
 
-The loss is :math:`s \sum_n \ell_n` (mean: s = 1/N; sum: s = 1) and :math:`g_n = \nabla \ell_n`. All
+The loss is $s \sum_n \ell_n$ (mean: s = 1/N; sum: s = 1) and $g_n = \nabla \ell_n$. All
 of them come with the user's own backward pass and need any loss, known or not.
 """
 
@@ -15,9 +15,9 @@ from lightning_curv.terms.squares import squared_sizes
 
 
 class BatchGrad(Differentiable):
-    r"""Per-sample gradients :math:`s\,g_n`, in ``grad_batch`` of shape ``[N, *p]``.
+    r"""Per-sample gradients $s\,g_n$, in `grad_batch` of shape `[N, *p]`.
 
-    They sum to ``.grad``. Cost: one more product per layer; memory: N times the parameters. Dangel,
+    They sum to `.grad`. Cost: one more product per layer; memory: N times the parameters. Dangel,
     Kunstner & Hennig, *BackPACK*, ICLR 2020, eq. 2.
 
     Args:
@@ -25,8 +25,8 @@ class BatchGrad(Differentiable):
             default: all.
 
     Raises:
-        IndexError: In ``backward``: a batch has no such sample.
-        TypeError: In ``backward``: an index is no integer.
+        IndexError: In `backward`: a batch has no such sample.
+        TypeError: In `backward`: an index is no integer.
 
     Example:
         >>> import torch
@@ -56,7 +56,7 @@ class BatchGrad(Differentiable):
 
 
 class BatchL2Grad(Differentiable):
-    r"""Squared norms of the per-sample gradients :math:`\|s\,g_n\|^2`, in ``batch_l2``, ``[N]``.
+    r"""Squared norms of the per-sample gradients $\|s\,g_n\|^2$, in `batch_l2`, `[N]`.
 
     They are those of one parameter; sum over the parameters for the norm of the whole gradient.
     Cost: small; layers with shared weights use Gram matrices of their positions where these are
@@ -86,10 +86,10 @@ class BatchL2Grad(Differentiable):
 
 
 class SumGradSquared(Differentiable):
-    r"""Sum of the squared per-sample gradients :math:`\sum_n (s\,g_n)^2`, in ``sum_grad_squared``.
+    r"""Sum of the squared per-sample gradients $\sum_n (s\,g_n)^2$, in `sum_grad_squared`.
 
     It has the parameter's shape, and is the uncentred second moment times N; of complex parameters
-    the squares are :math:`|s\,g_n|^2`, real numbers. Cost: one more product per layer without
+    the squares are $|s\,g_n|^2$, real numbers. Cost: one more product per layer without
     weight sharing; no per-sample gradients are in memory.
 
     Example:
@@ -115,13 +115,13 @@ class SumGradSquared(Differentiable):
 
 
 class Variance(Differentiable):
-    r"""Variance of the per-sample gradients, in ``variance`` of the parameter's shape.
+    r"""Variance of the per-sample gradients, in `variance` of the parameter's shape.
 
     It is the population variance over the batch,
-    :math:`\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0`, of the *scaled* gradients:
-    for a mean loss multiply by N² for the variance of the :math:`g_n`. It is free of cancellation,
+    $\tfrac1N \sum_n (s\,g_n - \tfrac1N \sum_m s\,g_m)^2 \ge 0$, of the *scaled* gradients:
+    for a mean loss multiply by N² for the variance of the $g_n$. It is free of cancellation,
     since no difference of float32 moments is taken. Of complex parameters it is the real number
-    :math:`\tfrac1N \sum_n |\cdot|^2`. Cost: as `SumGradSquared`.
+    $\tfrac1N \sum_n |\cdot|^2$. Cost: as `SumGradSquared`.
 
     Example:
         >>> import torch

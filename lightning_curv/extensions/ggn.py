@@ -1,9 +1,9 @@
 r"""The generalised Gauss-Newton matrix: its diagonal and its square root.
 
-.. math:: G = s \sum_n J_n^\top H_n J_n = \sum_n V_n V_n^\top, \qquad V_n = J_n^\top \sqrt{s H_n}
+$$G = s \sum_n J_n^\top H_n J_n = \sum_n V_n V_n^\top, \qquad V_n = J_n^\top \sqrt{s H_n}$$
 
-with the network's Jacobian :math:`J_n` and the loss Hessian :math:`H_n = \nabla_f^2 \ell_n`.
-"Exact" backpropagates one column of :math:`\sqrt{s H_n}` per output entry; "MC" M gradients for
+with the network's Jacobian $J_n$ and the loss Hessian $H_n = \nabla_f^2 \ell_n$.
+"Exact" backpropagates one column of $\sqrt{s H_n}$ per output entry; "MC" M gradients for
 targets drawn from the model, whose expectation is G. Dangel, Kunstner & Hennig, *BackPACK*, ICLR
 2020, section 2.3; Martens, *New insights and perspectives on the natural gradient method*, JMLR
 2020, section 9.
@@ -25,9 +25,9 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class DiagGGNExact(Extension):
-    r"""Diagonal of the GGN, in ``diag_ggn_exact`` of the parameter's shape.
+    r"""Diagonal of the GGN, in `diag_ggn_exact` of the parameter's shape.
 
-    It is :math:`s \sum_n \mathrm{diag}(J_n^\top H_n J_n)`. Cost: as many backward passes as a
+    It is $s \sum_n \mathrm{diag}(J_n^\top H_n J_n)$. Cost: as many backward passes as a
     sample has output entries. Memory: one pass.
 
     Example:
@@ -50,7 +50,7 @@ class DiagGGNExact(Extension):
 
 
 class BatchDiagGGNExact(Extension):
-    """The summands of `DiagGGNExact`, in ``diag_ggn_exact_batch`` of shape ``[N, *p]``.
+    """The summands of `DiagGGNExact`, in `diag_ggn_exact_batch` of shape `[N, *p]`.
 
     They carry the scale of the loss: their sum over the samples is the diagonal. Cost: as
     `DiagGGNExact`; memory: N times the parameters.
@@ -80,17 +80,17 @@ class BatchDiagGGNExact(Extension):
 
 
 class SqrtGGNExact(Extension):
-    r"""Square root V of the GGN block, in ``sqrt_ggn_exact`` of shape ``[C, N, *p]``.
+    r"""Square root V of the GGN block, in `sqrt_ggn_exact` of shape `[C, N, *p]`.
 
-    :math:`\sum_{c,n} V_{cn} V_{cn}^\top = G`, where C is the number of output entries of a sample
+    $\sum_{c,n} V_{cn} V_{cn}^\top = G$, where C is the number of output entries of a sample
     (classes times extra axes). Cost: as `DiagGGNExact`; memory: C N times the parameters.
 
     Args:
         subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
 
     Raises:
-        IndexError: In ``backward``: a batch has no such sample.
-        TypeError: In ``backward``: an index is no integer.
+        IndexError: In `backward`: a batch has no such sample.
+        TypeError: In `backward`: an index is no integer.
 
     Example:
         >>> import torch
@@ -123,7 +123,7 @@ class SqrtGGNExact(Extension):
 
 
 class DiagGGNMC(DiagGGNExact):
-    """Monte-Carlo estimate of `DiagGGNExact` from ``mc_samples`` draws, in ``diag_ggn_mc``.
+    """Monte-Carlo estimate of `DiagGGNExact` from `mc_samples` draws, in `diag_ggn_mc`.
 
     Its expectation is the exact diagonal; the standard error falls with √M.
 
@@ -147,7 +147,7 @@ class DiagGGNMC(DiagGGNExact):
 
 
 class BatchDiagGGNMC(BatchDiagGGNExact):
-    """The summands of `DiagGGNMC`, in ``diag_ggn_mc_batch`` of shape ``[N, *p]``.
+    """The summands of `DiagGGNMC`, in `diag_ggn_mc_batch` of shape `[N, *p]`.
 
     They carry the scale of the loss: their sum over the samples is the estimate.
 
@@ -171,7 +171,7 @@ class BatchDiagGGNMC(BatchDiagGGNExact):
 
 
 class SqrtGGNMC(SqrtGGNExact):
-    """Monte-Carlo estimate of `SqrtGGNExact`, in ``sqrt_ggn_mc`` of shape ``[M, N, *p]``.
+    """Monte-Carlo estimate of `SqrtGGNExact`, in `sqrt_ggn_mc` of shape `[M, N, *p]`.
 
     The columns are divided by √M: the sum of their outer products estimates the GGN block.
 
@@ -180,8 +180,8 @@ class SqrtGGNMC(SqrtGGNExact):
         subsampling: Indices of the samples that are wanted, in the wanted order; default: all.
 
     Raises:
-        IndexError: In ``backward``: a batch has no such sample.
-        TypeError: In ``backward``: an index is no integer.
+        IndexError: In `backward`: a batch has no such sample.
+        TypeError: In `backward`: an index is no integer.
 
     Example:
         >>> import torch
@@ -201,7 +201,7 @@ class SqrtGGNMC(SqrtGGNExact):
 
 
 class GGNTraceMC(Extension):
-    """Estimate of the trace of the parameter's GGN block, in ``ggn_trace_mc``, a scalar.
+    """Estimate of the trace of the parameter's GGN block, in `ggn_trace_mc`, a scalar.
 
     A draw costs no more than `BatchL2Grad`: no matrix of the parameter's shape is formed.
 

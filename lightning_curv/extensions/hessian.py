@@ -11,7 +11,7 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 class DiagHessian(Extension):
-    r"""Diagonal of the Hessian of the loss, in ``diag_h`` of the parameter's shape.
+    r"""Diagonal of the Hessian of the loss, in `diag_h` of the parameter's shape.
 
     The second derivatives of the network are included. Exact for any architecture: elementwise
     nonlinearities contribute one signed column per unit, other nonlinear ops (softmax, norms,
@@ -41,7 +41,7 @@ class DiagHessian(Extension):
 
 
 class BatchDiagHessian(BatchDiagGGNExact):
-    """The summands of `DiagHessian`, in ``diag_h_batch`` of shape ``[N, *p]``.
+    """The summands of `DiagHessian`, in `diag_h_batch` of shape `[N, *p]`.
 
     They carry the scale of the loss: their sum over the samples is the diagonal. Cost: as
     `DiagHessian`; memory: N times the parameters.

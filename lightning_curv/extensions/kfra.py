@@ -29,10 +29,10 @@ SAME = frozenset(("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"))
 
 
 class KFRA(GraphExtension):
-    r"""Kronecker factors from a batch-averaged GGN, in ``kfra``; factors as in `KFLR`.
+    r"""Kronecker factors from a batch-averaged GGN, in `kfra`; factors as in `KFLR`.
 
     The GGN with respect to a layer's output is averaged over the batch before it is propagated to
-    the layer's input, :math:`\bar H_{in} = \tfrac1N \sum_n J_n^\top \bar H_{out} J_n`, and its
+    the layer's input, $\bar H_{in} = \tfrac1N \sum_n J_n^\top \bar H_{out} J_n$, and its
     blocks are the factors B. Exact where the layers' Jacobians do not depend on the sample. Needs a
     chain of layers and one loss. Cost: two passes through every elementwise layer, as many as hold
     its inputs and outputs, N at a time, through every linear one, and as many as it has inputs and
@@ -40,10 +40,10 @@ class KFRA(GraphExtension):
     Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017, eq. 17.
 
     Args:
-        weight_sharing: ``"expand"`` or ``"reduce"`` as in `KFLR`.
+        weight_sharing: `"expand"` or `"reduce"` as in `KFLR`.
 
     Raises:
-        ValueError: ``weight_sharing`` is neither.
+        ValueError: `weight_sharing` is neither.
 
     Example:
         >>> import torch
@@ -138,7 +138,7 @@ class _Point:
         return math.prod(self.shape[1:])
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Make tensors ``[R, *shape]`` that are equal in all samples of rows ``[R, E]``.
+        """Make tensors `[R, *shape]` that are equal in all samples of rows `[R, E]`.
 
         Where the samples are an axis of their own, one of them is in memory.
         """
@@ -153,7 +153,7 @@ class _Point:
 
 
 def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
-    """The averaged GGN at every place of the chain, ``[E, E]``."""
+    """The averaged GGN at every place of the chain, `[E, E]`."""
     output, *inputs = _chain(passes)
     average = _at_output(passes, output)
     yield output, average
@@ -164,7 +164,7 @@ def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
 
 
 def _at_output(passes: Passes, output: _Point) -> Tensor:
-    """The sum over the samples of the loss' H, ``[E, E]``."""
+    """The sum over the samples of the loss' H, `[E, E]`."""
     (part,) = passes.parts
     roots = []
     if output.count:
@@ -241,7 +241,7 @@ def _averaged(
         return average.new_zeros(source.entries, source.entries)
 
     def pull(entries: Tensor) -> Tensor:
-        """``[N, E_out]`` to ``[N, E_in]``."""
+        """`[N, E_out]` to `[N, E_in]`."""
         seed = output.owners.join(entries, output.shape)
         (g,) = passes.backward([output.edge], [source.edge], [seed])
         if g is None:
@@ -249,7 +249,7 @@ def _averaged(
         return source.owners.split(g).to(average)
 
     def pull_rows(rows: Tensor) -> Tensor:
-        """``[R, E_out]`` to ``[R, E_in]``, if J is the same in all samples: N rows at a time."""
+        """`[R, E_out]` to `[R, E_in]`, if J is the same in all samples: N rows at a time."""
         pulled = []
         for part in rows.split(count):
             missing = count - len(part)
@@ -295,14 +295,14 @@ def _axis(owners: Owners) -> int | None:
 
 
 def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:
-    """Up to the rounding of sums of the magnitude ``scale``."""
+    """Up to the rounding of sums of the magnitude `scale`."""
     rounding = 100 * torch.finfo(other.dtype).eps * scale
     within = (one - other).abs() <= rounding
     return bool(within.all())
 
 
 def _terms(passes: Passes, point: _Point, rows: Tensor) -> dict[Tensor, Term]:
-    """The terms of the parameters used at a point, for cotangents ``[R, E]``.
+    """The terms of the parameters used at a point, for cotangents `[R, E]`.
 
     They are equal in all samples.
     """

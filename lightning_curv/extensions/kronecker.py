@@ -1,6 +1,6 @@
 r"""Kronecker factors of the GGN block of each parameter.
 
-For a matrix W with outputs ``o`` and inputs ``i`` the block is approximated by :math:`B \otimes A`
+For a matrix W with outputs `o` and inputs `i` the block is approximated by $B \otimes A$
 (row-major order of W): A is the second moment of the layer's inputs, B that of the backpropagated
 columns; B carries the scale of the loss. The approximation is exact for one sample without weight
 sharing.
@@ -9,13 +9,14 @@ Where weights are shared over positions s (pixels, time steps, several uses of a
 Eschenhagen, Immer, Turner, Schneider & Hennig, *Kronecker-factored approximate curvature for modern
 neural network architectures*, NeurIPS 2023, distinguish
 
-.. math::
-    \text{expand:}\quad & A = \tfrac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top, &
-    B &= \sum_{v,n,s} g_{vns} g_{vns}^\top \\
-    \text{reduce:}\quad & A = \tfrac1N \sum_n \bar a_n \bar a_n^\top, &
-    B &= \sum_{v,n} \hat g_{vn} \hat g_{vn}^\top,
+$$\begin{aligned}
+  \text{expand:}\quad & A = \tfrac{1}{NS} \sum_{n,s} a_{ns} a_{ns}^\top, &
+  B &= \sum_{v,n,s} g_{vns} g_{vns}^\top \\
+  \text{reduce:}\quad & A = \tfrac1N \sum_n \bar a_n \bar a_n^\top, &
+  B &= \sum_{v,n} \hat g_{vn} \hat g_{vn}^\top,
+\end{aligned}$$
 
-with :math:`\bar a_n` the mean and :math:`\hat g_{vn}` the sum over the positions.
+with $\bar a_n$ the mean and $\hat g_{vn}$ the sum over the positions.
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ _LATEST: dict[SideName, LastResult] = {"outputs": LastResult(), "inputs": LastRe
 
 
 class KFLR(Extension):
-    r"""Kronecker factors from the exact GGN columns, in ``kflr``.
+    r"""Kronecker factors from the exact GGN columns, in `kflr`.
 
     They are a list, in row-major order of the parameter; B carries the scale of the loss. Linear
-    and convolution weight: ``[B, A]`` of shapes ``[out, out]`` and ``[in/groups·K, in/groups·K]``;
-    with groups ``[G, out/G, out/G]`` and ``[G, in/G·K, in/G·K]``. A weight used as ``x @ W``:
-    ``[A, B]``. Transposed convolution: ``[B, A]`` of the weight with outputs in front,
-    ``W.transpose(0, 1)``, of shapes ``[out/groups, out/groups]`` and
-    ``[in/groups·K, in/groups·K]``; its positions are the pixels of the output, each of which sees
-    one patch of the input with ``stride - 1`` zeros between its pixels (BackPACK's layout). Experts
-    of a grouped product: as groups, A is the mean over the rows of all experts. Bias: ``[B]``.
-    Recurrent weights: ``[B, A]``, the steps are positions. A factor with one axis is a diagonal
-    matrix: ``[counts/(N·S), B]`` for an embedding (with ``"reduce"`` the diagonal of A),
-    ``[diagonal of the GGN]`` for every parameter without Kronecker structure (norm scales, offsets,
+    and convolution weight: `[B, A]` of shapes `[out, out]` and `[in/groups·K, in/groups·K]`;
+    with groups `[G, out/G, out/G]` and `[G, in/G·K, in/G·K]`. A weight used as `x @ W`:
+    `[A, B]`. Transposed convolution: `[B, A]` of the weight with outputs in front,
+    `W.transpose(0, 1)`, of shapes `[out/groups, out/groups]` and
+    `[in/groups·K, in/groups·K]`; its positions are the pixels of the output, each of which sees
+    one patch of the input with `stride - 1` zeros between its pixels (BackPACK's layout). Experts
+    of a grouped product: as groups, A is the mean over the rows of all experts. Bias: `[B]`.
+    Recurrent weights: `[B, A]`, the steps are positions. A factor with one axis is a diagonal
+    matrix: `[counts/(N·S), B]` for an embedding (with `"reduce"` the diagonal of A),
+    `[diagonal of the GGN]` for every parameter without Kronecker structure (norm scales, offsets,
     parameters used by ops of different kinds, such as an embedding that is also the output
     projection).
 
@@ -67,11 +68,11 @@ class KFLR(Extension):
     pass.
 
     Args:
-        weight_sharing: ``"expand"`` or ``"reduce"``: whether positions that share the weight count
+        weight_sharing: `"expand"` or `"reduce"`: whether positions that share the weight count
             as samples, or are averaged before the products.
 
     Raises:
-        ValueError: ``weight_sharing`` is neither.
+        ValueError: `weight_sharing` is neither.
 
     Example:
         >>> import torch
@@ -136,7 +137,7 @@ class KFLR(Extension):
 
 
 class KFAC(KFLR):
-    """Kronecker factors from targets drawn from the model, in ``kfac``; factors as in `KFLR`.
+    """Kronecker factors from targets drawn from the model, in `kfac`; factors as in `KFLR`.
 
     Martens & Grosse, *Optimizing neural networks with Kronecker-factored approximate curvature*,
     ICML 2015; Grosse & Martens, *A Kronecker-factored approximate Fisher matrix for convolution
@@ -144,10 +145,10 @@ class KFAC(KFLR):
 
     Args:
         mc_samples: Number of target draws; each costs one backward pass.
-        weight_sharing: ``"expand"`` or ``"reduce"``, as in `KFLR`.
+        weight_sharing: `"expand"` or `"reduce"`, as in `KFLR`.
 
     Raises:
-        ValueError: ``weight_sharing`` is neither, or ``mc_samples`` is not positive.
+        ValueError: `weight_sharing` is neither, or `mc_samples` is not positive.
 
     Example:
         >>> import torch
@@ -178,8 +179,8 @@ def kronecker_factor(
     Args:
         term: The only term of a Jacobian.
         side: Whose factor it is.
-        weight_sharing: ``"expand"`` or ``"reduce"``.
-        product: Makes x xᵀ, or a part of it, of ``x [D, R]``; not used with one-hot inputs.
+        weight_sharing: `"expand"` or `"reduce"`.
+        product: Makes x xᵀ, or a part of it, of `x [D, R]`; not used with one-hot inputs.
     """
     make = _output_factor if side == "outputs" else _input_factor
     return make(term, weight_sharing, product)
@@ -190,7 +191,7 @@ def _output_factor(
     weight_sharing: WeightSharing,
     product: Product,
 ) -> Tensor:
-    """B: the sum over columns, samples and positions, ``[(q), o, o]``."""
+    """B: the sum over columns, samples and positions, `[(q), o, o]`."""
     outputs = side_of(term, "outputs")
     samples_first = replace(outputs, tensor=term.g.transpose(0, 1))
     return _second_moment(samples_first, weight_sharing, product)
@@ -201,7 +202,7 @@ def _input_factor(
     weight_sharing: WeightSharing,
     product: Product,
 ) -> Tensor:
-    """A: the mean over samples and positions, ``[(q), i, i]``."""
+    """A: the mean over samples and positions, `[(q), i, i]`."""
     assert term.x is not None
     if term.classes:
         return one_hot.second_moment(term, weight_sharing == "reduce")
@@ -245,9 +246,9 @@ def _second_moment(
 
     Args:
         side: Its tensor has the samples in front.
-        weight_sharing: ``"expand"``: one vector of features per position; ``"reduce"``: their sum
+        weight_sharing: `"expand"`: one vector of features per position; `"reduce"`: their sum
             over the positions.
-        product: Of a matrix with itself, ``[D, R]``.
+        product: Of a matrix with itself, `[D, R]`.
     """
     factor = side.tensor
     # A factor that is expanded over the samples is the same for all of them: it is worked on once.

@@ -21,7 +21,7 @@ def all_parameters(passes: Passes) -> list[Tensor]:
 
 
 def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
-    r""":math:`v \mapsto H v` of the loss for vectors with one tensor per parameter.
+    r"""$v \mapsto H v$ of the loss for vectors with one tensor per parameter.
 
     Cost: a backward pass with a graph once, and one more backward pass per product (Pearlmutter,
     *Fast exact multiplication by the Hessian*, Neural Computation 1994).
@@ -48,9 +48,9 @@ def hessian_product(passes: Passes, params: Sequence[Tensor]) -> Product:
 
 
 def ggn_product(passes: Passes, params: Sequence[Tensor]) -> Product:
-    r""":math:`v \mapsto G v` with the generalised Gauss-Newton matrix of the loss.
+    r"""$v \mapsto G v$ with the generalised Gauss-Newton matrix of the loss.
 
-    It is :math:`G v = \sum_n J_n^\top H_n J_n v`. Cost: a backward pass with a graph once, and two
+    It is $G v = \sum_n J_n^\top H_n J_n v$. Cost: a backward pass with a graph once, and two
     more backward passes per product (Schraudolph, *Fast curvature matrix-vector products for
     second-order gradient descent*, Neural Computation 2002).
     """

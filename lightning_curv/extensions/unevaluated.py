@@ -1,8 +1,8 @@
 """Jacobians that are kept, unevaluated or summed: for what needs them after the backward pass.
 
 A kept Jacobian is a `lightning_curv.terms.jacobian.Jacobian` whose contractions are not carried
-out. ``p.jacobian_mc.dot(d)`` are the directional derivatives of every column and sample along d,
-``[V, N]``, for a direction that is known only after the backward pass.
+out. `p.jacobian_mc.dot(d)` are the directional derivatives of every column and sample along d,
+`[V, N]`, for a direction that is known only after the backward pass.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class KeptJacobian(Extension):
 
 
 class GradientJacobian(KeptJacobian):
-    r"""The per-sample gradients :math:`s\,g_n`, unevaluated, in ``jacobian_grad``.
+    r"""The per-sample gradients $s\,g_n$, unevaluated, in `jacobian_grad`.
 
-    ``p.jacobian_grad.dot(d)`` are the directional derivatives :math:`s\,g_n \cdot d` of every
-    sample, ``[1, N]``, along a direction such as the mean gradient. Cost: none until then, and one
+    `p.jacobian_grad.dot(d)` are the directional derivatives $s\,g_n \cdot d$ of every
+    sample, `[1, N]`, along a direction such as the mean gradient. Cost: none until then, and one
     product per layer for each `dot`.
 
     Example:
@@ -60,10 +60,10 @@ class GradientJacobian(KeptJacobian):
 
 
 class JacobianMC(KeptJacobian):
-    """The Jacobian of the Monte-Carlo columns, unevaluated, in ``jacobian_mc``.
+    """The Jacobian of the Monte-Carlo columns, unevaluated, in `jacobian_mc`.
 
-    It is a `lightning_curv.terms.jacobian.Jacobian`: ``p.jacobian_mc.dot(d)`` are the directional
-    derivatives along d, ``[M, N]``, and ``(Σ_p p.jacobian_mc.dot(d_p)).square().sum()`` is dᵀGd for
+    It is a `lightning_curv.terms.jacobian.Jacobian`: `p.jacobian_mc.dot(d)` are the directional
+    derivatives along d, `[M, N]`, and `(Σ_p p.jacobian_mc.dot(d_p)).square().sum()` is dᵀGd for
     a direction over all parameters, without another backward pass. Memory: the op's inputs and
     cotangents until the attribute is deleted or overwritten. Batch statistics are taken as given,
     as for Kronecker factors: with BatchNorm in training mode dᵀGd is an approximation.
@@ -89,7 +89,7 @@ class JacobianMC(KeptJacobian):
 
 
 class JacobianExact(KeptJacobian):
-    """The Jacobian of the exact GGN columns, unevaluated, in ``jacobian_exact``; see `JacobianMC`.
+    """The Jacobian of the exact GGN columns, unevaluated, in `jacobian_exact`; see `JacobianMC`.
 
     Cost: as many backward passes as a sample has output entries.
 
@@ -111,7 +111,7 @@ class JacobianExact(KeptJacobian):
 
 
 class JacobianEmpirical(KeptJacobian):
-    r"""The per-sample gradients times :math:`\sqrt N`, unevaluated, in ``jacobian_empirical``.
+    r"""The per-sample gradients times $\sqrt N$, unevaluated, in `jacobian_empirical`.
 
     It is meant for losses that are means over the samples. F. Kunstner, L. Balles, P. Hennig,
     *Limitations of the Empirical Fisher Approximation for Natural Gradient Descent*, NeurIPS 2019,
@@ -123,7 +123,7 @@ class JacobianEmpirical(KeptJacobian):
 
 
 class GradientSum(Extension):
-    r"""The sum of the per-sample gradients :math:`\sum_n s\,g_n`, in ``grad_sum``.
+    r"""The sum of the per-sample gradients $\sum_n s\,g_n$, in `grad_sum`.
 
     It has the parameter's shape. Over all samples it is the gradient; over some of them it costs
     one more product per layer, with their rows.

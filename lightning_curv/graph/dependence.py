@@ -44,7 +44,7 @@ class Dependence:
 
 
 def uses_below(tape: Tape, edges: Iterable[GradientEdge]) -> list[Use]:
-    """The uses that the values at ``edges`` depend on."""
+    """The uses that the values at `edges` depend on."""
     uses = {node_of(key): use for key, use in tape.uses.items()}
     stack = [edge.node for edge in edges]
     seen = set[Node]()

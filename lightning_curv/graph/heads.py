@@ -160,7 +160,7 @@ def _is_divisor(node: Node, name: str) -> bool:
 
 
 def name_of(node: Node) -> str:
-    """A node's name without ``Backward0``."""
+    """A node's name without `Backward0`."""
     return _without_suffix(node.name())
 
 

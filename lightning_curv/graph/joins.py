@@ -79,7 +79,7 @@ class Join:
         return use
 
     def pull(self, g: Tensor, owners: Owners) -> Tensor:
-        """Pull cotangents ``[V, *]`` of the output to the input for every sample, ``[V, N, *]``."""
+        """Pull cotangents `[V, *]` of the output to the input for every sample, `[V, N, *]`."""
         shape = shape_at(self.edge)
         columns = []
         for column in g:
@@ -94,7 +94,7 @@ class Join:
     def _broadcast(self, g: Tensor, owners: Owners, shape: torch.Size) -> Tensor | None:
         """Make one pass, where the node broadcasts its input and autograd adds up what it repeats.
 
-        ``None``: it is no such node.
+        `None`: it is no such node.
         """
         if isinstance(owners, ChosenOwners):
             whole = self._broadcast(g, owners.whole, shape)

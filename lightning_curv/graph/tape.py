@@ -63,7 +63,7 @@ class Tape:
         uses: Recorded ops with parameters by their autograd node; ops that couple samples too. Once
             the samples are known also the joins, where what depends on no sample meets them.
         losses: Recorded loss calls by their autograd node.
-        outside: Keys of ``uses`` that the root reaches without passing a recorded loss call.
+        outside: Keys of `uses` that the root reaches without passing a recorded loss call.
         leaves: Other leaf tensors that require gradients.
         stray: Parameters that are reached through ops that were not recorded, and the name of the
             last such op.
@@ -76,7 +76,7 @@ class Tape:
         gates: Whether some op takes what a mask says: in the next batch that may be other rows.
         seen: Nodes that the walk has been at, and whether from outside of the losses.
         read: The roots of what ops read that has no gradient, by their node.
-        mapped: What ops under ``vmap`` read of the batch.
+        mapped: What ops under `vmap` read of the batch.
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters
             that cannot be seen.
         nested: Names of ops whose values are nested tensors.
@@ -330,7 +330,7 @@ def reaches(root: Node, node: Node) -> bool:
 
 
 def leaves(edge: GradientEdge) -> list[Tensor]:
-    """The leaf tensors that the value at ``edge`` was computed from."""
+    """The leaf tensors that the value at `edge` was computed from."""
     return list(
         dict.fromkeys(
             leaf for node in nodes_below(edge.node) if (leaf := leaf_of(node)) is not None
@@ -363,5 +363,5 @@ def nodes_below(root: Node) -> Iterator[Node]:
 
 
 def leaf_of(node: Node) -> Tensor | None:
-    """The leaf tensor whose gradient ``node`` accumulates."""
+    """The leaf tensor whose gradient `node` accumulates."""
     return getattr(node, "variable", None)

@@ -3,9 +3,9 @@
 Memory that a process touches for the first time is given to it page by page. At 4 KiB a page that
 takes longer than the arithmetic that fills it: per-sample gradients of a network with 0.5 million
 parameters are 130,000 pages for 256 samples. Linux gives 2 MiB at a time to memory that is advised
-so (``madvise(2)``, ``MADV_HUGEPAGE``), unless the system is configured to do so always or never.
+so (`madvise(2)`, `MADV_HUGEPAGE`), unless the system is configured to do so always or never.
 NumPy does the same for its arrays; torch does it for all tensors of a process that was started with
-``THP_MEM_ALLOC_ENABLE=1``.
+`THP_MEM_ALLOC_ENABLE=1`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PAGE = 2**12  # bytes, at least
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised tensor of the type and on the device of ``like``, to be filled at once."""
+    """An uninitialised tensor of the type and on the device of `like`, to be filled at once."""
     result = like.new_empty(shape)
     in_memory = result.device.type == "cpu" and type(result) is Tensor
     if in_memory and LARGE <= result.nbytes <= LARGEST and (advise := _madvise()):
@@ -42,7 +42,7 @@ def empty(like: Tensor, *shape: int) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """``a * b`` for tensors with as many axes each, of equal sizes or 1."""
+    """`a * b` for tensors with as many axes each, of equal sizes or 1."""
     if a.nbytes * b.numel() < LARGE or _transformed(a, b):
         return a * b
     shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
@@ -50,7 +50,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
+    """`a @ b` for stacks of matrices `[n, m, k]` and `[n, k, l]`."""
     rows = a.shape[1]
     columns = b.shape[2]
     if rows * b.nbytes < LARGE or _transformed(a, b):
@@ -59,18 +59,18 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.stack`` of tensors of one size."""
+    """`torch.stack` of tensors of one size."""
     return torch.stack([*tensors], out=empty(tensors[0], len(tensors), *tensors[0].shape))
 
 
 def _transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of `torch.func` looks on: no product has an ``out=`` then."""
+    """Whether a transform of `torch.func` looks on: no product has an `out=` then."""
     return any(map(is_functorch_wrapped_tensor, tensors))
 
 
 @cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    """The C library's function; ``None`` where there are no huge pages to ask for."""
+    """The C library's function; `None` where there are no huge pages to ask for."""
     if not enabled("huge_pages"):
         return None
     try:

@@ -29,7 +29,7 @@ class LastResult(threading.local):
         key: tuple[Any, ...],
         make: Callable[[], Tensor],
     ) -> tuple[Tensor, bool]:
-        """The result of ``make``, or the latest one, and whether it is that.
+        """The result of `make`, or the latest one, and whether it is that.
 
         Args:
             tensor: What the result is computed from. Views of the same entries count as the same

@@ -1,12 +1,12 @@
 """Products of matrices by the faster of the two libraries that torch has on a CPU.
 
-``torch.mm`` multiplies float32 matrices with the BLAS that torch was built with, MKL as a rule,
+`torch.mm` multiplies float32 matrices with the BLAS that torch was built with, MKL as a rule,
 which on processors that are not Intel's uses half the width of the vector units. oneDNN, the
 library behind torch's convolutions, uses all of it: the same IEEE products and sums in another
 order, in half the time.
 Torch offers its product of matrices to the code that the compiler generates, as
-``torch.ops.mkldnn._linear_pointwise``; where that op is missing, or a product is small (oneDNN
-costs more per call), everything is ``torch.mm``. So it is on Intel's processors, where MKL was
+`torch.ops.mkldnn._linear_pointwise`; where that op is missing, or a product is small (oneDNN
+costs more per call), everything is `torch.mm`. So it is on Intel's processors, where MKL was
 faster for every product that was measured, by up to 2.6 times. In the context `fast_products` all
 of this holds for the products of autograd too.
 """
@@ -39,9 +39,9 @@ SMALL = 2**15
 
 @cache
 def _onednn() -> Callable[..., Tensor] | None:
-    """The product that ``(a, b, None, "none", [], "")`` maps to a bᵀ.
+    """The product that `(a, b, None, "none", [], "")` maps to a bᵀ.
 
-    ``None``: this build of torch does not have it, it is switched off, or MKL is as fast and the
+    `None`: this build of torch does not have it, it is switched off, or MKL is as fast and the
     environment does not name it.
     """
     if not enabled("onednn") or not torch.backends.mkldnn.is_available():
@@ -80,7 +80,7 @@ def is_large(like: Tensor, multiplications: int) -> bool:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for matrices ``[m, k]`` and ``[k, n]``."""
+    """`a @ b` for matrices `[m, k]` and `[k, n]`."""
     # Autograd does not know a derivative of oneDNN's op.
     differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     wide = min(a.shape[0], b.shape[1]) >= NARROW and b.dtype == a.dtype
@@ -95,7 +95,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _FastProducts(TorchDispatchMode):
-    """A mode in which ``mm`` of large plain matrices is a product by oneDNN.
+    """A mode in which `mm` of large plain matrices is a product by oneDNN.
 
     Below autograd every op passes by here, which takes a few microseconds each.
     """
@@ -126,7 +126,7 @@ class _FastProducts(TorchDispatchMode):
 
 
 def fast_products(worthwhile: bool) -> AbstractContextManager[object]:
-    """Context in which ``torch.mm`` is `mm`, in passes of autograd too.
+    """Context in which `torch.mm` is `mm`, in passes of autograd too.
 
     Where oneDNN is missing, nothing changes.
 
@@ -151,7 +151,7 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for stacks of matrices ``[n, m, k]`` and ``[n, k, l]``."""
+    """`a @ b` for stacks of matrices `[n, m, k]` and `[n, k, l]`."""
     # Such matrices have few rows, and are by columns: oneDNN is faster from twice the size on.
     if len(a) and is_large(a, a.shape[1] * b[0].numel() // 2):
         products = [*one_by_one(a, b)]
@@ -173,7 +173,7 @@ def one_by_one(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
-    """``torch.einsum`` of two tensors, by `mm` where it is one product of matrices."""
+    """`torch.einsum` of two tensors, by `mm` where it is one product of matrices."""
     plan = _plan(equation)
     if plan is None:
         return torch.einsum(equation, a, b)

@@ -1,7 +1,7 @@
 """Which of the tricks for speed are on: all, unless the environment says otherwise.
 
-``LIGHTNING_CURV_KERNELS=plain`` switches all of them off, ``LIGHTNING_CURV_KERNELS=onednn`` or
-``=huge_pages`` leaves one on. Results differ in rounding at most; use it to compare timings, or
+`LIGHTNING_CURV_KERNELS=plain` switches all of them off, `LIGHTNING_CURV_KERNELS=onednn` or
+`=huge_pages` leaves one on. Results differ in rounding at most; use it to compare timings, or
 where a library misbehaves on some processor. It is read once, at the first use.
 """
 

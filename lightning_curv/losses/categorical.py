@@ -29,7 +29,7 @@ class Categorical(Likelihood):
         tensor([[ 0.2500, -0.1250, -0.1250]])
 
     Attributes:
-        probabilities: p, with classes on axis ``axis``.
+        probabilities: p, with classes on axis `axis`.
         weight: w, of p's shape with one entry on the axis of the classes.
         axis: The axis of the classes.
         normalized: Whether the input holds log-probabilities instead of logits: H is then w
@@ -50,8 +50,8 @@ class Categorical(Likelihood):
         r"""The Cholesky factor of H, one column less than classes.
 
         Column c is
-        :math:`\sqrt{w\, p_c\, q_c / (p_c + q_c)}\, (e_c - \sum_{i>c} (p_i / q_c)\, e_i)` with the
-        tail :math:`q_c = \sum_{i>c} p_i`: nothing cancels. Tanabe & Sagae, *An exact Cholesky
+        $\sqrt{w\, p_c\, q_c / (p_c + q_c)}\, (e_c - \sum_{i>c} (p_i / q_c)\, e_i)$ with the
+        tail $q_c = \sum_{i>c} p_i$: nothing cancels. Tanabe & Sagae, *An exact Cholesky
         decomposition and the generalized inverse of the variance-covariance matrix of the
         multinomial distribution, with applications*, J. R. Stat. Soc. B, 1992.
         """
@@ -113,7 +113,7 @@ class Categorical(Likelihood):
                     yield column, signs
 
     def _centred(self, columns: Tensor) -> Tensor:
-        """``columns - p Σ columns`` over the classes, for any number of leading axes."""
+        """`columns - p Σ columns` over the classes, for any number of leading axes."""
         if self.normalized:  # the log-softmax below does that
             return columns
         axis = self.axis - self.probabilities.ndim
@@ -121,7 +121,7 @@ class Categorical(Likelihood):
 
 
 def _classes(p: Tensor, generator: torch.Generator) -> Tensor:
-    """One class drawn from every row of ``p [*, C]``, ``[*, 1]``."""
+    """One class drawn from every row of `p [*, C]`, `[*, 1]`."""
     *shape, classes = p.shape
     if p.device.type != "cpu":
         # On other devices a cumulative sum is the slower one.
@@ -136,13 +136,13 @@ def _classes(p: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _multinomial_roots(p: Tensor, scale: Tensor, rows: int) -> Iterator[Tensor]:
-    """Columns c < C - 1 of the Cholesky factors of diag(p) - p pᵀ, in pieces ``[c, N, C]``.
+    """Columns c < C - 1 of the Cholesky factors of diag(p) - p pᵀ, in pieces `[c, N, C]`.
 
     The formula is in `Categorical.fewest_columns`.
 
     Args:
-        p: The probabilities of one row of every sample, ``[N, C]``.
-        scale: What the columns are multiplied by, ``[N, 1]``.
+        p: The probabilities of one row of every sample, `[N, C]`.
+        scale: What the columns are multiplied by, `[N, 1]`.
         rows: The number of rows of a sample, which pieces have to be made for.
     """
     smallest = torch.finfo(p.dtype).tiny

@@ -17,16 +17,16 @@ def loss(
     *functions: Callable[..., Any],
     argument: str = "input",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the description of the loss ``functions``.
+    """Register the decorated function as the description of the loss `functions`.
 
-    The decorated function takes ``scale``, the derivative of the final loss by this call's output
+    The decorated function takes `scale`, the derivative of the final loss by this call's output
     (a tensor of the output's shape), and the loss function's arguments by name; it returns the
-    `Likelihood` whose negative logarithm the call is, weighted by ``scale``.
+    `Likelihood` whose negative logarithm the call is, weighted by `scale`.
 
     Args:
         functions: The loss functions.
         argument: The argument whose curvature is described; the decorated function finds it under
-            the name ``input`` and the loss function's ``input`` under this name. H must have no
+            the name `input` and the loss function's `input` under this name. H must have no
             block between two such arguments.
 
     Returns:

@@ -22,7 +22,7 @@ class Samples:
     partial: bool = False  # some samples of a larger batch
 
     def only(self, chosen: Tensor) -> Samples:
-        """Some of the samples, ``chosen [S]`` in ascending order."""
+        """Some of the samples, `chosen [S]` in ascending order."""
         uses = {node: owners.only(chosen) for node, owners in self.uses.items()}
         losses = {node: owners.only(chosen) for node, owners in self.losses.items()}
         return Samples(len(chosen), uses, losses, partial=True)

@@ -45,7 +45,7 @@ class Column:
     Attributes:
         edges: Where it enters the graph.
         seeds: Its entries there.
-        signs: Its sign per sample, ``[N]``; ``None``: positive.
+        signs: Its sign per sample, `[N]`; `None`: positive.
     """
 
     edges: Sequence[GradientEdge]
@@ -79,7 +79,7 @@ class Passes:
     joint: bool = False
 
     def only(self, chosen: Tensor) -> Passes:
-        """Passes for some of the samples only, ``chosen [S]`` in ascending order."""
+        """Passes for some of the samples only, `chosen [S]` in ascending order."""
         return replace(self, samples=self.samples.only(chosen))
 
     @cached_property
@@ -88,7 +88,7 @@ class Passes:
         return self.own_generator or default_generator(self.loss.device)
 
     def gradients(self, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
-        """The gradient of the loss at ``edges``."""
+        """The gradient of the loss at `edges`."""
         if all(edge[:2] == (self.loss.grad_fn, self.loss.output_nr) for edge in edges):
             return (self.seed,) * len(edges)
         return self.backward([self.loss], edges, [self.seed])
@@ -100,7 +100,7 @@ class Passes:
         seeds: Sequence[Tensor],
         keep_graph: bool = True,
     ) -> tuple[Tensor | None, ...]:
-        """Backpropagate ``seeds`` from ``outputs`` to ``inputs``."""
+        """Backpropagate `seeds` from `outputs` to `inputs`."""
         with internal_pass(), fast_products(self.multiplies):
             gradients = torch.autograd.grad(
                 outputs,
@@ -180,7 +180,7 @@ class Passes:
     ) -> Iterator[tuple[Tensor, Jacobian]]:
         """Make every Jacobian as soon as its last use is there.
 
-        The cotangents are taken out of ``columns``, to be freed.
+        The cotangents are taken out of `columns`, to be freed.
         """
         signs = None
         if any(s is not None for s, _ in columns):
@@ -205,9 +205,9 @@ class Passes:
         use: Use,
         g: Tensor | None,
     ) -> Iterator[tuple[Tensor, Term]]:
-        """Make the terms of one use's parameters, for cotangents ``[V, *output]``.
+        """Make the terms of one use's parameters, for cotangents `[V, *output]`.
 
-        ``None``: the columns do not reach it.
+        `None`: the columns do not reach it.
         """
         g = strided(g)
         if g is None or not use.operands:
@@ -227,7 +227,7 @@ class Passes:
 
 
 def _stacked(columns: list[list[Tensor | None]], i: int) -> Tensor | None:
-    """The i-th cotangents of all columns, which are taken out; ``None``: no column has one."""
+    """The i-th cotangents of all columns, which are taken out; `None`: no column has one."""
     gs = [column[i] for column in columns]
     for column in columns:
         column[i] = None
@@ -248,9 +248,9 @@ def apply_rule(
     g: Tensor,
     inputs: dict[str, Tensor] | None = None,
 ) -> dict[str, Term]:
-    """Make the terms of a use by argument name, for cotangents ``[V, *output]``.
+    """Make the terms of a use by argument name, for cotangents `[V, *output]`.
 
-    What ``inputs`` has replaces the recorded arguments.
+    What `inputs` has replaces the recorded arguments.
     """
     try:
         return terms_of_rule(use, owners, g, inputs)

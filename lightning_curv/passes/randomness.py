@@ -15,8 +15,8 @@ _generators: dict[torch.device, tuple[int, torch.Generator]] = {}
 def default_generator(device: torch.device) -> torch.Generator:
     """A generator of our own: training is the same with and without Monte-Carlo quantities.
 
-    One per device; it restarts from ``torch.initial_seed()`` whenever that changes
-    (``torch.manual_seed``), so that runs can be repeated. Nothing is ever drawn from torch's own
+    One per device; it restarts from `torch.initial_seed()` whenever that changes
+    (`torch.manual_seed`), so that runs can be repeated. Nothing is ever drawn from torch's own
     generators.
     """
     seed = torch.initial_seed()
@@ -40,13 +40,13 @@ class Cap:
     generator: torch.Generator
 
     def choose(self, count: int) -> Tensor | None:
-        """The chosen ones of ``count`` samples; ``None``: all of them."""
+        """The chosen ones of `count` samples; `None`: all of them."""
         if count > self.size:
             return random_subset(count, self.size, self.generator)
         return None
 
 
 def random_subset(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """``size`` of the numbers below ``count``, ascending; all subsets are equally likely."""
+    """`size` of the numbers below `count`, ascending; all subsets are equally likely."""
     order = torch.randperm(count, generator=generator, device=generator.device)
     return order[:size].sort().values

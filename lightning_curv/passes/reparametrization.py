@@ -28,13 +28,13 @@ def pulled_back(
     value: Tensor,
     term: Term,
 ) -> Iterator[tuple[Tensor, Term]]:
-    """Terms of the leaves that ``value`` was computed from, given its own term.
+    """Terms of the leaves that `value` was computed from, given its own term.
 
     Args:
         edge: The value's place in the graph, which must not be freed yet.
         value: The value, detached.
         term: Its term. Unless the transform is a re-indexing, the result is dense:
-            ``[V, N, *leaf]`` is held in memory.
+            `[V, N, *leaf]` is held in memory.
     """
     if (reindexed := _reindexed(edge, term)) is not None:
         yield reindexed
@@ -78,7 +78,7 @@ def _pull(
 
 
 def _reindexed(edge: GradientEdge, term: Term) -> tuple[Tensor, Term] | None:
-    """The leaf behind a chain of re-indexings and its term; ``None``: the chain has another op."""
+    """The leaf behind a chain of re-indexings and its term; `None`: the chain has another op."""
     node: Any = edge.node
     number = edge.output_nr
     current = term

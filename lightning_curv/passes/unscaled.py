@@ -102,7 +102,7 @@ def _divisions(
 ) -> list[_Division] | None:
     """The first node that divides by N on every way down from the loss.
 
-    ``None`` if there is a way without one.
+    `None` if there is a way without one.
     """
     divisions: list[_Division] = []
     stack = [root[:2]]

@@ -1,4 +1,4 @@
-"""``extend``: recording every forward pass of a module."""
+"""`extend`: recording every forward pass of a module."""
 
 from __future__ import annotations
 

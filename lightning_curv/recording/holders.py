@@ -2,7 +2,7 @@
 
 A table that a module holds is the same for all samples. The batch is not, also where a module
 remembers it as an
-attribute (``self.last_input = x``): what is no parameter and no buffer counts only if it has not N
+attribute (`self.last_input = x`): what is no parameter and no buffer counts only if it has not N
     rows.
 """
 

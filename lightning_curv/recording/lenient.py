@@ -15,7 +15,7 @@ class lenient_record(record):
     themselves are raised as they are.
 
     Attributes:
-        failure: What went wrong; ``None``: nothing.
+        failure: What went wrong; `None`: nothing.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ class lenient_record(record):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run ``func`` and record what it consumed, as long as that goes well."""
+        """Run `func` and record what it consumed, as long as that goes well."""
         kwargs = kwargs or {}
         if self.failure is not None:
             return func(*args, **kwargs)

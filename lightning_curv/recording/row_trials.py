@@ -100,7 +100,7 @@ def _tried(
     known: Known,
     sizes: set[int],
 ) -> Tried | None:
-    """``None``: the function makes something else every time."""
+    """`None`: the function makes something else every time."""
     # The generators that a function may draw from are put back after every call.
     devices = list({tensor.device for tensor, _ in known if tensor.is_cuda})
 
@@ -158,7 +158,7 @@ def _only_row(size: int, known: Known) -> Tensor | None:
 def _spelled(bits: Sequence[tuple[Tensor, Tensor]], size: int) -> Tensor | None:
     """The number of every entry, bit by bit.
 
-    ``None``: it cannot be told. Entries that nothing changes belong to the rows that they lie in.
+    `None`: it cannot be told. Entries that nothing changes belong to the rows that they lie in.
 
     Args:
         bits: Whether it changes with the rows that have a bit, and with those that do not.
@@ -206,7 +206,7 @@ def _others(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _changed(plain: Tensor, other: Tensor) -> Tensor | None:
-    """Which entries differ by more than the last digits; ``None``: the shapes do."""
+    """Which entries differ by more than the last digits; `None`: the shapes do."""
     if plain.shape != other.shape:
         return None
     # Integers have no last digits.
@@ -248,7 +248,7 @@ def _key(
 ) -> tuple[Hashable, ...] | None:
     """What calls must have in common to treat rows alike.
 
-    ``None``: it depends on values, as on numbers of rows.
+    `None`: it depends on values, as on numbers of rows.
     """
     if any(not tensor.is_floating_point() for tensor in tensors_in([*args, *kwargs.values()])):
         return None

@@ -6,9 +6,9 @@ step by step, by one elementwise operation each. The backward pass of a step is 
 with the recurrent weight and a few elementwise operations, for all columns together. Some steps at
 a time are worked on in cache.
 
-A cell is a function of a `Run`, the cotangents ``[T, V, N, P]`` of its outputs h_t and those of its
-final states, ``[V, N, *]``. It returns for every weight the cotangents of its product,
-``[V, N, T, o]``, and the inputs of that product, ``[T, N, i]``.
+A cell is a function of a `Run`, the cotangents `[T, V, N, P]` of its outputs h_t and those of its
+final states, `[V, N, *]`. It returns for every weight the cotangents of its product,
+`[V, N, T, o]`, and the inputs of that product, `[T, N, i]`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Run:
     Attributes:
         weights: W_i, W_h and, where the output is projected, W_r.
         biases: b_i and b_h, if there are any.
-        x: Inputs, ``[T, N, D]``.
-        before: h_{t-1}, ``[T, N, P]``.
-        after: h_t, ``[T, N, P]``.
-        cell: c_0 of an LSTM, ``[N, H]``.
+        x: Inputs, `[T, N, D]`.
+        before: h_{t-1}, `[T, N, P]`.
+        after: h_t, `[T, N, P]`.
+        cell: c_0 of an LSTM, `[N, H]`.
         ends: The samples whose last step is a certain one, by that step. Cotangents behind it are
             zero.
     """
@@ -60,7 +60,7 @@ class Run:
         return [range(start, min(start + size, steps)) for start in range(0, steps, size)]
 
     def product(self, number: int, steps: range) -> Tensor:
-        """W_i x_t + b_i (number 0) or W_h h_{t-1} + b_h (1), ``[t, N, o]``."""
+        """W_i x_t + b_i (number 0) or W_h h_{t-1} + b_h (1), `[t, N, o]`."""
         inputs = (self.x, self.before)[number]
         some_inputs = inputs[steps.start : steps.stop]
         product = times(some_inputs, self.weights[number].mT)
@@ -69,7 +69,7 @@ class Run:
         return product
 
     def arriving(self, g: Tensor, final: Tensor) -> list[Tensor]:
-        """Cotangents ``[V, N, P]`` of every h_t, those of the final states added at the ends."""
+        """Cotangents `[V, N, P]` of every h_t, those of the final states added at the ends."""
         # A list, so that single steps can be replaced without a copy of all.
         arriving = [*g.unbind()]
         for t, ended in self.ends.items():
@@ -78,11 +78,11 @@ class Run:
         return arriving
 
     def back(self, products: Tensor, g: Tensor) -> Tensor:
-        """Cotangents of h_t, ``[V, N, P]``.
+        """Cotangents of h_t, `[V, N, P]`.
 
         Args:
-            products: Cotangents of the products of the next step with W_h, ``[V, N, o]``.
-            g: Cotangents that arrive at h_t itself, ``[V, N, P]``.
+            products: Cotangents of the products of the next step with W_h, `[V, N, o]`.
+            g: Cotangents that arrive at h_t itself, `[V, N, P]`.
         """
         recurrent = self.weights[1]
         rows = products.view(-1, len(recurrent))
@@ -91,7 +91,7 @@ class Run:
 
 
 def times(x: Tensor, matrix: Tensor) -> Tensor:
-    """``x @ matrix`` for ``x [*, k]``."""
+    """`x @ matrix` for `x [*, k]`."""
     rows = x.reshape(-1, x.shape[-1])
     products = onednn.mm(rows, matrix)
     return products.view(*x.shape[:-1], matrix.shape[1])
@@ -174,7 +174,7 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
 
 
 def _lstm_states(run: Run) -> tuple[Tensor, Tensor]:
-    """The gates i, f, z, o, ``[N, T, 4, H]``, and c_0 … c_T, ``[T + 1, N, H]``."""
+    """The gates i, f, z, o, `[N, T, 4, H]`, and c_0 … c_T, `[T + 1, N, H]`."""
     assert run.cell is not None
     steps, samples = run.x.shape[:2]
     width = run.cell.shape[1]
@@ -235,8 +235,8 @@ def gru(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
 def _gru_derivatives(run: Run, block: range) -> tuple[Tensor, Tensor, Tensor]:
     """Derivatives of h_t by the products of a gated recurrent unit.
 
-    Those by W_h h_{t-1} through the gates r, z, n, ``[t, N, 3, H]``; that by the part of W_i x_t in
-    n, ``[t, N, H]``; and the gate z, the derivative by h_{t-1} itself.
+    Those by W_h h_{t-1} through the gates r, z, n, `[t, N, 3, H]`; that by the part of W_i x_t in
+    n, `[t, N, H]`; and the gate z, the derivative by h_{t-1} itself.
     """
     x = run.product(0, block).unflatten(2, (3, -1))
     h = run.product(1, block).unflatten(2, (3, -1))

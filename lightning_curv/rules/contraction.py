@@ -1,4 +1,4 @@
-"""Contractions with a parameter: ``torch.einsum`` of two tensors, batched matrix products."""
+"""Contractions with a parameter: `torch.einsum` of two tensors, batched matrix products."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 def _parsed(arguments: dict[str, Any]) -> tuple[list[str], str] | None:
     """The letters of the two operands and of the output.
 
-    ``None``: the call is no product of two tensors, or has other than plain letters.
+    `None`: the call is no product of two tensors, or has other than plain letters.
     """
     equation = arguments["equation"]
     if not isinstance(equation, str) or "." in equation or "operands2" in arguments:
@@ -108,13 +108,13 @@ def contraction(
     par: str,
     out: str,
 ) -> Term | None:
-    """The term of a parameter in a product with data, ``inp, par -> out``.
+    """The term of a parameter in a product with data, `inp, par -> out`.
 
-    ``None``: the parameter alone is summed over an axis, or there are more axes than letters.
+    `None`: the parameter alone is summed over an axis, or there are more axes than letters.
 
     Args:
         call: The recorded call.
-        g: Cotangents, ``[V, N, *]``.
+        g: Cotangents, `[V, N, *]`.
         x: The data.
         inp: The letters of the data's axes.
         par: Those of the parameter's axes.
@@ -137,7 +137,7 @@ def contraction(
 
 
 def _meanings(inp: str, par: str, out: str, sample: str) -> dict[str, str] | None:
-    """The letters of a `Term` for those of the product ``inp, par -> out``; ``None``: too few."""
+    """The letters of a `Term` for those of the product `inp, par -> out`; `None`: too few."""
     # Axes that both factors and the output have are not summed: a product for each entry.
     both = [axis for axis in par if axis in inp and axis in out]
     rows = [axis for axis in par if axis not in inp]

@@ -47,7 +47,7 @@ def convolution(
     dilation: Sizes = 1,
     groups: int = 1,
 ) -> dict[str, Term]:
-    """``F.conv1d``, ``F.conv2d``, ``F.conv3d``; other padding modes arrive padded."""
+    """`F.conv1d`, `F.conv2d`, `F.conv3d`; other padding modes arrive padded."""
     dims = weight.ndim - 2
     s = "stu"[:dims]
     k = "xyz"[:dims]
@@ -94,7 +94,7 @@ def transposed_convolution(
     groups: int = 1,
     dilation: Sizes = 1,
 ) -> dict[str, Term]:
-    """``F.conv_transpose1d``, ``F.conv_transpose2d``, ``F.conv_transpose3d``.
+    """`F.conv_transpose1d`, `F.conv_transpose2d`, `F.conv_transpose3d`.
 
     They are convolutions of a spread input. Positions are the pixels of the output. They run
     backwards, so that the patches that they see are views.
@@ -138,7 +138,7 @@ def patches(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """The receptive fields, ``[N, groups, in/groups, *kernel, *positions]``.
+    """The receptive fields, `[N, groups, in/groups, *kernel, *positions]`.
 
     They are a view of the padded input: pixels of overlapping fields are the same memory.
     """
@@ -194,7 +194,7 @@ def _transposed_pads(
 
 
 def _spread(input: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The input with ``stride - 1`` zeros between its pixels."""
+    """The input with `stride - 1` zeros between its pixels."""
     if max(stride) == 1:
         return input
     sizes = [(size - 1) * step + 1 for size, step in zip(input.shape[2:], stride, strict=True)]
@@ -242,7 +242,7 @@ def _adjoint(
         return g if groups == 1 else g.flatten(1, 2)
 
     def ordered(gradients: Tensor) -> Tensor:
-        """``[*, out, in/groups, *kernel]``, or with the two axes swapped in every group."""
+        """`[*, out, in/groups, *kernel]`, or with the two axes swapped in every group."""
         if not transposed:
             return gradients
         axis = gradients.ndim - weight.ndim

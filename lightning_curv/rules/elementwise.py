@@ -38,7 +38,7 @@ def broadcast(
     operand: Tensor,
     factor: Tensor | None = None,
 ) -> Term:
-    """The term of a parameter that is broadcast to the output and multiplied by ``factor``."""
+    """The term of a parameter that is broadcast to the output and multiplied by `factor`."""
     sizes = list(_aligned(operand.shape, len(call.shape)))
     # The axes that make up the rows are in front of g, as n.
     del sizes[call.axis : call.axis + call.lead]
@@ -72,7 +72,7 @@ def _sum_terms(
     Args:
         call: The recorded call.
         operands: The summands by name.
-        cotangents: The cotangents of each, ``[V, N, *]``.
+        cotangents: The cotangents of each, `[V, N, *]`.
     """
     return {name: broadcast(call, cotangents[name], operands[name]) for name in call.operands}
 

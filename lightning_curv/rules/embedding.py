@@ -23,7 +23,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> dict[str, Term]:
-    """``F.embedding``; the row ``padding_idx`` gets no gradient."""
+    """`F.embedding`; the row `padding_idx` gets no gradient."""
     _refuse_frequencies(scale_grad_by_freq)
     classes = weight.shape[0]
     index = call.rows(input).reshape(g.shape[1], -1)
@@ -53,7 +53,7 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> dict[str, Term]:
-    """``F.embedding_bag``: an embedding whose tokens share the cotangent of their bag."""
+    """`F.embedding_bag`: an embedding whose tokens share the cotangent of their bag."""
     _refuse_frequencies(scale_grad_by_freq)
     place = torch.arange(input.numel(), device=input.device).reshape(input.shape)
     if offsets is not None:
@@ -82,9 +82,9 @@ def rows_of(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Term:
 
     Args:
         call: The recorded call.
-        g: Cotangents, ``[V, N, *]``.
+        g: Cotangents, `[V, N, *]`.
         table: The parameter.
-        index: Integers, of the shape of the output without the axes behind the first of ``table``.
+        index: Integers, of the shape of the output without the axes behind the first of `table`.
     """
     index = (call.rows(index) % len(table)).reshape(g.shape[1], -1)
     # A Kronecker factor for the entries of a matrix would have its size squared.
@@ -94,7 +94,7 @@ def rows_of(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Term:
 
 
 def _bags(starts: Tensor, length: int) -> Tensor:
-    """The place of every token of every bag, ``[N, longest]``; -1 behind the end of a bag."""
+    """The place of every token of every bag, `[N, longest]`; -1 behind the end of a bag."""
     ends = torch.cat([starts[1:], starts.new_tensor([length])])
     longest = int((ends - starts).max())
     place = starts[:, None] + torch.arange(longest, device=starts.device)

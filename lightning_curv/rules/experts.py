@@ -44,10 +44,10 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> dict[str, Term]:
-    """``F.grouped_mm``: row r times the matrix of its expert, Y_r = x_r W_e(r).
+    """`F.grouped_mm`: row r times the matrix of its expert, Y_r = x_r W_e(r).
 
     The op also multiplies W_e X, whose columns have experts. Expert e ends with row
-    ``offs[e] - 1``; rows that no expert has get no gradient. Rows are zero for all experts but
+    `offs[e] - 1`; rows that no expert has get no gradient. Rows are zero for all experts but
     their own: memory is that of the rows times the number of experts.
     """
     dims = input.ndim, mat2.ndim
@@ -65,7 +65,7 @@ def grouped_mm(
 
 
 def _of_experts(g: Tensor, x: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
-    """Cotangents ``[V, R, q, o]`` and inputs ``[R, q, i]`` of rows ``[V, R, o]`` and ``[R, i]``."""
+    """Cotangents `[V, R, q, o]` and inputs `[R, q, i]` of rows `[V, R, o]` and `[R, i]`."""
     rows = torch.arange(len(x), device=x.device)
     own_expert = torch.bucketize(rows, offs.to(rows.dtype), right=True)
     experts = torch.arange(len(offs), device=x.device)

@@ -1,4 +1,4 @@
-"""Ops without a rule: exact per-sample vector-Jacobian products of the op itself, by ``vmap``."""
+"""Ops without a rule: exact per-sample vector-Jacobian products of the op itself, by `vmap`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _picks(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> bool:
-    """Whether a call is ``table[index]`` with a tensor of integers."""
+    """Whether a call is `table[index]` with a tensor of integers."""
     if func is not Tensor.__getitem__ or kwargs:
         return False
     index = args[1]
@@ -80,12 +80,12 @@ def per_sample(
     Args:
         op: The op as a function of named arguments.
         call: The recorded call.
-        g: Cotangents, ``[V, N, *]``.
-        arguments: The op's arguments by name; those that are not in ``call.operands`` and whose
+        g: Cotangents, `[V, N, *]`.
+        arguments: The op's arguments by name; those that are not in `call.operands` and whose
             leading axis has size N are data.
 
     Raises:
-        NotImplementedError: The op does not batch over the leading axis, or ``vmap`` cannot run it.
+        NotImplementedError: The op does not batch over the leading axis, or `vmap` cannot run it.
     """
     warnings.warn(
         f"`{op.__name__}` has no rule: its per-sample gradients are exact but slow, and held in "
@@ -168,5 +168,5 @@ def _agree(
 
 
 def dense(jacobian: Tensor) -> Term:
-    """A term that holds its Jacobian ``[V, N, *p]``."""
+    """A term that holds its Jacobian `[V, N, *p]`."""
     return Term("d", "", "d", jacobian.flatten(2) if jacobian.ndim > 2 else jacobian[..., None])

@@ -14,7 +14,7 @@ Axes = Sequence[int | None] | None
 
 
 def joined(outputs: Sequence[Tensor], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The outputs as the rows ``[N, K]`` of one tensor, and the outputs computed from that.
+    """The outputs as the rows `[N, K]` of one tensor, and the outputs computed from that.
 
     Values, strides and version counters stay; gradients pass through unchanged.
 
@@ -27,11 +27,11 @@ def joined(outputs: Sequence[Tensor], axes: Axes) -> tuple[Tensor, tuple[Tensor,
 
 
 def rows(tensors: Sequence[Tensor], axes: Axes) -> Tensor:
-    """The entries of every sample, ``[N, K]``, or every row of ragged tensors, ``[R, K]``.
+    """The entries of every sample, `[N, K]`, or every row of ragged tensors, `[R, K]`.
 
     Args:
         tensors: The tensors.
-        axes: The axis of each that carries the samples; ``None``: unknown, then N is 1. ``None``
+        axes: The axis of each that carries the samples; `None`: unknown, then N is 1. `None`
             for all of them: they are ragged. What is in front of the last axis of each is rows,
             those of one tensor behind those of another and with zeros where another's are wider.
     """

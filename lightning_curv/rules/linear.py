@@ -1,4 +1,4 @@
-"""Linear maps: ``F.linear``, products with a matrix parameter, ``addmm``."""
+"""Linear maps: `F.linear`, products with a matrix parameter, `addmm`."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def product(g: Tensor, x: Tensor, par: str) -> tuple[Term, Term]:
     """The terms of a matrix and of an offset of its output.
 
     Args:
-        g: Cotangents of the output, ``[V, N, *, out]``.
-        x: Inputs, ``[N, *, in]``.
-        par: The letters of the matrix in the order of its memory, ``"oi"`` or ``"io"``.
+        g: Cotangents of the output, `[V, N, *, out]`.
+        x: Inputs, `[N, *, in]`.
+        par: The letters of the matrix in the order of its memory, `"oi"` or `"io"`.
     """
     g = flatten_shared(g, 2, -1)
     x = flatten_shared(x, 1, -1)

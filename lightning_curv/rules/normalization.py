@@ -17,7 +17,7 @@ def _before_normalized(call: Call, arguments: dict[str, Any]) -> range:
 
 
 def _trailing(call: Call, g: Tensor, x: Tensor, features: int) -> dict[str, Term]:
-    """Terms of scale and shift, one entry each per entry of the last ``features`` axes."""
+    """Terms of scale and shift, one entry each per entry of the last `features` axes."""
     # All axes between the sample and the features become one axis of shared positions.
     g = g.flatten(-features)
     g = g.reshape(*g.shape[:2], -1, g.shape[-1])
@@ -49,7 +49,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> dict[str, Term]:
-    """``F.layer_norm``."""
+    """`F.layer_norm`."""
     return _trailing(call, g, F.layer_norm(input, normalized_shape, eps=eps), len(normalized_shape))
 
 
@@ -62,7 +62,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> dict[str, Term]:
-    """``F.rms_norm``."""
+    """`F.rms_norm`."""
     return _trailing(call, g, F.rms_norm(input, normalized_shape, eps=eps), len(normalized_shape))
 
 
@@ -76,7 +76,7 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> dict[str, Term]:
-    """``F.group_norm``."""
+    """`F.group_norm`."""
     return _channels(g, F.group_norm(input, num_groups, eps=eps))
 
 
@@ -104,7 +104,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> dict[str, Term]:
-    """``F.batch_norm``; in training mode the normalised input is taken as given."""
+    """`F.batch_norm`; in training mode the normalised input is taken as given."""
     if training:
         # The call itself has moved the running averages: they must not be moved once more.
         running_mean = running_var = None
@@ -130,7 +130,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> dict[str, Term]:
-    """``F.instance_norm``; never couples samples."""
+    """`F.instance_norm`; never couples samples."""
     if use_input_stats:
         return _channels(g, F.instance_norm(input, eps=eps))
     return _channels(g, F.batch_norm(input, running_mean, running_var, training=False, eps=eps))

@@ -1,6 +1,6 @@
 """Recurrent networks and cells: one call applies every weight at every step.
 
-The steps are shared positions of the weights, as the positions of a sequence are for ``F.linear``;
+The steps are shared positions of the weights, as the positions of a sequence are for `F.linear`;
 the forward pass and the gradients stay those of the builtin. The cotangents of the products with
 the weights are found in closed form from the recorded outputs (`cells`), from the last layer to the
 first. Where these are not what the call returned (changed in place, or inputs replaced by others)
@@ -90,7 +90,7 @@ def _numbered(arguments: dict[str, Any], name: str) -> list[Tensor]:
 
 
 def _sample_axes(arguments: dict[str, Any]) -> list[int | None] | None:
-    """The axes of the outputs that carry the samples; ``None``: rows of packed outputs do."""
+    """The axes of the outputs that carry the samples; `None`: rows of packed outputs do."""
     if "batch_sizes" in arguments:
         return None
     states = _numbered(arguments, "states")
@@ -129,9 +129,9 @@ class _Network:
     """The arguments of a call; a cell is a network of one layer and one step.
 
     Attributes:
-        x: Inputs, ``[T, N, D]``, padded if they are packed.
+        x: Inputs, `[T, N, D]`, padded if they are packed.
         steps: What the sequences have of the T steps.
-        initial: Initial states, ``[layers·directions, N, *]`` each.
+        initial: Initial states, `[layers·directions, N, *]` each.
         weights: All parameters by number.
         biases: Numbers of the biases by those of their weights.
         matrices: Numbers of the weights of every direction of every layer: W_i, W_h and, where
@@ -175,7 +175,7 @@ class _Network:
             self.matrices.append(matrices)
 
     def _steps_first(self, tensor: Tensor) -> Tensor:
-        """Inputs or outputs as ``[T, N, *]``, padded if they are packed."""
+        """Inputs or outputs as `[T, N, *]`, padded if they are packed."""
         if self.is_cell:
             return tensor[None]
         if self.arguments.get("batch_first"):
@@ -186,7 +186,7 @@ class _Network:
         """The cotangents at the products with the weights, by differentiating every step.
 
         Args:
-            g: Cotangents of all outputs, ``[V, N, K]``.
+            g: Cotangents of all outputs, `[V, N, K]`.
         """
         # A shift is added to every product: the cotangent of the shift is that of the product.
         steps, samples = self.x.shape[:2]
@@ -207,7 +207,7 @@ class _Network:
             yield number, y.movedim(1, 2), x.movedim(0, 1)
 
     def _outputs(self, shifts: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-        """All outputs as rows ``[N, K]``, and the inputs ``[T, N, i]`` of every product."""
+        """All outputs as rows `[N, K]`, and the inputs `[T, N, i]` of every product."""
         run = replay.Replay(
             self.kind.step,
             self.weights,
@@ -274,7 +274,7 @@ class _Network:
                 arriving = sum(below[1:], start=below[0])
 
     def _run(self, number: int, x: Tensor, h: Tensor, dtype: torch.dtype) -> cells.Run:
-        """One direction of one layer that has run with inputs ``x`` and outputs ``h``."""
+        """One direction of one layer that has run with inputs `x` and outputs `h`."""
         # Torch's order of the parameters is known to `__init__` alone.
         matrices = self.matrices[number]
         initial = [state[number].to(dtype) for state in self.initial]
@@ -294,7 +294,7 @@ class _Network:
         )
 
     def _layers(self, output: Tensor) -> list[Tensor]:
-        """The input of the first layer and the outputs of all layers, ``[T, N, *]``.
+        """The input of the first layer and the outputs of all layers, `[T, N, *]`.
 
         The call has returned the output of the last layer alone: those below are run again.
         """
@@ -320,7 +320,7 @@ class _Network:
         return [*values, self._steps_first(output)]
 
     def _split(self, g: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Cotangents of outputs, ``[T, V, N, *]``, and of final states, ``[V, N, k, *]``."""
+        """Cotangents of outputs, `[T, V, N, *]`, and of final states, `[V, N, k, *]`."""
         if "batch_sizes" in self.arguments:
             return self._split_rows(g)
         steps = len(self.x)
@@ -354,7 +354,7 @@ class _Network:
 
 
 def _recurrent(kind: _Kind, call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
-    """``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh``, ``torch.rnn_relu`` and their cells."""
+    """`torch.lstm`, `torch.gru`, `torch.rnn_tanh`, `torch.rnn_relu` and their cells."""
     # A cell is a network of one layer and one step: one mechanism for both.
     network = _Network(kind, arguments)
     output, version = arguments["output"] or (g, -1)

@@ -50,7 +50,7 @@ def relu(x: Tensor, h: Tensor, states: States) -> States:
 
 
 class Replay:
-    """The recurrence, with a shift added to the results ``[T, N, o]`` of every matrix product.
+    """The recurrence, with a shift added to the results `[T, N, o]` of every matrix product.
 
     It keeps the inputs of the products. Shifts, inputs and the numbers of the biases go by the
     number of the weight.
@@ -92,9 +92,9 @@ class Replay:
         first: int,
         last: int,
     ) -> tuple[Tensor, States]:
-        """One direction of one layer with the weights ``first`` to ``last``.
+        """One direction of one layer with the weights `first` to `last`.
 
-        Returns all outputs h, ``[T, N, P]``, and the final states.
+        Returns all outputs h, `[T, N, P]`, and the final states.
         """
         projected = (last - first) % 2
         states_by_step = []
@@ -113,7 +113,7 @@ class Replay:
         initial: Sequence[Tensor],
         directions: int,
     ) -> tuple[Tensor, list[Tensor]]:
-        """All layers: outputs ``[T, N, *]`` and final states ``[layers·directions, N, *]``."""
+        """All layers: outputs `[T, N, *]` and final states `[layers·directions, N, *]`."""
         count = len(self.weights) // len(initial[0])
         final = []
         for layer in range(0, len(initial[0]), directions):

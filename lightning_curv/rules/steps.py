@@ -25,23 +25,23 @@ class Steps:
         return {self.count - 1: slice(None)}
 
     def last(self, steps: Sequence[Tensor]) -> Tensor:
-        """The last step of every sequence, ``[N, *]``, of ``T`` tensors of this shape."""
+        """The last step of every sequence, `[N, *]`, of `T` tensors of this shape."""
         return steps[-1]
 
     def backwards(self, tensor: Tensor, axis: int = 1) -> Tensor:
-        """``[T, *]`` with the steps of every sequence in reverse order; ``axis``: of sequences."""
+        """`[T, *]` with the steps of every sequence in reverse order; `axis`: of sequences."""
         return tensor.flip(0)
 
     def padded(self, rows: Tensor) -> Tensor:
-        """The tensor ``[T, N, *]`` of rows."""
+        """The tensor `[T, N, *]` of rows."""
         return rows
 
     def rows(self, padded: Tensor) -> Tensor:
-        """The rows of ``[T, N, *]``."""
+        """The rows of `[T, N, *]`."""
         return padded
 
     def masked(self, padded: Tensor) -> Tensor:
-        """``[T, N, *]`` with zeros where sequences have no step."""
+        """`[T, N, *]` with zeros where sequences have no step."""
         return padded
 
 
@@ -49,7 +49,7 @@ class PackedSteps(Steps):
     """Packed sequences.
 
     Args:
-        batch_sizes: The number of sequences that have a certain step, ``[T]``.
+        batch_sizes: The number of sequences that have a certain step, `[T]`.
         device: Of the tensors.
     """
 
@@ -78,7 +78,7 @@ class PackedSteps(Steps):
 
     @cached_property
     def _exists(self) -> Tensor:
-        """Whether a sequence has a step, ``[T, N]``."""
+        """Whether a sequence has a step, `[T, N]`."""
         sizes = torch.tensor(self.sizes, device=self._device)
         sequences = torch.arange(self.sizes[0], device=self._device)
         return sequences < sizes[:, None]

@@ -21,7 +21,7 @@ from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners, owners_of
 def anchor_of(search: Search, node: Node | Join, use: Use, count: int) -> Owners | None:
     """Where a use has its samples, as the rows of the batch that it reads tell.
 
-    ``None`` if they do not tell.
+    `None` if they do not tell.
     """
     # Asked again for every assignment that is tried, while the rows stay the same.
     if (node, count) not in search.anchors:
@@ -110,9 +110,9 @@ def _numbered(
 
 
 def told_by_map(search: Search, op: Mapped, count: int) -> Owners | None:
-    """Where an op under ``vmap`` has its samples, as the rows that it reads tell.
+    """Where an op under `vmap` has its samples, as the rows that it reads tell.
 
-    ``None`` if they do not tell.
+    `None` if they do not tell.
     """
     numbers = (op.roots.numbers or {}).get(count)
     if numbers is None:
@@ -123,7 +123,7 @@ def told_by_map(search: Search, op: Mapped, count: int) -> Owners | None:
 def told_by_target(head: Head, count: int) -> Owners | None:
     """Who owns the rows of a head, as the targets of the loss call tell.
 
-    ``None`` if there are none whose rows were moved and could be followed.
+    `None` if there are none whose rows were moved and could be followed.
     """
     if head.call is None:
         target = None

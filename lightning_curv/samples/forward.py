@@ -39,7 +39,7 @@ def forward_owners(
         by_entry: Whether every entry is a row of its own, and some may depend on no sample.
 
     Returns:
-        The owners; ``None``: a row depends on several samples, or the graph cannot be
+        The owners; `None`: a row depends on several samples, or the graph cannot be
         differentiated twice.
     """
     with torch.enable_grad(), internal_pass():
@@ -124,7 +124,7 @@ class _PushedForward:
         return [generic(one.gradient.detach()) for one in self.reached]
 
     def weighted(self, values: Tensor | None) -> Derivatives:
-        """The derivatives of the heads, where the direction has weights ``[N]`` of the samples."""
+        """The derivatives of the heads, where the direction has weights `[N]` of the samples."""
         vectors = self.directions
         if values is not None:
             pairs = zip(self.directions, self.reached, strict=True)
@@ -153,7 +153,7 @@ def _rows_of_head(
     tolerances: Sequence[Tolerance],
     by_entry: bool,
 ) -> RowOwners | None:
-    """The owners of the rows of one head; ``None``: a row has several, or has none.
+    """The owners of the rows of one head; `None`: a row has several, or has none.
 
     Args:
         head: The head.

@@ -14,7 +14,7 @@ from lightning_curv.terms.owners import Owners, RowOwners
 
 
 def groups_of(use: Use) -> Tensor | None:
-    """The sample of the rule that every row belongs to; ``None``: it makes none of its own."""
+    """The sample of the rule that every row belongs to; `None`: it makes none of its own."""
     if use.rule.groups is None or not use.arguments:
         return None
     return use.rule.groups(use.arguments)

@@ -74,7 +74,7 @@ class Memory:
     entries: OrderedDict[Hashable, _Entry] = field(default_factory=OrderedDict)
 
     def recall(self, key: Hashable, tape: Tape) -> Found | None:
-        """Recall what was found for a graph of this structure; ``None``: it is to be verified."""
+        """Recall what was found for a graph of this structure; `None`: it is to be verified."""
         entry = self.entries.get(key)
         if entry is None:
             return None

@@ -26,7 +26,7 @@ def base_of(eps: float) -> int:
 
 
 def spread(count: int, eps: float) -> Tensor:
-    """Powers of two, ``[N]``: neighbours have different ones, and equal ones are far apart."""
+    """Powers of two, `[N]`: neighbours have different ones, and equal ones are far apart."""
     exponents = ((golden(count) - 1) * base_of(eps)).floor()
     return 2.0**exponents
 
@@ -55,7 +55,7 @@ class Tolerance:
 
     @classmethod
     def rounded(cls, eps: float, scale: float) -> Tolerance:
-        """Whatever rounding may do to numbers that were as large as ``scale``."""
+        """Whatever rounding may do to numbers that were as large as `scale`."""
         noise = 8 * eps * scale
         # Coarse types have few digits to spare: a thousand roundings would allow anything.
         roundings = 1e3 if eps < 1e-6 else 32
@@ -79,7 +79,7 @@ class Code:
 
     @classmethod
     def of(cls, count: int, eps: float) -> Code:
-        """The code for N samples in types of number that round by ``eps``."""
+        """The code for N samples in types of number that round by `eps`."""
         base = max(2, min(count, base_of(eps)))
         # Less a little: the logarithm of a power of the base may be rounded up.
         exponent = math.log(max(2, count), base) - 1e-9
@@ -101,7 +101,7 @@ class Code:
         count: int,
         tolerance: Tolerance,
     ) -> RowOwners | None:
-        """The owners of the rows; ``None``: a row has several.
+        """The owners of the rows; `None`: a row has several.
 
         Rows of rounding errors have none or any: what arrives there is nothing, whatever is
         backpropagated.
@@ -152,7 +152,7 @@ class Code:
 
 
 def _rows_of(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The rows of a tensor whose rows are made up by some axes, ``[R, E]``."""
+    """The rows of a tensor whose rows are made up by some axes, `[R, E]`."""
     no_index = torch.zeros(0, dtype=torch.long)
     rows = RowOwners(0, no_index, axes).rows(tensor)
     if tensor.ndim > len(axes):

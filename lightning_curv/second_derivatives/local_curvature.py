@@ -50,7 +50,7 @@ class Residual(ABC):
 
     @abstractmethod
     def positive(self, modify: str) -> Residual:
-        """Set the negative eigenvalues to zero (``"clip"``), or make them positive (``"abs"``)."""
+        """Set the negative eigenvalues to zero (`"clip"`), or make them positive (`"abs"`)."""
 
     @abstractmethod
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -106,7 +106,7 @@ class DiagonalResidual(Residual):
 
 
 def _used(values: Tensor) -> Tensor:
-    """Which eigenvalues ``[N, E, ...]`` are not zero up to rounding in all samples; NaN is not."""
+    """Which eigenvalues `[N, E, ...]` are not zero up to rounding in all samples; NaN is not."""
     magnitudes = values.abs()
     finite = magnitudes[magnitudes.isfinite()]
     largest = float(finite.max()) if finite.numel() else 0.0
@@ -130,9 +130,9 @@ class EigenResidual(Residual):
         edges: The node's data inputs.
         owners: Which sample owns each row of them.
         sizes: Their shapes.
-        values: Eigenvalues: ``[N, E, k]`` for an elementwise node of k inputs with E entries, else
-            ``[N, E]``.
-        vectors: Eigenvectors: ``[N, E, k (input), k]``, else ``[N, E (entry of all inputs), E]``.
+        values: Eigenvalues: `[N, E, k]` for an elementwise node of k inputs with E entries, else
+            `[N, E]`.
+        vectors: Eigenvectors: `[N, E, k (input), k]`, else `[N, E (entry of all inputs), E]`.
     """
 
     edges: Sequence[GradientEdge]
@@ -200,7 +200,7 @@ class EigenResidual(Residual):
 
 
 def _blocked(edges: Sequence[GradientEdge]) -> AbstractContextManager[None]:
-    """Capture gradients at ``edges``, and let them go no further.
+    """Capture gradients at `edges`, and let them go no further.
 
     An input may depend on another input of the same node.
     """
@@ -308,7 +308,7 @@ class LocalCurvature:
         return EigenResidual(self.edges, owners, shapes, values, vectors)
 
     def _elementwise(self, owners: Sequence[Owners]) -> Tensor | None:
-        """R as ``[N, E, k, k]``, or ``None`` if it couples entries."""
+        """R as `[N, E, k, k]`, or `None` if it couples entries."""
         zero = [torch.zeros_like(v) for v in self.inputs]
         rows = [
             self(
@@ -334,7 +334,7 @@ class LocalCurvature:
         )
 
     def _dense(self, owners: Sequence[Owners], shapes: Sequence[torch.Size]) -> Tensor:
-        """R as ``[N, E, E]`` over the entries of all inputs."""
+        """R as `[N, E, E]` over the entries of all inputs."""
         sizes = _entries(owners, shapes)
         unit = self.inputs[0].new_zeros(owners[0].count, sum(sizes))
         rows = []

@@ -117,7 +117,7 @@ def differentiated_diagonals(
 
 
 def _differentiated(rows: Tensor, parameter: Tensor) -> Tensor:
-    """The derivative of every entry ``[N, *p]`` by the same entry of the parameter."""
+    """The derivative of every entry `[N, *p]` by the same entry of the parameter."""
     diagonal = torch.zeros_like(rows).detach()
     if not rows.requires_grad:
         return diagonal
@@ -154,7 +154,7 @@ class _Op:
         return self.passes.samples.count
 
     def gradient(self, **arguments: Tensor) -> Tensor:
-        """K, the per-sample gradient by the operand: a function of the arguments, ``[N, *D]``."""
+        """K, the per-sample gradient by the operand: a function of the arguments, `[N, *D]`."""
         owners = self.passes.samples.uses[self.node]
         term = apply_rule(self.use, owners, self.g[None], arguments)[self.name]
         return Jacobian(self.operand.tensor, [term]).per_sample()[0]
@@ -169,7 +169,7 @@ class _Op:
         return value_and_change[1]
 
     def pulled(self, jacobian: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """``[V, N, *D]`` by the leaves that the operand was computed from."""
+        """`[V, N, *D]` by the leaves that the operand was computed from."""
         if not self.operand.derived:
             yield self.operand.tensor, jacobian
             return
@@ -265,7 +265,7 @@ class _Op:
 
 
 def _diagonal(parameter: Tensor, diagonal: Tensor) -> dict[Tensor, Jacobian]:
-    """The Jacobian of two columns whose signed squares are ``diagonal [N, *p]``."""
+    """The Jacobian of two columns whose signed squares are `diagonal [N, *p]`."""
     roots = torch.stack([diagonal.clamp(min=0).sqrt(), (-diagonal).clamp(min=0).sqrt()])
     signs = torch.stack([diagonal.new_ones(len(diagonal)), -diagonal.new_ones(len(diagonal))])
     return {parameter: Jacobian(parameter, [dense(roots)], signs)}

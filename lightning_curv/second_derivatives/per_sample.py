@@ -1,4 +1,4 @@
-"""Per-sample gradients with a graph of their own, for ``loss.backward(create_graph=True)``.
+"""Per-sample gradients with a graph of their own, for `loss.backward(create_graph=True)`.
 
 Recorded inputs are detached, and terms are contractions of values. Here autograd makes every
 per-sample gradient itself: the cotangent at the output of an op, all other samples set to zero, is
@@ -23,7 +23,7 @@ from lightning_curv.samples.groups import owner_of_rows
 
 
 def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
-    """The per-sample gradients of every parameter, ``[N, *p]``, with a graph.
+    """The per-sample gradients of every parameter, `[N, *p]`, with a graph.
 
     Cost: one more backward pass with a graph, and per op N times the part of a pass that is the
         gradient by its
@@ -86,7 +86,7 @@ def _of_use(
 
 @contextmanager
 def _only(key: Node | Join, use: Use, seed: Tensor) -> Iterator[None]:
-    """Context in which an op gets ``seed`` after all hooks of its output, and its data nothing.
+    """Context in which an op gets `seed` after all hooks of its output, and its data nothing.
 
     Below the data the parameters of the op may be used again. No node of the data is between the op
     and a parameter: such a parameter would be reached without a recorded op, which is refused.

@@ -1,9 +1,8 @@
 r"""Residuals: what the network itself adds to the GGN to make the Hessian.
 
-.. math::
-    H = \sum_n J_n^\top (\nabla_f^2 \ell_n) J_n
-        + \sum_{\text{nodes } \varphi} \sum_n J_{\varphi n}^\top R_{\varphi n} J_{\varphi n},
-    \qquad R_\varphi = \sum_k g_k\, \nabla^2 \varphi_k
+$$H = \sum_n J_n^\top (\nabla_f^2 \ell_n) J_n
+      + \sum_{\text{nodes } \varphi} \sum_n J_{\varphi n}^\top R_{\varphi n} J_{\varphi n},
+  \qquad R_\varphi = \sum_k g_k\, \nabla^2 \varphi_k$$
 
 over the nodes of the autograd graph between the network's output and its parameters, with the
 gradient g at the node's output and the Jacobian from the parameters to the node's inputs (Dangel,
@@ -80,7 +79,7 @@ def residuals(passes: Passes) -> Iterator[Residual]:
 
 
 def gradients_in_network(passes: Passes, edges: Sequence[GradientEdge]) -> list[Tensor | None]:
-    """The gradient of the loss at ``edges``, less what arrives from above the network's outputs.
+    """The gradient of the loss at `edges`, less what arrives from above the network's outputs.
 
     A node may be part of the loss and of the network: the exponential of a variance that is drawn
     with and penalised.

@@ -54,7 +54,7 @@ class SingleUse:
     def _order(self) -> bool | None:
         """Whether the cotangents of the op's term are those at its output, in order.
 
-        ``None`` if its rule cannot be applied to vectors.
+        `None` if its rule cannot be applied to vectors.
         """
         rule = self.use.rule
         value = self.use.operands[self.name].tensor

@@ -24,12 +24,12 @@ CHUNK_BYTES = 2**21
 
 
 def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
-    """J of consecutive samples, ``[V, n, *par]``; one piece without samples where there are none.
+    """J of consecutive samples, `[V, n, *par]`; one piece without samples where there are none.
 
     Args:
         term: The term.
         size: The number of samples n.
-        ordered: Whether memory is to be in the order ``n``, outputs, inputs, not in the faster one.
+        ordered: Whether memory is to be in the order `n`, outputs, inputs, not in the faster one.
     """
     matrices = Matrices(term, ordered)
     if matrices.regular and term.own_gradients is None:
@@ -47,7 +47,7 @@ def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
 
 
 class Matrices:
-    """The factors of a term as matrices: cotangents ``[N, q, V·o, s]``, inputs ``[N, q, i, s]``.
+    """The factors of a term as matrices: cotangents `[N, q, V·o, s]`, inputs `[N, q, i, s]`.
 
     Attributes:
         term: The term.
@@ -84,7 +84,7 @@ class Matrices:
         return self.term.sizes()
 
     def size(self, letters: list[str]) -> int:
-        """Number of entries along the axes ``letters``."""
+        """Number of entries along the axes `letters`."""
         return math.prod(self._sizes[letter] for letter in letters)
 
     @cached_property
@@ -98,8 +98,8 @@ class Matrices:
     def _views(self) -> tuple[Tensor, Tensor, bool]:
         """Views of the factors that need no copy to become matrices, and whether features are last.
 
-        Cotangents are ``[N, *q, *s, V, *o]`` if their features are next to each other in memory,
-        otherwise ``[N, *q, V, *o, *s]``; inputs are ``[N, *q, *i, *s]``.
+        Cotangents are `[N, *q, *s, V, *o]` if their features are next to each other in memory,
+        otherwise `[N, *q, V, *o, *s]`; inputs are `[N, *q, *i, *s]`.
         """
         term = self.term
         assert term.x is not None
@@ -121,7 +121,7 @@ class Matrices:
         return g, x, features_last
 
     def piece(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cotangents ``[n, q, V·o, s]`` and inputs ``[n, q, i, s]`` of some samples."""
+        """Cotangents `[n, q, V·o, s]` and inputs `[n, q, i, s]` of some samples."""
         q = self.size(self.both)
         s = self.size(self.shared)
         i = self.size(self.inputs)
@@ -165,7 +165,7 @@ class Matrices:
 
     @cached_property
     def _axes(self) -> tuple[list[int], list[int] | None]:
-        """Sizes of the axes of products behind ``n``, and their order in J; ``None``: the same."""
+        """Sizes of the axes of products behind `n`, and their order in J; `None`: the same."""
         outputs = ["v", *self.outputs]
         if self.ordered:
             factors = outputs + self.inputs
@@ -181,10 +181,10 @@ class Matrices:
         return axis_sizes, None if as_they_are else order
 
     def _shaped(self, product: Tensor) -> Tensor:
-        """Products as ``[V, n, *par]``.
+        """Products as `[V, n, *par]`.
 
         Args:
-            product: ``[n, q, rows, columns]``, ``[n·q, rows, columns]``, or a single product.
+            product: `[n, q, rows, columns]`, `[n·q, rows, columns]`, or a single product.
         """
         sizes, order = self._axes
         samples = product.numel() // max(1, math.prod(sizes))

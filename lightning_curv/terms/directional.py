@@ -24,10 +24,10 @@ def directional_derivatives(jacobian: Jacobian, vectors: Tensor) -> Tensor:
 
     Args:
         jacobian: Of a parameter.
-        vectors: The directions, ``[K, *p]``.
+        vectors: The directions, `[K, *p]`.
 
     Returns:
-        The products, ``[K, V, N]``.
+        The products, `[K, V, N]`.
     """
     terms = jacobian.terms
     if len(terms) == 1 and _forming_pays(terms[0], len(vectors)):

@@ -39,7 +39,7 @@ def rows(term: Term) -> Rows:
 
 
 def _added(g: Tensor, place: Tensor, places: int) -> Tensor:
-    """Sums of the entries ``g [V, M, *]`` that go to the same place, ``[V, places, *]``."""
+    """Sums of the entries `g [V, M, *]` that go to the same place, `[V, places, *]`."""
     sums = g.new_zeros(len(g), places, *g.shape[2:])
     return sums.index_add_(1, place, g)
 
@@ -64,7 +64,7 @@ def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
 
 
 def dot(term: Term, vector: Tensor) -> Tensor:
-    """Inner products of the per-sample gradients with ``vector [classes, *]``, ``[V, N]``."""
+    """Inner products of the per-sample gradients with `vector [classes, *]`, `[V, N]`."""
     touched = rows(term)
     products = touched.g * vector[touched.token]
     by_row = products.flatten(2).sum(2)
@@ -72,7 +72,7 @@ def dot(term: Term, vector: Tensor) -> Tensor:
 
 
 def second_moment(term: Term, reduce: bool) -> Tensor:
-    """The diagonal of the mean over samples of x xᵀ, ``[classes]``.
+    """The diagonal of the mean over samples of x xᵀ, `[classes]`.
 
     Args:
         term: The term of an embedding.
@@ -106,7 +106,7 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
 
 
 def per_sample(term: Term) -> Tensor:
-    """The per-sample gradients themselves, ``[V, N, classes, *]``."""
+    """The per-sample gradients themselves, `[V, N, classes, *]`."""
     touched = rows(term)
     columns, samples = term.g.shape[:2]
     size = samples * term.classes
@@ -119,12 +119,12 @@ def per_sample(term: Term) -> Tensor:
 
 
 def total(term: Term) -> Tensor:
-    """Sum over the samples, ``[V, classes, *]``."""
+    """Sum over the samples, `[V, classes, *]`."""
     return _scatter(rows(term), term.classes)
 
 
 def weighted_total(term: Term, weights: Tensor) -> Tensor:
-    """Sum over the samples of the first column, times ``weights [N]``, ``[classes, *]``."""
+    """Sum over the samples of the first column, times `weights [N]`, `[classes, *]`."""
     term = term.canonical()
     sample, index, position = _touched(term)
     g = _at(term.g[0].flatten(0, 1), position, 0)
@@ -136,7 +136,7 @@ def weighted_total(term: Term, weights: Tensor) -> Tensor:
 
 
 def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
-    """Sum over columns and samples of the squared per-sample gradients, ``[classes, *]``."""
+    """Sum over columns and samples of the squared per-sample gradients, `[classes, *]`."""
     touched = rows(term)
     row_signs = None if signs is None else signs[:, touched.sample]
     squares = signed(touched.g.square_(), row_signs)
@@ -146,7 +146,7 @@ def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
 
 
 def variance(term: Term) -> Tensor:
-    """Population variance over the samples of the first column, ``[classes, *]``.
+    """Population variance over the samples of the first column, `[classes, *]`.
 
     Rows that no sample touches have none; a sample that does not touch a row has zeros there.
     """
@@ -165,14 +165,14 @@ def variance(term: Term) -> Tensor:
 
 
 def squared_norms(term: Term) -> Tensor:
-    """Squared norms of the per-sample gradients, ``[V, N]``."""
+    """Squared norms of the per-sample gradients, `[V, N]`."""
     touched = rows(term)
     row_norms = torch.linalg.vector_norm(touched.g.flatten(2), dim=2)
     return _added(row_norms.square_(), touched.sample, term.g.shape[1])
 
 
 def norms(term: Term) -> tuple[Tensor, Tensor]:
-    """The norms, rounded up as in `ghost_norms.norms`, and those without cancelling; ``[V, N]``.
+    """The norms, rounded up as in `ghost_norms.norms`, and those without cancelling; `[V, N]`.
 
     The second are what the norms would be if nothing cancelled where a sample repeats a token. Only
     the rows of such tokens are added up before they are squared.
@@ -209,5 +209,5 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
 
 
 def _scatter(touched: Rows, classes: int) -> Tensor:
-    """The sum over the samples, ``[V, classes, *]``."""
+    """The sum over the samples, `[V, classes, *]`."""
     return _added(touched.g, touched.token, classes)

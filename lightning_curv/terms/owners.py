@@ -39,7 +39,7 @@ class Owners(ABC):
 
     @abstractmethod
     def split(self, tensor: Tensor, trailing: int = 0) -> Tensor:
-        """The entries of every sample, ``[N, E, *trailing]``; zeros where one has fewer rows.
+        """The entries of every sample, `[N, E, *trailing]`; zeros where one has fewer rows.
 
         Args:
             tensor: The tensor.
@@ -48,7 +48,7 @@ class Owners(ABC):
 
     @abstractmethod
     def join(self, entries: Tensor, shape: Sequence[int]) -> Tensor:
-        """The tensor of this shape whose `split` are ``entries [N, E]``."""
+        """The tensor of this shape whose `split` are `entries [N, E]`."""
 
     @abstractmethod
     def without(self, axis: int) -> Owners:
@@ -59,7 +59,7 @@ class Owners(ABC):
         """
 
     def only(self, chosen: Tensor) -> ChosenOwners:
-        """The same for some of the samples, ``chosen [S]`` in ascending order."""
+        """The same for some of the samples, `chosen [S]` in ascending order."""
         return ChosenOwners(len(chosen), self, chosen)
 
     def weights(self, like: Tensor, values: Tensor | None = None) -> Tensor:
@@ -67,7 +67,7 @@ class Owners(ABC):
 
         Args:
             like: A tensor whose shape, type and device the numbers get.
-            values: One number per sample, ``[N]``; by default different ones in [1, 2).
+            values: One number per sample, `[N]`; by default different ones in [1, 2).
         """
         if values is None:
             values = golden(self.count)
@@ -78,7 +78,7 @@ class Owners(ABC):
 
 
 def golden(count: int) -> Tensor:
-    """Different numbers in [1, 2), ``[N]``."""
+    """Different numbers in [1, 2), `[N]`."""
     # Multiples of the golden ratio, modulo one, are as far apart as so many numbers can be.
     multiples = torch.arange(count, dtype=torch.float64) * GOLDEN
     return 1 + multiples.frac()
@@ -91,7 +91,7 @@ class BatchAxis(Owners):
     Attributes:
         count: The number of samples N.
         axis: The axis; its size is N or a multiple of it (rows of several positions per sample).
-        inner: Whether the sample is the inner index of the rows, as in ``[T·N, ...]``.
+        inner: Whether the sample is the inner index of the rows, as in `[T·N, ...]`.
     """
 
     count: int
@@ -152,7 +152,7 @@ class RowOwners(Owners):
 
     Attributes:
         count: The number of samples N.
-        index: The sample of every row, ``[R]``; -1: a row that no sample depends on.
+        index: The sample of every row, `[R]`; -1: a row that no sample depends on.
         axes: The axes of the tensor that make up its rows, in this order.
     """
 
@@ -162,13 +162,13 @@ class RowOwners(Owners):
 
     @cached_property
     def lengths(self) -> Tensor:
-        """The number of rows of every sample, ``[N]``."""
+        """The number of rows of every sample, `[N]`."""
         owned = self.index[self.index >= 0]
         return owned.bincount(minlength=self.count)
 
     @cached_property
     def table(self) -> Tensor:
-        """The rows of every sample, ``[N, longest]``; R behind the last one."""
+        """The rows of every sample, `[N, longest]`; R behind the last one."""
         longest = int(self.lengths.max()) if self.count else 0
         no_row = len(self.index)
         table = self.index.new_full((self.count, longest), no_row)
@@ -179,7 +179,7 @@ class RowOwners(Owners):
 
     @cached_property
     def position(self) -> Tensor:
-        """The place of every row among those of its sample, ``[R]``; 0 for those of no sample."""
+        """The place of every row among those of its sample, `[R]`; 0 for those of no sample."""
         order = self.index.argsort(stable=True)  # rows of a sample stay in their order
         ordered = self.index[order]
         starts = torch.searchsorted(ordered, ordered)  # where the rows of the same sample begin
@@ -208,7 +208,7 @@ class RowOwners(Owners):
         return RowOwners(self.count, self.index, axes)
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor in front, ``[R, *]``."""
+        """The rows of a tensor in front, `[R, *]`."""
         front = tuple(range(len(self.axes)))
         moved = tensor.movedim(self.axes, front)
         if len(front) > 1:
@@ -216,7 +216,7 @@ class RowOwners(Owners):
         return moved
 
     def padded(self, rows: Tensor, axis: int = 0, fill: float = 0) -> Tensor:
-        """Rows on one axis as ``[..., N, longest, ...]``, filled up.
+        """Rows on one axis as `[..., N, longest, ...]`, filled up.
 
         Args:
             rows: A tensor with R entries along one axis.
@@ -259,7 +259,7 @@ class ChosenOwners(Owners):
     Attributes:
         count: Their number S.
         whole: Which of all samples owns each row.
-        chosen: The samples, ``[S]``, ascending.
+        chosen: The samples, `[S]`, ascending.
     """
 
     count: int
@@ -272,7 +272,7 @@ class ChosenOwners(Owners):
 
     @cached_property
     def _places(self) -> Tensor:
-        """The place of every sample among those that were chosen, ``[N]``; -1: it was not."""
+        """The place of every sample among those that were chosen, `[N]`; -1: it was not."""
         places = torch.full((self.whole.count,), -1)
         places[self.chosen] = torch.arange(self.count)
         return places
@@ -299,7 +299,7 @@ class ChosenOwners(Owners):
         return self.whole.join(every, shape)
 
     def rows(self, count: int) -> Tensor:
-        """Which of ``count`` rows belong to the chosen samples.
+        """Which of `count` rows belong to the chosen samples.
 
         They ascend, but for those of an inner `BatchAxis`.
         """

@@ -21,7 +21,7 @@ def permuted(term: Term, shape: Sequence[int], source: Sequence[int]) -> Term | 
         source: For each of its axes, the axis of the tensor that it came from.
 
     Returns:
-        The term; ``None`` where the axes do not separate what the term multiplies.
+        The term; `None` where the axes do not separate what the term multiplies.
     """
     letters = _letters_by_axis(term, shape)
     if letters is None or term.classes:
@@ -41,7 +41,7 @@ def uncut(term: Term, shape: Sequence[int], axis: int, index: Tensor, size: int)
         size: How many there were.
 
     Returns:
-        The term; ``None`` where the axes do not separate what the term multiplies.
+        The term; `None` where the axes do not separate what the term multiplies.
     """
     letters = _letters_by_axis(term, shape)
     if letters is None or len(letters[axis]) != 1 or term.classes:
@@ -66,7 +66,7 @@ def applied(term: Term, vector: Tensor) -> Tensor:
         vector: Like the parameter.
 
     Returns:
-        What broadcasts to one column of the cotangents, ``[N, *out]``.
+        What broadcasts to one column of the cotangents, `[N, *out]`.
     """
     sizes = term.sizes()
     vector = vector.reshape([sizes[letter] for letter in term.par])
@@ -81,7 +81,7 @@ def applied(term: Term, vector: Tensor) -> Tensor:
 
 
 def _letters_by_axis(term: Term, shape: Sequence[int]) -> list[str] | None:
-    """The letters of every axis of a value; ``None``: the axes do not separate them."""
+    """The letters of every axis of a value; `None`: the axes do not separate them."""
     sizes = term.sizes()
     remaining = list(term.par)
     groups = []

@@ -16,7 +16,7 @@ WASTE = 4  # how many times as much memory as their rows samples of different le
 
 
 def grouped(term: Term, owners: Owners) -> Term:
-    """Regroup rows to samples: the rows of a sample become its shared positions ``r``.
+    """Regroup rows to samples: the rows of a sample become its shared positions `r`.
 
     Args:
         term: Of rows.
@@ -130,7 +130,7 @@ def _gathered(term: Term, owners: RowOwners) -> Term:
 
 
 def _formed(term: Term, owners: RowOwners) -> Term:
-    """J itself, ``[V, N, *par]``, some rows at a time."""
+    """J itself, `[V, N, *par]`, some rows at a time."""
     sizes = term.sizes()
     shape = [sizes[letter] for letter in term.par]
     total = term.g.new_zeros(len(term.g), owners.count, *shape)

@@ -28,7 +28,7 @@ class Side:
     """One of the two tensors of a term.
 
     Attributes:
-        tensor: Cotangents ``[V, N, *]``, or inputs ``[N, *]``.
+        tensor: Cotangents `[V, N, *]`, or inputs `[N, *]`.
         lead: The number of axes of columns and samples.
         letters: Those of the other axes.
         par: The letters of the parameter.
@@ -75,12 +75,12 @@ class Side:
         """Sum products of all entries with each other over the pairs of positions.
 
         Args:
-            products: Of the entries behind the lead, ``[*, *]``.
+            products: Of the entries behind the lead, `[*, *]`.
             by_position: Whether only products within a position count, instead of those of the sums
                 over the positions. Products within a group count in any case.
 
         Returns:
-            Those of the features, ``[(q), D, D]``.
+            Those of the features, `[(q), D, D]`.
         """
         same_on_both = GROUP
         if by_position:
@@ -104,7 +104,7 @@ def side_of(term: Term, name: SideName) -> Side:
 
     Args:
         term: The term.
-        name: ``"outputs"``, or ``"inputs"``, which it must have.
+        name: `"outputs"`, or `"inputs"`, which it must have.
     """
     if name == "outputs":
         return Side(term.g, 2, term.out, term.par)
@@ -142,8 +142,8 @@ def kronecker_sides(terms: Sequence[Term]) -> tuple[SideName, ...]:
 def interleaved(terms: Sequence[Term]) -> tuple[int, int] | None:
     """Groups, and inputs per group, of a weight whose outputs are in between its inputs.
 
-    That is the weight of a transposed convolution, ``[in, out/groups, *kernel]``: its factors are
-    those of it with its first two axes swapped. ``None`` for all others.
+    That is the weight of a transposed convolution, `[in, out/groups, *kernel]`: its factors are
+    those of it with its first two axes swapped. `None` for all others.
     """
     if kronecker_sides(terms) != ("outputs", "inputs"):
         return None
@@ -163,7 +163,7 @@ def as_matrix(term: Term, sides: Sequence[SideName]) -> Term:
         sides: In the order of the axes that the parameter is to have.
 
     Returns:
-        A term of the same values, whose features are the last axes of ``g`` and ``x``.
+        A term of the same values, whose features are the last axes of `g` and `x`.
     """
     group = GROUP if GROUP in term.par else ""
     term = term.canonical()

@@ -16,7 +16,7 @@ def squared_sizes(tensor: Tensor) -> Tensor:
 
 
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
-    """``squares [V, N, *]`` times ``signs [V, N]``."""
+    """`squares [V, N, *]` times `signs [V, N]`."""
     if signs is None:
         return squares
     trailing_ones = [1] * (squares.ndim - 2)
@@ -24,7 +24,7 @@ def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
 
 
 def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:
-    """The sum of the squares over the columns, ``[1, N, *]``.
+    """The sum of the squares over the columns, `[1, N, *]`.
 
     Large columns are added up one after the other: their squares are never all in memory.
     """

@@ -1,15 +1,15 @@
 r"""Terms: per-sample Jacobian-vector products as contractions that are not carried out.
 
-Ops are affine in each parameter, so the derivative of a backpropagated column ``v`` and sample
-``n`` by a parameter is
+Ops are affine in each parameter, so the derivative of a backpropagated column `v` and sample
+`n` by a parameter is
 
-.. math:: J[v, n, *par] = \sum_{\text{letters not in } v, n, par} g[v, n, *out]\; x[n, *inp],
+$$J[v, n, *par] = \sum_{\text{letters not in } v, n, par} g[v, n, *out]\; x[n, *inp],$$
 
-with the cotangents ``g`` at the op's output and the recorded input ``x``. A `Term` keeps ``g``,
-``x`` and one letter per axis. Letters have a meaning that every quantity relies on:
+with the cotangents `g` at the op's output and the recorded input `x`. A `Term` keeps `g`,
+`x` and one letter per axis. Letters have a meaning that every quantity relies on:
 
-``v`` column, ``n`` sample, ``r s t u`` shared positions (never in ``par``), ``q`` group, ``o`` and
-``i x y z`` output and input features (a Kronecker factor each), ``d`` and all later letters of
+`v` column, `n` sample, `r s t u` shared positions (never in `par`), `q` group, `o` and
+`i x y z` output and input features (a Kronecker factor each), `d` and all later letters of
 `DIAGONAL` diagonal features.
 """
 
@@ -44,7 +44,7 @@ ROUNDING = 2.0  # measured: at most 1.5 + 0.4 (two positions), less for more of 
 
 
 def flatten_shared(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """The axes ``start`` to ``stop`` (excluded) as one axis; no such axes: unchanged."""
+    """The axes `start` to `stop` (excluded) as one axis; no such axes: unchanged."""
     shape = tensor.shape
     stop = stop % tensor.ndim
     if stop <= start:
@@ -59,10 +59,10 @@ class Adjoint:
     Attributes:
         x: The inputs of the term that it is made for; a term with others (squared) must not use it.
             Nor must one with another order or other sizes of the parameter's axes: it has none.
-        input: The op's own input, ``[N, *]``.
-        gradient: From cotangents ``[N, *out]`` and inputs to the sum over the samples, in the
+        input: The op's own input, `[N, *]`.
+        gradient: From cotangents `[N, *out]` and inputs to the sum over the samples, in the
             parameter's memory order.
-        gradients: The same without the sum, ``[N, *]``; ``None``: not faster.
+        gradients: The same without the sum, `[N, *]`; `None`: not faster.
     """
 
     x: Tensor
@@ -84,17 +84,17 @@ class Term:
         tensor([[ 5., 25.]])
 
     Attributes:
-        out: Letters of ``g`` behind ``v n``.
-        inp: Letters of ``x`` behind ``n``.
+        out: Letters of `g` behind `v n`.
+        inp: Letters of `x` behind `n`.
         par: Letters of the parameter in the order of its memory; several letters may make up one
             axis.
-        g: Cotangents, ``[V, N, *out]``; carry the scale of the loss.
-        x: Inputs, ``[N, *inp]``; ``None`` stands for ones. With ``classes``, indices that stand for
-            their one-hot rows (negative: a row of zeros), ``[N, *inp without i]``.
-        classes: Number of classes of one-hot inputs (``i``), else 0.
+        g: Cotangents, `[V, N, *out]`; carry the scale of the loss.
+        x: Inputs, `[N, *inp]`; `None` stands for ones. With `classes`, indices that stand for
+            their one-hot rows (negative: a row of zeros), `[N, *inp without i]`.
+        classes: Number of classes of one-hot inputs (`i`), else 0.
         adjoint: The op's own gradient, if it has one.
-        lengths: The number of shared positions of every sample, ``[N]``, where they differ: what
-            follows them in ``g`` and ``x`` is filled up with zeros.
+        lengths: The number of shared positions of every sample, `[N]`, where they differ: what
+            follows them in `g` and `x` is filled up with zeros.
     """
 
     out: str
@@ -158,10 +158,10 @@ class Term:
         """Take some of the shared positions, which are gathered from a view of the input.
 
         Args:
-            chosen: Their numbers, row-major, ``[P]``.
+            chosen: Their numbers, row-major, `[P]`.
 
         Returns:
-            The term of these positions, with one shared letter ``s``.
+            The term of these positions, with one shared letter `s`.
         """
         assert self.x is not None
         sizes = self.sizes()
@@ -204,9 +204,9 @@ class Term:
         """Make a term of other tensors, in a third of the time of `dataclasses.replace`.
 
         Args:
-            g: Cotangents, ``[V, N, *out]``.
-            x: Inputs, ``[N, *inp]``.
-            adjoint: The op's own gradient for them; ``None``: that of this term.
+            g: Cotangents, `[V, N, *out]`.
+            x: Inputs, `[N, *inp]`.
+            adjoint: The op's own gradient for them; `None`: that of this term.
 
         Returns:
             A term with the same letters.
@@ -232,7 +232,7 @@ class Term:
 
     @property
     def own_gradients(self) -> Callable[[], Tensor] | None:
-        """The op's own per-sample gradients, ``[N, *]``, where no other way is faster."""
+        """The op's own per-sample gradients, `[N, *]`, where no other way is faster."""
         own = self.own
         if own is None or own.gradients is None:
             return None
@@ -242,7 +242,7 @@ class Term:
         return partial(own.gradients, self.g[0], own.input)
 
     def promoted(self) -> Term:
-        """Convert the term to float32 or better, with one dtype for ``g`` and ``x``.
+        """Convert the term to float32 or better, with one dtype for `g` and `x`.
 
         Returns:
             The term; itself if nothing has to be converted.
@@ -263,7 +263,7 @@ class Term:
         """Bring all shared positions together on one axis.
 
         Returns:
-            The same term with one shared letter ``s``, in front.
+            The same term with one shared letter `s`, in front.
         """
         # What is not shared keeps its order behind the positions.
         out = "".join(letter for letter in self.out if letter in self.par)
@@ -281,7 +281,7 @@ class Term:
         return replace(self, out="s" + out, inp="s" + classes + inp, g=g, x=x)
 
     def _positions_first(self, tensor: Tensor, letters: str, lead: int) -> Tensor:
-        """A factor ``[*lead, *letters]`` with its shared axes as one, in front of the others."""
+        """A factor `[*lead, *letters]` with its shared axes as one, in front of the others."""
         shared = [lead + axis for axis, letter in enumerate(letters) if letter in self.shared]
         kept = [lead + axis for axis, letter in enumerate(letters) if letter in self.par]
         ordered = tensor.permute(*range(lead), *shared, *kept)
@@ -293,10 +293,10 @@ class Term:
         """Carry the contraction out; dense inputs only.
 
         Args:
-            result: The letters of the result's axes, of ``v n`` and ``par``; all others are summed.
+            result: The letters of the result's axes, of `v n` and `par`; all others are summed.
 
         Returns:
-            ``g·x`` with one axis per letter.
+            `g·x` with one axis per letter.
         """
         if self.x is None:
             letters = "vn" + self.out
@@ -324,7 +324,7 @@ class Term:
         """Add the outer products of the only column to a tensor, without making them.
 
         Args:
-            total: What they are added to in place, ``[N, *p]``.
+            total: What they are added to in place, `[N, *p]`.
         """
         sizes = self.sizes()
         result = f"n{self.par}"
@@ -341,10 +341,10 @@ class Term:
         The weights are multiplied into the smaller factor.
 
         Args:
-            weights: One number per sample, ``[N]``.
+            weights: One number per sample, `[N]`.
 
         Returns:
-            The weighted sum, ``[*par]``.
+            The weighted sum, `[*par]`.
         """
         g = self.g[:1]
         x = self.x
@@ -371,10 +371,10 @@ class Term:
         return self.of(g, x).contract(self.par)
 
     def _weighted_matrix(self, weights: Tensor) -> Tensor | None:
-        """The first column's ``g`` times weights, in memory as `contract` multiplies it.
+        """The first column's `g` times weights, in memory as `contract` multiplies it.
 
         oneDNN copies a first matrix that is transposed. That copy is made here, and multiplied in
-        place. ``None``: there would be no such copy.
+        place. `None`: there would be no such copy.
         """
         g = self.g[0]
         sizes = self.sizes()
@@ -403,10 +403,10 @@ class Term:
         return weighted[None]
 
     def squared_norms(self) -> Tensor:
-        """Compute the squared norms of the outer products ``g ⊗ x`` where nothing is shared.
+        """Compute the squared norms of the outer products `g ⊗ x` where nothing is shared.
 
         Returns:
-            The squared norms, ``[V, N]``.
+            The squared norms, `[V, N]`.
         """
         common_letters = {*self.out} & {*self.inp}
         if common_letters:
@@ -422,10 +422,10 @@ class Term:
         return (g_norms * x_norms).square_()
 
     def norms(self) -> Tensor:
-        """Bound the norms of the outer products ``g ⊗ x`` where nothing is shared.
+        """Bound the norms of the outer products `g ⊗ x` where nothing is shared.
 
         Returns:
-            The norms, ``[V, N]``, as of `Jacobian.norms`.
+            The norms, `[V, N]`, as of `Jacobian.norms`.
         """
         both = [letter for letter in self.out if letter in self.inp]
         if not both:
@@ -449,10 +449,10 @@ class Term:
         """Square both factors: the result contracts to sums of squares where nothing is shared.
 
         Args:
-            signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
+            signs: Weight of the square of every column, `[V, N]`; `None`: one.
 
         Returns:
-            The term of ``g²``, summed over the columns, and of ``x²``.
+            The term of `g²`, summed over the columns, and of `x²`.
         """
         if signs is None and len(self.g) > 1:
             g, _ = _SQUARES.get_or_compute(self.g, (), partial(squares_of_columns, self.g))
@@ -465,7 +465,7 @@ class Term:
 
 
 def _norms(tensor: Tensor, start: int) -> Tensor:
-    """Norms over all axes from ``start`` on."""
+    """Norms over all axes from `start` on."""
     if tensor.ndim == start:
         return tensor.abs()
     rows = tensor if tensor.ndim == start + 1 else tensor.flatten(start)
@@ -473,7 +473,7 @@ def _norms(tensor: Tensor, start: int) -> Tensor:
 
 
 def _placed(tensor: Tensor, letters: str, result: str) -> Tensor:
-    """A tensor with its axes where ``result`` has their letters, and axes of size 1 for others."""
+    """A tensor with its axes where `result` has their letters, and axes of size 1 for others."""
     size_of = dict(zip(letters, tensor.shape, strict=True))
     order = [letters.index(letter) for letter in result if letter in letters]
     shape = [size_of.get(letter, 1) for letter in result]

@@ -1,4 +1,4 @@
-"""How much privacy was spent: the events of a run, evaluated by ``dp-accounting``.
+"""How much privacy was spent: the events of a run, evaluated by `dp-accounting`.
 
 Events are kept run-length encoded, as most of a run's steps cost the same.
 """
@@ -31,14 +31,14 @@ class Sampling(ABC):
     The sampling, and the noise multiplier σ of a release, are all that an account is made of.
 
     Attributes:
-        relation: Which data sets are neighbours, as ``dp_accounting.NeighboringRelation`` names it.
+        relation: Which data sets are neighbours, as `dp_accounting.NeighboringRelation` names it.
     """
 
     relation = "ADD_OR_REMOVE_ONE"
 
     @abstractmethod
     def event(self, noise_multiplier: float) -> Any:
-        """The ``dp_accounting.DpEvent`` of one release.
+        """The `dp_accounting.DpEvent` of one release.
 
         Args:
             noise_multiplier: σ.
@@ -55,7 +55,7 @@ class Sampling(ABC):
 
 @dataclass(frozen=True)
 class PoissonSampling(Sampling):
-    """Every sample takes part in a step with probability ``sampling_rate``, independently.
+    """Every sample takes part in a step with probability `sampling_rate`, independently.
 
     Neighbours differ by one sample that is added or removed.
 
@@ -88,10 +88,10 @@ class PoissonSampling(Sampling):
 
 @dataclass(frozen=True)
 class TruncatedPoissonSampling(PoissonSampling):
-    """Poisson sampling of which at most ``max_batch_size`` samples are kept, drawn uniformly.
+    """Poisson sampling of which at most `max_batch_size` samples are kept, drawn uniformly.
 
     Neighbours differ by one sample replaced by a null sample: the size of the data set is public.
-    See ``dp_accounting.TruncatedSubsampledGaussianDpEvent``.
+    See `dp_accounting.TruncatedSubsampledGaussianDpEvent`.
 
     Args:
         sampling_rate: q in (0, 1], before the batch is truncated.
@@ -167,7 +167,7 @@ class PrivacyAccountant:
     Args:
         sampling: How the samples are drawn; decides what a release costs. One release is one
             optimizer step, or one epoch with `EpochSampling`. Must be set before the first release.
-        method: ``"pld"``, privacy loss distributions (tight), or ``"rdp"``, Rényi divergences
+        method: `"pld"`, privacy loss distributions (tight), or `"rdp"`, Rényi divergences
             (looser).
 
     Raises:
@@ -191,7 +191,7 @@ class PrivacyAccountant:
 
     @property
     def history(self) -> list[Entry]:
-        """The account: ``(sampling, noise multiplier, releases)`` of all runs, in their order.
+        """The account: `(sampling, noise multiplier, releases)` of all runs, in their order.
 
         Neighbours of equal sampling and noise are merged, so that they are composed at once.
         """
@@ -403,7 +403,7 @@ def _plain(entries: list[Entry]) -> list[tuple[Any, ...]]:
 
 
 def _entries_after(history: list[Entry], earlier: list[Entry]) -> list[Entry] | None:
-    """What came to a history since an earlier one; ``None`` if it does not go on from there.
+    """What came to a history since an earlier one; `None` if it does not go on from there.
 
     The last entry of the earlier one may have grown, as equal releases are merged.
     """
@@ -423,7 +423,7 @@ def _entries_after(history: list[Entry], earlier: list[Entry]) -> list[Entry] | 
 def epsilon_of(
     history: list[Entry], delta: float, method: str = "pld", interval: float = _INTERVAL
 ) -> float:
-    """The ε of a history at δ, with the privacy loss in steps of ``interval``."""
+    """The ε of a history at δ, with the privacy loss in steps of `interval`."""
     _require_delta(delta)
     if not history:
         return 0.0
@@ -443,14 +443,14 @@ def calibrated_noise(
     method: str = "pld",
     schedule: Schedule | None = None,
 ) -> float:
-    """The smallest noise multiplier with which ``releases`` releases cost no more than ``epsilon``.
+    """The smallest noise multiplier with which `releases` releases cost no more than `epsilon`.
 
     Args:
         epsilon: ε > 0.
         delta: δ in (0, 1).
         sampling: How the samples are drawn.
         releases: Optimizer steps, or epochs with `EpochSampling`.
-        method: ``"pld"`` or ``"rdp"``.
+        method: `"pld"` or `"rdp"`.
         schedule: The noise multiplier of a release is the result times this function of the
             release's number.
 

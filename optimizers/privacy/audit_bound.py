@@ -5,8 +5,8 @@ then guesses r of the coins; the other canaries he abstains from. If training is
 δ)-differentially private with respect to every canary, the number W of right guesses is hardly
 larger than that of randomized response:
 
-.. math:: P[W \ge v] \le P[B \ge v] + 2 m \delta \max_{1 \le i \le v} \frac1i P[v > B \ge v - i],
-   \qquad B \sim \text{Binomial}\Big(r, \frac{e^\varepsilon}{1 + e^\varepsilon}\Big).
+$$P[W \ge v] \le P[B \ge v] + 2 m \delta \max_{1 \le i \le v} \frac1i P[v > B \ge v - i],
+   \qquad B \sim \text{Binomial}\Big(r, \frac{e^\varepsilon}{1 + e^\varepsilon}\Big).$$
 
 Steinke, Nasr & Jagielski, *Privacy Auditing with One (1) Training Run*, NeurIPS 2023, theorem 5.2
 and appendix D. The guesses may be made in any way from everything that was released; r must not

@@ -39,14 +39,14 @@ class PrivacyAudit:
         epsilon: ε that the accountant claims.
         delta: δ of both.
         confidence: Of an (ε, δ)-private algorithm, at most a share of 1 - confidence of the audits
-            end with ``epsilon_lower`` above ε. All trials together share it (Bonferroni).
+            end with `epsilon_lower` above ε. All trials together share it (Bonferroni).
         canaries: m.
         included: How many of them the coins put into the training data.
         trials: One for each number of guesses that was fixed beforehand.
-        largest: The most that an audit of this size can show: ``epsilon_lower`` if every guess is
+        largest: The most that an audit of this size can show: `epsilon_lower` if every guess is
             right. A claim above it cannot be refuted; take more canaries.
-        scores: One per canary; larger means more likely to have been included, ``[m]``.
-        members: Whether it was, ``[m]``.
+        scores: One per canary; larger means more likely to have been included, `[m]`.
+        members: Whether it was, `[m]`.
 
     Example:
         >>> scores, members = [3.0, -2.0] * 100, [True, False] * 100

@@ -20,7 +20,7 @@ CANCELS = 32
 
 
 class ClippedSum(GradientReceiver):
-    r"""The sum :math:`\sum_i c_i g_i` of unscaled per-sample gradients, clipped one by one.
+    r"""The sum $\sum_i c_i g_i$ of unscaled per-sample gradients, clipped one by one.
 
     Book-keeping: one backward pass as far as the recorded ops, squared norms from their inputs and
     cotangents, then one weighted contraction of the same. Where a norm needs the per-sample
@@ -29,17 +29,17 @@ class ClippedSum(GradientReceiver):
 
     Args:
         parameters: The norm is taken over all of them together.
-        clipping: The factors :math:`c_i`.
+        clipping: The factors $c_i$.
         mean: Whether the loss is the mean over the samples of a pass, instead of their sum.
 
     Attributes:
         loss_scale: Factor on the loss (1 / accumulated passes in Lightning).
         passes: Backward passes since the last step.
-        norms: Norms of the per-sample gradients since the last step, if ``keep_norms``; not
+        norms: Norms of the per-sample gradients since the last step, if `keep_norms`; not
             private.
         discarded: Samples whose gradient was not finite, since the last step; not private.
-        counted: Which samples of the next backward pass count, ``[N]``; the others stand in, so
-            that no shape says how many were drawn. ``None``: all of them.
+        counted: Which samples of the next backward pass count, `[N]`; the others stand in, so
+            that no shape says how many were drawn. `None`: all of them.
     """
 
     def __init__(self, parameters: Sequence[Tensor], clipping: Clipping, mean: bool) -> None:

@@ -1,4 +1,4 @@
-r"""How much each sample may contribute: factors :math:`c_i` with :math:`\|c_i g_i\| \le C`."""
+r"""How much each sample may contribute: factors $c_i$ with $\|c_i g_i\| \le C$."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_curv.optimizers.settings import require_choice, require_positive
 
 
 class Clipping(ABC):
-    r"""A rule that bounds the contribution of every sample by ``clip_norm``.
+    r"""A rule that bounds the contribution of every sample by `clip_norm`.
 
-    A subclass says by which factor :math:`c_i` the gradient of sample i is multiplied; whatever it
+    A subclass says by which factor $c_i$ the gradient of sample i is multiplied; whatever it
     says must depend on that sample alone.
 
     Args:
@@ -53,12 +53,12 @@ class Clipping(ABC):
         """Factors of the per-sample gradients.
 
         Args:
-            norms: Norms of the gradients of every parameter and sample, ``[P, N]``; parameters
+            norms: Norms of the gradients of every parameter and sample, `[P, N]`; parameters
                 without a gradient are left out.
             parameters: Number of all parameters.
 
         Returns:
-            ``[P, N]`` or ``[1, N]``; zero where the norm is not finite.
+            `[P, N]` or `[1, N]`; zero where the norm is not finite.
         """
 
     def factors_of(
@@ -67,12 +67,12 @@ class Clipping(ABC):
         """`factors` for rules that need to know whose gradients these are.
 
         Args:
-            norms: Norms of the gradients of every parameter and sample, ``[P, N]``.
-            rows: The parameter of every row of ``norms``.
+            norms: Norms of the gradients of every parameter and sample, `[P, N]`.
+            rows: The parameter of every row of `norms`.
             parameters: All parameters.
 
         Returns:
-            ``[P, N]`` or ``[1, N]``; zero where the norm is not finite.
+            `[P, N]` or `[1, N]`; zero where the norm is not finite.
         """
         return self.factors(norms, len(parameters))
 
@@ -97,7 +97,7 @@ class Clipping(ABC):
             expected_batch_size: B̄, samples per step over all processes.
 
         Returns:
-            The noise multiplier of the gradient; ``accounted`` unless the rule releases counts.
+            The noise multiplier of the gradient; `accounted` unless the rule releases counts.
 
         Raises:
             ValueError: What else is released would cost more than σ allows.
@@ -108,7 +108,7 @@ class Clipping(ABC):
         """What the rule has counted since the last step.
 
         Returns:
-            The count of this process, ``[]``, to be summed over all of them; ``None`` if the rule
+            The count of this process, `[]`, to be summed over all of them; `None` if the rule
             counts nothing.
         """
         return None
@@ -117,7 +117,7 @@ class Clipping(ABC):
         """Take in what the step released besides the gradient.
 
         Args:
-            counts: `counts`, summed over the processes and noised, ``[]``.
+            counts: `counts`, summed over the processes and noised, `[]`.
             expected_batch_size: B̄, samples per step over all processes.
         """
         return None
@@ -155,7 +155,7 @@ class Clipping(ABC):
 
 
 def _joint(norms: Tensor) -> Tensor:
-    """The norm over all parameters, ``[1, N]``."""
+    """The norm over all parameters, `[1, N]`."""
     return norms.norm(dim=0, keepdim=True)
 
 
@@ -173,7 +173,7 @@ class AtMostOne(Clipping):
 
 
 class FlatClipping(AtMostOne):
-    r"""One norm over all parameters, :math:`c_i = \min(1, C / \|g_i\|)`.
+    r"""One norm over all parameters, $c_i = \min(1, C / \|g_i\|)$.
 
     Abadi et al., *Deep Learning with Differential Privacy*, CCS 2016, algorithm 1.
 
@@ -188,13 +188,13 @@ class FlatClipping(AtMostOne):
     """
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
-        """Factors of the per-sample gradients, ``[1, N]``."""
+        """Factors of the per-sample gradients, `[1, N]`."""
         joint = _joint(norms)
         return _where_finite(joint, (self.clip_norm / joint).clamp(max=1))
 
 
 class AutomaticClipping(Clipping):
-    r"""Normalisation, :math:`c_i = C / (\|g_i\| + \gamma)`; C is then a part of the learning rate.
+    r"""Normalisation, $c_i = C / (\|g_i\| + \gamma)$; C is then a part of the learning rate.
 
     Bu, Wang, Zha & Karypis, *Automatic Clipping: Differentially Private Deep Learning Made Easier
     and Stronger*, NeurIPS 2023, eq. 4.1.
@@ -219,7 +219,7 @@ class AutomaticClipping(Clipping):
         self.stability = stability
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
-        """Factors of the per-sample gradients, ``[1, N]``."""
+        """Factors of the per-sample gradients, `[1, N]`."""
         joint = _joint(norms)
         return _where_finite(joint, self.clip_norm / (joint + self.stability))
 
@@ -229,7 +229,7 @@ class AutomaticClipping(Clipping):
 
 
 class PerLayerClipping(AtMostOne):
-    r"""Every parameter on its own, by :math:`C / \sqrt P` with P parameters; together at most C.
+    r"""Every parameter on its own, by $C / \sqrt P$ with P parameters; together at most C.
 
     McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent Language Models*,
     ICLR 2018, section 3.
@@ -245,7 +245,7 @@ class PerLayerClipping(AtMostOne):
     """
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
-        """Factors of the per-sample gradients, ``[P, N]``.
+        """Factors of the per-sample gradients, `[P, N]`.
 
         A sample with any norm that is not finite counts nowhere.
         """
@@ -257,9 +257,9 @@ class PerLayerClipping(AtMostOne):
 class AdaptiveClipping(FlatClipping):
     r"""C follows a quantile of the norms, estimated privately.
 
-    The step's share b̃ of samples with :math:`\|g_i\| \le C` is counted with noise of its own, and
-    :math:`C \leftarrow C \exp(-\eta (b̃ - \gamma))`. The noise multiplier σ that is accounted pays
-    for both: the gradient gets :math:`(\sigma^{-2} - (2\sigma_b)^{-2})^{-1/2}`. The count is
+    The step's share b̃ of samples with $\|g_i\| \le C$ is counted with noise of its own, and
+    $C \leftarrow C \exp(-\eta (b̃ - \gamma))$. The noise multiplier σ that is accounted pays
+    for both: the gradient gets $(\sigma^{-2} - (2\sigma_b)^{-2})^{-1/2}$. The count is
     divided by the *expected* batch size. Andrew, Thakkar, McMahan & Ramaswamy, *Differentially
     Private Learning with Adaptive Clipping*, NeurIPS 2021, algorithm 1 and theorem 1.
 
@@ -298,7 +298,7 @@ class AdaptiveClipping(FlatClipping):
         self._accounted = 0.0
 
     def factors(self, norms: Tensor, parameters: int) -> Tensor:
-        """Factors of the per-sample gradients, ``[1, N]``; counts the samples."""
+        """Factors of the per-sample gradients, `[1, N]`; counts the samples."""
         # Counted as ±1/2, a sample changes the count by a half, and by no more if it is removed.
         below = (_joint(norms) <= self.clip_norm).to(norms.dtype) - 0.5
         self._count = below.sum() + (0.0 if self._count is None else self._count)

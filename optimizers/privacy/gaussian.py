@@ -32,7 +32,7 @@ REACH = 5  # standard deviations that bars cover; further out are the tails
 
 
 class RoundedGaussian:
-    r"""Whole numbers :math:`\mathrm{round}(s z)` with standard normal z.
+    r"""Whole numbers $\mathrm{round}(s z)$ with standard normal z.
 
     Args:
         deviation: s, between 2²⁰ and 2³⁶: densities are taken at whole numbers, in place of their
@@ -86,7 +86,7 @@ class RoundedGaussian:
         return z.square_().mul_(-0.5).exp_().mul_(scale)
 
     def draw(self, sizes: Sequence[int], entropy: Entropy) -> Iterator[Tensor]:
-        """Independent numbers, a tensor of float64 for each of ``sizes``.
+        """Independent numbers, a tensor of float64 for each of `sizes`.
 
         What is rare is drawn for all of them at once. The next tensor takes the memory of the last
         one: every operation of the loop writes to memory that stays in cache.
@@ -114,7 +114,7 @@ class RoundedGaussian:
         return bits.view(torch.int32).bitwise_right_shift_(32 - self.bits)
 
     def _places_of_the_rest(self, count: int, entropy: Entropy) -> Tensor:
-        """Which of ``count`` numbers are not from the table, each with probability 1 - λ.
+        """Which of `count` numbers are not from the table, each with probability 1 - λ.
 
         The gaps between them have a geometric distribution, whose inverse is a logarithm.
         """
@@ -142,7 +142,7 @@ class RoundedGaussian:
         return torch.cat(chunks)
 
     def _accepted(self, count: int, entropy: Entropy) -> Tensor:
-        """Those of ``count`` proposals that lie under the density and above the table."""
+        """Those of `count` proposals that lie under the density and above the table."""
         bits = _bits(6 * count, entropy)
         bits_of_places, bits_of_boxes = bits[: 4 * count], bits[4 * count :]
         bars = self._proposals.index_select(0, _indices(bits_of_boxes)).int()

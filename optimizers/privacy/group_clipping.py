@@ -16,15 +16,15 @@ from lightning_curv.optimizers.settings import require_positive
 class PerGroupClipping(AtMostOne):
     r"""Every parameter group on its own, by a norm of its own.
 
-    The factor of sample i in group g is :math:`c_{ig} = \min(1, C_g / \|g_{ig}\|)`. The
-    contribution of a sample is then bounded by :math:`C = \sqrt{\sum_g C_g^2}`, and the noise of
+    The factor of sample i in group g is $c_{ig} = \min(1, C_g / \|g_{ig}\|)$. The
+    contribution of a sample is then bounded by $C = \sqrt{\sum_g C_g^2}$, and the noise of
     all groups is σC. This is for parts of a network whose gradients differ in size, such as a head
     and a backbone. McMahan, Ramage, Talwar & Zhang, *Learning Differentially Private Recurrent
     Language Models*, ICLR 2018, section 3.
 
     Args:
-        optimizer: Its parameter groups may have an entry ``"clip_norm"``, :math:`C_g`.
-        clip_norm: :math:`C_g` of groups without one.
+        optimizer: Its parameter groups may have an entry `"clip_norm"`, $C_g$.
+        clip_norm: $C_g$ of groups without one.
 
     Raises:
         ValueError: A norm is not positive.
@@ -77,7 +77,7 @@ class PerGroupClipping(AtMostOne):
     def factors_of(
         self, norms: Tensor, rows: Sequence[Tensor], parameters: Sequence[Tensor]
     ) -> Tensor:
-        """Factors of the per-sample gradients, ``[P, N]``.
+        """Factors of the per-sample gradients, `[P, N]`.
 
         A sample with any norm that is not finite counts nowhere.
         """

@@ -14,17 +14,17 @@ Schedule = Callable[[int], float]
 class ExponentialSchedule:
     r"""Decay or growth by a factor, down to a least value.
 
-    .. math:: v_t = \max(v_{\min}, v_0 \, \gamma^{\lfloor t / k \rfloor})
+    $$v_t = \max(v_{\min}, v_0 \, \gamma^{\lfloor t / k \rfloor})$$
 
     Any function of the step's number will do in its place. It must not look at the data: a schedule
     is public.
 
     Args:
-        initial: :math:`v_0 > 0`, the value of step 0.
+        initial: $v_0 > 0$, the value of step 0.
         factor: γ > 0.
         every: k; the value is held for so many steps. Each value is composed by the accountant on
             its own, which takes some hundredths of a second: hold a noise multiplier for a while.
-        least: :math:`v_{\min} \ge 0`; the value does not fall below.
+        least: $v_{\min} \ge 0$; the value does not fall below.
 
     Raises:
         ValueError: An argument is out of range.
