@@ -124,50 +124,50 @@ class CurvatureCallback(Callback):
     draws the same.
 
     Args:
-        quantities: what to log: "default", "all", or names, among which "default" stands for those
+        quantities: What to log: "default", "all", or names, among which "default" stands for those
             of the table. The four sample norms are `sample_norms`.
-        every_n_steps: optimizer steps between two logged ones; `None` is the Trainer's
+        every_n_steps: Optimizer steps between two logged ones; `None` is the Trainer's
             `log_every_n_steps`, 0 logs nothing. `fast_dev_run` logs every step.
-        layers: series `curvature_layers/<quantity>/<layer>` for up to `max_layers` layers, chosen
+        layers: Series `curvature_layers/<quantity>/<layer>` for up to `max_layers` layers, chosen
             once at the start: True for the first ones, "topk" for those with most parameters, or a
             regular expression that is searched in their names. All layers, if there are more, make
             one heat-map image per logged step.
-        histograms: write histograms, and images of them, to loggers that take some.
-        mc_samples: random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses
+        histograms: Write histograms, and images of them, to loggers that take some.
+        mc_samples: Random labels or signs per Monte-Carlo quantity; 0 leaves these out, for losses
             without a second derivative.
-        output: the module where the network ends, or its name in the `LightningModule`, instead of
+        output: The module where the network ends, or its name in the `LightningModule`, instead of
             where the last parameters enter; for losses that torch has no function for, see
             `curvature`.
-        strict: raise when a quantity that `quantities` names, or an extension, cannot be computed:
+        strict: Raise when a quantity that `quantities` names, or an extension, cannot be computed:
             a parameter or a loss is not supported, or memory runs out. What the graph tells is told
             before the first step. False, and for what is there by default or with "all": warn once
             and go on without.
-        extensions: computed on logged steps too and left on the parameters until the batch ends,
-            for other callbacks.
-        ema: decay of the exponential averages in the noise scale, per logged step, in [0, 1).
-        seed: of the random labels, and of the random samples.
-        max_layers: the most layers with series of their own.
-        prog_bar: series to show on the progress bar.
-        layout: describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band.
+        extensions: What is computed on logged steps too and left on the parameters until the batch
+            ends, for other callbacks.
+        ema: Decay of the exponential averages in the noise scale, per logged step, in [0, 1).
+        seed: Seed of the random labels, and of the random samples.
+        max_layers: The most layers with series of their own.
+        prog_bar: Series to show on the progress bar.
+        layout: Describe charts for TensorBoard's "Custom Scalars", with the sample norms as a band.
             TensorBoard reads one such description per run: leave it out if you write your own.
-        batch_size: the number of samples in a batch, or a function from the batch to it, for
+        batch_size: The number of samples in a batch, or a function from the batch to it, for
             instance `lambda batch: batch[0].shape[1]` for sequences first; `None`: the number that
             Lightning itself extracts, the leading size of the batch's tensors. Where these have
             several, or where the graph contradicts, it is found from the graph. A number that is
             given is verified, and an error if the graph contradicts; so it has to fit a smaller
             last batch too, which a function does. With several processes it is that of one.
-        max_samples: measure at most that many samples of a backward pass, at random: see above.
+        max_samples: Measure at most that many samples of a backward pass, at random: see above.
             `None`: all.
-        budget: the share of the time of training steps that this callback may take, in (0, 1):
+        budget: The share of the time of training steps that this callback may take, in (0, 1):
             steps are logged more rarely than `every_n_steps` says where they would take more. Which
             ones then depends on the clock. `None`: no limit.
-        on_epoch: also log, at the end of every epoch, the mean of every series over its logged
+        on_epoch: Also log, at the end of every epoch, the mean of every series over its logged
             steps: `curvature/grad_norm_epoch` and so on.
-        alarms: bounds and what to do beyond them: `Alarm`s, or "exploding" (the gradient's norm is
+        alarms: Bounds and what to do beyond them: `Alarm`s, or "exploding" (the gradient's norm is
             above 10 times its running average), "vanishing" (the largest entry of a layer's
             gradient is below 1e-8), "nonfinite" (inf or NaN), which warn. Only an alarm whose
             action is "skip" or "stop" ever changes a run.
-        report: write one HTML page about the run when it ends, by an error too: all series, a map
+        report: Write one HTML page about the run when it ends, by an error too: all series, a map
             over layers and steps, findings in words. True: `curvature_report.html` in the folder of
             the logger, or else in `default_root_dir`; or a path. Layers are then measured, up to 60
             evenly spaced ones, with or without `layers`. Needs plotly: the extra `report`. Of long
@@ -175,9 +175,9 @@ class CurvatureCallback(Callback):
             checkpoints too.
 
     Raises:
-        ValueError: an argument is out of range, or a name is unknown.
+        ValueError: An argument is out of range, or a name is unknown.
         ModuleNotFoundError: `report` needs plotly.
-        MisconfigurationException: in `setup`: the strategy shards parameters.
+        MisconfigurationException: In `setup`: the strategy shards parameters.
 
     Example:
         >>> CurvatureCallback(["default", "norm_test"], every_n_steps=10).every_n_steps
@@ -276,9 +276,9 @@ class CurvatureCallback(Callback):
         batch are; nothing of that stays in the module or in the random state.
 
         Args:
-            module: with a `training_step` that returns a loss.
-            batch: as `training_step` gets it.
-            settings: arguments of this class.
+            module: A module with a `training_step` that returns a loss.
+            batch: A batch as `training_step` gets it.
+            settings: Arguments of this class.
 
         Returns:
             The table: a row for every quantity, its path ("exact", "fallback" or none) and its

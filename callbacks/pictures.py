@@ -32,16 +32,16 @@ def plot_critical_batch_size(
     Args:
         logged: `{step: noise scale}`, or where a logger wrote it: a folder with TensorBoard's
             event files, or the `metrics.csv` of a `CSVLogger`.
-        batch_size: samples per optimizer step of the run.
-        axes: where to draw; new ones by default.
-        series: another noise scale, such as `noise_scale_norm_layers`.
+        batch_size: Samples per optimizer step of the run.
+        axes: Where to draw; new ones by default.
+        series: Another noise scale, such as `noise_scale_norm_layers`.
 
     Returns:
         The axes; `axes.figure.savefig("critical_batch_size.png")` writes the picture.
 
     Raises:
-        ValueError: the series is not there.
-        ImportError: matplotlib is not installed.
+        ValueError: The series is not there.
+        ImportError: Matplotlib is not installed.
 
     Example:
         >>> axes = plot_critical_batch_size({0: 3.0, 10: 40.0, 20: 90.0}, batch_size=64)

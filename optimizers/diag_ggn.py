@@ -43,26 +43,26 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
     The defaults suit networks trained on a mean cross-entropy.
 
     Args:
-        params: parameters, or dicts of parameter groups.
-        lr: learning rate $\eta$, per group; about 0.03 with `bound="elementwise"`. "auto": learning
+        params: Parameters, or dicts of parameter groups.
+        lr: Learning rate $\eta$, per group; about 0.03 with `bound="elementwise"`. "auto": learning
             rate and momentum from the quadratic model, as in `KFACOptimizer`; `bound` is not used.
         damping: $\lambda$, per group, in the unit of the loss' curvature: scale it with the loss.
             "auto": relative to the mean of the diagonal, as in `KFACOptimizer`.
-        betas: decays in [0, 1) of the running means of gradient and diagonal, per group.
+        betas: Decays in [0, 1) of the running means of gradient and diagonal, per group.
         weight_decay: $w$, decoupled, per group.
-        interval: measure the diagonal every so many steps.
+        interval: Measure the diagonal every so many steps.
         bound: "trust", "elementwise" or None.
         kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric.
         max_update: $\rho$, bound on each element of $d$.
         curvature: "mc" draws targets from the model, "exact" propagates one column per output.
             Where the loss has no second derivative or is piecewise linear, both take the gradients
             of the samples, divided by the root of the loss, and warn.
-        mc_samples: targets drawn per example if `curvature="mc"`.
+        mc_samples: Targets drawn per example if `curvature="mc"`.
         fallback_lr: Adam's learning rate for parameters without a diagonal, per group.
 
     Raises:
-        ValueError: a setting is out of range.
-        TypeError: a parameter is complex or sparse.
+        ValueError: A setting is out of range.
+        TypeError: A parameter is complex or sparse.
 
     Cost: elementwise time beside the diagonal's measurement; memory for two copies of the
     parameters.

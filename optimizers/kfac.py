@@ -55,7 +55,7 @@ class KFACOptimizer(SecondOrderOptimizer):
     says which.
 
     Args:
-        params: parameters, or dicts of parameter groups.
+        params: Parameters, or dicts of parameter groups.
         lr: "auto", or the learning rate $\eta$, per group. Values that schedulers set are relative
             to this one.
         damping: "auto", or $\lambda$, per group, in the unit of the loss' curvature: scale it with
@@ -63,11 +63,11 @@ class KFACOptimizer(SecondOrderOptimizer):
         momentum: $\mu$ in [0, 1), per group; not used with `lr="auto"`.
         weight_decay: $w$, decoupled, per group: parameters shrink by $\eta_t w$, with `lr="auto"`
             by $\alpha \eta_t w$.
-        factor_decay: decay in [0, 1) of the running means of the factors, per group.
-        gradient_decay: decay in [0, 1) of the running mean of the gradients, per group; not used
+        factor_decay: Decay in [0, 1) of the running means of the factors, per group.
+        gradient_decay: Decay in [0, 1) of the running mean of the gradients, per group; not used
             with a number as `lr`.
-        factor_interval: measure factors every so many steps.
-        inverse_interval: refresh each inverse every so many steps, spread over the steps; more
+        factor_interval: Measure factors every so many steps.
+        inverse_interval: Refresh each inverse every so many steps, spread over the steps; more
             often in the first 20.
         kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for
             no bound; not used with `lr="auto"`.
@@ -75,29 +75,29 @@ class KFACOptimizer(SecondOrderOptimizer):
             "empirical" takes the gradients themselves. Where the loss has no second derivative or
             is piecewise linear, the others take the gradients too, divided by the root of the loss,
             and warn.
-        mc_samples: targets drawn per example if `curvature="mc"`.
+        mc_samples: Targets drawn per example if `curvature="mc"`.
         weight_sharing: "expand" or "reduce", how factors treat convolutions and sequences.
         eigen: EKFAC: damp exactly, and correct the eigenvalues, in the eigenbasis of the factors.
-        positions: of a convolution, drawn anew for every batch, that its factors are computed from;
-            None: all.
-        split_factors: larger factors are replaced by diagonal blocks of about this many rows, in
+        positions: Number of positions of a convolution, drawn anew for every batch, that its
+            factors are computed from; None: all.
+        split_factors: Larger factors are replaced by diagonal blocks of about this many rows, in
             coordinates in which the mean of the inputs of a layer with bias stays exact; None: none
             are. "auto": 144, so that preconditioning costs no more than a backward pass; 1,000 with
             `lr="auto"`, whose step costs more anyway.
-        max_factor_size: factors with more rows are replaced by their diagonal.
-        shard_inverses: in distributed training every inverse is computed by one process. False
+        max_factor_size: Factors with more rows are replaced by their diagonal.
+        shard_inverses: In distributed training every inverse is computed by one process. False
             sends it to all when it is renewed; True keeps it there, one copy in all processes
             together, and sends the preconditioned gradients in every step. Checkpoints then lack
             the inverses, which the first step after a restart computes anew.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
 
     Attributes:
-        last_step: learning rate, momentum, damping $c$ and reduction ratio of the last step, for
+        last_step: Learning rate, momentum, damping $c$ and reduction ratio of the last step, for
             logs.
 
     Raises:
-        ValueError: a setting is out of range.
-        TypeError: a parameter is complex or sparse.
+        ValueError: A setting is out of range.
+        TypeError: A parameter is complex or sparse.
 
     Cost: per step $|\theta| \sum_i d_i$ time; one more backward pass, without parameter gradients,
         when curvature is

@@ -50,19 +50,19 @@ class SecondOrderOptimizer(Optimizer):
     alone. A step with inf or NaN is rejected with a warning.
 
     Args:
-        params: parameters, or dicts of parameter groups with settings of their own.
-        defaults: settings of the groups; at least `lr`, `damping`, `weight_decay` and
+        params: Parameters, or dicts of parameter groups with settings of their own.
+        defaults: Settings of the groups; at least `lr`, `damping`, `weight_decay` and
             `fallback_lr`.
-        curvature: what preconditions a gradient.
-        schedule: when curvature is measured and inverted.
-        step_rule: how far to go.
-        adaptation: of the relative damping, where a group's `damping` is "auto".
+        curvature: What preconditions a gradient.
+        schedule: When curvature is measured and inverted.
+        step_rule: How far to go.
+        adaptation: How the relative damping is adapted, where a group's `damping` is "auto".
 
     Attributes:
-        loss_fn: what `step` takes as `loss_fn` if it is not given any; set it where `step` is
+        loss_fn: What `step` takes as `loss_fn` if it is not given any; set it where `step` is
             called by others.
-        last_step: numbers of the last step, for logs.
-        curvature_scale: what the mean curvature of the backward passes of a step lacks to be that
+        last_step: Numbers of the last step, for logs.
+        curvature_scale: What the mean curvature of the backward passes of a step lacks to be that
             of the loss whose gradient the parameters carry. Set it to the number of micro-batches
             whose gradients were accumulated.
 
@@ -144,8 +144,8 @@ class SecondOrderOptimizer(Optimizer):
         """Add a parameter group; its learning rate now is the one that schedules are relative to.
 
         Raises:
-            ValueError: a setting is out of range, or is one that holds for the whole optimizer.
-            TypeError: a parameter is complex or sparse.
+            ValueError: A setting is out of range, or is one that holds for the whole optimizer.
+            TypeError: A parameter is complex or sparse.
         """
         for name in (
             inspect.signature(type(self)).parameters.keys()
@@ -200,7 +200,7 @@ class SecondOrderOptimizer(Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: curvature is due and no parameter has any that was not used before; a
+            RuntimeError: Curvature is due and no parameter has any that was not used before; a
                 gradient is sparse.
         """
         loss = None
@@ -228,7 +228,7 @@ class SecondOrderOptimizer(Optimizer):
         cotangents of all layers are kept until then.
 
         Raises:
-            RuntimeError: curvature is due and no parameter has any that was not used before.
+            RuntimeError: Curvature is due and no parameter has any that was not used before.
         """
         members = self._parameters.members()
         if members and self.accumulated_extensions():

@@ -32,21 +32,21 @@ class Alarm:
     with inf or NaN is no alarm: the scaler itself skips that step and lowers its factor.
 
     Args:
-        series: its name, as it is logged.
-        above: the alarm goes off beyond this value, and for NaN.
-        below: the alarm goes off beneath this value.
-        relative: the bounds are multiples of the running average of the series, which the alarm
+        series: Its name, as it is logged.
+        above: The alarm goes off beyond this value, and for NaN.
+        below: The alarm goes off beneath this value.
+        relative: The bounds are multiples of the running average of the series, which the alarm
             waits ten values for; values that set it off are not averaged.
-        layers: watch every layer by itself; for series of the gradient.
+        layers: Watch every layer by itself; for series of the gradient.
         action: "warn"; "skip": warn, and do not take this optimizer step: its gradients, all that
             were accumulated for it, are dropped, and parameters, momentum and weight decay stay as
             they are, while step counts and schedulers go on; "stop": skip, and end the run by
             `trainer.should_stop`.
-        cooldown: optimizer steps until the next warning of this alarm. The action is taken at every
+        cooldown: Optimizer steps until the next warning of this alarm. The action is taken at every
             step.
 
     Raises:
-        ValueError: there is no bound, or the action is unknown or comes too late.
+        ValueError: There is no bound, or the action is unknown or comes too late.
 
     Example:
         >>> Alarm("grad_norm", above=1e3, action="skip").exceeded(2e3)
@@ -95,8 +95,8 @@ class Alarm:
         """Whether a value sets it off.
 
         Args:
-            value: of the series.
-            average: its running average, for relative bounds.
+            value: A value of the series.
+            average: Its running average, for relative bounds.
 
         Returns:
             True beyond a bound, and for NaN if there is one above.

@@ -32,7 +32,7 @@ class GradientSNR(_EntrywiseSums):
     Networks Generalize Well Through GSNR of Parameters", ICLR 2020, eq. 3.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class EvidenceCriterion(_EntrywiseSums):
     without a Validation Set", arXiv:1703.09580, 2017, eq. 7.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -108,7 +108,7 @@ class TICDiagonal(_EntrywiseSums):
     generalization", AISTATS 2020, section 4.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> import torch

@@ -65,7 +65,7 @@ class GradientVariance(_PooledMoments):
     NaN while no batch had more than one sample.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = GradientVariance()
@@ -93,7 +93,7 @@ class NoiseScale(_PooledMoments):
     now and then.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = NoiseScale()

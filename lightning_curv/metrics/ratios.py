@@ -55,7 +55,7 @@ class GradientDiversity(Ratio):
     2018, definition 1.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = GradientDiversity()
@@ -86,7 +86,7 @@ class NormTest(Ratio):
     Optimization Methods for Machine Learning", Mathematical Programming 2012, eq. 3.5.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = NormTest()
@@ -120,7 +120,7 @@ class InnerProductTest(Ratio):
     J. Optim. 2018, eq. 2.6.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = InnerProductTest()
@@ -152,7 +152,7 @@ class OrthogonalityTest(Ratio):
     J. Optim. 2018, eq. 3.2.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = OrthogonalityTest()
@@ -183,7 +183,7 @@ class MeanTrace(Ratio):
     """Mean over batches, weighted by their samples, of the trace of a curvature of the mean loss.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = MeanTrace()
@@ -212,7 +212,7 @@ class TIC(Ratio):
     generalization", AISTATS 2020, section 4.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = TIC()
@@ -239,7 +239,7 @@ class CABS(Ratio):
     with Learning Rates", UAI 2017, eq. 22.
 
     Args:
-        **kwargs: see `torchmetrics.Metric`.
+        **kwargs: See `torchmetrics.Metric`.
 
     Example:
         >>> metric = CABS()

@@ -178,7 +178,7 @@ class PrivacyAudit:
             The figure.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: Matplotlib is not installed.
         """
         figure, (left, right) = _figure(axes)
         self._draw_scores(left)

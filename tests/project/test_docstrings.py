@@ -100,3 +100,21 @@ def test_every_argument_is_described(name):
         if not re.search(rf"^\s*\*{{0,2}}`*{key}\b.*:", documentation, re.MULTILINE)
     ]
     assert not undescribed
+
+
+def entries(value):
+    """Names and descriptions of the arguments, attributes and errors in a docstring."""
+    section = None
+    for line in (inspect.getdoc(value) or "").splitlines():
+        if line and not line.startswith(" "):
+            title = re.fullmatch(r"(\w+):", line)
+            section = title and title[1]
+        entry = re.match(r"    (\S+): (.*)", line)
+        if section in ("Args", "Attributes", "Raises") and entry:
+            yield entry[1], entry[2]
+
+
+@pytest.mark.parametrize("name", {**PUBLIC, **METHODS})
+def test_descriptions_begin_with_a_capital_or_a_symbol(name):
+    described = dict(entries({**PUBLIC, **METHODS}[name]))
+    assert {key: text for key, text in described.items() if re.match("[a-z]{2}", text)} == {}
