@@ -39,7 +39,7 @@ def limits(per_decade: int, like: Tensor | None = None) -> Tensor:
 
 
 class GradientHistogram(Extension):
-    r"""Counts of the entries of all $g_n$, of a parameter, in ``grad_hist_1d`` or ``grad_hist_2d``.
+    r"""Counts of the entries of all $g_n$, of a parameter, in `grad_hist_1d` or `grad_hist_2d`.
 
     Args:
         joint: count pairs of a gradient's entry and the parameter's value there: rows are bins of

@@ -78,7 +78,7 @@ class Gradients:
     """What one run of a training step says of the gradients of its samples.
 
     Attributes:
-        norms: ‖g_i‖, ``[N]``.
+        norms: ‖g_i‖, `[N]`.
         sums: Σ w_i g_i by parameter over the samples whose gradient is finite, for each vector of
             weights w.
     """
@@ -108,7 +108,7 @@ def observe(
         mean: Whether the loss is a mean over the samples.
 
     Returns:
-        ``None`` where the step gives no loss with a graph.
+        `None` where the step gives no loss with a graph.
     """
     known: Batch = describe_batch(batch, size)
     step = pl_module.training_step
@@ -154,7 +154,7 @@ def refuse_coupled_samples(
 
     Returns:
         The names of parameters and buffers that the step changes in the same way whatever the batch
-        holds; ``None``: the batch cannot be divided, or there is no loss.
+        holds; `None`: the batch cannot be divided, or there is no loss.
 
     Raises:
         MisconfigurationException: Gradients differ, or a parameter or buffer is changed by what the
@@ -246,7 +246,7 @@ def compare(
         whole: The whole batch.
         part: The other batch.
         rows: Its samples in the whole batch.
-        number: Of the weighted sum in ``whole`` that has them.
+        number: Of the weighted sum in `whole` that has them.
         weights: Their weights in it.
         mean: Whether the loss is a mean over the samples.
         allowed: Relative difference by rounding.

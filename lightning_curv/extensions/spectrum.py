@@ -21,9 +21,9 @@ from lightning_curv.terms.squares import squared_sizes
 
 
 class GGNTraceExact(Extension):
-    r"""Trace of the parameter's block of the GGN, in ``ggn_trace_exact``, a scalar.
+    r"""Trace of the parameter's block of the GGN, in `ggn_trace_exact`, a scalar.
 
-    It is :math:`\sum_{v,n} \|J[v, n]\|^2`. Cost: one backward pass per output entry of a sample; no
+    It is $\sum_{v,n} \|J[v, n]\|^2$. Cost: one backward pass per output entry of a sample; no
     matrix of the parameter's shape is formed.
     """
 
@@ -36,9 +36,9 @@ class GGNTraceExact(Extension):
 
 
 class HessianTraceMC(GraphExtension):
-    r"""Estimate of the trace of the parameter's Hessian block, in ``hessian_trace_mc``, a scalar.
+    r"""Estimate of the trace of the parameter's Hessian block, in `hessian_trace_mc`, a scalar.
 
-    :math:`\frac1M \sum_m v_m^\top (H v_m)` with random signs :math:`v_m`, restricted to the
+    $\frac1M \sum_m v_m^\top (H v_m)$ with random signs $v_m$, restricted to the
     parameter's entries: the estimates of all blocks come from products with the Hessian of all
     parameters, and their sum estimates its trace. Unbiased for every differentiable network and
     loss. Hutchinson, *A stochastic estimator of the trace of the influence matrix*, Comm. Stat.
@@ -95,10 +95,10 @@ def _wide(tensor: Tensor) -> Tensor:
 class GGNTraceJointMC(GraphExtension):
     r"""Estimate of the trace of the parameter's GGN block from whole batches, a scalar.
 
-    Saved in ``ggn_trace_joint_mc``.
+    Saved in `ggn_trace_joint_mc`.
 
-    :math:`\frac1M \sum_m \|J^\top s_m\|^2` with the Jacobian J of all outputs of the batch and
-    random :math:`s_m` with :math:`E\,s s^\top = H`. No samples are taken apart, so that they may
+    $\frac1M \sum_m \|J^\top s_m\|^2$ with the Jacobian J of all outputs of the batch and
+    random $s_m$ with $E\,s s^\top = H$. No samples are taken apart, so that they may
     influence each other (BatchNorm, a contrastive loss): the GGN is then that of the network as a
     function of the batch. Where they do not, `GGNTraceMC` varies less.
 
@@ -129,7 +129,7 @@ class GGNTraceJointMC(GraphExtension):
 
 
 class MaxEigenvalue(GraphExtension):
-    r"""Largest eigenvalue of a curvature matrix of all parameters, in ``{matrix}_max_eigenvalue``.
+    r"""Largest eigenvalue of a curvature matrix of all parameters, in `{matrix}_max_eigenvalue`.
 
     The matrix is the Hessian or the GGN of all parameters jointly, and the number the same on every
     parameter. It is found by Lanczos' recurrence, whose largest Ritz value after k
@@ -205,7 +205,7 @@ def largest_eigenvalue(
 ) -> float:
     """Largest Ritz value of a symmetric matrix after at most that many products with it.
 
-    Lanczos' recurrence: ``alpha`` and ``beta`` are the entries of the tridiagonal matrix.
+    Lanczos' recurrence: `alpha` and `beta` are the entries of the tridiagonal matrix.
     """
     norm = _dot(start, start) ** 0.5
     current = [x / norm for x in start]

@@ -15,7 +15,7 @@ STRIP = 128  # rows of the product that are made at once, measured
 
 
 def gram(x: Tensor) -> Tensor:
-    """The product x xᵀ for ``x [D, R]``: what is below the diagonal is copied, not computed."""
+    """The product x xᵀ for `x [D, R]`: what is below the diagonal is copied, not computed."""
     x = x.contiguous()
     if len(x) <= STRIP:
         return mm(x, x.mT)
@@ -58,13 +58,13 @@ def root_product(
     r"""The root of the positive part of symmetric matrices H times vectors, by products with H.
 
     This is Lanczos' method: the root of its tridiagonal matrix. It is exact in B steps. Fewer keep
-    the squared length :math:`v^\top H v` of the root times v exactly, for positive semi-definite H,
+    the squared length $v^\top H v$ of the root times v exactly, for positive semi-definite H,
     and its direction up to an error that falls with the number of steps (Higham, *Functions of
     Matrices*, SIAM 2008, section 13.2).
 
     Args:
         times: H times vectors.
-        vector: The vectors v, ``[..., B]``.
+        vector: The vectors v, `[..., B]`.
         steps: The number of products.
     """
     smallest = torch.finfo(vector.dtype).tiny

@@ -31,7 +31,7 @@ class Rows:
 
     Attributes:
         likes: Tensors of their shapes, types and devices.
-        owners: Which sample owns each row of them; ``None``: the whole batch is one sample.
+        owners: Which sample owns each row of them; `None`: the whole batch is one sample.
     """
 
     likes: Sequence[Tensor]
@@ -46,14 +46,14 @@ class Rows:
         return [owners.split(like).shape[1] for owners, like in pairs]
 
     def split(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The entries of all tensors by sample, ``[N, E]``."""
+        """The entries of all tensors by sample, `[N, E]`."""
         if self.owners is None:
             return torch.cat([tensor.reshape(1, -1) for tensor in tensors], 1)
         pairs = zip(self.owners, tensors, strict=True)
         return torch.cat([owners.split(tensor) for owners, tensor in pairs], 1)
 
     def join(self, entries: Tensor) -> list[Tensor]:
-        """The tensors whose `split` are ``entries [N, E]``."""
+        """The tensors whose `split` are `entries [N, E]`."""
         parts = entries.split(self.sizes, 1)
         tensors = []
         for number, (part, like) in enumerate(zip(parts, self.likes, strict=True)):
@@ -69,7 +69,7 @@ class Rows:
 class Blocks:
     """How the entries of a sample fall into blocks that have no second derivatives in common.
 
-    Entries ``[N, E]`` are ``[N, outer, size, inner]``; a block is one place on the outer and the
+    Entries `[N, E]` are `[N, outer, size, inner]`; a block is one place on the outer and the
     inner axis.
     """
 
@@ -78,13 +78,13 @@ class Blocks:
     inner: int = 1
 
     def split(self, entries: Tensor) -> Tensor:
-        """``[N, E]`` to ``[N, blocks, size]``."""
+        """`[N, E]` to `[N, blocks, size]`."""
         parts = entries.reshape(len(entries), self.outer, self.size, self.inner)
         entries_last = parts.transpose(2, 3)
         return entries_last.reshape(len(entries), self.outer * self.inner, self.size)
 
     def join(self, blocks: Tensor) -> Tensor:
-        """Back to ``[N, E]``."""
+        """Back to `[N, E]`."""
         parts = blocks.reshape(len(blocks), self.outer, self.inner, self.size)
         in_order = parts.transpose(2, 3)
         return in_order.reshape(len(blocks), self.outer * self.size * self.inner)
@@ -94,7 +94,7 @@ class Blocks:
 class Quadratic(LossPart):
     r"""The quadratic expansion of a loss around outputs f of a network: H = V Λ₊ Vᵀ per sample.
 
-    With the eigenvalues :math:`\nabla_f^2 \ell_n = V \Lambda V^\top` the GGN takes the positive
+    With the eigenvalues $\nabla_f^2 \ell_n = V \Lambda V^\top$ the GGN takes the positive
     part Λ₊, the closest positive semi-definite matrix; for a loss that is convex in f that is the
     Hessian itself. There is no model to draw targets from: samples are V √Λ₊ ε with standard normal
     ε, whose expected outer product is H.
@@ -176,7 +176,7 @@ class Quadratic(LossPart):
         return self._joined(_product(vectors, roots * noise))
 
     def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """Standard normal numbers, ``[N, ...]``.
+        """Standard normal numbers, `[N, ...]`.
 
         Some of the samples get what they would among all.
         """
@@ -223,7 +223,7 @@ class Quadratic(LossPart):
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        """Λ ``[N, blocks, B]`` and V ``[N, blocks, B, B]`` of every sample's Hessian."""
+        """Λ `[N, blocks, B]` and V `[N, blocks, B, B]` of every sample's Hessian."""
         # Λ and V of all samples are decomposed in one call.
         hessian = self._hessian()
         self.__dict__.pop("_gradients", None)  # their graph is not needed any more
@@ -237,7 +237,7 @@ class Quadratic(LossPart):
         return values.masked_fill(broken[..., None], torch.nan), vectors
 
     def _hessian(self) -> Tensor:
-        """The Hessian of every block, ``[N, blocks, B, B]``.
+        """The Hessian of every block, `[N, blocks, B, B]`.
 
         One differentiation gives a column of the matrices of all blocks and samples at once.
         """
@@ -262,7 +262,7 @@ class Quadratic(LossPart):
         return (hessian + hessian.mT) / 2  # rounding makes it asymmetric
 
     def _times_blocks(self, direction: Tensor) -> Tensor:
-        """The Hessian times a direction, both ``[N, blocks, B]``."""
+        """The Hessian times a direction, both `[N, blocks, B]`."""
         rows, blocks = self._layout
         return blocks.split(self._times(rows, blocks.join(direction)))
 
@@ -359,7 +359,7 @@ class Quadratic(LossPart):
         return sorted(smaller, key=lambda blocks: blocks.size)
 
     def _times(self, rows: Rows, direction: Tensor) -> Tensor:
-        """The Hessian of all samples jointly times a direction, both as entries ``[N, E]``."""
+        """The Hessian of all samples jointly times a direction, both as entries `[N, E]`."""
         vectors = rows.join(direction)
         gradients = self._gradients
         if not gradients:
@@ -409,7 +409,7 @@ class Quadratic(LossPart):
         return [(number, g) for number, g in gradients if g.requires_grad]
 
     def _refuse_lost(self, gradients: Sequence[Tensor], seed: Tensor) -> None:
-        """Raise where the graph of a ``once_differentiable`` function is lost.
+        """Raise where the graph of a `once_differentiable` function is lost.
 
         Torch drops it silently. Gradients are linear in the seed where their graph is whole.
         """
@@ -453,7 +453,7 @@ def _positive_part(
     basis: Tensor,
     vectors: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The product V Λ₊ Vᵀ v, with the eigenvalues ``values`` and the eigenvectors ``basis``."""
+    """The product V Λ₊ Vᵀ v, with the eigenvalues `values` and the eigenvectors `basis`."""
     entries = blocks.split(rows.split(vectors)).to(basis.dtype)
     along = torch.einsum("nbek,nbe->nbk", basis, entries)
     products = _product(basis, values * along)
@@ -461,7 +461,7 @@ def _positive_part(
 
 
 def _product(basis: Tensor, along: Tensor) -> Tensor:
-    """The matrix of every block times a vector, ``[N, blocks, B]``."""
+    """The matrix of every block times a vector, `[N, blocks, B]`."""
     return torch.einsum("nbek,nbk->nbe", basis, along)
 
 
@@ -471,7 +471,7 @@ def _used(values: Tensor, complete: bool) -> list[tuple[int, int]]:
     At least one, if there are any, so that parameters get zeros and not nothing.
 
     Args:
-        values: The eigenvalues, ``[N, blocks, B]``.
+        values: The eigenvalues, `[N, blocks, B]`.
         complete: Take all of them.
     """
     if complete or not values.numel():

@@ -123,7 +123,7 @@ class TICDiagonal(_EntrywiseSums):
 
         Args:
             sum_grad_squared: $\sum_n g_{nj}^2$, [P].
-            diagonal: of the GGN or the Hessian of the mean loss, for example ``p.diag_ggn_mc``,
+            diagonal: of the GGN or the Hessian of the mean loss, for example `p.diag_ggn_mc`,
                 [P].
             samples: N.
         """

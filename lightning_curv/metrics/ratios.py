@@ -197,7 +197,7 @@ class MeanTrace(Ratio):
         """Add a batch.
 
         Args:
-            trace: for example ``sum(p.ggn_trace_mc for p in parameters)``, [].
+            trace: for example `sum(p.ggn_trace_mc for p in parameters)`, [].
             samples: N.
         """
         self.add(samples * trace, torch.tensor(samples))

@@ -68,7 +68,7 @@ class Finding:
     """What the weights say of a place.
 
     Attributes:
-        owners: Who owns its rows; ``None``: samples mix, or the losses do not depend on it.
+        owners: Who owns its rows; `None`: samples mix, or the losses do not depend on it.
         reached: Whether the losses depend on it, in these numbers.
         options: All axes that agree with the weights, where there are several.
         silent: Whether nothing arrives there, so that the weights say nothing.
@@ -264,7 +264,7 @@ def _reaches_all(owners: BatchAxis, cotangent: Tensor) -> bool:
 
 
 def owners_at(passes: Passes, edges: Sequence[GradientEdge]) -> dict[GradientEdge, Owners | None]:
-    """Who owns the rows of the tensors at ``edges``; ``None``: no loss reaches them.
+    """Who owns the rows of the tensors at `edges`; `None`: no loss reaches them.
 
     Raises:
         UnsupportedError: Samples mix.

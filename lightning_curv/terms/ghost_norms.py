@@ -39,7 +39,7 @@ def are_cheaper(term: Term) -> bool:
 
 
 def squared_norms(term: Term) -> Tensor:
-    """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample, ``[V, N]``.
+    """‖Σ_s g_s ⊗ x_s‖² = Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per column and sample, `[V, N]`.
 
     Both Gram matrices are made in chunks.
     """
@@ -48,7 +48,7 @@ def squared_norms(term: Term) -> Tensor:
 
 
 def norms(term: Term) -> tuple[Tensor, Tensor]:
-    """The roots of `squared_norms`, rounded up, and Σ_s ‖g_s‖ ‖x_s‖; ``[V, N]`` of float64 each.
+    """The roots of `squared_norms`, rounded up, and Σ_s ‖g_s‖ ‖x_s‖; `[V, N]` of float64 each.
 
     Where the second is much more, positions cancel. What rounding may take away is added:
     `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)², which is more than the rest where large positions cancel.
@@ -90,7 +90,7 @@ def _rounded_up(
     x_squares: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms and sizes ``[V, n]``, and the samples whose Gram matrices may underflow or overflow.
+    """Norms and sizes `[V, n]`, and the samples whose Gram matrices may underflow or overflow.
 
     The arguments are what `_products` gives.
     """
@@ -114,7 +114,7 @@ def _rounded_up(
 
 
 def _products_of(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_products` of ``g [n, q, V, o, s]`` and ``x [n, q, i, s]``."""
+    """`_products` of `g [n, q, V, o, s]` and `x [n, q, i, s]`."""
     g_gram = g.mT @ g
     x_gram = x.mT @ x
     products = torch.einsum("nqvst,nqst->vnq", g_gram, x_gram)
@@ -126,8 +126,8 @@ def _products_of(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inner products of both Gram matrices, and their diagonals, some samples at a time.
 
-    They are Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per group, ``[V, n, q]``, ‖g_s‖² ``[n, q, V, s]`` and
-    ‖x_s‖² ``[n, q, s]``.
+    They are Σ_{s,t} ⟨g_s, g_t⟩ ⟨x_s, x_t⟩ per group, `[V, n, q]`, ‖g_s‖² `[n, q, V, s]` and
+    ‖x_s‖² `[n, q, s]`.
     """
     matrices = Matrices(term)
     assert term.x is not None
@@ -158,5 +158,5 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _gram(x: Tensor) -> Tensor:
-    """⟨x_s, x_t⟩ for ``x [b, i, s]``."""
+    """⟨x_s, x_t⟩ for `x [b, i, s]`."""
     return onednn.bmm(x.mT, x)

@@ -1,7 +1,7 @@
 r"""The per-sample Jacobian of one parameter, as a sum of terms, and its contractions.
 
 Every extension is a function of a `Jacobian`. All contractions add the uses of the parameter
-*before* squaring, and none materialises ``[V, N, *p]`` but `Jacobian.per_sample`, whose result that
+*before* squaring, and none materialises `[V, N, *p]` but `Jacobian.per_sample`, whose result that
 is: sums over samples run in chunks.
 """
 
@@ -34,10 +34,10 @@ SMALL = 2**12  # entries of a parameter up to which squares are summed by one re
 
 
 class Jacobian:
-    r"""J[v, n, *p]: derivatives of backpropagated columns ``v`` of sample ``n`` by one parameter.
+    r"""J[v, n, *p]: derivatives of backpropagated columns `v` of sample `n` by one parameter.
 
-    With the gradient as the only column, ``J[0, n]`` is the per-sample gradient :math:`s\,g_n`;
-    with the columns of :math:`\sqrt{s H_n}`, :math:`\sum_{v,n} J[v,n] J[v,n]^\top` is the GGN.
+    With the gradient as the only column, `J[0, n]` is the per-sample gradient $s\,g_n$;
+    with the columns of $\sqrt{s H_n}$, $\sum_{v,n} J[v,n] J[v,n]^\top$ is the GGN.
 
     Example:
         >>> g, x = torch.ones(1, 2, 1), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -52,7 +52,7 @@ class Jacobian:
     Attributes:
         parameter: The parameter.
         terms: One term per group of uses with the same letters.
-        signs: Weight of the square of every column, ``[V, N]``; ``None``: one.
+        signs: Weight of the square of every column, `[V, N]`; `None`: one.
         gradient: The sum over the samples of the only column, where it is known.
         shared: Whether several quantities are functions of it: J is then kept once it has been
             formed.
@@ -133,7 +133,7 @@ class Jacobian:
         """Form J itself.
 
         Returns:
-            J, ``[V, N, *p]``.
+            J, `[V, N, *p]`.
         """
         if self._formed is not None:
             return self._formed
@@ -155,7 +155,7 @@ class Jacobian:
         """Form J some samples at a time.
 
         Returns:
-            Pieces ``[V, n, *p]`` of consecutive samples, each of at most `CHUNK_BYTES` where one
+            Pieces `[V, n, *p]` of consecutive samples, each of at most `CHUNK_BYTES` where one
             sample fits. They are not to be changed in place.
         """
         sparse = any(term.classes for term in self.terms)
@@ -191,7 +191,7 @@ class Jacobian:
         return max(1, piece_bytes // max(sizes))
 
     def _pieces(self, size: int, ordered: bool = False) -> Iterator[Tensor]:
-        """J of ``size`` samples at a time, summed over the terms; ``ordered``: see `pieces`."""
+        """J of `size` samples at a time, summed over the terms; `ordered`: see `pieces`."""
         # Iterators, so that one piece of every term is in memory at a time.
         by_term = [pieces(term, size, ordered) for term in self.terms]
         return (self._added(parts) for parts in zip(*by_term, strict=True))
@@ -202,7 +202,7 @@ class Jacobian:
         return any(term.own_gradients is not None or Matrices(term).large for term in self.terms)
 
     def _added(self, parts: Iterable[Tensor]) -> Tensor:
-        """The sum of pieces ``[V, n, *par]``, ``[V, n, *p]``."""
+        """The sum of pieces `[V, n, *par]`, `[V, n, *p]`."""
         shaped = []
         for part in parts:
             # A reshape of what has the shape costs little, but it is done for every piece.
@@ -215,7 +215,7 @@ class Jacobian:
         """Sum over the samples, without forming J.
 
         Returns:
-            The sum of every column, ``[V, *p]``.
+            The sum of every column, `[V, *p]`.
         """
         parts = []
         for term in self.terms:
@@ -227,14 +227,14 @@ class Jacobian:
         return sum(parts[1:], start=parts[0])
 
     def weighted_total(self, weights: Tensor) -> Tensor:
-        r"""Sum the only column over the samples, each times a weight: :math:`\sum_n c_n J[0, n]`.
+        r"""Sum the only column over the samples, each times a weight: $\sum_n c_n J[0, n]$.
 
         One contraction per term; no per-sample gradient is formed. With norms from `norms` this is
         the second half of book-keeping (Bu, Wang, Zha & Karypis, *Differentially Private
         Optimization on Large Model at Small Cost*, ICML 2023).
 
         Args:
-            weights: c, ``[N]``.
+            weights: c, `[N]`.
 
         Returns:
             The weighted sum, of the parameter's shape.
@@ -292,7 +292,7 @@ class Jacobian:
             vector: The direction, of the parameter's shape.
 
         Returns:
-            The inner products, ``[V, N]``.
+            The inner products, `[V, N]`.
         """
         products = []
         for term in self.terms:
@@ -303,7 +303,7 @@ class Jacobian:
         """Compute the squared norms of J[v, n], the cheapest way that there is.
 
         Returns:
-            The squared norms, ``[V, N]``.
+            The squared norms, `[V, N]`.
         """
         if self._onehot is not None:
             return one_hot.squared_norms(self._onehot)
@@ -328,7 +328,7 @@ class Jacobian:
         largest number they are infinite.
 
         Returns:
-            The norms, ``[V, N]`` in the widest type of the device.
+            The norms, `[V, N]` in the widest type of the device.
         """
         return self.norms_and_sizes()[0]
 
@@ -337,7 +337,7 @@ class Jacobian:
 
         Returns:
             The norms, and those that the same sums would have if nothing of them cancelled,
-            ``[V, N]`` in the widest type of the device each.
+            `[V, N]` in the widest type of the device each.
         """
         if self._onehot is not None:
             return one_hot.norms(self._onehot)
@@ -381,7 +381,7 @@ class Jacobian:
                 memory.
 
         Returns:
-            The sums, ``[N, *p]``; ``total`` where it was given.
+            The sums, `[N, *p]`; `total` where it was given.
         """
         term = self._factorised
         if term is not None and not self._onehot:
@@ -487,7 +487,7 @@ def _subtract_mean(squares: Tensor, total: Tensor, samples: int) -> bool:
 
 
 def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
-    """Sum over columns and samples of the squares of ``[V, n, *p]``."""
+    """Sum over columns and samples of the squares of `[V, n, *p]`."""
     result = None
     start = 0
     for part in parts:
@@ -515,7 +515,7 @@ def _sum_squares(parts: Iterator[Tensor], signs: Tensor | None) -> Tensor:
 
 
 def _rows(j: Tensor) -> Tensor:
-    """``[V, n, *p]`` as ``[V, n, P]`` in its order of memory."""
+    """`[V, n, *p]` as `[V, n, P]` in its order of memory."""
     strides = j.stride()
     slowest_first = sorted(range(2, j.ndim), key=lambda axis: -strides[axis])
     by_memory = j.permute(0, 1, *slowest_first)

@@ -20,7 +20,7 @@ def limit(dtype: torch.dtype) -> float:
 
 
 def row_norms(tensor: Tensor, start: int) -> Tensor:
-    """Norms over all axes from ``start`` on, in the widest type of the device.
+    """Norms over all axes from `start` on, in the widest type of the device.
 
     Squares of float32 are normal numbers of float64. Rows that are in the widest type themselves
     are divided by their largest entry where theirs may be none.
@@ -38,7 +38,7 @@ def row_norms(tensor: Tensor, start: int) -> Tensor:
 
 
 def _scaled_norms(rows: Tensor) -> Tensor:
-    """Norms of rows ``[R, E]``, divided by their largest entry before they are squared."""
+    """Norms of rows `[R, E]`, divided by their largest entry before they are squared."""
     if not rows.shape[-1]:
         return rows.new_zeros(len(rows))
     largest = rows.abs().amax(-1, keepdim=True)

@@ -29,17 +29,17 @@ class GradientCanaries:
     take part in a step go through the private step as all samples do: a backward pass, the norms,
     the clipping, the sum, the noise, the account. What the step releases, minus what the other
     samples contributed (the adversary of differential privacy knows them), is
-    :math:`z = 1 + \sigma\,\mathcal N(0, 1)` along a canary that took part, in units of C, and
-    :math:`\sigma\,\mathcal N(0, 1)` along any other. Its score is the sum over the steps of
+    $z = 1 + \sigma\,\mathcal N(0, 1)$ along a canary that took part, in units of C, and
+    $\sigma\,\mathcal N(0, 1)$ along any other. Its score is the sum over the steps of
 
-    .. math:: \log\Big(1 - q + q \exp\frac{2z - 1}{2\sigma^2}\Big),
+    $$\log\Big(1 - q + q \exp\frac{2z - 1}{2\sigma^2}\Big),$$
 
     with q and σ as they were accounted: the log-odds, if the claim is true. Steinke, Nasr &
     Jagielski, *Privacy Auditing with One (1) Training Run*, NeurIPS 2023, algorithm 1 and section
     6.1.
 
-    In Lightning `privacy_audit` does all of it. In a loop of your own, sample among N + ``count``,
-    the last ``count`` of which are the canaries, and call `backward` before every
+    In Lightning `privacy_audit` does all of it. In a loop of your own, sample among N + `count`,
+    the last `count` of which are the canaries, and call `backward` before every
     `DPOptimizer.step`. The trained weights have seen the canaries: they are for the audit only.
 
     Args:
@@ -49,7 +49,7 @@ class GradientCanaries:
         norm: Norm of their gradients in units of C; above 1, so that clipping is audited too.
         seed: Of the coins and directions; default: from the operating system's entropy.
 
-    Cost: per step a backward pass through one small linear op per parameter, and reading ``count``
+    Cost: per step a backward pass through one small linear op per parameter, and reading `count`
         entries of each.
 
     Raises:
@@ -126,7 +126,7 @@ class GradientCanaries:
             entries: The entry of each of n canaries, a number in the flat parameter.
 
         Returns:
-            Inputs, ``[n, *]``, and cotangents, ``[n, outputs]``.
+            Inputs, `[n, *]`, and cotangents, `[n, outputs]`.
         """
         count, inputs_per_row = len(entries), parameter[0].numel()
         rows, columns = np.divmod(entries, inputs_per_row)
@@ -139,7 +139,7 @@ class GradientCanaries:
         return x.reshape(count, *parameter.shape[1:]), g
 
     def _along(self, values: dict[Tensor, Tensor]) -> list[Tensor]:
-        """The entries of the canaries, ``[m]`` for every parameter."""
+        """The entries of the canaries, `[m]` for every parameter."""
         along = []
         for parameter, entries in self._entries.items():
             flat = values[parameter].detach().flatten()
@@ -220,7 +220,7 @@ def _entries(
 
 
 def _apply(parameter: Tensor, x: Tensor) -> Tensor:
-    """The inner products of every row of a parameter with every input, ``[n, rows]``."""
+    """The inner products of every row of a parameter with every input, `[n, rows]`."""
     if parameter.ndim == 2:
         return F.linear(x, parameter)
     # A kernel as large as its input has one position.

@@ -1,11 +1,11 @@
 r"""The one moment where processes meet: clipped sums are added up, and noise is added once.
 
-Floating-point numbers are no real numbers: which of them :math:`S + \sigma C z` can be, and which
+Floating-point numbers are no real numbers: which of them $S + \sigma C z$ can be, and which
 not, tells of S (Mironov, *On Significance of the Least Significant Bits For Differential Privacy*,
 CCS 2012; for Gaussian noise Jin et al., *Are We There Yet? Timing and Floating-Point Attacks on
 Differential Privacy Systems*, S&P 2022, and Holohan & Braghin, ESORICS 2021). So sums and noise are
 rounded to multiples of one power of two, and added as integers, without any further rounding. For S
-on that grid, :math:`S + \mathrm{round}(z) = \mathrm{round}(S + z)`: a function of what the Gaussian
+on that grid, $S + \mathrm{round}(z) = \mathrm{round}(S + z)$: a function of what the Gaussian
 mechanism would release, which costs no privacy. The grid is 2⁻³⁴ σC or finer; round(z) is drawn as
 such (`privacy_gaussian`), so that no multiple is preferred. Rounding d entries of S adds no more
 than √d 2⁻³⁴ σC to a sample's share.
@@ -46,7 +46,7 @@ def summed_over_ranks(
         noise: Draws it.
 
     Returns:
-        The noisy sums, ``totals`` themselves.
+        The noisy sums, `totals` themselves.
 
     Cost: one collective of a flat copy in float64; the noise is drawn on the CPU.
     """

@@ -23,17 +23,17 @@ from lightning_curv.precision import widest
 class DPOptimizer(Optimizer):
     r"""Steps of another optimizer on a differentially private gradient.
 
-    .. math:: \tilde g = \frac1{\bar B} \Big(
+    $$\tilde g = \frac1{\bar B} \Big($$
               \sum_i \min(1, C / \|g_i\|)\, g_i + \sigma C\, \mathcal N(0, I)\Big)
 
-    with the gradient :math:`g_i` of sample i's own loss by all trainable parameters together, and
+    with the gradient $g_i$ of sample i's own loss by all trainable parameters together, and
     the *expected* batch size B̄. Samples are clipped before they are accumulated; noise is added
-    once per step, to empty batches too. What the inner optimizer makes of :math:`\tilde g`
+    once per step, to empty batches too. What the inner optimizer makes of $\tilde g$
     (momentum, Adam, weight decay) costs no privacy. Abadi et al., *Deep Learning with Differential
     Privacy*, CCS 2016.
 
     In Lightning add `PrivacyCallback()`, which draws the batches and keeps the account. Elsewhere
-    draw Poisson batches and run every backward pass inside ``curvature(*optimizer.extensions)``;
+    draw Poisson batches and run every backward pass inside `curvature(*optimizer.extensions)`;
     without a pass a step is that of an empty batch. One backward pass is all it takes; no
     per-sample gradient is kept.
 
@@ -41,15 +41,15 @@ class DPOptimizer(Optimizer):
         optimizer: Any torch optimizer whose step needs no closure. Its parameter groups are shared.
         clip_norm: C, or a function of the step's number such as `ExponentialSchedule`.
         noise_multiplier: σ; the standard deviation of the noise in the sum is σC. Or a function of
-            the step's number, accounted value by value. ``None``: the callback sets it.
+            the step's number, accounted value by value. `None`: the callback sets it.
         expected_batch_size: B̄, samples per step over all processes: sampling rate × data set size,
-            not the size of the batch that was drawn. ``None``: the callback sets it.
-        clipping: ``"flat"``, ``"per_layer"``, ``"automatic"`` (normalisation), ``"adaptive"`` (C
-            follows the median of the norms), ``"per_group"`` (every parameter group by its own
-            ``clip_norm``), or a `Clipping` with settings of your own.
-        loss_reduction: Whether the loss of a backward pass is the ``"mean"`` or the ``"sum"`` of
+            not the size of the batch that was drawn. `None`: the callback sets it.
+        clipping: `"flat"`, `"per_layer"`, `"automatic"` (normalisation), `"adaptive"` (C
+            follows the median of the norms), `"per_group"` (every parameter group by its own
+            `clip_norm`), or a `Clipping` with settings of your own.
+        loss_reduction: Whether the loss of a backward pass is the `"mean"` or the `"sum"` of
             the losses of its samples. Any other factor on the loss goes to
-            ``optimizer.loss_scale``.
+            `optimizer.loss_scale`.
         accountant: Is told of every step.
         noise_seed: Makes the noise repeatable, for tests only.
         secure: Draw the noise from the operating system's entropy; slower.
@@ -61,8 +61,8 @@ class DPOptimizer(Optimizer):
 
     Attributes:
         steps: Steps so far, each of them a release; in the checkpoint too. Schedules go by it.
-        noise_schedule, clip_schedule: The functions, if there are any; ``noise_multiplier`` and
-            ``clip_norm`` are the values of the next step.
+        noise_schedule, clip_schedule: The functions, if there are any; `noise_multiplier` and
+            `clip_norm` are the values of the next step.
 
     Cost: a backward pass plus the norms, and about the memory of the activations once more.
 
@@ -151,7 +151,7 @@ class DPOptimizer(Optimizer):
             at_most: Number of steps to look ahead.
 
         Returns:
-            A number from 1 on; ``at_most`` if σ does not change before.
+            A number from 1 on; `at_most` if σ does not change before.
         """
         if self.noise_schedule is None:
             return at_most
@@ -176,7 +176,7 @@ class DPOptimizer(Optimizer):
 
     @property
     def extensions(self) -> tuple[ClippedSum, ...]:
-        """What every backward pass computes, as ``curvature(*optimizer.extensions)``."""
+        """What every backward pass computes, as `curvature(*optimizer.extensions)`."""
         self._refresh()
         return (self._sum,)
 
@@ -199,7 +199,7 @@ class DPOptimizer(Optimizer):
 
     @property
     def counted(self) -> Tensor | None:
-        """Which samples of the next backward pass count, ``[N]`` of bool; ``None``: all of them.
+        """Which samples of the next backward pass count, `[N]` of bool; `None`: all of them.
 
         Samples that do not count stand in: they fill a batch up to a number of rows that does not
         tell how many were drawn. torch may compute the last digits of a row otherwise in a batch of
@@ -253,7 +253,7 @@ class DPOptimizer(Optimizer):
         """Privatise the gradient, tell the accountant, and let the inner optimizer step.
 
         Args:
-            closure: Computes the loss and its gradients inside ``curvature(*extensions)``; called
+            closure: Computes the loss and its gradients inside `curvature(*extensions)`; called
                 once, before anything else.
 
         Returns:
@@ -348,8 +348,8 @@ class DPOptimizer(Optimizer):
         """The state of the inner optimizer, and what privacy needs besides.
 
         Returns:
-            The inner optimizer's state; under ``"privacy"`` the account, the state of the clipping,
-            the steps, and with ``exact_resume`` that of the noise.
+            The inner optimizer's state; under `"privacy"` the account, the state of the clipping,
+            the steps, and with `exact_resume` that of the noise.
         """
         privacy: dict[str, Any] = {"clipping": self.clipping.state_dict(), "steps": self.steps}
         if self.exact_resume:
@@ -361,14 +361,14 @@ class DPOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint.
 
-        What was spent stays spent, and the noise is fresh unless ``exact_resume``.
+        What was spent stays spent, and the noise is fresh unless `exact_resume`.
 
         Args:
             state_dict: What `state_dict` returned.
 
         Raises:
             KeyError: It is the state of another optimizer, or lacks the state of the noise that
-                ``exact_resume`` needs.
+                `exact_resume` needs.
         """
         state = dict(state_dict)
         privacy = state.pop("privacy", None)
@@ -430,7 +430,7 @@ def _refuse_curvature(optimizer: Optimizer) -> None:
 
 
 class DPSGD(DPOptimizer):
-    """`DPOptimizer` around ``torch.optim.SGD``.
+    """`DPOptimizer` around `torch.optim.SGD`.
 
     Args:
         params: Parameters or parameter groups.
@@ -461,7 +461,7 @@ class DPSGD(DPOptimizer):
 
 
 class DPAdam(DPOptimizer):
-    """`DPOptimizer` around ``torch.optim.AdamW``.
+    """`DPOptimizer` around `torch.optim.AdamW`.
 
     Args:
         params: Parameters or parameter groups.
