@@ -49,9 +49,12 @@ def results(forward, extensions, chosen=None, capped=None, count=None, check=Fal
     cap = None if chosen is None else fixed(chosen, extensions if capped is None else capped)
     generator = torch.Generator().manual_seed(0)
     backprop = Backprop(loss, extensions, generator, count, check, cap=cap)
-    backprop.before()
-    backprop.run()
-    return backprop, backprop.finish()
+    try:
+        backprop.before()
+        backprop.run()
+        return backprop, backprop.finish()
+    finally:
+        backprop.abort()  # after an error, too: later private steps would give way to it
 
 
 def subset(count):
