@@ -403,24 +403,16 @@ class CurvatureCallback(Callback):
         # All that follows is decided from counters alone, so that processes decide alike: where one
         # measures and another does not, a reduction waits for ever.
         self._schedule.begin_batch(trainer)
-        supplied, logged, considered = self._required(trainer), [], []
+        supplied = self._required(trainer)
+        logged: list[AnyExtension] = []
+        considered: list[AnyExtension] = []
         self._required_fields = {extension.savefield for extension in supplied}
-        off, interval = self._available.off, self._schedule.interval(trainer, self.every_n_steps)
+        interval = self._schedule.interval(trainer, self.every_n_steps)
         if self._schedule.is_logged(trainer, self.every_n_steps):
-            quantities = [q for q in self._quantities if q.is_due(step_of(trainer), interval)]
-            self._report = Report(
-                quantities,
-                self._chosen,
-                self._noise,
-                self.ema,
-                self._trajectory,
-                off,
-                self._run.layers,
-                norm_parameters(pl_module).values(),
-            )
+            self._report = self._new_report(trainer, pl_module, interval)
             logged = [FIELDS[name](self.mc_samples, pl_module) for name in self._report.fields]
             # A savefield is one attribute of a parameter: that of an optimizer comes first.
-            known = self._required_fields | off.keys()
+            known = self._required_fields | self._available.off.keys()
             supplied += [e for e in self.extensions if e.savefield not in known]
         else:
             # Logged passes of an earlier step are no part of this one. Only `zero_grad` resets
@@ -434,8 +426,32 @@ class CurvatureCallback(Callback):
                 considered = []  # this step runs as it would without
         listens = self._report is not None and self._report.listens
         # Most batches end here: no patch, no record, no hook, no cost.
-        if not logged and not supplied and not considered and not listens:
-            return
+        if logged or supplied or considered or listens:
+            self._observe(trainer, pl_module, batch, supplied, logged, considered)
+
+    def _new_report(self, trainer: Trainer, pl_module: LightningModule, interval: int) -> Report:
+        """The numbers of a logged batch, those quantities of them that are due."""
+        return Report(
+            [q for q in self._quantities if q.is_due(step_of(trainer), interval)],
+            self._chosen,
+            self._noise,
+            self.ema,
+            self._trajectory,
+            self._available.off,
+            self._run.layers,
+            norm_parameters(pl_module).values(),
+        )
+
+    def _observe(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        supplied: list[AnyExtension],
+        logged: list[AnyExtension],
+        considered: list[AnyExtension],
+    ) -> None:
+        """Put extensions around the backward passes of a batch, and record its training step."""
         output = find_output(pl_module, self.output)
         seed = partial(seed_of_batch, trainer, self.seed)
         self._observation = Observation(
