@@ -166,7 +166,8 @@ def _averages_weights(trainer: Trainer) -> bool:
         for name in names
         if hasattr(copy.callbacks, name)  # older copies lack the second one
     ]
-    return any(isinstance(callback, tuple(kinds)) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, tuple(kinds)) for callback in callbacks)
 
 
 def _next_of_series(number: int) -> int:
