@@ -1,5 +1,7 @@
 """Gradient descent preconditioned by the diagonal of the generalized Gauss-Newton matrix."""
 
+from __future__ import annotations
+
 from typing import Literal
 
 from torch.optim.optimizer import ParamsT

@@ -1,5 +1,7 @@
 """K-FAC: gradient descent preconditioned by Kronecker-factored curvature."""
 
+from __future__ import annotations
+
 from typing import Literal
 
 from torch.optim.optimizer import ParamsT

@@ -1,5 +1,7 @@
 """Checks of optimizer settings."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Warnings of the optimizers."""
 
+from __future__ import annotations
+
 import warnings
 
 

@@ -1,5 +1,7 @@
 """What an optimizer needs from a model of the curvature."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

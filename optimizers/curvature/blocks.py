@@ -1,5 +1,7 @@
 """Which weight and bias belong to one layer, read off their Jacobians."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

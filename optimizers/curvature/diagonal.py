@@ -1,5 +1,7 @@
 """Curvature of one parameter as a running mean of its diagonal."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """EKFAC: the eigenbasis of Kronecker factors with corrected second moments."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

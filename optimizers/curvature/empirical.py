@@ -1,5 +1,7 @@
 """Curvature for losses that have none: optimizers take the empirical Fisher matrix instead."""
 
+from __future__ import annotations
+
 from lightning_curv.errors import NoSecondDerivativeError, UnsupportedError
 from lightning_curv.extensions import Extension
 from lightning_curv.extensions.columns import Chosen, EmpiricalFisher, Source

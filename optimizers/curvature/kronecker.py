@@ -1,5 +1,7 @@
 """Curvature of a block as a Kronecker product of running means."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

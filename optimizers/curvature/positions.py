@@ -1,5 +1,7 @@
 """Random positions of convolutions, enough for their Kronecker factors."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import replace
 

@@ -1,5 +1,7 @@
 """Second moments of a Jacobian's columns in a Kronecker-factored basis."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,5 +1,7 @@
 """Kronecker factors of a block from the Jacobians of its parameters."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 

@@ -12,6 +12,8 @@ The factors of a transposed convolution are those of its weight [G·i, o, *k] wi
 axes.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """Products with Kronecker factors of many blocks, those of equal shapes in one."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Curvature of the whole batch when its samples are spread over processes."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from zlib import crc32
 

@@ -1,5 +1,7 @@
 """Factored Tikhonov damping: one damping for a Kronecker product, split over its factors."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -6,6 +6,8 @@ from s·⌊r/s⌋ on, zeros where the last block is narrower. `batched` says tha
 group dimension [G]; it is what tells a matrix [d, d] from a batched diagonal [G, d].
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,5 +1,7 @@
 """One check of many tensors for inf and NaN."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 import torch

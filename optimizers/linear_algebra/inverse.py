@@ -1,5 +1,7 @@
 """Inverses of damped positive semi-definite factors, many at a time."""
 
+from __future__ import annotations
+
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 

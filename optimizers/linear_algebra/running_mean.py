@@ -1,5 +1,7 @@
 """Exponential moving average whose weights sum to one from the first value on."""
 
+from __future__ import annotations
+
 from torch import Tensor
 
 

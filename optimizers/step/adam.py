@@ -1,5 +1,7 @@
 """Adam's direction, the update of parameters that have no curvature."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

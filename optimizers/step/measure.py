@@ -1,5 +1,7 @@
 """From the fields of one backward pass to running means of the curvature."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """From gradients to new parameters: directions, and updates, which must all be finite."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

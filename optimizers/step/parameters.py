@@ -1,5 +1,7 @@
 """The parameters of an optimizer: which of them move, which share a block, what they are called."""
 
+from __future__ import annotations
+
 from collections.abc import Container, MutableMapping, Sequence
 from dataclasses import dataclass
 

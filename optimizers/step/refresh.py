@@ -1,5 +1,7 @@
 """The inverses of the blocks: how much each is damped, which are renewed in a step."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """When curvature is measured and when inverses are refreshed."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 

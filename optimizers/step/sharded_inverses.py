@@ -1,5 +1,7 @@
 """The work of inversion split over processes, and what each of them keeps of it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """Adaptation of the damping to how well the quadratic model predicted the loss."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 

@@ -3,6 +3,8 @@
 It is damped by at least so much, and may not promise more than the loss is worth.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch

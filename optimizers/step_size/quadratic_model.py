@@ -13,6 +13,8 @@ Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factor
     Curvature*, ICML 2015, sections 6.4 and 7.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from itertools import chain

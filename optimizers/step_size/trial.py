@@ -1,5 +1,7 @@
 """The loss of a batch before and after an update."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
