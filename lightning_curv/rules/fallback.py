@@ -32,6 +32,7 @@ def rule_for(
         axes = range(index.ndim)
         rule = Rule(_picked, axes=lambda call, arguments: axes)
         return rule, {"table": table, "index": index}
+    # Tensors may be anywhere in the arguments, in lists too: every leaf becomes a named argument.
     leaves, structure = tree_flatten((args, kwargs))
 
     def op(**arguments: Any) -> Any:
@@ -94,6 +95,7 @@ def per_sample(
         stacklevel=2,
     )
     operands = {name: arguments[name] for name in call.operands}
+    # Whatever has N rows is taken apart by sample; a constant of N rows is told by the check below.
     data: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -156,6 +158,7 @@ def _agree(
 
     Samples that are not finite tell nothing.
     """
+    # Linear in the cotangent: weights of the columns that cancel nothing test all of them at once.
     for name, whole in total.items():
         summed = torch.tensordot(weights, result[name].sum(1), 1)
         finite = whole.isfinite() & summed.isfinite()

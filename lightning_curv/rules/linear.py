@@ -36,6 +36,7 @@ def linear(
 def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Term]:
     """Y = x W (W a matrix or a vector) and y = W x; other shapes by the fallback."""
     last = len(call.shape) - 1
+    # One operand is the parameter, the other the data; which one decides the order of the letters.
     if call.operands == ("other",) and other.ndim == 2 and call.axis < last:
         return {"other": product(g, call.rows(input), "io")[0]}
     if call.operands == ("other",) and other.ndim == 1:
@@ -47,6 +48,7 @@ def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Ter
             return {"input": product(g, call.rows(other), "oi")[0]}
         features_last = call.rows(other.mT).contiguous()
         return {"input": product(g.transpose(-1, -2), features_last, "oi")[0]}
+    # A stack of products, whose samples are rows inside of each.
     if input.ndim == other.ndim == 3 and len(input) == len(other) and call.axis > 0:
         return contraction.batched(call, g, input, other)
     return fallback.per_sample(torch.matmul, call, g, {"input": input, "other": other})
@@ -92,6 +94,7 @@ def bilinear(
     bias: Tensor | None = None,
 ) -> dict[str, Term]:
     """Y = x₁ᵀ W x₂ + b: linear in the outer product of the inputs."""
+    # The letters of both inputs, `i` and `x`, are those of one matrix with `o`.
     outer_product = input1.unsqueeze(-1) * input2.unsqueeze(-2)
     x = flatten_shared(call.rows(outer_product), 1, -2)
     g = flatten_shared(g, 2, -1)

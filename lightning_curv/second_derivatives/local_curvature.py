@@ -95,6 +95,7 @@ class DiagonalResidual(Residual):
             return
         values = owners.split(self.values)  # [N, E]
         roots = values.abs().sqrt()
+        # The same entry of all samples makes one column: E passes, however many samples there are.
         for entry in _used(values).nonzero().flatten().tolist():
             column = torch.zeros_like(values)
             column[:, entry] = roots[:, entry]
@@ -108,6 +109,7 @@ class DiagonalResidual(Residual):
 def _used(values: Tensor) -> Tensor:
     """Which eigenvalues `[N, E, ...]` are not zero up to rounding in all samples; NaN is not."""
     magnitudes = values.abs()
+    # One infinite eigenvalue must not make all others look like rounding.
     finite = magnitudes[magnitudes.isfinite()]
     largest = float(finite.max()) if finite.numel() else 0.0
     threshold = torch.finfo(values.dtype).eps * largest * values.shape[1]
@@ -169,6 +171,7 @@ class EigenResidual(Residual):
             joint = torch.stack(parts, -1)
         else:
             joint = torch.cat(parts, 1)
+        # V Λ Vᵀ v, entry by entry or sample by sample.
         image = (
             self.vectors @ (self.values * (self.vectors.mT @ joint[..., None])[..., 0])[..., None]
         )[..., 0]
@@ -182,6 +185,7 @@ class EigenResidual(Residual):
         ]
 
     def columns(self) -> Iterator[Column]:
+        # Columns √|λ| v: with the signs of λ their outer products add up to R.
         scaled = self.vectors * self.values.abs().sqrt().unsqueeze(-2)
         for index in _used(self.values).nonzero().tolist():
             if self.elementwise:
@@ -236,6 +240,7 @@ class LocalCurvature:
                 create_graph=True,
                 allow_unused=True,
             )
+        # What has no graph does not depend on the inputs: there the node is linear.
         self.gradients = [
             (i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad
         ]
@@ -254,12 +259,14 @@ class LocalCurvature:
     @cached_property
     def image(self) -> list[Tensor]:
         """R times the trial."""
+        # An input without a gradient: nothing of the loss comes through it, and R is left out.
         if len(self.inputs) == len(self.edges):
             return self(self.trial)
         return []
 
     def diagonal(self) -> Tensor:
         """The diagonal of R, of the input's shape, of a node elementwise in its only input."""
+        # R is diagonal: its product with ones is the diagonal.
         return self([torch.ones_like(self.inputs[0])])[0]
 
     @property
@@ -287,6 +294,7 @@ class LocalCurvature:
     def eigen(self, owners: Sequence[Owners]) -> EigenResidual:
         """The eigendecomposition of R, per entry where the node is elementwise, else per sample."""
         shapes = [v.shape for v in self.inputs]
+        # Inputs that are laid out alike may be combined entry by entry; the trial tells.
         if len(set(zip(shapes, owners, strict=True))) == 1:
             matrix = self._elementwise(owners)
         else:
@@ -310,6 +318,7 @@ class LocalCurvature:
     def _elementwise(self, owners: Sequence[Owners]) -> Tensor | None:
         """R as `[N, E, k, k]`, or `None` if it couples entries."""
         zero = [torch.zeros_like(v) for v in self.inputs]
+        # If R couples no entries, ones in one input give all entries of one row of blocks.
         rows = [
             self(
                 [

@@ -33,6 +33,7 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
         UnsupportedError: A parameter has tensor hooks, or an op no second derivative.
     """
     uses = {node: use for node, use in passes.tape.uses.items() if use.operands}
+    # A hook changes the gradient of the batch, which nothing says how to share out to the samples.
     for parameter in {p for node in uses for p in passes.tape.parameters[node]}:
         if parameter._backward_hooks:
             raise UnsupportedError(
@@ -42,6 +43,7 @@ def gradients_per_sample(passes: Passes) -> dict[Tensor, Tensor]:
             )
     gradients: dict[Tensor, Tensor] = {}
     with torch.enable_grad(), internal_pass(), differentiating_twice():
+        # To the ops only: each of them is then passed once per sample, the network is not.
         edges = [GradientEdge(node_of(key), use.output_nr) for key, use in uses.items()]
         cotangents = torch.autograd.grad(
             [passes.loss],
@@ -71,6 +73,7 @@ def _of_use(
     parameters = passes.tape.parameters[key]
     edge = GradientEdge(node_of(key), use.output_nr)
     columns: list[list[Tensor]] = [[] for _ in parameters]
+    # A hook sets the seed of the op, once per pass: one sample after the other.
     for n in range(passes.samples.count):
         with _only(key, use, torch.where(of_row == n, g.reshape(use.shape), 0).reshape(g.shape)):
             row = torch.autograd.grad(edge, parameters, g, create_graph=True, allow_unused=True)

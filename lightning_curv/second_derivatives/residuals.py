@@ -54,8 +54,10 @@ def residuals(passes: Passes) -> Iterator[Residual]:
         node: [GradientEdge(node, i) for i in range(len(node._input_metadata))] for node in nodes
     }
     every = [edge for edges in outputs.values() for edge in edges]
+    # One pass for all nodes: R of a node needs the gradient that arrives at its outputs.
     gradients = dict(zip(every, gradients_in_network(passes, every), strict=True))
 
+    # Asked for at the first node that is not elementwise; many networks have none.
     @cache
     def owners() -> dict[GradientEdge, Owners | None]:
         return owners_at(passes, [edge for edges in nodes.values() for edge in edges])
@@ -64,6 +66,7 @@ def residuals(passes: Passes) -> Iterator[Residual]:
         return owners()[edge]
 
     for node, edges in nodes.items():
+        # What no gradient reaches has no weight in the Hessian.
         reached = [(edge, g) for edge in outputs[node] if (g := gradients[edge]) is not None]
         if not reached:
             continue
@@ -88,6 +91,7 @@ def gradients_in_network(passes: Passes, edges: Sequence[GradientEdge]) -> list[
     above = nodes_of_loss(passes)
     shared = [i for i, edge in enumerate(edges) if edge.node in above]
     if shared:
+        # The part that stays inside of the loss: a pass that ends where the network begins.
         with nothing_below(bounds(passes.parts)):
             own = passes.gradients([edges[i] for i in shared])
         for i, g in zip(shared, own, strict=True):
@@ -106,6 +110,7 @@ def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
     for node in dependence.nodes:
         data = dependence.inputs(node)
         name = _name(node)
+        # A product with a constant is linear; one of two values of the network is not.
         linear = is_piecewise_linear(node) or (name in BILINEAR and len(data) == 1)
         if data and not linear:
             candidates[node] = list(dict.fromkeys(data))
