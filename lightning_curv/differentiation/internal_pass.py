@@ -58,8 +58,11 @@ def _registered(passes: InternalPasses) -> InternalPasses:
 
 def any_internal_pass() -> bool:
     """Whether some thread makes a pass of ours, perhaps through another thread's graph."""
-    contexts = (reference() for reference in _of_all_threads)
-    return any(passes is not None and passes.running for passes in contexts)
+    for reference in _of_all_threads:
+        passes = reference()
+        if passes is not None and passes.running:
+            return True
+    return False
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Provenance of tensors without gradient: what came from outside, and what was made from nothing.
 
-A table of relative positions or a mask made by ``torch.arange`` is the same for every sample; a
+A table of relative positions or a mask made by `torch.arange` is the same for every sample; a
 batch of inputs is not, and the graph cannot tell them apart, for it ends where gradients end. So
 recording notes for every tensor without gradient which tensors from outside of the recorded code it
 was computed from: its *roots*. No roots: a constant.
@@ -11,20 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch as functorch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 Numbers = Mapping[
     int, Tensor
 ]  # see `row_numbers`: for every size that rows were counted in, their numbers
 
 
-@dataclass(frozen=True)
+# One is made at nearly every call that reads the batch: a frozen one takes five times as long.
+@dataclass(slots=True, unsafe_hash=True)
 class Root:
-    """A tensor from outside, which is not kept alive.
+    """A tensor from outside, which is not kept alive. Nobody changes it.
 
     Attributes:
         shape: Its shape.
@@ -49,7 +50,7 @@ class Root:
             return cls((tensor.size(0),), (), 0, 0, whole)
         shape = tuple(tensor.shape)
         # Sparse, or packed for a library: its memory is not of one piece.
-        if tensor.layout != torch.strided:
+        if tensor.layout is not torch.strided:
             return cls(shape, (), 0, 0, whole)
         offset = int(tensor.storage_offset())
         return cls(shape, tensor.stride(), pointer_of(tensor), offset, whole)
@@ -64,25 +65,25 @@ class Root:
 
 
 def pointer_of(tensor: Tensor) -> int:
-    """Where the memory of a tensor is; 0: it has none of its own, as under ``vmap``."""
+    """Where the memory of a tensor is; 0: it has none of its own, as under `vmap`."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
         return 0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Roots:
-    """What a tensor was computed from.
+    """What a tensor was computed from. Nobody changes it.
 
     Attributes:
         tensors: Tensors without gradient that came from outside of the recorded code, each once.
         data: Whether it was also computed from values of the network that depend on data
-            (``h.detach()``).
+            (`h.detach()`).
         routed: Whether the rows of the leading axis of some root may be in another order, or some
             missing.
         numbers: Which rows they are, where something looked at them, empty ones if it is not known;
-            ``None``: in order.
+            `None`: in order.
         pooled: The numbers of rows that were taken together, as by a mean over the batch.
     """
 
@@ -105,7 +106,7 @@ class Roots:
         return replace(self, routed=True)
 
     def __or__(self, other: Roots) -> Roots:
-        if other.constant or other is self:
+        if other is self or other.constant:
             return self
         if self.constant:
             return other
@@ -116,35 +117,67 @@ class Roots:
 
 CONSTANT = Roots()
 DATA = Roots(data=True)
-_KNOWN = WeakTensorKeyDictionary()  # roots of tensors without gradient that recorded code has made
+
+
+class _Noted(ref[Tensor]):
+    """A tensor that is not kept alive, and its roots."""
+
+    __slots__ = ("place", "roots")
+    place: int
+    roots: Roots
+
+
+# Roots of tensors without gradient that recorded code has made, by the `id` of the tensor: tensors
+# compare by their entries, and `WeakTensorKeyDictionary` takes longer than most ops to look one up.
+_KNOWN: dict[int, _Noted] = {}
+
+
+def _forget(noted: _Noted, known: dict[int, _Noted] = _KNOWN) -> None:
+    """The tensor is gone: its place may soon be that of another one."""
+    if known.get(noted.place) is noted:
+        del known[noted.place]
 
 
 def roots_of(tensor: Tensor) -> Roots:
     """The roots of a tensor without gradient: itself, unless recorded code has made it."""
-    tensor = physical(tensor)
-    found: Roots | None = _KNOWN.get(tensor)
-    return Roots((Root.of(tensor),)) if found is None else found
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = physical(tensor)
+    noted = _KNOWN.get(id(tensor))
+    if noted is not None and noted() is tensor:
+        return noted.roots
+    return Roots((Root.of(tensor),))
 
 
 def note(tensor: Tensor, roots: Roots) -> None:
     """Remember the roots of a tensor."""
-    _KNOWN[physical(tensor)] = roots
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = physical(tensor)
+    noted = _Noted(tensor, _forget)
+    noted.place = id(tensor)
+    noted.roots = roots
+    _KNOWN[noted.place] = noted
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter; the check of `isinstance` is slow where it is none."""
+    kind = type(tensor)
+    return kind is nn.Parameter or (kind is not Tensor and isinstance(tensor, nn.Parameter))
 
 
 def physical(tensor: Tensor) -> Tensor:
-    """The tensor, or what is behind it under transforms as ``vmap``, with all axes."""
+    """The tensor, or what is behind it under transforms as `vmap`, with all axes."""
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     return tensor
 
 
 def transforming() -> bool:
-    """Whether a transform of ``torch.func`` is at work."""
+    """Whether a transform of `torch.func` is at work."""
     return functorch.maybe_current_level() is not None
 
 
 def mapped(tensor: Tensor) -> list[int]:
-    """The axes that ``vmap`` maps over, of what is behind a tensor, the outermost first."""
+    """The axes that `vmap` maps over, of what is behind a tensor, the outermost first."""
     axes: list[int] = []
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
@@ -157,7 +190,8 @@ def united(found: Iterable[Roots]) -> Roots:
     """The roots of a value that was computed from several tensors."""
     result = CONSTANT
     for roots in found:
-        result = result | roots
+        if roots is not CONSTANT:
+            result = result | roots
     return result
 
 

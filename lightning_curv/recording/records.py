@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import any_internal_pass
 from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
-from lightning_curv.recording.provenance import DATA, Roots, roots_of, united
+from lightning_curv.recording.provenance import DATA, Roots, is_parameter, roots_of, united
 from lightning_curv.rules import Rule
 from lightning_curv.terms.owners import Owners
 
@@ -134,7 +134,7 @@ _keeps_graph: Callable[[], bool] = getattr(
 
 @dataclass(frozen=True)
 class Mapped:
-    """What an op under ``vmap`` reads of the batch.
+    """What an op under `vmap` reads of the batch.
 
     Attributes:
         name: The name of the op.
@@ -161,22 +161,23 @@ class Marks:
     origin: str | None = None
     roots: Roots = CONSTANT_ROOTS  # what else the value was computed from, where it has an origin
     read: Roots | None = None  # of the tensors without gradient that the op reads
-    mapped: Mapped | None = None  # what an op reads of the batch under ``vmap``, which hides it
+    mapped: Mapped | None = None  # what an op reads of the batch under `vmap`, which hides it
     nested: str | None = None  # the op whose value it is, if that is a nested tensor
     # The value repeats a parameter: where that is data, the data are what the repetition made.
     copies: bool = False
 
 
 def marks(node: Node) -> Marks | None:
-    """What recording left at ``node``."""
+    """What recording left at `node`."""
     return node.metadata.get(KEY)  # type: ignore[attr-defined]
 
 
 def edge_of(tensor: Tensor) -> GradientEdge:
-    """The place in the graph where the gradient of ``tensor`` arrives."""
-    if tensor.grad_fn is None:
+    """The place in the graph where the gradient of `tensor` arrives."""
+    node = tensor.grad_fn
+    if node is None:
         return torch.autograd.graph.get_gradient_edge(tensor)
-    return GradientEdge(tensor.grad_fn, tensor.output_nr)
+    return GradientEdge(node, tensor.output_nr)
 
 
 def shape_at(edge: GradientEdge) -> torch.Size:
@@ -220,7 +221,7 @@ def is_copy(tensor: Tensor) -> bool:
 
 
 def mark_at(node: Node) -> Marks:
-    """The marks at ``node``, to be written."""
+    """The marks at `node`, to be written."""
     metadata: dict[str, Any] = node.metadata  # type: ignore[assignment]
     left: Marks | None = metadata.get(KEY)
     if left is None:
@@ -230,11 +231,12 @@ def mark_at(node: Node) -> Marks:
 
 
 def origin_of(tensor: Tensor) -> str | None:
-    """What a tensor with gradients was computed from: an origin or, with data, ``None``."""
-    if tensor.grad_fn is None:
-        return PURE if isinstance(tensor, nn.Parameter) else None
-    left = marks(tensor.grad_fn)
-    return left.origin if left else None
+    """What a tensor with gradients was computed from: an origin or, with data, `None`."""
+    node = tensor.grad_fn
+    if node is None:
+        return PURE if is_parameter(tensor) else None
+    left: Marks | None = node.metadata.get(KEY)  # type: ignore[attr-defined]
+    return None if left is None else left.origin
 
 
 def all_roots(tensor: Tensor) -> Roots:
@@ -245,9 +247,7 @@ def all_roots(tensor: Tensor) -> Roots:
     if not tensor.requires_grad:
         return roots_of(tensor)
     if tensor.grad_fn is None:
-        if isinstance(tensor, nn.Parameter):
-            return CONSTANT_ROOTS
-        return roots_of(tensor)
+        return CONSTANT_ROOTS if is_parameter(tensor) else roots_of(tensor)
     left = marks(tensor.grad_fn)
     if left is not None and left.origin is not None:
         return left.roots
@@ -255,23 +255,22 @@ def all_roots(tensor: Tensor) -> Roots:
 
 
 def combined(
-    origins: Sequence[str | None],
-    tensors: Sequence[Tensor],
+    origins: Collection[str | None],
+    others: Sequence[Tensor],
     roots_of: Callable[[Tensor], Roots] = all_roots,
 ) -> tuple[str | None, Roots]:
     """What a value comes from that was computed from some tensors.
 
     Args:
         origins: Those of the tensors that require gradients.
-        tensors: All of them.
+        others: Those that were not computed from parameters alone.
         roots_of: Looks up the roots of a tensor.
     """
     if not origins or None in origins:
         return None, DATA
-    roots = united(map(roots_of, tensors))
+    if not others:
+        return PURE, CONSTANT_ROOTS
+    roots = roots_of(others[0]) if len(others) == 1 else united(map(roots_of, others))
     if roots.data:
         return None, DATA
-    if roots.tensors:
-        return TENTATIVE, roots
-    only_parameters = len(origins) == len(tensors) and {*origins} == {PURE}
-    return PURE if only_parameters else CONSTANT, roots
+    return TENTATIVE if roots.tensors else CONSTANT, roots

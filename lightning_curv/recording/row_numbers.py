@@ -3,7 +3,7 @@
 A batch is often masked, permuted, cut or stacked before it meets the first parameter, and the graph
 begins only there. So whenever recorded code moves the rows of such a tensor, the same call is
 applied to their numbers. Numbers belong to a size: that of the tensor which the rows were counted
-in. A piece ``x[4:8]`` of a batch of 16 rows has two meanings, rows 0 to 3 of a batch of 4 and rows
+in. A piece `x[4:8]` of a batch of 16 rows has two meanings, rows 0 to 3 of a batch of 4 and rows
 4 to 7 of one of 16, and the number of samples says which one is meant.
 """
 
@@ -11,16 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import starmap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_curv.recording.provenance import (
     Numbers,
     Roots,
+    is_parameter,
     mapped,
     physical,
     roots_of,
@@ -143,7 +145,7 @@ def follow(
 
 
 def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
-    """The rows of what a function makes under ``vmap``: those that are mapped over are apart."""
+    """The rows of what a function makes under `vmap`: those that are mapped over are apart."""
     known = []
     for tensor in tensors:
         if not roots_of(tensor).constant:
@@ -175,7 +177,7 @@ def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
 
 
 def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:
-    """The numbers of rows that ``vmap`` picks out of a tensor, ``x[i]``."""
+    """The numbers of rows that `vmap` picks out of a tensor, `x[i]`."""
     shape = (-1, *[1] * (physical(result).ndim - 1))
     # Only rows along the first axis are picked by a number.
     leading = {size: n.flatten() for size, n in numbers.items() if n.ndim and n.numel() == len(n)}
@@ -198,7 +200,7 @@ def plainly_in_order(
     ranks = {tensor.ndim for tensor in tensors if tensor.ndim}
     same = name in BY_ROW or ranks <= {results[0].ndim}
     # Numbers and parameters have no rows of the batch.
-    read = [tensor for tensor in tensors if tensor.ndim and not isinstance(tensor, nn.Parameter)]
+    read = [tensor for tensor in tensors if tensor.ndim and not is_parameter(tensor)]
     lengths = {len(tensor) for tensor in read if len(tensor) > 1}
     return same and all(result.ndim > 0 and lengths <= {len(result)} for result in results)
 
@@ -263,6 +265,7 @@ def _vary(numbers: Tensor | None, axis: int) -> bool:
     return numbers is not None and numbers.ndim >= -axis and numbers.shape[axis] > 1
 
 
+@lru_cache(maxsize=1024)
 def name_of(func: Callable[..., Any]) -> str:
     """The name of a torch function, without underscores around it; of a property its own."""
     name = getattr(func, "__name__", "")
@@ -286,10 +289,6 @@ def _routed(
         sources = [first]
     if not sources or (several and len(sources) < len(first)):
         return [{} for _ in results]
-    # The same slice of every batch: its numbers are computed once.
-    key = None if several else _structure(func, first, rest, kwargs)
-    if key in _MOVED:
-        return [*_MOVED[key]]
     name = name_of(func)
     known = [None if roots_of(value).constant else numbers_of(value) for value in sources]
     told = [numbers for numbers in known if numbers is not None]
@@ -310,52 +309,7 @@ def _routed(
             moved = moved[:1]
         for of_result, tensor in zip(numbers_of_results, moved, strict=False):
             of_result[size] = narrowed(tensor)
-    if key is not None:
-        entries = sum(n.numel() for numbers in numbers_of_results for n in numbers.values())
-        if entries <= _SMALL:
-            if len(_MOVED) >= _MOST:
-                _MOVED.clear()
-            _MOVED[key] = tuple(numbers_of_results)
     return list(numbers_of_results)
-
-
-# What calls made of numbers in their order: it depends on nothing but what `_structure` holds, and
-# no one changes it.
-_MOVED: dict[Hashable, tuple[Numbers, ...]] = {}
-_MOST = 256  # structures that are kept
-_SMALL = 2**16  # numbers up to which one is kept
-
-
-def _structure(
-    func: Callable[..., Any],
-    first: Tensor,
-    rest: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Hashable:
-    """What the result of a call depends on where the rows are in their order.
-
-    ``None``: it depends on tensors, or on more.
-    """
-    roots = roots_of(first)
-    if roots.numbers is not None or roots.constant or mapped(first):
-        return None
-    sizes = tuple(_sizes_in_order(first, roots))
-    key: list[Hashable] = [
-        func,
-        first.shape,
-        first.device,
-        torch.is_inference_mode_enabled(),
-        sizes,
-    ]
-    for value in (*rest, *kwargs, *kwargs.values()):
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        for part in values:
-            if part is not None and not isinstance(part, (bool, int, str, torch.memory_format)):
-                return None
-        # With their types: 1 == True, but they are different indices.
-        typed = [(type(part), part) for part in values]
-        key.append((type(value), *typed))
-    return tuple(key)
 
 
 def _written(
@@ -428,7 +382,7 @@ def _leads(known: Sequence[tuple[Tensor, Numbers]], results: Sequence[Tensor]) -
 
 
 def _broadcast(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
-    """Numbers of a tensor as those of a result that it was broadcast to; ``None``: it was not."""
+    """Numbers of a tensor as those of a result that it was broadcast to; `None`: it was not."""
     if result.ndim < tensor.ndim:
         return None
     leading_ones = [1] * (result.ndim - tensor.ndim)
@@ -438,7 +392,7 @@ def _broadcast(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None
 def _leading(numbers: Tensor, tensor: Tensor, result: Tensor) -> Tensor | None:
     """Numbers of the leading axis of a tensor as those of a result.
 
-    ``None``: other axes have them too.
+    `None`: other axes have them too.
     """
     along = numbers.ndim > 0 and numbers.numel() == len(numbers)
     if along and result.ndim and len(tensor) == len(result):
@@ -504,6 +458,7 @@ def _range(size: int, device: torch.device, inference: bool) -> Tensor:
 
 
 _RANGES: dict[Hashable, Tensor] = {}
+_MOST = 256  # ranges that are kept
 
 
 def ordered(numbers: Numbers, result: Tensor, roots: Roots) -> bool:

@@ -33,7 +33,7 @@ class Call:
         axis: The axis of the output that carries the samples.
         lead: How many leading axes of the output make up its rows together; more than one where
             every position of a sequence has a sample of its own.
-        chosen: The rows that are asked for, ``[R]``; ``None``: all. A rule may return terms of
+        chosen: The rows that are asked for, `[R]`; `None`: all. A rule may return terms of
             these alone.
     """
 
@@ -50,7 +50,7 @@ class Call:
             tensor: A tensor whose leading axes are those of the output.
 
         Returns:
-            The tensor as ``[N, *]``, a view.
+            The tensor as `[N, *]`, a view.
         """
         if self.lead > 1:
             return tensor.flatten(0, self.lead - 1)
@@ -60,7 +60,7 @@ class Call:
 
 
 def repeated(tensor: Tensor, out: Tensor) -> bool:
-    """Whether broadcasting repeats ``tensor`` along the leading axis of ``out``."""
+    """Whether broadcasting repeats `tensor` along the leading axis of `out`."""
     if tensor.ndim < out.ndim:  # broadcasting adds leading axes
         return True
     return tensor.ndim > 0 and tensor.shape[0] == 1 != out.shape[0]
@@ -72,7 +72,7 @@ def first_axis(call: Call, arguments: dict[str, Any]) -> Iterable[int]:
 
 
 def leading_axes(features: int) -> Callable[[Call, dict[str, Any]], Iterable[int]]:
-    """Axes that may carry samples: all but the last ``features``."""
+    """Axes that may carry samples: all but the last `features`."""
     return lambda call, arguments: range(len(call.shape) - features)
 
 
@@ -89,27 +89,28 @@ class Rule:
         (True, False)
 
     Attributes:
-        function: ``function(call, g, **arguments)`` returns the `Term` of each parameter argument
+        function: `function(call, g, **arguments)` returns the `Term` of each parameter argument
             by name.
-        slots: Names of the arguments that hold parameters; empty: any argument may (``x + p``,
-            ``p + x``). ``params`` covers ``params0``, ``params1`` too.
-        axes: ``axes(call, arguments)`` gives the axes of the output that may carry samples.
-        keeps: ``keeps(call, arguments)`` gives the axes of the output, those with entries of the
+        slots: Names of the arguments that hold parameters; empty: any argument may (`x + p`,
+            `p + x`). `params` covers `params0`, `params1` too.
+        axes: `axes(call, arguments)` gives the axes of the output that may carry samples.
+        keeps: `keeps(call, arguments)` gives the axes of the output, those with entries of the
             parameter included, whose entry n reads entry n of the data and no other one.
-        reads: ``reads(arguments)`` gives the names of the tensors whose values the terms need.
-        expands: Whether the op does nothing but repeat its argument (``expand``).
-        couples: ``couples(arguments)`` says whether a sample's output depends on other samples.
+        reads: `reads(arguments)` gives the names of the tensors whose values the terms need.
+        expands: Whether the op does nothing but repeat its argument (`expand`).
+        couples: `couples(arguments)` says whether a sample's output depends on other samples;
+            `None`: never.
         accepts: For ops without slots: whether a tensor that was computed from parameters and
             constants is a parameter of this call (name, tensor, output) or data.
-        binds: ``binds(args, kwargs)`` gives the arguments of a call by name; by default those of
-            ``function``.
-        outputs: For ops that return a tuple: ``outputs(arguments)`` gives the axis of every output
+        binds: `binds(args, kwargs)` gives the arguments of a call by name; by default those of
+            `function`.
+        outputs: For ops that return a tuple: `outputs(arguments)` gives the axis of every output
             that carries the samples. The rule gets the cotangents of all outputs as the rows of one
-            tensor, ``[V, N, K]``. ``None``: ragged rows, see `lightning_curv.rules.joined.rows`.
+            tensor, `[V, N, K]`. `None`: ragged rows, see `lightning_curv.rules.joined.rows`.
         groups: For ops whose output has several rows of every sample, not the same number of all:
-            ``groups(arguments)`` gives the index of the term's sample n that every row belongs to,
-            ``[R]``; ``None``: not so in this call. The rule then gets the cotangents of the rows,
-            ``[V, R, K]``, in the order of the output, and returns terms of N samples.
+            `groups(arguments)` gives the index of the term's sample n that every row belongs to,
+            `[R]`; `None`: not so in this call. The rule then gets the cotangents of the rows,
+            `[V, R, K]`, in the order of the output, and returns terms of N samples.
         affine: Whether the op is affine in each of its parameters.
         bulky: Whether the terms take more memory than the arguments: in the user's backward pass
             they are then made when that of the op is through and has freed what it saved.
@@ -121,7 +122,7 @@ class Rule:
     keeps: Callable[[Call, dict[str, Any]], Iterable[int]] = lambda call, arguments: ()
     reads: Callable[[dict[str, Any]], Collection[str]] = dict.keys
     expands: bool = False
-    couples: Callable[[dict[str, Any]], bool] = lambda arguments: False
+    couples: Callable[[dict[str, Any]], bool] | None = None
     accepts: Callable[[str, Tensor, Tensor], bool] = lambda name, tensor, out: False
     binds: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]] | None = None
     outputs: Callable[[dict[str, Any]], Sequence[int | None] | None] | None = None
@@ -139,9 +140,7 @@ class Rule:
         Returns:
             All arguments by name, defaults included.
         """
-        if self.binds:
-            return self.binds(args, kwargs)
-        return bind(self.function, args, kwargs)
+        return self.binds(args, kwargs) if self.binds else bind(self.function, args, kwargs)
 
     def holds(self, name: str) -> bool:
         """Tell whether an argument is one of the slots.
@@ -152,13 +151,12 @@ class Rule:
         Returns:
             Whether the argument holds a parameter.
         """
-        without_number = name.rstrip("0123456789")
-        return name in self.slots or without_number in self.slots
+        return name in self.slots or name.rstrip("0123456789") in self.slots
 
     @staticmethod
     @cache
     def inplace(function: Callable[..., Any]) -> bool:
-        """Whether ``function`` overwrites its first argument."""
+        """Whether `function` overwrites its first argument."""
         name = getattr(function, "__name__", "")
         # `add_`, but not `__add__`; and `__iadd__`.
         method = name.endswith("_") and not name.endswith("__")
@@ -170,22 +168,22 @@ def rule(
     *functions: Callable[..., Any],
     **attributes: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the rule of ``functions``.
+    """Register the decorated function as the rule of `functions`.
 
-    The decorated function takes a `Call`, the cotangent ``g`` of shape ``[V, N, *]`` (output with
+    The decorated function takes a `Call`, the cotangent `g` of shape `[V, N, *]` (output with
     the sample axis moved to the front, behind the axis of backpropagated columns) and then the
     arguments of the op by their names; it returns a dict from the names of the parameter arguments
     to their `Term`.
 
     Args:
-        functions: The torch functions as a `TorchFunctionMode` sees them, for example ``F.linear``.
+        functions: The torch functions as a `TorchFunctionMode` sees them, for example `F.linear`.
         attributes: The other fields of `Rule`.
 
     Returns:
         The decorator, which returns the function that it is given.
 
     Example:
-        A layer ``scale(x, w) = x * w`` written as one function of its own:
+        A layer `scale(x, w) = x * w` written as one function of its own:
 
         >>> import torch
         >>> from torch.overrides import handle_torch_function, has_torch_function
@@ -249,7 +247,10 @@ def bind(
         {'x': 1.0, 'factor': 2.0}
     """
     names, defaults = _names(function)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    for name, default in defaults.items():
-        given.setdefault(name, default)
+    given = dict(zip(names, args, strict=False))
+    if kwargs:
+        given.update(kwargs)
+    if len(given) < len(names):
+        for name, default in defaults.items():
+            given.setdefault(name, default)
     return given

@@ -296,7 +296,7 @@ def test_errors_between_the_passes_do_not_end_the_run_either(monkeypatch, owner,
     assert sum("unforeseen" in text for text in values.said) == 1
 
 
-@pytest.mark.parametrize("name", ["_note_roots", "_mark_read", "_record_unknown", "_Call"])
+@pytest.mark.parametrize("name", ["note_roots", "mark_read", "record_unknown", "RecordedCall"])
 def test_errors_of_recording_do_not_end_a_forward_pass(monkeypatch, name):
     """The user's step goes on, and what needs no record of it is still logged."""
     plain = run(Quantiles)
@@ -314,7 +314,7 @@ def user_error():
 
 
 def test_what_has_run_is_not_run_again(monkeypatch):
-    monkeypatch.setattr(record_module, "_note_roots", fail)
+    monkeypatch.setattr(record_module, "note_roots", fail)
     counter = torch.zeros(3)
     with lenient_record() as recording:
         counter.add_(1)

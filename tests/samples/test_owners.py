@@ -15,7 +15,7 @@ from lightning_curv.extensions import (
     DiagHessian,
     Variance,
 )
-from lightning_curv.recording import row_numbers
+from lightning_curv.recording import notes, provenance, row_numbers
 from lightning_curv.recording.provenance import roots_of
 
 IGNORED = "ignore::lightning_curv.rules.fallback.FallbackWarning"
@@ -137,7 +137,7 @@ def test_numbers_of_moved_rows_are_found_once_for_a_structure(monkeypatch):
     monkeypatch.setattr(
         row_numbers, "narrowed", lambda numbers: looks.append(numbers) or narrowed(numbers)
     )
-    monkeypatch.setattr(row_numbers, "_MOVED", {})
+    monkeypatch.setattr(notes, "_TOLD", {})
     calls = [
         (lambda x: x.transpose(0, 1), [[[0], [1], [2], [3]]]),
         (lambda x: x.flatten(), [n for n in range(4) for _ in range(6)]),
@@ -159,3 +159,22 @@ def test_numbers_of_moved_rows_are_found_once_for_a_structure(monkeypatch):
     readings = 2  # the samples may be on the first axis of three, or on the second
     # what moves rows by a tensor, or rows that are not in their order, is followed anew
     assert seen == [readings * 8, readings * (8 + 3)]
+
+
+def test_calls_whose_options_differ_in_type_only_are_of_different_kinds():
+    """``x[1]`` is a row, ``x[True]`` all of them; ``1 == True``."""
+    for _ in range(2):
+        with record():
+            batch = torch.randn(4, 3)
+            row, rows = batch[1], batch[True]
+        assert roots_of(row).numbers[4].tolist() == [1]
+        assert roots_of(rows).numbers[4].tolist() == [[[0], [1], [2], [3]]]
+
+
+def test_what_is_noted_of_a_tensor_goes_with_it():
+    with record():
+        flat = torch.randn(4, 3).flatten()
+    place = id(flat)
+    assert place in provenance._KNOWN
+    del flat
+    assert place not in provenance._KNOWN

@@ -1,0 +1,358 @@
+"""Notes: what tensors without gradient were computed from, and which rows they have, call by call.
+
+Most calls are the same in every step. What the rows of a result are depends, where the rows of the
+only tensor that is read are in their order, on shapes and options alone: it is decided once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+
+from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
+from lightning_curv.recording.provenance import (
+    Numbers,
+    Root,
+    Roots,
+    mapped,
+    note,
+    physical,
+    roots_of,
+    tensors_in,
+    united,
+)
+from lightning_curv.recording.records import Mapped, all_roots, edge_of, like, mark_at
+from lightning_curv.recording.row_numbers import (
+    ELEMENTWISE,
+    FILLING,
+    LIKE,
+    PRODUCTS,
+    REDUCING,
+    ROUTING,
+    SCANNING,
+    Rows,
+    counted,
+    fingerprint,
+    follow,
+    mapped_rows,
+    name_of,
+    numbers_of,
+    ordered,
+    plainly_in_order,
+)
+
+# Functions whose results are no function of their arguments.
+_RANDOM = """
+    bernoulli exponential multinomial normal poisson rand rand_like randint randint_like randn
+    randn_like randperm uniform
+"""
+RANDOM = frozenset(_RANDOM.split())
+# Functions that make tensors of something else.
+MAKING = frozenset(("as_tensor", "asarray", "from_numpy", "frombuffer", "tensor"))
+# Functions that fill up what is nested.
+PADDING = frozenset(("nested_to_padded_tensor", "to_padded_tensor"))
+# Functions that cut a tensor into several.
+PIECES = frozenset(("chunk", "split", "split_with_sizes", "tensor_split"))
+# Functions of which `follow` knows what they do with rows, without a look at values.
+_BY_SHAPE = ELEMENTWISE | ROUTING | REDUCING | SCANNING | PRODUCTS
+
+
+def note_roots(
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any],
+    results: list[Tensor],
+    tensors: list[Tensor],
+) -> None:
+    """Note what tensors without gradient were computed from; random numbers come from outside.
+
+    Args:
+        func: The function that was called.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+        results: What it returned.
+        tensors: The tensors among its arguments.
+    """
+    name = name_of(func)
+    if name in RANDOM:
+        return
+    if not tensors and name not in MAKING:
+        for out in results:
+            note(out, CONSTANT_ROOTS)
+        return
+    first = results[0]
+    if functorch.is_functorch_wrapped_tensor(first) and physical(first).requires_grad:
+        return _mark_mapped(func, results, tensors)
+    # What is looked at for its type only, or not used at all, is not what a result comes from.
+    if name in LIKE:
+        args = args[:1]
+        tensors = tensors_in([*args, *kwargs.values()])
+    elif name == "where":
+        args = _without_unused(args)
+        tensors = tensors_in([*args, *kwargs.values()])
+    kind = None
+    if len(tensors) == 1 and first is not tensors[0] and name in _BY_SHAPE:
+        reads = tensors[0]
+        roots = all_roots(reads) if reads.requires_grad else roots_of(reads)
+        kind = _kind(func, args, kwargs, reads, roots, results)
+        if kind is not None and (told := _TOLD.get(kind)) is not None:
+            _note_told(func, args, kwargs, results, roots, told)
+            return
+    inplace = any(tensor is first for tensor in tensors)
+    if inplace and not _changes(func, kwargs):
+        return  # an argument as it is
+    known = [all_roots(tensor) for tensor in tensors]
+    roots = united(known)
+    # Indices that come from statistics say where something is: they are no part of what is there.
+    if roots.pooled and name in ROUTING:
+        of_first = united(map(all_roots, tensors_in(args[:1])))
+        roots = replace(roots, pooled=of_first.pooled)
+    if name in FILLING:
+        roots = CONSTANT_ROOTS
+    if name in MAKING and not tensors:
+        made = replace(Root.of(first), made=True)
+        note(first, Roots((made,)))
+        return
+    if any(tensor.is_nested for tensor in (*tensors, *results)):
+        for out in results:
+            in_order = out.is_nested or name in PADDING
+            note(out, roots if in_order else replace(roots.moved, numbers={}))
+        return
+    # Where nobody has moved rows yet, and this function does not either, nothing has to be
+    # followed.
+    explicit = any(one.numbers is not None for one in known)
+    if not roots.tensors or (not explicit and plainly_in_order(func, tensors, results)):
+        for out in results:
+            note(out, roots)
+        _remember(kind, ())
+        return
+    decided = any(tensor.requires_grad for tensor in tensors)
+    # Sums of integers are lengths and positions, no statistics of what is in the rows.
+    counts = not any(tensor.is_floating_point() for tensor in tensors)
+    view = first._base if inplace else None
+    before = None if view is None else numbers_of(first)
+    told = []
+    for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
+        pooled = frozenset() if counts else rows.pooled
+        numbers: Numbers = {size: physical(found) for size, found in rows.numbers.items()}
+        if view is not None and before is not None:
+            _note_whole(view, before, rows, replace(roots, pooled=roots.pooled | pooled))
+        told.append(_Told(numbers, pooled, ordered(numbers, physical(out), roots)))
+    _remember(kind, told)
+    _note_told(func, args, kwargs, results, roots, told, decided)
+
+
+class _Told(NamedTuple):
+    """What a call makes of rows: which ones they are, of which sizes some were taken together."""
+
+    numbers: Numbers
+    pooled: frozenset[int]
+    in_order: bool
+
+
+# By the kind of a call; nothing told: rows are where they were.
+_TOLD: dict[Hashable, Sequence[_Told]] = {}
+_MOST = 256  # kinds that are kept
+_SMALL = 2**16  # numbers up to which they are kept
+
+
+def _remember(kind: Hashable, told: Sequence[_Told]) -> None:
+    """Remember what calls of a kind make of rows; `None`: it depends on more than that."""
+    numbers = [of_size for of_result in told for of_size in of_result.numbers.values()]
+    # Under some modes they are tensors of other kinds, which serve only there.
+    lasting = all(type(of_size) is Tensor for of_size in numbers)
+    if kind is None or not lasting or sum(map(Tensor.numel, numbers)) > _SMALL:
+        return
+    if len(_TOLD) >= _MOST:
+        _TOLD.clear()
+    _TOLD[kind] = told
+
+
+def _note_told(
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+    results: Sequence[Tensor],
+    roots: Roots,
+    told: Sequence[_Told],
+    decided: bool = False,
+) -> None:
+    """Note what was told of the rows of results, which were computed from `roots`."""
+    if not told:
+        for out in results:
+            note(out, roots)
+        return
+    # Some rows of a tensor may be a batch out of a data set, whose rows count from zero.
+    drawn = _drawn_from(func, args, kwargs)
+    for out, (numbers, pooled, in_order) in zip(results, told, strict=True):
+        tensors = roots.tensors
+        routed = roots.routed or not in_order
+        if drawn is not None:
+            # They may be the batch, whose rows are counted anew.
+            others = [root for root in tensors if root != drawn]
+            tensors = (Root.of(out, drawn), *others)
+            routed = False
+            if out.ndim:
+                numbers = {len(out): counted(len(out), out), **numbers}
+        # What the network's own values decide, the entry of a codebook, is nothing that was moved:
+        # weights tell whose rows read it.
+        found = None if decided and not numbers else numbers
+        note(out, Roots(tensors, roots.data, routed, found, roots.pooled | pooled))
+
+
+# What options may be for calls to be told apart by them.
+_OPTIONS = frozenset(
+    (type(None), bool, int, float, str, torch.device, torch.dtype, torch.memory_format)
+)
+
+
+def _kind(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    roots: Roots,
+    results: Sequence[Tensor],
+) -> Hashable:
+    """What decides which rows the results of a call have that reads rows in their order.
+
+    `None`: it depends on more.
+    """
+    if tensor.requires_grad or not args or args[0] is not tensor:
+        return None
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return None
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    if roots.numbers is not None or not roots.tensors:
+        return None
+    options = _options((*args[1:], *kwargs, *kwargs.values()))
+    if options is None:
+        return None
+    return (
+        func,
+        options,
+        type(tensor),
+        tensor.shape,
+        tensor.dtype,
+        tensor.device,
+        torch.is_inference_mode_enabled(),
+        roots.data,
+        roots.routed,
+        tuple(map(_SHAPE, roots.tensors)),
+        tuple(map(_SHAPE, results)),
+    )
+
+
+_SHAPE = attrgetter("shape")
+
+
+def _options(values: Iterable[Any]) -> Hashable:
+    """Options with their types, for 1 == True, which is another index; `None`: others may be."""
+    found: list[Any] = []
+    for value in values:
+        kind = type(value)
+        if kind in _OPTIONS:
+            found += (kind, value)
+            continue
+        if kind is slice:
+            inner = _options((value.start, value.stop, value.step))
+        elif isinstance(value, (tuple, list)):
+            inner = _options(value)
+        else:
+            return None
+        if inner is None:
+            return None
+        found += (kind, inner)
+    return tuple(found)
+
+
+def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of `torch.where` less an alternative with pooled rows that is never taken.
+
+    So a statistic of the batch that stands in for missing values is none of the others' business
+    where none is missing.
+    """
+    alternatives = [value for value in args[1:] if isinstance(value, Tensor)]
+    if len(args) != 3 or not any(all_roots(value).pooled for value in alternatives):
+        return args
+    shapes = [value.shape for value in (args[0], *alternatives)]
+    first_taken = args[0].expand(torch.broadcast_shapes(*shapes))
+    if bool(first_taken.all()):
+        return args[:2]
+    if bool(first_taken.any()):
+        return args
+    return (args[0], args[2])
+
+
+def _mark_mapped(
+    func: Callable[..., Any],
+    results: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+) -> None:
+    """Leave at a node that `vmap` hides what the op reads of the batch."""
+    whole = physical(results[0])
+    read = [tensor for tensor in tensors if not physical(tensor).requires_grad]
+    roots = united(map(roots_of, read))
+    if whole.grad_fn is None or not roots.tensors or not mapped(results[0]):
+        return
+    name = name_of(func)
+    rows = mapped_rows(name, read, results[0])
+    with_rows = replace(roots, numbers=rows.numbers, pooled=roots.pooled | rows.pooled)
+    mark_at(whole.grad_fn).mapped = Mapped(name, with_rows, edge_of(whole), like(whole))
+
+
+def _changes(func: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function that returns one of its arguments has changed it."""
+    name = getattr(func, "__name__", "")
+    return (
+        "out" in kwargs
+        or name.startswith(("__i", "__set"))
+        or (name.endswith("_") and not name.endswith("__"))
+    )
+
+
+def _note_whole(whole: Tensor, before: Numbers, rows: Rows, roots: Roots) -> None:
+    """Note what the tensor behind a view was computed from, after the view was changed in place."""
+    known = all_roots(whole)
+    both = replace(known | roots, numbers=known.numbers)
+    # Rows have moved inside of the view: those of the whole are not known any more.
+    if fingerprint(before) != fingerprint(rows.numbers):
+        both = replace(both.moved, numbers={})
+    note(whole, both)
+
+
+def _drawn_from(
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: Mapping[str, Any],
+) -> Root | None:
+    """The tensor that a call takes some rows of: a batch out of a data set, a piece of a batch."""
+    if not _draws(func, args, kwargs):
+        return None
+    roots = all_roots(args[0])
+    single = len(roots.tensors) == 1 and not roots.data and not roots.routed
+    if single and roots.tensors[0].ndim:
+        return roots.tensors[0]
+    return None
+
+
+def _draws(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call takes some rows of a tensor: a slice, a list of numbers, or a piece."""
+    if func is not Tensor.__getitem__:
+        by_position = args[2] if len(args) > 2 else 0
+        return name_of(func) in PIECES and bool(kwargs.get("dim", by_position) == 0)
+    if isinstance(args[1], tuple):
+        return False
+    index = args[1]
+    if isinstance(index, Tensor):
+        return index.ndim == 1 and not index.requires_grad
+    if isinstance(index, slice):
+        return index != slice(None)
+    return isinstance(index, list)
