@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_curv.passes.passes import Column, Passes
+from lightning_curv.second_derivatives import merged_columns
 from lightning_curv.second_derivatives.parameter_curvature import (
     curved_parameters,
     differentiated_diagonals,
@@ -147,9 +148,8 @@ class ExactHessian:
             yield from passes.jacobians(
                 Column(part.edges, column, signs) for column, signs in part.signed_columns()
             )
-        yield from passes.jacobians(
-            column for residual in residuals(passes) for column in residual.columns()
-        )
+        for residual in residuals(passes):
+            yield from merged_columns.jacobians_of(passes, residual)
         yield from own_curvature(passes)
 
 

@@ -16,7 +16,8 @@ class DiagHessian(Extension):
     The second derivatives of the network are included. Exact for any architecture: elementwise
     nonlinearities contribute one signed column per unit, other nonlinear ops (softmax, norms,
     products) as many as they have inputs, piecewise linear ones none. Cost: one backward pass per
-    column; for piecewise linear networks that of `DiagGGNExact`. Parameters that meet the samples
+    column, none for those of a nonlinearity upon the first linear layer; for piecewise linear
+    networks that of `DiagGGNExact`. Parameters that meet the samples
     in an op without a rule, in which they are not linear (a solved system, a derivative in the
     loss), take one backward pass per sample and entry, with a warning that says how many. Dangel,
     Kunstner & Hennig, *BackPACK*, ICLR 2020, appendix A.

@@ -241,6 +241,95 @@ def test_piecewise_linear_networks_cost_as_many_passes_as_the_ggn(monkeypatch):
     assert counts["DiagHessian"] == counts["DiagGGNExact"] > 0
 
 
+def hessian_diagonals(model, loss):
+    """Entry by entry, by plain autograd."""
+    found = {}
+    for name, p in model.named_parameters():
+        (g,) = torch.autograd.grad(loss(), p, create_graph=True)
+        entries = []
+        for i, entry in enumerate(g.flatten()):
+            (row,) = torch.autograd.grad(entry, p, retain_graph=True)
+            entries.append(row.flatten()[i])
+        found[name] = torch.stack(entries).reshape(p.shape)
+    return found
+
+
+class Thrice(nn.Module):
+    """The same layer below its own output: the columns of a nonlinearity meet in its parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.sigmoid(self.layer(x))
+        return self.layer(x)
+
+
+CURVED = {
+    "one hidden layer": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
+    "two": (
+        lambda: nn.Sequential(
+            nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)
+        ),
+        (4,),
+    ),
+    "tied": (Thrice, (3,)),
+    "positions": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)),
+        (2, 4),
+    ),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)),
+        (1, 3, 3),
+    ),
+    "norm": (
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3)),
+        (4,),
+    ),
+    "frozen bias": (
+        lambda: nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3)),
+        (4,),
+    ),
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", CURVED)
+def test_diagonals_of_curved_networks_are_those_of_plain_autograd(name, count):
+    """Whether or not the columns of a nonlinearity meet in an entry of a parameter."""
+    torch.manual_seed(0)
+    make, shape = CURVED[name]
+    model = make().double()
+    x, y = torch.randn(count, *shape).double(), torch.arange(count) % 3
+    expected = hessian_diagonals(model, lambda: F.cross_entropy(model(x), y))
+    with curvature(DiagHessian(), BatchDiagHessian()):
+        F.cross_entropy(model(x), y).backward()
+    for key, p in model.named_parameters():
+        assert_close(p.diag_h, expected[key])
+        assert_close(p.diag_h_batch.sum(0), expected[key])
+
+
+def test_a_nonlinearity_upon_the_first_layer_costs_no_pass(monkeypatch):
+    """However many units it has: their columns meet in no entry of the layer's parameters."""
+    from lightning_curv.passes.passes import Passes
+
+    passes = []
+    backward = Passes.backward
+    monkeypatch.setattr(
+        Passes, "backward", lambda self, *args: passes.append(args) or backward(self, *args)
+    )
+    counts = []
+    for units in (2, 20):
+        model = nn.Sequential(nn.Linear(4, units), nn.Tanh(), nn.Linear(units, 3))
+        passes.clear()
+        with curvature(DiagHessian()):
+            F.cross_entropy(model(torch.ones(2, 4)), torch.tensor([0, 2])).backward()
+        counts.append(len(passes))
+    assert counts[0] == counts[1] > 0
+
+
 class Gated(nn.Module):
     """Products whose factors depend on each other: hand-written SiLU, and a gate of a gate."""
 
