@@ -53,7 +53,7 @@ def refusal(
         )
     if extension.independent and extension.needs_samples and not extension.batchwise:
         for use in tape.uses.values():
-            if use.couples:
+            if use.mixes_samples:
                 return (
                     f"{extension} needs samples that do not influence each other, found "
                     f"`{use.name}` with statistics of the batch. Put the layer into evaluation "

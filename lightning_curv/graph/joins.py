@@ -63,7 +63,7 @@ class Join:
         # Only shape and type of the argument matter: one number in memory.
         value = torch.zeros((), dtype=_dtype_at(self.edge, dtype), device=device).expand(shape)
         # A use needs a rule, but `pull` takes its place.
-        rule = Rule(lambda *_, **__: {}, reads=lambda _: (), affine=False)
+        rule = Rule(lambda *_, **__: {}, needs_values=lambda _: (), affine=False)
         output = GradientEdge(self.node, self.output_nr)
         use = Use(
             function=cast("Any", _Named(self.node.name())),

@@ -150,4 +150,4 @@ def _late(use: Use) -> bool:
 
     Terms of parameters behind a transform need its graph.
     """
-    return use.rule.bulky and not any(operand.derived for operand in use.operands.values())
+    return use.rule.defers and not any(operand.derived for operand in use.operands.values())

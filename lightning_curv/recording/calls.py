@@ -255,7 +255,7 @@ class RecordedCall:
                 if value.requires_grad:
                     self.nodes[name] = (value.grad_fn, value.output_nr)
                     self.origins[name] = origin_of(value)
-        self.reads = rule.reads(bound)
+        self.reads = rule.needs_values(bound)
         self.changed: dict[str, Tensor] = {}
         self.inplace = rule.inplace(func)
         if self.inplace:
@@ -281,10 +281,10 @@ class RecordedCall:
         # Which arguments are parameters is known only now that there is an output.
         operands = self._operands(out)
         self._mark_origin(operands, out)
-        couples = rule.couples is not None and rule.couples(self.bound)
+        couples = rule.mixes_samples is not None and rule.mixes_samples(self.bound)
         if not (operands or couples):
             return
-        owner = _owner(out) if rule.slots and out._base is not None else out
+        owner = _owner(out) if rule.parameters and out._base is not None else out
         node = cast("Node", owner.grad_fn)
         mark = mark_at(node)
         if out.is_nested:
@@ -293,7 +293,7 @@ class RecordedCall:
             return
         arguments = dict(self.bound)
         use = Use(self.func, rule, arguments, {}, {}, out.shape, out.dtype, owner.output_nr)
-        use.couples = couples
+        use.mixes_samples = couples
         for name, tensor in self.tensors.items():
             is_operand = name in operands
             if is_operand or name in self.reads:
@@ -323,7 +323,7 @@ class RecordedCall:
 
     def _mark_origin(self, operands: list[str], out: Tensor) -> None:
         node = cast("Node", out.grad_fn)
-        expands = self.rule.expands
+        expands = self.rule.broadcasts
         origin, roots = None, DATA
         if None not in self.origins.values():
             others = []
@@ -342,14 +342,14 @@ class RecordedCall:
 
     def _operands(self, out: Tensor) -> list[str]:
         """The arguments that are parameters of this call; the others are data."""
-        if self.rule.slots:
-            slots = self.rule.slots
+        if self.rule.parameters:
+            slots = self.rule.parameters
             return [name for name in self.nodes if name in slots or self.rule.holds(name)]
         pure = [name for name, origin in self.origins.items() if origin == PURE]
         if pure:
             return pure
         tentative = [k for k, origin in self.origins.items() if origin in (CONSTANT, TENTATIVE)]
-        return [name for name in tentative if self.rule.accepts(name, self.tensors[name], out)]
+        return [name for name in tentative if self.rule.is_parameter(name, self.tensors[name], out)]
 
 
 def _owner(out: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ class record(TorchFunctionMode):
     ) -> Any:
         """The result of a call of an op that has a rule."""
         tensors = tensors_in((*args, *kwargs.values()))
-        if not _recording() or not (rule.slots or has_origin(tensors)):
+        if not _recording() or not (rule.parameters or has_origin(tensors)):
             out = run(*args, **kwargs)
             if isinstance(out, Tensor) and not _local.disabled:
                 if out.grad_fn is None:

@@ -56,7 +56,7 @@ class Use:
     dtype: torch.dtype
     output_nr: int = 0
     versions: dict[str, int] = field(default_factory=dict)
-    couples: bool = False  # a sample's output depends on other samples
+    mixes_samples: bool = False  # a sample's output depends on other samples
     # Of the arguments without gradient, and of operands.
     roots: dict[str, Roots] = field(default_factory=dict)
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # of the same

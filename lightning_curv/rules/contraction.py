@@ -70,7 +70,7 @@ def _of_data(call: Call, arguments: dict[str, Any]) -> list[int]:
     binds=_bind,
     axes=_outside_parameters,
     keeps=_of_data,
-    accepts=lambda name, tensor, out: name == "operands1" and tensor.ndim <= 2,
+    is_parameter=lambda name, tensor, out: name == "operands1" and tensor.ndim <= 2,
 )
 def einsum(call: Call, g: Tensor, **arguments: Any) -> dict[str, Term]:
     """A product of one parameter and data; anything else by the fallback."""

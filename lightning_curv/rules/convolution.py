@@ -32,9 +32,9 @@ def _batched(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
     torch.conv1d,
     torch.conv2d,
     torch.conv3d,
-    slots=("weight", "bias"),
+    parameters=("weight", "bias"),
     axes=_batched,
-    reads=lambda arguments: ("input",),
+    needs_values=lambda arguments: ("input",),
 )
 def convolution(
     call: Call,
@@ -78,9 +78,9 @@ def convolution(
     torch.conv_transpose1d,
     torch.conv_transpose2d,
     torch.conv_transpose3d,
-    slots=("weight", "bias"),
+    parameters=("weight", "bias"),
     axes=_batched,
-    reads=lambda arguments: ("input",),
+    needs_values=lambda arguments: ("input",),
 )
 def transposed_convolution(
     call: Call,

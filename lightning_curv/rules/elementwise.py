@@ -79,7 +79,7 @@ def _sum_terms(
 
 @rule(
     torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__,
-    axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (),
+    axes=_repeats, is_parameter=_repeated_in_front, needs_values=lambda arguments: (),
 )  # fmt: skip
 def add(
     call: Call,
@@ -97,7 +97,7 @@ def add(
 
 @rule(
     torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__, Tensor.sub_, Tensor.__isub__,
-    axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (),
+    axes=_repeats, is_parameter=_repeated_in_front, needs_values=lambda arguments: (),
 )  # fmt: skip
 def sub(
     call: Call,
@@ -115,8 +115,8 @@ def sub(
     torch.rsub,
     Tensor.__rsub__,
     axes=_repeats,
-    accepts=_repeated_in_front,
-    reads=lambda arguments: (),
+    is_parameter=_repeated_in_front,
+    needs_values=lambda arguments: (),
 )
 def rsub(
     call: Call,
@@ -135,7 +135,7 @@ def rsub(
 @rule(
     torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.mul_,
     Tensor.__imul__,
-    axes=_repeats, accepts=_repeated_in_front,
+    axes=_repeats, is_parameter=_repeated_in_front,
 )  # fmt: skip
 def mul(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str, Term]:
     """Y = a b."""
@@ -149,7 +149,7 @@ def mul(call: Call, g: Tensor, input: Tensor, other: Tensor | float) -> dict[str
 @rule(
     torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.__truediv__, Tensor.__div__,
     Tensor.div_, Tensor.__itruediv__, Tensor.__idiv__,
-    axes=_repeats, accepts=_repeated_in_front, affine=False,
+    axes=_repeats, is_parameter=_repeated_in_front, affine=False,
 )  # fmt: skip
 def div(
     call: Call,
@@ -169,7 +169,7 @@ def div(
     return {name: broadcast(call, g, *pairs[name]) for name in call.operands}
 
 
-@rule(Tensor.__rdiv__, axes=_repeats, accepts=_repeated_in_front, affine=False)
+@rule(Tensor.__rdiv__, axes=_repeats, is_parameter=_repeated_in_front, affine=False)
 def rdiv(
     call: Call,
     g: Tensor,
@@ -185,7 +185,7 @@ def rdiv(
 
 @rule(
     torch.prelu, Tensor.prelu,
-    slots=("weight",), reads=lambda arguments: ("input",),
+    parameters=("weight",), needs_values=lambda arguments: ("input",),
     axes=lambda call, arguments: range(len(call.shape) if arguments["weight"].numel() == 1 else 1),
 )  # fmt: skip
 def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> dict[str, Term]:
@@ -201,7 +201,8 @@ def prelu(call: Call, g: Tensor, input: Tensor, weight: Tensor) -> dict[str, Ter
 @rule(
     Tensor.expand, Tensor.expand_as, torch.broadcast_to, Tensor.broadcast_to, Tensor.repeat,
     torch.tile, Tensor.tile,
-    axes=_repeats, accepts=_repeated_in_front, reads=lambda arguments: (), expands=True,
+    axes=_repeats, is_parameter=_repeated_in_front, needs_values=lambda arguments: (),
+    broadcasts=True,
 )  # fmt: skip
 def expand(
     call: Call,

@@ -11,7 +11,12 @@ from lightning_curv.rules.registry import Call, leading_axes, rule
 from lightning_curv.terms.term import Term
 
 
-@rule(F.embedding, slots=("weight",), axes=leading_axes(1), reads=lambda arguments: ("input",))
+@rule(
+    F.embedding,
+    parameters=("weight",),
+    axes=leading_axes(1),
+    needs_values=lambda arguments: ("input",),
+)
 def embedding(
     call: Call,
     g: Tensor,
@@ -35,8 +40,8 @@ def embedding(
 
 @rule(
     F.embedding_bag,
-    slots=("weight",),
-    reads=lambda arguments: ("input", "offsets", "per_sample_weights"),
+    parameters=("weight",),
+    needs_values=lambda arguments: ("input", "offsets", "per_sample_weights"),
 )
 def embedding_bag(
     call: Call,

@@ -33,7 +33,7 @@ else:
 @rule(
     *_GROUPED_MM,
     axes=_rows_or_columns,
-    accepts=lambda name, tensor, out: name == "mat2" and tensor.ndim == 3 and out.ndim == 2,
+    is_parameter=lambda name, tensor, out: name == "mat2" and tensor.ndim == 3 and out.ndim == 2,
 )
 def grouped_mm(
     call: Call,

@@ -11,7 +11,12 @@ from lightning_curv.rules.registry import Call, leading_axes, rule
 from lightning_curv.terms.term import Term, flatten_shared
 
 
-@rule(F.linear, slots=("weight", "bias"), axes=leading_axes(1), reads=lambda arguments: ("input",))
+@rule(
+    F.linear,
+    parameters=("weight", "bias"),
+    axes=leading_axes(1),
+    needs_values=lambda arguments: ("input",),
+)
 def linear(
     call: Call,
     g: Tensor,
@@ -31,7 +36,7 @@ def linear(
     Tensor.mm,
     Tensor.__matmul__,
     axes=lambda call, arguments: range(len(call.shape)),
-    accepts=lambda name, tensor, out: name == "other" and tensor.ndim <= 2,
+    is_parameter=lambda name, tensor, out: name == "other" and tensor.ndim <= 2,
 )
 def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Term]:
     """Y = x W (W a matrix or a vector) and y = W x; other shapes by the fallback."""
@@ -58,7 +63,7 @@ def matmul(call: Call, g: Tensor, input: Tensor, other: Tensor) -> dict[str, Ter
     torch.addmm,
     Tensor.addmm,
     axes=leading_axes(1),
-    accepts=lambda name, tensor, out: name == "mat2",
+    is_parameter=lambda name, tensor, out: name == "mat2",
 )
 def addmm(
     call: Call,
@@ -81,9 +86,9 @@ def addmm(
 
 @rule(
     torch.bilinear,
-    slots=("weight", "bias"),
+    parameters=("weight", "bias"),
     axes=leading_axes(1),
-    reads=lambda arguments: ("input1", "input2"),
+    needs_values=lambda arguments: ("input1", "input2"),
 )
 def bilinear(
     call: Call,

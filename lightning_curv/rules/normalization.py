@@ -36,9 +36,9 @@ def _channels(g: Tensor, x: Tensor) -> dict[str, Term]:
 
 @rule(
     F.layer_norm,
-    slots=("weight", "bias"),
+    parameters=("weight", "bias"),
     axes=_before_normalized,
-    reads=lambda arguments: ("input",),
+    needs_values=lambda arguments: ("input",),
 )
 def layer_norm(
     call: Call,
@@ -53,7 +53,12 @@ def layer_norm(
     return _trailing(call, g, F.layer_norm(input, normalized_shape, eps=eps), len(normalized_shape))
 
 
-@rule(F.rms_norm, slots=("weight",), axes=_before_normalized, reads=lambda arguments: ("input",))
+@rule(
+    F.rms_norm,
+    parameters=("weight",),
+    axes=_before_normalized,
+    needs_values=lambda arguments: ("input",),
+)
 def rms_norm(
     call: Call,
     g: Tensor,
@@ -66,7 +71,7 @@ def rms_norm(
     return _trailing(call, g, F.rms_norm(input, normalized_shape, eps=eps), len(normalized_shape))
 
 
-@rule(F.group_norm, slots=("weight", "bias"), reads=lambda arguments: ("input",))
+@rule(F.group_norm, parameters=("weight", "bias"), needs_values=lambda arguments: ("input",))
 def group_norm(
     call: Call,
     g: Tensor,
@@ -86,9 +91,9 @@ def _batch_statistics(arguments: dict[str, Any]) -> bool:
 
 @rule(
     F.batch_norm,
-    slots=("weight", "bias"),
-    couples=_batch_statistics,
-    reads=lambda arguments: (
+    parameters=("weight", "bias"),
+    mixes_samples=_batch_statistics,
+    needs_values=lambda arguments: (
         ("input",) if arguments["training"] else ("input", "running_mean", "running_var")
     ),
 )
@@ -113,8 +118,8 @@ def batch_norm(
 
 @rule(
     F.instance_norm,
-    slots=("weight", "bias"),
-    reads=lambda arguments: (
+    parameters=("weight", "bias"),
+    needs_values=lambda arguments: (
         ("input",) if arguments["use_input_stats"] else ("input", "running_mean", "running_var")
     ),
 )

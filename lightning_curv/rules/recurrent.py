@@ -387,10 +387,10 @@ for _name, _kind in _KINDS.items():
         rule(
             _function,
             binds=_binds,
-            slots=("params",),
+            parameters=("params",),
             axes=_backpropagable,
             outputs=_sample_axes,
             groups=_owners,
             affine=False,
-            bulky=True,
+            defers=True,
         )(partial(_recurrent, _kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -76,6 +77,17 @@ def leading_axes(features: int) -> Callable[[Call, dict[str, Any]], Iterable[int
     return lambda call, arguments: range(len(call.shape) - features)
 
 
+# What the fields of a rule were called in version 0.1.0.
+RENAMED = {
+    "slots": "parameters",
+    "reads": "needs_values",
+    "expands": "broadcasts",
+    "couples": "mixes_samples",
+    "accepts": "is_parameter",
+    "bulky": "defers",
+}
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one op contributes to the per-sample Jacobians of its parameters.
@@ -91,17 +103,18 @@ class Rule:
     Attributes:
         function: `function(call, g, **arguments)` returns the `Term` of each parameter argument
             by name.
-        slots: Names of the arguments that hold parameters; empty: any argument may (`x + p`,
+        parameters: Names of the arguments that hold parameters; empty: any argument may (`x + p`,
             `p + x`). `params` covers `params0`, `params1` too.
         axes: `axes(call, arguments)` gives the axes of the output that may carry samples.
         keeps: `keeps(call, arguments)` gives the axes of the output, those with entries of the
             parameter included, whose entry n reads entry n of the data and no other one.
-        reads: `reads(arguments)` gives the names of the tensors whose values the terms need.
-        expands: Whether the op does nothing but repeat its argument (`expand`).
-        couples: `couples(arguments)` says whether a sample's output depends on other samples;
-            `None`: never.
-        accepts: For ops without slots: whether a tensor that was computed from parameters and
-            constants is a parameter of this call (name, tensor, output) or data.
+        needs_values: `needs_values(arguments)` gives the names of the tensors whose values the
+            terms need.
+        broadcasts: Whether the op does nothing but repeat its argument (`expand`).
+        mixes_samples: `mixes_samples(arguments)` says whether a sample's output depends on other
+            samples; `None`: never.
+        is_parameter: For ops that name no parameters: whether a tensor that was computed from
+            parameters and constants is a parameter of this call (name, tensor, output) or data.
         binds: `binds(args, kwargs)` gives the arguments of a call by name; by default those of
             `function`.
         outputs: For ops that return a tuple: `outputs(arguments)` gives the axis of every output
@@ -112,23 +125,23 @@ class Rule:
             `[R]`; `None`: not so in this call. The rule then gets the cotangents of the rows,
             `[V, R, K]`, in the order of the output, and returns terms of N samples.
         affine: Whether the op is affine in each of its parameters.
-        bulky: Whether the terms take more memory than the arguments: in the user's backward pass
+        defers: Whether the terms take more memory than the arguments: in the user's backward pass
             they are then made when that of the op is through and has freed what it saved.
     """
 
     function: Callable[..., dict[str, Term]]
-    slots: Collection[str] = ()
+    parameters: Collection[str] = ()
     axes: Callable[[Call, dict[str, Any]], Iterable[int]] = first_axis
     keeps: Callable[[Call, dict[str, Any]], Iterable[int]] = lambda call, arguments: ()
-    reads: Callable[[dict[str, Any]], Collection[str]] = dict.keys
-    expands: bool = False
-    couples: Callable[[dict[str, Any]], bool] | None = None
-    accepts: Callable[[str, Tensor, Tensor], bool] = lambda name, tensor, out: False
+    needs_values: Callable[[dict[str, Any]], Collection[str]] = dict.keys
+    broadcasts: bool = False
+    mixes_samples: Callable[[dict[str, Any]], bool] | None = None
+    is_parameter: Callable[[str, Tensor, Tensor], bool] = lambda name, tensor, out: False
     binds: Callable[[tuple[Any, ...], dict[str, Any]], dict[str, Any]] | None = None
     outputs: Callable[[dict[str, Any]], Sequence[int | None] | None] | None = None
     groups: Callable[[dict[str, Any]], Tensor | None] | None = None
     affine: bool = True
-    bulky: bool = False
+    defers: bool = False
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Give the arguments of a call the names that the rule knows them by.
@@ -143,7 +156,7 @@ class Rule:
         return self.binds(args, kwargs) if self.binds else bind(self.function, args, kwargs)
 
     def holds(self, name: str) -> bool:
-        """Tell whether an argument is one of the slots.
+        """Tell whether an argument is one of the parameters.
 
         Args:
             name: The name of the argument, with its number where the op takes several.
@@ -151,7 +164,7 @@ class Rule:
         Returns:
             Whether the argument holds a parameter.
         """
-        return name in self.slots or name.rstrip("0123456789") in self.slots
+        return name in self.parameters or name.rstrip("0123456789") in self.parameters
 
     @staticmethod
     @cache
@@ -193,7 +206,7 @@ def rule(
         ...     if has_torch_function((x, w)):
         ...         return handle_torch_function(scale, (x, w), x, w)
         ...     return x * w
-        >>> @rule(scale, slots=("w",))
+        >>> @rule(scale, parameters=("w",))
         ... def _(call, g, x, w):
         ...     return {"w": Term("d", "d", "d", g, x)}
         >>> w = torch.nn.Parameter(torch.ones(2))
@@ -202,6 +215,14 @@ def rule(
         >>> w.sum_grad_squared
         tensor([10., 20.])
     """
+    for old, new in RENAMED.items():
+        if old in attributes:
+            warnings.warn(
+                f"`{old}` of a rule is called `{new}` since version 0.2; the old name ends in 0.3.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            attributes[new] = attributes.pop(old)
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         RULES.update(dict.fromkeys(functions, Rule(function, **attributes)))

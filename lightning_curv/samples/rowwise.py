@@ -95,14 +95,14 @@ def samples_cannot_meet(
         if node in tape.uses:
             use = tape.uses[node]
             if use.operands and (
-                use.couples
+                use.mixes_samples
                 or use.output_nr != edge[1]
                 or uses.get(node) != axis
                 or use.name not in _USES
             ):
                 return False
             inputs = [(below.node, below.output_nr) for below in use.inputs.values()]
-            rule = _same if use.operands and use.rule.slots else _rule(node)
+            rule = _same if use.operands and use.rule.parameters else _rule(node)
         else:
             inputs = [(after, number) for after, number in node.next_functions if after is not None]
             rule = _rule(node)

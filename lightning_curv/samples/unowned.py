@@ -99,7 +99,7 @@ def _has_rule(search: Search, node: Node | Join, finding: Finding) -> bool:
     use = search.uses[node]
     if not search.axes[node] or finding.owners is None:
         return False
-    if use.rule.slots:
+    if use.rule.parameters:
         return True
     # A column of ones at rows that a sample owns: whether the rule takes it is all that matters.
     owned = owner_of_rows(use, finding.owners) >= 0
@@ -136,7 +136,7 @@ def _refuse_inner_mixing(
     # The output keeps samples apart on an axis that the rule does not allow: is that true inside?
     excluded = by_rule.mixed and bool(sample_axes(use))
     places = [Place.anywhere(edge, count) for edge in use.inputs.values()]
-    if excluded or not use.rule.slots:
+    if excluded or not use.rule.parameters:
         findings = probe.findings(places)
     else:
         findings = []

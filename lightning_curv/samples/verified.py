@@ -40,7 +40,7 @@ def structure_of(tape: Tape) -> tuple[Hashable, ...]:
     return (
         tuple(map(fingerprint, numbers)),
         tuple(tape.structure),
-        tuple((use.shape, use.dtype, use.couples, bool(use.operands)) for use in uses),
+        tuple((use.shape, use.dtype, use.mixes_samples, bool(use.operands)) for use in uses),
         _kinds(by_uses),
         _shapes(tape.read.values()),
         _kinds(by_losses),

@@ -58,7 +58,7 @@ class SingleUse:
         """
         rule = self.use.rule
         value = self.use.operands[self.name].tensor
-        if not (rule.affine and rule.slots):
+        if not (rule.affine and rule.parameters):
             return None
         g = value.detach().new_zeros(1, *shape_at(self.edge))
         try:

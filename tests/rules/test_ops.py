@@ -23,7 +23,7 @@ from lightning_curv.extensions import (
     SumGradSquared,
     Variance,
 )
-from lightning_curv.rules import Rule
+from lightning_curv.rules import Rule, registry
 from lightning_curv.rules.fallback import FallbackWarning
 
 IMAGE = (4, 5, 4)
@@ -510,11 +510,28 @@ def test_embedding_with_max_norm():
     )
 
 
-def test_numbered_slots_of_a_rule():
-    """`slots` may name single arguments, and with one name all numbered ones."""
-    assert [Rule(dict, slots=("w1", "params")).holds(k) for k in ("w1", "w2", "params0", "params")] == [
+def test_numbered_parameters_of_a_rule():
+    """`parameters` may name single arguments, and with one name all numbered ones."""
+    assert [Rule(dict, parameters=("w1", "params")).holds(k) for k in ("w1", "w2", "params0", "params")] == [
         True, False, True, True,
     ]  # fmt: skip
+
+
+def test_fields_of_rules_have_their_names_of_version_0_1_too(monkeypatch):
+    monkeypatch.setattr(registry, "RULES", {})
+    values = {
+        "slots": ("w",),
+        "reads": lambda arguments: (),
+        "expands": True,
+        "couples": lambda arguments: True,
+        "accepts": lambda name, tensor, out: True,
+        "bulky": True,
+    }
+    for old, value in values.items():
+        new = registry.RENAMED[old]
+        with pytest.warns(DeprecationWarning, match=f"`{old}` of a rule is called `{new}`"):
+            registry.rule(torch.addcmul, **{old: value})(dict)
+        assert registry.RULES[torch.addcmul] == Rule(dict, **{new: value})
 
 
 SLOW = {"einsum_sum_of_parameter", "einsum_of_three", "baddbmm"}

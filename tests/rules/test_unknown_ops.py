@@ -140,7 +140,7 @@ def registry():
 
 
 def test_rule_of_the_user(registry):
-    @rule(scale, slots=("gain",))
+    @rule(scale, parameters=("gain",))
     def _(call, g, x, gain):
         return {"gain": Term("d", "d", "d", g, 2 * x)}
 
@@ -152,7 +152,7 @@ def test_rule_of_the_user(registry):
 
 
 def test_wrong_rule_is_found_by_the_check(registry):
-    @rule(scale, slots=("gain",))
+    @rule(scale, parameters=("gain",))
     def _(call, g, x, gain):
         return {"gain": Term("d", "d", "d", g, x)}
 
