@@ -27,7 +27,7 @@ PAGES = {
 
 @event_priority(100)  # before mkdocstrings reads its configuration
 def on_config(config: Any) -> None:
-    """Let mkdocstrings read a copy of the package: its three folders in one, as installed, docstrings in Markdown."""
+    """Let mkdocstrings read a copy of the package: its three folders in one, as installed, examples as code."""
     copy = Path(tempfile.mkdtemp(prefix="lightning_curv_docs_"))
     atexit.register(shutil.rmtree, copy)
     for folder in ("lightning_curv", "optimizers", "callbacks"):
@@ -36,17 +36,12 @@ def on_config(config: Any) -> None:
             ROOT / folder, inside, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
         )
     for path in copy.rglob("*.py"):
-        path.write_text(_in_markdown(path.read_text()))
+        path.write_text(_with_examples(path.read_text()))
     config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(copy)]
 
 
-def _in_markdown(source: str) -> str:
-    """Mathematics between dollars instead of in roles and directives, and examples as code."""
-    source = re.sub(r":math:`([^`]*)`", r"$\1$", source)
-    source = re.sub(r"^( *)\.\. math:: (.*)$", r"\1$$\2$$", source, flags=re.MULTILINE)
-    source = re.sub(
-        r"^( *)\.\. math::\n((?:\1    .*\n)+)", r"\1$$\n\2\1$$\n", source, flags=re.MULTILINE
-    )
+def _with_examples(source: str) -> str:
+    """Examples under the title that mkdocstrings knows."""
     return re.sub(r"^( +)Example:$", r"\1Examples:", source, flags=re.MULTILINE)
 
 

@@ -1,11 +1,11 @@
 r"""Likelihoods: the curvature of a loss at the network's output, and square roots of it.
 
-A loss is the negative logarithm of a likelihood with the network's output ``f`` as parameter. The
+A loss is the negative logarithm of a likelihood with the network's output `f` as parameter. The
 curvature used by the GGN is the Fisher information
-:math:`H = \mathbb{E}_{y \sim p(y|f)} [\nabla_f \ell\, \nabla_f \ell^\top]` (Kunstner, Balles &
+$H = \mathbb{E}_{y \sim p(y|f)} [\nabla_f \ell\, \nabla_f \ell^\top]$ (Kunstner, Balles &
 Hennig, *Limitations of the empirical Fisher approximation*, NeurIPS 2019), which needs no
 differentiation. Where the output holds natural parameters (logits, log-rates, means) H is the
-Hessian :math:`\nabla_f^2 \ell`. Where it holds something else (probabilities, log-probabilities,
+Hessian $\nabla_f^2 \ell$. Where it holds something else (probabilities, log-probabilities,
 rates) H gives the same GGN as the loss of the natural parameters would: sigmoid and
 `binary_cross_entropy` are `binary_cross_entropy_with_logits`.
 """
@@ -26,7 +26,7 @@ SMALLEST = 1e-12  # variance of a bit that is divided by, as in torch
 
 
 class Likelihood(ABC):
-    """The curvature of a loss at its input ``f``, the weight of every entry or row included.
+    """The curvature of a loss at its input `f`, the weight of every entry or row included.
 
     Example:
         >>> likelihood = Gaussian(weight=torch.ones(2, 1))  # of (f - y)² for two samples
@@ -94,7 +94,7 @@ class Likelihood(ABC):
             owners: Which sample owns each row of the input.
 
         Returns:
-            The columns, each of the input's shape, and their signs, ``[N]``; ``None``: all
+            The columns, each of the input's shape, and their signs, `[N]`; `None`: all
             positive.
         """
 
@@ -129,7 +129,7 @@ def root_of(weight: Tensor) -> Tensor:
 
 
 def signs_of(weight: Tensor) -> Tensor | None:
-    """Signs ``[N]`` of a column's weights; ``None``: all positive."""
+    """Signs `[N]` of a column's weights; `None`: all positive."""
     return weight.sign() if bool((weight < 0).any()) else None
 
 
@@ -242,7 +242,7 @@ class Bernoulli(_Independent):
     Attributes:
         weight: w, of the input's shape.
         probabilities: p, of the input's shape.
-        target: y, where the input holds probabilities; ``None``: it holds logits.
+        target: y, where the input holds probabilities; `None`: it holds logits.
     """
 
     probabilities: Tensor
@@ -291,7 +291,7 @@ class Poisson(_Independent):
     Attributes:
         weight: w, of the input's shape.
         rate: λ, of the input's shape.
-        target: y, where the input holds rates; ``None``: it holds log-rates.
+        target: y, where the input holds rates; `None`: it holds log-rates.
     """
 
     rate: Tensor

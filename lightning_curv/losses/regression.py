@@ -124,7 +124,7 @@ def gaussian_variance(
     eps: float = 1e-6,
     reduction: str = "mean",
 ) -> GaussianVariance:
-    """The variance ``input`` around the mean ``var``, with the Fisher information 1/(2 v²).
+    """The variance `input` around the mean `var`, with the Fisher information 1/(2 v²).
 
     There is none between mean and variance.
     """

@@ -117,7 +117,7 @@ def lstm(run: Run, g: Tensor, final: Sequence[Tensor]) -> Products:
     if len(run.weights) > 2:
         hidden = torch.empty_like(cells[1:])
         projected = g.new_empty(*g.shape[1:3], len(g), g.shape[3])
-    # In the loop, `h` and `c` are the cotangents of h_t and of c_t, ``[V, N, H]``.
+    # In the loop, `h` and `c` are the cotangents of h_t and of c_t, `[V, N, H]`.
     c = torch.zeros_like(final[1])
     arriving = run.arriving(g, final[0])
     steps_of_gates = by_gates.unbind(2)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_curv.passes.passes import Passes
 
 
-# piecewise linear ops that take several entries together, along ``_saved_dim`` or all of them
+# piecewise linear ops that take several entries together, along `_saved_dim` or all of them
 _REDUCTIONS = """
     Amax Amin Cummax Cummin Kthvalue LinalgVectorNorm Max Median Min Mode Nanmedian Norm Sort Topk
 """

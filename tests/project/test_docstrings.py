@@ -4,8 +4,11 @@ import importlib
 import inspect
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
+
+import lightning_curv
 
 DOORS = (
     "lightning_curv",
@@ -17,6 +20,7 @@ DOORS = (
     "lightning_curv.losses",
     "lightning_curv.terms",
 )
+ROOMS = ("lightning_curv", "optimizers", "callbacks")
 SECTION = r"^\s*(Args|Returns|Yields|Raises|Examples?|Attributes):\s*$"
 
 
@@ -118,3 +122,11 @@ def entries(value):
 def test_descriptions_begin_with_a_capital_or_a_symbol(name):
     described = dict(entries({**PUBLIC, **METHODS}[name]))
     assert {key: text for key, text in described.items() if re.match("[a-z]{2}", text)} == {}
+
+
+def test_mathematics_is_written_between_dollars():
+    root = Path(lightning_curv.__file__).parents[1]
+    sources = [path for room in ROOMS for path in (root / room).rglob("*.py")]
+    assert len(sources) > 200
+    with_roles = [path for path in sources if re.search(r":math:|\.\. math::", path.read_text())]
+    assert with_roles == []
