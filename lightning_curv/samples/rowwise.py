@@ -57,7 +57,8 @@ _SLOTTED = """
 _USES = frozenset(_SLOTTED.split()) | frozenset("add addmm div mul sub".split())  # noqa: SIM905
 
 # linear ops that losses per sample are added up by
-_ADDING = frozenset("Add Clone Div MaskedFill Mean Mul Neg Rsub Sub Sum ToCopy Where".split())  # noqa: SIM905
+_ADDED = "Add Clone Div MaskedFill Mean Mul Neg Rsub Sub Sum ToCopy Where"
+_ADDING = frozenset(_ADDED.split())
 
 Edge = tuple[Node, int]
 

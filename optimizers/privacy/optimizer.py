@@ -23,8 +23,8 @@ from lightning_curv.precision import widest
 class DPOptimizer(Optimizer):
     r"""Steps of another optimizer on a differentially private gradient.
 
-    $$\tilde g = \frac1{\bar B} \Big($$
-              \sum_i \min(1, C / \|g_i\|)\, g_i + \sigma C\, \mathcal N(0, I)\Big)
+    $$\tilde g = \frac1{\bar B} \Big(
+      \sum_i \min(1, C / \|g_i\|)\, g_i + \sigma C\, \mathcal N(0, I)\Big)$$
 
     with the gradient $g_i$ of sample i's own loss by all trainable parameters together, and
     the *expected* batch size B̄. Samples are clipped before they are accumulated; noise is added
