@@ -37,10 +37,10 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
       \theta \leftarrow (1 - \eta_t w) \theta - \eta_t \, \mathrm{bound}(d).$$
 
     `bound="trust"` multiplies all of $d$ by
-    $\min(1, \sqrt{\kappa / (\eta_0^2 \sum_j \hat h_j d_j^2)})$, `bound="elementwise"` clips each
-    element to $\pm \rho$. $\eta_0$ is the learning rate the optimizer was built with and $\eta_t$
-    the scheduled one, so that a schedule acts after the bound. Parameters without a diagonal take
-    Adam steps at `fallback_lr` $\eta_t / \eta_0$.
+    $\min(1, \sqrt{\kappa / \sum_j \hat h_j d_j^2})$, `bound="elementwise"` clips each element to
+    $\pm \rho$: learning rate and schedule act after the bound. Parameters without a diagonal take
+    Adam steps at `fallback_lr` $\eta_t / \eta_0$, with the learning rate $\eta_0$ the optimizer was
+    built with.
 
     The defaults suit networks trained on a mean cross-entropy.
 
@@ -54,19 +54,22 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         weight_decay: $w$, decoupled, per group.
         interval: Measure the diagonal every so many steps.
         bound: "trust", "elementwise" or None.
-        kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric.
+        kl_clip: $\kappa$, bound on the squared length of a step of learning rate 1 in the
+            curvature's metric.
         max_update: $\rho$, bound on each element of $d$.
         curvature: "mc" draws targets from the model, "exact" propagates one column per output.
             Where the loss has no second derivative or is piecewise linear, both take the gradients
             of the samples, divided by the root of the loss, and warn.
         mc_samples: Targets drawn per example if `curvature="mc"`.
         fallback_lr: Adam's learning rate for parameters without a diagonal, per group.
+        safeguards: Bound how far layers move together, and take a step back after which the loss is
+            far above its running mean, see `KFACOptimizer`.
 
     Raises:
         ValueError: A setting is out of range.
         TypeError: A parameter is complex or sparse.
 
-    Cost: elementwise time beside the diagonal's measurement; memory for two copies of the
+    Cost: elementwise time beside the diagonal's measurement; memory for three copies of the
     parameters.
 
     Source: F. Dangel, F. Kunstner, P. Hennig, *BackPACK: Packing more into Backprop*, ICLR 2020,
@@ -93,11 +96,12 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         weight_decay: float = 0.0,
         interval: int = 1,
         bound: Literal["trust", "elementwise"] | None = "trust",
-        kl_clip: float = 1e-3,
+        kl_clip: float = 1e-2,
         max_update: float = 0.1,
         curvature: Literal["mc", "exact"] = "mc",
         mc_samples: int = 1,
         fallback_lr: float = 1e-3,
+        safeguards: bool = True,
     ) -> None:
         require_count("interval", interval)
         require_count("mc_samples", mc_samples)
@@ -114,7 +118,7 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
         columns: Extension = JacobianMC(mc_samples) if curvature == "mc" else JacobianExact()
         curved(extension, columns)
         if lr == "auto":
-            rule = QuadraticModel(columns)
+            rule = QuadraticModel(columns, safeguards)
         super().__init__(
             params,
             {
@@ -127,6 +131,7 @@ class DiagGGNOptimizer(SecondOrderOptimizer):
             curvature=DiagonalCurvature(extension),
             schedule=Schedule(measure=interval),
             step_rule=rule,
+            safeguards=safeguards,
             adaptation=LevenbergMarquardt(start=1.0),
         )
 

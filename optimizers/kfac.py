@@ -43,8 +43,8 @@ class KFACOptimizer(SecondOrderOptimizer):
     otherwise.
 
     A number $\eta$ as `lr`: $\delta = -\eta_t \nu d + \mu \delta_{\text{last}}$ with
-    $\nu = \min(1, \sqrt{\kappa / (\eta_0^2 \sum d^\top g)})$ and $\eta_0$ the learning rate the
-    optimizer was built with, so that a schedule acts after this trust-region clip.
+    $\nu = \min(1, \sqrt{\kappa / \sum d^\top g})$: rate and schedule act after this trust-region
+    clip.
 
     The damping $\lambda$ of a block is split by the traces of the factors,
     $\prod_i \gamma_i = \lambda$. "auto" damps in the coordinates (inputs − mean, 1) of a layer with
@@ -53,8 +53,8 @@ class KFACOptimizer(SecondOrderOptimizer):
     and Marquardt's rule if `step` is given `loss_fn`, or `optimizer.loss_fn` is set; otherwise it
     decays to 0.01.
 
-    Parameters without curvature take Adam steps at `fallback_lr` $\eta_t / \eta_0$; `summary()`
-    says which.
+    Parameters without curvature take Adam steps at `fallback_lr` $\eta_t / \eta_0$, with the
+    rate $\eta_0$ that the optimizer was built with; `summary()` says which.
 
     Args:
         params: Parameters, or dicts of parameter groups.
@@ -71,8 +71,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         factor_interval: Measure factors every so many steps.
         inverse_interval: Refresh each inverse every so many steps, spread over the steps; more
             often in the first 20.
-        kl_clip: $\kappa$, bound on the squared length of a step in the curvature's metric; None for
-            no bound; not used with `lr="auto"`.
+        kl_clip: $\kappa$, bound on the squared length of a step of learning rate 1 in the
+            curvature's metric; None for no bound; not used with `lr="auto"`.
         curvature: "mc" draws targets from the model, "exact" propagates one column per output,
             "empirical" takes the gradients themselves. Where the loss has no second derivative or
             is piecewise linear, the others take the gradients too, divided by the root of the loss,
@@ -92,6 +92,10 @@ class KFACOptimizer(SecondOrderOptimizer):
             together, and sends the preconditioned gradients in every step. Checkpoints then lack
             the inverses, which the first step after a restart computes anew.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
+        safeguards: Bound how far layers move together, shorten the steps of `lr="auto"` for small
+            batches and where the loss no longer falls, average the curvature along a step over
+            small batches, and take a step back after which the loss is far above its running mean.
+            False: the step is that of the formulas above.
 
     Attributes:
         last_step: Learning rate, momentum, damping $c$ and reduction ratio of the last step, for
@@ -112,7 +116,9 @@ class KFACOptimizer(SecondOrderOptimizer):
         >>> from lightning_curv import KFACOptimizer, curvature
         >>> x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]
         >>> layer = torch.nn.Linear(1, 1, dtype=torch.float64)
-        >>> optimizer = KFACOptimizer(layer.parameters(), damping=1e-9, curvature="exact")
+        >>> optimizer = KFACOptimizer(
+        ...     layer.parameters(), damping=1e-9, curvature="exact", safeguards=False
+        ... )
         >>> with curvature(*optimizer.required_extensions()):
         ...     torch.nn.functional.mse_loss(layer(x), 3 * x + 1).backward()
         >>> optimizer.step()
@@ -138,7 +144,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         gradient_decay: float = 0.7,
         factor_interval: int = 1,
         inverse_interval: int = 10,
-        kl_clip: float | None = 1e-3,
+        kl_clip: float | None = 1e-2,
         curvature: Literal["mc", "exact", "empirical"] = "mc",
         mc_samples: int = 1,
         weight_sharing: Literal["expand", "reduce"] = "expand",
@@ -148,6 +154,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         max_factor_size: int = 8192,
         shard_inverses: bool = False,
         fallback_lr: float = 1e-3,
+        safeguards: bool = True,
     ) -> None:
         if shard_inverses and eigen:
             raise ValueError(
@@ -175,7 +182,9 @@ class KFACOptimizer(SecondOrderOptimizer):
         extension = columns[curvature]
         if curvature != "empirical":
             curved(extension)
-        rule: StepRule = QuadraticModel(extension) if lr == "auto" else TrustClip(kl_clip)
+        rule: StepRule = (
+            QuadraticModel(extension, safeguards) if lr == "auto" else TrustClip(kl_clip)
+        )
         model = EigenCurvature if eigen else KroneckerCurvature
         super().__init__(
             params,
@@ -198,6 +207,7 @@ class KFACOptimizer(SecondOrderOptimizer):
             ),
             schedule=Schedule(measure=factor_interval, invert=inverse_interval),
             step_rule=rule,
+            safeguards=safeguards,
             adaptation=LevenbergMarquardt(),
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_curv.distributed.failures import telling
+from lightning_curv.distributed.failures import processes, telling
 from lightning_curv.extensions import Extension, GraphExtension
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup
 from lightning_curv.optimizers.curvature.fields import Inbox
@@ -22,7 +22,7 @@ from lightning_curv.optimizers.settings import (
     require_whole,
 )
 from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statistics
-from lightning_curv.optimizers.step.move import directions, move
+from lightning_curv.optimizers.step.move import directions, move, slope_of_last, undo
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.refresh import block_damping, refresh
 from lightning_curv.optimizers.step.restore import restored_state
@@ -31,11 +31,22 @@ from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMar
 from lightning_curv.optimizers.step_size.loss_limits import LossLimits
 from lightning_curv.optimizers.step_size.rules import QuadraticModel, Step, StepRule
 from lightning_curv.optimizers.step_size.trial import Trial
+from lightning_curv.optimizers.step_size.trust_region import TrustRegion
 from lightning_curv.optimizers.warn import warn
 
-SAVED = ("steps", "relative_damping", "loss_floor", "loss_size", "full_batch", "tried", "_after")
+SAVED = (
+    "steps",
+    "relative_damping",
+    "loss_floor",
+    "loss_size",
+    "full_batch",
+    "tried",
+    "_after",
+    "memories",
+)
+REJECTED = 4.0  # what the relative damping is multiplied by when a step is taken back
 LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss
-SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "curvature_scale")
+SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "region", "curvature_scale")
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -57,6 +68,7 @@ class SecondOrderOptimizer(Optimizer):
         schedule: When curvature is measured and inverted.
         step_rule: How far to go.
         adaptation: How the relative damping is adapted, where a group's `damping` is "auto".
+        safeguards: Whether steps are bounded and taken back, see `TrustRegion`.
 
     Attributes:
         loss_fn: What `step` takes as `loss_fn` if it is not given any; set it where `step` is
@@ -82,6 +94,7 @@ class SecondOrderOptimizer(Optimizer):
         schedule: Schedule,
         step_rule: StepRule,
         adaptation: LevenbergMarquardt,
+        safeguards: bool = True,
     ) -> None:
         self.curvature = curvature
         self.schedule = schedule
@@ -94,6 +107,7 @@ class SecondOrderOptimizer(Optimizer):
         self.curvature_scale = 1.0
         self.full_batch: bool | None = None  # unknown
         self.tried = False
+        self.region = TrustRegion(safeguards)
         self.loss_fn: Callable[[], Any] | None = None
         self.last_step: dict[str, float] = {}
         self._told_relative = False
@@ -132,7 +146,7 @@ class SecondOrderOptimizer(Optimizer):
         wanted: list[Extension | GraphExtension | None] = [self.step_rule.extension]
         if measure:
             wanted.append(self.curvature.extension)
-        if self._adapts and any(wanted):
+        if any(wanted) and (self._adapts or self.region.enabled):
             wanted.append(LossLimits())
         return tuple(
             {
@@ -278,14 +292,21 @@ class SecondOrderOptimizer(Optimizer):
     def _update(self, members: list[Member]) -> Step | None:
         """Measure, precondition, bound, move; None if something is not finite and nothing moved."""
         gradients = {param: gradient(param) for _, param in members}
-        if not all(finite_flags(gradients.values())):
+        are_finite = all(finite_flags(gradients.values()))
+        if are_finite:
+            self._take_in(members)
+        else:
+            self._take_limits(members)
+        micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
+        limits = self._means_of(micro_batches.limits)
+        if limits and self._failed(limits, members):
+            self._take_back(members)
+            return None
+        if not are_finite:
             self._warn_of_skipped("gradients", gradients)
-            self._micro_batches = MicroBatches()
             return None
         parameters = self._parameters
         curvature = self.curvature
-        self._take_in(members)
-        micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
         is_measured = self.schedule.measure_due(self.steps)
         if is_measured:
             parameters.agree(members)
@@ -293,7 +314,7 @@ class SecondOrderOptimizer(Optimizer):
         if is_measured:
             absorb(curvature, parameters, blocks, micro_batches.means(), self.curvature_scale)
         # Read first: it sets the least damping, which the dampings of the blocks contain.
-        room = self._limited(micro_batches.limits)
+        bounds = self._bounds(limits)
         dampings = self._dampings(blocks)
         refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
         # Gradients of the whole data have no noise to average away, and the quadratic model has a
@@ -307,16 +328,20 @@ class SecondOrderOptimizer(Optimizer):
             dampings,
             micro_batches.jacobians,
             average,
+            self.region.radius if self.region.enabled else math.inf,
         )
-        step = self.step_rule(found_directions, self.curvature_scale, room)
+        step = self.step_rule(found_directions, self.curvature_scale, *bounds)
         moving = [direction.param for direction in found_directions]
         updates = dict(zip(moving, step.updates, strict=True))
-        if not move(parameters, members, updates, step, keep=has_model):
+        moved = move(parameters, members, updates, step, self.region)
+        if moved is None:
             self._warn_of_skipped("preconditioned gradients", updates)
             return None
         self.last_step = {**step.report, "damping": self.relative_damping}
+        if moved.predicted is not None:
+            self.last_step["predicted"] = moved.predicted
         self.steps += 1
-        return step
+        return moved
 
     def _dampings(self, blocks: Sequence[Block]) -> dict[Tensor, Tensor]:
         """The dampings of the blocks whose curvature was measured, by their first parameter."""
@@ -368,29 +393,61 @@ class SecondOrderOptimizer(Optimizer):
             self._micro_batches.add(
                 statistics(self.curvature, self._parameters, blocks, fields, self.steps)
             )
-        if self._adapts:
-            # All parameters have the same limits; they are taken off each, and kept once.
-            popped = [vars(param).pop("loss_limits", None) for _, param in members]
-            self._micro_batches.limits += [limits for limits in popped if limits is not None][:1]
+        self._take_limits(members)
 
-    def _limited(self, limits: list[Tensor]) -> float:
-        """Read the least damping off the limits of all micro-batches; how far the loss can fall."""
+    def _take_limits(self, members: list[Member]) -> None:
+        """Take the limits of the loss off the parameters: all have the same, which is kept once."""
+        popped = [vars(param).pop("loss_limits", None) for _, param in members]
+        self._micro_batches.limits += [limits for limits in popped if limits is not None][:1]
+
+    def _means_of(self, limits: list[Tensor]) -> list[float]:
+        """Those of `LossLimits` for all micro-batches and processes together; empty if unknown."""
         if not limits:
-            return math.inf
-        mean = averaged(torch.stack(limits).mean(0)) * self.curvature_scale
-        floor, room, size = mean.tolist()
+            return []
+        *means, samples = averaged(torch.stack(limits).mean(0)).tolist()
+        floor, *others = (self.curvature_scale * mean for mean in means)
         # It falls with the number of predictions, of which all micro-batches together have more.
-        self.loss_floor = floor / len(limits)
-        # Known losses have no size.
-        if not size:
-            return float(room)
-        # No step promises more than the loss was worth lately: at once it may be zero on its way to
-        # negative numbers.
+        count = len(limits)
+        return [floor / count, *others, samples * count * processes()]
+
+    def _failed(self, limits: list[float], members: list[Member]) -> bool:
+        """Whether the last step led astray: the loss is far too high, and rises towards here."""
+        *_, loss, _ = limits
+        if not self.region.suspects(loss):
+            return False
+        return not math.isfinite(loss) or slope_of_last(self._parameters, members) > 0
+
+    def _take_back(self, members: list[Member]) -> None:
+        """Undo the last step; the next ones are shorter and more damped."""
+        undo(self._parameters, members)
+        self.region.reject()
+        ceiling = self.adaptation.ceiling
+        self.relative_damping = min(REJECTED * self.relative_damping, ceiling)
+        self.last_step = {"rejected": 1.0, "damping": self.relative_damping}
+
+    def _bounds(self, limits: list[float]) -> tuple[float, float]:
+        """How much a step may promise, and how far it may go; keeps the least damping."""
+        if not limits:
+            return math.inf, math.inf
+        self.loss_floor, bound, size, reach, loss, samples = limits
+        is_bounded = math.isfinite(bound)
+        # At once an unbounded loss may be zero on its way to negative numbers.
         if self.loss_size:
             self.loss_size = LOSS_DECAY * self.loss_size + (1 - LOSS_DECAY) * size
         else:
             self.loss_size = size
-        return min(float(room), max(size, self.loss_size))
+        self.region.accept(loss, is_bounded, samples if self.relative_lr else 0.0)
+        room = self.region.room(bound, max(size, self.loss_size))
+        return room, reach * self.region.radius if self.region.enabled else math.inf
+
+    @property
+    def memories(self) -> list[dict[str, Any]]:
+        """What the trust region and the step rule remember, plain numbers."""
+        return [self.region.memory, self.step_rule.memory]
+
+    @memories.setter
+    def memories(self, memories: list[dict[str, Any]]) -> None:
+        self.region.memory, self.step_rule.memory = (dict(memory) for memory in memories)
 
     @property
     def _parameters(self) -> Parameters:

@@ -40,6 +40,11 @@ class Likelihood(ABC):
     flat = False  # whether H is zero whatever the numbers are
     weight: Tensor  # of every entry or row
 
+    @property
+    def nats(self) -> Tensor:
+        """The change of the loss if the likelihood of every sample changes by one nat, ``[]``."""
+        return self.weight.sum()
+
     @abstractmethod
     def columns(self, owners: Owners) -> Iterator[Tensor]:
         """Factor H: yield columns S with Σ S[n] S[n]ᵀ = H_n for every sample n.
@@ -123,6 +128,12 @@ def drawable(distribution: Tensor, instead: float) -> Tensor:
     return distribution.where(distribution.isfinite(), instead)
 
 
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent random signs of a tensor's shape."""
+    bits = torch.empty_like(like).bernoulli_(0.5, generator=generator)
+    return 2 * bits - 1
+
+
 def root_of(weight: Tensor) -> Tensor:
     """The square roots of the weights."""
     return nonnegative(weight).sqrt()
@@ -192,6 +203,7 @@ class Gaussian(_Independent):
 
     Args:
         weight: w, of the input's shape.
+        terms: Weights of the terms of the loss, where w holds a variance beside them.
 
     Example:
         >>> likelihood = Gaussian(weight=torch.tensor([[0.5], [1.5]]))
@@ -200,15 +212,26 @@ class Gaussian(_Independent):
                 [3.]])
     """
 
+    terms: Tensor | None = None
+
+    @property
+    def nats(self) -> Tensor:
+        """The sum of the weights of the terms."""
+        return (self.weight if self.terms is None else self.terms).sum()
+
     @property
     def diagonal(self) -> Tensor:
         """The second derivatives 2 w."""
         return 2 * self.weight
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """The product √(2 w) ε with standard normal ε."""
-        noise = torch.empty_like(self.weight).normal_(generator=generator)
-        return root_of(self.diagonal) * noise
+        """The product √(2 w) ε with random signs ε.
+
+        Targets at ± one deviation from the mean have the normal distribution's first three moments.
+        Their squared gradient is the curvature itself, not only its expectation: normal targets
+        that happen to lie near the mean would hide the curvature of a sample.
+        """
+        return root_of(self.diagonal) * _signs(self.weight, generator)
 
 
 class PiecewiseLinear(Gaussian):
@@ -310,7 +333,8 @@ class Poisson(_Independent):
         return self.weight * self.target / self.rate.square()
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """The gradient √w (λ - y), over λ for rates, with y from the model."""
-        drawn = torch.poisson(drawable(self.rate, 0.0), generator=generator)
-        gradient = root_of(self.weight) * (self.rate - drawn)
-        return gradient if self.target is None else gradient / self.rate
+        """The product √H ε with random signs ε: targets at ± one deviation from the rate.
+
+        Drawn counts of small rates are mostly zero, and hide the curvature of rare ones.
+        """
+        return root_of(self.diagonal) * _signs(self.weight, generator)

@@ -110,8 +110,8 @@ def gaussian_nll_loss(
 ) -> Gaussian:
     """Squared error over twice a variance, which `gaussian_variance` describes."""
     same_shape("gaussian_nll_loss", input, target)
-    weights = 0.5 / _variance(var, input, eps)
-    return Gaussian(reduced(weights, input.numel(), scale, reduction))
+    terms = reduced(torch.ones_like(input), input.numel(), scale, reduction)
+    return Gaussian(0.5 / _variance(var, input, eps) * terms, terms)
 
 
 @loss(F.gaussian_nll_loss, argument="var")
@@ -130,12 +130,13 @@ def gaussian_variance(
     """
     mean = var  # see `loss`: the differentiable argument is the input
     variance = _variance(input, mean, eps)
-    weights = reduced(0.25 / variance.square(), mean.numel(), scale, reduction)
+    terms = reduced(torch.ones_like(variance), mean.numel(), scale, reduction)
+    weights = 0.25 / variance.square() * terms
     # One variance may belong to several entries of the mean, whose information adds up.
     shape = input.shape
     if input.ndim != mean.ndim:
         shape = torch.Size([*shape, 1])
-    return GaussianVariance(weights.sum_to_size(shape).reshape(input.shape))
+    return GaussianVariance(weights.sum_to_size(shape).reshape(input.shape), terms)
 
 
 def _variance(var: Tensor | float, mean: Tensor, eps: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,10 @@ from lightning_curv.optimizers.step.adam import adam_direction
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.sharded_inverses import preconditioned
 from lightning_curv.optimizers.step_size.rules import Step
+from lightning_curv.optimizers.step_size.trust_region import TrustRegion
+
+# The least length of a weight, per root of its outputs, that its updates are compared with.
+LEAST_LENGTH = 0.03
 
 
 def directions(
@@ -32,6 +37,7 @@ def directions(
     dampings: dict[Tensor, Tensor],
     jacobians: Sequence[dict[Tensor, Any]],
     average: bool = True,
+    radius: float = math.inf,
 ) -> list[Direction]:
     """The preconditioned gradients of all parameters whose curvature is ready.
 
@@ -43,6 +49,7 @@ def directions(
         jacobians: of every micro-batch.
         average: whether running means of the gradients are preconditioned, decayed as their groups
             say.
+        radius: How far a layer may move, see `shorten`.
 
     Returns:
         One direction per parameter, those of a block beside each other.
@@ -60,12 +67,51 @@ def directions(
         values_of_block = [values[param] for param in block.params]
         gradients.append(Gradient(parameters.state[first], block, values_of_block, dampings[first]))
     all_directions: list[Direction] = []
-    for g, results in zip(gradients, preconditioned(curvature, gradients), strict=True):
+    all_results = preconditioned(curvature, gradients)
+    shorten([g.block.params for g in gradients], all_results, radius)
+    for g, results in zip(gradients, all_results, strict=True):
         for member, value, result in zip(g.block.members, g.values, results, strict=True):
             all_directions.append(
                 _direction(curvature, parameters, g, member, value, result, jacobians)
             )
     return all_directions
+
+
+def shorten(
+    params: Sequence[Sequence[Tensor]],
+    directions: Sequence[Sequence[Tensor]],
+    radius: float,
+) -> None:
+    """Shorten the directions of layers that move by more than `radius` times their own length.
+
+    That of the layer that moves least is left: where targets are far away and all layers try to
+    reach them, it does so with the least change.
+
+    Args:
+        params: Of every block.
+        directions: Of every block, changed in place.
+        radius: Bound on the length of a direction relative to that of its weight.
+    """
+    weights = [
+        (of[0], found) for of, found in zip(params, directions, strict=True) if of[0].dim() > 1
+    ]
+    if len(weights) < 2 or not math.isfinite(radius):
+        return
+    changes = relative_changes([w for w, _ in weights], [found[0] for _, found in weights])
+    factors = (radius / changes).clamp(max=1.0)
+    factors[changes.argmin()] = 1.0
+    for (_, found), factor in zip(weights, factors, strict=True):
+        for direction in found:
+            direction.mul_(factor.to(direction))
+
+
+def relative_changes(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
+    """The lengths of updates of weights, divided by those of the weights."""
+    lengths = torch.stack(torch._foreach_norm(list(updates)))
+    own = torch.stack(torch._foreach_norm(list(weights))).to(lengths)
+    # Weights that start at zero, or that shrink to it, may move all the same.
+    least = [LEAST_LENGTH * len(weight) ** 0.5 for weight in weights]
+    return lengths / own.maximum(torch.tensor(least).to(lengths))
 
 
 def _direction(
@@ -136,37 +182,67 @@ def move(
     members: Sequence[Member],
     updates: dict[Tensor, Tensor],
     step: Step,
-    keep: bool,
-) -> bool:
-    """Add the updates, and Adam's to all other members.
+    region: TrustRegion,
+) -> Step | None:
+    """Add the updates, and Adam's to all other members; all are remembered.
 
     Args:
         parameters: of the optimizer.
         members: parameters that move.
         updates: of those with curvature.
         step: what they come from.
-        keep: whether updates are remembered, whatever `momentum` is.
+        region: Bounds how far layers move together.
 
     Returns:
-        False if some updates are not finite; then nothing moves.
+        The step as the region has shortened it; None if some updates are not finite, and nothing
+        moves.
     """
     state = parameters.state
     # All updates are computed before any parameter moves: one that is not finite stops the step.
     fallback = {p: adam_direction(state[p], gradient(p)) for _, p in members if p not in updates}
     if not all(finite_flags([*updates.values(), *fallback.values()])):
-        return False
+        return None
+    weights = [param for param in updates if param.dim() > 1]
+    changes: list[float] = []
+    if weights:
+        changes = relative_changes(weights, [updates[param] for param in weights]).tolist()
+    shrink = region.shrink(changes)
+    if shrink < 1.0 and updates:
+        torch._foreach_mul_(list(updates.values()), shrink)
+    step = step.scaled(shrink)
     for group, param in members:
         update = updates.get(param)
         if update is None:
             # The schedule of the learning rate acts on the fallback's, too.
             scheduled_lr = group["fallback_lr"] * group["lr"] / group["base_lr"]
             update = fallback[param] * -scheduled_lr
-        elif keep or group.get("momentum", 0.0):
-            state[param]["velocity"] = update
+        state[param]["velocity"] = update
         if group["weight_decay"]:
             rate = step.rate if param in updates else 1.0
             decay = rate * group["lr"] * group["weight_decay"]
             # A learning rate of the quadratic model may be negative, or large.
             param.mul_(1 - min(max(decay, 0.0), 1.0))
         param.add_(update)
-    return True
+    moved = shrink * sum(sorted(changes)[:-1])
+    region.took(moved, -(step.predicted or 0.0), shrink * step.used)
+    return step
+
+
+def undo(parameters: Parameters, members: Sequence[Member]) -> None:
+    """Take the last update of every member back, and forget it."""
+    for _, param in members:
+        update = parameters.state[param].pop("velocity", None)
+        if update is not None:
+            param.sub_(update)
+
+
+def slope_of_last(parameters: Parameters, members: Sequence[Member]) -> float:
+    """The derivative of the loss along the last update, at its end."""
+    slopes = []
+    for _, param in members:
+        update = parameters.state[param].get("velocity")
+        if update is not None:
+            slopes.append((gradient(param) * update).sum(dtype=torch.float32))
+    if not slopes:
+        return 0.0
+    return float(torch.stack([slope.to(slopes[0].device) for slope in slopes]).sum())

@@ -17,6 +17,7 @@ from lightning_curv.losses.categorical import Categorical
 from lightning_curv.losses.likelihoods import Bernoulli
 from lightning_curv.losses.parts import KnownPart, LossPart
 from lightning_curv.passes.passes import Passes
+from lightning_curv.precision import widest
 
 NONNEGATIVE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
 # Of so many predictions in a batch or fewer, the least damping is the whole weight of the loss.
@@ -26,9 +27,10 @@ BERNOULLI = 0.02
 
 
 class LossLimits(GraphExtension):
-    r"""The least damping of a loss, how far it can fall, and its size if it is unknown, [3].
+    r"""The least damping of a loss, how far it can fall, its size if nothing is known of it, [6].
 
-    These are $\lambda_0$; the loss, or inf if it can become negative; and $|\ell|$. The Fisher
+    These are $\lambda_0$; the loss, or inf if it can become negative; $|\ell|$; one nat per
+    sample if it can, else inf; the loss itself; and the number of samples. The Fisher
     information of a confident classifier vanishes faster than its gradient: damping that is
     relative to the curvature vanishes with it, and the fewer predictions a batch has the sooner it
     is trusted too far. With $w$ the weights of the loss' terms (mean: 1/N each), $\lambda_0$ is
@@ -36,22 +38,28 @@ class LossLimits(GraphExtension):
     $0.02 \sum w / E^2$ for binary cross-entropy of $E$ outputs per sample, which are rarely all
     confident, and 0 for losses of constant curvature. Of a loss that torch has no function for
     nothing is known but its size $|\ell|$ (0 for known losses), which says how far a step may
-    reasonably promise to go.
+    reasonably promise to go. Of the logarithm of a density, which has no lower bound, a nat per
+    sample is how far a step may go in the metric of the model.
     """
 
     savefield = "loss_limits"
     independent = False
 
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
-        """The same three numbers for all parameters."""
+        """The same six numbers for all parameters."""
         samples = passes.samples.count
-        floor = torch.stack([_floor(part, samples).float() for part in passes.parts]).sum()
+        dtype = widest(passes.loss.device)
+        floor = torch.stack([_floor(part, samples).to(dtype) for part in passes.parts]).sum()
         known_parts = [part for part in passes.parts if isinstance(part, KnownPart)]
         all_known = len(known_parts) == len(passes.parts)
         is_bounded = all_known and all(_nonnegative(part) for part in known_parts)
-        loss = (passes.loss.detach() * passes.seed).sum().float()
+        loss = (passes.loss.detach() * passes.seed).sum().to(dtype)
         room = loss if is_bounded else torch.full_like(floor, math.inf)
-        limits = torch.stack([floor, room, loss.abs() * (not all_known)])
+        size = loss.abs() * (not all_known)
+        reach = torch.full_like(floor, math.inf)
+        if all_known and not is_bounded:
+            reach = torch.stack([part.likelihood.nats.to(dtype) for part in known_parts]).max()
+        limits = torch.stack([floor, room, size, reach, loss, torch.full_like(floor, samples)])
         return {
             parameter: limits
             for parameters in passes.tape.parameters.values()

@@ -1,16 +1,21 @@
 """How far to go along preconditioned directions."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_curv.distributed.failures import processes
 from lightning_curv.extensions import Extension
 from lightning_curv.optimizers.curvature.base import Direction
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
+from lightning_curv.optimizers.step_size.calibration import (
+    averaged_curvature,
+)
 from lightning_curv.optimizers.step_size.quadratic_model import (
     Matrix,
     change,
@@ -29,63 +34,85 @@ class Step:
     Args:
         updates: one per direction, to be added to the parameter.
         rate: learning rate that decoupled weight decay is multiplied by, besides the group's own.
-        predicted: predicted change of the loss, if the rule predicts it.
+        slope: Predicted change of the loss in first order, if the rule predicts it.
+        bend: What the curvature adds to it.
+        used: The share of what a step may promise, or of how far it may go.
         report: numbers for logs.
     """
 
     updates: list[Tensor]
     rate: float = 1.0
-    predicted: float | None = None
+    slope: float | None = None
+    bend: float = 0.0
+    used: float = 0.0
     report: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def predicted(self) -> float | None:
+        """Predicted change of the loss, if the rule predicts it."""
+        return None if self.slope is None else self.slope + self.bend
 
-class StepRule(Protocol):
+    def scaled(self, factor: float) -> "Step":
+        """The same step after its updates were multiplied by a factor."""
+        if factor == 1.0:
+            return self
+        slope = None if self.slope is None else factor * self.slope
+        bend = factor * factor * self.bend
+        return replace(self, rate=factor * self.rate, slope=slope, bend=bend)
+
+
+class StepRule(ABC):
     """What makes updates of directions. A learning-rate schedule acts on the result.
 
     Attributes:
         extension: what it needs from every backward pass, if anything.
+        memory: Plain numbers that it keeps from step to step.
     """
 
-    extension: Extension | None
+    extension: Extension | None = None
 
+    def __init__(self) -> None:
+        self.memory: dict[str, Any] = {}
+
+    @abstractmethod
     def __call__(
         self,
         directions: Sequence[Direction],
         scale: float = 1.0,
         room: float = math.inf,
+        reach: float = math.inf,
     ) -> Step:
         """Make the updates.
 
         Args:
             directions: of all parameters.
             scale: what the curvature in their Jacobians is to be multiplied by.
-            room: how far the loss can fall at most.
+            room: How much of a decrease the step may promise at most.
+            reach: How far it may go: half of its squared length in the metric of the curvature.
         """
-        ...
 
 
-class TrustClip:
+class TrustClip(StepRule):
     r"""Shrink all directions together until the step is short; then momentum.
 
     Lengths are those in the metric of the curvature:
 
-    $$\nu = \min\Big(1, \sqrt{\kappa / \textstyle\sum_p \eta_p^2 \|d_p\|^2}\Big), \qquad
+    $$\nu = \min\Big(1, \sqrt{\kappa / \textstyle\sum_p \|d_p\|^2}\Big), \qquad
       \delta = -\eta_t \nu d + \mu \, \delta_{\text{last}}$$
 
-    with $\eta_p$ the learning rate *before* any schedule: were it the scheduled one, the schedule
-    would cancel out wherever the clip is active.
+    No learning rate is in $\nu$: a rate, or a schedule of it, would cancel out wherever the clip is
+    active, which is nearly always.
 
     Args:
-        kl_clip: $\kappa$, bound on the squared length of a step, about twice its KL divergence per
-            example; None for no bound.
+        kl_clip: $\kappa$, bound on the squared length of a step of rate 1, about twice its KL
+            divergence per example; None for no bound.
 
     Source: J. Ba, R. Grosse, J. Martens, *Distributed Second-Order Optimization using
         Kronecker-Factored Approximations*, ICLR 2017, section 5.
     """
 
-    extension: Extension | None = None
-
     def __init__(self, kl_clip: float | None) -> None:
+        super().__init__()
         self.kl_clip = kl_clip
 
     def __call__(
@@ -93,6 +120,7 @@ class TrustClip:
         directions: Sequence[Direction],
         scale: float = 1.0,
         room: float = math.inf,
+        reach: float = math.inf,
     ) -> Step:
         shrink = self._shrink(directions)
         updates = []
@@ -106,13 +134,13 @@ class TrustClip:
         if self.kl_clip is None or not directions:
             return torch.ones(())
         device = directions[0].value.device
-        squares = [(d.group["base_lr"] ** 2 * d.squared_norm()).to(device) for d in directions]
+        squares = [d.squared_norm().to(device) for d in directions]
         squared_length = torch.stack(squares).sum().clamp_min(0.0)
         # A zero length gives an infinite ratio, clamped to 1; nothing here waits for the device.
         return (self.kl_clip / squared_length).sqrt().clamp_max(1.0)
 
 
-class ElementwiseClip:
+class ElementwiseClip(StepRule):
     r"""Clip every element of the direction to $\pm \rho$; then momentum.
 
     Args:
@@ -122,9 +150,8 @@ class ElementwiseClip:
         Pre-training*, ICLR 2024, algorithm 3.
     """
 
-    extension: Extension | None = None
-
     def __init__(self, bound: float) -> None:
+        super().__init__()
         self.bound = bound
 
     def __call__(
@@ -132,6 +159,7 @@ class ElementwiseClip:
         directions: Sequence[Direction],
         scale: float = 1.0,
         room: float = math.inf,
+        reach: float = math.inf,
     ) -> Step:
         updates = []
         for direction in directions:
@@ -140,7 +168,7 @@ class ElementwiseClip:
         return Step(updates)
 
 
-class QuadraticModel:
+class QuadraticModel(StepRule):
     r"""Take the learning rate $\alpha$ and momentum $\beta$ that minimize the quadratic model.
 
     $$\delta = \eta_t (-\alpha d + \beta \, \delta_{\text{last}})$$
@@ -158,27 +186,39 @@ class QuadraticModel:
         Curvature*, ICML 2015, section 7.
     """
 
-    def __init__(self, extension: Extension) -> None:
-        self.extension: Extension | None = extension
+    def __init__(self, extension: Extension, averages: bool = True) -> None:
+        super().__init__()
+        self.extension = extension
+        self.averages = averages
 
     def __call__(
         self,
         directions: Sequence[Direction],
         scale: float = 1.0,
         room: float = math.inf,
+        reach: float = math.inf,
     ) -> Step:
         batches = _jacobians(directions)
         if not batches:
             return Step([torch.zeros_like(d.value) for d in directions])
         span = _span(directions)
-        curvature, damped_curvature, slope = _model_in_span(directions, batches, span, scale)
-        w = minimizer(damped_curvature, slope)
+        model = _model_in_span(directions, batches, span, scale)
+        curvature, slope = model.curvature, model.slope
+        if self.averages:
+            counts = [next(iter(batch.values())).samples for batch in batches]
+            samples = processes() * sum(counts)
+            curvature = averaged_curvature(self.memory, curvature, model.lengths, samples)
+        w = minimizer(_sum(curvature, model.damping), slope)
 
         # What the loss can fall by is no more than `room`: damping does not count for that.
         quadratic = change(curvature, [0.0] * len(w), w)
         linear = sum(b * weight for b, weight in zip(slope, w, strict=True))
         shrink = shortened(quadratic, linear, room)
+        if shrink * shrink * quadratic > reach:
+            shrink = math.sqrt(reach / quadratic)
         w = [shrink * weight for weight in w]
+        linear = shrink * linear
+        quadratic = shrink * shrink * quadratic
 
         combined = torch.tensor(w, dtype=span.dtype, device=span.device) @ span
         sizes = [d.value.numel() for d in directions]
@@ -192,9 +232,21 @@ class QuadraticModel:
         # The first row is the direction, along which a step of rate α has the weight -α.
         rate = -w[0]
         momentum = sum(w[1:])
-        predicted = change(curvature, slope, w)
-        report = {"learning_rate": rate, "momentum": momentum, "predicted": predicted}
-        return Step(updates, rate, predicted, report)
+        promised = -(linear + quadratic)
+        share_of_room = promised / room if room > 0 else 1.0
+        used = max(share_of_room, quadratic / reach)
+        report = {"learning_rate": rate, "momentum": momentum}
+        return Step(updates, rate, linear, quadratic, used, report)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The matrices M and R, [K, K], the slope b, [K], and the lengths of the directions, [K]."""
+
+    curvature: Matrix
+    damping: Matrix
+    slope: list[float]
+    lengths: list[float]
 
 
 def _model_in_span(
@@ -202,8 +254,8 @@ def _model_in_span(
     batches: Sequence[dict[int, Jacobian]],
     span: Tensor,
     scale: float,
-) -> tuple[Matrix, Matrix, list[float]]:
-    """The matrices M and M + R, [K, K], and the slope b, [K], of the quadratic model.
+) -> _Model:
+    """The quadratic model of the batch.
 
     Args:
         directions: of all parameters.
@@ -219,11 +271,20 @@ def _model_in_span(
     model = averaged(curvature_along(batches, parts) * scale)
     grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
     dampings = [d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)]
-    damped = model + inner_products(span * torch.cat(dampings), span)
+    damped = inner_products(span * torch.cat(dampings), span)
     # The gradient in every row, so that one transfer from the device brings all numbers.
     slopes = inner_products(span, grad.expand_as(span))
-    curvature, damped_curvature, rows = torch.stack([model, damped, slopes]).tolist()
-    return curvature, damped_curvature, [row[0] for row in rows]
+    squares = inner_products(span, span)
+    curvature, damping, rows, gram = torch.stack([model, damped, slopes, squares]).tolist()
+    lengths = [math.sqrt(row[i]) for i, row in enumerate(gram)]
+    return _Model(curvature, damping, [row[0] for row in rows], lengths)
+
+
+def _sum(first: Matrix, second: Matrix) -> Matrix:
+    return [
+        [a + b for a, b in zip(row, other, strict=True)]
+        for row, other in zip(first, second, strict=True)
+    ]
 
 
 def _jacobians(directions: Sequence[Direction]) -> list[dict[int, Jacobian]]:

@@ -66,6 +66,7 @@ def plain(
     params, lr=1.0, damping=LAM, momentum=0.0, kl_clip=None, max_factor_size=8192, **settings
 ):
     """The bare update: no momentum, no clip; factors set by hand."""
+    settings.setdefault("safeguards", False)
     optimizer = KFACOptimizer(
         params, lr=lr, damping=damping, momentum=momentum, kl_clip=kl_clip, **settings
     )
@@ -422,7 +423,7 @@ def test_trust_clip_bounds_the_whole_step():
     squared = sum((d * p.grad).sum() for d, p in zip(expected, params))
     before = [p.detach().clone() for p in params]
     plain(params, lr=0.5, kl_clip=1e-3).step()
-    shrink = math.sqrt(1e-3 / (0.25 * squared))
+    shrink = math.sqrt(1e-3 / squared)
     assert shrink < 1
     for p, b, d in zip(params, before, expected):
         torch.testing.assert_close(p.detach() - b, -0.5 * shrink * d)
@@ -432,6 +433,17 @@ def test_trust_clip_leaves_short_steps():
     p = with_factors(parameter(2, 3))
     (expected,) = directions([p])
     torch.testing.assert_close(update(plain([p], lr=0.5, kl_clip=1e6), p), -0.5 * expected)
+
+
+def test_learning_rate_acts_after_the_clip():
+    """Rates of 0.1 and 1 make steps of different lengths while the clip is active."""
+
+    def length(lr):
+        torch.manual_seed(0)
+        p = with_factors(parameter(2, 3))
+        return update(plain([p], lr=lr, kl_clip=1e-3), p)
+
+    torch.testing.assert_close(length(0.1), 0.1 * length(1.0))
 
 
 def test_learning_rate_schedule_acts_after_the_clip():

@@ -52,6 +52,7 @@ def step_of(net, x, y, **settings):
             "momentum": 0.0,
             "kl_clip": None,
             "positions": None,
+            "safeguards": False,
             **settings,
         },
     )
