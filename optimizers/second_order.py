@@ -1,5 +1,7 @@
 """The step that all curvature optimizers share: measure, precondition, bound, move."""
 
+from __future__ import annotations
+
 import inspect
 import math
 from collections.abc import Callable, Sequence

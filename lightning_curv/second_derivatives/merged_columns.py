@@ -1,10 +1,10 @@
 r"""Columns of a diagonal residual that meet in no entry of a parameter, taken together.
 
-A nonlinearity of one entry each that reads the output :math:`z` of an op with parameters has a
-residual :math:`R = \operatorname{diag}(r)` there, which stands for one signed column per entry of
-:math:`z`. Where every entry of the parameter contributes to one entry of :math:`z` only, as the
+A nonlinearity of one entry each that reads the output $z$ of an op with parameters has a
+residual $R = \operatorname{diag}(r)$ there, which stands for one signed column per entry of
+$z$. Where every entry of the parameter contributes to one entry of $z$ only, as the
 row of a weight does, these columns are nonzero in different entries of the parameter. Two columns
-have then the same squares, :math:`\sqrt{r_+}` with the sign 1 and :math:`\sqrt{r_-}` with the sign
+have then the same squares, $\sqrt{r_+}$ with the sign 1 and $\sqrt{r_-}$ with the sign
 -1, and cost no pass.
 """
 

@@ -1,5 +1,7 @@
 """Which curvature fields of the parameters are new since they were last read."""
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Sequence
 from typing import Any

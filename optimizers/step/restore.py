@@ -1,5 +1,7 @@
 """Optimizer state as it was saved."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any

@@ -1,5 +1,7 @@
 """How far to go along preconditioned directions."""
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -52,7 +54,7 @@ class Step:
         """Predicted change of the loss, if the rule predicts it."""
         return None if self.slope is None else self.slope + self.bend
 
-    def scaled(self, factor: float) -> "Step":
+    def scaled(self, factor: float) -> Step:
         """The same step after its updates were multiplied by a factor."""
         if factor == 1.0:
             return self
