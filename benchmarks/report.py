@@ -10,7 +10,7 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from contenders import COMPARISONS, FIRST_ORDER, PEERS
-from networks import NETWORKS
+from networks import ALL_SIZES, NETWORKS
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURE = ROOT / "docs/performance.md", ROOT / "docs/images/peers.png"
@@ -59,7 +59,7 @@ def number(value: float | None, skipped: str = "") -> str:
 def table(network: str, comparisons: dict[str, Cells]) -> Iterator[str]:
     """The table of one network."""
     peers = [peer for peer in PEERS if any(peer in cells for cells in comparisons.values())]
-    yield f"**{NETWORKS[network].title}**, N = {NETWORKS[network].samples}"
+    yield f"**{ALL_SIZES[network].title}**, N = {ALL_SIZES[network].samples}"
     yield ""
     head = ["quantity", "× plain step", "× its memory", *(f"× {peer}" for peer in peers)]
     yield (
@@ -109,7 +109,7 @@ def targets(networks: dict[str, dict[str, Cells]]) -> Iterator[Target]:
     """Everything that is asked for, and what was measured."""
 
     def collect(
-        ratio: Any, other: str, quantities: Any = COMPARISONS, only: Any = NETWORKS
+        ratio: Any, other: str, quantities: Any = COMPARISONS, only: Any = ALL_SIZES
     ) -> dict[Any, float]:
         rows = {
             (network, name): ratio(cells, other)
@@ -176,7 +176,7 @@ def targets(networks: dict[str, dict[str, Cells]]) -> Iterator[Target]:
 
 def write(saved: dict[str, Any], device: str) -> None:
     """Print the tables, write them into the page, draw the picture."""
-    networks = {name: saved["networks"][name] for name in NETWORKS if name in saved["networks"]}
+    networks = {name: saved["networks"][name] for name in ALL_SIZES if name in saved["networks"]}
     lines = ["| target | bound | worst | within | above |", "|---|---|---|---|---|"]
     lines += [*(target.row() for target in targets(networks)), ""]
     for network, comparisons in networks.items():
@@ -186,7 +186,7 @@ def write(saved: dict[str, Any], device: str) -> None:
     print(text)
     replace_in_page(device, text)
     if device == "cpu":
-        draw(networks)
+        draw({name: networks[name] for name in NETWORKS if name in networks})
 
 
 def replace_in_page(name: str, text: str) -> None:

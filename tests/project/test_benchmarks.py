@@ -128,6 +128,28 @@ def test_command_merges_into_saved_results(tmp_path):
     assert saved["Variance"]["ours"]["bytes"] > 0
 
 
+def test_libraries_may_use_the_vector_instructions_that_are_named(tmp_path):
+    """They look once, when they start: the command starts a process for it."""
+    path = tmp_path / "peers.json"
+    choice = ["--networks", "logistic-64", "--samples", "4", "--repeats", "1", "--isa", "avx2"]
+    command = [sys.executable, BENCHMARKS / "peers.py", *choice, "--peers", "--quantities"]
+    subprocess.run([*command, "Variance", "--results", path], capture_output=True, check=True)
+    environment = json.loads(path.read_text())["environment"]
+    here = torch.backends.cpu.get_cpu_capability()
+    assert environment["vector instructions"] == ("AVX2" if here.startswith("AVX") else here)
+    assert environment["device"]
+
+
+def test_every_network_has_three_sizes(contenders):
+    import networks
+
+    kinds = [name.partition("-")[0] for name in networks.ALL_SIZES]
+    assert all(kinds.count(name) >= 3 for name in networks.NETWORKS)
+    for network in networks.OTHER_SIZES.values():
+        net, (x, y) = network.build(nn.Sigmoid), network.data(2)
+        assert torch.nn.functional.cross_entropy(net(x), y).isfinite(), network.title
+
+
 def test_slopes(contenders):
     import scaling
 
