@@ -107,18 +107,12 @@ def note_roots(
     inplace = any(tensor is first for tensor in tensors)
     if inplace and not _changes(func, kwargs):
         return  # an argument as it is
-    known = [all_roots(tensor) for tensor in tensors]
-    roots = united(known)
-    # Indices that come from statistics say where something is: they are no part of what is there.
-    if roots.pooled and name in ROUTING:
-        of_first = united(map(all_roots, tensors_in(args[:1])))
-        roots = replace(roots, pooled=of_first.pooled)
-    if name in FILLING:
-        roots = CONSTANT_ROOTS
     if name in MAKING and not tensors:
         made = replace(Root.of(first), made=True)
         note(first, Roots((made,)))
         return
+    known = [all_roots(tensor) for tensor in tensors]
+    roots = _roots_of_call(name, args, known)
     if any(tensor.is_nested for tensor in (*tensors, *results)):
         for out in results:
             in_order = out.is_nested or name in PADDING
@@ -132,11 +126,49 @@ def note_roots(
             note(out, roots)
         _remember(kind, ())
         return
+    told = _followed(func, args, kwargs, results, tensors, roots, first if inplace else None)
+    _remember(kind, told)
     decided = any(tensor.requires_grad for tensor in tensors)
+    _note_told(func, args, kwargs, results, roots, told, decided)
+
+
+def _roots_of_call(name: str, args: Any, known: list[Roots]) -> Roots:
+    """What the results of a call come from, given what its arguments do."""
+    if name in FILLING:
+        return CONSTANT_ROOTS
+    roots = united(known)
+    # Indices that come from statistics say where something is: they are no part of what is there.
+    if roots.pooled and name in ROUTING:
+        of_first = united(map(all_roots, tensors_in(args[:1])))
+        return replace(roots, pooled=of_first.pooled)
+    return roots
+
+
+def _followed(
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: dict[str, Any],
+    results: list[Tensor],
+    tensors: list[Tensor],
+    roots: Roots,
+    written: Tensor | None,
+) -> list[_Told]:
+    """Which rows the results have, found by following them through the call.
+
+    Args:
+        func: The function that was called.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+        results: What it returned.
+        tensors: The tensors among its arguments.
+        roots: What the results were computed from.
+        written: The argument that was written into in place, if one was.
+    """
     # Sums of integers are lengths and positions, no statistics of what is in the rows.
     counts = not any(tensor.is_floating_point() for tensor in tensors)
-    view = first._base if inplace else None
-    before = None if view is None else numbers_of(first)
+    # What is written into a view is in the whole tensor too.
+    view = None if written is None else written._base
+    before = None if view is None or written is None else numbers_of(written)
     told = []
     for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
         pooled = frozenset() if counts else rows.pooled
@@ -144,8 +176,7 @@ def note_roots(
         if view is not None and before is not None:
             _note_whole(view, before, rows, replace(roots, pooled=roots.pooled | pooled))
         told.append(_Told(numbers, pooled, ordered(numbers, physical(out), roots)))
-    _remember(kind, told)
-    _note_told(func, args, kwargs, results, roots, told, decided)
+    return told
 
 
 class _Told(NamedTuple):
