@@ -45,6 +45,7 @@ from lightning_curv.callbacks.run_report.run_report import RunReport
 from lightning_curv.callbacks.settings import check, find_output, key_of, require_whole_parameters
 from lightning_curv.callbacks.user_batch import BatchSize
 from lightning_curv.distributed.failures import explain, processes, tell, telling
+from lightning_curv.distributed.shards import whole
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -177,7 +178,7 @@ class CurvatureCallback(Callback):
     Raises:
         ValueError: An argument is out of range, or a name is unknown.
         ModuleNotFoundError: `report` needs plotly.
-        MisconfigurationException: In `setup`: the strategy shards parameters.
+        MisconfigurationException: In `setup`: the strategy makes parameters flat, or the pass.
 
     Example:
         >>> CurvatureCallback(["default", "norm_test"], every_n_steps=10).every_n_steps
@@ -389,7 +390,7 @@ class CurvatureCallback(Callback):
         # name, as its parameters are other objects.
         if "distance" in self._names and not self._trajectory.initial:
             self._trajectory.initial = {
-                name: p.detach().clone() for name, p in pl_module.named_parameters()
+                name: whole(p.detach()).clone() for name, p in pl_module.named_parameters()
             }
         show_steps(trainer)
         # The number of batches in an epoch is not known before.
@@ -552,8 +553,9 @@ class CurvatureCallback(Callback):
             return
         # In this hook gradients are accumulated, averaged over processes and unscaled, but not yet
         # clipped.
+        # Under FSDP2 they are gathered: a model's size of memory, in these steps.
         grads = {
-            p: p.grad
+            p: whole(p.grad)
             for group in optimizer.param_groups
             for p in group["params"]
             if p.grad is not None

@@ -71,13 +71,14 @@ def _positive(value: object) -> bool:
 
 
 def require_whole_parameters(trainer: Trainer) -> None:
-    """Refuse strategies that shard parameters and gradients, or make the backward pass."""
+    """Refuse strategies whose parameters are flat, or that make the backward pass."""
     # By name: each copy of Lightning has strategies of its own.
     strategy = type(trainer.strategy).__name__
-    if any(name in strategy for name in ("FSDP", "ModelParallel", "DeepSpeed")):
+    if any(name in strategy for name in ("FSDP", "DeepSpeed")):
         raise MisconfigurationException(
-            "CurvatureCallback needs a strategy that keeps whole parameters in every process, "
-            f"found {strategy}; use one device or `strategy='ddp'`."
+            "CurvatureCallback needs a strategy that keeps parameters apart from each other, found "
+            f"{strategy}; use one device, `strategy='ddp'`, or `ModelParallelStrategy` with "
+            "`fully_shard`."
         )
 
 

@@ -19,9 +19,9 @@ from lightning_curv.optimizers.curvature.fields import Inbox
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
 from lightning_curv.optimizers.linear_algebra.finite import finite_flags
 from lightning_curv.optimizers.settings import (
+    require_gatherable,
     require_non_negative,
     require_positive,
-    require_whole,
 )
 from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statistics
 from lightning_curv.optimizers.step.move import directions, move, slope_of_last, undo
@@ -512,7 +512,7 @@ class SecondOrderOptimizer(Optimizer):
 
 
 def _check_param(param: Tensor) -> None:
-    require_whole([param])
+    require_gatherable(param)
     if param.is_complex() or param.layout != torch.strided:
         kind = "complex" if param.is_complex() else "sparse"
         raise TypeError(

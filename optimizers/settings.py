@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_curv.distributed.shards import is_sharded
+from lightning_curv.distributed.shards import is_sharded, shard_of
 from lightning_curv.errors import UnsupportedError
 
 
@@ -48,7 +48,18 @@ def require_whole(params: Iterable[Tensor]) -> None:
     for param in params:
         if is_sharded(param) or hasattr(param, "_is_flat_param"):
             raise UnsupportedError(
-                "Curvature and private steps need whole parameters in every process, found a "
-                f"sharded one of shape {tuple(param.shape)} (FSDP or tensor parallelism); train "
-                "with `DistributedDataParallel`."
+                "Private steps need whole parameters in every process, found a sharded one of "
+                f"shape {tuple(param.shape)} (FSDP or tensor parallelism); train with "
+                "`DistributedDataParallel`."
             )
+
+
+def require_gatherable(param: Tensor) -> None:
+    """Refuse a parameter of which this process has a part, unless FSDP2 gathers it for a pass."""
+    shard = shard_of(param) if is_sharded(param) else None
+    if hasattr(param, "_is_flat_param") or (is_sharded(param) and shard is None):
+        raise UnsupportedError(
+            "Curvature needs parameters that are whole in the forward pass, found one of shape "
+            f"{tuple(param.shape)} that is not (tensor parallelism, `FullyShardedDataParallel`); "
+            "shard the model with `fully_shard`."
+        )

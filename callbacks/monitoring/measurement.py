@@ -177,8 +177,8 @@ class Measurement:
     def _entries(self, field: str, found: Mapping[Parameter, Tensor]) -> dict[Key, Tensor | float]:
         return {
             # Expanded: one zero in memory, whatever the shape.
-            (field, p): found[p] if p in found else wide(p.new_zeros(())).expand(p.shape)
-            for p in self._params
+            (field, p): found[p] if p in found else wide(grad.new_zeros(())).expand(p.shape)
+            for p, grad in self._params.items()
         }
 
     def set_sums(self, sums: Mapping[Key, Tensor | float]) -> None:

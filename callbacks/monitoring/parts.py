@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from lightning_curv.differentiation.internal_pass import internal_pass
+from lightning_curv.distributed.shards import in_graph, registered
 
 PARTS = "part_l2"  # the savefield
 
@@ -25,7 +26,7 @@ class PartNorms:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._found: dict[Parameter, Tensor] = {}
+        self._found: dict[Tensor, Tensor] = {}
         self._own_passes = internal_pass()
 
     def listen(self, params: Iterable[Parameter]) -> None:
@@ -36,11 +37,12 @@ class PartNorms:
             if param.requires_grad:
                 # Where the gradient is accumulated: a prehook there gets the sum over all uses of
                 # the parameter, and comes before the reducer of DDP, which averages afterwards.
-                node = get_gradient_edge(param).node
-                self._found[param] = torch.zeros((), dtype=torch.float32, device=param.device)
-                self._handles.append(node.register_prehook(partial(self._hear, param)))
+                node = get_gradient_edge(in_graph(param)).node
+                known = registered(param)
+                self._found[known] = torch.zeros((), dtype=torch.float32, device=param.device)
+                self._handles.append(node.register_prehook(partial(self._hear, known)))
 
-    def _hear(self, param: Parameter, gradients: tuple[Any, ...]) -> None:
+    def _hear(self, param: Tensor, gradients: tuple[Any, ...]) -> None:
         gradient = gradients[0]
         if gradient is None or self._own_passes.running:
             return
@@ -53,7 +55,7 @@ class PartNorms:
             )
             self._found[param] = norm.square()
 
-    def stop(self) -> dict[Parameter, Tensor]:
+    def stop(self) -> dict[Tensor, Tensor]:
         """End; the squared norms by parameter, [] each, zero for what the pass did not reach."""
         while self._handles:
             self._handles.pop().remove()

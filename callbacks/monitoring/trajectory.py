@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_curv.distributed.shards import whole
 from lightning_curv.precision import wide, widest
 
 Values = Mapping[Parameter, Tensor]
@@ -18,7 +19,7 @@ Key = TypeVar("Key", Parameter, str)
 def distance(one: Mapping[Key, Tensor], other: Mapping[Key, Tensor]) -> Tensor:
     r"""$\|\theta - \theta'\|$, []."""
     return torch.stack(
-        [wide((p.detach() - other[q]).norm()) for q, p in one.items() if q in other]
+        [wide((whole(p.detach()) - whole(other[q])).norm()) for q, p in one.items() if q in other]
     ).norm()
 
 
@@ -86,7 +87,7 @@ class Trajectory:
         known = [p for p in grads if p in self._params]
         if not known:
             return None
-        update = {p: p.detach() - self._params[p] for p in known}
+        update = {p: whole(p.detach() - self._params[p]) for p in known}
         after = {p: grads[p].to_dense() / divisor for p in known}
         return alpha(update, {p: self._grads[p] for p in known}, after)
 

@@ -144,7 +144,9 @@ class Statistics:
         r"""$g_n \cdot v$, as `sq_norms`: the op is applied to v, no per-sample gradient formed."""
         parts = []
         for backward, found in self._found("jacobian_grad"):
-            products = [jacobian.dot(vectors[jacobian.parameter])[0] for jacobian in found]
+            known = backward.fields["jacobian_grad"]
+            along = [vectors[p] for p in self._params if p in known]
+            products = [jacobian.dot(v)[0] for jacobian, v in zip(found, along, strict=True)]
             parts.append(_total(products) * self._sample_factor(backward))
         return _joined(parts)
 

@@ -170,3 +170,17 @@ def _groups(state: Any) -> list[Any]:
     if groups is not None:
         return list(groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this process has of another one; no communication.
+
+    Args:
+        tensor: whole, the same in all processes.
+        like: whose parts are wanted; the tensor is returned if it has none.
+    """
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from traceback import clear_frames
@@ -21,6 +21,7 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
 from lightning_curv.extensions.columns import Chosen, Exact, Gradient, Sampled, Source
 from lightning_curv.extensions.receiver import GradientReceiver
+from lightning_curv.extensions.unevaluated import KeptJacobian
 from lightning_curv.graph.tape import Tape, find_output, walk
 from lightning_curv.passes.gradient_hooks import Listener
 from lightning_curv.passes.owned import Samples
@@ -422,6 +423,8 @@ class Backprop:
     def _evaluate(self, extension: Extension, jacobian: Jacobian) -> None:
         """Evaluate one quantity on one parameter's Jacobian."""
         parameter = jacobian.parameter
+        if self._shards and isinstance(extension, KeptJacobian):
+            jacobian = _apart(jacobian, self._shards)
         with _ErrorScope(self, [extension], parameter):
             results = self._results.setdefault(extension, {})
             # A parameter whose columns come in several portions.
@@ -457,6 +460,19 @@ class Backprop:
             for extension, results in self._results.items()
             if extension not in self._failed
         }
+
+
+def _apart(jacobian: Jacobian, parameters: Iterable[Tensor]) -> Jacobian:
+    """A Jacobian that outlives gathered parameters: FSDP frees their memory, whoever has views."""
+    freed = {parameter.untyped_storage()._cdata for parameter in parameters}
+
+    def kept(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.untyped_storage()._cdata not in freed:
+            return tensor
+        return tensor.clone()
+
+    terms = [term.of(kept(term.g), kept(term.x)) for term in jacobian.terms]
+    return Jacobian(jacobian.parameter, terms, jacobian.signs)
 
 
 class _ErrorScope:

@@ -11,7 +11,6 @@ from lightning_curv.distributed.shards import Shard, is_sharded
 from lightning_curv.errors import describe
 from lightning_curv.extensions.base import Extension, GraphExtension
 from lightning_curv.extensions.receiver import GradientReceiver
-from lightning_curv.extensions.unevaluated import KeptJacobian
 from lightning_curv.graph.tape import Tape
 
 
@@ -104,8 +103,7 @@ def sharded_refusal(
                 f"{extension} needs all {processes()} processes to share the batch, found a mesh "
                 f"of {shard.processes} of them under `fully_shard`. Use a mesh of all processes."
             )
-    after = extension.keeps_graph or isinstance(extension, KeptJacobian)
-    after = after or isinstance(extension, GradientReceiver) or not stays
+    after = extension.keeps_graph or isinstance(extension, GradientReceiver) or not stays
     if shards and after:
         return (
             f"{extension} needs the parameters of its graph after the pass or in place of the "

@@ -54,7 +54,7 @@ class DiagonalCurvature(Curvature):
         scale: float,
     ) -> None:
         if "diagonal" not in state:
-            state["diagonal"] = _zeros(block.params[0])
+            state["diagonal"] = _zeros(statistics[0], block.params[0].dtype)
             state["weight"] = 0.0
         _, decay = block.group["betas"]
         state["weight"] = next_weight(state["weight"], decay)
@@ -96,6 +96,6 @@ class DiagonalCurvature(Curvature):
         return (value.square() * state["diagonal"]).sum()
 
 
-def _zeros(tensor: Tensor) -> Tensor:
+def _zeros(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Zeros to average into, in float32 or wider: a mean of many in bfloat16 would stand still."""
-    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return torch.zeros_like(tensor, dtype=torch.promote_types(dtype, torch.float32))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curv.distributed.shards import own_part, whole
 from lightning_curv.optimizers.curvature.base import (
     Block,
     Curvature,
@@ -108,7 +109,7 @@ def shorten(
 def relative_changes(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
     """The lengths of updates of weights, divided by those of the weights."""
     lengths = torch.stack(torch._foreach_norm(list(updates)))
-    own = torch.stack(torch._foreach_norm(list(weights))).to(lengths)
+    own = whole(torch.stack(torch._foreach_norm(list(weights)))).to(lengths)
     # Weights that start at zero, or that shrink to it, may move all the same.
     least = [LEAST_LENGTH * len(weight) ** 0.5 for weight in weights]
     return lengths / own.maximum(torch.tensor(least).to(lengths))
@@ -162,7 +163,7 @@ def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor,
             # Running means lose everything in half precision: what is added each step is smaller
             # than its last digit.
             dtype = torch.promote_types(param.dtype, torch.float32)
-            state["gradient"] = torch.zeros_like(param, dtype=dtype)
+            state["gradient"] = torch.zeros_like(gradient(param), dtype=dtype)
             state["gradient_weight"] = 0.0
         state["gradient_weight"] = next_weight(state["gradient_weight"], decay)
         update_mean(state["gradient"], gradient(param), state["gradient_weight"])
@@ -222,7 +223,7 @@ def move(
             decay = rate * group["lr"] * group["weight_decay"]
             # A learning rate of the quadratic model may be negative, or large.
             param.mul_(1 - min(max(decay, 0.0), 1.0))
-        param.add_(update)
+        param.add_(own_part(update, like=param))
     moved = shrink * sum(sorted(changes)[:-1])
     region.took(moved, -(step.predicted or 0.0), shrink * step.used)
     return step
@@ -233,7 +234,7 @@ def undo(parameters: Parameters, members: Sequence[Member]) -> None:
     for _, param in members:
         update = parameters.state[param].pop("velocity", None)
         if update is not None:
-            param.sub_(update)
+            param.sub_(own_part(update, like=param))
 
 
 def slope_of_last(parameters: Parameters, members: Sequence[Member]) -> float:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_curv.distributed.shards import is_sharded, whole
 from lightning_curv.errors import describe
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup, State
 from lightning_curv.optimizers.linear_algebra.collectives import largest_over_ranks
@@ -151,7 +153,17 @@ class Parameters:
         return "fallback" if "adam" in state else "not seen"
 
 
+# Whole gradients of sharded parameters, and the version they were gathered of, by the gradient.
+_gathered = WeakTensorKeyDictionary()
+
+
 def gradient(param: Tensor) -> Tensor:
-    """The gradient of a member."""
+    """The gradient of a member; under FSDP2 all of it, gathered once in a step."""
     assert param.grad is not None
-    return param.grad
+    if not is_sharded(param.grad):
+        return param.grad
+    version, gathered = _gathered.get(param.grad, (None, None))
+    if version != param.grad._version:
+        gathered = whole(param.grad)
+        _gathered[param.grad] = param.grad._version, gathered
+    return gathered

@@ -23,7 +23,6 @@ from monitoring import (
 )
 from packages import needs
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
@@ -293,21 +292,13 @@ def test_bad_settings_raise(settings, message):
         CurvatureCallback(**settings)
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_shard_parameters_are_refused_by_name(name):
     class Sharded(pl.strategies.SingleDeviceStrategy):
         pass
 
     Sharded.__name__ = name
     with pytest.raises(
-        MisconfigurationException, match=f"whole parameters in every process, found {name}; use"
+        MisconfigurationException, match=f"parameters apart from each other, found {name}; use"
     ):
         fit(Net(), CurvatureCallback(), strategy=Sharded(torch.device("cpu")), accelerator="auto")
-
-
-def test_model_parallel_is_refused_before_anything_is_sharded():
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), logger=False, **CONSTANT
-    )
-    with pytest.raises(MisconfigurationException, match="found ModelParallelStrategy"):
-        CurvatureCallback().setup(trainer, Net(), "fit")

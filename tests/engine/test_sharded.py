@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from sharded_ranks import SHARDED, WORLD, work
-from torch import multiprocessing
+from processes import spawn
+from sharded_ranks import OPTIMIZERS, SHARDED, WORLD, Net, network, run, trained, union, work
 
 REFUSED = {
     "tensor parallel": "UnsupportedError: BatchL2Grad() needs whole parameters in the forward pass, found a `DTensor`",
     "products": "UnsupportedError: GGNMP() needs the parameters of its graph after the pass",
-    "kept": "UnsupportedError: JacobianMC(mc_samples=1) needs the parameters of its graph after the pass",
-    "kfac": "UnsupportedError: Curvature and private steps need whole parameters",
-    "diag_ggn": "UnsupportedError: Curvature and private steps need whole parameters",
-    "private": "UnsupportedError: Curvature and private steps need whole parameters",
+    "kfac": "UnsupportedError: Curvature needs parameters that are whole in the forward pass",
+    "private": "UnsupportedError: Private steps need whole parameters in every process",
 }
 
 
@@ -19,7 +17,7 @@ REFUSED = {
 def results(tmp_path_factory):
     """What every process found."""
     folder = tmp_path_factory.mktemp("sharded")
-    multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    spawn(work, str(folder), world=WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -56,3 +54,42 @@ def close(one, other, name=""):
 def test_micro_batches_are_exchanged_once(results):
     for found in results:
         assert all(close(one, other) for one, other in found["accumulated"])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "accumulate"), [("lightning", 1), ("lightning, accumulated", 2)])
+def test_the_callback_logs_what_one_process_logs_on_the_union_batch(results, name, accumulate):
+    values, parameters = trained(Net(), union(WORLD), accumulate)
+    assert len(values[-1]) >= 19
+    for found in results:
+        series, trained_parameters = found[name]
+        for step, expected in zip(series, values, strict=True):
+            # They are published in single precision, after differences such as 1 − a mean.
+            assert step == pytest.approx(expected, rel=1e-6, abs=1e-7)
+        assert all(map(close, trained_parameters, parameters))
+
+
+def test_noise_from_parts_hears_the_gradients_of_sharded_parameters(results):
+    for found in results:
+        (first, *_), _ = found["lightning, parts"]
+        assert first["curvature/grad_variance"] > 0
+        assert first == pytest.approx(results[0]["lightning, parts"][0][0])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_end_where_one_process_ends_on_the_union_batch(results, name):
+    expected = run(network(), OPTIMIZERS[name], union(WORLD))
+    for found in results:
+        assert all(map(close, found["optimized"][name, False], expected))
+        # Sharded inverses are not saved.
+        for one, other in zip(
+            found["optimized"].get((name, True), expected), expected, strict=True
+        ):
+            assert close(one, other)
+
+
+def test_kept_jacobians_outlive_the_gathered_parameters(results):
+    for found in results:
+        for plain, sharded in found["kept"]:
+            assert close(sharded, plain)
+            assert plain.abs().max() > 0.01

@@ -4,13 +4,17 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from lightning_curv import (
     GGNMP,
@@ -19,6 +23,7 @@ from lightning_curv import (
     KFRA,
     BatchGrad,
     BatchL2Grad,
+    CurvatureCallback,
     DiagGGNExact,
     DiagGGNMC,
     DiagGGNOptimizer,
@@ -29,11 +34,13 @@ from lightning_curv import (
     Variance,
     curvature,
 )
-from lightning_curv.extensions import GGNTraceMC, GraphExtension, JacobianMC
+from lightning_curv.callbacks import Alarm
+from lightning_curv.distributed.shards import whole
+from lightning_curv.extensions import GGNTraceMC, GraphExtension, JacobianExact
 from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
 
 WORLD = int(os.environ.get("SHARDED_WORLD", 2))  # processes; 4 have a mesh of 2 × 2, too
-SIZE = 6
+SIZE, STEPS = 6, 4
 
 
 def network():
@@ -196,29 +203,184 @@ def accumulated(mesh):
     ]
 
 
+class Product(nn.Module):
+    """A parameter that is multiplied by another one, as adapters of low rank are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.down, self.up = (nn.Parameter(torch.randn(2, n).double()) for n in (4, 3))
+
+    def forward(self, x):
+        return x @ (self.down.mT @ self.up)
+
+
+def kept(mesh):
+    """Directional derivatives from Jacobians that outlive the gathered parameters, and without sharding."""
+    plain, sharded = Product(), fully_shard(Product(), mesh=mesh, reshard_after_forward=True)
+    x, y = batch(dist.get_rank())
+    found = []
+    for model in (plain, sharded):
+        with curvature(JacobianExact()):
+            F.cross_entropy(model(x), y).backward()
+        params = (model.down, model.up)
+        found.append(
+            [p.jacobian_exact.dot(torch.arange(p.numel()).double().view(p.shape)) for p in params]
+        )
+    return list(zip(*found, strict=True))
+
+
+OPTIMIZERS = {
+    "kfac": lambda params: KFACOptimizer(
+        params, lr=0.3, damping=0.01, curvature="exact", momentum=0.9, weight_decay=0.01
+    ),
+    "inverses": lambda params: KFACOptimizer(
+        params, lr=0.3, damping=0.01, curvature="exact", shard_inverses=True
+    ),
+    "eigen": lambda params: KFACOptimizer(
+        params, lr=0.3, damping=0.01, curvature="exact", eigen=True
+    ),
+    "diagonal": lambda params: DiagGGNOptimizer(params, lr=0.3, curvature="exact"),
+    "auto": lambda params: KFACOptimizer(params, curvature="exact"),
+}
+
+
+def run(model, optimizer, batches, resume=None):
+    """The parameters after some steps of a loop of one's own; `resume` makes a network to go on with."""
+    make, optimizer = optimizer, optimizer(model.parameters())
+    for step, (x, y) in enumerate(batches):
+        if resume is not None and step == 2:
+            model, saved = resume(), (model.state_dict(), optimizer.state_dict())
+            model.load_state_dict(saved[0])
+            optimizer = make(model.parameters())
+            optimizer.load_state_dict(saved[1])
+        optimizer.zero_grad()
+        with curvature(*optimizer.required_extensions()):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return [whole(p.detach()).clone() for p in model.parameters()]
+
+
+def optimized(mesh):
+    """Parameters that curvature optimizers end with."""
+    rank = dist.get_rank()
+    batches = [batch(rank + WORLD * step) for step in range(STEPS)]
+
+    def sharded():
+        return by_layer(network(), mesh=mesh, reshard_after_forward=True)
+
+    return {
+        (name, resume is not None): run(sharded(), make, batches, resume)
+        for name, make in OPTIMIZERS.items()
+        for resume in ([None] if name == "inverses" else [None, sharded])
+    }
+
+
 def refusals():
     """What is refused under sharding, by name."""
     sharded = whole_model()
     return {
         "tensor parallel": message(lambda: backward(tensor_parallel())),
         "products": message(lambda: backward(whole_model(), GGNMP())),
-        "kept": message(lambda: backward(whole_model(), JacobianMC())),
-        "kfac": message(lambda: KFACOptimizer(sharded.parameters())),
-        "diag_ggn": message(lambda: DiagGGNOptimizer(sharded.parameters())),
+        "kfac": message(lambda: KFACOptimizer(tensor_parallel().parameters())),
         "private": message(lambda: DPOptimizer(torch.optim.SGD(sharded.parameters(), lr=0.1))),
     }
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+QUANTITIES = ["default", "norm_test", "inner_product_test", "orthogonality_test", "grad_diversity"]
+QUANTITIES += [
+    "mean_gsnr",
+    "early_stopping",
+    "cabs",
+    "ggn_trace_exact",
+    "gradient_stats",
+    "sparsity",
+]
+QUANTITIES += ["update_size", "distance", "alpha"]
+
+
+class Net(pl.LightningModule):
+    """A network that `ModelParallelStrategy` shards, or that one process trains."""
+
+    def __init__(self, batch_norm=False):
+        super().__init__()
+        self.net = network()
+        if batch_norm:  # samples meet: the noise comes from the gradients of the processes
+            self.net.insert(1, nn.BatchNorm1d(6).double())
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            by_layer(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Series(pl.Callback):
+    """The values of every step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, *_):
+        metrics = trainer.callback_metrics.items()
+        self.values.append({name: float(v) for name, v in metrics if "curvature" in name})
+
+
+def trained(net, batches, accumulate=1, **settings):
+    """The series and the parameters of a run, and what it warned of."""
+    series = Series()
+    alarms = [Alarm("grad_norm", above=1e9, action="skip"), "vanishing"]
+    callback = CurvatureCallback(QUANTITIES, layers=True, mc_samples=0, strict=False, alarms=alarms)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        log_every_n_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=accumulate,
+        callbacks=[callback, series],
+        **settings,
     )
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    trainer.fit(net, DataLoader(batches, batch_size=None))
+    return series.values, [whole(p.detach()).clone() for p in net.parameters()]
+
+
+def lightning(batch_norm=False, accumulate=1):
+    rank = dist.get_rank()
+    strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
+    return trained(
+        Net(batch_norm),
+        [batch(rank + WORLD * step) for step in range(STEPS)],
+        accumulate,
+        strategy=strategy,
+        devices=WORLD,
+        plugins=[TorchElasticEnvironment()],
+    )
+
+
+def union(world):
+    """The same batches, those of all processes together."""
+    steps = [[batch(rank + world * step) for rank in range(world)] for step in range(STEPS)]
+    return [tuple(map(torch.cat, zip(*step))) for step in steps]
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     mesh = init_device_mesh("cpu", (WORLD,))
     found = {"refusals": refusals()}
     found["quantities"] = {name: quantities(name, mesh) for name in SHARDED}
     found["accumulated"] = accumulated(mesh)
+    found["optimized"] = optimized(mesh)
+    found["kept"] = kept(mesh)
+    found["lightning"] = lightning()
+    found["lightning, accumulated"] = lightning(accumulate=2)
+    found["lightning, parts"] = lightning(batch_norm=True)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
