@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     )
     from lightning_curv.optimizers import (
         DPSGD,
+        CurvatureStepSize,
         DiagGGNOptimizer,
         DPAdam,
         DPOptimizer,
@@ -75,6 +76,7 @@ __all__ = [
     "BatchGrad",
     "BatchL2Grad",
     "CurvatureCallback",
+    "CurvatureStepSize",
     "DPAdam",
     "DPOptimizer",
     "DiagGGNExact",
@@ -101,6 +103,7 @@ __all__ = [
 _ROOM = {
     "Alarm": "callbacks",
     "CurvatureCallback": "callbacks",
+    "CurvatureStepSize": "optimizers",
     "DPAdam": "optimizers",
     "DPOptimizer": "optimizers",
     "DPSGD": "optimizers",

@@ -13,6 +13,7 @@ Inside Lightning `CurvatureCallback()` computes what `required_extensions` asks 
 `with curvature(*optimizer.extensions): loss.backward()` before `optimizer.step()`.
 """
 
+from lightning_curv.optimizers.curvature_step_size import CurvatureStepSize
 from lightning_curv.optimizers.diag_ggn import DiagGGNOptimizer
 from lightning_curv.optimizers.kfac import KFACOptimizer
 from lightning_curv.optimizers.privacy.accounting import (
@@ -41,6 +42,7 @@ __all__ = [
     "AdaptiveClipping",
     "AutomaticClipping",
     "Clipping",
+    "CurvatureStepSize",
     "DPAdam",
     "DPOptimizer",
     "DiagGGNOptimizer",

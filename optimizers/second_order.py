@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from lightning_curv.distributed.failures import processes, telling
 from lightning_curv.extensions import Extension, GraphExtension
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup
-from lightning_curv.optimizers.curvature.fields import Inbox
+from lightning_curv.optimizers.curvature.fields import Inbox, missing
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
 from lightning_curv.optimizers.linear_algebra.finite import finite_flags
 from lightning_curv.optimizers.settings import (
@@ -122,6 +122,11 @@ class SecondOrderOptimizer(Optimizer):
     def relative_lr(self) -> bool:
         """Whether learning rates of groups and schedulers are factors of one that is found."""
         return isinstance(self.step_rule, QuadraticModel)
+
+    @property
+    def finds_momentum(self) -> bool:
+        """Whether the momentum is found, too."""
+        return self.relative_lr
 
     @property
     def extensions(self) -> tuple[Extension | GraphExtension, ...]:
@@ -371,13 +376,9 @@ class SecondOrderOptimizer(Optimizer):
     def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
         """The new fields of an extension, each only once."""
         inbox = self._inboxes.setdefault(extension.savefield, Inbox(extension.savefield))
-        fields = {
-            param: field for _, param in members if (field := inbox.unread(param)) is not None
-        }
-        for param in fields:
-            inbox.mark_read(param)
+        fields = inbox.take([param for _, param in members])
         if not fields:
-            raise RuntimeError(self._missing(extension))
+            raise RuntimeError(missing(self, extension.savefield, self.steps))
         return fields
 
     def _take_in(self, members: list[Member]) -> None:
@@ -463,15 +464,6 @@ class SecondOrderOptimizer(Optimizer):
             parameter's name.
         """
         return self._parameters.summary(self.curvature)
-
-    def _missing(self, extension: Extension) -> str:
-        return (
-            f"{type(self).__name__} needs new curvature for step {self.steps}, found no parameter "
-            f"whose `.{extension.savefield}` was written since the last step. In Lightning add "
-            "`CurvatureCallback()` to the Trainer's callbacks (its tuners run without callbacks: "
-            "tune with another optimizer); elsewhere write `with curvature(*optimizer.extensions): "
-            "loss.backward()` before `optimizer.step()`."
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, state and step count: tensors and plain types only."""

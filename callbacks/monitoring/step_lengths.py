@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning_curv.optimizers.second_order import SecondOrderOptimizer
-
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
@@ -45,13 +43,12 @@ def _of_steps(read: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
 
 def _as_used(group: Mapping[str, Any], trainer: Trainer) -> Mapping[str, Any]:
     """A parameter group with what the last step used; zeros before the first one."""
-    automatic = [
-        o for o in trainer.optimizers if isinstance(o, SecondOrderOptimizer) and o.relative_lr
-    ]
+    automatic: list[Any] = [o for o in trainer.optimizers if getattr(o, "relative_lr", False)]
     optimizer = next((o for o in automatic if any(group is own for own in o.param_groups)), None)
     if optimizer is None:
         return group
-    rate, momentum = (
-        float(optimizer.last_step.get(name, 0.0)) for name in ("learning_rate", "momentum")
-    )
-    return {**group, "lr": rate * group["lr"], "momentum": momentum}
+    used = {**group, "lr": optimizer.last_step.get("learning_rate", 0.0) * group["lr"]}
+    # Those that find their momentum too have none before the first step.
+    if optimizer.finds_momentum:
+        used["momentum"] = optimizer.last_step.get("momentum", 0.0)
+    return used

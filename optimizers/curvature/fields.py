@@ -42,6 +42,30 @@ class Inbox:
         else:
             self._read[param] = weakref.ref(_mark(field))
 
+    def take(self, params: Sequence[Tensor]) -> dict[Tensor, Any]:
+        """The new fields of parameters, each only once."""
+        fields = {param: field for param in params if (field := self.unread(param)) is not None}
+        for param in fields:
+            self.mark_read(param)
+        return fields
+
+
+def missing(optimizer: Any, savefield: str, step: int) -> str:
+    """What is told to whom an optimizer asks for curvature in vain.
+
+    Args:
+        optimizer: which asks.
+        savefield: of what it asks for.
+        step: number of the step.
+    """
+    return (
+        f"{type(optimizer).__name__} needs new curvature for step {step}, found no parameter "
+        f"whose `.{savefield}` was written since the last step. In Lightning add "
+        "`CurvatureCallback()` to the Trainer's callbacks (its tuners run without callbacks: "
+        "tune with another optimizer); elsewhere write `with curvature(*optimizer.extensions): "
+        "loss.backward()` before `optimizer.step()`."
+    )
+
 
 def _mark(field: Any) -> Any:
     """What tells a field from another: itself, or the first tensor of a sequence."""

@@ -31,17 +31,18 @@ def restored_state(state_dict: dict[str, Any], groups: Sequence[ParamGroup]) -> 
     params = chain.from_iterable(group["params"] for group in groups)
     saved = state_dict["state"]
     return {
-        param: _copied(saved[number], param.device)
+        param: copied(saved[number], param.device)
         for number, param in zip(numbers, params, strict=True)
         if number in saved
     }
 
 
-def _copied(value: Any, device: torch.device) -> Any:
+def copied(value: Any, device: torch.device) -> Any:
+    """A copy on a device: tensors, and dicts and lists of them."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, dict):
-        return {key: _copied(item, device) for key, item in value.items()}
+        return {key: copied(item, device) for key, item in value.items()}
     if isinstance(value, list):
-        return [_copied(item, device) for item in value]
+        return [copied(item, device) for item in value]
     return value

@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from monitoring import CONSTANT, Net, assert_same_parameters, data, fit, kfac, series, sgd
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
 
-from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
+from lightning_curv import CurvatureCallback, CurvatureStepSize, DiagGGNOptimizer, KFACOptimizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:At step .* are too small:UserWarning",  # they are, for speed
@@ -66,6 +67,9 @@ BUILD = {
     "eigenbasis": lambda params: KFACOptimizer(params, lr=0.1, eigen=True, inverse_interval=3),
     "seldom": lambda params: KFACOptimizer(params, lr=0.1, factor_interval=3, inverse_interval=5),
     "diagonal": DiagGGNOptimizer,
+    "step size": lambda params: CurvatureStepSize(
+        torch.optim.AdamW(params), interval=2, max_samples=4
+    ),
     "sgd": sgd,
 }
 

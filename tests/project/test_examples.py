@@ -83,6 +83,15 @@ def test_autoencoder_kfac_is_ahead_of_adam(run):
     assert 1 < adam < 5
 
 
+def test_rates_that_are_found_beat_those_of_the_documentation(run):
+    rows = dict(
+        re.findall(r"^(\w+, lr [\w.]+): training loss ([\d.]+)", run("no_learning_rate"), re.M)
+    )
+    assert len(rows) == 4
+    for name in ("AdamW", "SGD"):
+        assert float(rows[f"{name}, lr found"]) < 0.7 * float(rows[f"{name}, lr 0.001"])
+
+
 def test_transformer_writes(run):
     out = run("transformer")
     assert 2 < number(r"cross-entropy: ([\d.]+) nats", out) < 4

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer
+from lightning_curv import CurvatureCallback, CurvatureStepSize, DiagGGNOptimizer, KFACOptimizer
 from lightning_curv.extensions import SumGradSquared
 from lightning_curv.optimizers.curvature.kronecker import KroneckerCurvature
 from lightning_curv.passes import randomness
@@ -57,6 +57,10 @@ def eigen(params):
 
 def diag_ggn(params):
     return DiagGGNOptimizer(params, curvature="exact")
+
+
+def step_size(params):
+    return CurvatureStepSize(torch.optim.AdamW(params), interval=2, curvature="exact")
 
 
 class Net(pl.LightningModule):
@@ -185,6 +189,7 @@ RUNS = {
     "eigen": ({"optimizer": eigen}, {}, 1),
     "diag_ggn": ({"optimizer": diag_ggn}, {}, 1),
     "kfac_static_graph": ({"optimizer": kfac}, {"static_graph": True}, 1),
+    "step_size": ({"optimizer": step_size}, {}, 2),
     "some_samples": ({}, {}, 2),
     "monte_carlo": ({}, {}, 1),
 }
@@ -195,6 +200,7 @@ IN_TWO = (
     "failing",
     "kfac",
     "sharded",
+    "step_size",
     "some_samples",
     "monte_carlo",
 )

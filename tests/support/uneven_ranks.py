@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_curv import DiagGGNOptimizer, KFACOptimizer, curvature
+from lightning_curv import CurvatureStepSize, DiagGGNOptimizer, KFACOptimizer, curvature
 
 STEPS = 5
 OPTIMIZERS = {
@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "sharded": lambda params: KFACOptimizer(params, lr=0.1, damping=0.1, shard_inverses=True),
     "eigen": lambda params: KFACOptimizer(params, lr=0.1, damping=0.1, eigen=True),
     "diagonal": lambda params: DiagGGNOptimizer(params, lr=0.1),
+    "step size": lambda params: CurvatureStepSize(torch.optim.AdamW(params, weight_decay=0.0)),
 }
 # whether a process uses the layer in a step
 PATTERNS = {
