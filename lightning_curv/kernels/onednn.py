@@ -1,14 +1,15 @@
 """Products of matrices by the faster of the two libraries that torch has on a CPU.
 
 `torch.mm` multiplies float32 matrices with the BLAS that torch was built with, MKL as a rule,
-which on processors that are not Intel's uses half the width of the vector units. oneDNN, the
-library behind torch's convolutions, uses all of it: the same IEEE products and sums in another
-order, in half the time.
+which on processors that are not Intel's uses vectors of 256 bits. oneDNN, the library behind
+torch's convolutions, uses all that the processor has: with AVX-512 the same IEEE products and sums
+in another order, in half the time.
 Torch offers its product of matrices to the code that the compiler generates, as
 `torch.ops.mkldnn._linear_pointwise`; where that op is missing, or a product is small (oneDNN
 costs more per call), everything is `torch.mm`. So it is on Intel's processors, where MKL was
-faster for every product that was measured, by up to 2.6 times. In the context `fast_products` all
-of this holds for the products of autograd too.
+faster for every product that was measured, by up to 2.6 times, and where AVX2 is all there is,
+which MKL uses as well. In the context `fast_products` all of this holds for the products of
+autograd too.
 """
 
 from __future__ import annotations
@@ -58,9 +59,12 @@ def _onednn() -> Callable[..., Tensor] | None:
 
 
 def _mkl_uses_full_width() -> bool:
-    """Whether torch multiplies by MKL on a processor by its own maker."""
+    """Whether torch multiplies by MKL, on a processor by its maker or without wider vectors."""
     if not torch.backends.mkl.is_available():
         return False
+    # A rule, not a measurement at the first use: rounding must not depend on what else was running.
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return True
     try:
         described = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]  # of the first core
     except OSError:  # not Linux

@@ -53,13 +53,17 @@ def test_kernels_are_on_that_the_environment_names(unread, value, on):
         assert onednn._onednn() is None
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("vendor", ["GenuineIntel", "AuthenticAMD"])
-def test_onednn_is_left_alone_where_mkl_is_as_fast(unread, vendor):
+def test_onednn_is_left_alone_where_mkl_is_as_fast(unread, vendor, capability):
+    """On its maker's processors, and on those whose vectors are no wider than MKL uses elsewhere."""
     if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         pytest.skip("a torch without one of both libraries")
     described = f"processor\t: 0\nvendor_id\t: {vendor}\n\nprocessor\t: 1\n"
     unread.setattr(onednn.Path, "read_text", lambda path: described)
-    for value, used in (("", vendor != "GenuineIntel"), ("onednn", True)):
+    unread.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    by_default = (vendor, capability) == ("AuthenticAMD", "AVX512")
+    for value, used in (("", by_default), ("onednn", True)):
         unread.setenv(switches.VARIABLE, value)
         for cached in (switches.enabled, onednn._onednn):
             cached.cache_clear()
