@@ -33,6 +33,7 @@ density: ## how dense the source is, room by room
 nightly: ## searches that take hours: samples that change a private step too much, quantities that are wrong
 	OMP_NUM_THREADS=1 python benchmarks/sensitivity.py --cases 2000 --seed $$(date +%Y%m%d)
 	OMP_NUM_THREADS=1 python benchmarks/models.py --out models.json
+	OMP_NUM_THREADS=1 python benchmarks/fuzz.py --cases 2000 --first $$(date +%Y%m%d)
 
 gallery: ## the pictures of the documentation, anew (dashboard and report need Chromium)
 	python docs/make_concepts.py

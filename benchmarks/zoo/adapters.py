@@ -40,7 +40,11 @@ def adapted(base: str, method: str, settings: dict[str, Any], samples: int) -> P
     made = batch(model.config, samples)
     if method in ("MultitaskPromptTuningConfig", "PolyConfig"):
         made["task_ids"] = torch.zeros(samples).long()
-    return Problem(model, made, samples, counts=counts(made))
+    weights = counts(made)
+    if method == "CPTConfig":  # whose prompt has labels too
+        labels = sum(kind % 4 == 0 for kind in settings["cpt_tokens_type_mask"])
+        weights = [[count + labels for count in row] for row in weights]
+    return Problem(model, made, samples, counts=weights)
 
 
 def row(
@@ -104,7 +108,8 @@ NETWORKS = [
     row("prefix", "gpt2", "PrefixTuningConfig", **PROMPT),
     row("prefix-projection", "gpt2", "PrefixTuningConfig", **PROMPT, prefix_projection=True, encoder_hidden_size=8),
     row("multitask", "llama", "MultitaskPromptTuningConfig", **PROMPT, num_tasks=2, num_ranks=1),
-    row("cpt", "llama", "CPTConfig", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2]),
+    row("cpt", "llama", "CPTConfig", cpt_token_ids=[3, 4, 5, 6], cpt_mask=[1] * 4,
+       cpt_tokens_type_mask=[1, 2, 3, 4]),
     row("adaption-prompt", "llama", "AdaptionPromptConfig", adapter_len=2, adapter_layers=1),
     on("llama", "oft", "OFTConfig", oft_block_size=4),
     on("bert", "oft", "OFTConfig", oft_block_size=4),

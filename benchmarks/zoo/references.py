@@ -67,7 +67,14 @@ class _LossInputs(TorchFunctionMode):
             args = (input, *args[1:])
         if func is torch.sparse_coo_tensor and args[1].requires_grad:
             return _scattered(*args)
+        if func is torch._weight_norm:
+            return _normed(*args)
         return func(*args, **kwargs)
+
+
+def _normed(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """Weight norm, written out: the second derivative of torch's op is wrong."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _scattered(places: Tensor, values: Tensor, size: Sequence[int]) -> Tensor:

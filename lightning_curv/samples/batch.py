@@ -27,12 +27,14 @@ class Batch:
         expected: N, unless the graph disagrees.
         tensors: The tensors of the batch; ``None``: unknown.
         tape: The graph that is looked at; ``None``: none yet.
+        tried: N, as long as it is tried in the place of the default.
     """
 
     size: int | None = None
     expected: int | None = None
     tensors: Sequence[Tensor] | None = None
     tape: Tape | None = field(default=None, compare=False)
+    tried: int | None = field(default=None, compare=False)
 
     def holds(self, roots: Roots) -> bool:
         """Whether something computed from these roots depends on the samples.
@@ -77,6 +79,8 @@ class Batch:
         """N, as it is known or guessed before the graph is looked at."""
         if self.size is not None:
             return self.size
+        if self.tried is not None:
+            return self.tried
         if self.tape is None:
             return self.expected or 0
         return self.candidates(self.tape)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.autograd.graph import GradientEdge, Node
@@ -57,16 +58,11 @@ def evident(
         and all(told_by_map(search, op, count) is not None for op in search.tape.mapped)
     ):
         return True
-    read = [
-        [roots for name, roots in use.roots.items() if name not in use.operands]
-        for use in search.uses.values()
-    ]
-    read += [[op.roots] for op in search.tape.mapped]
     # Nothing comes from outside: which sample a row is called is a matter of taste.
     if all(single) and not search.blind and _from_nothing(search):
         return True
     # One row per sample, and all that is read is in an order that is known.
-    known = not any(_unknown_order(search, roots, count) for roots in read)
+    known = order_known(search, count)
     if known and any(single) and _linked(search, [head for head, _ in heads], count):
         return True
     outside = [  # last: to see whether a module holds a tensor takes long
@@ -85,31 +81,41 @@ def evident(
     )
 
 
-def told_inside(
+def order_inside(
     search: Search,
     heads: Sequence[tuple[Head, Owners]],
     count: int,
-) -> bool:
+) -> bool | None:
     """Whether the weights arrive in order at rows of the batch that enter between frozen ops.
 
-    Such as the inputs of a frozen network, beside a prompt.
+    Such as the inputs of a frozen network, beside a prompt. ``None``: there are no such rows, or
+    nothing arrives there.
     """
     read = [
         node
         for node, roots in search.tape.read.items()
-        if search.batch.holds(roots) and in_order(roots, count)
+        if search.batch.holds(roots) and in_order(_of_batch(search, roots), count)
     ]
     # Only places with one row per sample: there the weights must arrive one after the other.
     edges = [
         GradientEdge(node, 0) for node in read if shape_at(GradientEdge(node, 0))[:1] == (count,)
     ]
-    if not edges or count <= 1:
-        return False
+    # Under `vmap` the axes of a node are others than those of what it reads.
+    if not edges or count <= 1 or search.tape.mapped:
+        return None
     findings = Probe(search.passes, heads, count).findings(
         [Place.anywhere(edge, count) for edge in edges]
     )
     arrived = [finding.owners for finding in findings if not finding.silent]
-    return bool(arrived) and all(owners == BatchAxis(count) for owners in arrived)
+    if not arrived:
+        return None
+    return all(owners == BatchAxis(count) for owners in arrived)
+
+
+def _of_batch(search: Search, roots: Roots) -> Roots:
+    """Roots without the weights of frozen ops, which have no rows of the batch."""
+    own = tuple(root for root in roots.tensors if search.batch.holds(Roots((root,))))
+    return replace(roots, tensors=own)
 
 
 def _from_nothing(
@@ -122,6 +128,16 @@ def _from_nothing(
     ]
     read += [call.roots for call in tape.losses.values()] + [op.roots for op in tape.mapped]
     return all(roots.constant for roots in (*read, *map(roots_of, tape.leaves)))
+
+
+def order_known(search: Search, count: int) -> bool:
+    """Whether no op with parameters reads rows of the batch in an order that is not known."""
+    read = [
+        [roots for name, roots in use.roots.items() if name not in use.operands]
+        for use in search.uses.values()
+    ]
+    read += [[op.roots] for op in search.tape.mapped]
+    return not any(_unknown_order(search, roots, count) for roots in read)
 
 
 def _unknown_order(search: Search, read: Sequence[Roots], count: int) -> bool:

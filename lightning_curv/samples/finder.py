@@ -17,14 +17,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightning_curv.errors import SampleCountError, UnsupportedError
-from lightning_curv.graph.heads import Head
 from lightning_curv.graph.tape import Tape
 from lightning_curv.passes.owned import Samples
 from lightning_curv.recording.provenance import Roots
 from lightning_curv.recording.records import Operand, Use
 from lightning_curv.samples.assignments import assignments
 from lightning_curv.samples.batch import Batch, sample_axes
-from lightning_curv.samples.evidence import evident, told_inside
+from lightning_curv.samples.evidence import evident, order_inside, order_known
 from lightning_curv.samples.meeting import Mixed
 from lightning_curv.samples.refusals import (
     message,
@@ -35,7 +34,7 @@ from lightning_curv.samples.refusals import (
 from lightning_curv.samples.search import Search
 from lightning_curv.samples.verification import verified
 from lightning_curv.samples.verified import MEMORY, Found, structure_of
-from lightning_curv.terms.owners import BatchAxis, Owners, batch_axes
+from lightning_curv.terms.owners import BatchAxis, batch_axes
 
 if TYPE_CHECKING:
     from lightning_curv.passes.passes import Passes
@@ -88,7 +87,8 @@ def find_samples(
         if search.conclusive and (found.apart or not by_values):
             MEMORY.keep(key, tape, found)
     if independent:
-        refuse_pooled(tape, batch, found.samples.count)
+        count = found.samples.count
+        refuse_pooled(tape, replace(batch, tried=count), count)
     _put_joins(passes, found)
     return found.samples
 
@@ -117,9 +117,13 @@ def _first_that_agrees(search: Search, counts: Sequence[int]) -> Found:
     if (found := _attempt(search, default)) is not None:
         return found
     reason = search.reason
-    agreeing = [
-        found for count in others if count > 1 and (found := _attempt(search, count)) is not None
-    ]
+    batch, agreeing = search.batch, []
+    for count in others:
+        # A table of as many rows as the default number is none of the batch if N is another one.
+        search.batch = replace(batch, tried=count)
+        if count > 1 and (found := _attempt(search, count)) is not None:
+            agreeing.append(found)
+    search.batch = batch
     if len(agreeing) == 1:
         return agreeing[0]
     if agreeing:
@@ -142,28 +146,42 @@ def _first_that_agrees(search: Search, counts: Sequence[int]) -> Found:
 def _attempt(search: Search, count: int) -> Found | None:
     """The samples if there are N of them; ``None``: the graph does not agree."""
     search.reason = ""
-    agreeing: list[Found] = []
-    first: list[tuple[Head, Owners]] = []
+    agreeing: list[tuple[Found, bool]] = []
     for heads in assignments(search, count):
         try:
             # Two passes through the network per assignment; most graphs take one.
-            agreeing.append(verified(search, heads, count))
-            first = first or heads
+            found = verified(search, heads, count)
         except Mixed as mixed:
             search.reason = search.reason or str(mixed)
             continue
+        plain = count <= 1 or evident(search, heads, count)
+        # Rows that are in order wherever they are read need no other witness.
+        if plain and all(isinstance(owners, BatchAxis) for _, owners in heads):
+            return found
+        in_order = order_inside(search, heads, count)
+        if in_order is False:
+            search.reason = search.reason or (
+                "where rows of the batch meet those of the network: they arrive at summands of the "
+                "loss that belong to other samples"
+            )
+            continue
         # Several assignments may agree with the weights: only a plain one may be taken at once.
-        if count <= 1 or evident(search, heads, count):
-            return agreeing[0]
-    # What agrees is not plain by itself: what moves no rows anywhere makes it so.
-    plain = agreeing and (evident(search, None, count) or told_inside(search, first, count))
-    if len(agreeing) > 1 or (agreeing and not plain):
+        if plain:
+            return found
+        agreeing.append((found, bool(in_order)))
+    # What agrees is not plain by itself: what moves no rows anywhere makes it so, …
+    if len(agreeing) == 1 and evident(search, None, count):
+        return agreeing[0][0]
+    # … and so do rows of the batch that enter further up, which only one of them has in order.
+    told = [found for found, in_order in agreeing if in_order]
+    if len(told) == 1 and order_known(search, count):
+        return told[0]
+    if agreeing:
         search.reason = (
             "or not: the rows of the batch were moved before the first parameter, and several ways "
             "to assign them to samples agree with the graph"
         )
-        return None
-    return next(iter(agreeing), None)
+    return None
 
 
 def _assumed(search: Search, count: int) -> Samples | None:

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_curv.errors import names_of
 from lightning_curv.graph.heads import Head
 from lightning_curv.graph.joins import Join, node_of
+from lightning_curv.recording.provenance import Roots
 from lightning_curv.recording.records import Use, edge_of
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import FallbackWarning
@@ -22,6 +23,8 @@ from lightning_curv.samples.probing import Finding, Place, Probe
 from lightning_curv.samples.search import Search
 from lightning_curv.terms.owners import Owners
 
+# Ops that write rows to numbered places.
+_WRITING = frozenset(("index_add", "index_copy", "index_put", "index_reduce", "setitem"))
 _PRICED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameters whose price was named
 
 
@@ -71,7 +74,9 @@ def joins_of(
                 here[join] = finding.owners
             continue
         if any(
-            search.batch.holds(roots) and not _single(use, name)
+            search.batch.holds(roots)
+            and not _single(use, name)
+            and not _numbers_a_parameter(use, name, roots)
             for name, roots in use.roots.items()
         ):
             raise Mixed(
@@ -148,6 +153,20 @@ def _single(use: Use, name: str) -> bool:
     """Whether an argument is a single number, which all samples share."""
     value = use.arguments.get(name)
     return isinstance(value, Tensor) and value.numel() == 1
+
+
+def _numbers_a_parameter(use: Use, name: str, roots: Roots) -> bool:
+    """Whether an argument says where the rows of a parameter are written, a number for each.
+
+    Numbers that recorded code made may be some of the batch if there are N of them; but a parameter
+    has not a row per sample.
+    """
+    value = use.arguments.get(name)
+    if use.name not in _WRITING or not isinstance(value, Tensor) or value.is_floating_point():
+        return False
+    made = not roots.data and all(root.made for root in roots.tensors)
+    written = [operand.tensor.shape for operand in use.operands.values()]
+    return made and any(s[:1] == value.shape and len(s) == len(use.shape) for s in written)
 
 
 def _warn_of_price(

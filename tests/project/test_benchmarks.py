@@ -245,3 +245,10 @@ def test_sweep_of_models_ends_with_an_error_where_something_is_wrong(outcome, en
     )
     assert run.returncode == ends, run.stderr
     assert "1 networks" in run.stdout
+
+
+def test_generated_networks_are_right():
+    command = [sys.executable, BENCHMARKS / "fuzz.py", "--cases", "36"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "36 networks, 288 cells: {'right': 288}" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0

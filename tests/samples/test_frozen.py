@@ -91,3 +91,105 @@ def test_a_frozen_network_that_mixes_samples_is_refused(mix, loss, size):
         curvature(BatchGrad(), batch_size=sizes(x, y)[size]),
     ):
         LOSSES[loss](model(x), y).backward()
+
+
+class Labelled(Prompted):
+    """A prompt whose tokens are looked up, and have labels beside those of the batch."""
+
+    def __init__(self, tokens):
+        super().__init__(lambda z: z)
+        del self.prompt
+        self.prompt = nn.Embedding(tokens, D)
+        self.kept = {"numbers": torch.arange(tokens)}
+
+    def forward(self, x):
+        prompt = self.prompt(self.kept["numbers"][None]).repeat(len(x), 1, 1)
+        return self.head(torch.cat([prompt, self.a(x)], 1).tanh())
+
+    def loss(self, x, y):
+        labels = torch.Tensor([1] * len(self.kept["numbers"])).long().repeat(len(x), 1)
+        labels = torch.cat([labels, y[:, None].repeat(1, T)], 1)
+        return F.cross_entropy(self(x).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("tokens", [2, 3])
+@pytest.mark.parametrize("size", ["given", "found", "of the batch"])
+def test_the_tokens_of_a_prompt_are_no_samples(tokens, size):
+    _, x, y = draw(lambda z: z)
+    model = Labelled(tokens).double()
+    with curvature(BatchGrad(), batch_size=sizes(x, y)[size]):
+        model.loss(x, y).backward()
+    alone = [
+        torch.autograd.grad(model.loss(x[n : n + 1], y[n : n + 1]) / N, model.prompt.weight)[0]
+        for n in range(N)
+    ]
+    torch.testing.assert_close(model.prompt.weight.grad_batch, torch.stack(alone))
+
+
+def test_as_many_tokens_as_samples_need_a_batch_that_is_known():
+    """What a module holds of N rows may be a batch that it remembers: right or refused, never the rows of the table."""
+    _, x, y = draw(lambda z: z)
+    model = Labelled(N).double()
+    for size in (N, None):
+        with (
+            pytest.raises(NotImplementedError, match="belong to other samples"),
+            curvature(BatchGrad(), batch_size=size),
+        ):
+            model.loss(x, y).backward()
+    test_the_tokens_of_a_prompt_are_no_samples(N, "of the batch")
+
+
+class Replaced(nn.Module):
+    """Some rows of a frozen table are trained; their numbers are a list of Python's."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.register_buffer("table", torch.randn(7, D))
+        self.rows, self.head = nn.Parameter(torch.randn(N, D)), nn.Linear(D, C)
+        self.write = write
+
+    def forward(self, tokens):
+        table = self.write(self.table, torch.tensor([1, 2, 4, 6]), self.rows)
+        return self.head(F.embedding(tokens, table).mean(1).tanh())
+
+
+def written(table, index, rows):
+    table = table.clone()
+    table[index] = rows
+    return table
+
+
+WRITES: dict[str, Callable] = {
+    "copied": lambda table, index, rows: table.index_copy(0, index, rows),
+    "added": lambda table, index, rows: table.index_add(0, index, rows),
+    "put": lambda table, index, rows: table.index_put((index,), rows),
+    "written": written,
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("size", ["given", "found", "of the batch"])
+def test_as_many_rows_of_a_table_as_samples_may_be_trained(write, size):
+    _, _, y = draw(lambda z: z)
+    model = Replaced(WRITES[write]).double()
+    tokens = torch.tensor([[1, 2, 3], [4, 4, 0], [6, 5, 1], [2, 6, 4]])
+    with curvature(BatchGrad(), batch_size=sizes(tokens, y)[size]):
+        F.cross_entropy(model(tokens), y).backward()
+    for p in model.parameters():
+        alone = [
+            torch.autograd.grad(F.cross_entropy(model(tokens[n : n + 1]), y[n : n + 1]) / N, p)[0]
+            for n in range(N)
+        ]
+        torch.testing.assert_close(p.grad_batch, torch.stack(alone))
+
+
+@pytest.mark.parametrize("size", ["given", "found", "of the batch"])
+def test_rows_that_the_batch_puts_into_a_table_for_all_are_refused(size):
+    _, _, y = draw(lambda z: z)
+    tokens = torch.tensor([[1, 2, 3], [4, 4, 0], [6, 5, 1], [2, 6, 4]])
+    model = Replaced(lambda table, _, rows: table.index_copy(0, tokens[:, 0], rows)).double()
+    with (
+        pytest.raises(NotImplementedError, match="samples mix"),
+        curvature(BatchGrad(), batch_size=sizes(tokens, y)[size]),
+    ):
+        F.cross_entropy(model(tokens), y).backward()
