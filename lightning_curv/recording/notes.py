@@ -88,7 +88,7 @@ def note_roots(
         return
     first = results[0]
     if functorch.is_functorch_wrapped_tensor(first) and physical(first).requires_grad:
-        return _mark_mapped(func, results, tensors)
+        return _mark_mapped(func, args, results, tensors)
     # What is looked at for its type only, or not used at all, is not what a result comes from.
     if name in LIKE:
         args = args[:1]
@@ -324,6 +324,7 @@ def _without_unused(args: Sequence[Any]) -> Sequence[Any]:
 
 def _mark_mapped(
     func: Callable[..., Any],
+    args: Sequence[Any],
     results: Sequence[Tensor],
     tensors: Sequence[Tensor],
 ) -> None:
@@ -334,7 +335,7 @@ def _mark_mapped(
     if whole.grad_fn is None or not roots.tensors or not mapped(results[0]):
         return
     name = name_of(func)
-    rows = mapped_rows(name, read, results[0])
+    rows = mapped_rows(name, args, read, results[0])
     with_rows = replace(roots, numbers=rows.numbers, pooled=roots.pooled | rows.pooled)
     mark_at(whole.grad_fn).mapped = Mapped(name, with_rows, edge_of(whole), like(whole))
 

@@ -121,7 +121,7 @@ def follow(
     inplace = "out" in kwargs or any(result is value for result in results for value in args)
     tensors = tensors_in([*args, *kwargs.values()])
     if any(map(mapped, results)):
-        return [mapped_rows(name, tensors, result) for result in results]
+        return [mapped_rows(name, args, tensors, result) for result in results]
     if name == "setitem" or (name in ROUTING and args and not inplace):
         routed = _written if name == "setitem" else _routed
         try:
@@ -144,12 +144,18 @@ def follow(
     return list(starmap(Rows, tried(func, args, kwargs, results, known)))
 
 
-def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
+def mapped_rows(
+    name: str,
+    args: Sequence[Any],
+    tensors: Sequence[Tensor],
+    result: Tensor,
+) -> Rows:
     """The rows of what a function makes under `vmap`: those that are mapped over are apart."""
     known = []
     for tensor in tensors:
         if not roots_of(tensor).constant:
             known.append((tensor, numbers_of(physical(tensor))))
+    beside = _beside_mapped(name, args, known, result)
     picks = name == "getitem" and len(tensors) == 2
     if picks and not mapped(tensors[0]) and not tensors[1].ndim:
         return Rows(_picked(numbers_of(tensors[0]), physical(tensors[1]), result))
@@ -163,6 +169,9 @@ def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
             if size in numbers:
                 read.append((bool(mapped(tensor)), numbers[size]))
         along = [n.flatten() for over, n in read if over and n.ndim and n.numel() == len(n)]
+        if size in beside:
+            numbers_of_result[size] = beside[size]
+            continue
         # Every mapped call reads all rows of a tensor that is not mapped over.
         if any(not over and n.numel() > 1 for over, n in read):
             if name not in ROUTING:
@@ -174,6 +183,28 @@ def mapped_rows(name: str, tensors: Sequence[Tensor], result: Tensor) -> Rows:
             trailing_ones = [1] * (physical(result).ndim - 1)
             numbers_of_result[size] = along[0].reshape(-1, *trailing_ones)
     return Rows(numbers_of_result, frozenset(together))
+
+
+def _beside_mapped(
+    name: str,
+    args: Sequence[Any],
+    known: Sequence[tuple[Tensor, Numbers]],
+    result: Tensor,
+) -> Numbers:
+    """The numbers of what is mapped over parameters alone, as an ensemble of models is.
+
+    Every call then has the rows of what it reads, if it is a function of each of them.
+    """
+    axes = mapped(result)
+    if len(axes) != 1 or len(known) != 1 or mapped(known[0][0]):
+        return {}
+    read = known[0][0]
+    first = bool(args) and args[0] is read
+    by_row = name in BY_ROW and name != "batch_norm" and read.ndim > 1 and first
+    if not by_row and name not in ELEMENTWISE:
+        return {}
+    kept = _kept(known, result, frozenset(), elementwise=not by_row).numbers
+    return {size: numbers.unsqueeze(axes[0]) for size, numbers in kept.items()}
 
 
 def _picked(numbers: Numbers, index: Tensor, result: Tensor) -> Numbers:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_curv.rules import fallback
+from lightning_curv.rules import elementwise, fallback
 from lightning_curv.rules.registry import Call, rule
 from lightning_curv.terms.term import DIAGONAL, Term
 
@@ -169,6 +170,41 @@ def bmm(call: Call, g: Tensor, input: Tensor, mat2: Tensor) -> dict[str, Term]:
     terms = batched(call, g, input, mat2)
     if "other" in terms:
         return {"mat2": terms["other"]}
+    return terms
+
+
+def _rows_of_stack(call: Call, arguments: dict[str, Any]) -> list[int]:
+    """The axis of the samples beside the parameter of ``baddbmm``."""
+    if "batch2" in call.operands:
+        return [1]
+    return [2] if "batch1" in call.operands else [0]
+
+
+@rule(
+    torch.baddbmm,
+    Tensor.baddbmm,
+    axes=_rows_of_stack,
+    keeps=lambda call, arguments: [0, *_rows_of_stack(call, arguments)],
+)
+def baddbmm(
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    batch1: Tensor,
+    batch2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> dict[str, Term]:
+    """Y_q = β B_q + α X_q W_q: an offset and one matrix per expert or member."""
+    terms = {}
+    if "input" in call.operands:
+        terms["input"] = elementwise.broadcast(call, beta * g, input)
+    matrices = [name for name in call.operands if name != "input"]
+    if matrices:
+        inner = ["input" if name == "batch1" else "other" for name in matrices]
+        product = replace(call, operands=tuple(inner))
+        terms[matrices[0]] = next(iter(batched(product, alpha * g, batch1, batch2).values()))
     return terms
 
 

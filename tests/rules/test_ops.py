@@ -270,6 +270,28 @@ OPS = {
         (3, 4),
     ),
     "baddbmm": (lambda: Expression(lambda x, W: torch.baddbmm(W, x, x.mT), 3, 3), (3, 4)),
+    "baddbmm_members": (
+        lambda: Expression(
+            lambda x, W: torch.baddbmm(
+                x.transpose(0, 1)[..., :2], x.transpose(0, 1), W, beta=2, alpha=0.5
+            ).transpose(0, 1),
+            3,
+            4,
+            2,
+        ),
+        (3, 4),
+    ),
+    "baddbmm_from_the_left": (
+        lambda: Expression(
+            lambda x, W: torch.baddbmm(W[:, :, :1], W, x.permute(1, 2, 0), alpha=2).permute(
+                2, 0, 1
+            ),
+            3,
+            2,
+            4,
+        ),
+        (3, 4),
+    ),
     "layer_norm": (partial(nn.LayerNorm, 4), (4,)),
     "layer_norm_positions": (partial(nn.LayerNorm, 4), (3, 2, 4)),
     "layer_norm_axes": (partial(nn.LayerNorm, (2, 4)), (3, 2, 4)),
@@ -534,7 +556,7 @@ def test_fields_of_rules_have_their_names_of_version_0_1_too(monkeypatch):
         assert registry.RULES[torch.addcmul] == Rule(dict, **{new: value})
 
 
-SLOW = {"einsum_sum_of_parameter", "einsum_of_three", "baddbmm"}
+SLOW = {"einsum_sum_of_parameter", "einsum_of_three"}
 
 
 @pytest.mark.parametrize("name", OPS)

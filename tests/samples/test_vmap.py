@@ -78,6 +78,63 @@ def test_gradients_are_those_of_each_row_of_the_batch(name, size):
         torch.testing.assert_close(p.grad_batch, torch.stack(alone))
 
 
+class Ensemble(nn.Module):
+    """Several models, and one call that is mapped over their parameters."""
+
+    def __init__(self, members, features):
+        super().__init__()
+        torch.manual_seed(1)
+        stacked = {"weight": (C, features), "bias": (C,), "last.weight": (C, C)}
+        self.stacked = nn.ParameterDict(
+            {
+                name.replace(".", "_"): torch.randn(members, *shape).double()
+                for name, shape in stacked.items()
+            }
+        )
+
+    def forward(self, x, call):
+        return vmap(call, in_dims=(0, None))(dict(self.stacked), x)
+
+
+CALLS: dict[str, Callable] = {
+    "linear": lambda p, x: F.linear(x, p["weight"], p["bias"]).tanh() @ p["last_weight"],
+    "product": lambda p, x: (x @ p["weight"].T).tanh() @ p["last_weight"],
+    "scaled": lambda p, x: (x * p["weight"].sum(0)).tanh() @ p["weight"].T + p["bias"],
+}
+MIXING_CALLS: dict[str, Callable] = {
+    "rows": lambda p, x: CALLS["linear"](p, x - x.mean(0)),
+    "hidden": lambda p, x: CALLS["linear"](p, x).softmax(0),
+    "from the left": lambda p, x: p["weight"][:, :1].expand(-1, len(x)) @ x,
+}
+
+
+@pytest.mark.parametrize("size", [N, None])
+@pytest.mark.parametrize("members", [2, N])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_model_may_be_mapped_over_its_parameters(name, members, size):
+    _, x, y = draw()
+    model = Ensemble(members, x.shape[1])
+    with curvature(BatchGrad(), batch_size=size):
+        known(model(x, CALLS[name]).mean(0), y).backward()
+    for p in model.parameters():
+        if p.grad is None:
+            continue
+        alone = [
+            torch.autograd.grad(known(model(x[n : n + 1], CALLS[name]).mean(0), y[n : n + 1]), p)[0]
+            for n in range(N)
+        ]
+        torch.testing.assert_close(p.grad_batch, torch.stack(alone))
+
+
+@pytest.mark.parametrize("members", [2, N])
+@pytest.mark.parametrize("name", MIXING_CALLS)
+def test_samples_that_mix_in_a_model_that_is_mapped_over_its_parameters_are_refused(name, members):
+    _, x, _ = draw()
+    model = Ensemble(members, x.shape[1])
+    with pytest.raises(NotImplementedError, match="sample"), curvature(BatchGrad(), batch_size=N):
+        model(x, MIXING_CALLS[name]).square().sum().backward()
+
+
 MIXING: dict[str, Callable] = {
     "outputs": lambda m, x, y: by_hand((z := vmap(m)(x)) - z.mean(0), y),
     "hidden": lambda m, x, y: by_hand(vmap(m[2])((h := vmap(m[0])(x)) - h.mean(0)), y),
