@@ -191,8 +191,20 @@ class Passes:
         waiting = Counter(
             parameter for group in self.tape.parameters.values() for parameter in group
         )
+        cotangents = [gs for _, gs in columns]
+        reached = {
+            parameter
+            for i, node in enumerate(self.tape.uses)
+            if any(gs[i] is not None for gs in cotangents)
+            for parameter in self.tape.parameters[node]
+        }
         for i, (node, use) in enumerate(self.tape.uses.items()):
-            for parameter, term in self.terms(node, use, _stacked([gs for _, gs in columns], i)):
+            g = _stacked(cotangents, i)
+            # A parameter has all of its uses in every Jacobian: its form is the same for the
+            # columns of all summands of the loss, whichever uses they reach.
+            if g is None and not reached.isdisjoint(self.tape.parameters[node]):
+                g = self.loss.new_zeros(len(columns), *use.shape, dtype=use.dtype)
+            for parameter, term in self.terms(node, use, g):
                 terms[parameter].append(term)
             for parameter in self.tape.parameters[node]:
                 waiting[parameter] -= 1

@@ -35,8 +35,9 @@ def _told_by_rows(
     use: Use,
     count: int,
 ) -> Owners | None:
-    # The rule makes samples of its own: rows of the input are not rows of the output.
-    if groups_of(use) is not None:
+    # The rule makes samples of its own: rows of the input are not rows of the output. And where
+    # there is one sample, its rows are not on the axis of one entry, but on one that the rule has.
+    if groups_of(use) is not None or count <= 1:
         return None
     for name, roots in use.roots.items():
         shape = use.shapes.get(name)

@@ -295,7 +295,7 @@ def _trivial(place: Place, count: int) -> Owners:
     if place.axes:
         return place.axes[0]
     if count <= 1:
-        return BatchAxis(count, 0)
+        return BatchAxis(count, place.rows[0][0] if place.rows else 0)
     if not place.rows or not place.rows[0]:
         return BatchAxis(count)
     axes = place.rows[0]

@@ -256,6 +256,29 @@ def test_parameter_of_different_ops_gets_the_exact_diagonal(weight_sharing):
     assert_close(diagonal, oracle.diag_ggn(problem)["embedding.weight"].flatten())
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("looked_up", [True, False])
+def test_every_summand_of_a_loss_sees_all_uses_of_a_parameter(looked_up, first):
+    """Columns of one loss reach one use only, those of another loss the other one."""
+    torch.manual_seed(0)
+    W = nn.Parameter(torch.randn(4, 4).double())
+    x, y, z = torch.randn(3, 4).double(), torch.tensor([0, 3, 1]), torch.randn(3, 4).double()
+    other = torch.randn(3, 4).double()
+    with curvature(KFLR(), DiagGGNExact()):
+        known = F.cross_entropy(F.linear(x, W), y)
+        second = F.embedding(y, W) if looked_up else F.linear(other, W)
+        distances = F.mse_loss(second, z)
+        (known + distances if first else distances + known).backward()
+    if looked_up:
+        (diagonal,) = W.kflr
+        assert_close(diagonal, W.diag_ggn_exact.flatten())
+        return
+    B, A = W.kflr
+    assert_close(A, (x.T @ x + other.T @ other) / 6)
+    p = F.linear(x, W).softmax(1).detach()
+    assert_close(B, (torch.diag(p.sum(0)) - p.T @ p) / 3 + torch.eye(4).double() * 2 * 3 / 12)
+
+
 @SHARING
 @pytest.mark.parametrize(
     "name", ["layernorm_axes", "groupnorm_cnn", "batchnorm_eval_cnn", "rmsnorm_matmul"]

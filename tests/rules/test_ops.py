@@ -327,6 +327,23 @@ def op_problem(name, loss="mse_sum", N=3) -> Problem:
         return Problem(model, X, LOSS[loss].target(model(X).shape), LOSS[loss])
 
 
+STACKED = (
+    "bmm_experts",
+    "bmm_from_the_left",
+    "matmul_experts",
+    "baddbmm_members",
+    "baddbmm_from_the_left",
+)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_batch_of_one_sample_has_it_where_the_rule_has_samples(name):
+    problem = op_problem(name, N=1)
+    compute(problem, *[extension() for extension, _, _ in QUANTITIES])
+    for _, field, naive in QUANTITIES:
+        assert_fields(problem, field, naive(problem))
+
+
 FIELDS = [field for _, field, _ in QUANTITIES]
 
 
