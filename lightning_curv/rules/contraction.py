@@ -174,7 +174,7 @@ def bmm(call: Call, g: Tensor, input: Tensor, mat2: Tensor) -> dict[str, Term]:
 
 
 def _rows_of_stack(call: Call, arguments: dict[str, Any]) -> list[int]:
-    """The axis of the samples beside the parameter of ``baddbmm``."""
+    """The axis of the samples beside the parameter of `baddbmm`."""
     if "batch2" in call.operands:
         return [1]
     return [2] if "batch1" in call.operands else [0]

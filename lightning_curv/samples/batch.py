@@ -25,8 +25,8 @@ class Batch:
     Attributes:
         size: N, which the graph must agree with.
         expected: N, unless the graph disagrees.
-        tensors: The tensors of the batch; ``None``: unknown.
-        tape: The graph that is looked at; ``None``: none yet.
+        tensors: The tensors of the batch; `None`: unknown.
+        tape: The graph that is looked at; `None`: none yet.
         tried: N, as long as it is tried in the place of the default.
     """
 

@@ -30,7 +30,7 @@ def evident(
 
     It is where all that the network reads keeps the order of the batch, where the targets of
     every loss call do, or where a head has one row per sample and all others depend on the same
-    rows. ``None``: wherever the heads are.
+    rows. `None`: wherever the heads are.
     """
     if heads is None:
         heads = [(head, BatchAxis(count)) for head in search.heads]
@@ -88,7 +88,7 @@ def order_inside(
 ) -> bool | None:
     """Whether the weights arrive in order at rows of the batch that enter between frozen ops.
 
-    Such as the inputs of a frozen network, beside a prompt. ``None``: there are no such rows, or
+    Such as the inputs of a frozen network, beside a prompt. `None`: there are no such rows, or
     nothing arrives there.
     """
     read = [

@@ -1,6 +1,6 @@
 r"""The samples: their number N, and the sample that owns each row of every op and loss call.
 
-N comes from the user's batch: ``batch_size``, else the leading axis of what the network reads
+N comes from the user's batch: `batch_size`, else the leading axis of what the network reads
 first. The graph verifies it, it never chooses: columns whose samples are weighted differently are
 backpropagated from the top of the loss, and the weight that arrives at a row is that of its owner.
 A row where weights mix belongs to several samples: either they influence each other, which is
@@ -144,7 +144,7 @@ def _first_that_agrees(search: Search, counts: Sequence[int]) -> Found:
 
 
 def _attempt(search: Search, count: int) -> Found | None:
-    """The samples if there are N of them; ``None``: the graph does not agree."""
+    """The samples if there are N of them; `None`: the graph does not agree."""
     search.reason = ""
     agreeing: list[tuple[Found, bool]] = []
     for heads in assignments(search, count):
