@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.extensions import Extension
 from lightning_curv.extensions.columns import Exact, Sampled
 from lightning_curv.optimizers.curvature.base import ParamGroup
@@ -236,6 +237,7 @@ class CurvatureStepSize(Optimizer):
         Raises:
             RuntimeError: Curvature is due and no parameter has any that was not used before; a
                 gradient is sparse.
+            TypeError: Parameters are sharded.
         """
         result = None
         if closure is not None:
@@ -244,6 +246,11 @@ class CurvatureStepSize(Optimizer):
         params = [param for _, param in self._parameters.members()]
         if not params:
             return result
+        if any(map(is_sharded, params)):
+            raise TypeError(
+                "CurvatureStepSize expects whole parameters in every process, found sharded ones "
+                "(`DTensor`). Train with DDP, or give the optimizer inside a learning rate."
+            )
         # A caller's autocast would run the products in bfloat16.
         with torch.autocast(params[0].device.type, enabled=False):
             self._take_in(params)

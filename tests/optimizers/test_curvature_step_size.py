@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lightning_curv import CurvatureStepSize, DPOptimizer, KFACOptimizer, curvature
 from lightning_curv.extensions import JacobianExact, JacobianMC
 from lightning_curv.extensions.columns import Exact, Sampled
+from lightning_curv.optimizers import curvature_step_size
 from lightning_curv.optimizers.curvature.part import JacobianPart
 from lightning_curv.optimizers.step_size.step_length import StepLength, WindowMean
 
@@ -522,6 +523,18 @@ def test_without_curvature_a_step_says_what_is_missing():
     F.cross_entropy(net(problem()[0]), problem()[1]).backward()
     with pytest.raises(RuntimeError, match="CurvatureStepSize needs new curvature for step 0"):
         optimizer.step()
+
+
+def test_sharded_parameters_are_refused(monkeypatch):
+    """Their inner products are those of the parts of one process."""
+    net = network()
+    optimizer = wrapped(net)
+    backward(net, optimizer, *problem())
+    monkeypatch.setattr(curvature_step_size, "is_sharded", lambda param: param.ndim == 2)
+    before = flat(net.parameters())
+    with pytest.raises(TypeError, match="expects whole parameters in every process, found sharded"):
+        optimizer.step()
+    assert torch.equal(flat(net.parameters()), before)
 
 
 @pytest.mark.parametrize(
