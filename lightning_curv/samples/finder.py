@@ -172,9 +172,10 @@ def _attempt(search: Search, count: int) -> Found | None:
     # What agrees is not plain by itself: what moves no rows anywhere makes it so, …
     if len(agreeing) == 1 and evident(search, None, count):
         return agreeing[0][0]
-    # … and so do rows of the batch that enter further up, which only one of them has in order.
+    # … and so do rows of the batch that enter further up, which only one of them has in order. What
+    # tells one of several from the others must not stand beside rows that were moved unseen.
     told = [found for found, in_order in agreeing if in_order]
-    if len(told) == 1 and order_known(search, count):
+    if len(told) == 1 and (len(agreeing) == 1 or order_known(search, count)):
         return told[0]
     if agreeing:
         search.reason = (
