@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class PartNorms:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
-        self._found: dict[Tensor, Tensor] = {}
+        self._found: dict[Parameter, Tensor] = {}
         self._own_passes = internal_pass()
 
     def listen(self, params: Iterable[Parameter]) -> None:
@@ -38,11 +38,11 @@ class PartNorms:
                 # Where the gradient is accumulated: a prehook there gets the sum over all uses of
                 # the parameter, and comes before the reducer of DDP, which averages afterwards.
                 node = get_gradient_edge(in_graph(param)).node
-                known = registered(param)
+                known = cast("Parameter", registered(param))
                 self._found[known] = torch.zeros((), dtype=torch.float32, device=param.device)
                 self._handles.append(node.register_prehook(partial(self._hear, known)))
 
-    def _hear(self, param: Tensor, gradients: tuple[Any, ...]) -> None:
+    def _hear(self, param: Parameter, gradients: tuple[Any, ...]) -> None:
         gradient = gradients[0]
         if gradient is None or self._own_passes.running:
             return
@@ -55,7 +55,7 @@ class PartNorms:
             )
             self._found[param] = norm.square()
 
-    def stop(self) -> dict[Tensor, Tensor]:
+    def stop(self) -> dict[Parameter, Tensor]:
         """End; the squared norms by parameter, [] each, zero for what the pass did not reach."""
         while self._handles:
             self._handles.pop().remove()

@@ -466,12 +466,12 @@ def _apart(jacobian: Jacobian, parameters: Iterable[Tensor]) -> Jacobian:
     """A Jacobian that outlives gathered parameters: FSDP frees their memory, whoever has views."""
     freed = {parameter.untyped_storage()._cdata for parameter in parameters}
 
-    def kept(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.untyped_storage()._cdata not in freed:
-            return tensor
-        return tensor.clone()
+    def kept(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage()._cdata in freed else tensor
 
-    terms = [term.of(kept(term.g), kept(term.x)) for term in jacobian.terms]
+    terms = [
+        term.of(kept(term.g), None if term.x is None else kept(term.x)) for term in jacobian.terms
+    ]
     return Jacobian(jacobian.parameter, terms, jacobian.signs)
 
 
