@@ -193,3 +193,37 @@ def test_rows_that_the_batch_puts_into_a_table_for_all_are_refused(size):
         curvature(BatchGrad(), batch_size=sizes(tokens, y)[size]),
     ):
         F.cross_entropy(model(tokens), y).backward()
+
+
+class Streams(nn.Module):
+    """Labels shifted in place are what the network reads; every sequence is predicted by two streams."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(C + 1, D), nn.Linear(D, C)
+        self.first = nn.Linear(D, D)
+
+    def loss(self, x, y):
+        shifted = torch.full_like(y, C)
+        shifted[..., 1:] = y[..., :-1].clone()
+        shifted.masked_fill_(shifted == -100, 0)
+        h = (self.embedding(shifted) + self.first(x)) * x[:, :, :1]
+        h = torch.softmax(h @ h.mT, -1) @ h
+        targets = y.new_zeros(2, *y.shape)
+        for stream in range(2):
+            targets[stream] = y
+        z = torch.stack([self.head(h), self.head(h.tanh())])
+        return F.cross_entropy(z.flatten(0, 2), targets.flatten())
+
+
+@pytest.mark.parametrize("size", ["given", "found", "of the batch"])
+def test_rows_between_ops_witness_whose_the_moved_ones_are(size):
+    _, x, _ = draw(lambda z: z)
+    model, y = Streams().double(), torch.tensor([[0, 1, 2], [2, 0, 1], [1, 1, 0], [2, 2, 1]])
+    with curvature(BatchGrad(), batch_size=sizes(x, y)[size]):
+        model.loss(x, y).backward()
+    for p in model.parameters():
+        alone = [
+            torch.autograd.grad(model.loss(x[n : n + 1], y[n : n + 1]) / N, p)[0] for n in range(N)
+        ]
+        torch.testing.assert_close(p.grad_batch, torch.stack(alone))
