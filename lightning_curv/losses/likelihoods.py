@@ -109,8 +109,10 @@ def nonnegative(weight: Tensor) -> Tensor:
     if bool((weight < 0).any()):
         raise UnsupportedError(
             "The GGN needs a loss whose terms have weights ≥ 0, found a negative one; "
-            "is the loss subtracted somewhere? Use Hessian quantities instead: `HMP`, "
-            "`DiagHessian`."
+            "is the loss subtracted somewhere? Use Hessian quantities instead (`HMP`, "
+            '`DiagHessian`), the gradients alone (`KFACOptimizer(curvature="empirical")`), or '
+            "pass the outputs of the network as `output=`: terms of negative weight then have no "
+            "curvature, the closest one that is not negative."
         )
     return weight
 

@@ -152,6 +152,10 @@ class Curvature(ABC):
     def mean_eigenvalue(self, state: State) -> Tensor:
         """The mean eigenvalue of the undamped block, []."""
 
+    def floor_scale(self, state: State) -> Tensor | float:
+        """What the least damping of the loss is multiplied by in this block."""
+        return 1.0
+
     @abstractmethod
     def units(self, state: State) -> int:
         """The number of parts of the block that are refreshed independently."""

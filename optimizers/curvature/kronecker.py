@@ -17,6 +17,7 @@ from lightning_curv.optimizers.linear_algebra.batching import kronecker_matmuls
 from lightning_curv.optimizers.linear_algebra.damping import split_damping
 from lightning_curv.optimizers.linear_algebra.factors import (
     block_size,
+    diagonal,
     is_batched,
     is_diagonal,
     limit_size,
@@ -70,7 +71,9 @@ class KroneckerCurvature(Curvature):
         fields: Sequence[Any],
         step: int,
     ) -> list[Tensor]:
-        statistics = kronecker_factors(fields, self.sharing, self.positions, step, self.split)
+        statistics = kronecker_factors(
+            fields, self.sharing, self.positions, step, self.split, self.max_factor_size
+        )
         count = factors_among(statistics, block)
         factors = statistics[:count]
         others = statistics[count:]
@@ -138,6 +141,19 @@ class KroneckerCurvature(Curvature):
         of_factors = [mean_eigenvalue(factor, batched) for factor in state["factors"]]
         # The trace of a Kronecker product is the product of the traces; the mean is over groups.
         return torch.stack(of_factors).prod(dim=0).mean()
+
+    def floor_scale(self, state: State) -> Tensor | float:
+        """The mean variance of a layer's inputs, if it is below 1.
+
+        The least damping is that of weights whose inputs have a unit variance: those of smaller
+        inputs have to be larger to do as much.
+        """
+        if not state["centers"]:
+            return 1.0
+        second_moments = diagonal(state["factors"][1], False)[:-1]
+        means = center(state)
+        squares = means[0].square() if means else 0.0
+        return (second_moments - squares).mean().clamp(0.0, 1.0)
 
     def units(self, state: State) -> int:
         return len(state.get("factors", ()))

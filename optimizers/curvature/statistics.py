@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions import KFLR
-from lightning_curv.extensions.kronecker import kronecker_factor
+from lightning_curv.extensions.kronecker import Product, kronecker_factor
+from lightning_curv.kernels.symmetric import gram
 from lightning_curv.optimizers.curvature.positions import subsampled
 from lightning_curv.optimizers.linear_algebra.factors import part_size, parts_of, split_gram
 from lightning_curv.terms.jacobian import Jacobian
@@ -23,6 +24,7 @@ def kronecker_factors(
     positions: int | None,
     seed: int,
     split: int | None = None,
+    largest: int | None = None,
 ) -> list[Tensor]:
     r"""Factors of a parameter's block, or of the joint block of weight and bias.
 
@@ -39,6 +41,8 @@ def kronecker_factors(
             "reduce", which sums over them before squaring.
         seed: of the positions.
         split: rows of the diagonal blocks, about, that larger factors are split into.
+        largest: rows of the largest factor of which more than the diagonal is computed; None: of
+            all. Factors of groups are whole.
 
     Returns:
         [F_1, …, F_k], see `lightning_curv.extensions.KFLR` and `factors`. Behind them, if $A'$ is
@@ -52,11 +56,16 @@ def kronecker_factors(
     if positions is not None and sharing.weight_sharing == "expand":
         weight = subsampled(weight, positions, seed)
     sides = kronecker_sides(weight.terms)
-    if split and sides:
-        factors = [
-            _split_factor(weight.terms[0], side, sharing, split, has_bias=bool(bias))
-            for side in sides
-        ]
+    widths = [_width(weight.terms[0], side, has_bias=bool(bias)) for side in sides]
+    if any(side_of(weight.terms[0], side).groups for side in sides):
+        # Diagonals of all groups look like one matrix: whoever takes them off knows the groups.
+        largest = None
+    too_large = largest is not None and any(width > largest for width in widths)
+    if sides and (split or too_large):
+        factors = []
+        for side, width in zip(sides, widths, strict=True):
+            product = _product(width, split, largest)
+            factors.append(kronecker_factor(weight.terms[0], side, sharing.weight_sharing, product))
     else:
         factors = sharing.evaluate(weight)
     if not bias:
@@ -66,31 +75,31 @@ def kronecker_factors(
         # A tensor, as all statistics are: they are averaged over processes together.
         return [*factors, torch.tensor(layout, dtype=factors[0].dtype, device=factors[0].device)]
     outputs, inputs = factors
+    if inputs.dim() == 1:
+        return [outputs, torch.cat([inputs, inputs.new_ones(1)])]
     mean = mean_input(weight)
     is_whole = inputs.shape[0] == inputs.shape[1]
     # A whole factor has the mean in its last row.
     return [outputs, with_ones(inputs, mean), *([] if is_whole else [mean])]
 
 
-def _split_factor(
-    term: Term,
-    side: SideName,
-    sharing: KFLR,
-    split: int,
-    has_bias: bool,
-) -> Tensor:
-    """The diagonal blocks of one factor, which is never formed as a whole.
+def _width(term: Term, side: SideName, has_bias: bool) -> int:
+    """The rows of a factor, with the 1 that is appended to the inputs later."""
+    return side_of(term, side).width + (side == "inputs" and has_bias)
 
-    Args:
-        term: of a weight.
-        side: whose factor it is.
-        sharing: expand or reduce.
-        split: rows of the diagonal blocks, about.
-        has_bias: whether a 1 is appended to the inputs later; their number says how to split.
-    """
-    size = side_of(term, side).width + (side == "inputs" and has_bias)
-    product = partial(split_gram, size=part_size(size, split))
-    return kronecker_factor(term, side, sharing.weight_sharing, product)
+
+def _product(width: int, split: int | None, largest: int | None) -> Product:
+    """What makes a factor, or the part of it that is kept, which alone is ever formed."""
+    if largest is not None and width > largest:
+        return _row_squares
+    if split:
+        return partial(split_gram, size=part_size(width, split))
+    return gram
+
+
+def _row_squares(x: Tensor) -> Tensor:
+    """The diagonal of x xᵀ, [d]."""
+    return torch.linalg.vector_norm(x, dim=1).square()
 
 
 def mean_input(jacobian: Jacobian) -> Tensor:

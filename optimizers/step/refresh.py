@@ -26,14 +26,16 @@ def block_damping(
 ) -> Tensor:
     r"""The damping $\lambda$ of a block, [].
 
-    It is the number of the group, or for "auto" `relative` · mean eigenvalue + `floor`.
+    It is the number of the group, or for "auto" `relative` · mean eigenvalue + `floor` ·
+    `Curvature.floor_scale`.
     """
     damping = block.group["damping"]
     if damping != "auto":
         param = block.params[0]
         dtype = torch.promote_types(param.dtype, torch.float32)
         return torch.as_tensor(damping, dtype=dtype, device=param.device)
-    return relative * curvature.mean_eigenvalue(state) + floor + TINY
+    scaled_floor = floor * curvature.floor_scale(state) if floor else 0.0
+    return relative * curvature.mean_eigenvalue(state) + scaled_floor + TINY
 
 
 def refresh(

@@ -54,8 +54,13 @@ class LossLimits(GraphExtension):
         all_known = len(known_parts) == len(passes.parts)
         is_bounded = all_known and all(_nonnegative(part) for part in known_parts)
         loss = (passes.loss.detach() * passes.seed).sum().to(dtype)
-        room = loss if is_bounded else torch.full_like(floor, math.inf)
+        room = torch.full_like(floor, math.inf)
         size = loss.abs() * (not all_known)
+        if is_bounded:
+            # Terms of negative weight, which `curvature="empirical"` takes, have no upper bound.
+            negative = torch.stack([(part.likelihood.weight < 0).any() for part in known_parts])
+            room = loss.where(~negative.any(), math.inf)
+            size = loss.abs() * negative.any()
         reach = torch.full_like(floor, math.inf)
         if all_known and not is_bounded:
             reach = torch.stack([part.likelihood.nats.to(dtype) for part in known_parts]).max()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from zoo import assert_close
 
-from lightning_curv import curvature
+from lightning_curv import DiagGGNExact, curvature
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.optimizers import DiagGGNOptimizer, KFACOptimizer
 
@@ -229,3 +229,56 @@ def test_confident_and_diverging_networks_go_on():
                 (1 - torch.exp(-entropy)) ** 2 * entropy - f.log_softmax(1)[torch.arange(N), labels]
             ).mean().backward()
         assert layer.weight.diag_ggn_mc.isfinite().all() == (scale < torch.inf)
+
+
+def policy_gradient(net, x):
+    """Advantages of both signs times log-probabilities."""
+    losses = F.cross_entropy(net(x), torch.arange(len(x)) % 3, reduction="none")
+    return (losses * torch.linspace(-1, 1, len(x))).mean()
+
+
+def test_negative_weights_are_refused_with_two_ways_out():
+    net, x = nn.Linear(4, 3), torch.randn(9, 4)
+    optimizer = KFACOptimizer(net.parameters())
+    refused = pytest.raises(UnsupportedError, match=r"negative one.*empirical.*output=")
+    with refused, curvature(*optimizer.required_extensions()):
+        policy_gradient(net, x).backward()
+
+
+def test_outputs_that_are_named_train_with_negative_weights():
+    net, x = nn.Linear(4, 3), torch.randn(9, 4)
+    optimizer = KFACOptimizer(net.parameters())
+    before = policy_gradient(net, x).item()
+    for _ in range(3):
+        optimizer.zero_grad()
+        with curvature(*optimizer.required_extensions(), output=net):
+            policy_gradient(net, x).backward()
+        optimizer.step()
+    assert policy_gradient(net, x).item() < before
+
+
+def test_empirical_curvature_needs_no_sign_of_the_weights():
+    """The loss is negative, and may fall all the same."""
+    net, x = nn.Linear(4, 3), torch.randn(9, 4)
+    optimizer = KFACOptimizer(net.parameters(), curvature="empirical")
+    before = policy_gradient(net, x).item()
+    assert before < 0
+    with curvature(*optimizer.required_extensions()):
+        policy_gradient(net, x).backward()
+    optimizer.step()
+    assert optimizer.last_step["predicted"] < 0
+    assert policy_gradient(net, x).item() < before
+
+
+def test_terms_of_negative_weight_have_no_curvature():
+    net, x = nn.Linear(4, 3).double(), torch.randn(6, 4, dtype=torch.float64)
+    weights = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
+    targets = torch.arange(6) % 3
+
+    def diagonal(weights):
+        with curvature(DiagGGNExact(), output=net):
+            losses = F.cross_entropy(net(x), targets, reduction="none")
+            (losses * weights).mean().backward()
+        return net.weight.diag_ggn_exact
+
+    torch.testing.assert_close(diagonal(weights), diagonal(weights.clamp(min=0)))

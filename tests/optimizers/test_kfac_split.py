@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_curv import KFACOptimizer, curvature
+from lightning_curv.optimizers.curvature import statistics
 from lightning_curv.optimizers.curvature.second_moments import second_moments
+from lightning_curv.optimizers.linear_algebra import factors
 from lightning_curv.optimizers.linear_algebra.batching import kronecker_matmuls
 from lightning_curv.optimizers.linear_algebra.factors import (
     diagonal,
@@ -256,3 +258,23 @@ def test_automatic_damping_is_that_of_centered_inputs(split):
     grad = torch.cat([net.weight.grad, net.bias.grad[:, None]], 1)
     expected = torch.linalg.solve(block, grad.flatten()).view(3, 12)
     torch.testing.assert_close(torch.cat([net.weight, net.bias[:, None]], 1) - before, -expected)
+
+
+@pytest.mark.parametrize("split", [4, None])
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_factors_are_diagonals_that_are_never_formed_as_matrices(monkeypatch, split, bias):
+    layer, x, y = nn.Linear(12, 9, bias=bias).double(), randn(20, 12), torch.arange(20) % 9
+    twin = copy.deepcopy(layer)
+    whole, _ = step_of(layer, x, y, curvature="exact", split_factors=None)
+
+    def refuse(matrix):
+        raise AssertionError(f"formed a matrix of {len(matrix)} rows")
+
+    monkeypatch.setattr(statistics, "gram", refuse)
+    monkeypatch.setattr(factors, "gram", refuse)
+    found, _ = step_of(twin, x, y, curvature="exact", split_factors=split, max_factor_size=8)
+    pairs = zip(
+        found.state[twin.weight]["factors"], whole.state[layer.weight]["factors"], strict=True
+    )
+    for factor, matrix in pairs:
+        torch.testing.assert_close(factor, matrix.diagonal())
