@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_curv.distributed.failures import processes, telling
+from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.extensions import Extension, GraphExtension
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup
 from lightning_curv.optimizers.curvature.fields import Inbox, missing
@@ -249,9 +250,17 @@ class SecondOrderOptimizer(Optimizer):
         cotangents of all layers are kept until then.
 
         Raises:
-            RuntimeError: Curvature is due and no parameter has any that was not used before.
+            RuntimeError: Curvature is due and no parameter has any that was not used before; or
+                FSDP keeps the gradients of a micro-batch to itself.
         """
         members = self._parameters.members()
+        parameters = (p for group in self.param_groups for p in group["params"])
+        if not members and any(is_sharded(parameter) for parameter in parameters):
+            raise RuntimeError(
+                "`accumulate` expects gradients on the sharded parameters after every micro-batch, "
+                "found none: FSDP keeps those that are not exchanged to itself. Leave out "
+                "`set_requires_gradient_sync(False)`, so that every micro-batch is exchanged."
+            )
         if members and self.accumulated_extensions():
             with torch.autocast(members[0][1].device.type, enabled=False):
                 self._take_in(members)

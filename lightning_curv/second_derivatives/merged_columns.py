@@ -50,8 +50,11 @@ def _use_at(passes: Passes, residual: Residual) -> tuple[Node, Use, Owners] | No
     use = passes.tape.uses.get(edge.node)
     if use is None or use.output_nr != edge.output_nr or use.pull is not None:
         return None
-    owners = passes.samples.uses[edge.node]
-    return None if isinstance(owners, ChosenOwners) else (edge.node, use, owners)
+    # Where rows have no owners that hold for every op, a pass of its own has to find them.
+    owners = passes.samples.uses.get(edge.node)
+    if owners is None or isinstance(owners, ChosenOwners):
+        return None
+    return edge.node, use, owners
 
 
 def _merged(

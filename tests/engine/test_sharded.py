@@ -7,6 +7,7 @@ from sharded_ranks import OPTIMIZERS, SHARDED, WORLD, Net, network, run, trained
 
 REFUSED = {
     "tensor parallel": "UnsupportedError: BatchL2Grad() needs whole parameters in the forward pass, found a `DTensor`",
+    "accumulate": "RuntimeError: `accumulate` expects gradients on the sharded parameters",
     "products": "UnsupportedError: GGNMP() needs the parameters of its graph after the pass",
     "kfac": "UnsupportedError: Curvature needs parameters that are whole in the forward pass",
     "private": "UnsupportedError: Private steps need whole parameters in every process",

@@ -276,11 +276,23 @@ def optimized(mesh):
     }
 
 
+def accumulate_without_exchange():
+    """A micro-batch whose gradients FSDP keeps to itself."""
+    model = whole_model()
+    model.set_requires_gradient_sync(False)
+    optimizer = DiagGGNOptimizer(model.parameters())
+    x, y = batch(dist.get_rank())
+    with curvature(*optimizer.accumulated_extensions()):
+        F.cross_entropy(model(x), y).backward()
+    optimizer.accumulate()
+
+
 def refusals():
     """What is refused under sharding, by name."""
     sharded = whole_model()
     return {
         "tensor parallel": message(lambda: backward(tensor_parallel())),
+        "accumulate": message(accumulate_without_exchange),
         "products": message(lambda: backward(whole_model(), GGNMP())),
         "kfac": message(lambda: KFACOptimizer(tensor_parallel().parameters())),
         "private": message(lambda: DPOptimizer(torch.optim.SGD(sharded.parameters(), lr=0.1))),
