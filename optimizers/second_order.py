@@ -315,7 +315,7 @@ class SecondOrderOptimizer(Optimizer):
             self._take_limits(members)
         micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
         limits = self._means_of(micro_batches.limits)
-        if limits and self._failed(limits, members):
+        if limits and self._failed(limits, members, are_finite):
             self._take_back(members)
             return None
         if not are_finite:
@@ -422,11 +422,20 @@ class SecondOrderOptimizer(Optimizer):
         count = len(limits)
         return [floor / count, *others, samples * count * processes()]
 
-    def _failed(self, limits: list[float], members: list[Member]) -> bool:
-        """Whether the last step led astray: the loss is far too high, and rises towards here."""
+    def _failed(self, limits: list[float], members: list[Member], are_finite: bool) -> bool:
+        """Whether the last step led astray: the loss is far too high, and rises towards here.
+
+        One batch may be undefined by itself; after a second one in a row the parameters are to
+        blame.
+        """
         *_, loss, _ = limits
+        memory = self.region.memory
+        undefined_before = bool(memory["undefined"])
+        memory["undefined"] = float(not are_finite)
         if not self.region.suspects(loss):
             return False
+        if not are_finite:
+            return undefined_before
         return not math.isfinite(loss) or slope_of_last(self._parameters, members) > 0
 
     def _take_back(self, members: list[Member]) -> None:

@@ -62,6 +62,7 @@ class TrustRegion:
             "slow_weight": 0.0,
             "multiple": 1.0,
             "pending": 0.0,
+            "undefined": 0.0,  # whether gradients of the last batch were inf or NaN
         }
 
     @property
