@@ -144,7 +144,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         gradient_decay: float = 0.7,
         factor_interval: int = 1,
         inverse_interval: int = 10,
-        kl_clip: float | None = 1e-2,
+        kl_clip: float | None = 0.1,
         curvature: Literal["mc", "exact", "empirical"] = "mc",
         mc_samples: int = 1,
         weight_sharing: Literal["expand", "reduce"] = "expand",
