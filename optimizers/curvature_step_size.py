@@ -254,6 +254,8 @@ class CurvatureStepSize(Optimizer):
         # A caller's autocast would run the products in bfloat16.
         with torch.autocast(params[0].device.type, enabled=False):
             self._take_in(params)
+            # Taken out before anything is decided: a step that is undone must not leave them for
+            # the next one.
             batches, self._micro_batches = self._micro_batches, []
             if self._measures and not batches:
                 raise RuntimeError(missing(self, self._extension.savefield, self.steps))
@@ -272,6 +274,7 @@ class CurvatureStepSize(Optimizer):
         """The loss of all processes, which is their mean."""
         if loss is None:
             return None
+        # A copy: the sum over the processes is written into it, and the loss is the user's.
         return float(averaged(torch.as_tensor(loss, device=device).detach().clone()))
 
     def _holds(
@@ -282,6 +285,7 @@ class CurvatureStepSize(Optimizer):
     ) -> bool:
         """Whether the last step holds on this batch; else it is undone, and no step is made."""
         gradients = [gradient(param) for param in params]
+        # Forgotten now: an update is judged once, by the very next batch.
         updates, self._updates = self._updates, {}
         is_finite = all(finite_flags(gradients))
         is_bad = not is_finite or (loss is not None and self.step_length.exploded(loss))
@@ -295,6 +299,7 @@ class CurvatureStepSize(Optimizer):
                 if not is_bad:
                     self.step_length.look_back(slope, square, self._last_rate)
         if is_bad and updates:
+            # No copy of the parameters is kept: what was added is subtracted, up to rounding.
             for param, update in updates.items():
                 param.sub_(update)
             self.step_length.back_off()
@@ -318,6 +323,7 @@ class CurvatureStepSize(Optimizer):
         """Let a model take in the curvature along a direction, if this step measures it."""
         if not batches:
             return
+        # By position: the directions are a list in the order of the parameters.
         numbered = [
             {i: batch[param] for i, param in enumerate(params) if param in batch}
             for batch in batches
@@ -332,6 +338,7 @@ class CurvatureStepSize(Optimizer):
         loss: float | None,
     ) -> None:
         """Let the optimizers inside make a direction, and go along it."""
+        # The optimizers inside write into the parameters: their step of rate one is the direction.
         before = [param.detach().clone() for param in params]
         with self._at_rate_one():
             for inner in self.optimizers:
@@ -348,6 +355,7 @@ class CurvatureStepSize(Optimizer):
         groups = {param: group for group, param in self._parameters.members()}
         factors = [float(groups[param]["lr"]) / groups[param]["base_lr"] for param in params]
         for param, update, factor in zip(params, directions, factors, strict=True):
+            # Decoupled: the decay is no part of the direction, whose length is measured.
             decay = rate * float(groups[param]["lr"]) * groups[param].get("weight_decay", 0.0)
             if decay:
                 param.mul_(1 - min(decay, 1.0))
@@ -367,6 +375,7 @@ class CurvatureStepSize(Optimizer):
         ]
         try:
             for group, settings in zip(self.param_groups, kept, strict=True):
+                # Decay off: optimizers would make it a part of their steps.
                 group.update(dict.fromkeys(settings, 0.0))
                 group["lr"] = group["base_lr"]
             yield
@@ -394,6 +403,7 @@ class CurvatureStepSize(Optimizer):
             State and groups of all optimizers as those of one; under ``"step_size"`` tensors and
             plain types.
         """
+        # Checkpoints know parameters by their number, as those of torch do.
         numbers = {param: number for number, param in enumerate(self._parameters.all())}
         own = {
             "steps": self.steps,

@@ -56,6 +56,7 @@ def telling() -> Iterator[None]:
 
 def tell(error: BaseException) -> None:
     """Leave an error in the store of the process group, unless it is one of another process."""
+    # An error that another process has caused would overwrite what it told of the cause.
     known = isinstance(error, OtherProcessError) or _is_connection(error)
     if processes() == 1 or known or getattr(error, "_is_told", False):
         return
@@ -89,6 +90,7 @@ def found_failure() -> str | None:
     except (RuntimeError, ValueError):  # the store is gone
         return None
     rank, number, reason = text.split("|", 2)
+    # What has been heard before belongs to an earlier error, from which all have recovered.
     if number in _heard or int(rank) == dist.get_rank():
         return None
     _heard.add(number)
@@ -118,6 +120,7 @@ def together(collective: Callable[..., Any], *arguments: Any, **named: Any) -> N
     if first.device.type != "cpu":
         collective(*arguments, **named)
         return
+    # Not waited for at once: a process that has failed never comes, and nothing would tell.
     work = collective(*arguments, async_op=True, **named)
     # None: this process is not in the group.
     while work is not None:

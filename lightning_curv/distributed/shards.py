@@ -88,6 +88,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
         return None
     if parameter not in _known:
         _look()
+        # Remembered as one without a shard, so that nobody looks for it again.
         _known.setdefault(parameter, None)
     return _known[parameter]
 
@@ -107,6 +108,7 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
 
     Memory: these parameters, all at once.
     """
+    # By identity: FSDP's own objects need not be hashable.
     groups = {id(group): group for shard in shards if (group := shard.group()) is not None}
     states = {id(state): state for shard in shards if (state := shard.state()) is not None}
     if not groups:
@@ -115,6 +117,7 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
     context = next(iter(states.values()))._state_ctx
     everyone = [*context.all_states] or [*states.values()]
     all_groups = [group for state in everyone for group in _groups(state)]
+    # What is gathered already stays so for others; only what is fetched here is freed again.
     fetched = [group for group in groups.values() if not group.is_unsharded]
     for group in fetched:
         group.unshard()
@@ -183,4 +186,6 @@ def own_part(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    sharded: Any = like  # a `DTensor`, whose attributes type checkers do not know
+    # Without a source: every process has the whole tensor, and nothing is sent.
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)

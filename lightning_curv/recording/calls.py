@@ -62,6 +62,7 @@ def passes_on(values: Iterable[Any], out: Tensor) -> bool:
     for value in values:
         if isinstance(value, Tensor):
             node = value.grad_fn
+            # Data, a value that is changed in place, or a nested one: each needs more than this.
             if node is None or value is out or value.is_nested:
                 return False
             left = marks(node)
@@ -139,6 +140,7 @@ def record_loss(
             own = {**detached, name: detached["input"], "input": detached[name]}
             edge = edge_of(arguments[name])
             shape = out.shape
+            # The hook lets go of the arguments once the user's pass is through this node.
             mark.loss = LossCall(PARTS[func, name], own, edge, shape, out.output_nr, roots, i > 0)
             node.register_hook(mark.loss.release)
     return out

@@ -80,8 +80,10 @@ def note_roots(
         tensors: The tensors among its arguments.
     """
     name = name_of(func)
+    # Without a note a tensor counts as one from outside, which is what random numbers are.
     if name in RANDOM:
         return
+    # Made of numbers alone, such as `zeros`: the same whatever the batch is.
     if not tensors and name not in MAKING:
         for out in results:
             note(out, CONSTANT_ROOTS)
@@ -96,6 +98,7 @@ def note_roots(
     elif name == "where":
         args = _without_unused(args)
         tensors = tensors_in([*args, *kwargs.values()])
+    # Only then can what becomes of rows be remembered: with one tensor there is one order of rows.
     kind = None
     if len(tensors) == 1 and first is not tensors[0] and name in _BY_SHAPE:
         reads = tensors[0]
@@ -107,6 +110,7 @@ def note_roots(
     inplace = any(tensor is first for tensor in tensors)
     if inplace and not _changes(func, kwargs):
         return  # an argument as it is
+    # Of Python's numbers nobody knows whether they are of the batch.
     if name in MAKING and not tensors:
         made = replace(Root.of(first), made=True)
         note(first, Roots((made,)))

@@ -68,12 +68,14 @@ def _merged(
     # A column that reaches a parameter twice is squared after the sum of both.
     if any(times[parameter] > 1 for parameter in passes.tape.parameters[node]):
         return None
+    # The square of a column's Jacobian is to be r times that of a unit: its scale is the root.
     roots = residual.values.abs().sqrt()
     negative = residual.values < 0  # what is no number stays in the positive column
     g = torch.stack([roots.masked_fill(negative, 0), roots.masked_fill(~negative, 0)])
     terms = list(passes.terms(node, use, g))
     if not all(_keeps_entries_apart(term, g) for _, term in terms):
         return None
+    # The sign of a column is that of its square in the sum, for every sample.
     ones = g.new_ones(passes.samples.count)
     signs = torch.stack([ones, -ones])
     return {parameter: Jacobian(parameter, [term], signs) for parameter, term in terms}

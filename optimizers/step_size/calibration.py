@@ -33,8 +33,10 @@ def averaged_curvature(
     scales = [1 / length if length > 0 else 0.0 for length in lengths]
     unit = [[curvature[i][j] * scales[i] * scales[j] for j in range(count)] for i in range(count)]
     former = memory.get("unit", [])
+    # One undefined batch would spoil the mean for ever.
     if not all(math.isfinite(entry) for row in unit for entry in row):
         return curvature
+    # Of another number of directions, as before the first momentum, nothing can be averaged.
     weight = 1.0
     if len(former) == count:
         decay = 1 / (1 + samples / SAMPLES)

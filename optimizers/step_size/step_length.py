@@ -61,6 +61,7 @@ class WindowMean:
     def add(self, value: float) -> float:
         """Add a value; the mean with it."""
         self.count += 1
+        # While there are few values the window has all of them: the mean is the plain one.
         window = min(self.count, max(LEAST, WINDOW * self.count))
         self.value += (value - self.value) / window
         return self.value
@@ -126,6 +127,8 @@ class StepLength:
             square: Squared length of the update.
             rate: The update is so many times its direction.
         """
+        # Slopes are kept per squared length of the direction; that of the update is rate² times it,
+        # and its slope rate times.
         downhill = self.own.slope.value * square / rate
         return downhill > 0 and -slope > OVERSHOT * downhill
 
@@ -138,6 +141,7 @@ class StepLength:
 
     def add_loss(self, loss: float) -> None:
         """Take in a loss."""
+        # Compared with the mean before this loss, which would pull the mean towards itself.
         if self.loss.count:
             self.deviation.add(abs(loss - self.loss.value))
         else:
@@ -166,6 +170,7 @@ class StepLength:
             return 0.0
         self.own.add(slope / square)
         size = math.sqrt(square)
+        # A mean slope uphill, as of a direction that momentum carries on, promises nothing.
         most = max(self.own.minimum, 0.0)
         if loss is not None and slope > 0:
             worth = max(abs(loss), abs(self.loss.value))
@@ -175,6 +180,7 @@ class StepLength:
             # More than its own batch promises a step never holds.
             held_out = min(max(self.held_out.minimum, 0.0), most)
             rate = BEYOND * (OWN * most + (1 - OWN) * held_out)
+            # The length and not the rate: directions of one optimizer differ in their lengths.
             self.length = min(max(rate * size, FALL * self.length), GROWTH * self.length)
         else:
             self.length = START * most * size

@@ -88,6 +88,7 @@ class TrustRegion:
         others move by a small part of their length each, so does what they compute together.
         """
         multiple = self.memory["multiple"]
+        # The last one of the sorted is the one that moves farthest.
         others = sum(sorted(changes)[:-1])
         if not self.enabled or not others > 0:
             return multiple
@@ -108,7 +109,10 @@ class TrustRegion:
         memory = self.memory
         if not self.enabled or not memory["pending"] or not memory["weight"]:
             return False
+        # The level itself, too: where all batches have had nearly the same loss, the spread says
+        # nothing of the next one.
         margin = max(DEVIATIONS * memory["spread"], abs(memory["level"]))
+        # Written so that NaN is suspected.
         return not loss <= memory["level"] + margin
 
     def accept(self, loss: float, bounded: bool = True, samples: float = 0.0) -> None:
@@ -147,6 +151,7 @@ class TrustRegion:
     def reject(self) -> None:
         """Shrink below what the failed step has used."""
         memory = self.memory
+        # Of what was used, not of the radius: a radius far above it would change nothing.
         memory["radius"] = SHRINK * min(self.radius, memory["used"] or self.radius)
         memory["pending"] = 0.0
 
@@ -155,6 +160,7 @@ class TrustRegion:
         memory = self.memory
         memory["slow_weight"] = SLOW_DECAY * memory["slow_weight"] + 1
         memory["slow"] += (loss - memory["slow"]) / memory["slow_weight"]
+        # In the first steps the two means are the same few losses.
         if memory["slow_weight"] < SETTLED:
             return
         stalls = memory["level"] >= memory["slow"]
