@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.extensions import Extension
-from lightning_curv.extensions.columns import Exact, Sampled
+from lightning_curv.extensions.columns import ExactGGN, MonteCarloGGN
 from lightning_curv.optimizers.curvature.base import ParamGroup
 from lightning_curv.optimizers.curvature.empirical import curved
 from lightning_curv.optimizers.curvature.fields import Inbox, missing
@@ -132,7 +132,7 @@ class CurvatureStepSize(Optimizer):
         self.steps = 0
         self.last_step: dict[str, float] = {}
         self.step_length = StepLength()
-        source = Sampled() if curvature == "mc" else Exact()
+        source = MonteCarloGGN() if curvature == "mc" else ExactGGN()
         extension: Extension = JacobianPart(source, max_samples)
         curved(extension)
         self._extension = extension

@@ -458,8 +458,8 @@ class SecondOrderOptimizer(Optimizer):
         else:
             self.loss_size = size
         self.region.accept(loss, is_bounded, samples if self.relative_lr else 0.0)
-        room = self.region.room(bound, max(size, self.loss_size))
-        return room, reach * self.region.radius if self.region.enabled else math.inf
+        max_decrease = self.region.max_decrease(bound, max(size, self.loss_size))
+        return max_decrease, reach * self.region.radius if self.region.enabled else math.inf
 
     @property
     def memories(self) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from lightning_curv.callbacks.monitoring.support import for_trainers
 from lightning_curv.callbacks.user_batch import BatchSize, describe_batch
 from lightning_curv.engine.backprop import Backprop
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.extensions.base import Extension, Gradient, GraphExtension
+from lightning_curv.extensions.base import Extension, GraphExtension, LossGradient
 from lightning_curv.passes.randomness import Cap
 from lightning_curv.samples.batch import Batch
 
@@ -218,7 +218,7 @@ class Observation:
 
 
 def _draws(extension: AnyExtension) -> bool:
-    return not (isinstance(extension, Extension) and extension.source == Gradient())
+    return not (isinstance(extension, Extension) and extension.source == LossGradient())
 
 
 def _subsets(seed: int) -> torch.Generator:

@@ -19,7 +19,7 @@ from lightning_curv.engine.refusals import refusal, sharded_refusal
 from lightning_curv.engine.sum_check import SumCheck
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import Differentiable, Extension, GraphExtension
-from lightning_curv.extensions.columns import Chosen, Exact, Gradient, Sampled, Source
+from lightning_curv.extensions.columns import Chosen, ExactGGN, LossGradient, MonteCarloGGN, Source
 from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.extensions.unevaluated import KeptJacobian
 from lightning_curv.graph.tape import Tape, find_output, walk
@@ -59,10 +59,10 @@ class Backprop:
         hook: Gets every parameter, or its module, when its results are set: those of the backward
             pass during it.
         create_graph: Whether first-order quantities are to be differentiable.
-        cap: How many samples are enough for some extensions, those of the sources `Gradient`,
-            `Exact` and `Sampled`. Where all that share a source are content, their results are
-            those of a random subset, sums not scaled up; where one is not, all get the whole batch,
-            whose passes are made anyway.
+        cap: How many samples are enough for some extensions, those of the sources `LossGradient`,
+            `ExactGGN` and `MonteCarloGGN`. Where all that share a source are content, their results
+            are those of a random subset, sums not scaled up; where one is not, all get the whole
+            batch, whose passes are made anyway.
 
     Attributes:
         failures: What was gone on without, and why.
@@ -138,7 +138,7 @@ class Backprop:
             return
         units = _units(self._extensions, passes)
         # The gradient comes from the user's own pass; all other columns take passes of ours, now.
-        gradient = units.pop(Gradient(), None)
+        gradient = units.pop(LossGradient(), None)
         for unit, extensions in units.items():
             start = self._now()
             with _ErrorScope(self, extensions):
@@ -367,7 +367,7 @@ class Backprop:
         return self._cap is not None and all(
             extension in self._cap.extensions
             and isinstance(extension, Extension)
-            and isinstance(extension.source, (Gradient, Exact, Sampled))
+            and isinstance(extension.source, (LossGradient, ExactGGN, MonteCarloGGN))
             for extension in extensions
         )
 
@@ -530,9 +530,9 @@ def _units(
         if isinstance(unit, Chosen):
             unit = unit.on(passes)
         units.setdefault(unit, []).append(extension)
-    kinds_of_exact = [unit for unit in units if isinstance(unit, Exact)]
+    kinds_of_exact = [unit for unit in units if isinstance(unit, ExactGGN)]
     if len(kinds_of_exact) > 1:  # the complete root serves all that need any
-        units[Exact(complete=True)] += units.pop(Exact())
+        units[ExactGGN(complete=True)] += units.pop(ExactGGN())
     for unit, group in units.items():
         if len(group) > 1 and not isinstance(unit, GraphExtension):
             group.sort(key=lambda extension: not extension.forms)

@@ -1,12 +1,17 @@
 """Extensions: one class per quantity, each a function of a parameter's per-sample Jacobian."""
 
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
 from lightning_curv.extensions.base import (
     Differentiable,
-    Exact,
+    ExactGGN,
     Extension,
-    Gradient,
     GraphExtension,
-    Sampled,
+    LossGradient,
+    MonteCarloGGN,
 )
 from lightning_curv.extensions.block_products import GGNMP, HMP, PCHMP
 from lightning_curv.extensions.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
@@ -40,16 +45,31 @@ __all__ = [
     "DiagGGNMC",
     "DiagHessian",
     "Differentiable",
-    "Exact",
+    "ExactGGN",
     "Extension",
     "GGNTraceMC",
-    "Gradient",
     "GraphExtension",
     "JacobianExact",
     "JacobianMC",
-    "Sampled",
+    "LossGradient",
+    "MonteCarloGGN",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",
     "Variance",
 ]
+
+# What sources of columns were called in version 0.1.0.
+_RENAMED = {"Exact": "ExactGGN", "Gradient": "LossGradient", "Sampled": "MonteCarloGGN"}
+
+
+def __getattr__(name: str) -> Any:
+    new = _RENAMED.get(name)
+    if new is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"`{name}` is called `{new}` since version 0.2; the old name ends in 0.3.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return globals()[new]

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_curv.extensions.columns import Chosen, Exact, Gradient, Sampled, Source
+from lightning_curv.extensions.columns import Chosen, ExactGGN, LossGradient, MonteCarloGGN, Source
 from lightning_curv.passes.passes import Passes
 from lightning_curv.terms.jacobian import Jacobian
 
-__all__ = ["Exact", "Extension", "Gradient", "GraphExtension", "Sampled", "Source"]
+__all__ = ["ExactGGN", "Extension", "GraphExtension", "LossGradient", "MonteCarloGGN", "Source"]
 
 
 class Extension(ABC):
@@ -22,7 +22,7 @@ class Extension(ABC):
 
     Attributes:
         savefield: Name of the parameter's attribute that receives the result.
-        source: Which columns are backpropagated: `Gradient`, `Exact` or `Sampled`.
+        source: Which columns are backpropagated: `LossGradient`, `ExactGGN` or `MonteCarloGGN`.
         independent: Whether the quantity exists only where the samples of a batch do not influence
             each other.
         needs_samples: Whether it needs to know which sample owns each row.
@@ -48,7 +48,7 @@ class Extension(ABC):
     """
 
     savefield: str
-    source: Source | Chosen = Gradient()
+    source: Source | Chosen = LossGradient()
     independent: bool = True
     needs_samples: bool = True
     totals: bool = True
@@ -59,7 +59,7 @@ class Extension(ABC):
     @property
     def needs_likelihood(self) -> bool:
         """Whether it needs the curvature of the loss."""
-        return not isinstance(self.source, Gradient)
+        return not isinstance(self.source, LossGradient)
 
     def wants(self, parameter: Tensor) -> bool:
         """Say whether the quantity of a parameter is wanted, where the only column is the gradient.

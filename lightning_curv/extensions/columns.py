@@ -22,7 +22,7 @@ from lightning_curv.terms.jacobian import Jacobian
 
 
 @dataclass(frozen=True)
-class Gradient:
+class LossGradient:
     """The gradient itself, taken from the user's backward pass where it reaches the ops.
 
     The single column of a parameter's Jacobian is the gradient of every sample, `[1, N, *p]`.
@@ -30,7 +30,7 @@ class Gradient:
     Example:
         >>> from lightning_curv import BatchGrad
         >>> BatchGrad().source
-        Gradient()
+        LossGradient()
     """
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
@@ -46,7 +46,7 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Exact:
+class ExactGGN:
     r"""Columns whose outer products add up to the exact GGN: a square root of the loss Hessian.
 
     They are $J_n^\top \sqrt{s H_n}$, with the network's Jacobian $J_n$, the loss
@@ -59,7 +59,7 @@ class Exact:
     Example:
         >>> from lightning_curv import DiagGGNExact
         >>> DiagGGNExact().source
-        Exact(complete=False)
+        ExactGGN(complete=False)
     """
 
     complete: bool = False
@@ -81,7 +81,7 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class MonteCarloGGN:
     """Gradients for targets drawn from the model, divided by √M.
 
     Their outer products estimate the GGN: their expectation is G.
@@ -95,7 +95,7 @@ class Sampled:
     Example:
         >>> from lightning_curv import DiagGGNMC
         >>> DiagGGNMC(mc_samples=3).source
-        Sampled(samples=3)
+        MonteCarloGGN(samples=3)
     """
 
     samples: int = 1
@@ -196,4 +196,4 @@ class Chosen(ABC):
         """Choose the source for the graph of a loss."""
 
 
-Source = Gradient | Exact | Sampled | ExactHessian | EmpiricalFisher
+Source = LossGradient | ExactGGN | MonteCarloGGN | ExactHessian | EmpiricalFisher

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
+from lightning_curv.extensions.base import ExactGGN, Extension, MonteCarloGGN, Source
 from lightning_curv.extensions.subsampling import wanted_samples
 
 # Here was their home in version 0.1.0.
@@ -42,7 +42,7 @@ class DiagGGNExact(Extension):
     """
 
     savefield = "diag_ggn_exact"
-    source: Source = Exact()
+    source: Source = ExactGGN()
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Sum the squares of J over columns and samples."""
@@ -68,7 +68,7 @@ class BatchDiagGGNExact(Extension):
     """
 
     savefield = "diag_ggn_exact_batch"
-    source: Source = Exact()
+    source: Source = ExactGGN()
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Sum the squares of J over columns."""
@@ -107,7 +107,7 @@ class SqrtGGNExact(Extension):
 
     savefield = "sqrt_ggn_exact"
     forms = True
-    source: Source = Exact(complete=True)
+    source: Source = ExactGGN(complete=True)
 
     def __init__(self, subsampling: list[int] | None = None) -> None:
         self.subsampling = subsampling
@@ -143,7 +143,7 @@ class DiagGGNMC(DiagGGNExact):
     savefield = "diag_ggn_mc"
 
     def __init__(self, mc_samples: int = 1) -> None:
-        self.source = Sampled(mc_samples)
+        self.source = MonteCarloGGN(mc_samples)
 
 
 class BatchDiagGGNMC(BatchDiagGGNExact):
@@ -167,7 +167,7 @@ class BatchDiagGGNMC(BatchDiagGGNExact):
     savefield = "diag_ggn_mc_batch"
 
     def __init__(self, mc_samples: int = 1) -> None:
-        self.source = Sampled(mc_samples)
+        self.source = MonteCarloGGN(mc_samples)
 
 
 class SqrtGGNMC(SqrtGGNExact):
@@ -197,7 +197,7 @@ class SqrtGGNMC(SqrtGGNExact):
 
     def __init__(self, mc_samples: int = 1, subsampling: list[int] | None = None) -> None:
         super().__init__(subsampling)
-        self.source = Sampled(mc_samples)
+        self.source = MonteCarloGGN(mc_samples)
 
 
 class GGNTraceMC(Extension):
@@ -222,7 +222,7 @@ class GGNTraceMC(Extension):
     savefield = "ggn_trace_mc"
 
     def __init__(self, mc_samples: int = 1) -> None:
-        self.source = Sampled(mc_samples)
+        self.source = MonteCarloGGN(mc_samples)
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Sum all squared entries of J."""

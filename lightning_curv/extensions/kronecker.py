@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_curv.extensions.base import Exact, Extension, Sampled, Source
+from lightning_curv.extensions.base import ExactGGN, Extension, MonteCarloGGN, Source
 from lightning_curv.kernels.memo import LastResult
 from lightning_curv.kernels.symmetric import gram
 from lightning_curv.terms import one_hot
@@ -88,7 +88,7 @@ class KFLR(Extension):
     """
 
     savefield = "kflr"
-    source: Source = Exact()
+    source: Source = ExactGGN()
     independent = False
 
     def __init__(self, weight_sharing: WeightSharing = "expand") -> None:
@@ -165,7 +165,7 @@ class KFAC(KFLR):
 
     def __init__(self, mc_samples: int = 1, weight_sharing: WeightSharing = "expand") -> None:
         super().__init__(weight_sharing)
-        self.source = Sampled(mc_samples)
+        self.source = MonteCarloGGN(mc_samples)
 
 
 def kronecker_factor(

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import differentiating_twice
-from lightning_curv.extensions.base import Exact, Extension, GraphExtension
+from lightning_curv.extensions.base import ExactGGN, Extension, GraphExtension
 from lightning_curv.extensions.matvec import Product, all_parameters, ggn_product, hessian_product
 from lightning_curv.kernels.onednn import fast_products
 from lightning_curv.passes.passes import Passes
@@ -28,7 +28,7 @@ class GGNTraceExact(Extension):
     """
 
     savefield = "ggn_trace_exact"
-    source = Exact()
+    source = ExactGGN()
 
     def evaluate(self, jacobian: Jacobian) -> Tensor:
         """Sum all squared entries of J."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_curv.extensions.base import Exact, Extension, Gradient, Sampled
+from lightning_curv.extensions.base import ExactGGN, Extension, LossGradient, MonteCarloGGN
 from lightning_curv.extensions.columns import EmpiricalFisher
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -55,7 +55,7 @@ class GradientJacobian(KeptJacobian):
     """
 
     savefield = "jacobian_grad"
-    source = Gradient()
+    source = LossGradient()
     independent = True
 
 
@@ -85,7 +85,7 @@ class JacobianMC(KeptJacobian):
     savefield = "jacobian_mc"
 
     def __init__(self, mc_samples: int = 1) -> None:
-        self.source = Sampled(mc_samples)
+        self.source = MonteCarloGGN(mc_samples)
 
 
 class JacobianExact(KeptJacobian):
@@ -107,7 +107,7 @@ class JacobianExact(KeptJacobian):
     """
 
     savefield = "jacobian_exact"
-    source = Exact()
+    source = ExactGGN()
 
 
 class JacobianEmpirical(KeptJacobian):

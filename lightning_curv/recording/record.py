@@ -35,7 +35,7 @@ from lightning_curv.recording.notes import note_roots
 from lightning_curv.recording.provenance import tensors_in
 from lightning_curv.recording.records import like, mark_at
 from lightning_curv.rules import RULES, Rule
-from lightning_curv.rules.joined import joined
+from lightning_curv.rules.packed_outputs import pack_outputs
 
 
 class _OfThread(threading.local):
@@ -154,7 +154,7 @@ class record(TorchFunctionMode):
             first = out[0] if isinstance(out, tuple) else out
             call.bound["output"] = first.detach(), first._version
             if isinstance(out, tuple):
-                whole, out = joined(out, rule.outputs(call.bound))
+                whole, out = pack_outputs(out, rule.outputs(call.bound))
                 call.store(whole)
                 return out
         if isinstance(out, Tensor):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.rules import cells, linear, replay
-from lightning_curv.rules.joined import rows
+from lightning_curv.rules.packed_outputs import rows
 from lightning_curv.rules.registry import Call, rule
 from lightning_curv.rules.steps import PackedSteps, Steps
 from lightning_curv.terms.term import Term

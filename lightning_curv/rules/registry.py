@@ -119,7 +119,8 @@ class Rule:
             `function`.
         outputs: For ops that return a tuple: `outputs(arguments)` gives the axis of every output
             that carries the samples. The rule gets the cotangents of all outputs as the rows of one
-            tensor, `[V, N, K]`. `None`: ragged rows, see `lightning_curv.rules.joined.rows`.
+            tensor, `[V, N, K]`. `None`: ragged rows, see
+            `lightning_curv.rules.packed_outputs.rows`.
         groups: For ops whose output has several rows of every sample, not the same number of all:
             `groups(arguments)` gives the index of the term's sample n that every row belongs to,
             `[R]`; `None`: not so in this call. The rule then gets the cotangents of the rows,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_curv.extensions.columns import Exact, Sampled, Source
+from lightning_curv.extensions.columns import ExactGGN, MonteCarloGGN, Source
 from lightning_curv.extensions.unevaluated import KeptJacobian
 from lightning_curv.passes.passes import Passes
 from lightning_curv.passes.randomness import random_subset
@@ -25,7 +25,7 @@ class PartOf:
         most: How many samples, drawn at random; smaller batches are taken as they are.
     """
 
-    source: Exact | Sampled
+    source: ExactGGN | MonteCarloGGN
     most: int
 
     def jacobians(self, passes: Passes) -> Iterator[dict[Tensor, Jacobian]]:
@@ -56,5 +56,5 @@ class JacobianPart(KeptJacobian):
 
     savefield = "jacobian_part"
 
-    def __init__(self, source: Exact | Sampled, most: int) -> None:
+    def __init__(self, source: ExactGGN | MonteCarloGGN, most: int) -> None:
         self.source: Source = PartOf(source, most)  # type: ignore[assignment]

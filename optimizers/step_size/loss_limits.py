@@ -54,17 +54,19 @@ class LossLimits(GraphExtension):
         all_known = len(known_parts) == len(passes.parts)
         is_bounded = all_known and all(_nonnegative(part) for part in known_parts)
         loss = (passes.loss.detach() * passes.seed).sum().to(dtype)
-        room = torch.full_like(floor, math.inf)
+        max_decrease = torch.full_like(floor, math.inf)
         size = loss.abs() * (not all_known)
         if is_bounded:
             # Terms of negative weight, which `curvature="empirical"` takes, have no upper bound.
             negative = torch.stack([(part.likelihood.weight < 0).any() for part in known_parts])
-            room = loss.where(~negative.any(), math.inf)
+            max_decrease = loss.where(~negative.any(), math.inf)
             size = loss.abs() * negative.any()
         reach = torch.full_like(floor, math.inf)
         if all_known and not is_bounded:
             reach = torch.stack([part.likelihood.nats.to(dtype) for part in known_parts]).max()
-        limits = torch.stack([floor, room, size, reach, loss, torch.full_like(floor, samples)])
+        limits = torch.stack(
+            [floor, max_decrease, size, reach, loss, torch.full_like(floor, samples)]
+        )
         return {
             parameter: limits
             for parameters in passes.tape.parameters.values()

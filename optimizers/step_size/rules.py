@@ -37,7 +37,7 @@ class Step:
         updates: one per direction, to be added to the parameter.
         rate: learning rate that decoupled weight decay is multiplied by, besides the group's own.
         slope: Predicted change of the loss in first order, if the rule predicts it.
-        bend: What the curvature adds to it.
+        quadratic: What the curvature adds to it.
         used: The share of what a step may promise, or of how far it may go.
         report: numbers for logs.
     """
@@ -45,22 +45,22 @@ class Step:
     updates: list[Tensor]
     rate: float = 1.0
     slope: float | None = None
-    bend: float = 0.0
+    quadratic: float = 0.0
     used: float = 0.0
     report: dict[str, float] = field(default_factory=dict)
 
     @property
     def predicted(self) -> float | None:
         """Predicted change of the loss, if the rule predicts it."""
-        return None if self.slope is None else self.slope + self.bend
+        return None if self.slope is None else self.slope + self.quadratic
 
     def scaled(self, factor: float) -> Step:
         """The same step after its updates were multiplied by a factor."""
         if factor == 1.0:
             return self
         slope = None if self.slope is None else factor * self.slope
-        bend = factor * factor * self.bend
-        return replace(self, rate=factor * self.rate, slope=slope, bend=bend)
+        quadratic = factor * factor * self.quadratic
+        return replace(self, rate=factor * self.rate, slope=slope, quadratic=quadratic)
 
 
 class StepRule(ABC):
@@ -81,7 +81,7 @@ class StepRule(ABC):
         self,
         directions: Sequence[Direction],
         scale: float = 1.0,
-        room: float = math.inf,
+        max_decrease: float = math.inf,
         reach: float = math.inf,
     ) -> Step:
         """Make the updates.
@@ -89,7 +89,7 @@ class StepRule(ABC):
         Args:
             directions: of all parameters.
             scale: what the curvature in their Jacobians is to be multiplied by.
-            room: How much of a decrease the step may promise at most.
+            max_decrease: How much of a decrease the step may promise at most.
             reach: How far it may go: half of its squared length in the metric of the curvature.
         """
 
@@ -121,7 +121,7 @@ class TrustClip(StepRule):
         self,
         directions: Sequence[Direction],
         scale: float = 1.0,
-        room: float = math.inf,
+        max_decrease: float = math.inf,
         reach: float = math.inf,
     ) -> Step:
         shrink = self._shrink(directions)
@@ -160,7 +160,7 @@ class ElementwiseClip(StepRule):
         self,
         directions: Sequence[Direction],
         scale: float = 1.0,
-        room: float = math.inf,
+        max_decrease: float = math.inf,
         reach: float = math.inf,
     ) -> Step:
         updates = []
@@ -197,7 +197,7 @@ class QuadraticModel(StepRule):
         self,
         directions: Sequence[Direction],
         scale: float = 1.0,
-        room: float = math.inf,
+        max_decrease: float = math.inf,
         reach: float = math.inf,
     ) -> Step:
         batches = _jacobians(directions)
@@ -212,10 +212,10 @@ class QuadraticModel(StepRule):
             curvature = averaged_curvature(self.memory, curvature, model.lengths, samples)
         w = minimizer(_sum(curvature, model.damping), slope)
 
-        # What the loss can fall by is no more than `room`: damping does not count for that.
+        # What the loss can fall by is no more than `max_decrease`: damping does not count for that.
         quadratic = change(curvature, [0.0] * len(w), w)
         linear = sum(b * weight for b, weight in zip(slope, w, strict=True))
-        shrink = shortened(quadratic, linear, room)
+        shrink = shortened(quadratic, linear, max_decrease)
         if shrink * shrink * quadratic > reach:
             shrink = math.sqrt(reach / quadratic)
         w = [shrink * weight for weight in w]
@@ -235,8 +235,8 @@ class QuadraticModel(StepRule):
         rate = -w[0]
         momentum = sum(w[1:])
         promised = -(linear + quadratic)
-        share_of_room = promised / room if room > 0 else 1.0
-        used = max(share_of_room, quadratic / reach)
+        share_of_decrease = promised / max_decrease if max_decrease > 0 else 1.0
+        used = max(share_of_decrease, quadratic / reach)
         report = {"learning_rate": rate, "momentum": momentum}
         return Step(updates, rate, linear, quadratic, used, report)
 

@@ -70,7 +70,7 @@ class TrustRegion:
         r"""The radius $\rho$."""
         return self.memory["radius"]
 
-    def room(self, bound: float, worth: float) -> float:
+    def max_decrease(self, bound: float, worth: float) -> float:
         """How much a step may promise.
 
         Args:

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_curv import BatchGrad, DiagGGNExact, Extension, Variance, curvature, record
 from lightning_curv.engine.backprop import Backprop
 from lightning_curv.engine.sum_check import SumCheck
-from lightning_curv.extensions import Exact, Gradient
+from lightning_curv.extensions import ExactGGN, LossGradient
 
 
 class Broken(Extension):
@@ -29,7 +29,7 @@ def loss_of(net):
     return nn.functional.cross_entropy(output, torch.tensor([0, 1, 0]))
 
 
-@pytest.mark.parametrize("source", [Gradient(), Exact()], ids=["own pass", "columns"])
+@pytest.mark.parametrize("source", [LossGradient(), ExactGGN()], ids=["own pass", "columns"])
 def test_an_error_says_which_quantity_of_which_parameter_it_concerns(source):
     net = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="on purpose") as caught, curvature(Broken(source)):
@@ -40,7 +40,7 @@ def test_an_error_says_which_quantity_of_which_parameter_it_concerns(source):
     assert not hasattr(net[0].weight, "broken")
 
 
-@pytest.mark.parametrize("source", [Gradient(), Exact()], ids=["own pass", "columns"])
+@pytest.mark.parametrize("source", [LossGradient(), ExactGGN()], ids=["own pass", "columns"])
 def test_where_a_pass_goes_on_only_the_quantity_that_failed_is_missing(source):
     net = nn.Linear(2, 2)
     broken, others = Broken(source), [Variance(), BatchGrad(), DiagGGNExact()]

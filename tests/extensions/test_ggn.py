@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from zoo import NAMES, ROW, assert_close, assert_fields, compute, reference
 
-from lightning_curv import curvature
+from lightning_curv import curvature, extensions
 from lightning_curv.extensions import (
     KFAC,
     KFLR,
@@ -154,15 +154,15 @@ def test_a_complete_root_serves_all(monkeypatch):
     weight, X, y = model[2].weight, torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
     found, passes, pull = {}, [], Passes.pull
     monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(1) or pull(self, column))
-    for extensions in [
+    for wanted in [
         (DiagGGNExact(),),
         (DiagGGNExact(),),
         (DiagGGNExact(), SqrtGGNExact()),
     ]:  # the first one probes
         passes.clear()
-        with curvature(*extensions, batch_size=5):
+        with curvature(*wanted, batch_size=5):
             F.cross_entropy(model(X), y).backward()
-        found[len(extensions)] = weight.diag_ggn_exact, len(passes)
+        found[len(wanted)] = weight.diag_ggn_exact, len(passes)
     assert_close(found[2][0], found[1][0])
     assert_close(weight.sqrt_ggn_exact.square().sum((0, 1)), found[1][0])
     assert found[2][1] - found[1][1] == 1  # four columns instead of three
@@ -192,3 +192,12 @@ def test_columns_one_at_a_time_are_those_at_once(monkeypatch, extension):
         found.append(tree_leaves([getattr(p, extension.savefield) for p in net.parameters()]))
     for one_by_one, at_once in zip(found[1], found[0], strict=True):
         assert_close(one_by_one, at_once)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Gradient", "LossGradient"), ("Exact", "ExactGGN"), ("Sampled", "MonteCarloGGN")],
+)
+def test_names_of_sources_in_version_0_1_work_with_a_warning(old, new):
+    with pytest.warns(DeprecationWarning, match=f"`{old}` is called `{new}`"):
+        assert getattr(extensions, old) is getattr(extensions, new)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_curv import CurvatureStepSize, DPOptimizer, KFACOptimizer, curvature
 from lightning_curv.extensions import JacobianExact, JacobianMC
-from lightning_curv.extensions.columns import Exact, Sampled
+from lightning_curv.extensions.columns import ExactGGN, MonteCarloGGN
 from lightning_curv.optimizers import curvature_step_size
 from lightning_curv.optimizers.curvature.part import JacobianPart
 from lightning_curv.optimizers.step_size.step_length import StepLength, WindowMean
@@ -142,10 +142,12 @@ def test_the_curvature_of_a_part_is_that_of_these_samples_as_if_there_were_no_ot
     whole = along(JacobianExact(), x, y)
     assert whole == pytest.approx(brute_force(net, x, y, flat(d))[1], rel=1e-9)
     chosen = torch.randperm(24, generator=torch.Generator().manual_seed(3))[:5]
-    part = along(JacobianPart(Exact(), 5), x, y, seed=3)
+    part = along(JacobianPart(ExactGGN(), 5), x, y, seed=3)
     assert part == pytest.approx(brute_force(net, x[chosen], y[chosen], flat(d))[1], rel=1e-9)
-    assert along(JacobianPart(Exact(), 24), x, y) == pytest.approx(whole, rel=1e-12)
-    pairs = {round(along(JacobianPart(Exact(), 2), x[:3], y[:3], seed), 12) for seed in range(20)}
+    assert along(JacobianPart(ExactGGN(), 24), x, y) == pytest.approx(whole, rel=1e-12)
+    pairs = {
+        round(along(JacobianPart(ExactGGN(), 2), x[:3], y[:3], seed), 12) for seed in range(20)
+    }
     assert len(pairs) == 3
     whole = along(JacobianExact(), x[:3], y[:3])
     assert sum(pairs) / 3 == pytest.approx(whole, rel=1e-9)
@@ -154,7 +156,7 @@ def test_the_curvature_of_a_part_is_that_of_these_samples_as_if_there_were_no_ot
 def test_targets_are_drawn_from_the_model_by_the_generator():
     net, (x, y) = network(), problem()
     found = []
-    for extension in (JacobianMC(), JacobianPart(Sampled(), 64)):
+    for extension in (JacobianMC(), JacobianPart(MonteCarloGGN(), 64)):
         with curvature(extension, generator=torch.Generator().manual_seed(5)):
             F.cross_entropy(net(x), y).backward()
         jacobian = getattr(net[0].weight, extension.savefield)

@@ -27,7 +27,7 @@ from lightning_curv.extensions import (
 )
 from lightning_curv.recording.records import marks
 from lightning_curv.rules import RULES, Call, cells, recurrent
-from lightning_curv.rules.joined import rows
+from lightning_curv.rules.packed_outputs import rows
 from lightning_curv.terms import ghost_norms
 from lightning_curv.terms.jacobian import Jacobian
 

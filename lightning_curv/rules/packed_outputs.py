@@ -13,7 +13,7 @@ from torch.nn import functional as F
 Axes = Sequence[int | None] | None
 
 
-def joined(outputs: Sequence[Tensor], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
+def pack_outputs(outputs: Sequence[Tensor], axes: Axes) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The outputs as the rows `[N, K]` of one tensor, and the outputs computed from that.
 
     Values, strides and version counters stay; gradients pass through unchanged.
