@@ -384,7 +384,7 @@ def union(world):
 
 
 def work(rank, folder):
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
     mesh = init_device_mesh("cpu", (WORLD,))
     found = {"refusals": refusals()}
     found["quantities"] = {name: quantities(name, mesh) for name in SHARDED}
@@ -395,4 +395,5 @@ def work(rank, folder):
     found["lightning, accumulated"] = lightning(accumulate=2)
     found["lightning, parts"] = lightning(batch_norm=True)
     torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()  # the first process has the store that all others still ask
     dist.destroy_process_group()
