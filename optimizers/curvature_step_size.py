@@ -306,7 +306,8 @@ class CurvatureStepSize(Optimizer):
             self.last_step = {"learning_rate": 0.0}
             return False
         if not is_finite:
-            self._warn_of_skipped("gradients", params, gradients)
+            found = dict(zip(params, gradients, strict=True))
+            self._parameters.warn_of_skipped("gradients", found)
             return False
         if loss is not None and math.isfinite(loss):
             self.step_length.add_loss(loss)
@@ -348,7 +349,8 @@ class CurvatureStepSize(Optimizer):
             param.copy_(old)
         slope, square = _slope_and_square([gradient(param) for param in params], directions)
         if not (math.isfinite(slope) and math.isfinite(square)):
-            self._warn_of_skipped("directions", params, directions)
+            found = dict(zip(params, directions, strict=True))
+            self._parameters.warn_of_skipped("directions", found)
             return
         self._measure(self.step_length.own.measure, params, directions, batches, square)
         rate = self.step_length.next(slope, square, loss)
@@ -382,15 +384,6 @@ class CurvatureStepSize(Optimizer):
         finally:
             for group, settings in zip(self.param_groups, kept, strict=True):
                 group.update(settings)
-
-    def _warn_of_skipped(
-        self, kind: str, params: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> None:
-        """Warn that a step is skipped, and say which parameters' tensors are not finite."""
-        flags = finite_flags(tensors)
-        guilty = [param for param, finite in zip(params, flags, strict=True) if not finite]
-        names = self._parameters.described(guilty)
-        warn(f"found inf or NaN in the {kind} of {names}; this step is skipped.")
 
     @property
     def _parameters(self) -> Parameters:

@@ -319,7 +319,7 @@ class SecondOrderOptimizer(Optimizer):
             self._take_back(members)
             return None
         if not are_finite:
-            self._warn_of_skipped("gradients", gradients)
+            self._parameters.warn_of_skipped("gradients", gradients)
             return None
         parameters = self._parameters
         curvature = self.curvature
@@ -351,7 +351,7 @@ class SecondOrderOptimizer(Optimizer):
         updates = dict(zip(moving, step.updates, strict=True))
         moved = move(parameters, members, updates, step, self.region)
         if moved is None:
-            self._warn_of_skipped("preconditioned gradients", updates)
+            parameters.warn_of_skipped("preconditioned gradients", updates)
             return None
         self.last_step = {**step.report, "damping": self.relative_damping}
         if moved.predicted is not None:
@@ -374,13 +374,6 @@ class SecondOrderOptimizer(Optimizer):
                     self.loss_floor,
                 )
         return dampings
-
-    def _warn_of_skipped(self, kind: str, tensors: dict[Tensor, Tensor]) -> None:
-        """Warn that a step is skipped, and say which parameters' tensors are not finite."""
-        flags = finite_flags(tensors.values())
-        guilty = [param for param, finite in zip(tensors, flags, strict=True) if not finite]
-        names = self._parameters.described(guilty)
-        warn(f"found inf or NaN in the {kind} of {names}; this step is skipped.")
 
     def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
         """The new fields of an extension, each only once."""

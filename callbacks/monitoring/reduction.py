@@ -8,6 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_curv.distributed.failures import processes, together
+from lightning_curv.optimizers.linear_algebra.collectives import averaged
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
@@ -26,6 +27,4 @@ def reduced(tensor: Tensor, strategy: Strategy, how: Literal["mean", "max"]) -> 
     if how == "max":
         together(dist.all_reduce, tensor, op=dist.ReduceOp.MAX)
         return tensor
-    together(dist.all_reduce, tensor)
-    # Not in the collective: gloo has no averages.
-    return tensor / processes()
+    return averaged(tensor)

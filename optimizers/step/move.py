@@ -205,7 +205,8 @@ def move(
         return None
     weights = [param for param in updates if param.dim() > 1]
     changes: list[float] = []
-    if weights:
+    # Read by the region alone: the host waits for them.
+    if weights and region.enabled:
         changes = relative_changes(weights, [updates[param] for param in weights]).tolist()
     shrink = region.shrink(changes)
     if shrink < 1.0 and updates:
