@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from processes import QUIET
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import distributed as dist
@@ -84,14 +85,7 @@ def fit(net, callback):
             cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"
         ),
         devices=2,
-        max_epochs=1,
-        accelerator="cpu",
-        log_every_n_steps=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **QUIET,
         callbacks=[callback],
     )
     trainer.fit(net, DataLoader([batch(dist.get_rank())] * STEPS, batch_size=None))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from processes import join
+from processes import QUIET, join
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import distributed as dist
@@ -151,14 +151,7 @@ def batches(world, accumulate):
 def trained(net, loader, callback, **settings):
     watch = Watch()
     trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        log_every_n_steps=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **QUIET,
         callbacks=[watch] if callback is None else [callback, watch],
         **settings,
     )

@@ -8,6 +8,18 @@ from contextlib import ExitStack
 import torch
 from torch import multiprocessing
 
+# Of a Trainer that leaves the batches of every process as they are, and writes nothing.
+QUIET = {
+    "max_epochs": 1,
+    "accelerator": "cpu",
+    "log_every_n_steps": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
 
 def spawn(work, *arguments, world=2, groups=None):
     """Call `work(rank, *arguments)` in new processes; an error in one of them is raised here.

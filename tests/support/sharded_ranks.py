@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from processes import QUIET
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import distributed as dist
@@ -348,14 +349,7 @@ def trained(net, batches, accumulate=1, **settings):
     alarms = [Alarm("grad_norm", above=1e9, action="skip"), "vanishing"]
     callback = CurvatureCallback(QUANTITIES, layers=True, mc_samples=0, strict=False, alarms=alarms)
     trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        log_every_n_steps=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **QUIET,
         accumulate_grad_batches=accumulate,
         callbacks=[callback, series],
         **settings,
