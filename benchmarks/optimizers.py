@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Curve, Workload, interleaved
 
 from lightning_curv import DiagGGNOptimizer, KFACOptimizer, curvature
 
@@ -28,7 +28,6 @@ SECOND_ORDER: dict[str, Any] = {
     "EKFAC": lambda params: KFACOptimizer(params, eigen=True),
     "DiagGGN": lambda params: DiagGGNOptimizer(params),
 }
-Curve = list[dict[str, float]]
 
 
 def train(
@@ -81,15 +80,6 @@ def train(
         yield step / steps, curve
         if step == steps:
             return
-
-
-def interleaved(runs: dict[str, Iterator[tuple[float, Curve]]]) -> dict[str, Curve]:
-    """The curves of several runs, a step at a time of the one that is furthest behind: all meet the same machine."""
-    states = {method: next(run) for method, run in runs.items()}
-    while min(done for done, _ in states.values()) < 1:
-        behind = min(states, key=lambda method: states[method][0])
-        states[behind] = next(runs[behind])
-    return {method: curve for method, (_, curve) in states.items()}
 
 
 def first(curve: Curve, target: float) -> dict[str, float] | None:

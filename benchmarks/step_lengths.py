@@ -12,7 +12,7 @@ step costs, in steps of AdamW with a given rate.
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,19 +21,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from workloads import (
+    Attention,
+    Batch,
     Characters,
     FeedForward,
     autoencoder,
     mnist_labels,
     pixel_loss,
     python_text,
+    shuffled,
     small_digits,
     token_loss,
 )
 
 from lightning_curv import CurvatureStepSize, curvature
 
-Batch = tuple[Tensor, Tensor]
 STEP = 10**0.5  # from a rate of the grid to the next one
 MOST_RATES = 8
 
@@ -76,30 +78,15 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(self.token(tokens))[0])
 
 
-class Mixer(nn.Module):
-    """Self-attention behind a layer norm, not causal."""
-
-    def __init__(self, width: int, heads: int = 4) -> None:
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for t in self.qkv(self.norm(x)).chunk(3, dim=-1)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(mixed.transpose(1, 2).flatten(2))
-
-
 class VisionTransformer(nn.Module):
     """Two blocks on the sixteen 2 × 2 patches of an 8 × 8 image."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.patch, self.position = nn.Linear(4, width), nn.Embedding(16, width)
-        self.blocks = nn.Sequential(*(m(width) for _ in range(2) for m in (Mixer, FeedForward)))
+        self.blocks = nn.Sequential(
+            *(m for _ in range(2) for m in (Attention(width, causal=False), FeedForward(width)))
+        )
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -223,15 +210,6 @@ def sgd(net: nn.Module, lr: float) -> Sequence[Optimizer]:
 DIRECTIONS = {"AdamW": (adamw, 1e-2), "Muon": (muon, 1e-2), "SGD with momentum": (sgd, 3e-2)}
 
 
-def batches(task: Task, seed: int) -> Iterator[Batch]:
-    inputs, targets = task.data()
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(inputs), generator=generator)
-        for rows in order[: len(order) // task.batch * task.batch].split(task.batch):
-            yield inputs[rows], targets[rows]
-
-
 def train(task: Task, direction: str, lr: float | None, seed: int) -> tuple[float, float]:
     """Final training loss, infinite if training diverged, and the CPU seconds per step."""
     torch.manual_seed(seed)
@@ -245,8 +223,9 @@ def train(task: Task, direction: str, lr: float | None, seed: int) -> tuple[floa
         for optimizer in optimizers
     ]
     generator = torch.Generator().manual_seed(seed)
+    batches = shuffled(task.data(), task.batch, seed)
     seconds = 0.0
-    for _, (inputs, targets) in zip(range(task.steps), batches(task, seed), strict=False):
+    for _, (inputs, targets) in zip(range(task.steps), batches, strict=False):
         start = time.process_time()
         for optimizer in optimizers:
             optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -12,7 +12,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from workloads import Batch, Characters, help_text, mnist, python_text, tanh_layers
+from workloads import (
+    Batch,
+    Characters,
+    help_text,
+    mnist,
+    python_text,
+    tanh_layers,
+    token_loss,
+)
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -45,15 +53,6 @@ class Task:
     steps: int
     accuracy: bool = False
     start: Callable[[nn.Module], None] = field(default=lambda net: None)
-
-    def batches(self, data: Batch, seed: int) -> Iterator[Batch]:
-        """Endless shuffled epochs of full batches."""
-        inputs, targets = data
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = torch.randperm(len(inputs), generator=generator)
-            for chosen in order[: len(order) // self.batch * self.batch].split(self.batch):
-                yield inputs[chosen], targets[chosen]
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -333,10 +332,6 @@ def trained_on_early_digits() -> dict[str, Tensor]:
                 optimizer.step()
     state = net.state_dict()
     return {name: value for name, value in state.items() if not name.startswith("7.")}
-
-
-def token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
 
 def mlp(*sizes: int) -> nn.Module:

@@ -27,14 +27,13 @@ from typing import Any
 import torch
 from tasks import TASKS, Task
 from torch import nn
-from workloads import Batch
+from workloads import Batch, Curve, interleaved, shuffled
 
 from lightning_curv import KFACOptimizer, curvature
 
 RESULTS = Path(__file__).parent / "results" / "untuned.json"
 MARKS = 40  # how often a run is measured
 MEASURED = 1000  # of the training data
-Curve = list[dict[str, float]]
 
 
 class Muon:
@@ -113,7 +112,7 @@ def train(task: Task, method: str, seed: int, lr: float = 0.0) -> Iterator[tuple
     torch.manual_seed(seed)
     curve: Curve = []
     seconds = 0.0
-    batches = task.batches(train_data, seed)
+    batches = shuffled(train_data, task.batch, seed)
     for step in range(1, task.steps + 1):
         batch = next(batches)
         start = time.process_time()
@@ -177,15 +176,6 @@ def tuned(task: Task, peer: str, extensions: int = 4) -> dict[str, float]:
             break
         found[lr] = final(finished(train(task, peer, 0, lr)))
     return {f"{lr:.3g}": found[lr] for lr in sorted(found)}
-
-
-def interleaved(runs: dict[str, Iterator[tuple[float, Curve]]]) -> dict[str, Curve]:
-    """The curves of several runs, a step at a time of the one that is furthest behind."""
-    found = {method: next(run) for method, run in runs.items()}
-    while min(done for done, _ in found.values()) < 1:
-        behind = min(found, key=lambda method: found[method][0])
-        found[behind] = next(runs[behind])
-    return {method: curve for method, (_, curve) in found.items()}
 
 
 def shares(ours: Curve, peers: Curve) -> tuple[float, float]:

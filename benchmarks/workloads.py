@@ -11,6 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batch = tuple[Tensor, Tensor]
+Curve = list[dict[str, float]]
+
+
+def shuffled(data: Batch, size: int, seed: int) -> Iterator[Batch]:
+    """Endless shuffled epochs of full batches."""
+    inputs, targets = data
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(inputs), generator=generator)
+        for chosen in order[: len(order) // size * size].split(size):
+            yield inputs[chosen], targets[chosen]
+
+
+def interleaved(runs: dict[str, Iterator[tuple[float, Curve]]]) -> dict[str, Curve]:
+    """The curves of several runs, a step at a time of the one that is furthest behind: all meet the same machine."""
+    states = {method: next(run) for method, run in runs.items()}
+    while min(done for done, _ in states.values()) < 1:
+        behind = min(states, key=lambda method: states[method][0])
+        states[behind] = next(runs[behind])
+    return {method: curve for method, (_, curve) in states.items()}
 
 
 @dataclass(frozen=True)
@@ -46,18 +66,10 @@ class Workload:
     decay: bool = False
 
     def batches(self, data: Batch, seed: int) -> Iterator[Batch]:
-        """Endless shuffled epochs of full batches."""
-        inputs, targets = data
-        size = self.batch or len(inputs)
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            order = (
-                torch.randperm(len(inputs), generator=generator)
-                if self.batch
-                else torch.arange(len(inputs))
-            )
-            for chosen in order[: len(order) // size * size].split(size):
-                yield inputs[chosen], targets[chosen]
+        """Endless shuffled epochs of full batches; without a batch size, all data in their order."""
+        while self.batch is None:
+            yield data
+        yield from shuffled(data, self.batch, seed)
 
 
 def tanh_layers(sizes: list[int], code: int | None = None) -> nn.Sequential:
@@ -88,10 +100,11 @@ def lenet() -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """Causal self-attention behind a layer norm."""
+    """Self-attention behind a layer norm."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int = 4, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.heads, self.norm = heads, nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
@@ -100,7 +113,7 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in self.qkv(self.norm(x)).chunk(3, dim=-1)
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return x + self.out(mixed.transpose(1, 2).flatten(2))
 
 
