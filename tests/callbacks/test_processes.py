@@ -47,7 +47,7 @@ def runs(*without):
 
 
 @pytest.mark.parametrize(
-    ("world", "name"), runs("branch", "failing", "some_samples", "monte_carlo")
+    ("world", "name"), runs("branch", "compressed", "failing", "some_samples", "monte_carlo")
 )
 def test_values_are_those_of_one_process_on_the_union_batch(results, alone, world, name):
     expected = alone[world, name]["values"]
@@ -75,7 +75,7 @@ def test_parameters_stay_identical_over_ranks_and_with_monitoring(results, world
                 assert all(map(torch.equal, step, expected)), (rank, monitored)
 
 
-@pytest.mark.parametrize(("world", "name"), runs("branch"))
+@pytest.mark.parametrize(("world", "name"), runs("branch", "compressed"))
 def test_parameters_and_curvature_are_those_of_one_process(results, alone, world, name):
     for kind in ("parameters", "curvature"):
         for rank in range(world):
@@ -129,6 +129,36 @@ def test_a_quantity_that_fails_in_one_process_is_left_out_in_all(results, alone,
             assert values == pytest.approx(
                 {name: v for name, v in others.items() if name not in lost}, rel=1e-6
             )
+
+
+def test_of_compressed_gradients_the_mean_is_what_arrived_and_the_squares_are_those_of_the_samples(
+    results,
+):
+    """PowerSGD, from the third step on: nothing is corrected."""
+    run, (x, y), net = results[3, 0, "compressed", True], batches(3, 1), Net()
+    before = [p.detach().clone() for p in net.parameters()]
+    velocity = [torch.zeros_like(p) for p in before]
+    for step, after in enumerate(run["parameters"]):
+        moves = [(p - q) / 0.1 for p, q in zip(before, after, strict=True)]
+        arrived = torch.cat([(m - 0.9 * v).flatten() for m, v in zip(moves, velocity, strict=True)])
+        rows = _gradients(net, x[step].flatten(0, 1), y[step].flatten())
+        is_compressed = bool((arrived - rows.mean(0)).norm() > 0.01 * arrived.norm())
+        assert is_compressed is (step >= 2)
+        values = run["values"][step]
+        trace = (rows.square().sum(1).mean() - arrived @ arrived) / (1 - 1 / len(rows))
+        expected = {
+            "grad_norm": arrived.norm(),
+            "grad_variance": trace,
+            "sample_norm_max": rows.norm(dim=1).max(),
+        }
+        for name, value in expected.items():
+            assert values[f"curvature/{name}"] == pytest.approx(value.item(), rel=1e-5), (
+                name,
+                step,
+            )
+        velocity, before = moves, after
+        for p, new in zip(net.parameters(), after, strict=True):
+            p.data.copy_(new)
 
 
 def test_monte_carlo_quantities_converge_to_those_of_one_process(results, alone):

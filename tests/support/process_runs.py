@@ -14,6 +14,7 @@ from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -90,10 +91,17 @@ class Net(pl.LightningModule):
 class Watch(pl.Callback):
     """Values, parameters and factors of every step, and the collectives in it."""
 
-    def __init__(self):
+    def __init__(self, compressed=False):
+        self.compressed = compressed
         self.values, self.parameters, self.collectives, self.curvature = [], [], [], []
         self.subsets = []
         self.count, self.inverted, self.memory = 0, [], []
+
+    def on_train_start(self, trainer, *args):
+        # Lightning registers them on GPUs only.
+        if self.compressed:
+            state = PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
+            trainer.strategy.model.register_comm_hook(state, powerSGD_hook)
 
     def on_train_batch_start(self, *args):
         self.original = dist.all_reduce
@@ -148,8 +156,8 @@ def batches(world, accumulate):
     return x, (x[..., 0] > 0).long() + (x[..., 1] > 1).long()
 
 
-def trained(net, loader, callback, **settings):
-    watch = Watch()
+def trained(net, loader, callback, compressed=False, **settings):
+    watch = Watch(compressed)
     trainer = pl.Trainer(
         **QUIET,
         callbacks=[watch] if callback is None else [callback, watch],
@@ -173,6 +181,7 @@ RUNS = {
     "accumulate": ({}, {}, 2),
     "static_graph": ({}, {"static_graph": True}, 1),
     "failing": ({}, {}, 1),
+    "compressed": ({}, {}, 1),
     "find_unused": ({}, {"find_unused_parameters": True}, 1),
     "branch": ({"branch": True}, {"find_unused_parameters": True}, 1),
     "kfac": ({"optimizer": kfac}, {}, 1),
@@ -222,6 +231,7 @@ def run(name, monitored=True):
         Net(**network),
         [(x[i, rank], y[i, rank]) for i in range(len(x))],
         callback,
+        compressed=name == "compressed",
         strategy=DDPStrategy(
             cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo", **strategy
         ),
