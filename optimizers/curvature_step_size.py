@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_curv.distributed.failures import telling
+from lightning_curv.distributed.replicas import refuse_join
 from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.extensions import Extension
 from lightning_curv.extensions.columns import ExactGGN, MonteCarloGGN
@@ -223,6 +225,7 @@ class CurvatureStepSize(Optimizer):
         self._take_in([param for _, param in self._parameters.members()])
 
     @torch.no_grad()
+    @telling()
     def step(self, closure: Callable[[], Any] | None = None, loss: Any = None) -> Any:
         """Take one step from the gradients and curvature on the parameters, or undo the last one.
 
@@ -238,11 +241,13 @@ class CurvatureStepSize(Optimizer):
             RuntimeError: Curvature is due and no parameter has any that was not used before; a
                 gradient is sparse.
             TypeError: Parameters are sharded.
+            UnsupportedError: A model is in `join`, where some processes take no part in the step.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = loss = closure()
+        refuse_join(self)
         params = [param for _, param in self._parameters.members()]
         if not params:
             return result

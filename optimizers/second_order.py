@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from lightning_curv.distributed.failures import processes, telling
+from lightning_curv.distributed.replicas import refuse_join
 from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.extensions import Extension, GraphExtension
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup
@@ -224,11 +225,13 @@ class SecondOrderOptimizer(Optimizer):
         Raises:
             RuntimeError: Curvature is due and no parameter has any that was not used before; a
                 gradient is sparse.
+            UnsupportedError: A model is in `join`, where some processes take no part in the step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_join(self)
         members = self._parameters.members()
         if not members:
             return loss

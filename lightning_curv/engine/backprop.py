@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lightning_curv.distributed.replicas import unnoticed
 from lightning_curv.distributed.shards import Shard, find_shards, gathered
 from lightning_curv.engine import truncated_backward
 from lightning_curv.engine.extension_hook import ExtensionHook, Handover
@@ -127,12 +128,12 @@ class Backprop:
     @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
-        with ExitStack() as gathering:
-            self._prepare(gathering)
+        with ExitStack() as undisturbed:
+            self._prepare(undisturbed)
 
-    def _prepare(self, gathering: ExitStack) -> None:
+    def _prepare(self, undisturbed: ExitStack) -> None:
         with _ErrorScope(self, self._extensions):
-            passes = self._looked(gathering)
+            passes = self._looked(undisturbed)
             self._choose(passes)
         if self._failed and not self._extensions:
             return
@@ -170,21 +171,22 @@ class Backprop:
     @torch.no_grad()
     def look(self) -> None:
         """Find the samples and what is refused, without computing anything; see `failures`."""
-        with ExitStack() as gathering:
+        with ExitStack() as undisturbed:
             with _ErrorScope(self, self._extensions):
-                passes = self._looked(gathering)
+                passes = self._looked(undisturbed)
             curved = [e for e in self._extensions if e.needs_likelihood]
             with _ErrorScope(self, curved):
                 # To look at the curvature of a loss that is not known differentiates it.
                 for part in passes.parts if curved else ():
                     _ = part.flat
 
-    def _looked(self, gathering: ExitStack) -> Passes:
+    def _looked(self, undisturbed: ExitStack) -> Passes:
         self._passes = passes = self._walked()
+        undisturbed.enter_context(unnoticed(passes.tape.nodes))
         self._shards = find_shards(passes.tape.all_parameters)
         if self._shards:
             # Before anything can fail: all processes take part.
-            gathering.enter_context(gathered(self._shards.values()))
+            undisturbed.enter_context(gathered(self._shards.values()))
         self._refuse_uncovered(passes.tape)
         self._find_samples(passes)
         return passes

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_curv.distributed.replicas import refuse_join
 from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
@@ -261,12 +262,14 @@ class DPOptimizer(Optimizer):
 
         Raises:
             RuntimeError: A gradient comes from elsewhere and is not private, or σ or B̄ is unknown.
+            UnsupportedError: A model is in `join`, where some processes take no part in the step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # Before noise is drawn: a step that is refused releases nothing.
+        refuse_join(self)
         self._refuse_unprivatised()
         sigma, size = self._settings()
         self._privatise(sigma, size)

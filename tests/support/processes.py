@@ -1,5 +1,6 @@
 """Several processes on this machine, started as `torchrun` starts them."""
 
+import gc
 import os
 import socket
 import warnings
@@ -44,6 +45,8 @@ def _begin(rank, work, world, port, arguments):
     if port is not None:
         join(rank, world, port)
     work(rank, *arguments)
+    # Models in cycles keep the threads of a process group alive, which must not meet the end of the interpreter.
+    gc.collect()
 
 
 def join(rank, world, port):

@@ -1,0 +1,78 @@
+"""Processes that each have the whole model and average its gradients: `DistributedDataParallel`."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_curv.distributed.failures import processes
+from lightning_curv.errors import UnsupportedError
+
+# The models that there were when an optimizer first asked.
+_known: WeakKeyDictionary[Optimizer, WeakSet[Any]] = WeakKeyDictionary()
+
+
+@contextmanager
+def unnoticed(nodes: Iterable[Node]) -> Iterator[None]:
+    """`DistributedDataParallel` takes no notice of passes through a graph.
+
+    With `static_graph` it averages gradients for the first time at the end of the first pass
+    through the outputs of the model: after one of ours there are none yet, and it never does again.
+
+    Args:
+        nodes: of the graph; those of the model's outputs know the model.
+
+    Cost: a look at every node.
+    """
+    models: dict[int, Any] = {}
+    for node in nodes:
+        reference = getattr(node, "ddp_weakref", None)
+        model = None if reference is None else reference()
+        if model is not None and model.static_graph:
+            models[id(model)] = model
+    queued = [model._static_graph_delay_allreduce_enqueued for model in models.values()]
+    for model in models.values():
+        # What is said to be queued is not queued again.
+        model._static_graph_delay_allreduce_enqueued = True
+    try:
+        yield
+    finally:
+        for model, before in zip(models.values(), queued, strict=True):
+            model._static_graph_delay_allreduce_enqueued = before
+
+
+def refuse_join(optimizer: Optimizer) -> None:
+    """Refuse a step in which processes that have run out of batches take no part.
+
+    In their place `join` answers the collectives of `DistributedDataParallel`, and no others: those
+    of the optimizer would meet them, and end the processes.
+
+    Args:
+        optimizer: exchanges numbers with other processes in its steps.
+
+    Raises:
+        UnsupportedError: A model is in `join`, without `throw_on_early_termination=True`.
+
+    Cost: models are searched for once per optimizer, a tenth of a second.
+    """
+    if processes() == 1:
+        return
+    if optimizer not in _known:
+        kind = DistributedDataParallel
+        _known[optimizer] = WeakSet(o for o in gc.get_objects() if issubclass(type(o), kind))
+    for model in _known[optimizer]:
+        join = model._join_config
+        if join.enable and not join.throw_on_early_termination:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} needs all processes in every step, found a model in "
+                "`join`, where some run out of batches before the others. Use "
+                "`join(throw_on_early_termination=True)`, which ends the loop in all of them, or "
+                "give all as many batches."
+            )
