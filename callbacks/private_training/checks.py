@@ -116,7 +116,10 @@ class Checks:
 
     def finish(self) -> None:
         """Training is over; hooks that run at its end may still follow."""
-        self.after_epoch()
+        self.between()
+        # Until then everything is moved to the processor: versions tell nothing, values do.
+        self._watch.begin(values=True)
+        self._began = True
         self._refuse(self._watch.unexpected(self._unknown))
 
     def after_end(self) -> None:

@@ -90,7 +90,8 @@ class StateWatch:
                 differs = moved
             else:
                 suspected = moved or self._is_trained(name, tensor)
-                differs = suspected and not torch.equal(known, fingerprint(tensor))
+                # Lightning has everything back on the processor when the last hook runs.
+                differs = suspected and not torch.equal(known.cpu(), fingerprint(tensor).cpu())
             if differs:
                 names.add(name)
         return self.unexpected(names)

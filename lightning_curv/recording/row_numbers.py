@@ -16,6 +16,7 @@ from hashlib import blake2b
 from itertools import starmap
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -506,6 +507,21 @@ def fingerprint(numbers: Numbers) -> tuple[tuple[int, bytes], ...]:
     """Something that is the same for the same numbers only."""
     digests = []
     for size, of_size in sorted(numbers.items()):
-        content = of_size.cpu().numpy().tobytes()
-        digests.append((size, blake2b(content).digest()))
+        if _is_counted(size, of_size):
+            digests.append((size, _ASCENDING))
+            continue
+        content = of_size.cpu().numpy().ravel()
+        ascending = np.array_equal(content, np.arange(size))
+        digest = _ASCENDING if ascending else blake2b(content.tobytes()).digest()
+        digests.append((size, digest))
     return tuple(digests)
+
+
+_ASCENDING = b"ascending"
+
+
+def _is_counted(size: int, numbers: Tensor) -> bool:
+    """Whether these are all numbers of `counted` in their order, without waiting for the device."""
+    known = _RANGES.get((size, numbers.device, False))
+    whole = numbers.numel() == size and numbers.is_contiguous()
+    return known is not None and whole and (numbers is known or numbers._base is known)

@@ -23,6 +23,11 @@ from lightning_curv.terms.term import Term
 CHUNK_BYTES = 2**21
 
 
+def joined(results: list[Tensor]) -> Tensor:
+    """Results of consecutive samples, `[V, n]` each, as one; a single one is not copied."""
+    return results[0] if len(results) == 1 else torch.cat(results, dim=1)
+
+
 def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
     """J of consecutive samples, `[V, n, *par]`; one piece without samples where there are none.
 

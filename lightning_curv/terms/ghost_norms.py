@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_curv.kernels import onednn
 from lightning_curv.kernels.memo import LastResult
 from lightning_curv.precision import wide
-from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices
+from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, joined
 from lightning_curv.terms.safe_norms import product_norms, row_norms
 from lightning_curv.terms.term import ROUNDING, Term
 
@@ -44,7 +44,7 @@ def squared_norms(term: Term) -> Tensor:
     Both Gram matrices are made in chunks.
     """
     chunks = [products.sum(2) for products, *_ in _products(term)]
-    return torch.cat(chunks, dim=1).clamp_(min=0)
+    return joined(chunks).clamp_(min=0)
 
 
 def norms(term: Term) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
         start += norms.shape[1]
         all_norms.append(norms)
         all_sizes.append(sizes)
-    return torch.cat(all_norms, dim=1), torch.cat(all_sizes, dim=1)
+    return joined(all_norms), joined(all_sizes)
 
 
 def _rounded_up(

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_curv.kernels import huge_pages
 from lightning_curv.precision import wide
 from lightning_curv.terms import ghost_norms, one_hot
-from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, pieces
+from lightning_curv.terms.chunks import CHUNK_BYTES, Matrices, joined, pieces
 from lightning_curv.terms.safe_norms import row_norms
 from lightning_curv.terms.squares import signed, squared_sizes
 from lightning_curv.terms.term import DIAGONAL, Term
@@ -318,7 +318,7 @@ class Jacobian:
             rows = chunk[..., None]
             parameter_axes = [*range(2, rows.ndim)]
             norms.append(torch.linalg.vector_norm(rows, dim=parameter_axes))
-        return torch.cat(norms, dim=1).square_()
+        return joined(norms).square_()
 
     def norms(self) -> Tensor:
         """Compute norms of J[v, n] that bound what a sample adds to `weighted_total`.
@@ -350,7 +350,7 @@ class Jacobian:
         for chunk in self.chunks():
             rows = _rows(chunk)
             parts.append(row_norms(rows, 2))
-        norms = torch.cat(parts, dim=1)
+        norms = joined(parts)
         return norms, norms
 
     def sum_squares(self) -> Tensor:

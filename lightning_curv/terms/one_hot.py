@@ -1,4 +1,9 @@
-"""Terms with one-hot inputs (embeddings): every contraction without a dense one-hot matrix."""
+"""Terms with one-hot inputs (embeddings): every contraction without a dense one-hot matrix.
+
+How many rows a batch touches depends on the values of its indices. On the processor they are
+counted; on other devices the host would wait for that, so that results have as many places as there
+may be rows.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +24,48 @@ class Rows(NamedTuple):
     They are made to be changed in place.
     """
 
-    g: Tensor  # [V, U, *]
+    g: Tensor  # [V, U, *], zeros where no row is
     sample: Tensor  # [U]
     token: Tensor  # [U]
+    exists: Tensor | None = None  # [U], whether there is a row at all; None: everywhere
 
 
 def rows(term: Term) -> Rows:
     """The touched rows of the per-sample gradients; repeated tokens of a sample are added up."""
     term = term.canonical()
     sample, index, position = _touched(term)
-    # One number per sample and index: sorting numbers is faster than sorting pairs.
-    pair = index + term.classes * sample
-    key, inverse = pair.unique(return_inverse=True)
+    # One number per sample and index: sorting numbers is faster than sorting pairs. One index more
+    # than there are classes: see `_touched`.
+    numbers = term.classes + 1
+    pair = index + numbers * sample
+    key, inverse, exists = _distinct(pair, most=numbers * term.g.shape[1])
     g = _at(term.g.flatten(1, 2), position, 1)
     summed = _added(g, inverse, len(key))
-    owner = key // term.classes
-    token = key % term.classes
-    return Rows(summed, owner, token)
+    owner = key // numbers
+    token = key % numbers
+    if exists is None:
+        return Rows(summed, owner, token)
+    exists = exists & (token < term.classes)
+    absent = ~exists.reshape(-1, *[1] * (summed.ndim - 2))
+    return Rows(summed.masked_fill_(absent, 0), owner, token.clamp(max=term.classes - 1), exists)
+
+
+def _distinct(numbers: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The distinct ones of some numbers, ascending, which of them each is, and which there are.
+
+    On other devices than the processor the first and last result have a place for each number, or
+    `most` places if that is less; those behind the last distinct number hold zeros.
+    """
+    if numbers.device.type == "cpu" or not len(numbers):
+        return *numbers.unique(return_inverse=True), None
+    ascending, order = numbers.sort()
+    starts = torch.ones_like(ascending)
+    starts[1:] = ascending[1:] != ascending[:-1]
+    place = starts.cumsum(0) - 1
+    inverse = torch.empty_like(place).scatter_(0, order, place)
+    distinct = numbers.new_zeros(min(len(numbers), most)).scatter_(0, place, ascending)
+    exists = torch.arange(len(distinct), device=numbers.device) <= place[-1]
+    return distinct, inverse, exists
 
 
 def _added(g: Tensor, place: Tensor, places: int) -> Tensor:
@@ -44,21 +74,28 @@ def _added(g: Tensor, place: Tensor, places: int) -> Tensor:
     return sums.index_add_(1, place, g)
 
 
-def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample, index and flat position of every non-zero one-hot row of a canonical term."""
+def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sample, index and flat position of every non-zero one-hot row of a canonical term.
+
+    On other devices than the processor: of every row, where those of zeros have an index behind the
+    last class and the positions are `None`.
+    """
     assert term.x is not None
     index = term.x.flatten()
-    # A negative index is a row of zeros, such as that of `padding_idx`.
-    position = (index >= 0).nonzero().squeeze(1)
     positions_per_sample = max(term.x.shape[1], 1)
-    sample = position // positions_per_sample
-    return sample, index[position], position
+    if index.device.type == "cpu":
+        # A negative index is a row of zeros, such as that of `padding_idx`.
+        position = (index >= 0).nonzero().squeeze(1)
+        sample = position // positions_per_sample
+        return sample, index[position], position
+    sample = torch.arange(len(index), device=index.device) // positions_per_sample
+    return sample, index.where(index >= 0, term.classes), None
 
 
-def _at(g: Tensor, position: Tensor, axis: int) -> Tensor:
+def _at(g: Tensor, position: Tensor | None, axis: int) -> Tensor:
     """Cotangents at some positions; all of them: nothing is copied."""
     # No padding: the usual case.
-    if len(position) == g.shape[axis]:
+    if position is None or len(position) == g.shape[axis]:
         return g
     return g.index_select(axis, position)
 
@@ -88,21 +125,21 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
         else:
             number = max(1, int(term.lengths.sum()))
         # x xᵀ of a one-hot row is one on the diagonal: the moment is how often the index occurs.
-        occurrences = torch.bincount(index, minlength=term.classes)
-        return occurrences.to(term.g.dtype) / number
+        return _occurrences(index, term.classes).to(term.g.dtype) / number
     if term.lengths is None:
         lengths = torch.full((samples,), positions, device=term.x.device)
     else:
         lengths = term.lengths.clamp(min=1).to(term.x.device)
-    pair = index + term.classes * sample
-    key, counts = pair.unique(return_counts=True)
-    token = key % term.classes
-    owner = key // term.classes
+    numbers = term.classes + 1  # see `rows`
+    pair = index + numbers * sample
+    key, inverse, _ = _distinct(pair, most=numbers * samples)
+    counts = _occurrences(inverse, len(key))
     # An entry of the mean of a sample's positions is the share of them that hold the index.
-    shares = counts / lengths[owner]
+    shares = counts / lengths[key // numbers]
     squares = shares.square()
-    result = term.g.new_zeros(term.classes)
-    return result.index_add_(0, token, squares.to(result.dtype)) / samples
+    result = term.g.new_zeros(numbers)
+    result.index_add_(0, key % numbers, squares.to(result.dtype))
+    return result[:-1] / samples
 
 
 def per_sample(term: Term) -> Tensor:
@@ -113,8 +150,8 @@ def per_sample(term: Term) -> Tensor:
     rest = touched.g.shape[2:]
     dense = huge_pages.empty(touched.g, columns, size, *rest).zero_()
     place = touched.sample * term.classes + touched.token
-    # Every pair is there once: no two rows are written to the same place.
-    dense[:, place] = touched.g
+    # A sum though every pair is there once: rows of zeros that are none have the place of another.
+    dense.index_add_(1, place, touched.g)
     return dense.unflatten(1, (samples, term.classes))
 
 
@@ -131,8 +168,8 @@ def weighted_total(term: Term, weights: Tensor) -> Tensor:
     # No repeated token is added up first: a sum that is linear in the rows does not need it.
     weight_of_row = weights.to(g.dtype)[sample]
     weight_of_row = weight_of_row.reshape(-1, *[1] * (g.ndim - 1))
-    total = g.new_zeros(term.classes, *g.shape[1:])
-    return total.index_add_(0, index, g * weight_of_row)
+    total = g.new_zeros(term.classes + 1, *g.shape[1:])
+    return total.index_add_(0, index, g * weight_of_row)[:-1]
 
 
 def sum_squares(term: Term, signs: Tensor | None = None) -> Tensor:
@@ -154,9 +191,14 @@ def variance(term: Term) -> Tensor:
     samples = term.g.shape[1]
     mean = _scatter(touched, term.classes)[0] / samples
     deviations = touched.g.sub_(mean[touched.token])
+    if touched.exists is not None:
+        absent = ~touched.exists.reshape(-1, *[1] * (mean.ndim - 1))
+        deviations = deviations.masked_fill_(absent, 0)
     squares = touched._replace(g=deviations.square_())
-    touching = torch.bincount(touched.token, minlength=term.classes)
-    others = samples - touching.to(mean.dtype)
+    exists = torch.ones_like(touched.token) if touched.exists is None else touched.exists
+    touching = mean.new_zeros(term.classes)
+    touching.index_add_(0, touched.token, exists.to(mean.dtype))
+    others = samples - touching
     others = others.reshape(-1, *[1] * (mean.ndim - 1))
     # The zeros of a sample that does not touch a row deviate by the mean.
     by_touching = _scatter(squares, term.classes)[0]
@@ -206,6 +248,13 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     rounded_up = sums.add_(without_cancelling, alpha=ROUNDING * eps)
     squares = squares + _added(rounded_up, owners, samples)
     return squares.sqrt(), sizes.sqrt()
+
+
+def _occurrences(index: Tensor, count: int) -> Tensor:
+    """How often each of `count` indices occurs; what is behind them is left out."""
+    # Not `bincount`, which looks for the largest index before it makes memory.
+    occurrences = index.new_zeros(count + 1)
+    return occurrences.index_add_(0, index, torch.ones_like(index))[:count]
 
 
 def _scatter(touched: Rows, classes: int) -> Tensor:

@@ -49,11 +49,12 @@ class LossLimits(GraphExtension):
         """The same six numbers for all parameters."""
         samples = passes.samples.count
         dtype = widest(passes.loss.device)
-        floor = torch.stack([_floor(part, samples).to(dtype) for part in passes.parts]).sum()
+        loss = (passes.loss.detach() * passes.seed).sum().to(dtype)
+        floors = [_floor(part, samples, loss) for part in passes.parts]
+        floor = torch.stack([of_part.to(dtype) for of_part in floors]).sum()
         known_parts = [part for part in passes.parts if isinstance(part, KnownPart)]
         all_known = len(known_parts) == len(passes.parts)
         is_bounded = all_known and all(_nonnegative(part) for part in known_parts)
-        loss = (passes.loss.detach() * passes.seed).sum().to(dtype)
         max_decrease = torch.full_like(floor, math.inf)
         size = loss.abs() * (not all_known)
         if is_bounded:
@@ -79,7 +80,7 @@ def _nonnegative(part: KnownPart) -> bool:
     return isinstance(part.likelihood, (Bernoulli, Categorical)) or part.function in NONNEGATIVE
 
 
-def _floor(part: LossPart, samples: int) -> Tensor:
+def _floor(part: LossPart, samples: int, loss: Tensor) -> Tensor:
     """The least damping of one summand of the loss, []."""
     if isinstance(part, KnownPart):
         likelihood = part.likelihood
@@ -91,4 +92,4 @@ def _floor(part: LossPart, samples: int) -> Tensor:
     if isinstance(likelihood, Bernoulli):
         inverse_outputs = samples / max(1, likelihood.weight.numel())
         return BERNOULLI * likelihood.weight.sum() * inverse_outputs**2
-    return torch.zeros(())
+    return torch.zeros_like(loss)

@@ -16,6 +16,15 @@ def needs(name):
     return pytest.importorskip(name, exc_type=ImportError)
 
 
+def needs_command(*names):
+    """Commands of the system. Without one the test is skipped, with the reason; in CI it fails."""
+    for name in names:
+        if shutil.which(name) is None:
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"no command {name}")
+            pytest.skip(f"no command {name}")
+
+
 def needs_browser():
     """The path of a Chromium. Without one the test is skipped, with the reason; in CI it fails.
 

@@ -1,0 +1,52 @@
+"""Nothing assumes that there is one device: all of it on another one, and how often it would make a GPU wait."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packages import needs_command
+
+SCRIPT = Path(__file__).parents[1] / "support" / "second_device_runs.py"
+NETWORKS = ("mlp", "transformer")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the script found; it compiles the device for about half a minute."""
+    needs_command("c++", "ninja")
+    folder = tmp_path_factory.mktemp("second_device")
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, folder / "results.json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_results_are_those_of_the_processor(results):
+    cells = results["cells"]
+    assert len(cells) > 150
+    assert {cell: found for cell, found in cells.items() if found != "right"} == {}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_step_that_is_not_logged_does_what_it_does_without_the_callback(results, network):
+    counts = results["counts"]
+    assert counts[f"{network}: callback, step not logged"] == counts[f"{network}: Trainer, AdamW"]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_logged_step_makes_the_host_wait_once(results, network):
+    plain = results["counts"][f"{network}: Trainer, AdamW"]
+    logged = results["counts"][f"{network}: callback, logged step"]
+    assert logged["reads"] == plain["reads"] + 1
+    assert logged["in_backward"] == 0
+    assert logged["launches"] <= 2.5 * plain["launches"]
