@@ -62,6 +62,7 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
             inverses[i] = damped.reciprocal()
         else:
             stacks[factor.shape, factor.dtype, factor.device].append(i)
+    attempts = []
     for members in stacks.values():
         matrices = [factors[i][0] for i in members]
         # A view where there is one only: large matrices, which are few, are not copied.
@@ -70,21 +71,37 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
         else:
             stack = matrices[0][None]
         dampings = torch.stack([factors[i][1] for i in members])
-        for i, inverse in zip(members, _inverses(stack, dampings), strict=True):
+        found, succeeded = _cholesky_inverse(stack, dampings)
+        attempts.append((members, stack, dampings, found, succeeded))
+    # Read behind the loop: the host waits once for the inverses of all shapes.
+    flags = iter(_read([succeeded for *_, succeeded in attempts]))
+    for members, stack, dampings, found, _ in attempts:
+        of_stack = [next(flags) for _ in members]
+        for i, inverse in zip(members, _repaired(stack, dampings, found, of_stack), strict=True):
             inverses[i] = inverse
     return inverses
 
 
-def _inverses(stack: Tensor, damping: Tensor) -> list[Tensor | None]:
-    """The inverses of matrices [M, d, d] or [M, G, d, d]; None where both precisions fail."""
-    inverses, succeeded = _cholesky_inverse(stack, damping)
+def _read(flags: Sequence[Tensor]) -> list[bool]:
+    """All entries of some tensors, in one transfer from the device."""
+    if not flags:
+        return []
+    one_device = [flag.to(flags[0].device) for flag in flags]
+    read: list[bool] = torch.cat(one_device).tolist()
+    return read
+
+
+def _repaired(
+    stack: Tensor, damping: Tensor, inverses: Tensor, succeeded: list[bool]
+) -> list[Tensor | None]:
+    """The inverses of matrices [M, d, d] or [M, G, d, d], in float64 where they failed, or None."""
     if not all(succeeded) and stack.dtype != torch.float64:
         failed = [i for i, success in enumerate(succeeded) if not success]
         wide_stack = in_float64(stack[failed])
         wide_damping = in_float64(damping[failed])
         repaired, flags = _cholesky_inverse(wide_stack, wide_damping)
         inverses[failed] = repaired.to(inverses)
-        for i, flag in zip(failed, flags, strict=True):
+        for i, flag in zip(failed, _read([flags]), strict=True):
             succeeded[i] = flag
     # Copies: saved states would otherwise hold the whole stack.
     if len(stack) > 1:
@@ -95,21 +112,20 @@ def _inverses(stack: Tensor, damping: Tensor) -> list[Tensor | None]:
     return [inverse if success else None for inverse, success in flagged]
 
 
-def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, list[bool]]:
-    """The inverses of all matrices, and of each of the M whether it is one."""
+def _cholesky_inverse(stack: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverses of all matrices, and of each of the M whether it is one, [M]."""
     damped = stack.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
     # It reports failures instead of raising: one matrix must not stop the others of its stack.
     root, info = torch.linalg.cholesky_ex(damped)
     failed = info != 0
-    if bool(failed.any()):
-        # The inverse of a failed root would raise; that of the identity is not used.
-        identity = torch.eye(root.shape[-1]).to(root)
-        root = torch.where(failed[..., None, None], identity, root)
+    # The inverse of a failed root would raise; that of the identity is not used. Nobody asks here
+    # whether there is one: the host would wait for the device.
+    root.masked_fill_(failed[..., None, None], 0)
+    root.diagonal(dim1=-2, dim2=-1).masked_fill_(failed[..., None], 1)
     inverse = torch.cholesky_inverse(root)
     # A positive definite matrix has its largest entries on the diagonal.
     finite = inverse.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     succeeded = finite & ~failed
     # One flag per factor: all groups of a batched one share the answer.
-    of_factors = succeeded.reshape(len(stack), -1).all(1)
-    return inverse, of_factors.tolist()
+    return inverse, succeeded.reshape(len(stack), -1).all(1)
