@@ -1,11 +1,15 @@
 """Checkpoints in the middle of an epoch, checkpoints of other software, and every form of `configure_optimizers`."""
 
+import os
+import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from monitoring import CONSTANT, Net, assert_same_parameters, data, fit, kfac, series, sgd
+from processes import spawn
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader
@@ -98,6 +102,47 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_same_bit_for_bit(tmp_pat
         }
         assert series(tmp_path / "part", name) == after
         assert after or name == "noise_scale"
+
+
+class Kill(pl.Callback):
+    """The end of the process, without a chance to write anything, one step after the checkpoint."""
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.fit_loop.epoch_loop._batches_that_stepped == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED = ["kfac", "automatic", "eigenbasis", "diagonal", "sgd"]
+
+
+def killed(rank, folder):
+    """Every run in a process of its own, which is not started anew: that takes long."""
+    for name in KILLED:
+        process = os.fork()
+        if not process:
+            path = Path(folder) / name
+            net = Stepwise(optimizer=BUILD[name]).double()
+            callback = CurvatureCallback(QUANTITIES)
+            fit(net, callback, Save(path / "checkpoint"), Kill(), tmp_path=path / "killed")
+            os._exit(1)
+        assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """What is left of runs whose processes were killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    spawn(killed, str(folder), world=1)
+    return folder
+
+
+@pytest.mark.parametrize("optimizer", KILLED)
+def test_a_run_whose_process_was_killed_goes_on_bit_for_bit(tmp_path, checkpoints, optimizer):
+    whole, part = (Stepwise(optimizer=BUILD[optimizer]).double() for _ in range(2))
+    fit(whole, CurvatureCallback(QUANTITIES), tmp_path=tmp_path / "whole")
+    saved = checkpoints / optimizer / "checkpoint"
+    resume(part, saved, [CurvatureCallback(QUANTITIES)], tmp_path / "part")
+    assert_same_parameters(whole, part)
 
 
 def test_a_checkpoint_of_another_optimizer_without_our_state_loads_with_warnings(tmp_path):
