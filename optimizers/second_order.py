@@ -50,6 +50,11 @@ SAVED = (
 )
 REJECTED = 4.0  # what the relative damping is multiplied by when a step is taken back
 LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss
+WHOLE_STATE = (
+    "`torch.distributed.checkpoint` reads only what a fresh optimizer has, too, and makes a step "
+    "of learning rate 0 to see what that is: save `state_dict()`, the same in all processes, whole "
+    "(docs/distributed.md shows how)."
+)
 SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "region", "curvature_scale")
 
 
@@ -383,7 +388,9 @@ class SecondOrderOptimizer(Optimizer):
         inbox = self._inboxes.setdefault(extension.savefield, Inbox(extension.savefield))
         fields = inbox.take([param for _, param in members])
         if not fields:
-            raise RuntimeError(missing(self, extension.savefield, self.steps))
+            is_trial = not self.state and not any(group["lr"] for group in self.param_groups)
+            hint = f" {WHOLE_STATE}" if is_trial else ""
+            raise RuntimeError(missing(self, extension.savefield, self.steps) + hint)
         return fields
 
     def _take_in(self, members: list[Member]) -> None:
@@ -492,6 +499,9 @@ class SecondOrderOptimizer(Optimizer):
 
         The state of another optimizer says nothing about curvature, and its settings mean something
         else: it is left out with a warning.
+
+        Raises:
+            RuntimeError: Steps were taken, and what they left in the state is not there.
         """
         if "steps" not in state_dict:
             warn(
@@ -499,6 +509,11 @@ class SecondOrderOptimizer(Optimizer):
                 f"{sorted(state_dict)}); curvature and settings start anew."
             )
             return
+        if state_dict["steps"] and not state_dict["state"]:
+            raise RuntimeError(
+                f"{type(self).__name__} expects the state of its {state_dict['steps']} steps, "
+                f"found that of no parameter. {WHOLE_STATE}"
+            )
         super().load_state_dict(state_dict)
         self.state.update(restored_state(state_dict, self.param_groups))
         for name in SAVED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_curv.distributed.failures import processes
+from lightning_curv.distributed.search import instances
+from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.errors import UnsupportedError
 
 # The models that there were when an optimizer first asked.
@@ -62,11 +63,11 @@ def refuse_join(optimizer: Optimizer) -> None:
 
     Cost: models are searched for once per optimizer, a tenth of a second.
     """
-    if processes() == 1:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if processes() == 1 or any(map(is_sharded, params)):
         return
     if optimizer not in _known:
-        kind = DistributedDataParallel
-        _known[optimizer] = WeakSet(o for o in gc.get_objects() if issubclass(type(o), kind))
+        _known[optimizer] = WeakSet(instances(DistributedDataParallel))
     for model in _known[optimizer]:
         join = model._join_config
         if join.enable and not join.throw_on_early_termination:

@@ -8,7 +8,6 @@ gathered parameter belongs to the registered one, which the user knows.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from weakref import ref
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_curv.distributed.search import instances
 
 # The shard of a gathered or registered parameter, by that parameter; None: it belongs to no FSDP.
 _known = WeakTensorKeyDictionary()
@@ -92,11 +93,12 @@ def find_shards(parameters: Iterable[Tensor]) -> dict[Tensor, Shard]:
     if not (dist.is_available() and dist.is_initialized()):
         return {}
     parameters = list(parameters)
-    if any(parameter not in _known for parameter in parameters):
-        _look()
-        for parameter in parameters:
-            # Remembered as one without a shard, so that nobody looks for it again.
-            _known.setdefault(parameter, None)
+    for look in (_look_at_known, _look):
+        if any(parameter not in _known for parameter in parameters):
+            look()
+    for parameter in parameters:
+        # Remembered as one without a shard, so that nobody looks for it again.
+        _known.setdefault(parameter, None)
     found = {parameter: _known[parameter] for parameter in parameters}
     return {parameter: shard for parameter, shard in found.items() if shard is not None}
 
@@ -149,6 +151,13 @@ def _nothing(*_: Any) -> None:
     pass
 
 
+def _look_at_known() -> None:
+    """What is gathered for the first time belongs to a parameter that the optimizer has shown."""
+    for shard in list(_known.values()):
+        if shard is not None and shard.own() is not None and shard.gathered is not None:
+            _known[shard.gathered] = shard
+
+
 def _look() -> None:
     """Find the parameters of all modules under FSDP2; with some, it takes a tenth of a second."""
     for module in _modules():
@@ -161,13 +170,12 @@ def _look() -> None:
                     _known[shard.gathered] = shard
 
 
-def _modules() -> Iterator[Any]:
+def _modules() -> list[Any]:
     from torch.distributed import fsdp
 
     kind = getattr(fsdp, "FSDPModule", None)
     # `fully_shard` makes a subclass for every class of modules.
-    if kind is not None and kind.__subclasses__():
-        yield from (thing for thing in gc.get_objects() if issubclass(type(thing), kind))
+    return instances(kind) if kind is not None and kind.__subclasses__() else []
 
 
 def _groups(state: Any) -> list[Any]:

@@ -1,16 +1,18 @@
 """Two processes that share the parameters of a model among each other."""
 
-import os
+import io
 from datetime import timedelta
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from processes import QUIET
+from processes import QUIET, join
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -40,7 +42,8 @@ from lightning_curv.distributed.shards import whole
 from lightning_curv.extensions import GGNTraceMC, GraphExtension, JacobianExact
 from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
 
-WORLD = int(os.environ.get("SHARDED_WORLD", 2))  # processes; 4 have a mesh of 2 × 2, too
+WORLD = 2  # processes of all cases but those that need a mesh of 2 × 2
+WORLDS = (4, WORLD)
 SIZE, STEPS = 6, 4
 
 
@@ -110,6 +113,14 @@ def by_layer(model, **settings):
     return fully_shard(model, **settings)
 
 
+def layers_of(tied, **settings):
+    """The layers with one weight together, since it has one owner."""
+    fully_shard([tied.first, tied.second], **settings)
+    fully_shard(tied.head, **settings)
+    return tied
+
+
+HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 # How a model is sharded.
 SHARDED = {
     "root": lambda mesh: fully_shard(network(), mesh=mesh),
@@ -117,11 +128,15 @@ SHARDED = {
     "layers": lambda mesh: by_layer(network(), mesh=mesh),
     "layers, kept": lambda mesh: by_layer(network(), mesh=mesh, reshard_after_forward=False),
     "tied and frozen": lambda mesh: fully_shard(Tied(), mesh=mesh, reshard_after_forward=True),
+    "tied and frozen, kept": lambda mesh: fully_shard(Tied(), mesh=mesh),
+    "tied and frozen, layers": lambda mesh: fully_shard(layers_of(Tied(), mesh=mesh), mesh=mesh),
     "replicas": lambda mesh: by_layer(network(), mesh=replicas()),
-    "mixed": lambda mesh: by_layer(
-        network().float(),
-        mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+    "replicas, tied and frozen": lambda mesh: fully_shard(
+        Tied(), mesh=replicas(), reshard_after_forward=True
+    ),
+    "mixed": lambda mesh: by_layer(network().float(), mesh=mesh, mp_policy=HALF),
+    "mixed, root": lambda mesh: fully_shard(
+        network().float(), mesh=mesh, mp_policy=HALF, reshard_after_forward=True
     ),
 }
 EXTENSIONS = [
@@ -162,9 +177,9 @@ def fields(model, x, y):
 
 def alone(name):
     """The network of a set-up, without sharding."""
-    if name == "mixed":
+    if "mixed" in name:
         return network().to(torch.bfloat16)
-    return Tied() if name == "tied and frozen" else network()
+    return Tied() if "tied" in name else network()
 
 
 def quantities(name, mesh):
@@ -174,25 +189,28 @@ def quantities(name, mesh):
     steps = []
     for step in range(2):
         x, y = batch(rank + WORLD * step)
-        if name == "mixed":
+        if "mixed" in name:
             x = x.bfloat16()
         found, expected = fields(sharded, x, y), fields(plain, x, y)
         gradients = [p.grad.full_tensor() for p in sharded.parameters() if p.requires_grad]
         means = [p.grad.clone() for p in plain.parameters() if p.requires_grad]
         for mean in means:
-            wide = mean.float() if name == "mixed" else mean
+            wide = mean.float() if "mixed" in name else mean
             dist.all_reduce(wide)
             mean.copy_(wide / dist.get_world_size())
         steps.append((found, expected, gradients, means))
     return steps
 
 
-def accumulated(mesh):
+ACCUMULATED = ["root, freed", "layers", "layers, kept", "tied and frozen", "replicas"]
+
+
+def accumulated(name, mesh):
     """Gradients of two micro-batches of which the first one is not exchanged, and of a union batch."""
-    rank, sharded, plain = dist.get_rank(), by_layer(network(), mesh=mesh), network()
+    rank, sharded, plain = dist.get_rank(), SHARDED[name](mesh), alone(name)
     for step in range(2):
         sharded.set_requires_gradient_sync(step == 1)
-        x, y = batch(rank + WORLD * step)
+        x, y = batch(rank + dist.get_world_size() * step)
         with curvature(BatchL2Grad(), DiagGGNExact(), check=True):
             F.cross_entropy(sharded(x), y).backward()
     for number in range(2 * dist.get_world_size()):
@@ -201,6 +219,7 @@ def accumulated(mesh):
     return [
         (p.grad.full_tensor(), q.grad)
         for p, q in zip(sharded.parameters(), plain.parameters(), strict=True)
+        if p.requires_grad
     ]
 
 
@@ -262,19 +281,83 @@ def run(model, optimizer, batches, resume=None):
     return [whole(p.detach()).clone() for p in model.parameters()]
 
 
+def batches_of(rank, world):
+    return [batch(rank + world * step) for step in range(STEPS)]
+
+
 def optimized(mesh):
     """Parameters that curvature optimizers end with."""
-    rank = dist.get_rank()
-    batches = [batch(rank + WORLD * step) for step in range(STEPS)]
 
     def sharded():
         return by_layer(network(), mesh=mesh, reshard_after_forward=True)
 
-    return {
+    batches = batches_of(dist.get_rank(), dist.get_world_size())
+    found = {
         (name, resume is not None): run(sharded(), make, batches, resume)
         for name, make in OPTIMIZERS.items()
         for resume in ([None] if name == "inverses" else [None, sharded])
     }
+    for name in TIED:
+        found[name, "tied"] = run(SHARDED["tied and frozen"](mesh), OPTIMIZERS[name], batches)
+    return found
+
+
+TIED = ["kfac", "diagonal"]
+
+
+class WholeState:
+    """The state of an optimizer, the same in all processes, for `torch.distributed.checkpoint`."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def state_dict(self):
+        buffer = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), buffer)
+        return {"whole": buffer.getvalue()}
+
+    def load_state_dict(self, saved):
+        self.optimizer.load_state_dict(torch.load(io.BytesIO(saved["whole"])))
+
+
+RESHARDED = ["kfac", "eigen", "diagonal", "auto"]
+
+
+def replicated(name, folder, steps):
+    """The parameters after some steps of four processes, 2 × 2, or after some more of two.
+
+    What four have saved two load.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = by_layer(network(), mesh=replicas(), reshard_after_forward=True)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    path, saved = Path(folder) / name, {"model": model, "optimizer": WholeState(optimizer)}
+    if path.exists():
+        checkpoint.load(saved, checkpoint_id=path)
+    for step in steps:
+        optimizer.zero_grad()
+        x, y = batches_of(rank, world)[step]
+        with curvature(*optimizer.required_extensions()):
+            F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    if world == WORLDS[0]:
+        checkpoint.save(saved, checkpoint_id=path)
+    return [whole(p.detach()).clone() for p in model.parameters()]
+
+
+def lost_state(folder):
+    """What is said where the state of an optimizer goes the way of one that has tensors for every parameter."""
+    model = by_layer(network(), mesh=replicas())
+    optimizer = OPTIMIZERS["kfac"](model.parameters())
+    (x, y), path = batch(0), Path(folder) / "lost"
+    with curvature(*optimizer.required_extensions()):
+        F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    checkpoint.save({"optimizer": optimizer}, checkpoint_id=path)
+    fresh = OPTIMIZERS["kfac"](model.parameters())
+    lost = message(lambda: checkpoint.load({"optimizer": fresh}, checkpoint_id=path))
+    model.zero_grad()
+    return lost, message(lambda: get_optimizer_state_dict(model, fresh))
 
 
 def accumulate_without_exchange():
@@ -377,17 +460,41 @@ def union(world):
     return [tuple(map(torch.cat, zip(*step))) for step in steps]
 
 
-def work(rank, folder):
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
+def with_replicas(folder):
+    """Four processes."""
+    mesh = init_device_mesh("cpu", (WORLDS[0],))
+    names = [name for name in SHARDED if "replicas" in name]
+    return {
+        "quantities": {name: quantities(name, mesh) for name in names},
+        "accumulated": {"replicas": accumulated("replicas", mesh)},
+        "resharded": {name: replicated(name, folder, range(2)) for name in RESHARDED},
+        "lost": lost_state(folder),
+    }
+
+
+def with_parts(folder):
+    """Two processes."""
     mesh = init_device_mesh("cpu", (WORLD,))
-    found = {"refusals": refusals()}
-    found["quantities"] = {name: quantities(name, mesh) for name in SHARDED}
-    found["accumulated"] = accumulated(mesh)
-    found["optimized"] = optimized(mesh)
-    found["kept"] = kept(mesh)
-    found["lightning"] = lightning()
-    found["lightning, accumulated"] = lightning(accumulate=2)
-    found["lightning, parts"] = lightning(batch_norm=True)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()  # the first process has the store that all others still ask
-    dist.destroy_process_group()
+    return {
+        "refusals": refusals(),
+        "quantities": {name: quantities(name, mesh) for name in SHARDED},
+        "accumulated": {name: accumulated(name, mesh) for name in ACCUMULATED},
+        "optimized": optimized(mesh),
+        "resharded": {name: replicated(name, folder, range(2, 4)) for name in RESHARDED},
+        "kept": kept(mesh),
+        "lightning": lightning(),
+        "lightning, accumulated": lightning(accumulate=2),
+        "lightning, parts": lightning(batch_norm=True),
+    }
+
+
+def work(rank, folder, ports):
+    for world, port in zip(WORLDS, ports):
+        if rank >= world:
+            break
+        join(rank, world, port)
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(minutes=5))
+        found = with_parts(folder) if world == WORLD else with_replicas(folder)
+        torch.save(found, Path(folder) / f"{world} {rank}.pt")
+        dist.barrier()  # the first process has the store that all others still ask
+        dist.destroy_process_group()
