@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 KEY = "lightning_curv/failed"  # in the store of the process group: who failed last, and why
 PATIENCE = timedelta(seconds=1)  # between two looks at it
+NOTHING = "-"  # there instead, when who has failed is back
 LONGEST = 2000  # letters of an error
 _heard: set[str] = set()  # what has ended this process once
 _told: list[str] = []  # by this process, and not taken back
@@ -89,6 +90,8 @@ def found_failure() -> str | None:
         text = store.get(KEY).decode(errors="replace")
     except (RuntimeError, ValueError):  # the store is gone
         return None
+    if text == NOTHING:
+        return None
     rank, number, reason = text.split("|", 2)
     # What has been heard before belongs to an earlier error, from which all have recovered.
     if number in _heard or int(rank) == dist.get_rank():
@@ -115,7 +118,7 @@ def together(collective: Callable[..., Any], *arguments: Any, **named: Any) -> N
     Cost: nothing if it takes less than a second, then a look at the store every second. On other
     devices than the CPU the host does not wait for a collective, and does not look.
     """
-    _take_back()
+    has_recovered = _take_back()
     first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
     if first.device.type != "cpu":
         collective(*arguments, **named)
@@ -128,7 +131,8 @@ def together(collective: Callable[..., Any], *arguments: Any, **named: Any) -> N
             work.wait(PATIENCE)
             return
         except RuntimeError as error:
-            failure = found_failure()
+            # Who has recovered from an error of this step waits for others to do so, too.
+            failure = None if has_recovered else found_failure()
             if failure is not None:
                 raise OtherProcessError(failure) from error
             # Either the collective has failed, or a second has passed.
@@ -136,14 +140,15 @@ def together(collective: Callable[..., Any], *arguments: Any, **named: Any) -> N
                 raise
 
 
-def _take_back() -> None:
-    """Who has told of an error and meets the others again has been saved."""
-    if _told:
-        text = _told.pop()
-        with suppress(RuntimeError):
-            store = _store()
-            if store.check([KEY]) and store.get(KEY).decode(errors="replace") == text:
-                store.delete_key(KEY)
+def _take_back() -> bool:
+    """Who has told of an error and meets the others again has been saved; whether that is so."""
+    if not _told:
+        return False
+    # Not deleted: who has just seen that it is there would wait for it until the timeout.
+    with suppress(RuntimeError):
+        _store().compare_set(KEY, _told[0], NOTHING)
+    _told.clear()
+    return True
 
 
 def _is_connection(error: BaseException) -> bool:

@@ -14,7 +14,9 @@ def results(tmp_path_factory):
     return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in (0, 1)] for case in CASES}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "mistake_of_the_user"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("mistake_of_the_user", "recovered")]
+)
 def test_the_others_name_the_process_and_the_reason(results, case):
     (waiting, _), (failed, _) = results[case]
     reason = CASES[case][1]
@@ -31,3 +33,9 @@ def test_an_error_of_torch_about_a_lost_connection_is_explained(results):
     assert len(told) == 1
     assert "Expected process 1" in told[0]
     assert failed in told[0]
+
+
+def test_who_has_recovered_from_the_same_error_waits_for_the_others(results):
+    for error, told in results["recovered"]:
+        assert error == "no error"
+        assert not told

@@ -101,6 +101,17 @@ def mistake_of_the_user(rank):
     fit(Net(fails=True), CurvatureCallback())
 
 
+def recovered(rank):
+    """Both processes have caught an error of the same step; the second one is slow in all of it."""
+    time.sleep(0.3 * rank)
+    try:
+        loop(rank, watched=lambda rank, step: False)
+    except RuntimeError:
+        if rank == 1:
+            time.sleep(2.5)
+    loop(rank)
+
+
 # What fails; the error in the second process.
 CASES = {
     "no_curvature": (no_curvature, "RuntimeError: KFACOptimizer needs new curvature for step 1"),
@@ -108,6 +119,7 @@ CASES = {
     "refusal": (refusal, "UnsupportedError: Variance() needs samples that do not influence"),
     "strict_quantity": (strict_quantity, "OutOfMemoryError: out of memory on purpose"),
     "mistake_of_the_user": (mistake_of_the_user, "ValueError: a mistake of the user"),
+    "recovered": (recovered, "no error"),
 }
 
 
