@@ -30,10 +30,11 @@ def unnoticed(nodes: Iterable[Node]) -> Iterator[None]:
     Args:
         nodes: of the graph; those of the model's outputs know the model.
 
-    Cost: a look at every node.
+    Cost: a look at every node, where there are several processes.
     """
     models: dict[int, Any] = {}
-    for node in nodes:
+    # Alone a process averages nothing: the gradients are there before and after.
+    for node in nodes if processes() > 1 else ():
         reference = getattr(node, "ddp_weakref", None)
         model = None if reference is None else reference()
         if model is not None and model.static_graph:
