@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
+from lightning_curv.devices import on_one_device
 from lightning_curv.precision import wide
 
 COLUMNS = 4  # mean, mean squared deviation from it, largest magnitude, number that are not zero
@@ -50,7 +51,7 @@ def entry_rows(
         [tensor.count_nonzero() for tensor in full] if zeros else nothing,
     ]
     found = torch.stack(
-        [torch.stack([wide(entry) for entry in column]) for column in columns], dim=1
+        [torch.stack(on_one_device(map(wide, column))) for column in columns], dim=1
     )
     if len(full) == len(values):
         return found

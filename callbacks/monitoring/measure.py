@@ -13,6 +13,7 @@ import torch
 from lightning_curv.callbacks.monitoring.measurement import Measurement
 from lightning_curv.callbacks.monitoring.quantities import Quantity
 from lightning_curv.callbacks.monitoring.reduction import reduced
+from lightning_curv.devices import on_one_device
 from lightning_curv.precision import wide
 
 if TYPE_CHECKING:
@@ -94,10 +95,8 @@ def measure(jobs: Sequence[Job], strategy: Strategy) -> list[dict[str, float]]:
     _reduce(measurements, strategy)
     vectors = [measurement.on_device() for measurement in measurements]
     # Joined, so that the host waits for the device once for all jobs.
-    numbers, start = (
-        torch.cat([part for parts in vectors for part in parts]).cpu().double().numpy(),
-        0,
-    )
+    joined = torch.cat(on_one_device(part for parts in vectors for part in parts))
+    numbers, start = joined.cpu().double().numpy(), 0
     for measurement, parts in zip(measurements, vectors, strict=True):
         stop = start + sum(part.numel() for part in parts)
         measurement.set_numbers(numbers[start:stop])

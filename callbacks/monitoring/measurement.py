@@ -23,6 +23,7 @@ from lightning_curv.callbacks.monitoring.histograms import COARSE, FINE, ONE, TW
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers, pooled, shared_sketch
 from lightning_curv.callbacks.monitoring.window import Statistics
+from lightning_curv.devices import on_one_device
 from lightning_curv.metrics.functional import (
     entry_moments,
     unbiased_moments,
@@ -159,12 +160,12 @@ class Measurement:
         values = [*curvatures.values()]
         if field in EIGENVALUES:  # the same on all parameters
             values = values[:1]
-        return {field: torch.stack(values).sum() if values else 0.0}
+        return {field: torch.stack(on_one_device(values)).sum() if values else 0.0}
 
     def _of_estimate(self, means: Mapping[Parameter, Tensor]) -> Mapping[Key, Tensor | float]:
         r"""What a mean gradient $\hat g$ of some samples has in common with that of all."""
         products = [(mean * self._params[p].to_dense()).sum() for p, mean in means.items()]
-        first = torch.stack(products).sum() / self._divisor if products else 0.0
+        first = torch.stack(on_one_device(products)).sum() / self._divisor if products else 0.0
         sums: dict[Key, Tensor | float] = {
             "partial": float(self.statistics.partial),
             "dot_first": first,
@@ -206,7 +207,8 @@ class Measurement:
         norms = torch._foreach_norm(
             [grad.float() if grad.dtype.itemsize < 4 else grad for grad in grads]
         )
-        parts = [*(tensors[key].reshape(1) for key in self._scalars), torch.stack(norms)]
+        scalars = [tensors[key].reshape(1) for key in self._scalars]
+        parts = [*scalars, torch.stack(on_one_device(norms))]
         if self._with_entries:
             values = [stored(grad) for grad in self._params.values()]
             self._stored = [tensor.numel() for tensor in values]

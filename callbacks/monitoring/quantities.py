@@ -43,6 +43,7 @@ from lightning_curv.callbacks.monitoring.norm_layers import (
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import quantiles
 from lightning_curv.callbacks.settings import near
+from lightning_curv.devices import on_one_device
 from lightning_curv.extensions import BatchL2Grad, DiagGGNMC, Extension, GGNTraceMC, SumGradSquared
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.spectrum import (
@@ -341,7 +342,7 @@ def mean_gsnr(m: Measurement) -> Tensor:
     for square, variance in m.entry_moments():
         totals.append(torch.where(variance > 0, square / variance, 0).sum())
         counts.append((variance > 0).sum())
-    return torch.stack(totals).sum() / torch.stack(counts).sum()
+    return torch.stack(on_one_device(totals)).sum() / torch.stack(on_one_device(counts)).sum()
 
 
 @_quantity("batch_l2", "sum_grad_squared")
@@ -429,7 +430,7 @@ def tic_diag(m: Measurement) -> Tensor:
         for p, second in m.second_moments().items()
         if p in diagonal
     ]
-    return torch.stack(terms).sum()
+    return torch.stack(on_one_device(terms)).sum()
 
 
 # ‖θ_t − θ_0‖, ‖θ_{t+1} − θ_t‖ and the position in the local parabola: see `Trajectory`.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_curv.devices import on_one_device
 from lightning_curv.distributed.shards import whole
 from lightning_curv.precision import wide, widest
 
@@ -18,9 +19,10 @@ Key = TypeVar("Key", Parameter, str)
 
 def distance(one: Mapping[Key, Tensor], other: Mapping[Key, Tensor]) -> Tensor:
     r"""$\|\theta - \theta'\|$, []."""
-    return torch.stack(
-        [wide((whole(p.detach()) - whole(other[q])).norm()) for q, p in one.items() if q in other]
-    ).norm()
+    moves = [
+        wide((whole(p.detach()) - whole(other[q])).norm()) for q, p in one.items() if q in other
+    ]
+    return torch.stack(on_one_device(moves)).norm()
 
 
 def alpha(update: Values, before: Values, after: Values) -> Tensor:
@@ -44,9 +46,8 @@ def alpha(update: Values, before: Values, after: Values) -> Tensor:
     """
 
     def slope(gradient: Values) -> Tensor:
-        return torch.stack(
-            [(gradient[p] * d).sum(dtype=widest(d.device)) for p, d in update.items()]
-        ).sum()
+        slopes = [(gradient[p] * d).sum(dtype=widest(d.device)) for p, d in update.items()]
+        return torch.stack(on_one_device(slopes)).sum()
 
     return -slope(after) / slope(before)
 

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lightning_curv.callbacks.monitoring.alarm import Alarm, Moment
 from lightning_curv.callbacks.monitoring.entries import entry_rows, pooled_entries, stored
 from lightning_curv.callbacks.monitoring.reduction import reduced
+from lightning_curv.devices import on_one_device
 from lightning_curv.precision import wide
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def gradient_series(
     if not wanted or not grads:
         return {}
     values = [stored(grad) for grad in grads.values()]
-    columns = [wide(torch.stack(torch._foreach_norm(values)))[:, None]]
+    columns = [wide(torch.stack(on_one_device(torch._foreach_norm(values))))[:, None]]
     spread, largest = bool(wanted & {"grad_mean", "grad_std"}), "grad_max" in wanted
     if wanted != {"grad_norm"}:
         columns.append(entry_rows(values, spread, largest, "sparsity" in wanted).to(columns[0]))

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from lightning_curv.callbacks.monitoring.parts import PARTS
 from lightning_curv.callbacks.monitoring.quantiles import Numbers
+from lightning_curv.devices import on_one_device
 from lightning_curv.precision import wide, widest
 
 
@@ -95,7 +96,7 @@ class Statistics:
             for backward in self._passes
             if backward.loss is not None
         ]
-        return self._share * torch.stack(losses).sum() if losses else None
+        return self._share * torch.stack(on_one_device(losses)).sum() if losses else None
 
     @cached_property
     def sq_norms(self) -> Tensor:
@@ -174,7 +175,7 @@ class Statistics:
         if not squares or not shared or not all(sizes):
             return math.nan, math.nan, 1.0
         return (
-            torch.stack([wide(square) for square in squares]).mean(),
+            torch.stack(on_one_device(map(wide, squares))).mean(),
             _mean([1 / n for n in sizes if n]),
             len(sizes),
         )
@@ -194,7 +195,7 @@ class Statistics:
     def total(self, savefield: str) -> Tensor | None:
         """Counts, added up over parameters and passes."""
         found = [count for _, counts in self._found(savefield) for count in counts]
-        return torch.stack(found).sum(0) if found else None
+        return torch.stack(on_one_device(found)).sum(0) if found else None
 
     def curvatures(self, savefield: str) -> dict[Parameter, Tensor]:
         r"""A curvature of the window's loss, $\alpha \sum_m C_m$.
@@ -281,10 +282,10 @@ def _mean(values: Sequence[float]) -> float:
 def _joined(parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+    return torch.cat(on_one_device(parts)) if parts else torch.zeros(0, dtype=torch.float64)
 
 
 def _total(vectors: list[Tensor]) -> Tensor:
     """Sum of [N], in the widest type."""
-    stack = torch.stack(vectors)
+    stack = torch.stack(on_one_device(vectors))
     return stack.sum(0, dtype=widest(stack.device))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from lightning_curv.devices import on_one_device
 from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import differentiating_twice
 from lightning_curv.extensions.base import ExactGGN, Extension, GraphExtension
@@ -68,7 +69,7 @@ class HessianTraceMC(GraphExtension):
         ):
             product = hessian_product(passes, params)
             for _ in range(self.mc_samples):
-                signs = [_signs(p, passes.generator) for p in params]
+                signs = [_signs(p, passes.generator_on(p.device)) for p in params]
                 for p, sign, image in zip(params, signs, product(signs), strict=True):
                     totals[p] += _products(sign, image).sum() / self.mc_samples
         return totals
@@ -178,7 +179,8 @@ class MaxEigenvalue(GraphExtension):
             shape = parameter.shape
             dtype = parameter.dtype
             device = parameter.device
-            noise = torch.randn(shape, dtype=dtype, device=device, generator=passes.generator)
+            generator = passes.generator_on(device)
+            noise = torch.randn(shape, dtype=dtype, device=device, generator=generator)
             return noise.contiguous()
 
         start = [random_like(parameter) for parameter in params]
@@ -245,4 +247,4 @@ def _largest(diagonal: list[float], beside: list[float]) -> float:
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
     """The dot product, summed in the widest type and read from the device once."""
     products = [_products(x, y).sum(dtype=widest(x.device)) for x, y in zip(a, b, strict=True)]
-    return float(torch.stack(products).sum())
+    return float(torch.stack(on_one_device(products)).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
@@ -77,6 +77,7 @@ class Passes:
     own_generator: torch.Generator | None = None
     separate: bool = True
     joint: bool = False
+    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
     def only(self, chosen: Tensor) -> Passes:
         """Passes for some of the samples only, `chosen [S]` in ascending order."""
@@ -86,6 +87,18 @@ class Passes:
     def generator(self) -> torch.Generator:
         """Draws Monte-Carlo targets."""
         return self.own_generator or default_generator(self.loss.device)
+
+    def generator_on(self, device: torch.device) -> torch.Generator:
+        """Draws on a device, where parameters are on several."""
+        if device == self.generator.device:
+            return self.generator
+        if self.own_generator is None:
+            return default_generator(device)
+        if device not in self._generators:
+            own = self.own_generator
+            seed = torch.randint(2**62, (), generator=own, device=own.device)
+            self._generators[device] = torch.Generator(device).manual_seed(int(seed))
+        return self._generators[device]
 
     def gradients(self, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
         """The gradient of the loss at `edges`."""

@@ -16,11 +16,11 @@ def squared_sizes(tensor: Tensor) -> Tensor:
 
 
 def signed(squares: Tensor, signs: Tensor | None) -> Tensor:
-    """`squares [V, N, *]` times `signs [V, N]`."""
+    """`squares [V, N, *]` times `signs [V, N]`, which may come from a layer on another device."""
     if signs is None:
         return squares
     trailing_ones = [1] * (squares.ndim - 2)
-    return squares * signs.reshape(*signs.shape, *trailing_ones)
+    return squares * signs.to(squares.device).reshape(*signs.shape, *trailing_ones)
 
 
 def squares_of_columns(g: Tensor, signs: Tensor | None = None) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from lightning_curv.devices import on_one_device
+
 
 def finite_flags(tensors: Iterable[Tensor]) -> list[bool]:
     """Whether each tensor is finite; a single synchronisation with the device where all are."""
@@ -14,8 +16,7 @@ def finite_flags(tensors: Iterable[Tensor]) -> list[bool]:
     if not tensors:
         return []
     # A norm is finite only if all entries are; one kernel for all tensors.
-    norms = [norm.to(tensors[0].device) for norm in torch._foreach_norm(tensors)]
-    flags = torch.stack(norms).isfinite().tolist()
+    flags = torch.stack(on_one_device(torch._foreach_norm(tensors))).isfinite().tolist()
     # A norm may overflow where its tensor does not.
     return [
         norm_is_finite or bool(tensor.isfinite().all())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_curv.devices import on_one_device
 from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.optimizers.privacy.clipping import Clipping
 from lightning_curv.terms.chunks import CHUNK_BYTES
@@ -164,9 +165,9 @@ class ClippedSum(GradientReceiver):
         (`counted`), and where its gradient is not finite, or so large that the factor is no normal
         number.
         """
-        device = norms[0].device
         # Parameters may be on several devices; the norm of a sample is over all of them.
-        stacked = torch.stack([norm.to(device) for norm in norms])
+        stacked = torch.stack(on_one_device(norms))
+        device = stacked.device
         if counted is not None:
             # What stands in is in nobody's statistics: rules count, and norms are kept.
             counted = counted.to(device)

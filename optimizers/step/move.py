@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curv.devices import on_one_device
 from lightning_curv.distributed.shards import own_part, whole
 from lightning_curv.optimizers.curvature.base import (
     Block,
@@ -108,8 +109,8 @@ def shorten(
 
 def relative_changes(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
     """The lengths of updates of weights, divided by those of the weights."""
-    lengths = torch.stack(torch._foreach_norm(list(updates)))
-    own = whole(torch.stack(torch._foreach_norm(list(weights)))).to(lengths)
+    lengths = torch.stack(on_one_device(torch._foreach_norm(list(updates))))
+    own = whole(torch.stack(on_one_device(torch._foreach_norm(list(weights))))).to(lengths)
     # Weights that start at zero, or that shrink to it, may move all the same.
     least = [LEAST_LENGTH * len(weight) ** 0.5 for weight in weights]
     return lengths / own.maximum(torch.tensor(least).to(lengths))
@@ -247,4 +248,4 @@ def slope_of_last(parameters: Parameters, members: Sequence[Member]) -> float:
             slopes.append((gradient(param) * update).sum(dtype=torch.float32))
     if not slopes:
         return 0.0
-    return float(torch.stack([slope.to(slopes[0].device) for slope in slopes]).sum())
+    return float(torch.stack(on_one_device(slopes)).sum())

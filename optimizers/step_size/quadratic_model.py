@@ -22,6 +22,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from lightning_curv.devices import on_one_device
 from lightning_curv.precision import widest
 from lightning_curv.terms.directional import directional_derivatives
 from lightning_curv.terms.jacobian import Jacobian
@@ -42,16 +43,20 @@ def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[
     """
     moments = []
     for batch in jacobians:
-        derivatives = sum(
-            directional_derivatives(jacobian, vectors[i]) for i, jacobian in batch.items()
-        )
-        # The sum is 0, no tensor, of a batch in which no parameter has a Jacobian.
-        if isinstance(derivatives, Tensor):
+        derivatives = None
+        for i, jacobian in batch.items():
+            found = directional_derivatives(jacobian, vectors[i])
+            # Parameters may be on several devices.
+            derivatives = (
+                found if derivatives is None else derivatives + found.to(derivatives.device)
+            )
+        # None of a batch in which no parameter has a Jacobian.
+        if derivatives is not None:
             s = derivatives.flatten(1).to(widest(derivatives.device))
             moments.append(s @ s.mT)
     if len(moments) == 1:
         return moments[0]
-    return torch.stack(moments).mean(0)
+    return torch.stack(on_one_device(moments)).mean(0)
 
 
 def inner_products(first: Tensor, second: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curv.devices import on_one_device
 from lightning_curv.distributed.failures import processes
 from lightning_curv.extensions import Extension
 from lightning_curv.optimizers.curvature.base import Direction
@@ -135,8 +136,7 @@ class TrustClip(StepRule):
         """The factor ν, []."""
         if self.kl_clip is None or not directions:
             return torch.ones(())
-        device = directions[0].value.device
-        squares = [d.squared_norm().to(device) for d in directions]
+        squares = on_one_device(d.squared_norm() for d in directions)
         squared_length = torch.stack(squares).sum().clamp_min(0.0)
         # A zero length gives an infinite ratio, clamped to 1; nothing here waits for the device.
         return (self.kl_clip / squared_length).sqrt().clamp_max(1.0)
@@ -230,7 +230,7 @@ class QuadraticModel(StepRule):
                 scheduled = part
             else:
                 scheduled = part * d.group["lr"]
-            updates.append(scheduled.view(d.value.shape))
+            updates.append(scheduled.view(d.value.shape).to(d.value.device))
         # The first row is the direction, along which a step of rate α has the weight -α.
         rate = -w[0]
         momentum = sum(w[1:])
@@ -267,11 +267,11 @@ def _model_in_span(
     """
     sizes = [d.value.numel() for d in directions]
     parts = [
-        part.reshape(-1, *d.value.shape)
+        part.reshape(-1, *d.value.shape).to(d.value.device)
         for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
     ]
     model = averaged(curvature_along(batches, parts) * scale)
-    grad = torch.cat([d.grad.flatten() for d in directions]).to(span)
+    grad = torch.cat(on_one_device(d.grad.flatten() for d in directions)).to(span)
     dampings = [d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)]
     damped = inner_products(span * torch.cat(dampings), span)
     # The gradient in every row, so that one transfer from the device brings all numbers.
@@ -307,10 +307,10 @@ def _jacobians(directions: Sequence[Direction]) -> list[dict[int, Jacobian]]:
 def _span(directions: Sequence[Direction]) -> Tensor:
     """The direction and, if there is one, the last update over all parameters, [K, P]."""
     like = directions[0].value
-    rows = [torch.cat([d.value.flatten() for d in directions]).to(like)]
+    rows = [torch.cat(on_one_device(d.value.flatten() for d in directions)).to(like)]
     if any(d.last is not None for d in directions):
         last = [torch.zeros_like(d.value) if d.last is None else d.last for d in directions]
-        rows.append(torch.cat([part.flatten() for part in last]).to(like))
+        rows.append(torch.cat(on_one_device(part.flatten() for part in last)).to(like))
     return torch.stack(rows)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.accelerators import CPUAccelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,8 +45,8 @@ class Mean(nn.Module):
         return x.mean(1)
 
 
-def mlp():
-    return nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, CLASSES))
+def mlp(width=6):
+    return nn.Sequential(nn.Linear(width, 4), nn.Sigmoid(), nn.Linear(4, CLASSES))
 
 
 def cnn():
@@ -241,6 +242,120 @@ def trainers():
     yield "KFACOptimizer in a Trainer", judged(kfac)
 
 
+class Split(pl.LightningModule):
+    """The first layer on the processor, the others on a device."""
+
+    def __init__(self, device, make_optimizer=torch.optim.SGD):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.rest = nn.Linear(6, 5).double(), mlp(5).double().to(device)
+        self.end, self.make_optimizer, self.series = device, make_optimizer, []
+
+    def forward(self, x):
+        return self.rest(self.first(x).tanh().to(self.end))
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1].to(self.end))
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+    def on_train_batch_end(self, *_):
+        metrics = self.trainer.callback_metrics.items()
+        self.series.append({name: float(value) for name, value in metrics})
+
+
+class InPlace(SingleDeviceStrategy):
+    """Leaves every layer where it is."""
+
+    def model_to_device(self):
+        pass
+
+
+SERIES = """default norm_test inner_product_test orthogonality_test grad_diversity mean_gsnr early_stopping cabs
+ggn_trace_exact ggn_max_eigenvalue gradient_stats sparsity update_size distance alpha""".split()  # noqa: SIM905
+
+
+def split_values(name, device):
+    """A quantity of every parameter, brought to the processor."""
+    net, generator = Split(device), torch.Generator().manual_seed(1)
+    x = torch.randn(N, 6, generator=generator).double()
+    found = values(net, x, torch.arange(N) % CLASSES, on(device), name, 0)
+    return [tensor.cpu() for value in found for tensor in flat(value)]
+
+
+def on(device):
+    return lambda output, target: F.cross_entropy(output, target.to(device))
+
+
+def flat(value):
+    return (
+        [tensor for part in value for tensor in flat(part)] if isinstance(value, list) else [value]
+    )
+
+
+def split_training(make, device, quantities=None):
+    """The parameters and series of a run in a Trainer."""
+    callback = CurvatureCallback(quantities or ["grad_norm"], layers=True, mc_samples=0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(24, 6, generator=generator).double()
+    net = Split(device, make)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        strategy=InPlace(torch.device("cpu"), CPUAccelerator()),
+        callbacks=[callback],
+        log_every_n_steps=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    data = torch.utils.data.TensorDataset(x, torch.arange(24) % CLASSES)
+    trainer.fit(net, DataLoader(data, batch_size=6))
+    return [p.detach().cpu() for p in net.parameters()], net.series
+
+
+def same(here, there):
+    """What is wrong, or "right"."""
+    if isinstance(here, dict):
+        names = [
+            k for k, v in here.items() if not abs(v - there.get(k, 1e9)) <= 1e-6 * abs(v) + 1e-9
+        ]
+        return "right" if here and not names else f"differs in {names}"
+    if isinstance(here, torch.Tensor):
+        return "right" if torch.allclose(here, there, rtol=1e-9, atol=1e-11) else "differs"
+    found = [same(one, other) for one, other in zip(here, there, strict=True)]
+    return next((word for word in found if word != "right"), "right")
+
+
+def split():
+    """A model of which one layer is on the processor, and all others are on the second device."""
+    ends = torch.device("cpu"), second_device()
+    # Random numbers of two devices differ; these two pass matrices from layer to layer.
+    for name in NAMES:
+        if "MC" not in name and name not in ("KFAC", "KFRA", "PCHMP"):
+            yield (
+                f"split: {name}",
+                judged(lambda n=name: same(*(split_values(n, end) for end in ends))),
+            )
+    exact = {
+        "KFAC": lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, curvature="exact"),
+        "EKFAC": lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, curvature="exact", eigen=True),
+        "auto": lambda p: KFACOptimizer(p, curvature="exact"),
+        "DiagGGN": lambda p: DiagGGNOptimizer(p, curvature="exact"),
+        "step size": lambda p: CurvatureStepSize(torch.optim.AdamW(p), curvature="exact"),
+    }
+    for name, make in exact.items():
+        yield (
+            f"split: {name}",
+            judged(lambda m=make: same(*(split_training(m, end) for end in ends))),
+        )
+    yield (
+        "split: series",
+        judged(lambda: same(*(split_training(torch.optim.SGD, end, SERIES) for end in ends))),
+    )
+
+
 def counts():
     """What would stall a GPU, in one step of everything that the benchmark counts."""
     names = ("launches", "reads", "in_backward", "uploads", "float64")
@@ -254,6 +369,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     # The form of attention that is the same on all devices.
     with sdpa_kernel(SDPBackend.MATH):
-        cells = {**dict(quantities()), **dict(optimizers()), **dict(trainers())}
+        cells = {**dict(quantities()), **dict(optimizers()), **dict(trainers()), **dict(split())}
         found = {"cells": cells, "counts": dict(counts())}
     Path(sys.argv[1]).write_text(json.dumps(found, indent=1))

@@ -1,0 +1,21 @@
+"""Parameters of one model on several devices, as parts of a pipeline are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+
+def on_one_device(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Small tensors of several parameters, all on the device of the first one.
+
+    Args:
+        tensors: that are to be stacked, joined or added up.
+
+    Cost: a copy of those that are elsewhere; nothing where all are on one device.
+    """
+    moved: list[Tensor] = []
+    for tensor in tensors:
+        moved.append(tensor.to(moved[0].device) if moved else tensor)
+    return moved
