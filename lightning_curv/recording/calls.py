@@ -90,6 +90,27 @@ def _same_source(one: Marks | None, other: Marks) -> bool:
     return one is not None and one.roots is other.roots and not (one.copies or other.copies)
 
 
+def read_data_alone(values: Iterable[Any]) -> bool:
+    """Whether all tensors that a call reads are values of the network that depend on data.
+
+    There is nothing to be said of its output then, nor of what it reads.
+
+    Args:
+        values: The arguments.
+    """
+    for value in values:
+        if isinstance(value, Tensor):
+            node = value.grad_fn
+            if node is None or value.is_nested:
+                return False
+            left = marks(node)
+            if left is not None and left.origin is not None:
+                return False
+        elif isinstance(value, (list, tuple, dict)):
+            return False
+    return True
+
+
 def has_origin(tensors: Sequence[Tensor]) -> bool:
     """Whether some of the tensors was computed from parameters."""
     for tensor in tensors:  # noqa: SIM110 - a generator takes twice as long
@@ -248,23 +269,23 @@ class RecordedCall:
         self.bound = bound
         # Of tensors without gradient, by `id`: they are asked for several times.
         self._roots: dict[int, Roots] = {}
-        self.tensors: dict[str, Tensor] = {}
-        self.nodes: dict[str, tuple[Node | None, int]] = {}
-        self.origins: dict[str, str | None] = {}
+        self.tensors = tensors = dict[str, Tensor]()
+        self.nodes = nodes = dict[str, tuple[Node | None, int]]()
+        self.origins = origins = dict[str, str | None]()
         for name, value in bound.items():
             if isinstance(value, Tensor):
-                self.tensors[name] = value
+                tensors[name] = value
                 if value.requires_grad:
-                    self.nodes[name] = (value.grad_fn, value.output_nr)
-                    self.origins[name] = origin_of(value)
+                    nodes[name] = (value.grad_fn, value.output_nr)
+                    origins[name] = origin_of(value)
         self.reads = rule.needs_values(bound)
-        self.changed: dict[str, Tensor] = {}
+        self.changed: dict[str, Tensor] | None = None
         self.inplace = rule.inplace(func)
         if self.inplace:
             first = next(iter(bound))
             # The rule needs the value that the op is about to overwrite.
-            if first in self.reads and first in self.tensors:
-                self.changed[first] = self.tensors[first].detach().clone()
+            if first in self.reads and first in tensors:
+                self.changed = {first: tensors[first].detach().clone()}
 
     def roots_of(self, tensor: Tensor) -> Roots:
         """What an argument was computed from besides parameters."""
@@ -291,42 +312,70 @@ class RecordedCall:
         mark = mark_at(node)
         if out.is_nested:
             mark.nested = name_of(self.func)
-        if mark.use is not None:
-            return
-        arguments = dict(self.bound)
-        use = Use(self.func, rule, arguments, {}, {}, out.shape, out.dtype, owner.output_nr)
-        use.mixes_samples = couples
+        if mark.use is None:
+            mark.use = use = self._use(operands, out, owner.output_nr)
+            use.mixes_samples = couples
+            node.register_hook(use.release)
+
+    def _use(self, names: list[str], out: Tensor, output_nr: int) -> Use:
+        """The call as a use of its operands, which are those of these names."""
+        # The call is over, and nobody else needs its arguments.
+        arguments = self.bound
+        operands: dict[str, Operand] = {}
+        inputs: dict[str, GradientEdge] = {}
+        versions: dict[str, int] = {}
+        roots: dict[str, Roots] = {}
+        shapes: dict[str, torch.Size] = {}
+        nodes = self.nodes
+        reads = self.reads
         for name, tensor in self.tensors.items():
-            is_operand = name in operands
-            if is_operand or name in self.reads:
-                value = self.changed[name] if name in self.changed else tensor.detach()
-                arguments[name] = value
-            else:  # not read by the rule: its memory is not kept alive
-                arguments[name] = None
-            if is_operand:
-                before, output_nr = self.nodes[name]
+            if name in names:
+                before, number = nodes[name]
                 if before is None:
-                    use.operands[name] = Operand(tensor)
+                    operands[name] = Operand(tensor)
                     continue
-                use.operands[name] = Operand(value, GradientEdge(before, output_nr))
+                arguments[name] = value = self._value(name, tensor)
+                operands[name] = Operand(value, GradientEdge(before, number))
             else:
-                if name in self.reads:
-                    use.versions[name] = value._version
-                if name in self.nodes:
-                    before, output_nr = self.nodes[name]
-                    edge = edge_of(tensor) if before is None else GradientEdge(before, output_nr)
-                    use.inputs[name] = edge
+                if name in reads:
+                    arguments[name] = value = self._value(name, tensor)
+                    versions[name] = value._version
+                else:  # not read by the rule: its memory is not kept alive
+                    arguments[name] = None
+                if name in nodes:
+                    before, number = nodes[name]
+                    edge = edge_of(tensor) if before is None else GradientEdge(before, number)
+                    inputs[name] = edge
                 if tensor.requires_grad:
                     continue
-            use.roots[name] = self.roots_of(tensor)
-            use.shapes[name] = tensor.shape
-        mark.use = use
-        node.register_hook(use.release)
+            # Of what has no gradient, and of operands that were computed from parameters.
+            roots[name] = self.roots_of(tensor)
+            shapes[name] = tensor.shape
+        return Use(
+            self.func,
+            self.rule,
+            arguments,
+            operands,
+            inputs,
+            out.shape,
+            out.dtype,
+            output_nr,
+            versions,
+            roots=roots,
+            shapes=shapes,
+        )
+
+    def _value(self, name: str, tensor: Tensor) -> Tensor:
+        """The value of an argument when it was read."""
+        if self.changed is not None and name in self.changed:
+            return self.changed[name]
+        return tensor.detach()
 
     def _mark_origin(self, operands: list[str], out: Tensor) -> None:
         node = cast("Node", out.grad_fn)
         expands = self.rule.broadcasts
         origin, roots = None, DATA
+        # Most calls read data, and nothing is to be said of their output.
         if None not in self.origins.values():
             others = []
             for name, tensor in self.tensors.items():
@@ -345,8 +394,8 @@ class RecordedCall:
     def _operands(self, out: Tensor) -> list[str]:
         """The arguments that are parameters of this call; the others are data."""
         if self.rule.parameters:
-            slots = self.rule.parameters
-            return [name for name in self.nodes if name in slots or self.rule.holds(name)]
+            holds = self.rule.holds
+            return [name for name in self.nodes if holds(name)]
         pure = [name for name, origin in self.origins.items() if origin == PURE]
         if pure:
             return pure

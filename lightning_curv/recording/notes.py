@@ -36,6 +36,7 @@ from lightning_curv.recording.row_numbers import (
     REDUCING,
     ROUTING,
     SCANNING,
+    LastingNumbers,
     Rows,
     counted,
     fingerprint,
@@ -176,7 +177,7 @@ def _followed(
     told = []
     for out, rows in zip(results, follow(func, args, kwargs, results), strict=True):
         pooled = frozenset() if counts else rows.pooled
-        numbers: Numbers = {size: physical(found) for size, found in rows.numbers.items()}
+        numbers = LastingNumbers({k: physical(found) for k, found in rows.numbers.items()})
         if view is not None and before is not None:
             _note_whole(view, before, rows, replace(roots, pooled=roots.pooled | pooled))
         told.append(_Told(numbers, pooled, ordered(numbers, physical(out), roots)))

@@ -28,6 +28,7 @@ from lightning_curv.recording.calls import (
     has_origin,
     mark_read,
     passes_on,
+    read_data_alone,
     record_loss,
     record_unknown,
 )
@@ -138,6 +139,11 @@ class record(TorchFunctionMode):
         rule: Rule,
     ) -> Any:
         """The result of a call of an op that has a rule."""
+        if not (rule.parameters or kwargs) and _recording() and read_data_alone(args):
+            out = run(*args)
+            if isinstance(out, Tensor) and out.grad_fn is None:
+                note_roots(func, args, kwargs, [out], tensors_in(args))
+            return out
         tensors = tensors_in((*args, *kwargs.values()))
         if not _recording() or not (rule.parameters or has_origin(tensors)):
             out = run(*args, **kwargs)

@@ -503,8 +503,29 @@ def ordered(numbers: Numbers, result: Tensor, roots: Roots) -> bool:
     return along and torch.equal(own.flatten(), counted(len(result), result).flatten())
 
 
-def fingerprint(numbers: Numbers) -> tuple[tuple[int, bytes], ...]:
+Fingerprint = tuple[tuple[int, bytes], ...]
+
+
+class LastingNumbers(dict[int, Tensor]):
+    """Numbers of rows that are those of many tensors: their fingerprint is taken once."""
+
+    __slots__ = ("fingerprint",)
+
+    def __init__(self, numbers: Numbers) -> None:
+        super().__init__(numbers)
+        self.fingerprint: Fingerprint | None = None
+
+
+def fingerprint(numbers: Numbers) -> Fingerprint:
     """Something that is the same for the same numbers only."""
+    if not isinstance(numbers, LastingNumbers):
+        return _fingerprint(numbers)
+    if numbers.fingerprint is None:
+        numbers.fingerprint = _fingerprint(numbers)
+    return numbers.fingerprint
+
+
+def _fingerprint(numbers: Numbers) -> Fingerprint:
     digests = []
     for size, of_size in sorted(numbers.items()):
         if _is_counted(size, of_size):

@@ -165,7 +165,11 @@ class Rule:
         Returns:
             Whether the argument holds a parameter.
         """
-        return name in self.parameters or name.rstrip("0123456789") in self.parameters
+        parameters = self.parameters
+        # `name` ends in a letter as a rule, and there is nothing to be left out.
+        return name in parameters or (
+            not name[-1:].isalpha() and name.rstrip("0123456789") in parameters
+        )
 
     @staticmethod
     @cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_curv.kernels import huge_pages, onednn
 from lightning_curv.terms import one_hot
-from lightning_curv.terms.term import Term
+from lightning_curv.terms.term import Term, shared_letters
 
 # Size of copies and of intermediate results: they stay in cache, and memory does not grow with N.
 CHUNK_BYTES = 2**21
@@ -51,6 +51,25 @@ def pieces(term: Term, size: int, ordered: bool = False) -> Iterator[Tensor]:
             yield part.contract(f"vn{part.par}")
 
 
+@cache
+def _letters(
+    out: str,
+    inp: str,
+    par: str,
+) -> tuple[list[str], list[str], list[str], list[str], bool]:
+    """The letters of `Matrices`, and whether both factors have all that are shared.
+
+    Nobody changes the lists.
+    """
+    both = [y for y in par if y in out and y in inp]
+    outputs = [y for y in par if y in out and y not in inp]
+    inputs = [y for y in par if y not in out]
+    shared = [*shared_letters(out, inp, par)]
+    # A letter that only one factor has is summed before the product, in `Term.contract`.
+    common = all(letter in out and letter in inp for letter in shared)
+    return both, outputs, inputs, shared, common
+
+
 class Matrices:
     """The factors of a term as matrices: cotangents `[N, q, V·o, s]`, inputs `[N, q, i, s]`.
 
@@ -68,21 +87,15 @@ class Matrices:
         self.term = term
         # Several columns are kept apart in memory: each is squared on its own.
         self.ordered = ordered or len(term.g) > 1
-        self.both = [y for y in term.par if y in term.out and y in term.inp]
-        self.outputs = [y for y in term.par if y in term.out and y not in term.inp]
-        self.inputs = [y for y in term.par if y not in term.out]
-        self.shared = [*term.shared]
+        letters = _letters(term.out, term.inp, term.par)
+        self.both, self.outputs, self.inputs, self.shared, self._common = letters
 
     @property
     def regular(self) -> bool:
         """Whether J is a product of the two matrices."""
         if self.term.x is None or self.term.classes or not self.shared:
             return False
-        out = self.term.out
-        inp = self.term.inp
-        # A letter that only one factor has is summed before the product, in `Term.contract`.
-        common = all(letter in out and letter in inp for letter in self.shared)
-        return common and bool(self.outputs or self.inputs)
+        return self._common and bool(self.outputs or self.inputs)
 
     @cached_property
     def _sizes(self) -> dict[str, int]:

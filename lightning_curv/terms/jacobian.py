@@ -76,6 +76,11 @@ class Jacobian:
         # Uses with the same letters become one term: sums over them are one contraction, and
         # squares come after the sum.
         self.terms = _merged([term.promoted() for term in terms])
+        only = self.terms[0] if len(self.terms) == 1 else None
+        # The term, if J is an outer product: then J² is one too.
+        self._factorised = None if only is None or only.shared else only
+        # The term, if it is the only one and has one-hot inputs.
+        self._onehot = only if only is not None and only.classes else None
 
     @property
     def columns(self) -> int:
@@ -91,22 +96,6 @@ class Jacobian:
     def shape(self) -> torch.Size:
         """Shape of the parameter."""
         return self.parameter.shape
-
-    @cached_property
-    def _factorised(self) -> Term | None:
-        """The term, if J is an outer product: then J² is one too."""
-        if len(self.terms) > 1:
-            return None
-        (term,) = self.terms
-        return None if term.shared else term
-
-    @property
-    def _onehot(self) -> Term | None:
-        """The term, if it is the only one and has one-hot inputs."""
-        if len(self.terms) > 1:
-            return None
-        (term,) = self.terms
-        return term if term.classes else None
 
     def __getitem__(self, samples: slice | list[int]) -> Jacobian:
         """The Jacobian of some samples."""

@@ -28,9 +28,9 @@ def grouped(term: Term, owners: Owners) -> Term:
     Raises:
         RuntimeError: A cotangent arrives at a row that was found to belong to no sample.
     """
-    if isinstance(owners, RowOwners):
+    if not isinstance(owners, BatchAxis):
+        assert isinstance(owners, RowOwners)
         return _gathered(term, owners.to(term.g.device))
-    assert isinstance(owners, BatchAxis)
     rows = term.g.shape[1]
     samples = owners.count
     if rows == samples:
