@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ContextDecorator, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -35,9 +35,10 @@ def processes() -> int:
     return 1
 
 
-@contextmanager
-def telling() -> Iterator[None]:
-    """An error that leaves it is told to the other processes.
+class telling(ContextDecorator):
+    """Context: an error that leaves it is told to the other processes.
+
+    It is a class, since a generator would take longer than what many steps do.
 
     Raises:
         OtherProcessError: instead of the error of a connection that the process at its other end
@@ -45,14 +46,16 @@ def telling() -> Iterator[None]:
 
     Cost: nothing without an error.
     """
-    try:
-        yield
-    except Exception as error:
-        tell(error)
-        failure = _failure_behind(error)
-        if failure is not None:
-            raise OtherProcessError(failure) from error
-        raise
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception):
+            tell(error)
+            failure = _failure_behind(error)
+            if failure is not None:
+                raise OtherProcessError(failure) from error
 
 
 def tell(error: BaseException) -> None:

@@ -306,16 +306,16 @@ class Backprop:
 
     def _refuse_uncovered(self, tape: Tape) -> None:
         stays = self._hook is None and not self._create_graph
-        reasons = {
-            e: sharded_refusal(tape, e, self._shards, stays)
-            or refusal(tape, e, self._output is not None)
-            for e in self._extensions
-        }
-        refused = [extension for extension, reason in reasons.items() if reason]
-        # One error for all that are refused, in the words of the first.
-        with _ErrorScope(self, refused):
-            if refused:
-                raise UnsupportedError(reasons[refused[0]])
+        reasons: dict[AnyExtension, str] = {}
+        for extension in self._extensions:
+            reason = sharded_refusal(tape, extension, self._shards, stays)
+            reason = reason or refusal(tape, extension, self._output is not None)
+            if reason:
+                reasons[extension] = reason
+        if reasons:
+            # One error for all that are refused, in the words of the first.
+            with _ErrorScope(self, [*reasons]):
+                raise UnsupportedError(next(iter(reasons.values())))
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
@@ -345,8 +345,7 @@ class Backprop:
         else:
             passes.samples = whole_batch(passes.tape)
         # Cached properties that depend on the samples.
-        for name in ("use_edges", "_ends", "parts"):
-            passes.__dict__.pop(name, None)
+        passes.forget()
 
     def _choose(self, passes: Passes) -> None:
         """The passes of the samples that are enough for some extensions."""

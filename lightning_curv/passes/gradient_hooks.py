@@ -59,8 +59,9 @@ class Listener:
         self._waiting: dict[Tensor, int] = {}  # how often it is still to be reached
         self._handles = []
         late: dict[Tensor, None] = {}
+        parameters_of_uses = passes.tape.parameters
         for node, use in passes.tape.uses.items():
-            parameters = passes.tape.parameters[node] if use.operands else []
+            parameters = parameters_of_uses[node] if use.operands else []
             if any(map(wanted, parameters)):
                 self._handles.append(
                     node_of(node).register_prehook(self._hook(self._arrive, node, use, parameters))
@@ -111,9 +112,10 @@ class Listener:
             self._terms[parameter].append(term)
 
     def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:
-        for node in [*self._bulky]:
-            if any(other is parameter for other in self._passes.tape.parameters[node]):
-                self._add(node, *self._bulky.pop(node))
+        if self._bulky:
+            for node in [*self._bulky]:
+                if any(other is parameter for other in self._passes.tape.parameters[node]):
+                    self._add(node, *self._bulky.pop(node))
         # the user's tensor hooks may have changed the gradient on its way, and that of some samples
         # is another
         whole = not (parameter._backward_hooks or self._passes.samples.partial)
@@ -126,15 +128,18 @@ class Listener:
         function: Callable[..., None],
         *arguments: Any,
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
+        own_passes = self._own_passes
+        watched = self._section is not nullcontext
+
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            if self._own_passes.running or self._stopped:
+            if own_passes.running or self._stopped:
                 return
-            with self._scope:
-                with (
-                    self._section(),
-                    self._own_passes,
-                    torch.no_grad() if torch.is_grad_enabled() else nullcontext(),
-                ):
+            with self._scope, own_passes:
+                # As a rule nobody watches, and the pass is not differentiated again.
+                if watched or torch.is_grad_enabled():
+                    with self._section(), torch.no_grad():
+                        function(gradients, *arguments)
+                else:
                     function(gradients, *arguments)
                 return
             # Reached only where the scope has kept an error.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from lightning_curv.recording.records import LossCall, Use
 from lightning_curv.rules import Call
 from lightning_curv.rules.fallback import dense
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.owners import ChosenOwners, Owners
+from lightning_curv.terms.owners import BatchAxis, ChosenOwners, Owners
 from lightning_curv.terms.regrouping import grouped, of_chosen
 from lightning_curv.terms.term import Term
 
@@ -82,6 +83,11 @@ class Passes:
     def only(self, chosen: Tensor) -> Passes:
         """Passes for some of the samples only, `chosen [S]` in ascending order."""
         return replace(self, samples=self.samples.only(chosen))
+
+    def forget(self) -> None:
+        """Forget what depends on the samples, which are others now."""
+        for name in ("use_edges", "_ends", "parts"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -296,32 +302,49 @@ def terms_of_rule(
     inputs: dict[str, Tensor] | None = None,
 ) -> dict[str, Term]:
     """The same, where a rule that does not cover these arguments raises `NotImplementedError`."""
-    g = g.reshape(g.shape[0], *use.shape)
+    if g.shape[1:] != use.shape:
+        g = g.reshape(g.shape[0], *use.shape)
     # The axis with the rows, and how many leading axes carry them together.
-    axis, lead = owners.axes[0], len(owners.axes)
+    axes = owners.axes
+    axis, lead = axes[0], len(axes)
     if lead > 1:
         g = g.flatten(1, lead)
     elif axis:
         g = g.movedim(axis + 1, 1)
-    if isinstance(owners, ChosenOwners):
-        chosen = owners.rows(g.shape[1])
-    else:
+    # The type of most is asked first: an abstract class takes longer to say what it is no class of.
+    whole = type(owners) is BatchAxis or not isinstance(owners, ChosenOwners)
+    some = None if whole else cast("ChosenOwners", owners)
+    if some is None:
         chosen = None
-    call = Call(use.shape, tuple(use.operands), axis, lead, chosen)
-    operands = {name: operand.tensor.detach() for name, operand in use.operands.items()}
-    other: dict[str, Tensor | None] = {**(inputs or {})}
-    if inputs and use.rule.outputs:
-        other["output"] = None  # the recorded output is not that of these inputs
-    if True in [tensor.is_complex() for tensor in (g, *operands.values())]:
+        call = _whole_call(use.shape, tuple(use.operands), axis, lead)
+    else:
+        chosen = some.rows(g.shape[1])
+        call = Call(use.shape, tuple(use.operands), axis, lead, chosen)
+    arguments = dict(use.arguments)
+    complex_ = g.is_complex()
+    for name, operand in use.operands.items():
+        arguments[name] = value = operand.tensor.detach()
+        complex_ = complex_ or value.is_complex()
+    if inputs:
+        arguments.update(inputs)
+        if use.rule.outputs:
+            arguments["output"] = None  # the recorded output is not that of these inputs
+    if complex_:
         raise UnsupportedError(
             "Expected real numbers in every op with parameters, found complex ones in "
             f"`{use.name}` using parameter {describe(parameters(use)[0])}. Multiply real and "
             "imaginary parts (`torch.view_as_real`), or use `HMP`."
         )
-    terms_by_name = use.rule.function(call, g, **{**use.arguments, **operands, **other})
-    if isinstance(owners, ChosenOwners):
-        return {name: of_chosen(terms_by_name[name], owners, chosen) for name in use.operands}
+    terms_by_name = use.rule.function(call, g, **arguments)
+    if some is not None:
+        return {name: of_chosen(terms_by_name[name], some, chosen) for name in use.operands}
     return {name: grouped(terms_by_name[name], owners) for name in use.operands}
+
+
+@lru_cache(1024)
+def _whole_call(shape: torch.Size, operands: tuple[str, ...], axis: int, lead: int) -> Call:
+    """A call of which all rows are asked for: the same in every step."""
+    return Call(shape, operands, axis, lead)
 
 
 def _multiplications(use: Use) -> int:

@@ -95,13 +95,17 @@ class Batch:
 
     def read_by(self, tape: Tape) -> Batch:
         """This batch; or only its size, if the graph reads none of its tensors."""
+        if self.tensors is None:
+            return self
         read = [roots for use in tape.uses.values() for roots in use.roots.values()]
         read += [call.roots for call in tape.losses.values()]
         read += [op.roots for op in tape.mapped]
         read += tape.read.values()
-        if self.tensors is None or any(map(self._gave, read)):
-            return self
-        return Batch(self.size)
+        return self if any(map(self._gave, read)) else Batch(self.size)
+
+    def of(self, tape: Tape) -> Batch:
+        """This batch, in the graph that is looked at."""
+        return Batch(self.size, self.expected, self.tensors, tape, self.tried)
 
     def given(self, tape: Tape) -> tuple[bool, ...]:
         """Which of the tensors that ops read come from the batch, where its tensors are known."""

@@ -71,8 +71,7 @@ def find_samples(
         UnsupportedError: N does not agree with the graph, or samples influence each other.
     """
     tape = passes.tape
-    batch = batch.read_by(tape)
-    batch = replace(batch, tape=tape)
+    batch = batch.read_by(tape).of(tape)
     _demote(passes, batch)
     key = (batch.size, batch.expected, batch.given(tape), independent, strict, *structure_of(tape))
     found = None if check else MEMORY.recall(key, tape)
@@ -88,7 +87,7 @@ def find_samples(
             MEMORY.keep(key, tape, found)
     if independent:
         count = found.samples.count
-        refuse_pooled(tape, replace(batch, tried=count), count)
+        refuse_pooled(tape, batch, count)
     _put_joins(passes, found)
     return found.samples
 

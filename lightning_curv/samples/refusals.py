@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch.autograd.graph import Node
@@ -67,6 +68,11 @@ def refuse_scales(
 def refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     """Raise if a parameter meets a statistic of the raw batch, or rows that were computed with one.
 
+    Args:
+        tape: The graph.
+        batch: What is known of the batch.
+        count: N, as it was found.
+
     Raises:
         UnsupportedError: One does.
     """
@@ -79,7 +85,7 @@ def refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     read += [(call.name, call.roots) for call in tape.losses.values()]
     read += [(op.name, op.roots) for op in tape.mapped]
     for name, roots in read:
-        if count in roots.pooled and batch.holds(roots):
+        if count in roots.pooled and replace(batch, tried=count).holds(roots):
             raise UnsupportedError(
                 "Per-sample quantities need samples that do not influence each other, but samples "
                 f"mix in what `{name}` reads: a statistic over the {count} samples of the batch (a "
