@@ -28,11 +28,14 @@ class OtherProcessError(RuntimeError):
     """This process cannot go on, because another one has failed."""
 
 
+def distributed() -> bool:
+    """Whether this process belongs to a group of processes, be it the only one in it."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def processes() -> int:
     """The number of processes that share the batch; 1 where nothing is distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return 1
+    return dist.get_world_size() if distributed() else 1
 
 
 class telling(ContextDecorator):

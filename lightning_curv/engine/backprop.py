@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lightning_curv.distributed.failures import distributed
 from lightning_curv.distributed.replicas import unnoticed
 from lightning_curv.distributed.shards import Shard, find_shards, gathered
 from lightning_curv.engine import truncated_backward
@@ -182,8 +183,9 @@ class Backprop:
 
     def _looked(self, undisturbed: ExitStack) -> Passes:
         self._passes = passes = self._walked()
-        undisturbed.enter_context(unnoticed(passes.tape.nodes))
-        self._shards = find_shards(passes.tape.all_parameters)
+        if distributed():
+            undisturbed.enter_context(unnoticed(passes.tape.nodes))
+            self._shards = find_shards(passes.tape.all_parameters)
         if self._shards:
             # Before anything can fail: all processes take part.
             undisturbed.enter_context(gathered(self._shards.values()))
@@ -216,11 +218,14 @@ class Backprop:
         if self._sum_check is not None:
             return True
         known = self._registered(parameter)
-        return any(extension.wants(known) for extension in self._heard)
+        for extension in self._heard:  # noqa: SIM110 - a generator takes twice as long
+            if extension.wants(known):
+                return True
+        return False
 
     def _registered(self, parameter: Tensor) -> Tensor:
         """The parameter that the user knows, of one in the graph."""
-        shard = self._shards.get(parameter)
+        shard = self._shards.get(parameter) if self._shards else None
         return parameter if shard is None else shard.registered
 
     def run(self, **options: Any) -> None:
@@ -308,7 +313,9 @@ class Backprop:
         stays = self._hook is None and not self._create_graph
         reasons: dict[AnyExtension, str] = {}
         for extension in self._extensions:
-            reason = sharded_refusal(tape, extension, self._shards, stays)
+            reason = None
+            if distributed():
+                reason = sharded_refusal(tape, extension, self._shards, stays)
             reason = reason or refusal(tape, extension, self._output is not None)
             if reason:
                 reasons[extension] = reason
@@ -404,8 +411,9 @@ class Backprop:
         working = self._working(self._heard)
         checked = self._sum_check is not None
         jacobian.shared = len(working) + checked > 1
+        known = self._registered(jacobian.parameter)
         for extension in working:
-            if extension.wants(self._registered(jacobian.parameter)):
+            if extension.wants(known):
                 start = self._now()
                 self._evaluate(extension, jacobian)
                 self._spend([extension], start)

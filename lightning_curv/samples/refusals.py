@@ -12,7 +12,8 @@ from torch.autograd.graph import Node
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph.heads import LINEAR, name_of
 from lightning_curv.graph.tape import Tape, leaf_of, nodes_below
-from lightning_curv.recording.records import CONSTANT, PURE, marks
+from lightning_curv.recording.provenance import Roots
+from lightning_curv.recording.records import CONSTANT, PURE, LossCall, Mapped, Use, marks
 from lightning_curv.samples.batch import Batch
 from lightning_curv.samples.search import Search
 
@@ -76,20 +77,17 @@ def refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     Raises:
         UnsupportedError: One does.
     """
-    read = [
-        (use.name, roots)
-        for use in tape.uses.values()
-        for k, roots in use.roots.items()
-        if k not in use.operands
-    ]
-    read += [(call.name, call.roots) for call in tape.losses.values()]
-    read += [(op.name, op.roots) for op in tape.mapped]
-    for name, roots in read:
+    read: list[tuple[Use | LossCall | Mapped, Roots]] = []
+    for use in tape.uses.values():
+        read += [(use, roots) for k, roots in use.roots.items() if k not in use.operands]
+    read += [(call, call.roots) for call in tape.losses.values()]
+    read += [(op, op.roots) for op in tape.mapped]
+    for op, roots in read:
         if count in roots.pooled and replace(batch, tried=count).holds(roots):
             raise UnsupportedError(
                 "Per-sample quantities need samples that do not influence each other, but samples "
-                f"mix in what `{name}` reads: a statistic over the {count} samples of the batch (a "
-                "mean, a maximum, a sum of rows of several samples). Take it over the data set, "
+                f"mix in what `{op.name}` reads: a statistic over the {count} samples of the batch "
+                "(a mean, a maximum, a sum of rows of several samples). Take it over the data set, "
                 "beforehand."
             )
 
