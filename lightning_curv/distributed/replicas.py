@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch.autograd.graph import Node
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -18,6 +19,8 @@ from lightning_curv.errors import UnsupportedError
 
 # The models that there were when an optimizer first asked.
 _known: WeakKeyDictionary[Optimizer, WeakSet[Any]] = WeakKeyDictionary()
+# The settings of the last `join` of each model that is known to be over.
+_over: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -50,6 +53,18 @@ def unnoticed(nodes: Iterable[Node]) -> Iterator[None]:
             model._static_graph_delay_allreduce_enqueued = before
 
 
+def _in_join(model: Any) -> bool:
+    """Whether a model is in `join` now, without `throw_on_early_termination=True`."""
+    config = model._join_config
+    if not config.enable or config.throw_on_early_termination or _over.get(model) is config:
+        return False
+    # The model keeps its settings when `join` is over; the context itself is gone then.
+    if any(joined is model for join in instances(Join) for joined in join._joinables):
+        return True
+    _over[model] = config
+    return False
+
+
 def refuse_join(optimizer: Optimizer) -> None:
     """Refuse a step in which processes that have run out of batches take no part.
 
@@ -70,8 +85,7 @@ def refuse_join(optimizer: Optimizer) -> None:
     if optimizer not in _known:
         _known[optimizer] = WeakSet(instances(DistributedDataParallel))
     for model in _known[optimizer]:
-        join = model._join_config
-        if join.enable and not join.throw_on_early_termination:
+        if _in_join(model):
             raise UnsupportedError(
                 f"{type(optimizer).__name__} needs all processes in every step, found a model in "
                 "`join`, where some run out of batches before the others. Use "

@@ -118,8 +118,10 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
     if not groups:
         yield
         return
-    context = next(iter(states.values()))._state_ctx
-    everyone = [*context.all_states] or [*states.values()]
+    # One for each module that was sharded on its own, and not inside of another one.
+    contexts = list({id(state._state_ctx): state._state_ctx for state in states.values()}.values())
+    everyone = [state for context in contexts for state in context.all_states]
+    everyone = everyone or [*states.values()]
     all_groups = [group for state in everyone for group in _groups(state)]
     # What is gathered already stays so for others; only what is fetched here is freed again.
     fetched = [group for group in groups.values() if not group.is_unsharded]
@@ -129,9 +131,10 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     phases = [(thing, thing._training_state) for thing in (*everyone, *all_groups)]
-    queued = context.post_backward_final_callback_queued
+    queued = [context.post_backward_final_callback_queued for context in contexts]
     # What is said to be queued is not queued again, who is in a pass begins none.
-    context.post_backward_final_callback_queued = True
+    for context in contexts:
+        context.post_backward_final_callback_queued = True
     for group in all_groups:
         group._training_state = TrainingState.PRE_BACKWARD
         group.post_backward = _nothing
@@ -142,7 +145,8 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
             del group.post_backward
         for thing, phase in phases:
             thing._training_state = phase
-        context.post_backward_final_callback_queued = queued
+        for context, before in zip(contexts, queued, strict=True):
+            context.post_backward_final_callback_queued = before
         for group in fetched:
             group.reshard()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.devices import on_one_device
-from lightning_curv.distributed.shards import own_part, whole
+from lightning_curv.distributed.shards import is_sharded, own_part, whole
 from lightning_curv.optimizers.curvature.base import (
     Block,
     Curvature,
@@ -110,10 +110,22 @@ def shorten(
 def relative_changes(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
     """The lengths of updates of weights, divided by those of the weights."""
     lengths = torch.stack(on_one_device(torch._foreach_norm(list(updates))))
-    own = whole(torch.stack(on_one_device(torch._foreach_norm(list(weights))))).to(lengths)
+    own = _lengths(weights).to(lengths)
     # Weights that start at zero, or that shrink to it, may move all the same.
     least = [LEAST_LENGTH * len(weight) ** 0.5 for weight in weights]
     return lengths / own.maximum(torch.tensor(least).to(lengths))
+
+
+def _lengths(weights: Sequence[Tensor]) -> Tensor:
+    """The lengths of weights; those of sharded ones over all parts, in one exchange."""
+    lengths: dict[Tensor, Tensor] = {}
+    for sharded in (True, False):
+        # FSDP may leave some parameters as they are, and torch takes no list of both.
+        some = [weight for weight in weights if is_sharded(weight) is sharded]
+        if some:
+            stacked = whole(torch.stack(on_one_device(torch._foreach_norm(some))))
+            lengths.update(zip(some, stacked.unbind(), strict=True))
+    return torch.stack(on_one_device(lengths[weight] for weight in weights))
 
 
 def _direction(

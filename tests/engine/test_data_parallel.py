@@ -66,6 +66,7 @@ def test_quantities_where_some_processes_run_out_of_batches(results):
 @pytest.mark.parametrize("optimizer", ["kfac", "step size"])
 def test_optimizers_take_no_steps_in_which_some_processes_take_no_part(results, optimizer):
     for found in results:
+        assert found["behind join"] == 1
         taken, error = found["refused", optimizer]
         assert taken == 0
         assert "needs all processes in every step, found a model in `join`" in error

@@ -123,6 +123,12 @@ def test_optimizers_of_tied_and_frozen_parameters_end_where_one_process_ends(res
         assert all(map(close, found["optimized"][name, "tied"], expected))
 
 
+def test_optimizers_of_layers_that_are_sharded_and_others_that_are_not(results):
+    expected = run(network(), OPTIMIZERS["kfac"], union(WORLD))
+    for found in results:
+        assert all(map(close, found["optimized"]["kfac", "some"], expected))
+
+
 @pytest.mark.parametrize("name", RESHARDED)
 def test_four_processes_save_and_two_go_on_as_one_process_does(all_results, name):
     """By `torch.distributed.checkpoint`; a mesh of 2 × 2 before, of 2 × 1 after it."""

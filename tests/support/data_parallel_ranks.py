@@ -213,7 +213,22 @@ def steps_with_join(optimizer, rank, **settings):
                 optimizer.step()
                 taken += 1
     except (RuntimeError, UnsupportedError) as error:
-        return taken, str(error)
+        message = str(error)
+    return taken, message
+
+
+def step_behind_join(rank):
+    """How many steps an optimizer takes on a model that was in `join`."""
+    model = Net()
+    wrapped = DistributedDataParallel(model)
+    with wrapped.join():
+        loss_of(wrapped, rank, 0).backward()
+    optimizer = OPTIMIZERS["diagonal"](model.parameters())
+    optimizer.zero_grad()
+    with curvature(*optimizer.required_extensions()):
+        loss_of(wrapped, rank, 0).backward()
+    optimizer.step()
+    return optimizer.steps
 
 
 def work(rank, folder):
@@ -234,6 +249,7 @@ def work(rank, folder):
         for optimizer in ("kfac", "diagonal")
     }
     found["join"] = joined(rank)
+    found["behind join"] = step_behind_join(rank)
     for optimizer in ("kfac", "step size"):
         found["refused", optimizer] = steps_with_join(optimizer, rank)
         found["ended", optimizer] = steps_with_join(

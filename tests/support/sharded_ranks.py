@@ -120,6 +120,21 @@ def layers_of(tied, **settings):
     return tied
 
 
+def some_layers(mesh):
+    """Two modules that are sharded each by itself, and a layer between them whose gradients a hook exchanges."""
+    model = network()
+    for layer in (model[0], model[4]):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    for parameter in model[2].parameters():
+        parameter.register_post_accumulate_grad_hook(exchange)
+    return model
+
+
+def exchange(parameter):
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
+
+
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 # How a model is sharded.
 SHARDED = {
@@ -130,6 +145,7 @@ SHARDED = {
     "tied and frozen": lambda mesh: fully_shard(Tied(), mesh=mesh, reshard_after_forward=True),
     "tied and frozen, kept": lambda mesh: fully_shard(Tied(), mesh=mesh),
     "tied and frozen, layers": lambda mesh: fully_shard(layers_of(Tied(), mesh=mesh), mesh=mesh),
+    "some layers": some_layers,
     "replicas": lambda mesh: by_layer(network(), mesh=replicas()),
     "replicas, tied and frozen": lambda mesh: fully_shard(
         Tied(), mesh=replicas(), reshard_after_forward=True
@@ -192,7 +208,7 @@ def quantities(name, mesh):
         if "mixed" in name:
             x = x.bfloat16()
         found, expected = fields(sharded, x, y), fields(plain, x, y)
-        gradients = [p.grad.full_tensor() for p in sharded.parameters() if p.requires_grad]
+        gradients = [whole(p.grad) for p in sharded.parameters() if p.requires_grad]
         means = [p.grad.clone() for p in plain.parameters() if p.requires_grad]
         for mean in means:
             wide = mean.float() if "mixed" in name else mean
@@ -297,6 +313,7 @@ def optimized(mesh):
         for name, make in OPTIMIZERS.items()
         for resume in ([None] if name == "inverses" else [None, sharded])
     }
+    found["kfac", "some"] = run(some_layers(mesh), OPTIMIZERS["kfac"], batches)
     for name in TIED:
         found[name, "tied"] = run(SHARDED["tied and frozen"](mesh), OPTIMIZERS[name], batches)
     return found
