@@ -468,7 +468,7 @@ class CurvatureCallback(Callback):
             f"[Callback]{self.state_key}.during_backward",
         )
         # Only norms of whole gradients are wanted: they need no record, but the size of the batch.
-        if not self._observation:
+        if not self._observation.records:
             self._observation.read(batch)
             return
         observation = self._observation

@@ -23,6 +23,9 @@ from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
 from lightning_curv.optimizers.step_size.rules import QuadraticModel, StepRule, TrustClip
 
+# Steps that `factor_interval="auto"` keeps curvature for at most.
+LONGEST = 8
+
 
 class KFACOptimizer(SecondOrderOptimizer):
     r"""Kronecker-factored approximate curvature that chooses its own step and damping.
@@ -68,7 +71,12 @@ class KFACOptimizer(SecondOrderOptimizer):
         factor_decay: Decay in [0, 1) of the running means of the factors, per group.
         gradient_decay: Decay in [0, 1) of the running mean of the gradients, per group; not used
             with a number as `lr`.
-        factor_interval: Measure factors every so many steps.
+        factor_interval: Measure factors every so many steps; `lr="auto"` measures its quadratic
+            model in every step even so. "auto" measures both in the first 20 steps, then keeps them
+            for twice as long each time that they have changed by less than a factor of four, 8
+            steps at most: a step between reads nothing but the loss. Where `loss_fn` is given, or
+            the loss has no known lower bound, they are measured in every step; so they are with a
+            number as `lr`.
         inverse_interval: Refresh each inverse every so many steps, spread over the steps; more
             often in the first 20.
         kl_clip: $\kappa$, bound on the squared length of a step of learning rate 1 in the
@@ -105,11 +113,10 @@ class KFACOptimizer(SecondOrderOptimizer):
         ValueError: A setting is out of range.
         TypeError: A parameter is complex or sparse.
 
-    Cost: per step $|\theta| \sum_i d_i$ time; one more backward pass, without parameter gradients,
-        when curvature is
-    measured, and on every step, with about a forward pass on top, if `lr="auto"`; $d_i^3$ per
-    inversion. Memory: two copies of all factors, two of the parameters, and the activations of the
-    batch until `step`.
+    Cost: per step $|\theta| \sum_i d_i$ time; when curvature is measured, one more backward pass,
+        without parameter gradients, and with `lr="auto"` about a forward pass on top; $d_i^3$ per
+        inversion. Memory: two copies of all factors, two of the parameters, and the activations of
+        the batch until `step`.
 
     Example:
         >>> import torch
@@ -142,7 +149,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         weight_decay: float = 0.0,
         factor_decay: float = 0.9,
         gradient_decay: float = 0.7,
-        factor_interval: int = 1,
+        factor_interval: int | Literal["auto"] = "auto",
         inverse_interval: int = 10,
         kl_clip: float | None = 0.1,
         curvature: Literal["mc", "exact", "empirical"] = "mc",
@@ -161,6 +168,9 @@ class KFACOptimizer(SecondOrderOptimizer):
                 "`shard_inverses=True` needs `eigen=False`: every process measures in the "
                 "eigenbasis."
             )
+        keeps = lr == "auto" and factor_interval == "auto"
+        if factor_interval == "auto":
+            factor_interval = LONGEST if keeps else 1
         require_count("factor_interval", factor_interval)
         require_count("inverse_interval", inverse_interval)
         require_count("mc_samples", mc_samples)
@@ -183,7 +193,7 @@ class KFACOptimizer(SecondOrderOptimizer):
         if curvature != "empirical":
             curved(extension)
         rule: StepRule = (
-            QuadraticModel(extension, safeguards) if lr == "auto" else TrustClip(kl_clip)
+            QuadraticModel(extension, safeguards, keeps) if lr == "auto" else TrustClip(kl_clip)
         )
         model = EigenCurvature if eigen else KroneckerCurvature
         super().__init__(
@@ -205,7 +215,7 @@ class KFACOptimizer(SecondOrderOptimizer):
                 split_factors,
                 shard_inverses,
             ),
-            schedule=Schedule(measure=factor_interval, invert=inverse_interval),
+            schedule=Schedule(factor_interval, inverse_interval, keeps=keeps),
             step_rule=rule,
             safeguards=safeguards,
             adaptation=LevenbergMarquardt(),

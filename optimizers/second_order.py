@@ -32,7 +32,7 @@ from lightning_curv.optimizers.step.refresh import block_damping, refresh
 from lightning_curv.optimizers.step.restore import restored_state
 from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
-from lightning_curv.optimizers.step_size.loss_limits import LossLimits
+from lightning_curv.optimizers.step_size.loss_limits import LossLimits, LossValue
 from lightning_curv.optimizers.step_size.rules import QuadraticModel, Step, StepRule
 from lightning_curv.optimizers.step_size.trial import Trial
 from lightning_curv.optimizers.step_size.trust_region import TrustRegion
@@ -47,6 +47,8 @@ SAVED = (
     "tried",
     "_after",
     "memories",
+    "interval",
+    "next_measurement",
 )
 REJECTED = 4.0  # what the relative damping is multiplied by when a step is taken back
 LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss
@@ -120,6 +122,8 @@ class SecondOrderOptimizer(Optimizer):
         self.loss_fn: Callable[[], Any] | None = None
         self.last_step: dict[str, float] = {}
         self._told_relative = False
+        self.interval = 1
+        self.next_measurement = 0
         self._after: float | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._micro_batches = MicroBatches()
@@ -144,9 +148,13 @@ class SecondOrderOptimizer(Optimizer):
         """List what the upcoming step reads of the parameters.
 
         Returns:
-            The extensions; none between two measurements with a given learning rate.
+            The extensions; between two measurements nothing but the loss where curvature is kept,
+            and none with a given learning rate.
         """
-        return self._extensions(measure=self.schedule.measure_due(self.steps))
+        extensions = self._extensions(measure=self._measures)
+        if extensions or not self.schedule.keeps or not self._reads_loss:
+            return extensions
+        return (LossValue(self._parameters.all()),)
 
     def accumulated_extensions(self) -> tuple[Extension | GraphExtension, ...]:
         """List what `accumulate` reads after a micro-batch of the upcoming step.
@@ -156,11 +164,31 @@ class SecondOrderOptimizer(Optimizer):
         """
         return self.required_extensions()
 
+    @property
+    def _measures(self) -> bool:
+        """Whether curvature is measured in the upcoming step."""
+        if self.schedule.keeps:
+            return self.steps >= self.next_measurement
+        return self.schedule.measure_due(self.steps)
+
+    @property
+    def _models(self) -> bool:
+        """Whether the step rule asks for something in the upcoming step."""
+        asks = self.step_rule.extension is not None
+        return asks and (self._measures or not self.schedule.keeps)
+
+    @property
+    def _reads_loss(self) -> bool:
+        """Whether the loss bounds a step."""
+        return self._adapts or self.region.enabled
+
     def _extensions(self, measure: bool) -> tuple[Extension | GraphExtension, ...]:
-        wanted: list[Extension | GraphExtension | None] = [self.step_rule.extension]
+        wanted: list[Extension | GraphExtension | None] = []
+        if measure or not self.schedule.keeps:
+            wanted.append(self.step_rule.extension)
         if measure:
             wanted.append(self.curvature.extension)
-        if any(wanted) and (self._adapts or self.region.enabled):
+        if any(wanted) and self._reads_loss:
             wanted.append(LossLimits())
         return tuple(
             {
@@ -322,6 +350,7 @@ class SecondOrderOptimizer(Optimizer):
         else:
             self._take_limits(members)
         micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
+        is_measured = self._measures
         limits = self._means_of(micro_batches.limits)
         if limits and self._failed(limits, members, are_finite):
             self._take_back(members)
@@ -331,7 +360,6 @@ class SecondOrderOptimizer(Optimizer):
             return None
         parameters = self._parameters
         curvature = self.curvature
-        is_measured = self.schedule.measure_due(self.steps)
         if is_measured:
             parameters.agree(members)
         blocks = parameters.blocks(members)
@@ -364,8 +392,21 @@ class SecondOrderOptimizer(Optimizer):
         self.last_step = {**step.report, "damping": self.relative_damping}
         if moved.predicted is not None:
             self.last_step["predicted"] = moved.predicted
+        if is_measured:
+            self._plan(bounds[0])
         self.steps += 1
         return moved
+
+    def _plan(self, max_decrease: float) -> None:
+        """Decide when curvature is measured next.
+
+        Without a bound the curvature of a loss can grow without warning; whoever pays for `loss_fn`
+        has it compared with a model of every step.
+        """
+        bounded = math.isfinite(max_decrease) and not self.loss_size
+        holds = bounded and not self.tried and bool(self.step_rule.memory.get("holds"))
+        self.interval = self.schedule.next_interval(self.steps, self.interval, holds)
+        self.next_measurement = self.steps + self.interval
 
     def _dampings(self, blocks: Sequence[Block]) -> dict[Tensor, Tensor]:
         """The dampings of the blocks whose curvature was measured, by their first parameter."""
@@ -398,16 +439,20 @@ class SecondOrderOptimizer(Optimizer):
         extension = self.curvature.extension
         rule = self.step_rule.extension
         fields: dict[Tensor, Any] = {}
-        if rule is not None:
+        if rule is not None and self._models:
             fields = self._taken(rule, members)
             self._micro_batches.jacobians.append(fields)
-        if self.schedule.measure_due(self.steps):
+        if self._measures:
             if rule is None or rule.savefield != extension.savefield:
                 fields = self._taken(extension, members)
             blocks = self._parameters.paired(members, self.curvature.pairs(fields), fields)
             self._micro_batches.add(
                 statistics(self.curvature, self._parameters, blocks, fields, self.steps)
             )
+        elif self.schedule.keeps and rule is not None:
+            # Left by `curvature(*optimizer.extensions)` in every step; they hold the activations.
+            for _, param in members:
+                vars(param).pop(rule.savefield, None)
         self._take_limits(members)
 
     def _take_limits(self, members: list[Member]) -> None:
@@ -419,11 +464,26 @@ class SecondOrderOptimizer(Optimizer):
         """Those of `LossLimits` for all micro-batches and processes together; empty if unknown."""
         if not limits:
             return []
-        *means, samples = averaged(torch.stack(limits).mean(0)).tolist()
+        found = averaged(torch.stack(limits).mean(0)).tolist()
+        if len(found) == 1:
+            return self._recalled(self.curvature_scale * found[0])
+        *means, samples = found
         floor, *others = (self.curvature_scale * mean for mean in means)
         # It falls with the number of predictions, of which all micro-batches together have more.
         count = len(limits)
         return [floor / count, *others, samples * count * processes()]
+
+    def _recalled(self, loss: float) -> list[float]:
+        """The limits of a loss of which the other numbers were known in the last measured step."""
+        floor, bound, size, reach, _, samples = self.region.memory["limits"]
+        return [
+            floor,
+            loss if math.isfinite(bound) else math.inf,
+            abs(loss) if size else 0.0,
+            reach,
+            loss,
+            samples,
+        ]
 
     def _failed(self, limits: list[float], members: list[Member], are_finite: bool) -> bool:
         """Whether the last step led astray: the loss is far too high, and rises towards here.
@@ -445,6 +505,7 @@ class SecondOrderOptimizer(Optimizer):
         """Undo the last step; the next ones are shorter and more damped."""
         undo(self._parameters, members)
         self.region.reject()
+        self.next_measurement = self.steps
         ceiling = self.adaptation.ceiling
         self.relative_damping = min(REJECTED * self.relative_damping, ceiling)
         self.last_step = {"rejected": 1.0, "damping": self.relative_damping}
@@ -453,6 +514,7 @@ class SecondOrderOptimizer(Optimizer):
         """How much a step may promise, and how far it may go; keeps the least damping."""
         if not limits:
             return math.inf, math.inf
+        self.region.memory["limits"] = limits
         self.loss_floor, bound, size, reach, loss, samples = limits
         is_bounded = math.isfinite(bound)
         # At once an unbounded loss may be zero on its way to negative numbers.

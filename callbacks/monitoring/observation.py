@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_curv.callbacks.monitoring.support import for_trainers
 from lightning_curv.callbacks.user_batch import BatchSize, describe_batch
-from lightning_curv.engine.backprop import Backprop
+from lightning_curv.engine.backprop import Backprop, reads_root_alone
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension, LossGradient
 from lightning_curv.passes.randomness import Cap
@@ -80,6 +80,13 @@ class Observation:
 
     def __bool__(self) -> bool:
         return bool(self.supplied or self.logged or self.considered)
+
+    @property
+    def records(self) -> bool:
+        """Whether more of the graph is read than the loss."""
+        return bool(self) and not (
+            reads_root_alone(self.supplied) and not self.logged and not self.considered
+        )
 
     def read(self, batch: Any) -> None:
         """Before `training_step`: what its batch says of the samples."""

@@ -133,6 +133,12 @@ class Backprop:
             self._prepare(undisturbed)
 
     def _prepare(self, undisturbed: ExitStack) -> None:
+        if self._hook is None and self._sum_check is None and reads_root_alone(self._extensions):
+            # The walk would cost more than all that is read.
+            passes = Passes(self._loss, self._seed, Tape(), Samples(0, {}, {}))
+            for extension in self._extensions:
+                self._results[extension] = extension.compute(passes)  # type: ignore[union-attr]
+            return
         with _ErrorScope(self, self._extensions):
             passes = self._looked(undisturbed)
             self._choose(passes)
@@ -469,6 +475,13 @@ class Backprop:
             for extension, results in self._results.items()
             if extension not in self._failed
         }
+
+
+def reads_root_alone(extensions: Sequence[AnyExtension]) -> bool:
+    """Whether the loss is all that is read of the graph by all of some extensions, at least one."""
+    return bool(extensions) and all(
+        isinstance(extension, GraphExtension) and extension.reads_root for extension in extensions
+    )
 
 
 def _apart(jacobian: Jacobian, parameters: Iterable[Tensor]) -> Jacobian:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curv.distributed.failures import telling
-from lightning_curv.engine.backprop import Backprop
+from lightning_curv.engine.backprop import Backprop, reads_root_alone
 from lightning_curv.engine.extension_hook import ExtensionHook
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
@@ -130,6 +130,10 @@ class curvature(record):
                 f"quantities, found {extension_hook!r}."
             )
         self.extensions = extensions
+        # What is recorded costs a few microseconds per call, and would be read by nobody.
+        self._records = bool(
+            output is not None or extension_hook or check or not reads_root_alone(extensions)
+        )
         self._options: dict[str, Any] = {
             "generator": generator,
             "batch_size": batch_size,
@@ -137,6 +141,17 @@ class curvature(record):
             "output": Output.of(output) if isinstance(output, Tensor) else output,
             "hook": extension_hook,
         }
+
+    def _recorded(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        run: Callable[..., Any],
+    ) -> Any:
+        if self._records or func in _BACKWARD:
+            return super()._recorded(func, args, kwargs, run)
+        return run(*args, **kwargs)
 
     def _compute(
         self,

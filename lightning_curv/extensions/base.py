@@ -168,6 +168,8 @@ class GraphExtension(ABC):
             other.
         needs_likelihood: Whether it needs the curvature of the loss.
         keeps_graph: Whether the results need the graph after the backward pass.
+        reads_root: Whether it reads the loss and nothing else of the graph: where nothing else is
+            wanted, nothing is recorded.
 
     Example:
         How many ops use each parameter, read from the graph without any pass:
@@ -194,6 +196,7 @@ class GraphExtension(ABC):
     batchwise: bool = False
     needs_likelihood: bool = True
     keeps_graph: bool = False
+    reads_root: bool = False
 
     @abstractmethod
     def compute(self, passes: Passes) -> dict[Tensor, Any]:

@@ -13,6 +13,8 @@ class Schedule:
 
     Args:
         measure: measure curvature every so many steps.
+        keeps: whether curvature is measured in every step at first, and then kept for as long as it
+            holds, `measure` steps at most.
         invert: refresh each inverse every so many steps, spread over them so that no step has to
             pay for all.
         burn_in: number of first steps in which inverses are refreshed at least every 5 steps, all
@@ -22,10 +24,26 @@ class Schedule:
     measure: int
     invert: int = 1
     burn_in: int = 20
+    keeps: bool = False
 
     def measure_due(self, step: int) -> bool:
         """Whether curvature is measured in this step; steps count from 0."""
         return step % self.measure == 0
+
+    def next_interval(self, step: int, interval: int, holds: bool) -> int:
+        """In how many steps curvature is measured again, after the measurement of a step.
+
+        Args:
+            step: of the measurement.
+            interval: in how many steps it was to be after the one before.
+            holds: whether what was kept since then may be kept as long again.
+        """
+        if not holds:
+            return max(interval // 2, 1)
+        # The first estimates are poor, and change with every step.
+        if step + 1 < self.burn_in:
+            return 1
+        return min(2 * interval, self.measure)
 
     def invert_due(self, step: int, unit: int, units: int) -> bool:
         """Whether inverse number `unit` of `units` is refreshed in this step."""

@@ -6,6 +6,7 @@ It is damped by at least so much, and may not promise more than the loss is wort
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +74,26 @@ class LossLimits(GraphExtension):
             for parameters in passes.tape.parameters.values()
             for parameter in parameters
         }
+
+
+class LossValue(GraphExtension):
+    """The loss itself, [1], where nothing else is read of the graph; in the field of `LossLimits`.
+
+    Args:
+        parameters: Where it is left.
+    """
+
+    savefield = LossLimits.savefield
+    independent = needs_samples = needs_likelihood = False
+    reads_root = True
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+
+    def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
+        """The same number for all parameters."""
+        loss = (passes.loss.detach() * passes.seed).sum().to(widest(passes.loss.device))
+        return dict.fromkeys(self._parameters, loss[None])
 
 
 def _nonnegative(part: KnownPart) -> bool:

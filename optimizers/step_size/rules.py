@@ -18,6 +18,10 @@ from lightning_curv.optimizers.curvature.base import Direction
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
 from lightning_curv.optimizers.step_size.calibration import (
     averaged_curvature,
+    keep_step,
+    kept_curvature,
+    kept_weights,
+    shrink_of_kept,
 )
 from lightning_curv.optimizers.step_size.quadratic_model import (
     Matrix,
@@ -181,15 +185,21 @@ class QuadraticModel(StepRule):
     step will meet, and the targets drawn for a small batch hide some of it from $d$ and $q$ alike.
     A parameter whose Jacobian is missing moves along without a say.
 
+    A step without any Jacobian, between two measurements, takes the running means of α and β, is
+    shorter, and is judged by the curvature per length that was measured last.
+
     Args:
         extension: leaves the Jacobians on the parameters.
+        averages: Whether the curvature along the directions is a running mean over batches.
+        keeps: Whether steps without Jacobians are made with what is kept; else they are zero.
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
         Curvature*, ICML 2015, section 7.
     """
 
-    def __init__(self, extension: Extension, averages: bool = True) -> None:
+    def __init__(self, extension: Extension, averages: bool = True, keeps: bool = False) -> None:
         super().__init__()
+        self.keeps = keeps
         self.extension = extension
         self.averages = averages
 
@@ -200,17 +210,21 @@ class QuadraticModel(StepRule):
         max_decrease: float = math.inf,
         reach: float = math.inf,
     ) -> Step:
-        batches = _jacobians(directions)
-        if not batches:
-            return Step([torch.zeros_like(d.value) for d in directions])
+        if not directions:
+            return Step([])
         span = _span(directions)
-        model = _model_in_span(directions, batches, span, scale)
-        curvature, slope = model.curvature, model.slope
-        if self.averages:
-            counts = [next(iter(batch.values())).samples for batch in batches]
-            samples = processes() * sum(counts)
-            curvature = averaged_curvature(self.memory, curvature, model.lengths, samples)
-        w = minimizer(_sum(curvature, model.damping), slope)
+        model = _model_in_span(directions, span)
+        slope = model.slope
+        batches = _jacobians(directions)
+        if batches:
+            curvature = self._measured(directions, batches, span, model.lengths, scale)
+            w = minimizer(_sum(curvature, model.damping), slope)
+        else:
+            kept = kept_curvature(self.memory, model.lengths) if self.keeps else None
+            if kept is None:
+                return Step([torch.zeros_like(d.value) for d in directions])
+            curvature = kept
+            w = kept_weights(self.memory, slope)
 
         # What the loss can fall by is no more than `max_decrease`: damping does not count for that.
         quadratic = change(curvature, [0.0] * len(w), w)
@@ -218,6 +232,10 @@ class QuadraticModel(StepRule):
         shrink = shortened(quadratic, linear, max_decrease)
         if shrink * shrink * quadratic > reach:
             shrink = math.sqrt(reach / quadratic)
+        if batches and self.keeps:
+            keep_step(self.memory, w, shrink * shrink * quadratic)
+        elif self.keeps:
+            shrink = min(shrink, shrink_of_kept(self.memory, quadratic))
         w = [shrink * weight for weight in w]
         linear = shrink * linear
         quadratic = shrink * shrink * quadratic
@@ -240,46 +258,52 @@ class QuadraticModel(StepRule):
         report = {"learning_rate": rate, "momentum": momentum}
         return Step(updates, rate, linear, quadratic, used, report)
 
+    def _measured(
+        self,
+        directions: Sequence[Direction],
+        batches: Sequence[dict[int, Jacobian]],
+        span: Tensor,
+        lengths: list[float],
+        scale: float,
+    ) -> Matrix:
+        """The matrix M of this batch, averaged with those before it; the rule remembers it."""
+        sizes = [d.value.numel() for d in directions]
+        parts = [
+            part.reshape(-1, *d.value.shape).to(d.value.device)
+            for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
+        ]
+        curvature = averaged(curvature_along(batches, parts) * scale).tolist()
+        counts = [next(iter(batch.values())).samples for batch in batches]
+        samples = processes() * sum(counts) if self.averages else math.inf
+        return averaged_curvature(self.memory, curvature, lengths, samples)
+
 
 @dataclass(frozen=True)
 class _Model:
-    """The matrices M and R, [K, K], the slope b, [K], and the lengths of the directions, [K]."""
+    """The matrix R, [K, K], the slope b, [K], and the lengths of the directions, [K]."""
 
-    curvature: Matrix
     damping: Matrix
     slope: list[float]
     lengths: list[float]
 
 
-def _model_in_span(
-    directions: Sequence[Direction],
-    batches: Sequence[dict[int, Jacobian]],
-    span: Tensor,
-    scale: float,
-) -> _Model:
-    """The quadratic model of the batch.
+def _model_in_span(directions: Sequence[Direction], span: Tensor) -> _Model:
+    """What the quadratic model has besides the curvature.
 
     Args:
         directions: of all parameters.
-        batches: the Jacobians of every batch, by the number of the direction.
         span: the directions that weights are looked for of, [K, P].
-        scale: what the curvature in the Jacobians is to be multiplied by.
     """
     sizes = [d.value.numel() for d in directions]
-    parts = [
-        part.reshape(-1, *d.value.shape).to(d.value.device)
-        for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
-    ]
-    model = averaged(curvature_along(batches, parts) * scale)
     grad = torch.cat(on_one_device(d.grad.flatten() for d in directions)).to(span)
     dampings = [d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)]
     damped = inner_products(span * torch.cat(dampings), span)
     # The gradient in every row, so that one transfer from the device brings all numbers.
     slopes = inner_products(span, grad.expand_as(span))
     squares = inner_products(span, span)
-    curvature, damping, rows, gram = torch.stack([model, damped, slopes, squares]).tolist()
+    damping, rows, gram = torch.stack([damped, slopes, squares]).tolist()
     lengths = [math.sqrt(row[i]) for i, row in enumerate(gram)]
-    return _Model(curvature, damping, [row[0] for row in rows], lengths)
+    return _Model(damping, [row[0] for row in rows], lengths)
 
 
 def _sum(first: Matrix, second: Matrix) -> Matrix:

@@ -9,6 +9,7 @@ and grows while it is what holds steps back.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 # Failures are losses above the running mean by so many mean deviations, and above twice the mean.
 DEVIATIONS = 6.0
@@ -50,7 +51,7 @@ class TrustRegion:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self.memory = {
+        self.memory: dict[str, Any] = {
             "radius": 1.0,
             "used": 0.0,
             "promised": 0.0,

@@ -1,5 +1,6 @@
 """Processes in a loop of their own, of which only some use a layer of the model."""
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,9 +13,19 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_curv import CurvatureStepSize, DiagGGNOptimizer, KFACOptimizer, curvature
 
 STEPS = 5
+
+
+def kept(params):
+    """Curvature is kept from the second step on."""
+    optimizer = KFACOptimizer(params)
+    optimizer.schedule = replace(optimizer.schedule, burn_in=1)
+    return optimizer
+
+
 OPTIMIZERS = {
     "fixed": lambda params: KFACOptimizer(params, lr=0.1, damping=0.1),
     "auto": lambda params: KFACOptimizer(params),
+    "kept": kept,
     "sharded": lambda params: KFACOptimizer(params, lr=0.1, damping=0.1, shard_inverses=True),
     "eigen": lambda params: KFACOptimizer(params, lr=0.1, damping=0.1, eigen=True),
     "diagonal": lambda params: DiagGGNOptimizer(params, lr=0.1),
