@@ -34,7 +34,7 @@ def _batched(call: Call, arguments: dict[str, Any]) -> tuple[int, ...]:
     torch.conv3d,
     parameters=("weight", "bias"),
     axes=_batched,
-    needs_values=lambda arguments: ("input",),
+    needs_values=lambda arguments: ("input", "weight"),  # its shape, where it is frozen
 )
 def convolution(
     call: Call,
@@ -80,7 +80,7 @@ def convolution(
     torch.conv_transpose3d,
     parameters=("weight", "bias"),
     axes=_batched,
-    needs_values=lambda arguments: ("input",),
+    needs_values=lambda arguments: ("input", "weight"),  # its shape, where it is frozen
 )
 def transposed_convolution(
     call: Call,

@@ -75,6 +75,21 @@ def test_contractions_equal_single_samples(make):
     )
 
 
+@pytest.mark.parametrize(
+    "make", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d], ids=lambda m: m.__name__
+)
+def test_a_bias_beside_a_frozen_weight_has_its_gradients(make):
+    torch.manual_seed(0)
+    layer = make(4, 6, 3).double()
+    layer.weight.requires_grad_(False)
+    X = torch.randn(5, 4, *[6, 5][: layer.weight.ndim - 2], dtype=torch.float64)
+    with curvature(Contractions(), batch_size=5):
+        F.silu(layer(X)).square().sum().backward()
+    losses = [F.silu(layer(x[None])).square().sum() for x in X]
+    singles = torch.stack([torch.autograd.grad(loss, layer.bias)[0] for loss in losses])
+    torch.testing.assert_close(layer.bias.contractions[0], singles, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("samples", [1, 2, 100], ids=["one", "two", "all"])
 @pytest.mark.parametrize(
     "make",
