@@ -21,10 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Entropy = Callable[[int], bytes]
+Floats = NDArray[np.float64]
+Whole = NDArray[np.int64]
 
 ENTRIES = 2**16  # of the table
 FINENESS = 6  # a bar is between 2⁻⁷ and 2⁻⁶ standard deviations wide
@@ -33,6 +37,8 @@ REACH = 5  # standard deviations that bars cover; further out are the tails
 
 class RoundedGaussian:
     r"""Whole numbers $\mathrm{round}(s z)$ with standard normal z.
+
+    What is rare are arrays of a few thousand numbers, which NumPy handles with less ado than torch.
 
     Args:
         deviation: s, between 2²⁰ and 2³⁶: densities are taken at whole numbers, in place of their
@@ -50,40 +56,40 @@ class RoundedGaussian:
         self.bits = math.floor(math.log2(deviation)) - FINENESS  # of the width of a bar
         self.width = 2.0**self.bits
         self.side = math.ceil(REACH * deviation / self.width)  # bars on either side of zero
-        edges = self.width * torch.arange(
-            -self.side, self.side + 1, dtype=torch.float64, device="cpu"
-        )
+        edges = self.width * np.arange(-self.side, self.side + 1, dtype=np.float64)
         # The masses of bars that are as high as the density is at the edges. Between two edges it
         # is monotone: its lowest and highest points in a bar are there.
         masses = self._masses(edges)
-        lowest = torch.minimum(masses[:-1], masses[1:])
-        highest = torch.maximum(masses[:-1], masses[1:])
+        lowest = np.minimum(masses[:-1], masses[1:])
+        highest = np.maximum(masses[:-1], masses[1:])
 
         # The table: under the density everywhere if an entry is worth the least mass per entry.
         counts = _at_most(lowest, ENTRIES)
-        self.share = float((lowest / counts)[counts > 0].min() * ENTRIES)
+        taking_part = counts > 0
+        self.share = float((lowest[taking_part] / counts[taking_part]).min() * ENTRIES)
         # Middles of the bars, in halves of a width; 16 bits, so that the table stays in cache.
-        middles = torch.arange(1 - 2 * self.side, 2 * self.side, 2, dtype=torch.int16, device="cpu")
-        self._table = middles.repeat_interleave(counts)
+        middles = np.arange(1 - 2 * self.side, 2 * self.side, 2, dtype=np.int16)
+        self._table = torch.from_numpy(middles.repeat(counts))
         # What the table takes of the mass of each bar.
-        self._taken = counts.double() * (self.share / ENTRIES)
+        self._taken = counts * (self.share / ENTRIES)
 
         # The rest, by rejection: boxes that what is left of every bar, and the tails, lie in.
         self._end = self.side * self.width / deviation
         tails = 2 * math.exp(-(self._end**2) / 2) / math.sqrt(2 * math.pi) / self._end
-        rest = torch.cat([highest - self._taken, highest.new_tensor([tails])])
+        rest = np.append(highest - self._taken, tails)
         proposed, unit = _at_least(rest, ENTRIES)
-        numbers_of_boxes = torch.arange(len(rest), dtype=torch.int16, device="cpu")
-        self._proposals = numbers_of_boxes.repeat_interleave(proposed)
-        self._heights = proposed.double() * unit
+        self._proposals = np.arange(len(rest), dtype=np.int16).repeat(proposed)
+        self._heights = proposed * unit
         self._acceptance = (1 - self.share) / (ENTRIES * unit)
         self._tail_acceptance = tails / float(self._heights[-1])
 
-    def _masses(self, numbers: Tensor) -> Tensor:
+    def _masses(self, numbers: Floats) -> Floats:
         """The density at these numbers, times the width of a bar."""
         scale = self.width / self.deviation / math.sqrt(2 * math.pi)
-        z = numbers / self.deviation
-        return z.square_().mul_(-0.5).exp_().mul_(scale)
+        exponents = np.square(numbers / self.deviation) * -0.5
+        masses: Floats = np.exp(exponents, out=exponents)
+        masses *= scale
+        return masses
 
     def draw(self, sizes: Sequence[int], entropy: Entropy) -> Iterator[Tensor]:
         """Independent numbers, a tensor of float64 for each of `sizes`.
@@ -92,97 +98,114 @@ class RoundedGaussian:
         one: every operation of the loop writes to memory that stays in cache.
         """
         places = self._places_of_the_rest(sum(sizes), entropy)
-        starts = torch.tensor(list(accumulate(sizes, initial=0)), device="cpu")
         rest = self._rest(len(places), entropy)
+        starts = [*accumulate(sizes, initial=0)]
         # Where the places of each tensor begin among those of all.
-        firsts = torch.searchsorted(places, starts).tolist()
-        memory = _Memory(max(sizes, default=0))
-        for size, start, first, last in zip(sizes, starts.tolist(), firsts, firsts[1:]):
-            # Two bytes name an entry of the table, four more the place in its bar.
-            memory.bytes[: 6 * size] = entropy(6 * size)
-            bits = memory.bits[: 6 * size]
-            bits_of_places, bits_of_entries = bits[: 4 * size], bits[4 * size :]
-            indices = memory.indices[:size].copy_(bits_of_entries.view(torch.uint16))
-            middles = torch.index_select(self._table, 0, indices, out=memory.middles[:size])
-            wide_middles = memory.wide[:size].copy_(middles)
-            numbers = memory.numbers[:size].copy_(self._beside(bits_of_places))
-            numbers.add_(wide_middles, alpha=self.width / 2)
-            yield numbers.index_copy_(0, places[first:last] - start, rest[first:last])
+        firsts = places.searchsorted(starts).tolist()
+        whole = memory = _Memory(max(sizes, default=0))
+        for size, start, first, last in zip(sizes, starts, firsts, firsts[1:]):
+            if size != memory.size:
+                memory = _Memory(size, whole)
+            self._from_table(memory, entropy)
+            memory.array_of_numbers[places[first:last] - start] = rest[first:last]
+            yield memory.numbers
 
-    def _beside(self, bits: Tensor) -> Tensor:
+    def _from_table(self, memory: _Memory, entropy: Entropy) -> None:
+        """Numbers from under the bars: two bytes name an entry, four more the place in its bar."""
+        size = memory.size
+        bits = entropy(6 * size)
+        memory.array_of_indices[:] = np.frombuffer(bits, np.uint16, size, offset=4 * size)
+        torch.index_select(self._table, 0, memory.indices, out=memory.middles)
+        memory.wide.copy_(memory.middles)
+        self._beside(bits, size, out=memory.array_of_places)
+        memory.numbers.copy_(memory.places).add_(memory.wide, alpha=self.width / 2)
+
+    def _beside(
+        self, bits: bytes, count: int, out: NDArray[np.int32] | None = None
+    ) -> NDArray[np.int32]:
         """Places in a bar, counted from its middle, by 4 random bytes each: signed numbers."""
-        return bits.view(torch.int32).bitwise_right_shift_(32 - self.bits)
+        return np.right_shift(np.frombuffer(bits, np.int32, count), 32 - self.bits, out=out)
 
-    def _places_of_the_rest(self, count: int, entropy: Entropy) -> Tensor:
+    def _places_of_the_rest(self, count: int, entropy: Entropy) -> Whole:
         """Which of `count` numbers are not from the table, each with probability 1 - λ.
 
         The gaps between them have a geometric distribution, whose inverse is a logarithm.
         """
-        chunks, start = [torch.zeros(0, dtype=torch.long, device="cpu")], 0
+        chunks, start = [np.zeros(0, np.int64)], 0
         while start < count:
             # Six standard deviations more than expected: hardly ever a second round.
             expected = (1 - self.share) * (count - start)
-            size = int(expected + 6 * math.sqrt(expected)) + 8
-            gaps = _uniform(size, entropy).log_().div_(math.log(self.share)).floor_().add_(1)
-            places = gaps.cumsum(0).long().add_(start - 1)
-            inside = int(torch.searchsorted(places, count))
-            chunks.append(places[:inside])
+            gaps = _uniform(int(expected + 6 * math.sqrt(expected)) + 8, entropy)
+            np.log(gaps, out=gaps)
+            gaps /= math.log(self.share)
+            np.floor(gaps, out=gaps)
+            gaps += 1
+            places = gaps.cumsum().astype(np.int64) + (start - 1)
+            chunks.append(places[: places.searchsorted(count)])
             start = int(places[-1]) + 1
-        return torch.cat(chunks)
+        return np.concatenate(chunks)
 
-    def _rest(self, count: int, entropy: Entropy) -> Tensor:
+    def _rest(self, count: int, entropy: Entropy) -> Floats:
         """Numbers from what the table leaves out."""
-        chunks, missing = [self._taken[:0]], count
+        chunks, missing = [np.zeros(0)], count
         while missing:
             expected = missing / self._acceptance
             proposals = int(expected + 4 * math.sqrt(expected)) + 8
             accepted = self._accepted(proposals, entropy)[:missing]
             chunks.append(accepted)
             missing -= len(accepted)
-        return torch.cat(chunks)
+        return np.concatenate(chunks)
 
-    def _accepted(self, count: int, entropy: Entropy) -> Tensor:
+    def _accepted(self, count: int, entropy: Entropy) -> Floats:
         """Those of `count` proposals that lie under the density and above the table."""
-        bits = _bits(6 * count, entropy)
-        bits_of_places, bits_of_boxes = bits[: 4 * count], bits[4 * count :]
-        bars = self._proposals.index_select(0, _indices(bits_of_boxes)).int()
-        level = _uniform(count, entropy).mul_(self._heights.index_select(0, bars))
+        bits = entropy(6 * count)
+        bars = self._proposals[np.frombuffer(bits, np.uint16, count, offset=4 * count)]
+        level = _uniform(count, entropy) * self._heights[bars]
         # The last box is that of the tails; here any bar stands for it, and is overwritten below.
-        tails = (bars == 2 * self.side).nonzero().squeeze(1)
+        (tails,) = (bars == 2 * self.side).nonzero()
         bars[tails] = 0
-        middles = bars.double().add_(0.5 - self.side).mul_(self.width)
-        numbers = middles.add_(self._beside(bits_of_places))
-        left = self._masses(numbers).sub_(self._taken.index_select(0, bars))
-        accepted = level <= left
+        middles = (bars.astype(np.float64) + (0.5 - self.side)) * self.width
+        numbers = middles + self._beside(bits, count)
+        accepted = level <= self._masses(numbers) - self._taken[bars]
         if len(tails):
             numbers[tails], accepted[tails] = self._tails(len(tails), entropy)
-        return numbers.masked_select(accepted)
+        return numbers[accepted]
 
-    def _tails(self, count: int, entropy: Entropy) -> tuple[Tensor, Tensor]:
+    def _tails(self, count: int, entropy: Entropy) -> tuple[Floats, NDArray[np.bool_]]:
         """Proposals beyond the bars, from an exponential distribution, and which are accepted."""
-        distance, level, side = _uniform(3 * count, entropy).view(3, count).unbind()
-        distance = distance.log_().div_(-self._end)
-        numbers = distance.mul(self.deviation).floor_().add_(self.side * self.width)
-        accepted = level <= distance.square().mul_(-0.5).exp_().mul_(self._tail_acceptance)
+        distance, level, side = _uniform(3 * count, entropy).reshape(3, count)
+        distance = np.log(distance) / -self._end
+        numbers = np.floor(distance * self.deviation) + self.side * self.width
+        accepted = level <= np.exp(-0.5 * np.square(distance)) * self._tail_acceptance
         # A whole number n stands for [n, n + 1): on the other side of zero that is -1 - n.
-        return numbers.where(side <= 0.5, -1 - numbers), accepted
+        return np.where(side <= 0.5, -1 - numbers, numbers), accepted
 
 
 class _Memory:
     """What is written again and again while numbers are drawn, so that it stays in cache.
 
     Args:
-        size: How many numbers at a time.
+        size: The number of numbers.
+        whole: Memory whose beginning it is; `None`: new memory.
     """
 
-    def __init__(self, size: int) -> None:
-        self.bytes = bytearray(6 * size)
-        # The same memory, as a tensor; torch makes none of an empty buffer.
-        self.bits = torch.frombuffer(self.bytes, dtype=torch.uint8) if size else _bits(0, bytes)
-        self.numbers = torch.empty(size, dtype=torch.float64, device="cpu")
-        self.wide = torch.empty(size, dtype=torch.float64, device="cpu")
-        self.indices = torch.empty(size, dtype=torch.int32, device="cpu")
-        self.middles = torch.empty(size, dtype=torch.int16, device="cpu")
+    def __init__(self, size: int, whole: _Memory | None = None) -> None:
+        self.size = size
+        self.numbers: Tensor = _new(size, torch.float64) if whole is None else whole.numbers[:size]
+        # The middles of their bars, and the same as the table has them.
+        self.wide: Tensor = _new(size, torch.float64) if whole is None else whole.wide[:size]
+        self.middles: Tensor = _new(size, torch.int16) if whole is None else whole.middles[:size]
+        # Entries of the table, and places in a bar.
+        self.indices: Tensor = _new(size, torch.int32) if whole is None else whole.indices[:size]
+        self.places: Tensor = _new(size, torch.int32) if whole is None else whole.places[:size]
+        # The same memory as arrays.
+        self.array_of_numbers: Floats = self.numbers.numpy()
+        self.array_of_indices: NDArray[np.int32] = self.indices.numpy()
+        self.array_of_places: NDArray[np.int32] = self.places.numpy()
+
+
+def _new(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="cpu")
 
 
 @lru_cache(maxsize=8)
@@ -194,46 +217,35 @@ def rounded_gaussian(deviation: float) -> RoundedGaussian:
     return RoundedGaussian(deviation)
 
 
-def _at_most(masses: Tensor, entries: int) -> Tensor:
+def _at_most(masses: Floats, entries: int) -> Whole:
     """How many entries each mass gets, such that the smallest mass per entry is largest.
 
     Jefferson's method of apportionment: each further entry goes to the largest quotient of mass and
     entries.
     """
-    counts = (masses * (entries / masses.sum())).floor_()
+    counts = np.floor(masses * (entries / masses.sum())).astype(np.int64)
     # A mass gets at most 16 further ones. A larger mass may miss some: the smallest mass per entry
     # is then a little smaller than it could be.
     most = 16
-    quotients = masses[:, None] / (counts[:, None] + torch.arange(1, most + 1, device="cpu"))
-    largest = quotients.flatten().topk(entries - int(counts.sum())).indices
-    receivers = largest.div(most, rounding_mode="floor")
-    return counts.long() + receivers.bincount(minlength=len(counts))
+    quotients = masses[:, None] / (counts[:, None] + np.arange(1, most + 1))
+    largest = quotients.ravel().argsort()[quotients.size - (entries - counts.sum()) :]
+    return counts + np.bincount(largest // most, minlength=len(counts))
 
 
-def _at_least(masses: Tensor, entries: int) -> tuple[Tensor, float]:
+def _at_least(masses: Floats, entries: int) -> tuple[Whole, float]:
     """How many entries each mass gets, and what an entry is worth.
 
     No mass is worth more than its entries.
     """
     unit = float(masses.sum()) / (entries - len(masses))
-    counts = (masses / unit).ceil_().long()
-    counts[0] += entries - int(counts.sum())
+    counts = np.ceil(masses / unit).astype(np.int64)
+    counts[0] += entries - counts.sum()
     return counts, unit
 
 
-def _bits(size: int, entropy: Entropy) -> Tensor:
-    """Random bytes."""
-    if not size:
-        return torch.zeros(0, dtype=torch.uint8, device="cpu")
-    return torch.frombuffer(bytearray(entropy(size)), dtype=torch.uint8)
-
-
-def _indices(bits: Tensor) -> Tensor:
-    """Indices of entries of a table, from 2 random bytes each."""
-    return bits.view(torch.uint16).int()
-
-
-def _uniform(count: int, entropy: Entropy) -> Tensor:
+def _uniform(count: int, entropy: Entropy) -> Floats:
     """Multiples of 2⁻⁵³ in (0, 1], all equally likely; never 0, whose logarithm is infinite."""
-    whole_numbers = _bits(8 * count, entropy).view(torch.int64).bitwise_and_(2**53 - 1)
-    return whole_numbers.double().add_(1).mul_(2.0**-53)
+    whole_numbers = np.frombuffer(entropy(8 * count), np.int64) & (2**53 - 1)
+    uniform: Floats = (whole_numbers + 1).astype(np.float64)
+    uniform *= 2.0**-53
+    return uniform

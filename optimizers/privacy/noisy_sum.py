@@ -34,7 +34,10 @@ PIECES = 32  # that share what is rare in the noise
 
 
 def summed_over_ranks(
-    totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource
+    totals: Sequence[Tensor],
+    stds: Sequence[float],
+    noise: NoiseSource,
+    divisors: Sequence[float] | None = None,
 ) -> list[Tensor]:
     """Sum tensors over all processes, plus Gaussian noise.
 
@@ -44,23 +47,25 @@ def summed_over_ranks(
         totals: The sums of this process, the same shapes everywhere; they are overwritten.
         stds: Standard deviation of the noise of each; 0: neither noise nor rounding.
         noise: Draws it.
+        divisors: What each noisy sum is divided by in the end; default: nothing.
 
     Returns:
-        The noisy sums, `totals` themselves.
+        The noisy sums, or quotients; `totals` themselves.
 
     Cost: one collective of a flat copy in float64; the noise is drawn on the CPU.
     """
+    pieces = _pieces(totals, stds, divisors or len(totals) * [1.0])
     if processes() == 1:
-        for piece, units in _units(totals, stds, noise):
-            piece.set(units.mul_(piece.step))
+        for piece, units in _units(pieces, noise):
+            piece.set(units)
         return list(totals)
     # Of every one of W processes, noise would add up to √W times σC.
     source = noise if dist.get_rank() == 0 else None
     # Copies: the next piece takes the memory of the last one. What is added up over the processes
     # are whole numbers, so that their order does not matter.
-    shares = [units.clone() for _, units in _units(totals, stds, source)]
-    for piece, units in zip(_pieces(totals, stds), summed(shares), strict=True):
-        piece.set(units.mul_(piece.step))
+    shares = [units.clone() for _, units in _units(pieces, source)]
+    for piece, units in zip(pieces, summed(shares), strict=True):
+        piece.set(units)
     return list(totals)
 
 
@@ -77,11 +82,13 @@ class _Piece:
     Attributes:
         parts: Their entries, flat views.
         std: Standard deviation of the noise.
+        divisor: What is divided by in the end.
         size: The number of entries.
     """
 
     parts: list[Tensor]
     std: float
+    divisor: float
     size: int
 
     @property
@@ -92,51 +99,54 @@ class _Piece:
     def get(self, memory: Tensor) -> Tensor:
         """The entries in units, whole numbers if there is noise, in some memory of float64."""
         entries = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-        values = memory[: self.size].copy_(entries)
+        values = (memory if len(memory) == self.size else memory[: self.size]).copy_(entries)
         # The inverse of a power of two is one: the product is exact, and faster than a quotient.
         return values.mul_(1 / self.step).round_() if self.std else values
 
-    def set(self, values: Tensor) -> None:
-        """Overwrite the entries."""
-        sizes = [part.numel() for part in self.parts]
-        torch._foreach_copy_(self.parts, values.split(sizes))
+    def set(self, units: Tensor) -> None:
+        """Overwrite the entries, and the units with what they are worth."""
+        worth = units.mul_(self.step / self.divisor)
+        if len(self.parts) == 1:
+            self.parts[0].copy_(worth)
+        else:
+            torch._foreach_copy_(self.parts, worth.split([part.numel() for part in self.parts]))
 
 
-def _pieces(tensors: Sequence[Tensor], stds: Sequence[float]) -> list[_Piece]:
+def _pieces(
+    tensors: Sequence[Tensor], stds: Sequence[float], divisors: Sequence[float]
+) -> list[_Piece]:
     """All entries, small tensors together and large ones apart."""
     pieces: list[_Piece] = []
-    for tensor, std in zip(tensors, stds, strict=True):
+    for tensor, std, divisor in zip(tensors, stds, divisors, strict=True):
         # A view, so that what is written into a piece is written into the tensor.
         flat = tensor.view(-1)
         for part in flat.split(PIECE) if flat.numel() > PIECE else [flat]:
-            if pieces and _fits(part, std, pieces[-1]):
+            if pieces and _fits(part, std, divisor, pieces[-1]):
                 pieces[-1].parts.append(part)
                 pieces[-1].size += part.numel()
             else:
-                pieces.append(_Piece([part], std, part.numel()))
+                pieces.append(_Piece([part], std, divisor, part.numel()))
     return pieces
 
 
-def _fits(part: Tensor, std: float, piece: _Piece) -> bool:
+def _fits(part: Tensor, std: float, divisor: float, piece: _Piece) -> bool:
     """Whether the piece has room for the part, and noise of the same size."""
     has_room = piece.size + part.numel() <= PIECE
-    return has_room and piece.std == std and _alike(piece.parts[0], part)
+    same_noise = (piece.std, piece.divisor) == (std, divisor)
+    return has_room and same_noise and _alike(piece.parts[0], part)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device
 
 
-def _units(
-    totals: Sequence[Tensor], stds: Sequence[float], noise: NoiseSource | None
-) -> Iterator[tuple[_Piece, Tensor]]:
+def _units(pieces: Sequence[_Piece], noise: NoiseSource | None) -> Iterator[tuple[_Piece, Tensor]]:
     """The pieces with their entries in units, with noise if there is a source.
 
     The entries of the next piece take the memory of the last one's.
     """
-    pieces = _pieces(totals, stds)
     size = max((piece.size for piece in pieces), default=0)
-    devices = {total.device for total in totals}
+    devices = {piece.parts[0].device for piece in pieces}
     memory = {device: _memory(size, device) for device in devices}
     for std, pieces_of_std in groupby(pieces, key=attrgetter("std")):
         # What is rare in the noise is drawn once for some pieces, whose numbers stay in cache.

@@ -169,11 +169,11 @@ class DPOptimizer(Optimizer):
 
         Those of earlier passes of the step stay.
         """
-        taking_part = set(self._trainable())
-        if self._sum.passes:
-            # Their gradients are in the sum already, whatever was frozen since.
-            taking_part.update(self._sum.parameters)
-        self._sum.parameters = [p for p in self._all() if p in taking_part]
+        # What passes were made of is in the sum already, whatever was frozen since.
+        passed = self._sum.passes > 0
+        self._sum.parameters = [
+            p for p in self._all() if p.requires_grad or (passed and self._sum.receives(p))
+        ]
 
     @property
     def extensions(self) -> tuple[ClippedSum, ...]:
@@ -319,19 +319,21 @@ class DPOptimizer(Optimizer):
         gradient_sigma = self.clipping.noise_multiplier(sigma, size)
         released = list(totals)
         stds = [gradient_sigma * self.clip_norm] * len(totals)
+        # By the expected B̄: how many were drawn is private itself.
+        divisors = [size] * len(totals)
         if counts is not None:
             device = totals[0].device
             released.append(counts.to(device, widest(device), copy=True))
             stds.append(self.clipping.count_noise(size))
-        released = summed_over_ranks(released, stds, self._noise)
+            divisors.append(1.0)
+        released = summed_over_ranks(released, stds, self._noise, divisors)
         noisy_counts = None if counts is None else released.pop()
         self._own = {}
         # Also where nothing was summed: the inner optimizer applies whatever it finds.
         for parameter in self._all():
             parameter.grad = None
         for parameter, total in zip(self._sum.parameters, released, strict=True):
-            # By the expected B̄: how many were drawn is private itself.
-            parameter.grad = total.div_(size).to(parameter.dtype)
+            parameter.grad = total.to(parameter.dtype)
             # An empty batch makes no pass: its step must not take this gradient for one from
             # elsewhere.
             self._own[parameter] = parameter.grad, parameter.grad._version

@@ -3,6 +3,7 @@
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,7 +52,8 @@ def test_table_and_rest_are_the_normal_distribution(deviation):
     assert len(gaussian._table) == len(gaussian._proposals) == 2**16
     bars = (gaussian._table.long() + 2 * gaussian.side) // 2  # from middles in halves of a width
     found = bars.bincount(minlength=2 * gaussian.side).double() / 2**16 * gaussian.share
-    assert (found - gaussian._taken).abs().max() < 1e-16
+    taken, heights = torch.from_numpy(gaussian._taken), torch.from_numpy(gaussian._heights)
+    assert (found - taken).abs().max() < 1e-16
     rest = phi(edges[1:]) - phi(edges[:-1]) - found
     assert float(rest.sum() + 2 * phi(edges[0])) == pytest.approx(1 - gaussian.share, rel=1e-12)
     assert 0.98 < gaussian.share < 1
@@ -62,10 +64,10 @@ def test_table_and_rest_are_the_normal_distribution(deviation):
         torch.minimum(density[:-1], density[1:]),
         torch.maximum(density[:-1], density[1:]),
     )
-    assert (lowest - gaussian._taken).min() > -1e-15
-    assert (gaussian._taken + gaussian._heights[:-1] - highest).min() > -1e-15
-    proposed = gaussian._proposals.long().bincount() / 2**16
-    assert (proposed / gaussian._heights).std() < 1e-6 * (proposed / gaussian._heights).mean()
+    assert (lowest - taken).min() > -1e-15
+    assert (taken + heights[:-1] - highest).min() > -1e-15
+    proposed = torch.from_numpy(gaussian._proposals).long().bincount() / 2**16
+    assert (proposed / heights).std() < 1e-6 * (proposed / heights).mean()
 
 
 def chi_squared(found, shares):
@@ -78,14 +80,15 @@ def chi_squared(found, shares):
 @pytest.mark.parametrize("deviation", DEVIATIONS)
 def test_rejection_finds_the_density_above_the_table(deviation):
     gaussian = RoundedGaussian(deviation)
-    z = gaussian._rest(2**19, os.urandom) / deviation
+    z = torch.from_numpy(gaussian._rest(2**19, os.urandom)) / deviation
     edges = (
         torch.arange(-4 * gaussian.side, 4 * gaussian.side + 1, dtype=torch.float64)
         * gaussian.width
         / deviation
         / 4
     )
-    shares = phi(edges[1:]) - phi(edges[:-1]) - gaussian._taken.repeat_interleave(4) / 4
+    taken = torch.from_numpy(gaussian._taken)
+    shares = phi(edges[1:]) - phi(edges[:-1]) - taken.repeat_interleave(4) / 4
     shares = torch.cat([2 * phi(edges[:1]), shares]) / (1 - gaussian.share)
     assert float(shares.sum()) == pytest.approx(1, rel=1e-12)
     found = torch.cat([(z.abs() > edges[-1]).sum()[None], torch.histogram(z, edges).hist])
@@ -101,7 +104,7 @@ def test_rejection_finds_the_density_above_the_table(deviation):
 @pytest.mark.parametrize("deviation", DEVIATIONS)
 def test_tails_are_those_of_a_normal_number(deviation):
     gaussian = RoundedGaussian(deviation)
-    numbers, accepted = gaussian._tails(200_000, os.urandom)
+    numbers, accepted = map(torch.from_numpy, gaussian._tails(200_000, os.urandom))
     end = torch.tensor(gaussian.side * gaussian.width / deviation, dtype=torch.float64)
     exact = 2 * phi(-end) / float(gaussian._heights[-1])  # of the mass of the proposals
     assert float(accepted.double().mean()) == pytest.approx(float(exact), abs=0.005)
@@ -109,13 +112,14 @@ def test_tails_are_those_of_a_normal_number(deviation):
     assert abs((z > 0).double().mean() - 0.5) < 0.01
     below = 1 - phi(-z.abs().sort().values) / phi(-end)
     assert (below - torch.linspace(0, 1, len(z))).abs().max() < 0.007
-    assert gaussian._tails(1, bytes)[0].abs() > 11.5 * deviation  # the smallest uniform numbers
+    assert abs(gaussian._tails(1, bytes)[0]) > 11.5 * deviation  # the smallest uniform numbers
 
 
 def test_no_whole_number_is_preferred():
     """Their last bits are as good as any: from the table and from rejection."""
     gaussian = RoundedGaussian(1.3 * 2**34)
-    for numbers in (next(gaussian.draw([2**17], os.urandom)), gaussian._rest(2**17, os.urandom)):
+    rest = torch.from_numpy(gaussian._rest(2**17, os.urandom))
+    for numbers in (next(gaussian.draw([2**17], os.urandom)), rest):
         assert torch.equal(numbers, numbers.round())
         for place in (0, 9, 18):
             last = (numbers.long() >> place) & 255
@@ -124,11 +128,12 @@ def test_no_whole_number_is_preferred():
 
 def test_numbers_from_rejection_are_anywhere():
     gaussian = RoundedGaussian(2.0**34)
-    places = torch.cat([gaussian._places_of_the_rest(50, os.urandom) for _ in range(20_000)])
+    drawn = [gaussian._places_of_the_rest(50, os.urandom) for _ in range(20_000)]
+    places = torch.from_numpy(np.concatenate(drawn))
     expected = 20_000 * (1 - gaussian.share)
     assert abs(chi_squared(places.bincount(minlength=50), 1 / 50)) < 6
     assert abs(len(places) - 50 * expected) < 5 * math.sqrt(50 * expected)
-    many = gaussian._places_of_the_rest(100_000, os.urandom)
+    many = torch.from_numpy(gaussian._places_of_the_rest(100_000, os.urandom))
     assert (many.diff() > 0).all()
     sizes = [1, 0, 1000, 7]
     assert [len(numbers) for numbers in gaussian.draw(sizes, os.urandom)] == sizes
@@ -167,6 +172,18 @@ def test_rounding_to_the_grid_commutes_with_the_noise():
     assert torch.equal(units, (z / step).round())
     assert torch.equal(found, ((total / step).round() + z / step).round() * step)
     assert (found - total - z).abs().max() <= step
+
+
+def test_every_noisy_sum_is_divided_by_its_own_divisor():
+    totals = [torch.randn(size) for size in (100_000, 7, 5)]
+    divisors, stds = [256.0, 256.0, 3.0], [0.5, 0.5, 0.25]
+    copies = [total.clone() for total in totals]
+    with pytest.warns(RuntimeWarning, match="not secure"):
+        whole = summed_over_ranks(copies, stds, NoiseSource(seed=1))
+    with pytest.warns(RuntimeWarning, match="not secure"):
+        parts = summed_over_ranks(totals, stds, NoiseSource(seed=1), divisors)
+    for found, sum_, divisor in zip(parts, whole, divisors, strict=True):
+        torch.testing.assert_close(found, sum_ / divisor, rtol=2e-7, atol=0)
 
 
 def test_without_noise_nothing_is_rounded():
