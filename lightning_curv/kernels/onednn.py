@@ -190,7 +190,9 @@ def einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
     k = math.prod(left.shape[rows.stop :])
     if left.numel() != m * k or right.numel() != k * n:
         return torch.einsum(equation, a, b)
-    product = mm(left.reshape(m, k), right.reshape(k, n)).reshape(outer)
+    product = mm(left.reshape(m, k), right.reshape(k, n))
+    if len(outer) != 2:
+        product = product.reshape(outer)
     return product if order is None else product.permute(order)
 
 

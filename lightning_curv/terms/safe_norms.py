@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from lightning_curv.precision import widest
 _USUAL = {torch.float64: (2.0**-480, 2.0**480), torch.float32: (2.0**-60, 2.0**60)}
 
 
+@cache
 def limit(dtype: torch.dtype) -> float:
     """The largest norm of a factor of a gradient: the root of the largest number.
 
@@ -25,7 +28,7 @@ def row_norms(tensor: Tensor, start: int) -> Tensor:
     Squares of float32 are normal numbers of float64. Rows that are in the widest type themselves
     are divided by their largest entry where theirs may be none.
     """
-    rows = tensor[..., None].flatten(start)
+    rows = tensor if tensor.ndim == start + 1 else tensor[..., None].flatten(start)
     dtype = widest(tensor.device)
     norms = torch.linalg.vector_norm(rows, dim=start, dtype=dtype)
     # bfloat16 has the range of float32.
@@ -54,5 +57,8 @@ def product_norms(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     They are infinite where one factor is beyond `limit` and the other is not zero.
     """
     products = g * x
-    large = torch.maximum(g, x.expand_as(g)) > limit(dtype)
-    return products.masked_fill_(large & (products != 0), torch.inf)
+    larger = torch.maximum(g, x)
+    # The usual case is told by one number; a norm that is NaN is none of it.
+    if products.numel() and float(larger.amax()) <= limit(dtype):
+        return products
+    return products.masked_fill_((larger > limit(dtype)) & (products != 0), torch.inf)

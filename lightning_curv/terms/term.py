@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_curv.kernels import huge_pages
 from lightning_curv.kernels.memo import LastResult
-from lightning_curv.kernels.onednn import einsum, is_large
+from lightning_curv.kernels.onednn import einsum, is_large, mm
 from lightning_curv.terms.safe_norms import product_norms, row_norms
 from lightning_curv.terms.squares import squared_sizes, squares_of_columns
 
@@ -354,6 +354,8 @@ class Term:
         g = self.g[:1]
         x = self.x
         if x is None:
+            if self.out and self.out == self.par:
+                return (weights.to(g.dtype) @ g[0].flatten(1)).view(g.shape[2:])
             kept = "".join(letter for letter in self.out if letter in self.par)
             total = torch.einsum(f"n,n{self.out}->{kept}", weights.to(g.dtype), g[0])
             order = [kept.index(letter) for letter in self.par]
@@ -365,47 +367,25 @@ class Term:
         # The op's own gradient, such as that of a convolution, is faster than any contraction.
         if own is not None:
             return own.gradient(g[0] * weights_of_g, own.input)
-        weighted_matrix = self._weighted_matrix(weights)
-        if weighted_matrix is not None:
-            g = weighted_matrix
+        if self._is_one_product and is_large(g, g.numel() * math.prod(x.shape[len(self.out) :])):
+            # oneDNN copies a first matrix that is transposed. That copy is made here, and
+            # multiplied in place.
+            matrix = g[0].flatten(0, -2).mT.clone(memory_format=torch.contiguous_format)
+            matrix.view(len(matrix), len(weights), -1).mul_(weights[:, None])
+            return mm(matrix, x.reshape(matrix.shape[1], -1))
         # The smaller factor is copied.
-        elif g.numel() <= x.numel():
+        if g.numel() <= x.numel():
             g = g * weights_of_g
         else:
             x = x * weights.reshape(-1, *[1] * (x.ndim - 1))
         return self.of(g, x).contract(self.par)
 
-    def _weighted_matrix(self, weights: Tensor) -> Tensor | None:
-        """The first column's `g` times weights, in memory as `contract` multiplies it.
-
-        oneDNN copies a first matrix that is transposed. That copy is made here, and multiplied in
-        place. `None`: there would be no such copy.
-        """
-        g = self.g[0]
-        sizes = self.sizes()
-        letters = "n" + self.out  # of the axes of `g`
-        rows = [letter for letter in self.out if letter in self.par]
-        summed = ["n", *(letter for letter in self.out if letter not in self.par)]
-        columns = math.prod(sizes[letter] for letter in self.par if letter not in self.out)
-        # A letter that both factors have makes many products, none of which is large.
-        one_product = not {*rows} & {*self.inp}
-        if not one_product or not is_large(g, g.numel() * columns):
-            return None
-        # The matrix as the product takes it: summed axes in front, rows behind.
-        transposed = g.permute([letters.index(letter) for letter in summed + rows])
-        if not transposed.is_contiguous():
-            return None
-        stacked = transposed.flatten(0, len(summed) - 1).flatten(1)  # [n·s, rows]
-        matrix = g.new_empty(stacked.shape[::-1]).copy_(stacked.t())
-        by_sample = matrix.view(len(matrix), len(weights), -1)  # [rows, n, s]
-        by_sample.mul_(weights[:, None])
-        # The same memory, seen with the axes of `g`.
-        summed_sizes = transposed.shape[: len(summed)]
-        row_sizes = transposed.shape[len(summed) :]
-        memory_letters = rows + summed
-        axes = [memory_letters.index(letter) for letter in letters]
-        weighted = matrix.view(row_sizes + summed_sizes).permute(axes)
-        return weighted[None]
+    @property
+    def _is_one_product(self) -> bool:
+        """Whether the sum over samples and positions is one product of matrices as they lie."""
+        shared, rows, columns = self.out[:-1], self.par[:1], self.par[1:]
+        in_order = self.out == shared + rows and self.inp == shared + columns
+        return bool(columns) and in_order and self.g.is_contiguous()
 
     def squared_norms(self) -> Tensor:
         """Compute the squared norms of the outer products `g ⊗ x` where nothing is shared.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_curv.devices import on_one_device
 from lightning_curv.extensions.receiver import GradientReceiver
-from lightning_curv.optimizers.privacy.clipping import Clipping
+from lightning_curv.optimizers.privacy.clipping import Clipping, joint_norms
 from lightning_curv.terms.chunks import CHUNK_BYTES
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -45,7 +45,9 @@ class ClippedSum(GradientReceiver):
 
     def __init__(self, parameters: Sequence[Tensor], clipping: Clipping, mean: bool) -> None:
         self.clipping, self.mean = clipping, mean
-        self.parameters = list(parameters)
+        self._parameters: list[Tensor] = []
+        self._known: set[Tensor] = set()
+        self.parameters = parameters
         self.loss_scale = 1.0
         self.keep_norms = False
         self.counted: Tensor | None = None
@@ -58,7 +60,10 @@ class ClippedSum(GradientReceiver):
 
     @parameters.setter
     def parameters(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters, self._known = list(parameters), set(parameters)
+        if len(parameters) != len(self._parameters) or any(
+            new is not old for new, old in zip(parameters, self._parameters, strict=True)
+        ):
+            self._parameters, self._known = list(parameters), set(parameters)
 
     def forget(self) -> None:
         """Drop everything since the last step."""
@@ -100,10 +105,11 @@ class ClippedSum(GradientReceiver):
         if jacobian.forms_norms:
             self._formed.append(jacobian)
             return
-        (norms,), (sizes,) = jacobian.norms_and_sizes()
+        norms, sizes = jacobian.norms_and_sizes()
         self._jacobians.append(jacobian)
-        self._norms.append(norms)
-        if bool((sizes > CANCELS * norms).any()):
+        self._norms.append(norms[0])
+        # Sizes that are the norms themselves: nothing cancels.
+        if sizes is not norms and bool((sizes > CANCELS * norms).any()):
             self._cancelling.add(jacobian)
 
     @torch.no_grad()
@@ -127,22 +133,28 @@ class ClippedSum(GradientReceiver):
             chunk = slice(start, start + size)
             rows = [jacobian[chunk].formed() for jacobian in formed]
             norms_of_rows = [row.norms()[0] for row in rows]
-            weights = self._weights(
+            factors = self._weights(
                 [*(norms_of_all[chunk] for norms_of_all in norms), *norms_of_rows],
                 [jacobian.parameter for jacobian in (*jacobians, *rows)],
                 smallest_normal,
                 None if all_count or counted is None else counted[chunk],
             )
+            if len(dtypes) == 1:  # else every sum converts its own
+                factors = factors.to(next(iter(dtypes)))
+            weights = factors.unbind()
             for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
                 self._add(row, weight, not all_count or self.discarded > discarded_before)
             weights_of_chunks.append(weights[: len(jacobians)])
         # Their terms are not needed again, and the loop below wants the memory.
         formed.clear()
-        weights = torch.cat(weights_of_chunks, dim=1)
+        weights_of_all = [
+            torch.cat(parts) if len(parts) > 1 else parts[0]
+            for parts in zip(*weights_of_chunks, strict=True)
+        ]
         # One after the other, so that memory falls.
         while jacobians:
             jacobian = jacobians.pop()
-            weight = weights[len(jacobians)]
+            weight = weights_of_all.pop()
             any_left_out = not all_count or self.discarded > discarded_before
             if jacobian not in cancelling:
                 self._add(jacobian, weight, any_left_out)
@@ -177,15 +189,17 @@ class ClippedSum(GradientReceiver):
             )
             return weights
         factors = self.clipping.factors_of(stacked, owners, self._parameters)
-        joint = stacked.norm(dim=0)
+        joint = joint_norms(stacked)
         if self.keep_norms:
             self.norms.append(joint)
         # Subnormal factors have fewer digits: the product could be longer than C.
         normal = (factors >= smallest_normal) & (factors < math.inf)
         # In all parameters or in none: what was clipped is the whole gradient of a sample.
-        usable = joint.isfinite() & normal.all(0)
-        self.discarded += len(usable) - int(usable.sum())
-        return factors.where(usable, math.nan).expand(len(norms), -1)
+        usable = (joint < math.inf) & normal.all(0)
+        if discarded := len(usable) - int(usable.sum()):
+            self.discarded += discarded
+            factors = factors.where(usable, math.nan)
+        return factors.expand(len(norms), -1)
 
     def _add(self, jacobian: Jacobian, weights: Tensor, some_left_out: bool) -> None:
         """Add the samples; if some were left out, those whose weight is a number.

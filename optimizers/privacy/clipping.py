@@ -154,14 +154,22 @@ class Clipping(ABC):
         return None
 
 
+def joint_norms(norms: Tensor) -> Tensor:
+    """The norm of every sample's gradient by all parameters, `[N]`, of `[P, N]`.
+
+    The norms are of the widest type: squares of those of float32 neither underflow nor overflow.
+    """
+    return norms.square().sum(0).sqrt_()
+
+
 def _joint(norms: Tensor) -> Tensor:
     """The norm over all parameters, `[1, N]`."""
-    return norms.norm(dim=0, keepdim=True)
+    return joint_norms(norms)[None]
 
 
 def _where_finite(norms: Tensor, factors: Tensor) -> Tensor:
     """The factors; zero where a norm is not finite, of which a finite factor makes no bound."""
-    return factors.where(norms.isfinite(), torch.zeros_like(factors))
+    return factors.where(norms < math.inf, 0.0)
 
 
 class AtMostOne(Clipping):

@@ -12,6 +12,7 @@ from lightning_curv.optimizers import DPSGD
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import FlatClipping
 from lightning_curv.terms.jacobian import Jacobian
+from lightning_curv.terms.safe_norms import product_norms
 from lightning_curv.terms.term import Term
 
 # --- N is in nobody's rounding ----------------------------------------------------------------------------------------
@@ -186,6 +187,34 @@ def test_tiny_cotangents_times_huge_inputs(positions, dtype, large, shift, C):
         return F.cross_entropy(h.sum(1) if positions else h, y)
 
     assert change(model, compute_loss, [X, y], C) <= 1 + 64 * 2.0**-20
+
+
+def test_a_norm_that_is_no_number_hides_no_factor_that_is_too_large():
+    nan = float("nan")
+    for g, x, expected in (
+        ([1.0, nan, 2.0], [3.0, 1.0, 4.0], [3.0, nan, 8.0]),
+        ([nan, 1e30, 2.0, 1e30], [1.0, 2.0, 3.0, 0.0], [nan, float("inf"), 6.0, 0.0]),
+        ([], [], []),
+    ):
+        g, x, expected = (torch.tensor([v], dtype=torch.float64) for v in (g, x, expected))
+        found = product_norms(g, x[0], torch.float32)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("letters", [("o", "i", "oi"), ("so", "si", "oi"), ("os", "si", "oi")])
+@pytest.mark.parametrize("size", [3, 70], ids=["small", "large"])
+def test_weighted_sums_leave_their_factors_alone(letters, size):
+    """However the product is made: large ones by oneDNN, of a copy with the weights in it."""
+    torch.manual_seed(0)
+    out, inp, par = letters
+    sizes = {"s": 4, "o": size, "i": size + 1}
+    g = torch.randn(1, size, *map(sizes.get, out))
+    x, weights = torch.randn(size, *map(sizes.get, inp)), torch.rand(size, dtype=torch.float64)
+    before = g.clone(), x.clone(), weights.clone()
+    found = Term(out, inp, par, g, x).weighted_total(weights)
+    exact = torch.einsum(f"n,n{out},n{inp}->{par}", weights, g[0].double(), x.double())
+    torch.testing.assert_close(found.double().reshape(exact.shape), exact, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, before, (g, x, weights)))
 
 
 # --- several rows of a sample -----------------------------------------------------------------------------------------
