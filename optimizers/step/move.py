@@ -101,7 +101,8 @@ def shorten(
         return
     changes = relative_changes([w for w, _ in weights], [found[0] for _, found in weights])
     factors = (radius / changes).clamp(max=1.0)
-    factors[changes.argmin()] = 1.0
+    # `factors[changes.argmin()] = 1` would wait for the device.
+    factors.scatter_(0, changes.argmin(0, keepdim=True), 1.0)
     for (_, found), factor in zip(weights, factors, strict=True):
         for direction in found:
             direction.mul_(factor.to(direction))
