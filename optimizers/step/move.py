@@ -20,7 +20,7 @@ from lightning_curv.optimizers.curvature.base import (
     Member,
     ParamGroup,
 )
-from lightning_curv.optimizers.linear_algebra.finite import finite_flags
+from lightning_curv.optimizers.linear_algebra.finite import flags_and_numbers
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
 from lightning_curv.optimizers.step.adam import adam_direction
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
@@ -215,13 +215,15 @@ def move(
     state = parameters.state
     # All updates are computed before any parameter moves: one that is not finite stops the step.
     fallback = {p: adam_direction(state[p], gradient(p)) for _, p in members if p not in updates}
-    if not all(finite_flags([*updates.values(), *fallback.values()])):
-        return None
     weights = [param for param in updates if param.dim() > 1]
-    changes: list[float] = []
-    # Read by the region alone: the host waits for them.
+    lengths: Sequence[Tensor] = ()
+    # Of use to the region alone.
     if weights and region.enabled:
-        changes = relative_changes(weights, [updates[param] for param in weights]).tolist()
+        lengths = relative_changes(weights, [updates[param] for param in weights]).unbind()
+    # The host waits for the device once, for the flags and the lengths together.
+    flags, changes = flags_and_numbers([*updates.values(), *fallback.values()], lengths)
+    if not all(flags):
+        return None
     shrink = region.shrink(changes)
     if shrink < 1.0 and updates:
         torch._foreach_mul_(list(updates.values()), shrink)
