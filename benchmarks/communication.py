@@ -12,15 +12,12 @@ the table has the mean of ten steps and the dearest of them.
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, multiprocessing, nn
+from process_group import in_processes
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -99,25 +96,8 @@ def steps(name: str, width: int) -> list[tuple[int, int]]:
     return counted[INTERVAL:]
 
 
-def work(rank: int, world: int, port: int, width: int, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    found = {name: steps(name, width) for name in SETUPS}
-    if rank == 0:
-        torch.save(found, path)
-    dist.destroy_process_group()
-
-
-def measured(world: int, width: int) -> dict[str, list[tuple[int, int]]]:
-    """The steps of all set-ups in so many processes."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "found.pt")
-        multiprocessing.spawn(work, (world, port, width, path), nprocs=world)
-        return torch.load(path)
+def steps_of_all(width: int) -> dict[str, list[tuple[int, int]]]:
+    return {name: steps(name, width) for name in SETUPS}
 
 
 def main() -> None:
@@ -129,7 +109,7 @@ def main() -> None:
     print(f"bytes per process in multiples of the gradient, which has {gradient:,} bytes")
     print(f"{'':28} {'processes':>9} {'mean of ten steps':>18} {'dearest step':>13} {'calls':>6}")
     for world in arguments.processes:
-        for name, found in measured(world, arguments.width).items():
+        for name, found in in_processes(steps_of_all, world, arguments.width).items():
             sizes = [size / gradient for _, size in found]
             calls = sum(count for count, _ in found) / len(found)
             mean = sum(sizes) / len(sizes)

@@ -27,6 +27,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from networks import NETWORKS
+from privacy import private
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from second_device import SecondAccelerator, second_device
@@ -38,7 +39,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_curv import CurvatureCallback, KFACOptimizer, curvature
-from lightning_curv.optimizers import DPOptimizer
 
 ROOT = Path(__file__).parents[1]
 # Operations that no kernel belongs to: they make memory or another view of it.
@@ -174,19 +174,6 @@ def kfac(**settings: Any) -> Callable[[nn.Module, Tensor, Tensor], Step]:
         return step
 
     return stepper
-
-
-def private(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-    inner = torch.optim.SGD(net.parameters(), lr=1e-3)
-    optimizer = DPOptimizer(inner, clip_norm=1.0, noise_multiplier=1.0, expected_batch_size=len(x))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with curvature(*optimizer.extensions, batch_size=len(x)):
-            F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 FIXED = {"lr": 0.3, "damping": 0.03}

@@ -9,16 +9,13 @@ bytes of the process' tensors behind the step: its parts of parameters and gradi
 from __future__ import annotations
 
 import argparse
-import os
-import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from communication import BATCH, CLASSES, network
-from torch import Tensor, multiprocessing
+from process_group import in_processes
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -81,28 +78,12 @@ def kept(name: str, width: int) -> tuple[int, int]:
     return size(own + [p.grad for p in own]), size([*optimizer.state.values()])
 
 
-def work(rank: int, world: int, port: int, width: int, path: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def kept_by_all(width: int) -> dict[str, Tensor]:
+    """The bytes of the process that has most."""
     found = {name: torch.tensor(kept(name, width)) for name in SETUPS}
     for numbers in found.values():
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    if rank == 0:
-        torch.save(found, path)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measured(world: int, width: int) -> dict[str, Tensor]:
-    """The bytes of the process that has most."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        port = opened.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "found.pt")
-        multiprocessing.spawn(work, (world, port, width, path), nprocs=world)
-        return torch.load(path)
+    return found
 
 
 def main() -> None:
@@ -114,7 +95,7 @@ def main() -> None:
     print(f"bytes per process in multiples of the model's parameters, which have {whole:,} bytes")
     print(f"{'':28} {'processes':>9} {'parameters, gradients':>22} {'state':>7}")
     for world in arguments.processes:
-        for name, numbers in measured(world, arguments.width).items():
+        for name, numbers in in_processes(kept_by_all, world, arguments.width).items():
             own, state = (float(number) / whole for number in numbers)
             print(f"{name:28} {world:9} {own:22.2f} {state:7.2f}")
 
