@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from packages import needs_command
+from packages import needs_compiler
 
 SCRIPT = Path(__file__).parents[1] / "support" / "second_device_runs.py"
 NETWORKS = ("mlp", "transformer")
@@ -16,7 +16,7 @@ NETWORKS = ("mlp", "transformer")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What the script found; it compiles the device for about half a minute."""
-    needs_command("c++", "ninja")
+    needs_compiler()
     folder = tmp_path_factory.mktemp("second_device")
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
     done = subprocess.run(
