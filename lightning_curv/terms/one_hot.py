@@ -33,9 +33,9 @@ class Rows(NamedTuple):
 def rows(term: Term) -> Rows:
     """The touched rows of the per-sample gradients; repeated tokens of a sample are added up."""
     term = term.canonical()
-    sample, index, position = _touched(term)
+    sample, index, position = _touched_unread(term)
     # One number per sample and index: sorting numbers is faster than sorting pairs. One index more
-    # than there are classes: see `_touched`.
+    # than there are classes: see `_touched_unread`.
     numbers = term.classes + 1
     pair = index + numbers * sample
     key, inverse, exists = _distinct(pair, most=numbers * term.g.shape[1])
@@ -74,21 +74,28 @@ def _added(g: Tensor, place: Tensor, places: int) -> Tensor:
     return sums.index_add_(1, place, g)
 
 
-def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sample, index and flat position of every non-zero one-hot row of a canonical term.
-
-    On other devices than the processor: of every row, where those of zeros have an index behind the
-    last class and the positions are `None`.
-    """
+def _touched(term: Term) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample, index and flat position of every non-zero one-hot row of a canonical term."""
     assert term.x is not None
     index = term.x.flatten()
+    # A negative index is a row of zeros, such as that of `padding_idx`.
+    position = (index >= 0).nonzero().squeeze(1)
     positions_per_sample = max(term.x.shape[1], 1)
-    if index.device.type == "cpu":
-        # A negative index is a row of zeros, such as that of `padding_idx`.
-        position = (index >= 0).nonzero().squeeze(1)
-        sample = position // positions_per_sample
-        return sample, index[position], position
-    sample = torch.arange(len(index), device=index.device) // positions_per_sample
+    sample = position // positions_per_sample
+    return sample, index[position], position
+
+
+def _touched_unread(term: Term) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same, for which the host does not wait for another device.
+
+    There it is of every row: those of zeros have an index behind the last class, and the positions
+    are `None`.
+    """
+    assert term.x is not None
+    if term.x.device.type == "cpu":
+        return _touched(term)
+    index = term.x.flatten()
+    sample = torch.arange(len(index), device=index.device) // max(term.x.shape[1], 1)
     return sample, index.where(index >= 0, term.classes), None
 
 
@@ -117,7 +124,7 @@ def second_moment(term: Term, reduce: bool) -> Tensor:
     """
     term = term.canonical()
     assert term.x is not None
-    sample, index, _ = _touched(term)
+    sample, index, _ = _touched_unread(term)
     samples, positions = term.x.shape
     if not reduce:
         if term.lengths is None:
@@ -163,7 +170,7 @@ def total(term: Term) -> Tensor:
 def weighted_total(term: Term, weights: Tensor) -> Tensor:
     """Sum over the samples of the first column, times `weights [N]`, `[classes, *]`."""
     term = term.canonical()
-    sample, index, position = _touched(term)
+    sample, index, position = _touched_unread(term)
     g = _at(term.g[0].flatten(0, 1), position, 0)
     # No repeated token is added up first: a sum that is linear in the rows does not need it.
     weight_of_row = weights.to(g.dtype)[sample]

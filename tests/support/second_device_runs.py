@@ -153,8 +153,11 @@ SqrtGGNExact SqrtGGNMC KFAC KFLR KFRA GGNMP DiagHessian BatchDiagHessian HMP PCH
 def stepped(build, make, seed, device):
     """The parameters after six steps on one device."""
     torch.manual_seed(seed)
-    shape = (6,) if build is mlp else (1, 8, 8)
-    net, x, y = build().double(), torch.randn(8, *shape).double(), torch.randint(CLASSES, (8,))
+    net, y = build().double(), torch.randint(CLASSES, (8,))
+    if build is embedding:  # token 2 is padding
+        x = torch.randint(4, (8, 6))
+    else:
+        x = torch.randn(8, *((6,) if build is mlp else (1, 8, 8)), dtype=torch.float64)
     net, x, y = net.to(device), x.to(device), y.to(device)
     optimizer = make(net.parameters())
     for _ in range(6):
@@ -185,9 +188,9 @@ OPTIMIZERS = {
 
 def optimizers():
     for seed, (title, make) in enumerate(OPTIMIZERS.items(), 1000):
-        for build in (mlp, cnn):
+        for build in (mlp, cnn, embedding):
             # More entries than samples: the eigenvectors of the eigenvalue zero are arbitrary.
-            if build is cnn and "eigen" in title:
+            if build is not mlp and "eigen" in title:
                 continue
             expected = stepped(build, make, seed, torch.device("cpu"))
             there = (build, make, seed, second_device())
