@@ -84,9 +84,8 @@ class Observation:
     @property
     def records(self) -> bool:
         """Whether more of the graph is read than the loss."""
-        return bool(self) and not (
-            reads_root_alone(self.supplied) and not self.logged and not self.considered
-        )
+        measured = bool(self.logged or self.considered)
+        return measured or (bool(self.supplied) and not reads_root_alone(self.supplied))
 
     def read(self, batch: Any) -> None:
         """Before `training_step`: what its batch says of the samples."""

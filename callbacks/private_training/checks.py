@@ -104,9 +104,7 @@ class Checks:
 
     def after_epoch(self) -> None:
         """An epoch is over: until the next batch nothing else may learn from the data either."""
-        self.between()
-        self._watch.begin(values=False)
-        self._began = True
+        self._wait(values=False)
 
     def between(self) -> None:
         """Something else is about to happen: hooks that ran after the step had the batch too."""
@@ -116,11 +114,15 @@ class Checks:
 
     def finish(self) -> None:
         """Training is over; hooks that run at its end may still follow."""
-        self.between()
         # Until then everything is moved to the processor: versions tell nothing, values do.
-        self._watch.begin(values=True)
-        self._began = True
+        self._wait(values=True)
         self._refuse(self._watch.unexpected(self._unknown))
+
+    def _wait(self, values: bool) -> None:
+        """Nothing has changed since the step, and nothing may until something else happens."""
+        self.between()
+        self._watch.begin(values=values)
+        self._began = True
 
     def after_end(self) -> None:
         """The last hook has run."""

@@ -15,9 +15,9 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_curv.distributed.failures import distributed
 from lightning_curv.distributed.search import instances
 
 # The shard of a gathered or registered parameter, by that parameter; None: it belongs to no FSDP.
@@ -90,7 +90,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
 
 def find_shards(parameters: Iterable[Tensor]) -> dict[Tensor, Shard]:
     """Those of several parameters that are under FSDP2."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not distributed():
         return {}
     parameters = list(parameters)
     for look in (_look_at_known, _look):

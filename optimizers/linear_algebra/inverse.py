@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_curv.devices import on_one_device
 from lightning_curv.optimizers.linear_algebra.factors import is_diagonal, parts_of, partwise
 from lightning_curv.precision import in_float64
 
@@ -86,8 +87,7 @@ def _read(flags: Sequence[Tensor]) -> list[bool]:
     """All entries of some tensors, in one transfer from the device."""
     if not flags:
         return []
-    one_device = [flag.to(flags[0].device) for flag in flags]
-    read: list[bool] = torch.cat(one_device).tolist()
+    read: list[bool] = torch.cat(on_one_device(flags)).tolist()
     return read
 
 
