@@ -22,11 +22,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lightning_curv import DiagGGNOptimizer, KFACOptimizer, curvature
+from lightning_curv import DiagGGNOptimizer, DPOptimizer, KFACOptimizer, curvature
 
 STEPS = 2
 SETUPS: dict[str, Callable[[Iterable[Tensor]], Optimizer]] = {
     "AdamW": lambda p: torch.optim.AdamW(p),
+    "private AdamW": lambda p: DPOptimizer(
+        torch.optim.AdamW(p), noise_multiplier=1.0, expected_batch_size=BATCH
+    ),
     "KFAC, inverses sent": lambda p: KFACOptimizer(p, lr=0.1, damping=0.1),
     "KFAC, inverses kept": lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, shard_inverses=True),
     "EKFAC": lambda p: KFACOptimizer(p, lr=0.1, damping=0.1, eigen=True),
@@ -70,7 +73,10 @@ def kept(name: str, width: int) -> tuple[int, int]:
         x = torch.randn(BATCH, width, generator=generator)
         y = torch.randint(CLASSES, (BATCH,), generator=generator)
         optimizer.zero_grad()
-        needed = getattr(optimizer, "required_extensions", tuple)()
+        if isinstance(optimizer, DPOptimizer):
+            needed = optimizer.extensions
+        else:
+            needed = getattr(optimizer, "required_extensions", tuple)()
         with curvature(*needed):
             F.cross_entropy(model(x), y).backward()
         optimizer.step()

@@ -29,6 +29,7 @@ from lightning_curv.callbacks.private_training.step import DrawnStep
 from lightning_curv.callbacks.private_training.summary import guarantee, summary_table
 from lightning_curv.callbacks.recorded_step import record_training_step, restore_training_step
 from lightning_curv.callbacks.user_batch import Contents, describe_batch
+from lightning_curv.distributed.failures import telling
 from lightning_curv.engine.context import curvature
 from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
 from lightning_curv.samples.batch import Batch
@@ -333,6 +334,7 @@ class PrivacyCallback(Callback):
         self.accountant.start_epoch()
         self._forget_parts()
 
+    @telling()
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -355,21 +357,17 @@ class PrivacyCallback(Callback):
         # This callback is the first: `_read` tells what the hooks of all others have made of the
         # batch.
         self._contents = Contents(batch)
-        # An empty part holds a stand-in, whose gradient is thrown away: nothing of it is recorded.
-        if self._size != 0:
-            record_training_step(pl_module, read=self._read)
+        record_training_step(pl_module, read=self._read)
 
     def _rows(self, part: int) -> tuple[int | None, Tensor | None]:
         """How many rows a part of the step has, and which of them count.
 
-        All count, unless some are given; none is there where nobody was drawn. The number is
-        unknown where the batch tells.
+        All count, unless some are given; where nobody was drawn there is one that stands in. The
+        number is unknown where the batch tells.
         """
         counted = self._current.counted(self._drawn_step.number, part)
         if counted is None:
             return None, None
-        if not counted.any():
-            return 0, None
         return len(counted), None if counted.all() else torch.from_numpy(counted)
 
     def _begin_step(self, trainer: Trainer) -> None:
@@ -435,21 +433,19 @@ class PrivacyCallback(Callback):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        if self._size != 0:
-            optimizer = private_optimizer(trainer)
-            optimizer.counted = self._counted
-            # The backward pass is Lightning's: a hook enters the context before it, another one
-            # leaves it.
-            self._context = curvature(*optimizer.extensions, batch_size=self._batch)
-            self._context.__enter__()
+        optimizer = private_optimizer(trainer)
+        optimizer.counted = self._counted
+        # The backward pass is Lightning's: a hook enters the context before it, another one leaves
+        # it.
+        self._context = curvature(*optimizer.extensions, batch_size=self._batch)
+        self._context.__enter__()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._step is not None:
             self._step.passes += 1
-        if self._context is None:
-            private_optimizer(trainer).add_empty_pass()
         self._leave()
 
+    @telling()
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
@@ -476,6 +472,7 @@ class PrivacyCallback(Callback):
             self._logged = logs.non_private_values(private) or self._logged
         private.statistics.keep_norms = self.log_non_private
 
+    @telling()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

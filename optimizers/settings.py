@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
+from lightning_curv.distributed.failures import processes
 from lightning_curv.distributed.shards import is_sharded, shard_of
 from lightning_curv.errors import UnsupportedError
 
@@ -43,23 +43,25 @@ def require_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         )
 
 
-def require_whole(params: Iterable[Tensor]) -> None:
-    """Refuse parameters of which this process has a part only."""
-    for param in params:
-        if is_sharded(param) or hasattr(param, "_is_flat_param"):
-            raise UnsupportedError(
-                "Private steps need whole parameters in every process, found a sharded one of "
-                f"shape {tuple(param.shape)} (FSDP or tensor parallelism); train with "
-                "`DistributedDataParallel`."
-            )
+def require_gatherable(param: Tensor, need: str = "Curvature needs") -> None:
+    """Refuse a parameter of which this process has a part, unless FSDP2 gathers it for a pass.
 
+    Args:
+        param: The parameter.
+        need: Who needs it, the beginning of the message.
 
-def require_gatherable(param: Tensor) -> None:
-    """Refuse a parameter of which this process has a part, unless FSDP2 gathers it for a pass."""
+    Raises:
+        UnsupportedError: It is in parts that nobody gathers, or only some processes have parts.
+    """
     shard = shard_of(param) if is_sharded(param) else None
     if hasattr(param, "_is_flat_param") or (is_sharded(param) and shard is None):
         raise UnsupportedError(
-            "Curvature needs parameters that are whole in the forward pass, found one of shape "
+            f"{need} parameters that are whole in the forward pass, found one of shape "
             f"{tuple(param.shape)} that is not (tensor parallelism, `FullyShardedDataParallel`); "
             "shard the model with `fully_shard`."
+        )
+    if shard is not None and shard.processes != processes():
+        raise UnsupportedError(
+            f"{need} all {processes()} processes to share the batch, found a mesh of "
+            f"{shard.processes} of them under `fully_shard`. Use a mesh of all processes."
         )

@@ -6,6 +6,7 @@ Do samples influence each other, and does anything else learn from them?
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lightning_curv.callbacks.import_names import MisconfigurationException, imp
 from lightning_curv.callbacks.private_training.collation import refuse_mixed_batches
 from lightning_curv.callbacks.private_training.independence import refuse_coupled_samples
 from lightning_curv.callbacks.private_training.state import StateWatch
+from lightning_curv.distributed.shards import passes_apart
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 
 if TYPE_CHECKING:
@@ -71,14 +73,16 @@ class Checks:
         several = count is not None and count >= 2
         self._seen += several
         checked = several and self._seen >= self._due
-        if self._gradients and loader is not None and (loader is not self._loader or checked):
-            rounds = 1 if loader is self._loader else _FIRST_ROUNDS
-            self._loader = loader
-            refuse_mixed_batches(self._trainer, self._module, loader, self._mean, rounds)
-        if checked:
-            self._due = _next_of_series(self._due)
-            if self._gradients:
-                self._look(batch, batch_idx, count)
+        new = loader is not None and loader is not self._loader
+        with self._apart(self._gradients and (new or checked)):
+            if self._gradients and loader is not None and (new or checked):
+                rounds = _FIRST_ROUNDS if new else 1
+                self._loader = loader
+                refuse_mixed_batches(self._trainer, self._module, loader, self._mean, rounds)
+            if checked:
+                self._due = _next_of_series(self._due)
+                if self._gradients:
+                    self._look(batch, batch_idx, count)
         # Values of parameters are read on checked batches only; versions cost little.
         self._watch.begin(values=checked)
         self._began = True
@@ -90,14 +94,18 @@ class Checks:
     def after(self, batch: Any, batch_idx: int, size: int | None) -> None:
         """A batch was trained on."""
         self._unknown |= self._watch.changed()
+        count = samples_in(batch) if size is None else size
+        can_tell = count is None or count >= 2
+        with self._apart(bool(self._unknown) and can_tell):
+            if self._unknown and can_tell:
+                # So that it is made again, of other samples.
+                with self._watch.without(self._unknown):
+                    self._look(batch, batch_idx, count)
         if not self._unknown:
             return
-        count = samples_in(batch) if size is None else size
-        if count is not None and count < 2:
+        if not can_tell:
             self._watch.begin(values=False)  # wait for a batch that can tell
             return
-        with self._watch.without(self._unknown):  # so that it is made again, of other samples
-            self._look(batch, batch_idx, count)
         unknown, self._unknown = self._unknown, set()
         self._watch.begin(values=False)
         self._refuse(self._watch.unexpected(unknown))
@@ -132,6 +140,10 @@ class Checks:
     def close(self) -> None:
         """Let go of the optimizer."""
         self._watch.close()
+
+    def _apart(self, wanted: bool) -> AbstractContextManager[None]:
+        """Where a process may run training steps that the others do not run."""
+        return passes_apart(self._module.parameters(), wanted)
 
     def _look(self, batch: Any, batch_idx: int, size: int | None) -> None:
         if size is not None and size >= 2:

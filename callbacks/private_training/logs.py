@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_curv.distributed.shards import whole
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ def private_values(optimizer: DPOptimizer) -> dict[str, float]:
     """Settings, and the norm of the noised gradient."""
     # After its step the private optimizer leaves the noised mean there: its norm costs no privacy.
     grads = [
-        p.grad.norm().float()
+        whole(p.grad.norm()).float()
         for group in optimizer.param_groups
         for p in group["params"]
         if p.grad is not None

@@ -80,7 +80,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.first = self.position()
         for step in range(self.first, self.first + self.steps):
             for part in range(self.parts):
-                yield self._part(step, part).clip(min=0).tolist() or [0]
+                yield self._part(step, part).clip(min=0).tolist()
 
     def part_size(self, step: int, part: int) -> int:
         """How many samples this process really has in a part of a step's batch."""
@@ -118,11 +118,15 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return numbers[numbers >= 0]
 
     def _part(self, step: int, part: int) -> np.ndarray:
+        """The samples of this process in a part of a step's batch; -1 where one stands in."""
         own = self._placed(step)[self.rank :: self.world_size]
         if self.full_part is None:
-            return own[part :: self.parts]
-        end = None if part == self.parts - 1 else (part + 1) * self.full_part
-        return own[part * self.full_part : end]
+            rows = own[part :: self.parts]
+        else:
+            end = None if part == self.parts - 1 else (part + 1) * self.full_part
+            rows = own[part * self.full_part : end]
+        # The network runs in any case: one stands in where nobody was drawn.
+        return rows if len(rows) else np.array([-1])
 
     def _placed(self, step: int) -> np.ndarray:
         """The loaded samples of the global batch in their places; -1 where none is."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_curv.callbacks.import_names import MisconfigurationException
 from lightning_curv.callbacks.private_training.loader import require_plain_loader
+from lightning_curv.distributed.shards import dtype_in_graph
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ def refuse_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
         "instead": (trainer.gradient_clip_val is not None),
         "no gradient scaler, found precision '16-mixed': skipped steps depend on the data; use "
         "'bf16-mixed' or 32": (getattr(trainer.precision_plugin, "scaler", None) is not None),
-        f"a strategy that keeps whole parameters, found {strategy}; use one device or 'ddp'": (
-            any(name in strategy for name in ("FSDP", "DeepSpeed", "ModelParallel"))
+        f"a strategy that keeps parameters apart from each other, found {strategy}; use one "
+        "device, 'ddp', or `ModelParallelStrategy` with `fully_shard`": (
+            any(name in strategy for name in ("FSDP", "DeepSpeed"))
         ),
         "a constant `accumulate_grad_batches`, found a GradientAccumulationScheduler; remove it": (
             "GradientAccumulationScheduler" in callbacks
@@ -72,10 +74,11 @@ def refuse_half_precision(optimizer: DPOptimizer) -> None:
     """Raise if parameters are coarser than float32, so that all of the network is."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if torch.finfo(parameter.dtype).eps > torch.finfo(torch.float32).eps:
+            dtype = dtype_in_graph(parameter)
+            if torch.finfo(dtype).eps > torch.finfo(torch.float32).eps:
                 raise MisconfigurationException(
                     "PrivacyCallback needs `same_shapes=True` where parameters are of half "
-                    f"precision, found {parameter.dtype}: the last digits of a sample may depend "
+                    f"precision, found {dtype}: the last digits of a sample may depend "
                     "on how many others were drawn, and there are so few digits that the clip norm "
                     "would bound nothing. Pass it, or train in 'bf16-mixed' or 32."
                 )

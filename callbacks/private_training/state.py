@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lightning_curv.distributed.shards import find_shards, local, version
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _STATE = "optimizer."
-_Seen = tuple[int, int, Tensor | None]  # identity, version, fingerprint
+_Version = tuple[int, int]
+_Seen = tuple[int, _Version, Tensor | None]  # identity, version, fingerprint
 
 
 class StateWatch:
@@ -65,7 +67,7 @@ class StateWatch:
         self._empty = {name for *_, name, tensor in self._entries() if not _has_values(tensor)}
         for name, tensor in self._tensors():
             # Both: a tensor that was put in the place of another one may have the same version.
-            now = id(tensor), tensor._version
+            now = id(tensor), version(tensor)
             known = before.get(name)
             if values:
                 print_of = fingerprint(tensor)
@@ -84,8 +86,8 @@ class StateWatch:
             if name not in self._seen:
                 names.add(name)
                 continue
-            identity, version, known = self._seen[name]
-            moved = (identity, version) != (id(tensor), tensor._version)
+            identity, its_version, known = self._seen[name]
+            moved = (identity, its_version) != (id(tensor), version(tensor))
             if known is None:
                 differs = moved
             else:
@@ -132,14 +134,17 @@ class StateWatch:
                 compared = known is not None and known[2] is not None
                 self._seen[name] = (
                     id(tensor),
-                    tensor._version,
+                    version(tensor),
                     fingerprint(tensor) if compared else None,
                 )
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for *_, name, tensor in self._entries():
+        entries = [(name, tensor) for *_, name, tensor in self._entries()]
+        # What FSDP has gathered for a while is a copy. All at once: a search takes its time.
+        shards = find_shards(t for _, t in entries if isinstance(t, torch.nn.Parameter))
+        for name, tensor in entries:
             if tensor is not None and _has_values(tensor):
-                yield name, tensor
+                yield name, shards[tensor].registered if tensor in shards else tensor
 
     def _entries(self) -> Iterator[tuple[dict[str, Any], str, str, Tensor | None]]:
         """Where every parameter and buffer is kept, under which key, and its name."""
@@ -175,8 +180,11 @@ def _has_values(tensor: Tensor | None) -> bool:
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A sum of the bits of all entries, which changes with values, but not with their places."""
-    tensor = tensor.detach()
+    """A sum of the bits of all entries, which changes with values, but not with their places.
+
+    Of a sharded tensor those that this process has.
+    """
+    tensor = local(tensor.detach())
     if tensor.is_sparse or tensor.is_quantized:
         return torch.zeros((), dtype=torch.int64)
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor

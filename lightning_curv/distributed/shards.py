@@ -9,15 +9,17 @@ gathered parameter belongs to the registered one, which the user knows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_curv.distributed.failures import distributed
+from lightning_curv.distributed.failures import distributed, together
 from lightning_curv.distributed.search import instances
 
 # The shard of a gathered or registered parameter, by that parameter; None: it belongs to no FSDP.
@@ -49,6 +51,11 @@ class Shard:
         return getattr(self._alive, "_unsharded_param", None)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the leaf of graphs: mixed precision may have another one than the `DTensor`."""
+        return self._alive.mp_policy.param_dtype or self.registered.dtype
+
+    @property
     def processes(self) -> int:
         """The number of processes that share the batch: of the mesh, replicas included."""
         return self._alive.mesh_info.mesh.size()
@@ -63,6 +70,16 @@ class Shard:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a `DTensor`, of which this process may have a part only."""
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor; the very tensor if that is all of it."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def version(tensor: Tensor) -> tuple[int, int]:
+    """Changes with every change in place, also of the part alone, as FSDP adds gradients."""
+    return tensor._version, local(tensor)._version
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -81,6 +98,12 @@ def in_graph(parameter: Tensor) -> Tensor:
     shard = shard_of(parameter)
     gathered = None if shard is None else shard.gathered
     return parameter if gathered is None else gathered
+
+
+def dtype_in_graph(parameter: Tensor) -> torch.dtype:
+    """The type of the leaf in the graph of a forward pass, of a parameter that the user knows."""
+    shard = shard_of(parameter)
+    return parameter.dtype if shard is None else shard.dtype
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
@@ -108,7 +131,8 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
     """Parameters stay gathered, and FSDP takes no notice of passes through their graph.
 
     FSDP counts passes: at the end of each it would free the parameters, and exchange gradients that
-    were accumulated. All processes enter, in the same state: what is not there is gathered.
+    were accumulated. All processes enter, in the same state: what is not there is gathered. Within,
+    each may run as many passes as it likes, forward ones included: nothing is exchanged.
 
     Memory: these parameters, all at once.
     """
@@ -126,22 +150,27 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
     # What is gathered already stays so for others; only what is fetched here is freed again.
     fetched = [group for group in groups.values() if not group.is_unsharded]
     for group in fetched:
+        # Before the first forward pass FSDP has not prepared itself.
+        group.lazy_init()
         group.unshard()
         group.wait_for_unshard()
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     phases = [(thing, thing._training_state) for thing in (*everyone, *all_groups)]
     queued = [context.post_backward_final_callback_queued for context in contexts]
-    # What is said to be queued is not queued again, who is in a pass begins none.
+    # What is said to be queued is not queued again, who is in a pass begins none, and what runs
+    # forward in a backward pass is a recomputation, which finds its parameters there.
     for context in contexts:
         context.post_backward_final_callback_queued = True
-    for group in all_groups:
-        group._training_state = TrainingState.PRE_BACKWARD
+    for thing, _ in phases:
+        thing._training_state = TrainingState.PRE_BACKWARD
+    silenced = [group for group in all_groups if "post_backward" not in vars(group)]
+    for group in silenced:
         group.post_backward = _nothing
     try:
         yield
     finally:
-        for group in all_groups:
+        for group in silenced:
             del group.post_backward
         for thing, phase in phases:
             thing._training_state = phase
@@ -153,6 +182,53 @@ def gathered(shards: Iterable[Shard]) -> Iterator[None]:
 
 def _nothing(*_: Any) -> None:
     pass
+
+
+@contextmanager
+def passes_apart(parameters: Iterable[Tensor], wanted: bool) -> Iterator[None]:
+    """Each process may run the model by itself, as often as it likes, if one of them wants to.
+
+    Args:
+        parameters: Of the model. All processes enter together, and leave together, so that an error
+            in one of them is heard of in the others.
+        wanted: Whether this process wants to.
+
+    Cost: nothing where parameters are whole; else two small collectives, and the parameters of the
+    model in memory, all at once, if some process wants to.
+    """
+    shards = find_shards(parameters)
+    if not shards:
+        yield
+        return
+    flag = torch.tensor(float(wanted), device=next(iter(shards)).device)
+    together(dist.all_reduce, flag)
+    with gathered(shards.values()) if flag else nullcontext():
+        yield
+    if flag:
+        together(dist.all_reduce, flag)
+
+
+def end_pass(shards: Iterable[Shard]) -> None:
+    """FSDP hears that a backward pass is over which has not reached the parameters.
+
+    It then frees them, as it does itself behind a pass in which no parameter gets a gradient.
+    """
+    states = {id(state._state_ctx): state for shard in shards if (state := shard.state())}
+    for state in states.values():
+        # Before the first forward pass there is nothing to end.
+        if state._state_ctx.all_states:
+            state._root_post_backward_final_callback()
+
+
+def free(shards: Iterable[Shard]) -> None:
+    """Parameters are freed: who needs them next gathers what they are then.
+
+    A forward pass without a backward pass leaves those of the outermost module gathered.
+    """
+    groups = {id(group): group for shard in shards if (group := shard.group()) is not None}
+    for group in groups.values():
+        if group.is_unsharded:
+            group.reshard()
 
 
 def _look_at_known() -> None:

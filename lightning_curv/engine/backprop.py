@@ -245,7 +245,7 @@ class Backprop:
         if receivers:
             others = len(receivers) < len(self._extensions) or self._sum_check is not None
             shared = others or any(other is not self for other in _PENDING)
-            truncated_backward.run(self._passes, receivers, shared, **options)
+            truncated_backward.run(self._passes, receivers, shared, self._shards, **options)
         else:
             Tensor.backward(self._loss, **options)
 

@@ -10,7 +10,6 @@ from lightning_curv.distributed.failures import processes
 from lightning_curv.distributed.shards import Shard, is_sharded
 from lightning_curv.errors import describe
 from lightning_curv.extensions.base import Extension, GraphExtension
-from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.graph.tape import Tape
 
 
@@ -103,12 +102,11 @@ def sharded_refusal(
                 f"{extension} needs all {processes()} processes to share the batch, found a mesh "
                 f"of {shard.processes} of them under `fully_shard`. Use a mesh of all processes."
             )
-    after = extension.keeps_graph or isinstance(extension, GradientReceiver) or not stays
-    if shards and after:
+    if shards and (extension.keeps_graph or not stays):
         return (
-            f"{extension} needs the parameters of its graph after the pass or in place of the "
-            "user's, or is handed over during it, found a model under `fully_shard`, which frees "
-            "them as it goes. Train it with `DistributedDataParallel`, or compute first-order "
-            "quantities, diagonals, Kronecker factors, traces or eigenvalues."
+            f"{extension} needs the parameters of its graph after the pass, or is handed over "
+            "during it, found a model under `fully_shard`, which frees them as it goes. Train it "
+            "with `DistributedDataParallel`, or compute first-order quantities, diagonals, "
+            "Kronecker factors, traces or eigenvalues."
         )
     return None

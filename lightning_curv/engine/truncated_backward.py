@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_curv.distributed.shards import Shard, end_pass, gathered
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.passes.passes import Passes
@@ -21,6 +22,7 @@ def run(
     passes: Passes,
     receivers: Sequence[GradientReceiver],
     shared: bool,
+    shards: Mapping[Tensor, Shard],
     **options: Any,
 ) -> None:
     """Give the per-sample Jacobians of the loss to the receivers, and other leaves their gradients.
@@ -30,6 +32,7 @@ def run(
         receivers: Stand in for the gradients of the parameters that they receive.
         shared: Whether somebody else needs the whole pass: it then runs too, the gradients
             included.
+        shards: The parameters under FSDP2, by the leaves of the graph.
         options: Arguments of `Tensor.backward`.
 
     Raises:
@@ -48,10 +51,13 @@ def run(
     others = [leaf for leaf in leaves if not any(r.receives(leaf) for r in receivers)]
     kept = shared or bool(others) or bool(options.get("retain_graph"))
     groups = _by_scale(receivers)
-    for i, group in enumerate(groups):
-        _receive(passes, group, parameters_of_uses, kept or i + 1 < len(groups))
+    with gathered(shards.values()):
+        for i, group in enumerate(groups):
+            _receive(passes, group, parameters_of_uses, kept or i + 1 < len(groups))
     if shared or others:
         Tensor.backward(passes.loss, **{**options, "inputs": None if shared else others})
+    else:
+        end_pass(shards.values())
 
 
 def _by_scale(receivers: Sequence[GradientReceiver]) -> list[list[GradientReceiver]]:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.engine.context import curvature
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.optimizers.privacy.audit_report import PrivacyAudit
 from lightning_curv.optimizers.privacy.optimizer import DPOptimizer
 from lightning_curv.optimizers.settings import require_count, require_positive
@@ -55,6 +57,7 @@ class GradientCanaries:
     Raises:
         ValueError: An argument is out of range, no parameter is large enough, or there is no
             accountant.
+        UnsupportedError: Parameters are sharded.
         RuntimeError: In the optimizer's `step`: `backward` was not called before.
 
     Example:
@@ -80,6 +83,11 @@ class GradientCanaries:
             raise ValueError(
                 "An audit compares with the ε of an accountant, found an optimizer without one; "
                 "pass `accountant=PrivacyAccountant(...)` to it."
+            )
+        if any(is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+            raise UnsupportedError(
+                "An audit needs whole parameters in every process, found sharded ones "
+                "(`fully_shard`). Audit a run of one process, whose steps are the same."
             )
         self.optimizer, self.count, self.norm = optimizer, count, norm
         generator = np.random.default_rng(secrets.randbits(128) if seed is None else seed)

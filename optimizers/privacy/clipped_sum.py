@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.devices import on_one_device
+from lightning_curv.distributed.shards import registered
 from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.optimizers.privacy.clipping import Clipping, joint_norms
 from lightning_curv.terms.chunks import CHUNK_BYTES
@@ -75,8 +76,8 @@ class ClippedSum(GradientReceiver):
         self.clipping.forget()
 
     def receives(self, parameter: Tensor) -> bool:
-        """Whether it is one of `parameters`."""
-        return parameter in self._known
+        """Whether it is one of `parameters`, or what FSDP has gathered of one."""
+        return registered(parameter) in self._known
 
     def begin(self, samples: int) -> None:
         """A backward pass begins.
@@ -135,7 +136,7 @@ class ClippedSum(GradientReceiver):
             norms_of_rows = [row.norms()[0] for row in rows]
             factors = self._weights(
                 [*(norms_of_all[chunk] for norms_of_all in norms), *norms_of_rows],
-                [jacobian.parameter for jacobian in (*jacobians, *rows)],
+                [registered(jacobian.parameter) for jacobian in (*jacobians, *rows)],
                 smallest_normal,
                 None if all_count or counted is None else counted[chunk],
             )
@@ -213,13 +214,17 @@ class ClippedSum(GradientReceiver):
         if not jacobian.samples:
             return
         total = jacobian.weighted_total(weights.to(jacobian.terms[0].g.device))
-        if jacobian.parameter in self._sums:
-            self._sums[jacobian.parameter] += total
+        parameter = registered(jacobian.parameter)
+        if parameter in self._sums:
+            self._sums[parameter] += total
         else:
-            self._sums[jacobian.parameter] = total
+            self._sums[parameter] = total
 
     def totals(self) -> list[Tensor]:
-        """The sum of every parameter, in float32 or better; zero where there was no gradient."""
+        """The sum of every parameter, in float32 or better; zero where there was no gradient.
+
+        Of a parameter of which processes have parts each: all of it, over this process' samples.
+        """
         return [
             self._sums[p].contiguous() if p in self._sums else _zeros(p) for p in self._parameters
         ]
@@ -232,4 +237,5 @@ def _is_small(jacobian: Jacobian) -> bool:
 
 
 def _zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)

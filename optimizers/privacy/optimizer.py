@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_curv.distributed.failures import telling
 from lightning_curv.distributed.replicas import refuse_join
+from lightning_curv.distributed.shards import find_shards, free, local, own_part, version
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
@@ -17,7 +20,11 @@ from lightning_curv.optimizers.privacy.group_clipping import PerGroupClipping
 from lightning_curv.optimizers.privacy.noise import NoiseSource
 from lightning_curv.optimizers.privacy.noisy_sum import summed_over_ranks
 from lightning_curv.optimizers.privacy.schedule import Schedule, held_for, value_of
-from lightning_curv.optimizers.settings import require_choice, require_positive, require_whole
+from lightning_curv.optimizers.settings import (
+    require_choice,
+    require_gatherable,
+    require_positive,
+)
 from lightning_curv.precision import widest
 
 
@@ -101,7 +108,8 @@ class DPOptimizer(Optimizer):
         exact_resume: bool = False,
     ) -> None:
         _refuse_curvature(optimizer)
-        require_whole(p for group in optimizer.param_groups for p in group["params"])
+        for group in optimizer.param_groups:
+            _require_gatherable(group)
         require_choice("loss_reduction", loss_reduction, ("mean", "sum"))
         if expected_batch_size is not None:
             require_positive("expected_batch_size", expected_batch_size)
@@ -129,7 +137,7 @@ class DPOptimizer(Optimizer):
         self._noise = NoiseSource(noise_seed, secure)
         self._sum = ClippedSum(self._trainable(), self.clipping, loss_reduction == "mean")
         # The gradients that the last step left, and their versions.
-        self._own: dict[Tensor, tuple[Tensor, int]] = {}
+        self._own: dict[Tensor, tuple[Tensor, tuple[int, int]]] = {}
 
     def _share(self) -> None:
         """Share one list of groups and one state.
@@ -236,7 +244,7 @@ class DPOptimizer(Optimizer):
         return [
             p
             for p in self._all()
-            if p.grad is not None and not self._is_own(p, p.grad) and bool(p.grad.any())
+            if p.grad is not None and not self._is_own(p, p.grad) and bool(local(p.grad).any())
         ]
 
     def renew_noise(self) -> None:
@@ -250,6 +258,7 @@ class DPOptimizer(Optimizer):
         self._own = {}
 
     @torch.no_grad()
+    @telling()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Privatise the gradient, tell the accountant, and let the inner optimizer step.
 
@@ -268,6 +277,8 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Parameters that a forward pass has left gathered would stay what they are now.
+        free(find_shards(self._all()).values())
         # Before noise is drawn: a step that is refused releases nothing.
         refuse_join(self)
         self._refuse_unprivatised()
@@ -309,8 +320,8 @@ class DPOptimizer(Optimizer):
 
     def _is_own(self, parameter: Tensor, grad: Tensor) -> bool:
         """Whether the last step left this gradient, and nobody has added to it in place since."""
-        own, version = self._own.get(parameter, (None, -1))
-        return own is grad and version == grad._version
+        own, its_version = self._own.get(parameter, (None, None))
+        return own is grad and its_version == version(grad)
 
     def _privatise(self, sigma: float, size: float) -> None:
         self._refresh()
@@ -333,20 +344,30 @@ class DPOptimizer(Optimizer):
         for parameter in self._all():
             parameter.grad = None
         for parameter, total in zip(self._sum.parameters, released, strict=True):
-            parameter.grad = total.to(parameter.dtype)
+            # The noisy sum is whole, and the same in all processes: each takes its part.
+            parameter.grad = own_part(total.to(parameter.dtype), parameter)
             # An empty batch makes no pass: its step must not take this gradient for one from
             # elsewhere.
-            self._own[parameter] = parameter.grad, parameter.grad._version
+            self._own[parameter] = parameter.grad, version(parameter.grad)
         self.clipping.end_step(noisy_counts, size)
         self._sum.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to both optimizers, between steps."""
+        """Add parameters to both optimizers, between steps.
+
+        Raises:
+            UnsupportedError: A parameter is in parts that nobody gathers.
+        """
         # The constructor of the base class calls this with groups that are shared already.
         if not hasattr(self, "_sum"):
             super().add_param_group(param_group)
             return
         self.optimizer.add_param_group(param_group)
+        try:
+            _require_gatherable(self.optimizer.param_groups[-1])
+        except UnsupportedError:
+            self.optimizer.param_groups.pop()
+            raise
         self._share()
 
     def state_dict(self) -> dict[str, Any]:
@@ -413,6 +434,12 @@ class DPOptimizer(Optimizer):
             f"noise_multiplier={self.noise_multiplier}, "
             f"expected_batch_size={self.expected_batch_size}, optimizer={self.optimizer!r})"
         )
+
+
+def _require_gatherable(param_group: dict[str, Any]) -> None:
+    """Refuse parameters that are in parts, unless FSDP2 gathers them for a pass."""
+    for param in param_group["params"]:
+        require_gatherable(param, "Private steps need")
 
 
 def _refuse_curvature(optimizer: Optimizer) -> None:

@@ -25,7 +25,7 @@ REFUSED = {
     "accumulate": "RuntimeError: `accumulate` expects gradients on the sharded parameters",
     "products": "UnsupportedError: GGNMP() needs the parameters of its graph after the pass",
     "kfac": "UnsupportedError: Curvature needs parameters that are whole in the forward pass",
-    "private": "UnsupportedError: Private steps need whole parameters in every process",
+    "private": "UnsupportedError: Private steps need parameters that are whole in the forward pass",
 }
 
 

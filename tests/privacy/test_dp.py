@@ -909,7 +909,7 @@ def naive_clipped_sum(model, trainable, X, y, clip_norm):
 
 
 def empty_pass(optimizer, model, X, y):
-    """As Lightning runs it: on a sample that stands in, outside of the context."""
+    """On a sample that stands in, outside of the context."""
     F.cross_entropy(model(X[:1]), y[:1]).backward()
     optimizer.add_empty_pass()
 

@@ -614,12 +614,12 @@ def half_precision():
         (
             Net,
             {"strategy": lambda: sharded("FSDPStrategy")},
-            "keeps whole parameters, found FSDPStrategy",
+            "keeps parameters apart from each other, found FSDPStrategy",
         ),
         (
             Net,
             {"strategy": lambda: sharded("DeepSpeedStrategy")},
-            "keeps whole parameters, found DeepSpeedStrategy",
+            "keeps parameters apart from each other, found DeepSpeedStrategy",
         ),
         (Net, {"scheduler": True}, "found a GradientAccumulationScheduler"),
         (Net, {"overfit_batches": 2}, "`overfit_batches=0`"),

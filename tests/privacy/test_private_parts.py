@@ -241,7 +241,7 @@ class Keep(pl.Callback):
 def test_parts_and_audits_go_together():
     sampler = PoissonBatchSampler(50, 0.5, 3, parts=4, part_size=10, seed=0)
     sampler.guests = np.zeros(30, bool)
-    real = [i for part in range(4) for i in sampler._part(1, part)]
+    real = [i for part in range(4) for i in sampler._part(1, part) if i >= 0]
     assert sorted(real) == sorted(i for i in sampler.batch(1) if i < 50)
     assert sampler.part_size(1, 0) == 10
 

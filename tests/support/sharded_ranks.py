@@ -390,13 +390,12 @@ def accumulate_without_exchange():
 
 def refusals():
     """What is refused under sharding, by name."""
-    sharded = whole_model()
     return {
         "tensor parallel": message(lambda: backward(tensor_parallel())),
         "accumulate": message(accumulate_without_exchange),
         "products": message(lambda: backward(whole_model(), GGNMP())),
         "kfac": message(lambda: KFACOptimizer(tensor_parallel().parameters())),
-        "private": message(lambda: DPOptimizer(torch.optim.SGD(sharded.parameters(), lr=0.1))),
+        "private": message(lambda: DPOptimizer(torch.optim.SGD(tensor_parallel().parameters()))),
     }
 
 
