@@ -1,5 +1,6 @@
 """Training with `lightning_fabric`, in one process or in several."""
 
+import atexit
 import copy
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
+from processes import leave_group
 from torch import nn
 from torch.nn import functional as F
 
@@ -75,6 +77,7 @@ def trained(fabric, rank=0, world=1, union=False):
 
 
 def worker(fabric, folder):
+    atexit.register(leave_group)
     torch.set_num_threads(1)
     rank, world = fabric.global_rank, fabric.world_size
     _, quantities, gradients = step_of_quantities(fabric, rank, world)

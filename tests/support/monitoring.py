@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from processes import LeavesGroup
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -118,6 +119,8 @@ def fit(net, *callbacks, batch_size=6, epochs=2, tmp_path=None, size=24, loader=
         "logger": False,
         **CONSTANT,
     }
+    if kwargs.get("strategy") == "ddp_spawn":
+        callbacks += (LeavesGroup(),)
     if tmp_path is not None:
         settings["logger"] = TensorBoardLogger(tmp_path, name="", version="")
     trainer = pl.Trainer(callbacks=list(callbacks), max_epochs=epochs, **(settings | kwargs))

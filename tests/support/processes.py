@@ -1,12 +1,15 @@
 """Several processes on this machine, started as `torchrun` starts them."""
 
+import atexit
 import gc
 import os
 import socket
 import warnings
 from contextlib import ExitStack
 
+import pytorch_lightning as pl
 import torch
+from torch import distributed as dist
 from torch import multiprocessing
 
 # Of a Trainer that leaves the batches of every process as they are, and writes nothing.
@@ -45,8 +48,27 @@ def _begin(rank, work, world, port, arguments):
     if port is not None:
         join(rank, world, port)
     work(rank, *arguments)
-    # Models in cycles keep the threads of a process group alive, which must not meet the end of the interpreter.
+    leave_group()
+
+
+def leave_group():
+    """End the threads of this process' group.
+
+    Torch's hold tensors of the last exchange for a moment longer than it takes, and abort the process where they let go
+    of them while the interpreter ends.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # Models in cycles keep the threads alive.
     gc.collect()
+
+
+class LeavesGroup(pl.Callback):
+    """Ends the threads of the group that Lightning has made in a process of its own, and leaves to its end."""
+
+    def setup(self, trainer, pl_module, stage):
+        # Not in `teardown`, after which Lightning still exchanges results.
+        atexit.register(leave_group)
 
 
 def join(rank, world, port):
