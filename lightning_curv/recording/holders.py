@@ -56,7 +56,10 @@ class Holders:
 
     def _look_everywhere(self) -> None:
         """Look at every object of the process."""
-        holders = [holder for holder in gc.get_objects() if _holds(holder)]
+        objects = gc.get_objects()
+        # There are hundreds of thousands of objects, of few types.
+        kinds = {kind for kind in set(map(type, objects)) if _may_hold(kind)}
+        holders = [holder for holder in objects if type(holder) in kinds and _holds(holder)]
         self._holders = WeakSet(holders)
         self._look(holders)
 
@@ -68,19 +71,27 @@ class Holders:
         return any(tensor is not None and pointer_of(tensor) == root.pointer for tensor in tensors)
 
     def _look(self, holders: Any) -> None:
+        tensors: dict[type, bool] = {}  # whether objects of a type are tensors
         for holder in holders:
             if isinstance(holder, nn.Module):
                 for tensor in (*holder._parameters.values(), *holder._buffers.values()):
                     if tensor is not None:
                         self._registered[pointer_of(tensor)] = tensor
             for value in _values(holder):
-                if isinstance(value, Tensor):
+                kind = type(value)
+                is_tensor = tensors.get(kind)
+                if is_tensor is None:
+                    is_tensor = tensors[kind] = issubclass(kind, Tensor)
+                if is_tensor:
                     self._others[pointer_of(value)] = value
 
 
+def _may_hold(kind: type) -> bool:
+    return kind is _CACHE or issubclass(kind, nn.Module)
+
+
 def _holds(holder: Any) -> bool:
-    kind = type(holder)
-    return kind is _CACHE or (issubclass(kind, nn.Module) and "_buffers" in holder.__dict__)
+    return type(holder) is _CACHE or "_buffers" in holder.__dict__
 
 
 def _values(holder: Any) -> Iterator[Any]:
@@ -88,15 +99,16 @@ def _values(holder: Any) -> Iterator[Any]:
     if isinstance(holder, nn.Module):
         held = list(holder.__dict__.values())
     else:
-        held = gc.get_referents(holder)
+        own = vars(holder)  # leads to the function, and to all that its module has
+        held = [link for link in gc.get_referents(holder) if link is not own]
         held += [
             value
             for link in held
             if isinstance(link, dict)
             for value in gc.get_referents(*link.values())
         ]
+    yield from held
     for value in held:
-        yield value
         if isinstance(value, (list, tuple)):
             yield from value
         elif isinstance(value, dict):

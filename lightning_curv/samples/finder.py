@@ -133,7 +133,7 @@ def _first_that_agrees(search: Search, counts: Sequence[int]) -> Found:
             "`batch_size=`."
         )
     if not search.independent and (samples := _assumed(search, default)) is not None:
-        return Found(samples, {}, [])
+        return Found(samples, {}, [], assumed=True)
     refuse_scales(search)
     if search.batch.size is None:
         kind = UnsupportedError

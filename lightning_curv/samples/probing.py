@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.heads import Head
@@ -109,6 +109,8 @@ class Probe:
         self.conclusive = True
         self.told_of_all = True
         self._ones = [generic(head.like) for head, _ in heads]
+        # What arrived at which edges, by the number of the pass.
+        self._arrived: dict[int, dict[tuple[Node, int], Tensor | None]] = {}
 
     def findings(self, places: Sequence[Place]) -> list[Finding]:
         """What the weights say of every place."""
@@ -117,8 +119,8 @@ class Probe:
         edges = [place.edge for place in places]
         # One weight per sample: neighbours must differ, for it is neighbours that are mixed up.
         values = spread(self.count, self.passes.tape.eps)
-        first = self._pass(edges, None)
-        second = self._pass(edges, values)
+        first = self._pass(0, edges, None)
+        second = self._pass(1, edges, values)
         exact = Tolerance.exact(self.passes.tape.eps)
         findings = []
         for place, plain, weighted in zip(places, first, second, strict=True):
@@ -152,7 +154,8 @@ class Probe:
             unknown = [i for i in mixed if places[i].rows]
             # A pass per digit, for all places together, and only where some place needs it.
             if unknown and columns is None:
-                columns = [self._pass(edges, weights) for weights in self._code.values(self.count)]
+                spellings = self._code.values(self.count)
+                columns = [self._pass(k, edges, digit) for k, digit in enumerate(spellings, 2)]
             for i in unknown:
                 spelled = [column[i] for column in columns or ()]
                 findings[i] = self._rows(places[i], first[i], spelled, tolerance)
@@ -181,18 +184,29 @@ class Probe:
     def _code(self) -> Code:
         return Code.of(self.count, self.passes.tape.eps)
 
-    def _pass(self, edges: Sequence[GradientEdge], values: Tensor | None) -> Cotangents:
-        """The cotangents at some edges for seeds that are weighted by the samples."""
-        if not edges:
-            return ()
-        seeds = self._ones
-        if values is not None:
-            weighted = []
-            for one, (_, owners) in zip(seeds, self.heads, strict=True):
-                weighted.append(one * owners.weights(one, values))
-            seeds = weighted
-        tops = [head.edge for head, _ in self.heads]
-        return self.passes.backward(tops, edges, seeds)
+    def _pass(
+        self, number: int, edges: Sequence[GradientEdge], values: Tensor | None
+    ) -> Cotangents:
+        """The cotangents at some edges for seeds that are weighted by the samples.
+
+        Args:
+            number: Of the weights: what was asked with the same ones before takes no pass.
+            edges: Where the cotangents are wanted.
+            values: The weights of the samples; `None`: 1.
+        """
+        arrived = self._arrived.setdefault(number, {})
+        missing = [edge for edge in edges if edge[:2] not in arrived]
+        if missing:
+            seeds = self._ones
+            if values is not None:
+                weighted = []
+                for one, (_, owners) in zip(seeds, self.heads, strict=True):
+                    weighted.append(one * owners.weights(one, values))
+                seeds = weighted
+            tops = [head.edge for head, _ in self.heads]
+            found = self.passes.backward(tops, missing, seeds)
+            arrived.update(zip((edge[:2] for edge in missing), found, strict=True))
+        return [arrived[edge[:2]] for edge in edges]
 
     def _cheap(
         self,

@@ -27,6 +27,7 @@ class Found:
     joins: Mapping[Join, Owners]
     dropped: Sequence[Node]
     apart: bool = False  # in every graph of this structure, whatever the numbers are
+    assumed: bool = False  # by shapes alone, as samples were found to influence each other
 
 
 def structure_of(tape: Tape) -> tuple[Hashable, ...]:
@@ -64,10 +65,11 @@ class Memory:
 
     A structure is remembered only if every op was reached by the weights, and only as long as
     tables that are the same for all samples are the very same tensors. If its ops keep samples
-    apart whatever the numbers are (`Found.apart`), it is remembered for good. Any other is not
-    remembered where ops move rows by values (`Tape.routes`) or take what a mask says
-    (`Tape.gates`), nor where nothing arrives at some sample; else factors can still open a gate
-    that was closed, so it is verified again at its 10th, 100th, ... use.
+    apart whatever the numbers are (`Found.apart`), it is remembered for good. So it is where
+    samples influence each other and owners are those of shapes (`Found.assumed`): other numbers do
+    not part them. Any other is not remembered where ops move rows by values (`Tape.routes`) or take
+    what a mask says (`Tape.gates`), nor where nothing arrives at some sample; else factors can
+    still open a gate that was closed, so it is verified again at its 10th, 100th, ... use.
     """
 
     size: int = 256
@@ -108,7 +110,7 @@ class Memory:
         entry = _Entry(samples.count, uses, losses, joins, dropped)
         # Popped and put back: the last one in the order is the one that was verified last.
         before = self.entries.pop(key, None)
-        if found.apart:
+        if found.apart or found.assumed:
             entry.due = math.inf
         elif before is not None:
             entry.seen = before.seen

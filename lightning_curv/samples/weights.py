@@ -106,7 +106,34 @@ class Code:
         Rows of rounding errors have none or any: what arrives there is nothing, whatever is
         backpropagated.
         """
-        plain_rows = _rows_of(plain, axes)
+        some = few(math.prod(plain.shape[axis] for axis in axes))
+        # What is wrong is mostly wrong everywhere: some rows tell it at a fraction of the price.
+        if some is not None and self._spelled(plain, columns, axes, count, tolerance, some) is None:
+            return None
+        found = self._spelled(plain, columns, axes, count, tolerance)
+        if found is None:
+            return None
+        number, largest = found
+        # Where all rows are rounding errors, which of them are zero is chance, and other passes
+        # will differ.
+        unowned = (largest == 0) & (largest > tolerance.noise).any()
+        index = number.clamp(max=count - 1).masked_fill(unowned, -1)
+        return RowOwners(count, index, axes)
+
+    def _spelled(
+        self,
+        plain: Tensor,
+        columns: Sequence[Tensor],
+        axes: tuple[int, ...],
+        count: int,
+        tolerance: Tolerance,
+        some: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """The numbers that rows spell and their largest entries, [R]; `None`: one has several.
+
+        Only those of `some` rows, if given.
+        """
+        plain_rows = _rows_of(plain, axes, some)
         if not bool(plain_rows.isfinite().all()):
             return None
         exact_rows = wide(plain_rows)
@@ -121,7 +148,7 @@ class Code:
         owned = largest > tolerance.absolute
         digits = []
         for column in columns:
-            weighted = _rows_of(column, axes).to(exact_rows.dtype) / scale[:, None]
+            weighted = _rows_of(column, axes, some).to(exact_rows.dtype) / scale[:, None]
             # The weight of a row by least squares, rounded to a power of two.
             ratio = (normal * weighted).sum(1) / norms.clamp(min=smallest)
             exponent = ratio.clamp(min=1).log2().round()
@@ -144,17 +171,22 @@ class Code:
         misspelled = (number >= count) | (check != digits[-1])
         if bool((misspelled & owned).any()):
             return None
-        # Where all rows are rounding errors, which of them are zero is chance, and other passes
-        # will differ.
-        unowned = (largest == 0) & (largest > tolerance.noise).any()
-        index = number.clamp(max=count - 1).masked_fill(unowned, -1)
-        return RowOwners(count, index, axes)
+        return number, largest
 
 
-def _rows_of(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """The rows of a tensor whose rows are made up by some axes, `[R, E]`."""
+def few(rows: int) -> Tensor | None:
+    """The numbers of some rows, an eighth of them or 64; `None`: there are too few to choose."""
+    if rows < 8:
+        return None
+    return torch.linspace(0, rows - 1, min(rows // 8, 64)).long()
+
+
+def _rows_of(tensor: Tensor, axes: tuple[int, ...], some: Tensor | None = None) -> Tensor:
+    """The rows of a tensor whose rows are made up by some axes, or some of them, `[R, E]`."""
     no_index = torch.zeros(0, dtype=torch.long)
     rows = RowOwners(0, no_index, axes).rows(tensor)
+    if some is not None:
+        rows = rows[some.to(rows.device)]
     if tensor.ndim > len(axes):
         return rows.flatten(1)
     return rows[:, None]
@@ -181,34 +213,50 @@ def consistent(
         choices: What comes into question.
         values: The weights of the samples.
     """
+    norms: dict[BatchAxis, float] = {}
+    for choice in choices:
+        weights = choice.weights(first, values)
+        some = few(first.shape[choice.axis]) if first.ndim else None
+        if some is not None:
+            # What mixes samples mostly mixes all of them: some of the rows tell.
+            some = some.to(first.device)
+            part = first.index_select(choice.axis, some)
+            weighted = second.index_select(choice.axis, some)
+            if _deviation(part, weighted, weights[some], choice.axis, tolerance) is None:
+                continue
+        norm = _deviation(first, second, weights, choice.axis, tolerance)
+        if norm is not None:
+            norms[choice] = norm
+    if not norms:
+        return []
+    # Where the rounding is coarse, more than one may agree, but the right one by far the best.
+    finite = first.masked_fill(~(first.isfinite() & second.isfinite()), 0)
+    rounding = 4 * torch.finfo(first.dtype).eps * float(finite.norm())
+    most = 8 * min(norms.values()) + rounding
+    return [choice for choice, norm in norms.items() if norm <= most]
+
+
+def _deviation(
+    first: Tensor,
+    second: Tensor,
+    weights: Tensor,
+    axis: int,
+    tolerance: Tolerance,
+) -> float | None:
+    """By how much the second differs from the first times the weights; `None`: by too much."""
     # What is not finite cannot be compared; it is counted as agreeing.
     unknown = ~(first.isfinite() & second.isfinite())
     first = first.masked_fill(unknown, 0)
-    magnitudes = first.abs()
-
-    def deviation(axis: BatchAxis) -> Tensor:
-        unweighted = second / axis.weights(first, values)
-        return unweighted.masked_fill_(unknown, 0).sub_(first)
-
-    def allowed(axis: BatchAxis) -> Tensor:
-        """Of every row: one of large numbers must not hide what happens in the others."""
-        rest = [other for other in range(first.ndim) if other != axis.axis]
-        if rest and first.numel():
-            largest = magnitudes.amax(rest, keepdim=True)
-        else:
-            largest = magnitudes
-        return tolerance.relative * largest + tolerance.absolute
-
-    norms: dict[BatchAxis, float] = {}
-    for choice in choices:
-        difference = deviation(choice)
-        within = difference.abs() <= allowed(choice)
-        if bool(within.all()):
-            norms[choice] = float(difference.norm())
-    # Where the rounding is coarse, more than one may agree, but the right one by far the best.
-    rounding = 4 * torch.finfo(first.dtype).eps * float(first.norm())
-    most = 8 * min(norms.values(), default=0.0) + rounding
-    return [choice for choice, norm in norms.items() if norm <= most]
+    unweighted = second / weights
+    difference = unweighted.masked_fill_(unknown, 0).sub_(first)
+    # Of every row: one of large numbers must not hide what happens in the others.
+    rest = [other for other in range(first.ndim) if other != axis]
+    largest = first.abs()
+    if rest and first.numel():
+        largest = largest.amax(rest, keepdim=True)
+    allowed = tolerance.relative * largest + tolerance.absolute
+    within = difference.abs() <= allowed
+    return float(difference.norm()) if bool(within.all()) else None
 
 
 def generic(like: Tensor) -> Tensor:

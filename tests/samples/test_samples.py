@@ -12,9 +12,11 @@ from lightning_curv.graph.heads import find_heads
 from lightning_curv.graph.tape import walk
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.record import record
+from lightning_curv.samples import finder
 from lightning_curv.samples.batch import Batch
 from lightning_curv.samples.rowwise import added_by_row
 from lightning_curv.samples.verified import MEMORY
+from lightning_curv.samples.weights import Code, Tolerance
 
 
 class Mixing(nn.Module):
@@ -320,6 +322,50 @@ def test_masks_within_samples_cost_no_verification(monkeypatch):
         with curvature(BatchGrad()):
             case.compute_loss().backward()
     assert len(passes) == 2
+
+
+def test_batch_statistics_cost_one_verification(monkeypatch):
+    """Samples that influence each other are not looked at again: other numbers do not part them."""
+    layers = [
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+        nn.Conv2d(3, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.Flatten(),
+    ]
+    model, x, y = (
+        nn.Sequential(*layers).double(),
+        torch.randn(16, 1, 5, 5).double(),
+        torch.arange(16) % 2,
+    )
+    searches = []
+    attempt = finder._attempt
+    monkeypatch.setattr(finder, "_attempt", lambda *args: searches.append(args) or attempt(*args))
+    MEMORY.entries.clear()
+    for _ in range(12):
+        with curvature(KFAC()):
+            F.cross_entropy(model(x), y).backward()
+    assert len(searches) == 1
+    assert model[0].weight.kfac[1].shape == (9, 9)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 37, 99])
+def test_rows_are_read_as_if_all_of_them_were_at_once(wrong):
+    """Some rows are looked at first; what is wrong anywhere is found all the same."""
+    count = 100
+    code = Code.of(count, 1e-16)
+    plain = torch.randn(count, 3, dtype=torch.float64)
+    order = torch.randperm(count)
+    columns = [plain * values[order][:, None] for values in code.values(count)]
+    if wrong is not None:
+        for column in columns:
+            column[wrong] = column[wrong].roll(1)
+    found = code.read(plain, columns, (0,), count, Tolerance.exact(1e-16))
+    if wrong is None:
+        assert torch.equal(found.index, order)
+    else:
+        assert found is None
 
 
 def test_samples_at_which_nothing_arrives_are_not_taken_for_verified():
