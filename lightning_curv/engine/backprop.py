@@ -98,10 +98,7 @@ class Backprop:
         self._loss = loss
         self._where = output
         self._generator = generator
-        if gradient is None:
-            self._seed = torch.ones_like(loss)
-        else:
-            self._seed = gradient
+        self._gradient = gradient
         self._extensions = list(extensions)
         self._sum_check = SumCheck() if check else None
         self.defers = defer
@@ -135,7 +132,7 @@ class Backprop:
     def _prepare(self, undisturbed: ExitStack) -> None:
         if self._hook is None and self._sum_check is None and reads_root_alone(self._extensions):
             # The walk would cost more than all that is read.
-            passes = Passes(self._loss, self._seed, Tape(), Samples(0, {}, {}))
+            passes = Passes(self._loss, self._gradient, Tape(), Samples(0, {}, {}))
             for extension in self._extensions:
                 self._results[extension] = extension.compute(passes)  # type: ignore[union-attr]
             return
@@ -313,7 +310,8 @@ class Backprop:
         for call in tape.losses.values():
             call.check()
         # The samples are found with the help of passes: until then there are none.
-        return Passes(loss, self._seed, tape, Samples(0, {}, {}), self._output, self._generator)
+        nobody = Samples(0, {}, {})
+        return Passes(loss, self._gradient, tape, nobody, self._output, self._generator)
 
     def _refuse_uncovered(self, tape: Tape) -> None:
         stays = self._hook is None and not self._create_graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import cast
 
 import torch
@@ -50,6 +50,8 @@ MASKED = {
     "Where": "",
 }
 CAST = "ToCopyBackward0"
+# The type of the nodes of leaves.
+_LEAF: type[Node] = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 Step = tuple[
     Node, int, bool, str
 ]  # a node, which of its outputs, whether outside of the losses, the op above it
@@ -191,58 +193,101 @@ def _follow(
             continue
         seen.add((node, outside))
         name = node.name()
-        placing = _placing(type(node))
+        kind = _kind(type(node), name)
         tape.nodes.append(node)
-        tape.structure.append((name, index, *(getattr(node, attribute) for attribute in placing)))
-        if name == CAST:
+        tape.structure.append((name, index, *[getattr(node, field) for field in kind.placing]))
+        if kind.is_cast:
             tape.casts.append(node)
-        if (held := MASKED.get(_kind(name))) is not None:
-            tape.gates = tape.gates or not held or getattr(node, held) is not None
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and _hides(type(node)):
+        if kind.masked is not None:
+            tape.gates = tape.gates or not kind.masked or getattr(node, kind.masked) is not None
+        if kind.hides:
             tape.hidden.append(name)
         mark = marks(node)
-        if mark is not None and mark.read is not None:
-            tape.read[node] = mark.read
-        if mark is not None and mark.nested is not None:
-            tape.nested.append(mark.nested)
-        if mark is not None and mark.mapped is not None:
-            tape.mapped.append(mark.mapped)
-            tape.routes = True
-        call = mark.loss if mark is not None else None
+        call = use = None
+        if mark is not None:
+            call = mark.loss
+            use = mark.use
+            if mark.read is not None:
+                tape.read[node] = mark.read
+            if mark.nested is not None:
+                tape.nested.append(mark.nested)
+            if mark.mapped is not None:
+                tape.mapped.append(mark.mapped)
+                tape.routes = True
         if call is not None and (output is None or not reaches(call.input.node, output.input.node)):
             tape.losses[node] = call
             stack.append((call.input.node, call.input.output_nr, False, name))
             if call.beside:
-                stack += [
-                    (after, i, outside, name)
-                    for after, i in node.next_functions
-                    if after is not None
-                ]
-        elif (
-            mark is not None
-            and mark.use is not None
-            and not (outside and output and _above(mark.use, output))
-        ):
-            tape.uses[node] = mark.use
-            tape.routes = tape.routes or _kind(name) in ROUTING - {"Embedding"}
+                stack += _below(node, outside, name)
+        elif use is not None and not (outside and output and _above(use, output)):
+            tape.uses[node] = use
+            tape.routes = tape.routes or kind.moves_rows_of_a_use
             if outside:
                 tape.outside.add(node)
-            stack += [
-                (edge.node, edge.output_nr, outside, mark.use.name)
-                for edge in mark.use.inputs.values()
-            ]
+            for edge in use.inputs.values():
+                stack.append((edge.node, edge.output_nr, outside, use.name))
         elif (leaf := leaf_of(node)) is None:
-            tape.routes = tape.routes or _routes(node, name)
-            stack += [
-                (after, i, outside, name) for after, i in node.next_functions if after is not None
-            ]
+            below = _below(node, outside, name)
+            tape.routes = (
+                tape.routes
+                or kind.moves_rows
+                or (
+                    # A factor without gradient may be a matrix that permutes rows.
+                    kind.multiplies and len(below) < len(node.next_functions)
+                )
+            )
+            stack += below
         elif isinstance(leaf, nn.Parameter):
             tape.stray.append((leaf, parent))
         else:
             tape.leaves.append(leaf)
 
 
-@cache
+def _below(node: Node, outside: bool, name: str) -> list[Step]:
+    """The steps to what a node of this name reads."""
+    return [(after, i, outside, name) for after, i in node.next_functions if after is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What the walk has to know of all nodes of a type and name.
+
+    Attributes:
+        placing: Attributes that hold axes and sizes.
+        is_cast: Whether they may change the precision.
+        masked: For ops that take what a mask says the attribute that holds it, "" if it is always
+            there; else `None`.
+        hides: Whether their backward pass runs ops with parameters that cannot be seen.
+        moves_rows: Whether they move rows to places that depend on values.
+        moves_rows_of_a_use: The same where the op has a rule.
+        multiplies: Whether they multiply matrices.
+    """
+
+    placing: tuple[str, ...]
+    is_cast: bool
+    masked: str | None
+    hides: bool
+    moves_rows: bool
+    moves_rows_of_a_use: bool
+    multiplies: bool
+
+
+@lru_cache(1024)
+def _kind(type_of_node: type[Node], name: str) -> _Kind:
+    # Nodes of several names may be of one type, and functions of one name of several.
+    plain = re.sub(r"Backward\d*$", "", name)
+    is_custom = issubclass(type_of_node, torch.autograd.function.BackwardCFunction)
+    return _Kind(
+        placing=_placing(type_of_node),
+        is_cast=name == CAST,
+        masked=MASKED.get(plain),
+        hides=is_custom and _hides(type_of_node),
+        moves_rows=plain in ROUTING or (is_custom and plain != "_Parts"),
+        moves_rows_of_a_use=plain in ROUTING and plain != "Embedding",
+        multiplies=plain in PRODUCTS,
+    )
+
+
 def _hides(kind: type) -> bool:
     """Whether a custom function runs ops with unseen parameters during its backward pass."""
     backward = getattr(getattr(kind, "_forward_cls", None), "backward", None)
@@ -250,20 +295,6 @@ def _hides(kind: type) -> bool:
     return code is not None and any(name in INSIDE for name in code.co_names)
 
 
-def _routes(node: Node, name: str) -> bool:
-    """Whether a node moves rows to places that depend on values."""
-    kind = _kind(name)
-    if kind in ROUTING or isinstance(node, torch.autograd.function.BackwardCFunction):
-        return kind != "_Parts"
-    return kind in PRODUCTS and any(after is None for after, _ in node.next_functions)
-
-
-@cache
-def _kind(name: str) -> str:
-    return re.sub(r"Backward\d*$", "", name)
-
-
-@cache
 def _placing(kind: type[Node]) -> tuple[str, ...]:
     """Attributes of a kind of node that hold axes and sizes.
 
@@ -340,13 +371,12 @@ def leaves(edge: GradientEdge) -> list[Tensor]:
 
 def parameters(use: Use) -> list[Tensor]:
     """The parameters that a use consumes, through transforms too."""
-    consumed: dict[Tensor, None] = {}
+    # By `id`: the hash of a tensor is a function of Python's.
+    consumed: dict[int, Tensor] = {}
     for operand in use.operands.values():
-        if operand.derived:
-            consumed.update(dict.fromkeys(leaves(operand.edge)))
-        else:
-            consumed[operand.tensor] = None
-    return list(consumed)
+        for parameter in leaves(operand.edge) if operand.derived else [operand.tensor]:
+            consumed[id(parameter)] = parameter
+    return list(consumed.values())
 
 
 def nodes_below(root: Node) -> Iterator[Node]:
@@ -364,4 +394,5 @@ def nodes_below(root: Node) -> Iterator[Node]:
 
 def leaf_of(node: Node) -> Tensor | None:
     """The leaf tensor whose gradient `node` accumulates."""
-    return getattr(node, "variable", None)
+    # Not any attribute of that name, which a custom function may have left at its node.
+    return node.variable if type(node) is _LEAF else None  # type: ignore[attr-defined]

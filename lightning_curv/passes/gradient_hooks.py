@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,6 +17,25 @@ from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import Use
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.term import Term
+
+
+class _Awaited:
+    """A parameter whose Jacobian is awaited.
+
+    Attributes:
+        parameter: The parameter.
+        terms: Those of the uses that were reached.
+        missing: How often it is still to be reached.
+        late: Whether its gradient is waited for too.
+    """
+
+    __slots__ = ("late", "missing", "parameter", "terms")
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.terms: list[Term] = []
+        self.missing = 0
+        self.late = False
 
 
 class Listener:
@@ -50,30 +68,30 @@ class Listener:
         self._evaluate = evaluate
         self._scope = scope
         self._section = section
-        self._terms: dict[Tensor, list[Term]] = defaultdict(list)
-        self._bulky: dict[
-            Node | Join, tuple[Use, Tensor]
-        ] = {}  # uses that were reached and whose terms are not made yet
+        # Uses that were reached and whose terms are not made yet.
+        self._bulky: dict[Node | Join, tuple[Use, Tensor]] = {}
         self._stopped = False
         self._own_passes = internal_pass()  # of the thread that begins the backward pass
-        self._waiting: dict[Tensor, int] = {}  # how often it is still to be reached
+        # By `id`: the hash of a tensor is a function of Python's.
+        self._awaited: dict[int, _Awaited] = {}
         self._handles = []
-        late: dict[Tensor, None] = {}
         parameters_of_uses = passes.tape.parameters
         for node, use in passes.tape.uses.items():
             parameters = parameters_of_uses[node] if use.operands else []
             if any(map(wanted, parameters)):
+                of_use = [self._of(parameter) for parameter in parameters]
                 self._handles.append(
-                    node_of(node).register_prehook(self._hook(self._arrive, node, use, parameters))
+                    node_of(node).register_prehook(self._hook(self._arrive, node, use, of_use))
                 )
-                for parameter in parameters:
-                    self._waiting[parameter] = self._waiting.get(parameter, 0) + 1
-                if totals or _late(use):
-                    late.update(dict.fromkeys(parameters))
-        for parameter in late:
-            self._waiting[parameter] += 1
-            accumulate = torch.autograd.graph.get_gradient_edge(parameter).node
-            self._handles.append(accumulate.register_prehook(self._hook(self._complete, parameter)))
+                late = totals or _late(use)
+                for awaited in of_use:
+                    awaited.missing += 1
+                    awaited.late = awaited.late or late
+        for awaited in self._awaited.values():
+            if awaited.late:
+                awaited.missing += 1
+                leaf = torch.autograd.graph.get_gradient_edge(awaited.parameter).node
+                self._handles.append(leaf.register_prehook(self._hook(self._complete, awaited)))
 
     def stop(self) -> None:
         """Remove all hooks."""
@@ -83,18 +101,24 @@ class Listener:
     def finish(self) -> None:
         """Evaluate parameters whose own gradient was not asked for."""
         self.stop()
-        bulky = [
-            parameter for node in self._bulky for parameter in self._passes.tape.parameters[node]
-        ]
-        for parameter in dict.fromkeys([*self._terms, *bulky]) if self._terms or bulky else ():
-            self._hook(self._complete, parameter)((None,))
+        bulky = {id(p) for node in self._bulky for p in self._passes.tape.parameters[node]}
+        for place, awaited in [*self._awaited.items()]:
+            if awaited.terms or place in bulky:
+                self._hook(self._complete, awaited)((None,))
+
+    def _of(self, parameter: Tensor) -> _Awaited:
+        """What is known of a parameter."""
+        awaited = self._awaited.get(id(parameter))
+        if awaited is None:
+            awaited = self._awaited[id(parameter)] = _Awaited(parameter)
+        return awaited
 
     def _arrive(
         self,
         gradients: tuple[Tensor | None, ...],
         node: Node | Join,
         use: Use,
-        parameters: list[Tensor],
+        of_use: list[_Awaited],
     ) -> None:
         g = gradients[use.output_nr]
         if g is not None:
@@ -102,16 +126,17 @@ class Listener:
                 self._bulky[node] = replace(use), g  # a copy, whose arguments are not released
             else:
                 self._add(node, use, g)
-            for parameter in parameters:
-                self._waiting[parameter] -= 1
-                if not self._waiting[parameter]:
-                    self._complete((None,), parameter)
+            for awaited in of_use:
+                awaited.missing -= 1
+                if not awaited.missing:
+                    self._complete((None,), awaited)
 
     def _add(self, node: Node | Join, use: Use, g: Tensor) -> None:
         for parameter, term in self._passes.terms(node, use, g.unsqueeze(0)):
-            self._terms[parameter].append(term)
+            self._of(parameter).terms.append(term)
 
-    def _complete(self, gradients: tuple[Tensor | None, ...], parameter: Tensor) -> None:
+    def _complete(self, gradients: tuple[Tensor | None, ...], awaited: _Awaited) -> None:
+        parameter = awaited.parameter
         if self._bulky:
             for node in [*self._bulky]:
                 if any(other is parameter for other in self._passes.tape.parameters[node]):
@@ -120,7 +145,9 @@ class Listener:
         # is another
         whole = not (parameter._backward_hooks or self._passes.samples.partial)
         gradient = gradients[0] if whole else None
-        if terms := self._terms.pop(parameter, None):
+        if awaited.terms:
+            terms = awaited.terms
+            awaited.terms = []
             self._evaluate(Jacobian(parameter, terms, gradient=gradient))
 
     def _hook(
@@ -144,8 +171,9 @@ class Listener:
                 return
             # Reached only where the scope has kept an error.
             self._stopped = True
-            self._terms.clear()
             self._bulky.clear()
+            for awaited in self._awaited.values():
+                awaited.terms = []
 
         return hook
 

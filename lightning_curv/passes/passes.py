@@ -60,7 +60,7 @@ class Passes:
 
     Attributes:
         loss: The root.
-        seed: The gradient at the root.
+        gradient: That at the root; `None`: one.
         tape: What is recorded below it.
         samples: Where the samples are.
         output: Where the curvature of the loss enters instead of at known loss functions.
@@ -71,7 +71,7 @@ class Passes:
     """
 
     loss: Tensor
-    seed: Tensor
+    gradient: Tensor | None
     tape: Tape
     samples: Samples
     output: LossCall | None = None
@@ -79,6 +79,11 @@ class Passes:
     separate: bool = True
     joint: bool = False
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
+
+    @cached_property
+    def seed(self) -> Tensor:
+        """The gradient at the root, which most quantities never ask for."""
+        return torch.ones_like(self.loss) if self.gradient is None else self.gradient
 
     def only(self, chosen: Tensor) -> Passes:
         """Passes for some of the samples only, `chosen [S]` in ascending order."""

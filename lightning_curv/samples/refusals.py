@@ -79,7 +79,9 @@ def refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
     """
     read: list[tuple[Use | LossCall | Mapped, Roots]] = []
     for use in tape.uses.values():
-        read += [(use, roots) for k, roots in use.roots.items() if k not in use.operands]
+        for name, roots in use.roots.items():
+            if roots.pooled and name not in use.operands:
+                read.append((use, roots))
     read += [(call, call.roots) for call in tape.losses.values()]
     read += [(op, op.roots) for op in tape.mapped]
     for op, roots in read:

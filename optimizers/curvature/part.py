@@ -42,7 +42,7 @@ class PartOf:
             chosen = random_subset(count, self.most, passes.generator)
             # Curvature is linear in the gradient at the root, which is the weight of the loss.
             weight = passes.seed * (count / self.most)
-            passes = replace(passes.only(chosen), seed=weight)
+            passes = replace(passes.only(chosen), gradient=weight)
         yield from self.source.jacobians(passes)
 
 

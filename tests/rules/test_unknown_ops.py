@@ -45,6 +45,19 @@ class Scale(torch.autograd.Function):
         return g * gain, (g * x).sum(0)
 
 
+class Keeps(torch.autograd.Function):
+    """An op that leaves a tensor at its node under the name that the nodes of leaves have for theirs."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        ctx.variable = kept
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g, None
+
+
 class Custom(nn.Module):
     def __init__(self, twice=False):
         super().__init__()
@@ -55,6 +68,24 @@ class Custom(nn.Module):
         if self.twice:
             h = h * self.gain  # one use that is recorded and one that is not
         return Scale.apply(h, self.gain)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_tensor_at_the_node_of_a_custom_function_makes_it_no_leaf(trainable):
+    torch.manual_seed(0)
+    layer, kept = (
+        nn.Linear(5, 3).double(),
+        nn.Parameter(torch.rand(4).double(), requires_grad=trainable),
+    )
+    x, y = torch.randn(4, 5).double(), torch.randn(4, 3).double()
+    with curvature(BatchGrad()):
+        F.mse_loss(Keeps.apply(layer(x), kept), y).backward()
+    expected = [
+        torch.autograd.grad(F.mse_loss(2 * layer(x[n]), y[n]) / 4, [*layer.parameters()])
+        for n in range(4)
+    ]
+    for parameter, gradients in zip(layer.parameters(), zip(*expected)):
+        torch.testing.assert_close(parameter.grad_batch, torch.stack(gradients))
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["only_use", "second_use"])
