@@ -25,6 +25,8 @@ from lightning_curv.optimizers.step_size.rules import QuadraticModel, StepRule, 
 
 # Steps that `factor_interval="auto"` keeps curvature for at most.
 LONGEST = 8
+# Rows of the diagonal blocks of factors, at most, where the batch has as many samples.
+LARGEST = 1000
 
 
 class KFACOptimizer(SecondOrderOptimizer):
@@ -92,8 +94,8 @@ class KFACOptimizer(SecondOrderOptimizer):
             factors are computed from; None: all.
         split_factors: Larger factors are replaced by diagonal blocks of about this many rows, in
             coordinates in which the mean of the inputs of a layer with bias stays exact; None: none
-            are. "auto": 144, so that preconditioning costs no more than a backward pass; 1,000 with
-            `lr="auto"`, whose step costs more anyway.
+            are. "auto": 144, so that preconditioning costs no more than a backward pass; with
+            `lr="auto"` as many as the first batch has samples, 256 to 1,000.
         max_factor_size: Factors with more rows are replaced by their diagonal.
         shard_inverses: In distributed training every inverse is computed by one process. False
             sends it to all when it is renewed; True keeps it there, one copy in all processes
@@ -177,8 +179,10 @@ class KFACOptimizer(SecondOrderOptimizer):
         require_count("max_factor_size", max_factor_size)
         require_choice("curvature", curvature, ("mc", "exact", "empirical"))
         require_choice("weight_sharing", weight_sharing, ("expand", "reduce"))
+        most = 0
         if split_factors == "auto":
-            split_factors = 1000 if lr == "auto" else 144
+            split_factors = 256 if lr == "auto" else 144
+            most = LARGEST if lr == "auto" else 0
         for name, count in {"positions": positions, "split_factors": split_factors}.items():
             if count is not None:
                 require_count(name, count)
@@ -214,6 +218,7 @@ class KFACOptimizer(SecondOrderOptimizer):
                 max_factor_size,
                 split_factors,
                 shard_inverses,
+                most,
             ),
             schedule=Schedule(factor_interval, inverse_interval, keeps=keeps),
             step_rule=rule,

@@ -49,6 +49,7 @@ SAVED = (
     "memories",
     "interval",
     "next_measurement",
+    "batch_size",
 )
 REJECTED = 4.0  # what the relative damping is multiplied by when a step is taken back
 LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss
@@ -124,6 +125,7 @@ class SecondOrderOptimizer(Optimizer):
         self._told_relative = False
         self.interval = 1
         self.next_measurement = 0
+        self.batch_size = 0.0  # of the first step
         self._after: float | None = None
         self._inboxes: dict[str, Inbox] = {}
         self._micro_batches = MicroBatches()
@@ -447,7 +449,9 @@ class SecondOrderOptimizer(Optimizer):
                 fields = self._taken(extension, members)
             blocks = self._parameters.paired(members, self.curvature.pairs(fields), fields)
             self._micro_batches.add(
-                statistics(self.curvature, self._parameters, blocks, fields, self.steps)
+                statistics(
+                    self.curvature, self._parameters, blocks, fields, self.steps, self.batch_size
+                )
             )
         elif self.schedule.keeps and rule is not None:
             # Left by `curvature(*optimizer.extensions)` in every step; they hold the activations.
@@ -516,6 +520,7 @@ class SecondOrderOptimizer(Optimizer):
             return math.inf, math.inf
         self.region.memory["limits"] = limits
         self.loss_floor, bound, size, reach, loss, samples = limits
+        self.batch_size = self.batch_size or samples
         is_bounded = math.isfinite(bound)
         # At once an unbounded loss may be zero on its way to negative numbers.
         if self.loss_size:

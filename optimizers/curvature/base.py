@@ -111,6 +111,7 @@ class Curvature(ABC):
         block: Block,
         fields: Sequence[Any],
         step: int,
+        samples: float = 0.0,
     ) -> list[Tensor]:
         """The statistics of one batch.
 
@@ -119,6 +120,8 @@ class Curvature(ABC):
             block: the parameters.
             fields: what `extension` left on each of them.
             step: number of the step, the seed of everything random.
+            samples: of the first batch in all processes together, the same in all steps; 0 as long
+                as it is not known.
 
         Returns:
             Tensors; the first one and those of its shape are linear in the scale of the loss.

@@ -36,6 +36,7 @@ class DiagonalCurvature(Curvature):
         block: Block,
         fields: Sequence[Any],
         step: int,
+        samples: float = 0.0,
     ) -> list[Tensor]:
         (param,) = block.params
         diagonals = as_tensors(fields[0])

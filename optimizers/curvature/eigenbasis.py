@@ -51,8 +51,9 @@ class EigenCurvature(KroneckerCurvature):
         block: Block,
         fields: Sequence[Any],
         step: int,
+        samples: float = 0.0,
     ) -> list[Tensor]:
-        factors = super().measure(state, block, fields, step)
+        factors = super().measure(state, block, fields, step, samples)
         shapes = [f.shape for f in factors]
         known_shapes = [f.shape for f in means(state)]
         # Without a basis there are no moments in it: the first factors make one.

@@ -40,6 +40,7 @@ class KroneckerCurvature(Curvature):
         max_factor_size: factors with more rows are replaced by their diagonal.
         split: larger factors are replaced by diagonal blocks of about this many rows; None: by
             none.
+        most: Blocks have as many rows as the batch has samples, `split` at least and this at most.
         sharded: see `Curvature`.
     """
 
@@ -53,12 +54,14 @@ class KroneckerCurvature(Curvature):
         max_factor_size: int,
         split: int | None = None,
         sharded: bool = False,
+        most: int = 0,
     ) -> None:
         self.extension = extension
         self.sharing = sharing
         self.positions = positions
         self.max_factor_size = max_factor_size
         self.split = split
+        self.most = most
         self.sharded = sharded
 
     def pairs(self, fields: dict[Tensor, Any]) -> dict[Tensor, Tensor]:
@@ -70,9 +73,15 @@ class KroneckerCurvature(Curvature):
         block: Block,
         fields: Sequence[Any],
         step: int,
+        samples: float = 0.0,
     ) -> list[Tensor]:
+        split = self.split
+        if split is not None:
+            # A batch has as many directions as samples: smaller blocks would lose some of them,
+            # larger ones hold little more, and cost more than the batch does.
+            split = max(split, min(round(samples) or self.most, self.most))
         statistics = kronecker_factors(
-            fields, self.sharing, self.positions, step, self.split, self.max_factor_size
+            fields, self.sharing, self.positions, step, split, self.max_factor_size
         )
         count = factors_among(statistics, block)
         factors = statistics[:count]

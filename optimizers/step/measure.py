@@ -61,6 +61,7 @@ def statistics(
     blocks: Sequence[Block],
     fields: dict[Tensor, Any],
     step: int,
+    samples: float,
 ) -> Statistics:
     """The statistics of one backward pass.
 
@@ -70,6 +71,7 @@ def statistics(
         blocks: of the parameters that move.
         fields: what the curvature's extension left on the parameters.
         step: number of the step.
+        samples: of the first batch, see `Curvature.measure`.
 
     Returns:
         What `Curvature.measure` makes of them; blocks whose fields are missing are left out.
@@ -80,7 +82,7 @@ def statistics(
         if not any(_is_missing(field) for field in fields_of_block):
             first = block.params[0]
             state = parameters.state[first]
-            measured[first] = curvature.measure(state, block, fields_of_block, step)
+            measured[first] = curvature.measure(state, block, fields_of_block, step, samples)
     return measured
 
 

@@ -58,7 +58,7 @@ class GivenFactors(KroneckerCurvature):
     def pairs(self, fields):
         return {}
 
-    def measure(self, state, block, fields, step):
+    def measure(self, state, block, fields, step, samples=0.0):
         return self.checked(list(fields[0]), block)
 
 

@@ -278,3 +278,23 @@ def test_large_factors_are_diagonals_that_are_never_formed_as_matrices(monkeypat
     )
     for factor, matrix in pairs:
         torch.testing.assert_close(factor, matrix.diagonal())
+
+
+@pytest.mark.parametrize("eigen", [False, True])
+@pytest.mark.parametrize(("samples", "rows"), [(16, 301), (700, 601)])
+def test_blocks_have_as_many_rows_as_the_first_batch_has_samples(eigen, samples, rows):
+    """All of them in the first step, when nobody knows; later batches and restarts change nothing."""
+    net = nn.Linear(600, 2)
+    optimizer = KFACOptimizer(net.parameters(), eigen=eigen, factor_interval=1)
+    shapes = []
+    for count in (samples, samples, 8, 900):
+        optimizer.zero_grad()
+        with curvature(*optimizer.required_extensions()):
+            F.cross_entropy(net(randn(count, 600).float()), torch.arange(count) % 2).backward()
+        optimizer.step()
+        shapes.append(tuple(optimizer.state[net.weight]["factors"][1].shape))
+        restarted = KFACOptimizer(net.parameters(), eigen=eigen, factor_interval=1)
+        restarted.load_state_dict(optimizer.state_dict())
+        optimizer = restarted
+    assert shapes == [(601, 601)] + [(601, rows)] * 3
+    assert optimizer.state[net.weight]["weight"] > 2
