@@ -47,41 +47,44 @@ def squared_norms(term: Term) -> Tensor:
     return joined(chunks).clamp_(min=0)
 
 
-def norms(term: Term) -> tuple[Tensor, Tensor]:
-    """The roots of `squared_norms`, rounded up, and Σ_s ‖g_s‖ ‖x_s‖; `[V, N]` of float64 each.
+def norms(term: Term) -> tuple[Tensor, Tensor, Tensor]:
+    """The roots of `squared_norms`, rounded up, Σ_s ‖g_s‖ ‖x_s‖, and whose to look at again.
 
     Where the second is much more, positions cancel. What rounding may take away is added:
     `ROUNDING` times (Σ_s ‖g_s‖ ‖x_s‖)², which is more than the rest where large positions cancel.
-    Samples whose Gram matrices may underflow or overflow get Σ_s ‖g_s‖ ‖x_s‖ itself.
+    The third says whose Gram matrices may underflow or overflow: theirs are to be had from
+    `norms_of_odd`.
+
+    Returns:
+        Norms and sizes, `[V, N]` of float64 each, and `[N]` of bool.
     """
-    all_norms = []
-    all_sizes = []
-    start = 0
-    for products in _products(term):
-        norms, sizes, odd = _rounded_up(*products, term.g.dtype)
-        if len(odd):
-            g, x = Matrices(term[(odd + start).tolist()]).piece(0, len(odd))
-            # Positions that a sample does not have may be filled up with anything: numbers of other
-            # samples. What is not finite stays, for it would be in the sum too.
-            missing = (g == 0).all(2, keepdim=True)
-            x = x.masked_fill(missing & x.isfinite(), 0)
-            g = g.unflatten(2, (len(term.g), -1))
-            alone = _products_of(g, x)
-            norms[:, odd], sizes[:, odd], still = _rounded_up(*alone, term.g.dtype)
-            odd = odd[still]
-            g = g[still]
-            x = x[still]
-            # Σ_s ‖g_s‖ ‖x_s‖ bounds the norm of the sum, and squares nothing in the factors' type.
-            g_norms = row_norms(g.transpose(3, 4), 4)
-            x_norms = row_norms(x.mT, 3).unsqueeze(2)
-            bounds = product_norms(g_norms, x_norms, g.dtype)
-            sums = bounds.sum((1, 3)).mT
-            norms[:, odd] = sums
-            sizes[:, odd] = sums
-        start += norms.shape[1]
-        all_norms.append(norms)
-        all_sizes.append(sizes)
-    return joined(all_norms), joined(all_sizes)
+    parts = [_rounded_up(*products, term.g.dtype) for products in _products(term)]
+    all_norms, all_sizes, odd = ([*column] for column in zip(*parts, strict=True))
+    return joined(all_norms), joined(all_sizes), odd[0] if len(odd) == 1 else torch.cat(odd)
+
+
+def norms_of_odd(term: Term, norms: Tensor, sizes: Tensor, odd: Tensor) -> None:
+    """Overwrite what `norms` gave for the samples that it names, a few at a time.
+
+    They get Σ_s ‖g_s‖ ‖x_s‖ itself, where what positions that a sample lacks are filled up with
+    was not the reason.
+    """
+    for numbers in odd.nonzero().flatten().split(_samples_at_once(Matrices(term))):
+        g, x = Matrices(term[numbers]).piece(0, len(numbers))
+        # Positions that a sample does not have may be filled up with anything: numbers of other
+        # samples. What is not finite stays, for it would be in the sum too.
+        missing = (g == 0).all(2, keepdim=True)
+        x = x.masked_fill(missing & x.isfinite(), 0)
+        g = g.unflatten(2, (len(term.g), -1))
+        norms[:, numbers], sizes[:, numbers], still = _rounded_up(*_products_of(g, x), g.dtype)
+        numbers, g, x = numbers[still], g[still], x[still]
+        # Σ_s ‖g_s‖ ‖x_s‖ bounds the norm of the sum, and squares nothing in the factors' type.
+        g_norms = row_norms(g.transpose(3, 4), 4)
+        x_norms = row_norms(x.mT, 3).unsqueeze(2)
+        bounds = product_norms(g_norms, x_norms, g.dtype)
+        sums = bounds.sum((1, 3)).mT
+        norms[:, numbers] = sums
+        sizes[:, numbers] = sums
 
 
 def _rounded_up(
@@ -90,7 +93,7 @@ def _rounded_up(
     x_squares: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms and sizes `[V, n]`, and the samples whose Gram matrices may underflow or overflow.
+    """Norms and sizes `[V, n]`, and whose Gram matrices may underflow or overflow, `[n]`.
 
     The arguments are what `_products` gives.
     """
@@ -107,10 +110,9 @@ def _rounded_up(
     x_usual = (x_total > low) & (x_total < high)
     # Of all columns and groups of a sample.
     usual = (g_usual & x_usual).all(2).all(0)
-    odd = (~usual).nonzero().flatten()
     norms = squares.sum(2).sqrt()
     bounds = sizes_squared.sum(2).sqrt()
-    return norms, bounds, odd
+    return norms, bounds, ~usual
 
 
 def _products_of(g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,9 +135,7 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     assert term.x is not None
     columns = len(term.g)
     both = matrices.size(matrices.both)
-    gram_entries = matrices.size(matrices.shared) ** 2
-    sample_bytes = gram_entries * columns * both * term.g.element_size()
-    size = max(1, CHUNK_BYTES // max(1, sample_bytes))
+    size = _samples_at_once(matrices)
     for start in range(0, term.g.shape[1], size):
         g, x = matrices.piece(start, start + size)  # [n, q, V·o, s], [n, q, i, s]
         x = x.flatten(0, 1)
@@ -155,6 +155,14 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             g_squares.unflatten(0, (-1, both)),
             x_squares.unflatten(0, (-1, both)),
         )
+
+
+def _samples_at_once(matrices: Matrices) -> int:
+    """Of how many samples Gram matrices are made together."""
+    g = matrices.term.g
+    gram_entries = matrices.size(matrices.shared) ** 2
+    sample_bytes = gram_entries * len(g) * matrices.size(matrices.both) * g.element_size()
+    return max(1, CHUNK_BYTES // max(1, sample_bytes))
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ class Jacobian:
         """Shape of the parameter."""
         return self.parameter.shape
 
-    def __getitem__(self, samples: slice | list[int]) -> Jacobian:
+    def __getitem__(self, samples: slice | list[int] | Tensor) -> Jacobian:
         """The Jacobian of some samples."""
         signs = None if self.signs is None else self.signs[:, samples]
         terms = [term[samples] for term in self.terms]
@@ -328,11 +328,25 @@ class Jacobian:
             The norms, and those that the same sums would have if nothing of them cancelled,
             `[V, N]` in the widest type of the device each.
         """
+        norms, sizes, odd = self.unread_norms()
+        if odd is not None and bool(odd.any()):
+            self.settle_norms(norms, sizes, odd)
+        return norms, sizes
+
+    def unread_norms(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute `norms_and_sizes` as far as that is possible without knowing any of them.
+
+        The host then waits for no device; whoever has several Jacobians waits once for all.
+
+        Returns:
+            The norms and sizes, and of which samples they are not good before `settle_norms`,
+            `[N]` of bool; `None`: of none.
+        """
         if self._onehot is not None:
-            return one_hot.norms(self._onehot)
+            return *one_hot.norms(self._onehot), None
         if self._factorised is not None:
             norms = self._factorised.norms()
-            return norms, norms
+            return norms, norms, None
         if not self.forms_norms:
             return ghost_norms.norms(self.terms[0])
         parts = []
@@ -340,7 +354,17 @@ class Jacobian:
             rows = _rows(chunk)
             parts.append(row_norms(rows, 2))
         norms = joined(parts)
-        return norms, norms
+        return norms, norms, None
+
+    def settle_norms(self, norms: Tensor, sizes: Tensor, odd: Tensor) -> None:
+        """Look again at the samples that `unread_norms` named, and overwrite theirs.
+
+        Args:
+            norms: The norms, `[V, N]`.
+            sizes: The sizes, `[V, N]`.
+            odd: Which samples, `[N]` of bool.
+        """
+        ghost_norms.norms_of_odd(self.terms[0], norms, sizes, odd)
 
     def sum_squares(self) -> Tensor:
         """Sum the squared entries over columns and samples, each times the sign of its column.

@@ -229,6 +229,8 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     samples = term.g.shape[1]
     eps = torch.finfo(term.g.dtype).eps
     term = term.canonical()
+    if term.g.device.type != "cpu":
+        return _norms_unread(term)
     sample, index, position = _touched(term)
     pair = index + term.classes * sample  # see `rows`
     key, number, counts = pair.unique(return_inverse=True, return_counts=True)
@@ -254,6 +256,29 @@ def norms(term: Term) -> tuple[Tensor, Tensor]:
     # By rounding the sum may be less than the true one: by a share of what cancelled.
     rounded_up = sums.add_(without_cancelling, alpha=ROUNDING * eps)
     squares = squares + _added(rounded_up, owners, samples)
+    return squares.sqrt(), sizes.sqrt()
+
+
+def _norms_unread(term: Term) -> tuple[Tensor, Tensor]:
+    """`norms` of a canonical term, for which the host does not wait: all rows are added up."""
+    samples = term.g.shape[1]
+    numbers = term.classes + 1  # see `rows`
+    sample, index, _ = _touched_unread(term)
+    key, place, exists = _distinct(index + numbers * sample, most=numbers * samples)
+    g = term.g.flatten(1, 2)
+    sums = row_norms(_added(g, place, len(key)), 2).square_()
+    without_cancelling = _added(row_norms(g, 2), place, len(key)).square_()
+    # As on the processor, nothing is added where a sample has a token once.
+    repeated = _occurrences(place, len(key)) > 1
+    rounding = without_cancelling * (ROUNDING * torch.finfo(g.dtype).eps)
+    squares = sums.add_(rounding.where(repeated, 0.0))
+    # Rows of zeros have an index behind the last class.
+    absent = key % numbers == term.classes
+    if exists is not None:
+        absent |= ~exists
+    owners = key // numbers
+    squares = _added(squares.masked_fill_(absent, 0), owners, samples)
+    sizes = _added(without_cancelling.masked_fill_(absent, 0), owners, samples)
     return squares.sqrt(), sizes.sqrt()
 
 

@@ -58,7 +58,9 @@ def product_norms(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     products = g * x
     larger = torch.maximum(g, x)
-    # The usual case is told by one number; a norm that is NaN is none of it.
-    if products.numel() and float(larger.amax()) <= limit(dtype):
+    # The usual case is told by one number, which costs nothing where it need not be waited for; a
+    # norm that is NaN is none of it.
+    at_hand = products.device.type == "cpu" and products.numel()
+    if at_hand and float(larger.amax()) <= limit(dtype):
         return products
     return products.masked_fill_((larger > limit(dtype)) & (products != 0), torch.inf)

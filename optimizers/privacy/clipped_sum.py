@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lightning_curv.devices import on_one_device
 from lightning_curv.distributed.shards import registered
 from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.optimizers.privacy.clipping import Clipping, joint_norms
-from lightning_curv.terms.chunks import CHUNK_BYTES
+from lightning_curv.terms.chunks import CHUNK_BYTES, joined
 from lightning_curv.terms.jacobian import Jacobian
 
 # How much larger the parts of a sample's gradient may be than their sum. A sum over all samples at
@@ -92,10 +93,10 @@ class ClippedSum(GradientReceiver):
             )
         self._jacobians: list[Jacobian] = []
         self._norms: list[Tensor] = []  # of these
+        # What is to be asked of them once all are known.
+        self._open: list[_Open] = []
         # Those whose norms need per-sample gradients.
         self._formed: list[Jacobian] = []
-        # Those of which a sum over all samples at once would round too much.
-        self._cancelling: set[Jacobian] = set()
         self._samples = samples
 
     def receive(self, jacobian: Jacobian) -> None:
@@ -106,64 +107,85 @@ class ClippedSum(GradientReceiver):
         if jacobian.forms_norms:
             self._formed.append(jacobian)
             return
-        norms, sizes = jacobian.norms_and_sizes()
+        norms, sizes, odd = jacobian.unread_norms()
         self._jacobians.append(jacobian)
         self._norms.append(norms[0])
         # Sizes that are the norms themselves: nothing cancels.
-        if sizes is not norms and bool((sizes > CANCELS * norms).any()):
-            self._cancelling.add(jacobian)
+        if sizes is not norms:
+            self._open.append(_Open(jacobian, norms, sizes, odd))
+
+    def _cancelling(self) -> set[Jacobian]:
+        """Settle all norms; those of which a sum over all samples at once would round too much.
+
+        Layers are asked together: the host waits for a device once, not layer by layer.
+        """
+        asked, self._open = self._open, []
+        if not asked:
+            return set()
+        answers = torch.stack(on_one_device([layer.flags() for layer in asked])).tolist()
+        cancelling = set()
+        for layer, (cancels, odd) in zip(asked, answers, strict=True):
+            if odd and layer.odd is not None:
+                layer.jacobian.settle_norms(layer.norms, layer.sizes, layer.odd)
+                cancels = bool(layer.cancels().any())
+            if cancels:
+                cancelling.add(layer.jacobian)
+        return cancelling
 
     @torch.no_grad()
     def end(self) -> None:
         """Clip and add up the pass."""
         jacobians, formed, samples = self._jacobians, self._formed, self._samples
-        norms, cancelling = self._norms, self._cancelling
+        norms, cancelling = self._norms, self._cancelling()
         # For one pass: rows of the next one belong to others.
         counted, self.counted = self.counted, None
         self.begin(0)
         self.passes += 1
         if not (jacobians or formed) or not samples:
             return
+        # At hand: it is looked at once, and then asked for every chunk.
+        counted = None if counted is None else counted.cpu()
+        if counted is not None and bool(counted.all()):
+            counted = None
         bytes_of_sample = sum(4 * jacobian.parameter.numel() for jacobian in formed)
         size = max(1, CHUNK_BYTES // bytes_of_sample) if formed else samples
         dtypes = {jacobian.terms[0].g.dtype for jacobian in (*jacobians, *formed)}
         smallest_normal = max(torch.finfo(dtype).tiny for dtype in dtypes)
-        weights_of_chunks, discarded_before = [], self.discarded
-        all_count = counted is None or bool(counted.all())
+        weights_of_chunks = []
         for start in range(0, samples, size):
             chunk = slice(start, start + size)
             rows = [jacobian[chunk].formed() for jacobian in formed]
             norms_of_rows = [row.norms()[0] for row in rows]
-            factors = self._weights(
+            weights = self._weights(
                 [*(norms_of_all[chunk] for norms_of_all in norms), *norms_of_rows],
                 [registered(jacobian.parameter) for jacobian in (*jacobians, *rows)],
                 smallest_normal,
-                None if all_count or counted is None else counted[chunk],
+                None if counted is None else counted[chunk],
             )
             if len(dtypes) == 1:  # else every sum converts its own
-                factors = factors.to(next(iter(dtypes)))
-            weights = factors.unbind()
-            for row, weight in zip(rows, weights[len(jacobians) :], strict=True):
-                self._add(row, weight, not all_count or self.discarded > discarded_before)
-            weights_of_chunks.append(weights[: len(jacobians)])
+                weights = weights.to(next(iter(dtypes)))
+            self._add_formed(rows, weights[len(jacobians) :])
+            # All parameters leave out the same samples: one row at least tells which.
+            weights_of_chunks.append(weights[: max(1, len(jacobians))])
         # Their terms are not needed again, and the loop below wants the memory.
         formed.clear()
-        weights_of_all = [
-            torch.cat(parts) if len(parts) > 1 else parts[0]
-            for parts in zip(*weights_of_chunks, strict=True)
-        ]
+        weights_of_all = joined(weights_of_chunks)
+        kept = _numbers_of_kept(weights_of_all[0])
+        if kept is not None:
+            taking_part = samples if counted is None else int(counted.sum())
+            self.discarded += taking_part - len(kept)
+            weights_of_all = weights_of_all[:, kept]
         # One after the other, so that memory falls.
-        while jacobians:
+        for weights in reversed(weights_of_all.unbind() if jacobians else ()):
             jacobian = jacobians.pop()
-            weight = weights_of_all.pop()
-            any_left_out = not all_count or self.discarded > discarded_before
+            some = _chosen(jacobian, kept)
             if jacobian not in cancelling:
-                self._add(jacobian, weight, any_left_out)
+                self._add(some, weights)
                 continue
             size = max(1, CHUNK_BYTES // (4 * jacobian.parameter.numel()))
-            for start in range(0, samples, size):
+            for start in range(0, len(weights), size):
                 chunk = slice(start, start + size)
-                self._add(jacobian[chunk].formed(), weight[chunk], any_left_out)
+                self._add(some[chunk].formed(), weights[chunk])
 
     def _weights(
         self,
@@ -180,13 +202,12 @@ class ClippedSum(GradientReceiver):
         """
         # Parameters may be on several devices; the norm of a sample is over all of them.
         stacked = torch.stack(on_one_device(norms))
-        device = stacked.device
         if counted is not None:
             # What stands in is in nobody's statistics: rules count, and norms are kept.
-            counted = counted.to(device)
+            numbers = counted.nonzero().flatten().to(stacked.device)
             weights = stacked.new_full(stacked.shape, math.nan)
-            weights[:, counted] = self._weights(
-                list(stacked[:, counted]), owners, smallest_normal, None
+            weights[:, numbers] = self._weights(
+                list(stacked[:, numbers]), owners, smallest_normal, None
             )
             return weights
         factors = self.clipping.factors_of(stacked, owners, self._parameters)
@@ -197,20 +218,26 @@ class ClippedSum(GradientReceiver):
         normal = (factors >= smallest_normal) & (factors < math.inf)
         # In all parameters or in none: what was clipped is the whole gradient of a sample.
         usable = (joint < math.inf) & normal.all(0)
-        if discarded := len(usable) - int(usable.sum()):
-            self.discarded += discarded
-            factors = factors.where(usable, math.nan)
-        return factors.expand(len(norms), -1)
+        return factors.where(usable, math.nan).expand(len(norms), -1)
 
-    def _add(self, jacobian: Jacobian, weights: Tensor, some_left_out: bool) -> None:
-        """Add the samples; if some were left out, those whose weight is a number.
+    def _add_formed(self, rows: list[Jacobian], weights: Tensor) -> None:
+        """Add per-sample gradients that were formed, of the samples whose weight is a number."""
+        if not rows:
+            return
+        if weights.device.type == "cpu":
+            kept = _numbers_of_kept(weights[0])
+            if kept is not None:
+                weights = weights[:, kept]
+            for row, weight in zip(rows, weights.unbind(), strict=True):
+                self._add(_chosen(row, kept), weight)
+            return
+        # The host does not wait to learn how many there are: the others become zeros.
+        kept = weights[0].isfinite()
+        for row, weight in zip(rows, weights.where(kept, 0.0).unbind(), strict=True):
+            self._add(_zero_elsewhere(row, kept), weight)
 
-        A weight of zero would not do for the others: 0 · NaN is NaN.
-        """
-        if some_left_out:
-            finite = weights.isfinite()
-            kept = finite.nonzero().flatten().tolist()
-            jacobian, weights = jacobian[kept], weights[finite]
+    def _add(self, jacobian: Jacobian, weights: Tensor) -> None:
+        """Add samples, each times its weight."""
         if not jacobian.samples:
             return
         total = jacobian.weighted_total(weights.to(jacobian.terms[0].g.device))
@@ -228,6 +255,47 @@ class ClippedSum(GradientReceiver):
         return [
             self._sums[p].contiguous() if p in self._sums else _zeros(p) for p in self._parameters
         ]
+
+
+@dataclass
+class _Open:
+    """A layer whose norms are not settled yet; see `Jacobian.unread_norms`."""
+
+    jacobian: Jacobian
+    norms: Tensor
+    sizes: Tensor
+    odd: Tensor | None
+
+    def cancels(self) -> Tensor:
+        """For which norms what they measure cancels too much for a sum over all samples."""
+        return self.sizes > CANCELS * self.norms
+
+    def flags(self) -> Tensor:
+        """Whether it does for any, and whether any are to be looked at again, `[2]`."""
+        cancels = self.cancels().any()
+        odd = torch.zeros_like(cancels) if self.odd is None else self.odd.any()
+        return torch.stack([cancels, odd])
+
+
+def _numbers_of_kept(weights: Tensor) -> Tensor | None:
+    """The samples whose weight is a number; `None`: all of them.
+
+    A weight of zero would not do for the others: 0 · NaN is NaN.
+    """
+    kept = weights.isfinite().nonzero().flatten()
+    return None if len(kept) == len(weights) else kept
+
+
+def _chosen(jacobian: Jacobian, samples: Tensor | None) -> Jacobian:
+    """The Jacobian of some samples; `None`: of all."""
+    return jacobian if samples is None else jacobian[samples.to(jacobian.terms[0].g.device)]
+
+
+def _zero_elsewhere(jacobian: Jacobian, kept: Tensor) -> Jacobian:
+    """A Jacobian that was formed, with zeros for samples that are not kept, `[N]`."""
+    (term,) = jacobian.terms
+    others = ~kept.to(term.g.device).view(-1, *[1] * (term.g.ndim - 2))
+    return Jacobian(jacobian.parameter, [term.of(term.g.masked_fill(others, 0), None)])
 
 
 def _is_small(jacobian: Jacobian) -> bool:

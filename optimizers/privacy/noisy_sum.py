@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from lightning_curv.precision import widest
 GRID = 34  # bits of the noise's standard deviation
 PIECE = 2**16  # entries that are worked on at once, in cache
 PIECES = 32  # that share what is rare in the noise
+UPLOADED = 2**8  # pieces whose noise goes to another device at once
 
 
 def summed_over_ranks(
@@ -92,6 +92,11 @@ class _Piece:
     size: int
 
     @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self.parts[0].device
+
+    @property
     def step(self) -> float:
         """The unit of what is added up."""
         return grid(self.std) if self.std else 1.0
@@ -146,19 +151,34 @@ def _units(pieces: Sequence[_Piece], noise: NoiseSource | None) -> Iterator[tupl
     The entries of the next piece take the memory of the last one's.
     """
     size = max((piece.size for piece in pieces), default=0)
-    devices = {piece.parts[0].device for piece in pieces}
+    devices = {piece.device for piece in pieces}
     memory = {device: _memory(size, device) for device in devices}
-    for std, pieces_of_std in groupby(pieces, key=attrgetter("std")):
+    for (std, device), alike in groupby(pieces, key=lambda piece: (piece.std, piece.device)):
+        place = memory[device].device
         # What is rare in the noise is drawn once for some pieces, whose numbers stay in cache.
-        while some := list(islice(pieces_of_std, PIECES)):
+        together = PIECES if place.type == "cpu" else UPLOADED
+        while some := list(islice(alike, together)):
             drawn: Iterable[Tensor | None] = len(some) * [None]
             if std and noise is not None:
-                drawn = noise.rounded([piece.size for piece in some], std / grid(std))
+                drawn = _drawn([piece.size for piece in some], std / grid(std), noise, place)
             for piece, numbers in zip(some, drawn, strict=True):
-                units = piece.get(memory[piece.parts[0].device])
+                units = piece.get(memory[device])
                 if numbers is not None:
-                    units.add_(numbers.to(units.device))
+                    units.add_(numbers)
                 yield piece, units
+
+
+def _drawn(
+    sizes: Sequence[int], deviation: float, noise: NoiseSource, device: torch.device
+) -> Iterable[Tensor]:
+    """Rounded Gaussian numbers on a device: one copy takes all of them there."""
+    numbers = noise.rounded(sizes, deviation)
+    if device.type == "cpu":
+        return numbers
+    packed = torch.empty(sum(sizes), dtype=torch.float64, device="cpu")
+    for part, drawn in zip(packed.split([*sizes]), numbers, strict=True):
+        part.copy_(drawn)
+    return packed.to(device).split([*sizes])
 
 
 def _memory(size: int, device: torch.device) -> Tensor:

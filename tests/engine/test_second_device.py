@@ -50,3 +50,11 @@ def test_a_logged_step_makes_the_host_wait_once(results, network):
     assert logged["reads"] == plain["reads"] + 1
     assert logged["in_backward"] == 0
     assert logged["launches"] <= 2.5 * plain["launches"]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_private_step_makes_the_host_wait_no_more_often_for_more_layers(results, network):
+    """Whether a target is ignored, whether norms are usual and cancel, which samples count."""
+    private = results["counts"][f"{network}: private, SGD"]
+    assert private["reads"] <= 3
+    assert private["uploads"] == 1

@@ -362,7 +362,10 @@ def split():
 def counts():
     """What would stall a GPU, in one step of everything that the benchmark counts."""
     names = ("launches", "reads", "in_backward", "uploads", "float64")
-    for network, kinds in {"mlp": (*LOOPS, *TRAINERS), "transformer": [*TRAINERS]}.items():
+    for network, kinds in {
+        "mlp": (*LOOPS, *TRAINERS),
+        "transformer": ("private, SGD", *TRAINERS),
+    }.items():
         for title, step in steps(network, kinds):
             yield f"{network}: {title}", {name: getattr(step, name) for name in names}
 
