@@ -4,8 +4,9 @@
 
 Every operation of torch that computes on the device of `second_device.py` is one launch, as it is on a GPU to within
 the kernels that an operation has inside. A read is whatever makes the host wait for the device: a number or a boolean
-taken out of a tensor, a copy to the processor, a result whose size depends on values. An upload is a copy from the
-processor. `--where` says which lines read, upload and use float64.
+taken out of a tensor, a copy to the processor, a result whose size depends on values. What is sent is copied to the
+processor while the host goes on, which looks at it a step later, when the device has the passes of that step to do. An
+upload is a copy from the processor. `--where` says which lines read, send, upload and use float64.
 
 Each count is that of one step, after enough steps of the same run that nothing is done for the first time: forward
 pass, loss, backward pass, update, and what `CurvatureCallback` and Lightning do in between. `backward` counts the reads
@@ -77,7 +78,8 @@ class Counts(TorchDispatchMode):
     def __init__(self, where: bool = False) -> None:
         super().__init__()
         self.where = where
-        self.launches, self.reads, self.in_backward, self.uploads, self.float64 = 0, 0, 0, 0, 0
+        self.launches, self.reads, self.in_backward, self.sent = 0, 0, 0, 0
+        self.uploads, self.float64 = 0, 0
         self.places: Counter[tuple[str, str]] = Counter()
         self.backward_runs = False
 
@@ -96,7 +98,9 @@ class Counts(TorchDispatchMode):
             tensor.dtype in (torch.bool, torch.uint8) for tensor in before[1:]
         )
         if copies and source.device != target.device:
-            kind = "reads" if target.device.type == "cpu" else "uploads"
+            waits = not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
+            to_host = "reads" if waits else "sent"
+            kind = to_host if target.device.type == "cpu" else "uploads"
         elif name in READS or chosen_by_mask:
             kind = "reads"
         else:
@@ -278,11 +282,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     for name in arguments.networks:
-        print(f"\n{NETWORKS[name].title}\n{'':40} launches reads backward uploads float64")
+        print(f"\n{NETWORKS[name].title}\n{'':40} launches reads backward sent uploads float64")
         for title, counts in steps(name, where=arguments.where):
             print(
                 f"{title:40} {counts.launches:8} {counts.reads:5} {counts.in_backward:8} "
-                f"{counts.uploads:7} {counts.float64:7}",
+                f"{counts.sent:4} {counts.uploads:7} {counts.float64:7}",
                 flush=True,
             )
             for (kind, place), times in sorted(counts.places.items()):

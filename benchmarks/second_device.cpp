@@ -91,6 +91,7 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   at::Device getDeviceFromPtr(void*) const override { return {kDevice, 0}; }
+  at::Allocator* getPinnedMemoryAllocator() const override { return at::getCPUAllocator(); }
   at::Generator getNewGenerator(c10::DeviceIndex) const override {
     return at::make_generator<Random>();
   }

@@ -22,7 +22,7 @@ from lightning_curv.optimizers.curvature.empirical import curved
 from lightning_curv.optimizers.curvature.fields import Inbox, missing
 from lightning_curv.optimizers.curvature.part import JacobianPart
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
-from lightning_curv.optimizers.linear_algebra.finite import finite_flags
+from lightning_curv.optimizers.linear_algebra.readings import Readings
 from lightning_curv.optimizers.settings import require_choice, require_count, require_positive
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.restore import copied
@@ -292,7 +292,8 @@ class CurvatureStepSize(Optimizer):
         gradients = [gradient(param) for param in params]
         # Forgotten now: an update is judged once, by the very next batch.
         updates, self._updates = self._updates, {}
-        is_finite = all(finite_flags(gradients))
+        flags = Readings().finite(gradients)
+        is_finite = all(flags)
         is_bad = not is_finite or (loss is not None and self.step_length.exploded(loss))
         # Where other parameters move now, the two slopes are not along the same direction.
         if not is_bad and self._last_rate and updates.keys() == set(params):
@@ -311,8 +312,7 @@ class CurvatureStepSize(Optimizer):
             self.last_step = {"learning_rate": 0.0}
             return False
         if not is_finite:
-            found = dict(zip(params, gradients, strict=True))
-            self._parameters.warn_of_skipped("gradients", found)
+            self._parameters.warn_of_skipped("gradients", params, flags)
             return False
         if loss is not None and math.isfinite(loss):
             self.step_length.add_loss(loss)
@@ -354,8 +354,8 @@ class CurvatureStepSize(Optimizer):
             param.copy_(old)
         slope, square = _slope_and_square([gradient(param) for param in params], directions)
         if not (math.isfinite(slope) and math.isfinite(square)):
-            found = dict(zip(params, directions, strict=True))
-            self._parameters.warn_of_skipped("directions", found)
+            flags = Readings().finite(directions)
+            self._parameters.warn_of_skipped("directions", params, flags)
             return
         self._measure(self.step_length.own.measure, params, directions, batches, square)
         rate = self.step_length.next(slope, square, loss)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,17 +18,24 @@ from lightning_curv.distributed.failures import processes, telling
 from lightning_curv.distributed.replicas import refuse_join
 from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.extensions import Extension, GraphExtension
-from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup
+from lightning_curv.optimizers.curvature.base import (
+    Block,
+    Curvature,
+    Member,
+    ParamGroup,
+    State,
+)
 from lightning_curv.optimizers.curvature.fields import Inbox, missing
-from lightning_curv.optimizers.linear_algebra.collectives import averaged
-from lightning_curv.optimizers.linear_algebra.finite import finite_flags
+from lightning_curv.optimizers.linear_algebra.readings import Readings, Surprise
 from lightning_curv.optimizers.settings import (
     require_gatherable,
     require_non_negative,
     require_positive,
 )
+from lightning_curv.optimizers.step.limits import StepLimits
 from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statistics
-from lightning_curv.optimizers.step.move import directions, move, slope_of_last, undo
+from lightning_curv.optimizers.step.memory import remembered
+from lightning_curv.optimizers.step.move import Moved, directions, move, slope_of_last, undo
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.refresh import block_damping, refresh
 from lightning_curv.optimizers.step.restore import restored_state
@@ -51,6 +60,8 @@ SAVED = (
     "next_measurement",
     "batch_size",
 )
+SCHEDULE = ("steps", "interval", "next_measurement")
+WATCHED = 20  # steps after one with a surprise, in which everything is read at once
 REJECTED = 4.0  # what the relative damping is multiplied by when a step is taken back
 LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss
 WHOLE_STATE = (
@@ -59,6 +70,24 @@ WHOLE_STATE = (
     "(docs/distributed.md shows how)."
 )
 SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "region", "curvature_scale")
+
+
+Known = tuple[dict[Tensor, State], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that the device makes, of which the host does not know yet how it went.
+
+    Args:
+        readings: Were sent.
+        before: What was known before the step.
+        finish: Remembers the step.
+    """
+
+    readings: Readings
+    before: Known
+    finish: Callable[[], Step]
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -85,7 +114,6 @@ class SecondOrderOptimizer(Optimizer):
     Attributes:
         loss_fn: What `step` takes as `loss_fn` if it is not given any; set it where `step` is
             called by others.
-        last_step: Numbers of the last step, for logs.
         curvature_scale: What the mean curvature of the backward passes of a step lacks to be that
             of the loss whose gradient the parameters carry. Set it to the number of micro-batches
             whose gradients were accumulated.
@@ -121,7 +149,10 @@ class SecondOrderOptimizer(Optimizer):
         self.tried = False
         self.region = TrustRegion(safeguards)
         self.loss_fn: Callable[[], Any] | None = None
-        self.last_step: dict[str, float] = {}
+        self._last_step: dict[str, float] = {}
+        self._pending: Pending | None = None
+        self._watched = 0
+        self._overdue = False
         self._told_relative = False
         self.interval = 1
         self.next_measurement = 0
@@ -135,6 +166,12 @@ class SecondOrderOptimizer(Optimizer):
     def relative_lr(self) -> bool:
         """Whether learning rates of groups and schedulers are factors of one that is found."""
         return isinstance(self.step_rule, QuadraticModel)
+
+    @property
+    def last_step(self) -> dict[str, float]:
+        """Numbers of the last step, for logs; on a device the host waits for them."""
+        self._settle()
+        return self._last_step
 
     @property
     def finds_momentum(self) -> bool:
@@ -274,6 +311,9 @@ class SecondOrderOptimizer(Optimizer):
         # A caller's autocast would run the preconditioning in bfloat16.
         with torch.autocast(members[0][1].device.type, enabled=False):
             step = self._update(members)
+        if step is not None and trial is not None and self._pending is not None:
+            # The trial reads the loss anyway.
+            step = self._settle()
         if step is not None:
             self._adapt(step, trial)
         return loss
@@ -333,7 +373,7 @@ class SecondOrderOptimizer(Optimizer):
                 ratio,
                 bool(self.full_batch),
             )
-            self.last_step["reduction_ratio"] = ratio
+            self._last_step["reduction_ratio"] = ratio
             self.tried = True
             self._after = trial.after
         elif not self.tried and not self.adaptation.due(self.steps - 1):
@@ -345,32 +385,78 @@ class SecondOrderOptimizer(Optimizer):
 
     def _update(self, members: list[Member]) -> Step | None:
         """Measure, precondition, bound, move; None if something is not finite and nothing moved."""
-        gradients = {param: gradient(param) for _, param in members}
-        are_finite = all(finite_flags(gradients.values()))
-        if are_finite:
+        self._settle()
+        params = [param for _, param in members]
+        gradients = [gradient(param) for param in params]
+        readings = Readings(self._reads_at_once(params))
+        warn_of = partial(self._parameters.warn_of_skipped, "gradients", params)
+        flags = readings.finite(gradients, warn_of)
+        if all(flags):
             self._take_in(members)
         else:
             self._take_limits(members)
         micro_batches, self._micro_batches = self._micro_batches, MicroBatches()
-        is_measured = self._measures
-        limits = self._means_of(micro_batches.limits)
-        if limits and self._failed(limits, members, are_finite):
-            self._take_back(members)
-            return None
-        if not are_finite:
-            self._parameters.warn_of_skipped("gradients", gradients)
-            return None
+        if readings.at_once:
+            return self._made(members, micro_batches, readings, flags)
+        before = self._known()
+        try:
+            return self._made(members, micro_batches, readings, flags)
+        except Surprise:
+            self._go_back(before)
+            readings = Readings()
+            flags = readings.finite(gradients)
+            return self._made(members, micro_batches, readings, flags)
+
+    def _made(
+        self,
+        members: list[Member],
+        micro_batches: MicroBatches,
+        readings: Readings,
+        flags: list[bool],
+    ) -> Step | None:
+        """Make a step of what the micro-batches have left; None if nothing moves.
+
+        Args:
+            members: parameters that move.
+            micro_batches: of the step.
+            readings: of the step.
+            flags: whether the gradients of the members are finite.
+
+        Raises:
+            Surprise: Something does not hold that was taken to hold; no parameter has moved.
+        """
+        before = None if readings.at_once else self._known()
+        former_limits = self.region.memory.get("limits")
+        limits = StepLimits(micro_batches.limits, self.curvature_scale, former_limits, readings)
+        # Known to the host at once, or when the readings are.
+        bounds = cache(lambda: self._bounds(limits.numbers()))
         parameters = self._parameters
+        if readings.at_once:
+            if self._failed(limits.numbers(), members, all(flags)):
+                self._take_back(members)
+                return None
+            if not all(flags):
+                parameters.warn_of_skipped("gradients", [param for _, param in members], flags)
+                return None
+            bounds()
+            floor: float | Tensor = self.loss_floor
+            radius: float | Tensor = self.region.radius
+        else:
+            floor = limits.floor(self.loss_floor)
+            radius = limits.radius(self.region, readings)
+        is_measured = self._measures
         curvature = self.curvature
         if is_measured:
             parameters.agree(members)
         blocks = parameters.blocks(members)
         if is_measured:
-            absorb(curvature, parameters, blocks, micro_batches.means(), self.curvature_scale)
-        # Read first: it sets the least damping, which the dampings of the blocks contain.
-        bounds = self._bounds(limits)
-        dampings = self._dampings(blocks)
-        refresh(curvature, self.schedule, parameters, blocks, dampings, self.steps)
+            means = micro_batches.means()
+            absorb(curvature, parameters, blocks, means, self.curvature_scale, readings)
+        dampings = self._dampings(blocks, floor)
+        all_parts, self._overdue = self._overdue, False
+        refresh(
+            curvature, self.schedule, parameters, blocks, dampings, self.steps, readings, all_parts
+        )
         # Gradients of the whole data have no noise to average away, and the quadratic model has a
         # momentum of its own.
         has_model = self.step_rule.extension is not None
@@ -382,22 +468,81 @@ class SecondOrderOptimizer(Optimizer):
             dampings,
             micro_batches.jacobians,
             average,
-            self.region.radius if self.region.enabled else math.inf,
+            radius if self.region.enabled else math.inf,
         )
-        step = self.step_rule(found_directions, self.curvature_scale, *bounds)
+        step = self.step_rule(found_directions, self.curvature_scale, bounds, readings)
+        if before is not None and has_model:
+            # All was read that there was up to here: if the updates are not finite, it stays.
+            before, radius = self._known(), self.region.radius
         moving = [direction.param for direction in found_directions]
         updates = dict(zip(moving, step.updates, strict=True))
-        moved = move(parameters, members, updates, step, self.region)
+        moved = move(parameters, members, updates, step, self.region, readings, radius)
         if moved is None:
-            parameters.warn_of_skipped("preconditioned gradients", updates)
             return None
-        self.last_step = {**step.report, "damping": self.relative_damping}
-        if moved.predicted is not None:
-            self.last_step["predicted"] = moved.predicted
-        if is_measured:
-            self._plan(bounds[0])
+        if is_measured and self.schedule.keeps:
+            self._plan(bounds()[0])
         self.steps += 1
-        return moved
+        report = {**step.report, "damping": self.relative_damping}
+        finish = partial(self._finish, bounds, moved, report)
+        if before is None:
+            return finish()
+        readings.send()
+        self._pending = Pending(readings, before, finish)
+        return step
+
+    def _finish(
+        self, bounds: Callable[[], tuple[float, float]], moved: Moved, report: dict[str, float]
+    ) -> Step:
+        """Remember a step whose numbers are known."""
+        bounds()
+        step = moved.finish(self.region)
+        if step.predicted is not None:
+            report["predicted"] = step.predicted
+        self._last_step = report
+        return step
+
+    def _settle(self) -> Step | None:
+        """Read what the last step has left on the device; None if that was nothing, or no step.
+
+        If something does not hold that was taken to hold, no parameter has moved: what the
+        optimizer knew before is known again. The step still counts, as `required_extensions` of
+        the next one may have been asked.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        if pending.readings.receive():
+            return pending.finish()
+        self._go_back(pending.before)
+        self._last_step = {}
+        # Inverses may be missing that were due then.
+        self._overdue = True
+        self.next_measurement = min(self.next_measurement, self.steps + 1)
+        return None
+
+    def _reads_at_once(self, params: Sequence[Tensor]) -> bool:
+        """Whether the host reads everything in this step where it is needed.
+
+        It waits for no device then that is its own, and for processes it waits anyway. So it is
+        for some steps after one in which something was wrong.
+        """
+        is_watched = self._watched > 0
+        self._watched = max(self._watched - 1, 0)
+        return is_watched or processes() > 1 or any(p.device.type == "cpu" for p in params)
+
+    def _known(self) -> Known:
+        """What a step changes besides the parameters and the schedule."""
+        numbers = {name: remembered(getattr(self, name)) for name in SAVED if name not in SCHEDULE}
+        return {param: remembered(state) for param, state in self.state.items()}, numbers
+
+    def _go_back(self, known: Known) -> None:
+        """Undo what was done since `_known`; for some steps everything is then read at once."""
+        state, numbers = known
+        self.state.clear()
+        self.state.update(state)
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        self._watched = WATCHED
 
     def _plan(self, max_decrease: float) -> None:
         """Decide when curvature is measured next.
@@ -410,7 +555,7 @@ class SecondOrderOptimizer(Optimizer):
         self.interval = self.schedule.next_interval(self.steps, self.interval, holds)
         self.next_measurement = self.steps + self.interval
 
-    def _dampings(self, blocks: Sequence[Block]) -> dict[Tensor, Tensor]:
+    def _dampings(self, blocks: Sequence[Block], floor: float | Tensor) -> dict[Tensor, Tensor]:
         """The dampings of the blocks whose curvature was measured, by their first parameter."""
         dampings = {}
         for block in blocks:
@@ -422,7 +567,7 @@ class SecondOrderOptimizer(Optimizer):
                     state,
                     block,
                     self.relative_damping,
-                    self.loss_floor,
+                    floor,
                 )
         return dampings
 
@@ -464,37 +609,14 @@ class SecondOrderOptimizer(Optimizer):
         popped = [vars(param).pop("loss_limits", None) for _, param in members]
         self._micro_batches.limits += [limits for limits in popped if limits is not None][:1]
 
-    def _means_of(self, limits: list[Tensor]) -> list[float]:
-        """Those of `LossLimits` for all micro-batches and processes together; empty if unknown."""
-        if not limits:
-            return []
-        found = averaged(torch.stack(limits).mean(0)).tolist()
-        if len(found) == 1:
-            return self._recalled(self.curvature_scale * found[0])
-        *means, samples = found
-        floor, *others = (self.curvature_scale * mean for mean in means)
-        # It falls with the number of predictions, of which all micro-batches together have more.
-        count = len(limits)
-        return [floor / count, *others, samples * count * processes()]
-
-    def _recalled(self, loss: float) -> list[float]:
-        """The limits of a loss of which the other numbers were known in the last measured step."""
-        floor, bound, size, reach, _, samples = self.region.memory["limits"]
-        return [
-            floor,
-            loss if math.isfinite(bound) else math.inf,
-            abs(loss) if size else 0.0,
-            reach,
-            loss,
-            samples,
-        ]
-
     def _failed(self, limits: list[float], members: list[Member], are_finite: bool) -> bool:
         """Whether the last step led astray: the loss is far too high, and rises towards here.
 
         One batch may be undefined by itself; after a second one in a row the parameters are to
         blame.
         """
+        if not limits:
+            return False
         *_, loss, _ = limits
         memory = self.region.memory
         undefined_before = bool(memory["undefined"])
@@ -512,13 +634,13 @@ class SecondOrderOptimizer(Optimizer):
         self.next_measurement = self.steps
         ceiling = self.adaptation.ceiling
         self.relative_damping = min(REJECTED * self.relative_damping, ceiling)
-        self.last_step = {"rejected": 1.0, "damping": self.relative_damping}
+        self._last_step = {"rejected": 1.0, "damping": self.relative_damping}
 
     def _bounds(self, limits: list[float]) -> tuple[float, float]:
         """How much a step may promise, and how far it may go; keeps the least damping."""
         if not limits:
             return math.inf, math.inf
-        self.region.memory["limits"] = limits
+        self.region.memory.update(limits=limits, undefined=0.0)
         self.loss_floor, bound, size, reach, loss, samples = limits
         self.batch_size = self.batch_size or samples
         is_bounded = math.isfinite(bound)
@@ -551,10 +673,12 @@ class SecondOrderOptimizer(Optimizer):
             "curvature", "fallback", "frozen", or "not seen" before its first step, by the
             parameter's name.
         """
+        self._settle()
         return self._parameters.summary(self.curvature)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, state and step count: tensors and plain types only."""
+        self._settle()
         saved = {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
         saved["state"] = {
             number: self.curvature.saved(state) for number, state in saved["state"].items()
@@ -581,12 +705,14 @@ class SecondOrderOptimizer(Optimizer):
                 f"{type(self).__name__} expects the state of its {state_dict['steps']} steps, "
                 f"found that of no parameter. {WHOLE_STATE}"
             )
+        self._pending = None
         super().load_state_dict(state_dict)
         self.state.update(restored_state(state_dict, self.param_groups))
         for name in SAVED:
             setattr(self, name, state_dict.get(name, getattr(self, name)))
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         own = {name: getattr(self, name) for name in (*SETTINGS, *SAVED)}
         return {**super().__getstate__(), **own}
 
@@ -594,7 +720,10 @@ class SecondOrderOptimizer(Optimizer):
         super().__setstate__(state)
         if "_inboxes" not in self.__dict__:  # weak references are neither copied nor pickled
             self._inboxes = {}
-            self.last_step = {}
+            self._last_step = {}
+            self._pending = None
+            self._watched = 0
+            self._overdue = False
             self.loss_fn = None
             self._micro_batches = MicroBatches()
 

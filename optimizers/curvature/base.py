@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.extensions import Extension
+from lightning_curv.optimizers.linear_algebra.readings import Readings
 from lightning_curv.terms.jacobian import Jacobian
 
 State = dict[str, Any]
@@ -164,11 +165,14 @@ class Curvature(ABC):
         """The number of parts of the block that are refreshed independently."""
 
     @abstractmethod
-    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
+    def inverted(
+        self, due: Sequence[Part], readings: Readings | None = None
+    ) -> list[list[Tensor] | None]:
         """Recompute parts of blocks that depend on the damping, from what is measured.
 
         Args:
             due: state, number of the part, damping of the block.
+            readings: of the step, where it may be read later whether that failed.
 
         Returns:
             For each what `accept` takes; None if it failed.

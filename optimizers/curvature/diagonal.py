@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_curv.extensions import Extension
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Gradient, Part, State
 from lightning_curv.optimizers.curvature.fields import as_tensors
-from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
+from lightning_curv.optimizers.linear_algebra.readings import Readings
+from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
 
 
 class DiagonalCurvature(Curvature):
@@ -59,7 +60,8 @@ class DiagonalCurvature(Curvature):
             state["weight"] = 0.0
         _, decay = block.group["betas"]
         state["weight"] = next_weight(state["weight"], decay)
-        update_mean(state["diagonal"], statistics[0] * scale, state["weight"])
+        value = statistics[0] * scale
+        state["diagonal"] = updated_mean(state["diagonal"], value, state["weight"])
 
     def mean_eigenvalue(self, state: State) -> Tensor:
         return state["diagonal"].mean()
@@ -67,7 +69,9 @@ class DiagonalCurvature(Curvature):
     def units(self, state: State) -> int:
         return 0
 
-    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
+    def inverted(
+        self, due: Sequence[Part], readings: Readings | None = None
+    ) -> list[list[Tensor] | None]:
         return []
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:

@@ -26,7 +26,8 @@ from lightning_curv.optimizers.linear_algebra.factors import (
     partwise,
     rows,
 )
-from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
+from lightning_curv.optimizers.linear_algebra.readings import Readings
+from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
 from lightning_curv.precision import in_float64
 
 
@@ -75,13 +76,17 @@ class EigenCurvature(KroneckerCurvature):
             moments, *statistics = statistics
             decay = block.group["factor_decay"]
             state["moments_weight"] = next_weight(state["moments_weight"], decay)
-            update_mean(state["moments"], moments * scale, state["moments_weight"])
+            weight = state["moments_weight"]
+            state["moments"] = updated_mean(state["moments"], moments * scale, weight)
         super().absorb(state, block, statistics, scale)
 
     def units(self, state: State) -> int:
         return 1 if "factors" in state else 0
 
-    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
+    def inverted(
+        self, due: Sequence[Part], readings: Readings | None = None
+    ) -> list[list[Tensor] | None]:
+        # torch itself waits for every eigendecomposition: nothing is left to be read later.
         return [_decomposition(state) for state, _, _ in due]
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:

@@ -24,7 +24,8 @@ from lightning_curv.optimizers.linear_algebra.factors import (
     mean_eigenvalue,
 )
 from lightning_curv.optimizers.linear_algebra.inverse import damped_inverses
-from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
+from lightning_curv.optimizers.linear_algebra.readings import Readings
+from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
 
 
 class KroneckerCurvature(Curvature):
@@ -122,8 +123,12 @@ class KroneckerCurvature(Curvature):
         if [mean.shape for mean in means(state)] != [value.shape for value in statistics]:
             self._start(state, block, statistics)
         state["weight"] = next_weight(state["weight"], block.group["factor_decay"])
-        for mean, value in zip(means(state), statistics, strict=True):
-            update_mean(mean, value, state["weight"])
+        updated = [
+            updated_mean(mean, value, state["weight"])
+            for mean, value in zip(means(state), statistics, strict=True)
+        ]
+        count = len(state["factors"])
+        state["factors"], state["mean"] = updated[:count], updated[count:]
         # A given damping is that of the weights as they are, not of centered coordinates; those are
         # needed all the same where only diagonal blocks are kept.
         has_bias = len(block.params) == 2
@@ -167,14 +172,17 @@ class KroneckerCurvature(Curvature):
     def units(self, state: State) -> int:
         return len(state.get("factors", ()))
 
-    def inverted(self, due: Sequence[Part]) -> list[list[Tensor] | None]:
+    def inverted(
+        self, due: Sequence[Part], readings: Readings | None = None
+    ) -> list[list[Tensor] | None]:
         damped = []
         for state, unit, damping in due:
             batched = state["batched"]
             gammas = split_damping(state["factors"], damping, batched)
             # All factors of all blocks in one call: those of equal shape are inverted together.
             damped.append((to_invert(state, unit), gammas[unit], batched))
-        return [None if inverse is None else [inverse] for inverse in damped_inverses(damped)]
+        inverses = damped_inverses(damped, readings)
+        return [None if inverse is None else [inverse] for inverse in inverses]
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
         return [state["factors"][unit].shape]

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from lightning_curv.devices import on_one_device
 from lightning_curv.optimizers.linear_algebra.factors import is_diagonal, parts_of, partwise
+from lightning_curv.optimizers.linear_algebra.readings import Readings
 from lightning_curv.precision import in_float64
 
 Damped = tuple[Tensor, Tensor, bool]  # factor, damping, batched
 
 
-def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
+def damped_inverses(
+    factors: Sequence[Damped], readings: Readings | None = None
+) -> list[Tensor | None]:
     r"""Invert $F + \gamma I$ by Cholesky, once more in float64 where that fails.
 
     Matrices of equal shape are inverted together.
@@ -23,6 +26,8 @@ def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
     Args:
         factors: triples of a positive semi-definite factor; its $\gamma > 0$, [] or [G]; and
             whether it is batched.
+        readings: Of the step, where the flags of success may be read later; they are then taken to
+            hold.
 
     Returns:
         The inverses, shaped like the factors; None where one could not be computed.
@@ -34,7 +39,7 @@ def damped_inverses(factors: Sequence[Damped]) -> list[Tensor | None]:
     for factor, gamma, batched in factors:
         for part in parts_of(factor, batched):
             parts.append((part, gamma, batched))
-    inverses = iter(_of_matrices(parts))
+    inverses = iter(_of_matrices(parts, readings or Readings()))
     return [_assembled(factor, batched, inverses) for factor, _, batched in factors]
 
 
@@ -52,7 +57,7 @@ def _assembled(
     return partwise(lambda _: next(remaining), factor, batched=batched)
 
 
-def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
+def _of_matrices(factors: Sequence[Damped], readings: Readings) -> list[Tensor | None]:
     """The inverses of diagonals and whole matrices."""
     inverses: list[Tensor | None] = [None] * len(factors)
     # One call per shape: small matrices take longer to launch than to invert.
@@ -74,8 +79,8 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
         dampings = torch.stack([factors[i][1] for i in members])
         found, succeeded = _cholesky_inverse(stack, dampings)
         attempts.append((members, stack, dampings, found, succeeded))
-    # Read behind the loop: the host waits once for the inverses of all shapes.
-    flags = iter(_read([succeeded for *_, succeeded in attempts]))
+    # Read behind the loop: the host waits once at most for the inverses of all shapes.
+    flags = iter(_read([succeeded for *_, succeeded in attempts], readings))
     for members, stack, dampings, found, _ in attempts:
         of_stack = [next(flags) for _ in members]
         for i, inverse in zip(members, _repaired(stack, dampings, found, of_stack), strict=True):
@@ -83,12 +88,11 @@ def _of_matrices(factors: Sequence[Damped]) -> list[Tensor | None]:
     return inverses
 
 
-def _read(flags: Sequence[Tensor]) -> list[bool]:
+def _read(flags: Sequence[Tensor], readings: Readings) -> list[bool]:
     """All entries of some tensors, in one transfer from the device."""
     if not flags:
         return []
-    read: list[bool] = torch.cat(on_one_device(flags)).tolist()
-    return read
+    return readings.hold(torch.cat(on_one_device(flags)))
 
 
 def _repaired(
@@ -101,7 +105,7 @@ def _repaired(
         wide_damping = in_float64(damping[failed])
         repaired, flags = _cholesky_inverse(wide_stack, wide_damping)
         inverses[failed] = repaired.to(inverses)
-        for i, flag in zip(failed, _read([flags]), strict=True):
+        for i, flag in zip(failed, flags.tolist(), strict=True):
             succeeded[i] = flag
     # Copies: saved states would otherwise hold the whole stack.
     if len(stack) > 1:

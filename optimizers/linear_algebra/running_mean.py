@@ -10,8 +10,8 @@ def next_weight(weight: float, decay: float) -> float:
     return decay * weight + 1.0
 
 
-def update_mean(mean: Tensor, value: Tensor, weight: float) -> None:
-    r"""Move a running mean towards a value in place.
+def updated_mean(mean: Tensor, value: Tensor, weight: float) -> Tensor:
+    r"""A running mean moved towards a value, in place on a processor.
 
     $$m \leftarrow m + (x - m) / w, \qquad w \leftarrow \beta w + 1.$$
 
@@ -19,8 +19,12 @@ def update_mean(mean: Tensor, value: Tensor, weight: float) -> None:
     bias-corrected exponential moving average; the first value replaces whatever `mean` holds.
 
     Args:
-        mean: running mean, overwritten.
+        mean: running mean.
         value: new value, any dtype, same shape.
         weight: $w$ after the update.
     """
-    mean.lerp_(value.detach().to(mean), 1.0 / weight)
+    value = value.detach().to(mean)
+    if mean.device.type == "cpu":
+        return mean.lerp_(value, 1.0 / weight)
+    # Whether a step is to be taken back is known there when it has been made: see `Readings`.
+    return mean.lerp(value, 1.0 / weight)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.optimizers.curvature.base import State
-from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
+from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
 
 
 def adam_direction(
@@ -37,7 +37,8 @@ def adam_direction(
     adam["weights"] = [
         next_weight(weight, beta) for weight, beta in zip(adam["weights"], betas, strict=True)
     ]
+    of_mean, of_square = adam["weights"]
     grad = grad.to(adam["mean"].dtype)
-    update_mean(adam["mean"], grad, adam["weights"][0])
-    update_mean(adam["square"], grad * grad, adam["weights"][1])
+    adam["mean"] = updated_mean(adam["mean"], grad, of_mean)
+    adam["square"] = updated_mean(adam["square"], grad * grad, of_square)
     return adam["mean"] / (adam["square"].sqrt() + eps)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lightning_curv.optimizers.curvature.base import Block, Curvature
 from lightning_curv.optimizers.linear_algebra.collectives import averaged_over_ranks
-from lightning_curv.optimizers.linear_algebra.finite import finite_flags
+from lightning_curv.optimizers.linear_algebra.readings import Readings
 from lightning_curv.optimizers.step.parameters import Parameters
 from lightning_curv.optimizers.warn import warn
 from lightning_curv.terms.jacobian import Jacobian
@@ -97,6 +98,7 @@ def absorb(
     blocks: Sequence[Block],
     measured: Statistics,
     scale: float,
+    readings: Readings,
 ) -> None:
     """Average statistics into the state of every block; those with inf or NaN are left out.
 
@@ -106,12 +108,19 @@ def absorb(
         blocks: of the parameters that move.
         measured: the statistics of this process.
         scale: what the curvature in them is to be multiplied by.
+        readings: of the step.
     """
     device = blocks[0].params[0].device
     averages = averaged_over_ranks([measured.get(block.params[0]) for block in blocks], device)
-    # All tensors of all blocks in one check, which waits for the device once.
-    witnesses = [_witness(tensor) for tensors in averages for tensor in tensors or ()]
-    flags = iter(finite_flags(witnesses))
+    # All tensors of all blocks in one check, which waits for the device once at most.
+    witnesses: list[Tensor] = []
+    owners: list[Tensor] = []
+    for block, tensors in zip(blocks, averages, strict=True):
+        for tensor in tensors or ():
+            witnesses.append(_witness(tensor))
+            owners.append(block.params[0])
+    warn_of = partial(parameters.warn_of_skipped, "curvature", owners)
+    flags = iter(readings.finite(witnesses, warn_of))
     for block, tensors in zip(blocks, averages, strict=True):
         if tensors is None:
             continue

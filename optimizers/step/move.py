@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,8 @@ from lightning_curv.optimizers.curvature.base import (
     Member,
     ParamGroup,
 )
-from lightning_curv.optimizers.linear_algebra.finite import flags_and_numbers
-from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, update_mean
+from lightning_curv.optimizers.linear_algebra.readings import Answer, Readings
+from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
 from lightning_curv.optimizers.step.adam import adam_direction
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.sharded_inverses import preconditioned
@@ -39,7 +40,7 @@ def directions(
     dampings: dict[Tensor, Tensor],
     jacobians: Sequence[dict[Tensor, Any]],
     average: bool = True,
-    radius: float = math.inf,
+    radius: float | Tensor = math.inf,
 ) -> list[Direction]:
     """The preconditioned gradients of all parameters whose curvature is ready.
 
@@ -82,7 +83,7 @@ def directions(
 def shorten(
     params: Sequence[Sequence[Tensor]],
     directions: Sequence[Sequence[Tensor]],
-    radius: float,
+    radius: float | Tensor,
 ) -> None:
     """Shorten the directions of layers that move by more than `radius` times their own length.
 
@@ -97,7 +98,8 @@ def shorten(
     weights = [
         (of[0], found) for of, found in zip(params, directions, strict=True) if of[0].dim() > 1
     ]
-    if len(weights) < 2 or not math.isfinite(radius):
+    bounded = isinstance(radius, Tensor) or math.isfinite(radius)
+    if len(weights) < 2 or not bounded:
         return
     changes = relative_changes([w for w, _ in weights], [found[0] for _, found in weights])
     factors = (radius / changes).clamp(max=1.0)
@@ -111,13 +113,15 @@ def shorten(
 def relative_changes(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
     """The lengths of updates of weights, divided by those of the weights."""
     lengths = torch.stack(on_one_device(torch._foreach_norm(list(updates))))
-    own = _lengths(weights).to(lengths)
-    # Weights that start at zero, or that shrink to it, may move all the same.
+    own = _lengths(weights)
+    # Weights that start at zero, or that shrink to it, may move all the same. Numbers of the host
+    # as they are: a tensor of them would have to be sent to the device.
     least = [LEAST_LENGTH * len(weight) ** 0.5 for weight in weights]
-    return lengths / own.maximum(torch.tensor(least).to(lengths))
+    longer = torch.stack(torch._foreach_clamp_min(own, least))
+    return lengths / longer.to(lengths)
 
 
-def _lengths(weights: Sequence[Tensor]) -> Tensor:
+def _lengths(weights: Sequence[Tensor]) -> list[Tensor]:
     """The lengths of weights; those of sharded ones over all parts, in one exchange."""
     lengths: dict[Tensor, Tensor] = {}
     for sharded in (True, False):
@@ -126,7 +130,7 @@ def _lengths(weights: Sequence[Tensor]) -> Tensor:
         if some:
             stacked = whole(torch.stack(on_one_device(torch._foreach_norm(some))))
             lengths.update(zip(some, stacked.unbind(), strict=True))
-    return torch.stack(on_one_device(lengths[weight] for weight in weights))
+    return on_one_device(lengths[weight] for weight in weights)
 
 
 def _direction(
@@ -180,7 +184,8 @@ def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor,
             state["gradient"] = torch.zeros_like(gradient(param), dtype=dtype)
             state["gradient_weight"] = 0.0
         state["gradient_weight"] = next_weight(state["gradient_weight"], decay)
-        update_mean(state["gradient"], gradient(param), state["gradient_weight"])
+        weight = state["gradient_weight"]
+        state["gradient"] = updated_mean(state["gradient"], gradient(param), weight)
         means[param] = state["gradient"]
     return means
 
@@ -192,13 +197,37 @@ def _decay(group: ParamGroup) -> float:
     return float(betas[0] if betas else group.get("gradient_decay", 0.0))
 
 
+@dataclass(frozen=True)
+class Moved:
+    """What a step has done, of which the host may know the numbers only later.
+
+    Args:
+        step: As the rule made it.
+        changes: The lengths of the updates of weights, divided by those of the weights.
+    """
+
+    step: Step
+    changes: Answer | None
+
+    def finish(self, region: TrustRegion) -> Step:
+        """The step as the region has shortened it, which remembers it; the numbers are known."""
+        changes = self.changes.numbers if self.changes is not None else []
+        shrink = region.shrink(changes)
+        step = self.step.scaled(shrink)
+        moved = shrink * sum(sorted(changes)[:-1])
+        region.took(moved, -(step.predicted or 0.0), shrink * step.used)
+        return step
+
+
 def move(
     parameters: Parameters,
     members: Sequence[Member],
     updates: dict[Tensor, Tensor],
     step: Step,
     region: TrustRegion,
-) -> Step | None:
+    readings: Readings,
+    radius: float | Tensor,
+) -> Moved | None:
     """Add the updates, and Adam's to all other members; all are remembered.
 
     Args:
@@ -207,43 +236,79 @@ def move(
         updates: of those with curvature.
         step: what they come from.
         region: Bounds how far layers move together.
+        readings: Of the step. Where nothing is read at once, nothing moves unless all holds that
+            they took to hold.
+        radius: Of the region.
 
     Returns:
-        The step as the region has shortened it; None if some updates are not finite, and nothing
-        moves.
+        What was done; None if some updates are known not to be finite, and nothing moves.
     """
     state = parameters.state
     # All updates are computed before any parameter moves: one that is not finite stops the step.
     fallback = {p: adam_direction(state[p], gradient(p)) for _, p in members if p not in updates}
     weights = [param for param in updates if param.dim() > 1]
-    lengths: Sequence[Tensor] = ()
+    changes = None
     # Of use to the region alone.
     if weights and region.enabled:
-        lengths = relative_changes(weights, [updates[param] for param in weights]).unbind()
-    # The host waits for the device once, for the flags and the lengths together.
-    flags, changes = flags_and_numbers([*updates.values(), *fallback.values()], lengths)
+        changes = readings.ask(relative_changes(weights, [updates[param] for param in weights]))
+    movers = [*updates, *fallback]
+    warn_of = partial(parameters.warn_of_skipped, "preconditioned gradients", movers)
+    flags = readings.finite([*updates.values(), *fallback.values()], warn_of)
     if not all(flags):
+        warn_of(flags)
         return None
-    shrink = region.shrink(changes)
-    if shrink < 1.0 and updates:
-        torch._foreach_mul_(list(updates.values()), shrink)
-    step = step.scaled(shrink)
+    shrink, sound = _known_on_the_device(region, readings, radius, changes)
+    if updates and (isinstance(shrink, Tensor) or shrink < 1.0):
+        _multiply(list(updates.values()), shrink)
     for group, param in members:
         update = updates.get(param)
         if update is None:
             # The schedule of the learning rate acts on the fallback's, too.
             scheduled_lr = group["fallback_lr"] * group["lr"] / group["base_lr"]
             update = fallback[param] * -scheduled_lr
+        if sound is not None:
+            update = torch.where(sound.to(update.device), update, 0.0)
         state[param]["velocity"] = update
         if group["weight_decay"]:
-            rate = step.rate if param in updates else 1.0
-            decay = rate * group["lr"] * group["weight_decay"]
-            # A learning rate of the quadratic model may be negative, or large.
-            param.mul_(1 - min(max(decay, 0.0), 1.0))
+            rate = step.rate * shrink if param in updates else 1.0
+            _decay_weights(param, rate * group["lr"] * group["weight_decay"], sound)
         param.add_(own_part(update, like=param))
-    moved = shrink * sum(sorted(changes)[:-1])
-    region.took(moved, -(step.predicted or 0.0), shrink * step.used)
-    return step
+    return Moved(step, changes)
+
+
+def _known_on_the_device(
+    region: TrustRegion, readings: Readings, radius: float | Tensor, changes: Answer | None
+) -> tuple[float | Tensor, Tensor | None]:
+    """The factor of a step, and whether anything may move; None: it is known that it may."""
+    if readings.at_once:
+        return region.shrink([] if changes is None else changes.numbers), None
+    if changes is None:
+        return region.shrink([]), readings.sound
+    return region.shrink_on_device(changes.tensor, radius), readings.sound
+
+
+def _multiply(updates: list[Tensor], factor: float | Tensor) -> None:
+    """Multiply updates by a factor in place, on whichever devices they are."""
+    if isinstance(factor, float):
+        torch._foreach_mul_(updates, factor)
+        return
+    for update in updates:
+        update.mul_(factor.to(update))
+
+
+def _decay_weights(param: Tensor, decay: float | Tensor, sound: Tensor | None) -> None:
+    """Shrink a parameter; where it is not sure that anything may move only if that is sound."""
+    # A learning rate of the quadratic model may be negative, or large.
+    if not isinstance(decay, Tensor):
+        decay = min(max(decay, 0.0), 1.0)
+    else:
+        decay = decay.to(param).clamp(0.0, 1.0)
+    kept = 1 - decay
+    if sound is not None:
+        moves = sound.to(param.device)
+        kept = torch.full_like(moves, kept, dtype=param.dtype) if isinstance(kept, float) else kept
+        kept = torch.where(moves, kept, 1.0)
+    param.mul_(kept)
 
 
 def undo(parameters: Parameters, members: Sequence[Member]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, MutableMapping, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from lightning_curv.distributed.shards import is_sharded, whole
 from lightning_curv.errors import describe
 from lightning_curv.optimizers.curvature.base import Block, Curvature, Member, ParamGroup, State
 from lightning_curv.optimizers.linear_algebra.collectives import largest_over_ranks
-from lightning_curv.optimizers.linear_algebra.finite import finite_flags
 from lightning_curv.optimizers.warn import warn
 
 
@@ -133,16 +132,16 @@ class Parameters:
             more = ""
         return ", ".join(names) + more
 
-    def warn_of_skipped(self, kind: str, tensors: Mapping[Tensor, Tensor]) -> None:
+    def warn_of_skipped(self, kind: str, params: Sequence[Tensor], flags: Sequence[bool]) -> None:
         """Warn that a step is skipped, and say which parameters' tensors are not finite.
 
         Args:
             kind: What the tensors are.
-            tensors: By parameter.
+            params: The parameters; one may have several tensors.
+            flags: Whether each tensor is finite.
         """
-        flags = finite_flags(tensors.values())
-        guilty = [param for param, finite in zip(tensors, flags, strict=True) if not finite]
-        names = self.described(guilty)
+        guilty = {param: None for param, ok in zip(params, flags, strict=True) if not ok}
+        names = self.described([*guilty])
         warn(f"found inf or NaN in the {kind} of {names}; this step is skipped.")
 
     def _best_name(self, param: Tensor) -> str:

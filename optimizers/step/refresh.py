@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curv.optimizers.curvature.base import Block, Curvature, State
+from lightning_curv.optimizers.linear_algebra.readings import Readings
 from lightning_curv.optimizers.step.parameters import Parameters
 from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step.sharded_inverses import shared_inverses
@@ -22,7 +23,7 @@ def block_damping(
     state: State,
     block: Block,
     relative: float,
-    floor: float,
+    floor: float | Tensor,
 ) -> Tensor:
     r"""The damping $\lambda$ of a block, [].
 
@@ -34,8 +35,12 @@ def block_damping(
         param = block.params[0]
         dtype = torch.promote_types(param.dtype, torch.float32)
         return torch.as_tensor(damping, dtype=dtype, device=param.device)
-    scaled_floor = floor * curvature.floor_scale(state) if floor else 0.0
-    return relative * curvature.mean_eigenvalue(state) + scaled_floor + TINY
+    relative_part = relative * curvature.mean_eigenvalue(state)
+    if isinstance(floor, Tensor):
+        floor = floor.to(relative_part)
+    elif not floor:
+        return relative_part + TINY
+    return relative_part + floor * curvature.floor_scale(state) + TINY
 
 
 def refresh(
@@ -45,6 +50,8 @@ def refresh(
     blocks: Sequence[Block],
     dampings: dict[Tensor, Tensor],
     step: int,
+    readings: Readings,
+    all_parts: bool = False,
 ) -> None:
     """Renew the inverses that are due, and those that do not exist yet.
 
@@ -55,6 +62,8 @@ def refresh(
         blocks: of the parameters that move.
         dampings: of the blocks whose curvature is known, by their first parameter.
         step: number of the step.
+        readings: of the step.
+        all_parts: whether all are due.
     """
     states = [parameters.state[block.params[0]] for block in blocks]
     counts = [curvature.units(state) for state in states]
@@ -64,11 +73,12 @@ def refresh(
     for block, state, count in zip(blocks, states, counts, strict=True):
         for unit in range(count):
             # Numbers run over the parts of all blocks: the work is spread over the steps.
-            if schedule.invert_due(step, number, sum(counts)) or not curvature.ready(state):
+            is_due = all_parts or schedule.invert_due(step, number, sum(counts))
+            if is_due or not curvature.ready(state):
                 due.append((state, unit, dampings[block.params[0]]))
                 blocks_of_due.append(block)
             number += 1
-    results = shared_inverses(curvature, due)
+    results = shared_inverses(curvature, due, readings)
     for (state, unit, _), result in zip(due, results, strict=True):
         if result is not None:
             curvature.accept(state, unit, result)

@@ -11,11 +11,14 @@ from torch import distributed as dist
 from lightning_curv.distributed.failures import processes, together
 from lightning_curv.optimizers.curvature.base import Curvature, Gradient, Part, State
 from lightning_curv.optimizers.linear_algebra.collectives import summed, wide_dtype
+from lightning_curv.optimizers.linear_algebra.readings import Readings
 
 Result = list[Tensor] | None
 
 
-def shared_inverses(curvature: Curvature, due: Sequence[Part]) -> list[Result]:
+def shared_inverses(
+    curvature: Curvature, due: Sequence[Part], readings: Readings | None = None
+) -> list[Result]:
     """What `Curvature.inverted` returns, every part computed by one process.
 
     Sent to all of them in one collective; a curvature that is `sharded` leaves each part where it
@@ -24,6 +27,7 @@ def shared_inverses(curvature: Curvature, due: Sequence[Part]) -> list[Result]:
     Args:
         curvature: what inverts.
         due: state, number of the part, damping of the block; the same on all processes.
+        readings: of the step, see `Curvature.inverted`; of use to a single process.
 
     Returns:
         For each part what `Curvature.accept` takes; None if it failed where it was computed.
@@ -33,7 +37,7 @@ def shared_inverses(curvature: Curvature, due: Sequence[Part]) -> list[Result]:
         section 3.
     """
     if processes() == 1 or not due:
-        return curvature.inverted(due)
+        return curvature.inverted(due, readings)
     sharded = curvature.sharded
     if sharded:
         owners = _block_owners(curvature, due)

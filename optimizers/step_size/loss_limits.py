@@ -18,7 +18,6 @@ from lightning_curv.losses.categorical import Categorical
 from lightning_curv.losses.likelihoods import Bernoulli
 from lightning_curv.losses.parts import KnownPart, LossPart
 from lightning_curv.passes.passes import Passes
-from lightning_curv.precision import widest
 
 NONNEGATIVE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
 # Of so many predictions in a batch or fewer, the least damping is the whole weight of the loss.
@@ -49,8 +48,8 @@ class LossLimits(GraphExtension):
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
         """The same six numbers for all parameters."""
         samples = passes.samples.count
-        dtype = widest(passes.loss.device)
-        loss = (passes.loss.detach() * passes.seed).sum().to(dtype)
+        loss = _total(passes)
+        dtype = loss.dtype
         floors = [_floor(part, samples, loss) for part in passes.parts]
         floor = torch.stack([of_part.to(dtype) for of_part in floors]).sum()
         known_parts = [part for part in passes.parts if isinstance(part, KnownPart)]
@@ -92,8 +91,13 @@ class LossValue(GraphExtension):
 
     def compute(self, passes: Passes) -> dict[Tensor, Tensor]:
         """The same number for all parameters."""
-        loss = (passes.loss.detach() * passes.seed).sum().to(widest(passes.loss.device))
-        return dict.fromkeys(self._parameters, loss[None])
+        return dict.fromkeys(self._parameters, _total(passes)[None])
+
+
+def _total(passes: Passes) -> Tensor:
+    """The loss, [], in float32 or wider."""
+    total = (passes.loss.detach() * passes.seed).sum()
+    return total.to(torch.promote_types(total.dtype, torch.float32))
 
 
 def _nonnegative(part: KnownPart) -> bool:

@@ -60,8 +60,8 @@ def curvature_along(jacobians: Sequence[dict[int, Jacobian]], vectors: Sequence[
 
 
 def inner_products(first: Tensor, second: Tensor) -> Tensor:
-    """The inner products of all pairs of rows, in float64: first [K, P], second [L, P] → [K, L]."""
-    return (first @ second.mT).to(widest(first.device))
+    """The inner products of all pairs of rows: first [K, P], second [L, P] → [K, L]."""
+    return first @ second.mT
 
 
 def minimizer(curvature: Matrix, slope: Sequence[float]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lightning_curv.distributed.failures import processes
 from lightning_curv.extensions import Extension
 from lightning_curv.optimizers.curvature.base import Direction
 from lightning_curv.optimizers.linear_algebra.collectives import averaged
+from lightning_curv.optimizers.linear_algebra.readings import Readings
 from lightning_curv.optimizers.step_size.calibration import (
     averaged_curvature,
     keep_step,
@@ -85,17 +86,19 @@ class StepRule(ABC):
     def __call__(
         self,
         directions: Sequence[Direction],
-        scale: float = 1.0,
-        max_decrease: float = math.inf,
-        reach: float = math.inf,
+        scale: float,
+        bounds: Callable[[], tuple[float, float]],
+        readings: Readings,
     ) -> Step:
         """Make the updates.
 
         Args:
             directions: of all parameters.
             scale: what the curvature in their Jacobians is to be multiplied by.
-            max_decrease: How much of a decrease the step may promise at most.
-            reach: How far it may go: half of its squared length in the metric of the curvature.
+            bounds: Tells how much of a decrease the step may promise at most, and how far it may
+                go: half of its squared length in the metric of the curvature. The host may not know
+                it before `readings` were read.
+            readings: Of the step.
         """
 
 
@@ -125,9 +128,9 @@ class TrustClip(StepRule):
     def __call__(
         self,
         directions: Sequence[Direction],
-        scale: float = 1.0,
-        max_decrease: float = math.inf,
-        reach: float = math.inf,
+        scale: float,
+        bounds: Callable[[], tuple[float, float]],
+        readings: Readings,
     ) -> Step:
         shrink = self._shrink(directions)
         updates = []
@@ -163,9 +166,9 @@ class ElementwiseClip(StepRule):
     def __call__(
         self,
         directions: Sequence[Direction],
-        scale: float = 1.0,
-        max_decrease: float = math.inf,
-        reach: float = math.inf,
+        scale: float,
+        bounds: Callable[[], tuple[float, float]],
+        readings: Readings,
     ) -> Step:
         updates = []
         for direction in directions:
@@ -206,18 +209,26 @@ class QuadraticModel(StepRule):
     def __call__(
         self,
         directions: Sequence[Direction],
-        scale: float = 1.0,
-        max_decrease: float = math.inf,
-        reach: float = math.inf,
+        scale: float,
+        bounds: Callable[[], tuple[float, float]],
+        readings: Readings,
     ) -> Step:
         if not directions:
+            readings.read()
             return Step([])
         span = _span(directions)
-        model = _model_in_span(directions, span)
-        slope = model.slope
+        asked = readings.ask(_products_in_span(directions, span))
         batches = _jacobians(directions)
+        measured = None
         if batches:
-            curvature = self._measured(directions, batches, span, model.lengths, scale)
+            measured = readings.ask(averaged(_curvature_in_span(directions, batches, span)))
+        # The only time that the host waits in a step.
+        readings.read()
+        max_decrease, reach = bounds()
+        model = _Model(*asked.numbers)
+        slope = model.slope
+        if measured is not None:
+            curvature = self._averaged(measured.numbers, batches, model.lengths, scale)
             w = minimizer(_sum(curvature, model.damping), slope)
         else:
             kept = kept_curvature(self.memory, model.lengths) if self.keeps else None
@@ -258,21 +269,15 @@ class QuadraticModel(StepRule):
         report = {"learning_rate": rate, "momentum": momentum}
         return Step(updates, rate, linear, quadratic, used, report)
 
-    def _measured(
+    def _averaged(
         self,
-        directions: Sequence[Direction],
+        measured: Matrix,
         batches: Sequence[dict[int, Jacobian]],
-        span: Tensor,
         lengths: list[float],
         scale: float,
     ) -> Matrix:
         """The matrix M of this batch, averaged with those before it; the rule remembers it."""
-        sizes = [d.value.numel() for d in directions]
-        parts = [
-            part.reshape(-1, *d.value.shape).to(d.value.device)
-            for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
-        ]
-        curvature = averaged(curvature_along(batches, parts) * scale).tolist()
+        curvature = [[scale * entry for entry in row] for row in measured]
         counts = [next(iter(batch.values())).samples for batch in batches]
         samples = processes() * sum(counts) if self.averages else math.inf
         return averaged_curvature(self.memory, curvature, lengths, samples)
@@ -280,15 +285,31 @@ class QuadraticModel(StepRule):
 
 @dataclass(frozen=True)
 class _Model:
-    """The matrix R, [K, K], the slope b, [K], and the lengths of the directions, [K]."""
+    """What the quadratic model has besides the curvature, see `_products_in_span`.
+
+    Args:
+        damping: The matrix R, [K, K].
+        slopes: The slope b in every column, [K, K].
+        gram: Inner products of the directions, [K, K].
+    """
 
     damping: Matrix
-    slope: list[float]
-    lengths: list[float]
+    slopes: Matrix
+    gram: Matrix
+
+    @property
+    def slope(self) -> list[float]:
+        """The slope b, [K]."""
+        return [row[0] for row in self.slopes]
+
+    @property
+    def lengths(self) -> list[float]:
+        """The lengths of the directions, [K]."""
+        return [math.sqrt(row[i]) for i, row in enumerate(self.gram)]
 
 
-def _model_in_span(directions: Sequence[Direction], span: Tensor) -> _Model:
-    """What the quadratic model has besides the curvature.
+def _products_in_span(directions: Sequence[Direction], span: Tensor) -> Tensor:
+    """The matrices of `_Model`, [3, K, K].
 
     Args:
         directions: of all parameters.
@@ -300,10 +321,19 @@ def _model_in_span(directions: Sequence[Direction], span: Tensor) -> _Model:
     damped = inner_products(span * torch.cat(dampings), span)
     # The gradient in every row, so that one transfer from the device brings all numbers.
     slopes = inner_products(span, grad.expand_as(span))
-    squares = inner_products(span, span)
-    damping, rows, gram = torch.stack([damped, slopes, squares]).tolist()
-    lengths = [math.sqrt(row[i]) for i, row in enumerate(gram)]
-    return _Model(damping, [row[0] for row in rows], lengths)
+    return torch.stack([damped, slopes, inner_products(span, span)])
+
+
+def _curvature_in_span(
+    directions: Sequence[Direction], batches: Sequence[dict[int, Jacobian]], span: Tensor
+) -> Tensor:
+    """The matrix M of the batches, [K, K]."""
+    sizes = [d.value.numel() for d in directions]
+    parts = [
+        part.reshape(-1, *d.value.shape).to(d.value.device)
+        for part, d in zip(span.split(sizes, dim=1), directions, strict=True)
+    ]
+    return curvature_along(batches, parts)
 
 
 def _sum(first: Matrix, second: Matrix) -> Matrix:

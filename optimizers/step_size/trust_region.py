@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
 # Failures are losses above the running mean by so many mean deviations, and above twice the mean.
 DEVIATIONS = 6.0
 DECAY = 0.9  # of these running means
@@ -95,6 +98,16 @@ class TrustRegion:
             return multiple
         return min(multiple, self.radius / others)
 
+    def shrink_on_device(self, changes: Tensor, radius: float | Tensor) -> Tensor:
+        """The same, [], of changes [W] and a radius that the host does not know yet."""
+        multiple = torch.full_like(changes[0], self.memory["multiple"])
+        if not self.enabled:
+            return multiple
+        others = changes.sum() - changes.max()
+        # NaN of what is not finite; where all others stand still the quotient is inf.
+        own = radius.to(changes) if isinstance(radius, Tensor) else radius
+        return torch.minimum(multiple, own / others)
+
     def took(self, layers: float, promised: float, share: float) -> None:
         """Remember a step that can be taken back.
 
@@ -107,14 +120,19 @@ class TrustRegion:
 
     def suspects(self, loss: float) -> bool:
         """Whether a loss is far above what batches vary by, after a step that can be taken back."""
+        highest = self.highest
+        # Written so that NaN is suspected.
+        return highest is not None and not loss <= highest
+
+    @property
+    def highest(self) -> float | None:
+        """The highest loss that is not suspected; None if none is."""
         memory = self.memory
         if not self.enabled or not memory["pending"] or not memory["weight"]:
-            return False
+            return None
         # The level itself, too: where all batches have had nearly the same loss, the spread says
         # nothing of the next one.
-        margin = max(DEVIATIONS * memory["spread"], abs(memory["level"]))
-        # Written so that NaN is suspected.
-        return not loss <= memory["level"] + margin
+        return memory["level"] + max(DEVIATIONS * memory["spread"], abs(memory["level"]))
 
     def accept(self, loss: float, bounded: bool = True, samples: float = 0.0) -> None:
         """Take a loss into the running means.
@@ -148,6 +166,23 @@ class TrustRegion:
         memory["level"] += share * (loss - memory["level"])
         if samples:
             self._anneal(loss)
+
+    def radius_on_device(self, loss: Tensor, bounded: Tensor) -> Tensor:
+        """The radius, [], after `accept` of a loss [] that the host does not know yet.
+
+        Args:
+            loss: Of a batch.
+            bounded: Whether it has a lower bound that is known, [].
+        """
+        memory = self.memory
+        radius = torch.full_like(loss, self.radius)
+        if not self.enabled or not memory["pending"] or not memory["used"] > 0.5 * self.radius:
+            return radius
+        change = loss - memory["loss"]
+        largest = torch.where(bounded, LARGEST, LARGEST_OF_DENSITIES)
+        grown = torch.minimum(GROWTH * radius, torch.maximum(largest, radius))
+        shorter = torch.where((change > 0) & ~bounded, radius / GROWTH, radius)
+        return torch.where(change < -KEPT * memory["promised"], grown, shorter)
 
     def reject(self) -> None:
         """Shrink below what the failed step has used."""
