@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_curv import CurvatureCallback, KFACOptimizer, curvature
+from lightning_curv import CurvatureCallback, DiagGGNOptimizer, KFACOptimizer, curvature
 
 ROOT = Path(__file__).parents[1]
 # Operations that no kernel belongs to: they make memory or another view of it.
@@ -165,9 +165,9 @@ def plain(net: nn.Module, x: Tensor, y: Tensor) -> Step:
     return step
 
 
-def kfac(**settings: Any) -> Callable[[nn.Module, Tensor, Tensor], Step]:
+def second_order(kind: type, **settings: Any) -> Callable[[nn.Module, Tensor, Tensor], Step]:
     def stepper(net: nn.Module, x: Tensor, y: Tensor) -> Step:
-        optimizer = KFACOptimizer(net.parameters(), **settings)
+        optimizer = kind(net.parameters(), **settings)
 
         def step() -> None:
             optimizer.zero_grad()
@@ -183,9 +183,16 @@ def kfac(**settings: Any) -> Callable[[nn.Module, Tensor, Tensor], Step]:
 FIXED = {"lr": 0.3, "damping": 0.03}
 LOOPS = {
     "plain loop, AdamW": plain,
-    "KFAC, automatic": kfac(),
-    "KFAC, fixed, curvature in every step": kfac(**FIXED, factor_interval=1, inverse_interval=1),
-    "KFAC, fixed, curvature in no step": kfac(**FIXED, factor_interval=1000, inverse_interval=1000),
+    "KFAC, automatic": second_order(KFACOptimizer),
+    "KFAC, fixed, curvature in every step": second_order(
+        KFACOptimizer, **FIXED, factor_interval=1, inverse_interval=1
+    ),
+    "KFAC, fixed, curvature in no step": second_order(
+        KFACOptimizer, **FIXED, factor_interval=1000, inverse_interval=1000
+    ),
+    "diagonal, automatic": second_order(DiagGGNOptimizer, lr="auto", damping="auto"),
+    "diagonal, curvature in every step": second_order(DiagGGNOptimizer),
+    "diagonal, curvature in no step": second_order(DiagGGNOptimizer, interval=1000),
     "private, SGD": private,
 }
 

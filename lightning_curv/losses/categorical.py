@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_curv.losses.likelihoods import Likelihood, drawable, nonnegative, root_of, signs_of
+from lightning_curv.losses.likelihoods import Likelihood, drawable, nonnegative, signs_of
 from lightning_curv.terms.owners import BatchAxis, Owners
 
 Roots = Callable[[Tensor, Tensor, int], Iterator[Tensor]]  # see `_multinomial_roots`
@@ -63,7 +63,7 @@ class Categorical(Likelihood):
     def sample(self, generator: torch.Generator) -> Tensor:
         """The gradient √w (e_y - p) with y drawn from p."""
         # √w: the weight carries the scale of the loss.
-        root = root_of(self.weight)
+        root = self.checked(self.weight).sqrt()
         p = self.probabilities
         classes_last = drawable(p.movedim(self.axis, -1), 1.0)
         drawn = _classes(classes_last, generator).movedim(-1, self.axis)
@@ -99,7 +99,7 @@ class Categorical(Likelihood):
         in_order = owners == BatchAxis(owners.count)
         # H has a block per row: its columns are those of the rows, one after the other.
         for row in range(rows):
-            signs = signs_of(weights[:, row])
+            signs = None if self.unsigned else signs_of(weights[:, row])
             scale = weights[:, row, None].abs().sqrt()
             for block in roots(entries[:, row], scale, rows):
                 columns = block.unsqueeze(2)

@@ -38,12 +38,17 @@ class Likelihood(ABC):
     """
 
     flat = False  # whether H is zero whatever the numbers are
+    unsigned = False  # whether no weight is negative whatever the numbers are
     weight: Tensor  # of every entry or row
 
     @property
     def nats(self) -> Tensor:
         """The change of the loss if the likelihood of every sample changes by one nat, ``[]``."""
         return self.weight.sum()
+
+    def checked(self, weight: Tensor) -> Tensor:
+        """Numbers that are negative with the weights, which are refused then."""
+        return weight if self.unsigned else nonnegative(weight)
 
     @abstractmethod
     def columns(self, owners: Owners) -> Iterator[Tensor]:
@@ -136,11 +141,6 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return 2 * bits - 1
 
 
-def root_of(weight: Tensor) -> Tensor:
-    """The square roots of the weights."""
-    return nonnegative(weight).sqrt()
-
-
 def signs_of(weight: Tensor) -> Tensor | None:
     """Signs `[N]` of a column's weights; `None`: all positive."""
     return weight.sign() if bool((weight < 0).any()) else None
@@ -162,13 +162,18 @@ class _Independent(Likelihood):
         """The diagonal of H, of the input's shape."""
 
     @property
+    def _positive_diagonal(self) -> Tensor:
+        """The diagonal, which is refused where it is negative."""
+        return self.checked(self.diagonal)
+
+    @property
     def hessian(self) -> Tensor:
         """The diagonal of the loss' own Hessian."""
         return self.diagonal
 
     def columns(self, owners: Owners) -> Iterator[Tensor]:
         """The columns √H_ee e_e for every output entry e of a sample."""
-        for column, _ in _entries(nonnegative(self.diagonal), owners):
+        for column, _ in _entries(self._positive_diagonal, owners):
             yield column
 
     def product(self, v: Tensor) -> Tensor:
@@ -233,7 +238,7 @@ class Gaussian(_Independent):
         Their squared gradient is the curvature itself, not only its expectation: normal targets
         that happen to lie near the mean would hide the curvature of a sample.
         """
-        return root_of(self.diagonal) * _signs(self.weight, generator)
+        return self._positive_diagonal.sqrt() * _signs(self.weight, generator)
 
 
 class PiecewiseLinear(Gaussian):
@@ -299,7 +304,7 @@ class Bernoulli(_Independent):
         """The gradient √w (p - y), over p (1 - p) for probabilities, with y from the model."""
         p = drawable(self.probabilities, 0.5)
         drawn = torch.empty_like(self.probabilities).bernoulli_(p, generator=generator)
-        gradient = root_of(self.weight) * (self.probabilities - drawn)
+        gradient = self.checked(self.weight).sqrt() * (self.probabilities - drawn)
         if self.target is None:
             return gradient
         return gradient / self.variance
@@ -339,4 +344,4 @@ class Poisson(_Independent):
 
         Drawn counts of small rates are mostly zero, and hide the curvature of rare ones.
         """
-        return root_of(self.diagonal) * _signs(self.weight, generator)
+        return self._positive_diagonal.sqrt() * _signs(self.weight, generator)

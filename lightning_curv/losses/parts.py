@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_curv.losses.likelihoods import Likelihood, nonnegative
+from lightning_curv.losses.likelihoods import Likelihood
 from lightning_curv.terms.owners import Owners
 
 Signed = tuple[list[Tensor], Tensor | None]  # a column at every output, and its sign per sample
@@ -102,7 +102,7 @@ class KnownPart(LossPart):
         return [self.likelihood.sample(generator)]
 
     def multiplication(self) -> Multiplication:
-        nonnegative(self.likelihood.weight)
+        self.likelihood.checked(self.likelihood.weight)
         return partial(_times, self.likelihood)
 
     def signed_columns(self) -> Iterator[Signed]:

@@ -24,6 +24,7 @@ from lightning_curv.losses.parts import LossPart
 from lightning_curv.passes.owned import Samples
 from lightning_curv.passes.randomness import default_generator
 from lightning_curv.passes.reparametrization import pulled_back
+from lightning_curv.passes.signs import rises_with, weighs_nothing_negative
 from lightning_curv.passes.summands import loss_parts
 from lightning_curv.recording.records import LossCall, Use
 from lightning_curv.rules import Call
@@ -174,10 +175,19 @@ class Passes:
         """The likelihood of a recorded loss call, scaled as in the final loss."""
         call = self.tape.losses[node]
         (scale,) = self.gradients([GradientEdge(node, call.output_nr)])
-        return LOSSES[call.function](
+        likelihood = LOSSES[call.function](
             torch.zeros(call.shape) if scale is None else scale,
             **call.arguments,
         )
+        if self._rises and weighs_nothing_negative(call):
+            # The dataclasses are frozen.
+            object.__setattr__(likelihood, "unsigned", True)
+        return likelihood
+
+    @cached_property
+    def _rises(self) -> bool:
+        """Whether the graph alone says that no loss call has a negative factor."""
+        return self.gradient is None and rises_with(self.loss, self.tape.losses)
 
     def jacobians(self, columns: Iterable[Column]) -> Iterator[dict[Tensor, Jacobian]]:
         """Make the parameters' Jacobians, one parameter at a time.

@@ -43,6 +43,21 @@ def test_a_step_that_is_not_logged_does_what_it_does_without_the_callback(result
     assert counts[f"{network}: callback, step not logged"] == counts[f"{network}: Trainer, AdamW"]
 
 
+@pytest.mark.parametrize("name", ["KFAC, fixed", "diagonal"])
+@pytest.mark.parametrize("when", ["curvature in every step", "curvature in no step"])
+def test_a_step_with_a_given_rate_makes_the_host_wait_never(results, name, when):
+    counts = results["counts"][f"mlp: {name}, {when}"]
+    assert (counts["reads"], counts["in_backward"], counts["uploads"]) == (0, 0, 0)
+    assert counts["sent"] == 1
+
+
+@pytest.mark.parametrize("name", ["KFAC, automatic", "diagonal, automatic"])
+def test_a_step_that_finds_its_rate_makes_the_host_wait_once(results, name):
+    counts = results["counts"][f"mlp: {name}"]
+    assert (counts["reads"], counts["in_backward"]) == (1, 0)
+    assert counts["float64"] <= 3
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 def test_a_logged_step_makes_the_host_wait_once(results, network):
     plain = results["counts"][f"{network}: Trainer, AdamW"]

@@ -5,6 +5,7 @@ python second_device_runs.py FILE   # JSON: what went wrong per cell, or "right"
 
 import copy
 import json
+import math
 import sys
 import traceback
 import warnings
@@ -150,8 +151,8 @@ NAMES = """BatchGrad BatchL2Grad SumGradSquared Variance DiagGGNExact DiagGGNMC 
 SqrtGGNExact SqrtGGNMC KFAC KFLR KFRA GGNMP DiagHessian BatchDiagHessian HMP PCHMP""".split()  # noqa: SIM905
 
 
-def stepped(build, make, seed, device):
-    """The parameters after six steps on one device."""
+def stepped(build, make, seed, device, undefined=()):
+    """The parameters after six steps on one device, some of them without a usable batch."""
     torch.manual_seed(seed)
     net, y = build().double(), torch.randint(CLASSES, (8,))
     if build is embedding:  # token 2 is padding
@@ -160,11 +161,11 @@ def stepped(build, make, seed, device):
         x = torch.randn(8, *((6,) if build is mlp else (1, 8, 8)), dtype=torch.float64)
     net, x, y = net.to(device), x.to(device), y.to(device)
     optimizer = make(net.parameters())
-    for _ in range(6):
+    for step in range(6):
         optimizer.zero_grad()
         needed = getattr(optimizer, "required_extensions", lambda o=optimizer: o.extensions)()
         with curvature(*needed, batch_size=8):
-            loss = LOSSES[OWN](net(x), y)
+            loss = LOSSES[OWN](net(x * math.nan if step in undefined else x), y)
             loss.backward()
         options = {"loss": loss} if isinstance(optimizer, CurvatureStepSize) else {}
         optimizer.step(**options)
@@ -198,6 +199,14 @@ def optimizers():
                 f"{build.__name__}: {title}",
                 judged(lambda e=expected, t=there: difference(e, stepped(*t))),
             )
+    for seed, title in enumerate(("KFACOptimizer()", "DiagGGNOptimizer()"), 2000):
+        make, undefined = OPTIMIZERS[title], (2, 4)
+        expected = stepped(mlp, make, seed, torch.device("cpu"), undefined)
+        there = (mlp, make, seed, second_device(), undefined)
+        yield (
+            f"undefined batches: {title}",
+            judged(lambda e=expected, t=there: difference(e, stepped(*t))),
+        )
 
 
 def fitted(callbacks, make_optimizer):
@@ -361,7 +370,7 @@ def split():
 
 def counts():
     """What would stall a GPU, in one step of everything that the benchmark counts."""
-    names = ("launches", "reads", "in_backward", "uploads", "float64")
+    names = ("launches", "reads", "in_backward", "sent", "uploads", "float64")
     for network, kinds in {
         "mlp": (*LOOPS, *TRAINERS),
         "transformer": ("private, SGD", *TRAINERS),
