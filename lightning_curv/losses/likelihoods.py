@@ -47,7 +47,17 @@ class Likelihood(ABC):
         return self.weight.sum()
 
     def checked(self, weight: Tensor) -> Tensor:
-        """Numbers that are negative with the weights, which are refused then."""
+        """Refuse negative weights, unless it is known that there are none.
+
+        Args:
+            weight: Weights, or numbers that are negative where these are.
+
+        Returns:
+            The same numbers.
+
+        Raises:
+            UnsupportedError: One of them is negative.
+        """
         return weight if self.unsigned else nonnegative(weight)
 
     @abstractmethod
