@@ -101,6 +101,29 @@ class LineModel:
         return self.slope.value / self.curvature.value if self.curvature.count else 0.0
 
 
+def falls_by(worth: float, slope: float, curvature: float) -> float:
+    r"""The first rate at which $q(\alpha) = -\alpha s + \tfrac12 \alpha^2 c$ has fallen by a worth.
+
+    Along a straight line it is $w / s$, and $2 w / s$ where the minimum is as deep as that.
+
+    Args:
+        worth: $w \ge 0$.
+        slope: $s$; uphill, below zero, nothing falls, and every rate will do.
+        curvature: $c \ge 0$. Where the minimum is not as deep, it is taken to be.
+
+    Returns:
+        The rate, infinite where nothing falls.
+
+    Example:
+        >>> falls_by(3.0, 1.0, 0.0), falls_by(0.5, 1.0, 1.0), falls_by(0.5, -1.0, 1.0)
+        (3.0, 1.0, inf)
+    """
+    if slope <= 0:
+        return math.inf
+    root = math.sqrt(max(slope**2 - 2 * curvature * worth, 0.0))
+    return 2 * worth / (slope + root)
+
+
 @dataclass
 class StepLength:
     """The rate of every step, from what its batch and the next one find along it.
@@ -160,8 +183,9 @@ class StepLength:
         Args:
             slope: Along the direction, of its own batch.
             square: Squared length of the direction.
-            loss: Of this batch, if it is known. No step promises more than it is worth, or the ones
-                before were: a confident classifier has no curvature to say how far is too far.
+            loss: Of this batch, if it is known. Neither this batch nor the mean of all promises
+                more than it is worth, or the ones before were: a confident classifier has no
+                curvature to say how far is too far.
 
         Returns:
             The rate; 0 as long as no curvature is known, and along no direction.
@@ -172,10 +196,15 @@ class StepLength:
         size = math.sqrt(square)
         # A mean slope uphill, as of a direction that momentum carries on, promises nothing.
         most = max(self.own.minimum, 0.0)
-        if loss is not None and slope > 0:
+        if loss is not None:
             worth = max(abs(loss), abs(self.loss.value))
-            # At its minimum a quadratic model has fallen by half of what its slope promises.
-            most = min(most, 2 * worth / slope)
+            mean_slope = self.own.slope.value * square
+            mean_curvature = self.own.curvature.value * square
+            most = min(
+                most,
+                falls_by(worth, slope, self.own.latest * square),
+                falls_by(worth, mean_slope, mean_curvature),
+            )
         if self.length:
             # More than its own batch promises a step never holds.
             held_out = min(max(self.held_out.minimum, 0.0), most)

@@ -13,7 +13,7 @@ from lightning_curv.extensions import JacobianExact, JacobianMC
 from lightning_curv.extensions.columns import ExactGGN, MonteCarloGGN
 from lightning_curv.optimizers import curvature_step_size
 from lightning_curv.optimizers.curvature.part import JacobianPart
-from lightning_curv.optimizers.step_size.step_length import StepLength, WindowMean
+from lightning_curv.optimizers.step_size.step_length import StepLength, WindowMean, falls_by
 
 OPTIMIZERS = {
     "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0),
@@ -188,12 +188,29 @@ def test_rates_are_those_of_the_mean_models():
 def test_no_step_promises_more_than_the_loss_is_worth():
     rule = StepLength()
     rule.own.measure(1e-30, 1.0)
-    assert rule.next(5.0, 1.0, loss=2.0) == pytest.approx(0.3 * 2 * 2.0 / 5.0)
+    assert rule.next(5.0, 1.0, loss=2.0) == pytest.approx(0.3 * 2.0 / 5.0)
     rule.add_loss(7.0)
     rule.held_out.measure(1e-30, 1.0)
-    rule.length = 1.0
+    rule.length = 0.8
     rule.look_back(1.0, 1.0, 1.0)
-    assert rule.next(20.0, 1.0, loss=-2.0) == pytest.approx(1.3 * 2 * 7.0 / 20.0)
+    assert rule.next(20.0, 1.0, loss=-2.0) == pytest.approx(1.3 * 7.0 / 20.0)
+    # Of a batch that promises next to nothing the mean of all still does: here 25 / 3.
+    rule.length = 1.0
+    assert rule.next(1e-9, 1.0, loss=-2.0) == pytest.approx(1.3 * 7.0 / (25.0 / 3))
+
+
+@pytest.mark.parametrize("worth", [0.0, 0.5, 4.0])
+@pytest.mark.parametrize("slope", [0.3, 3.0])
+@pytest.mark.parametrize("curvature", [0.0, 1e-3, 2.0])
+def test_a_rate_falls_by_no_more_than_a_worth(worth, slope, curvature):
+    rate = falls_by(worth, slope, curvature)
+    fall = rate * slope - rate**2 * curvature / 2
+    if slope**2 >= 2 * curvature * worth:
+        assert fall == pytest.approx(worth)
+        # The first of the two rates at which it does: before the minimum.
+        assert not curvature or rate <= slope / curvature
+    else:
+        assert fall < worth
 
 
 def test_a_step_grows_by_a_tenth_at_most_and_never_beyond_its_own_model():
