@@ -108,22 +108,37 @@ class Watch(pl.Callback):
         dist.all_reduce = self.counting
         self.inverse, self.subset = KroneckerCurvature.inverted, randomness.random_subset
         randomness.random_subset = self.choosing
-        KroneckerCurvature.inverted = lambda curvature, due: (
-            self.inverted.extend(due),
-            self.inverse(curvature, due),
-        )[1]
+        KroneckerCurvature.inverted = self.inverting
 
     def counting(self, *args, **kwargs):
         self.count += 1
         return self.original(*args, **kwargs)
 
+    @property
+    def inverting(self):
+        """A function, which becomes a method of the curvature's class."""
+
+        def inverted(curvature, due, *readings):
+            self.inverted.extend(due)
+            return self.inverse(curvature, due, *readings)
+
+        return inverted
+
     def choosing(self, *args):
         self.subsets.append(self.subset(*args))
         return self.subsets[-1]
 
-    def on_train_batch_end(self, trainer, module, *args):
+    def on_exception(self, *args):
+        self.restore()
+
+    def restore(self):
+        if not hasattr(self, "original"):
+            return  # no batch has begun
         dist.all_reduce = self.original
         KroneckerCurvature.inverted, randomness.random_subset = self.inverse, self.subset
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.restore()
         if trainer.fit_loop._should_accumulate():
             return
         self.collectives.append(self.count)
