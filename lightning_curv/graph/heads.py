@@ -7,17 +7,15 @@ through the network.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.graph.tape import Tape
+from lightning_curv.graph.tape import Tape, plain_name
 from lightning_curv.recording.records import LossCall, like, shape_at
 
 # nodes whose output is linear in all of their differentiable inputs together
@@ -161,7 +159,7 @@ def _is_divisor(node: Node, name: str) -> bool:
 
 def name_of(node: Node) -> str:
     """A node's name without `Backward0`."""
-    return _without_suffix(node.name())
+    return plain_name(node.name())
 
 
 def saved_integer(value: int) -> int:
@@ -172,8 +170,3 @@ def saved_integer(value: int) -> int:
 def saved_axis(dim: int, rank: int) -> int:
     """An axis that a node saved, of a tensor of that rank."""
     return saved_integer(dim) % max(1, rank)
-
-
-@cache
-def _without_suffix(name: str) -> str:
-    return re.sub(r"^torch::autograd::|Backward\d*$", "", name)

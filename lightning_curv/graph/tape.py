@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import cast
 
 import torch
@@ -272,10 +272,16 @@ class _Kind:
     multiplies: bool
 
 
+@cache
+def plain_name(name: str) -> str:
+    """The name of a node without its namespace and `Backward0`."""
+    return re.sub(r"^torch::autograd::|Backward\d*$", "", name)
+
+
 @lru_cache(1024)
 def _kind(type_of_node: type[Node], name: str) -> _Kind:
     # Nodes of several names may be of one type, and functions of one name of several.
-    plain = re.sub(r"Backward\d*$", "", name)
+    plain = plain_name(name)
     is_custom = issubclass(type_of_node, torch.autograd.function.BackwardCFunction)
     return _Kind(
         placing=_placing(type_of_node),

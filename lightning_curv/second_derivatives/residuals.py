@@ -13,7 +13,6 @@ functions is needed. Its eigenvectors are columns with signs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 
@@ -22,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import nothing_below
 from lightning_curv.graph.dependence import Dependence
-from lightning_curv.graph.heads import BILINEAR, is_piecewise_linear
+from lightning_curv.graph.heads import BILINEAR, is_piecewise_linear, name_of
 from lightning_curv.passes.passes import Passes
 from lightning_curv.passes.summands import bounds, nodes_of_loss
 from lightning_curv.samples.probing import owners_at
@@ -71,7 +70,7 @@ def residuals(passes: Passes) -> Iterator[Residual]:
         if not reached:
             continue
         curvature = LocalCurvature(node, edges, reached)
-        if _name(node) in ELEMENTWISE and len(edges) == 1:
+        if name_of(node) in ELEMENTWISE and len(edges) == 1:
             values = curvature.diagonal()
             if bool(values.any()):
                 yield DiagonalResidual(edges, values, partial(owner, edges[0]))
@@ -109,18 +108,8 @@ def _candidates(passes: Passes) -> dict[Node, list[GradientEdge]]:
     dependence = Dependence(passes.tape, (edge for part in passes.parts for edge in part.edges))
     for node in dependence.nodes:
         data = dependence.inputs(node)
-        name = _name(node)
         # A product with a constant is linear; one of two values of the network is not.
-        linear = is_piecewise_linear(node) or (name in BILINEAR and len(data) == 1)
+        linear = is_piecewise_linear(node) or (name_of(node) in BILINEAR and len(data) == 1)
         if data and not linear:
             candidates[node] = list(dict.fromkeys(data))
     return candidates
-
-
-def _name(node: Node) -> str:
-    return _without_suffix(node.name())
-
-
-@cache
-def _without_suffix(name: str) -> str:
-    return re.sub(r"Backward\d*$", "", name)
