@@ -123,10 +123,9 @@ class Backprop:
         self.spent = 0.0
         self.section: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    @torch.no_grad()
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
-        with ExitStack() as undisturbed:
+        with torch.no_grad(), ExitStack() as undisturbed:
             self._prepare(undisturbed)
 
     def _prepare(self, undisturbed: ExitStack) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from lightning_curv.recording.row_numbers import (
     counted,
     fingerprint,
     follow,
+    in_order,
     mapped_rows,
     name_of,
     numbers_of,
@@ -120,8 +122,8 @@ def note_roots(
     roots = _roots_of_call(name, args, known)
     if any(tensor.is_nested for tensor in (*tensors, *results)):
         for out in results:
-            in_order = out.is_nested or name in PADDING
-            note(out, roots if in_order else replace(roots.moved, numbers={}))
+            keeps_order = out.is_nested or name in PADDING
+            note(out, roots if keeps_order else replace(roots.moved, numbers={}))
         return
     # Where nobody has moved rows yet, and this function does not either, nothing has to be
     # followed.
@@ -131,7 +133,13 @@ def note_roots(
             note(out, roots)
         _remember(kind, ())
         return
-    told = _followed(func, args, kwargs, results, tensors, roots, first if inplace else None)
+    told: Sequence[_Told] = _followed(
+        func, args, kwargs, results, tensors, roots, first if inplace else None
+    )
+    # Rows that ended where they would be counted anyway need no numbers of their own.
+    drawn = _drawn_from(func, args, kwargs) is not None
+    if not (explicit or drawn) and all(map(partial(_counted_anyway, roots=roots), told, results)):
+        told = ()
     _remember(kind, told)
     decided = any(tensor.requires_grad for tensor in tensors)
     _note_told(func, args, kwargs, results, roots, told, decided)
@@ -192,6 +200,16 @@ class _Told(NamedTuple):
     in_order: bool
 
 
+def _counted_anyway(told: _Told, result: Tensor, roots: Roots) -> bool:
+    """Whether a result has its rows where they would be counted if nothing had moved them."""
+    if not told.in_order or told.pooled:
+        return False
+    plain = in_order(physical(result), roots)
+    return told.numbers.keys() == plain.keys() and all(
+        torch.equal(told.numbers[size], numbers) for size, numbers in plain.items()
+    )
+
+
 # By the kind of a call; nothing told: rows are where they were.
 _TOLD: dict[Hashable, Sequence[_Told]] = {}
 _MOST = 256  # kinds that are kept
@@ -226,9 +244,9 @@ def _note_told(
         return
     # Some rows of a tensor may be a batch out of a data set, whose rows count from zero.
     drawn = _drawn_from(func, args, kwargs)
-    for out, (numbers, pooled, in_order) in zip(results, told, strict=True):
+    for out, (numbers, pooled, keeps_order) in zip(results, told, strict=True):
         tensors = roots.tensors
-        routed = roots.routed or not in_order
+        routed = roots.routed or not keeps_order
         if drawn is not None:
             # They may be the batch, whose rows are counted anew.
             others = [root for root in tensors if root != drawn]

@@ -18,9 +18,10 @@ from lightning_curv.recording.records import Use
 from lightning_curv.rules import Call
 
 
-@dataclass(frozen=True)
+# Not frozen, for one is made in every step, where that would take five times as long.
+@dataclass
 class Batch:
-    """What the caller knows of the batch.
+    """What the caller knows of the batch. Nobody changes it.
 
     Attributes:
         size: N, which the graph must agree with.

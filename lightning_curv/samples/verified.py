@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import cast
 
 from torch.autograd.graph import GradientEdge, Node
@@ -32,31 +33,27 @@ class Found:
 
 def structure_of(tape: Tape) -> tuple[Hashable, ...]:
     """What graphs must have in common for a verification of one to be believed of the other."""
-    uses = tape.uses.values()
-    losses = tape.losses.values()
-    by_uses = [roots for use in uses for roots in use.roots.values()]
-    by_losses = [call.roots for call in losses]
+    # Asked in every step, and written for that: one loop over what was recorded.
+    structure: list[Hashable] = [tuple(tape.structure)]
+    for use in tape.uses.values():
+        structure.append((use.shape, use.dtype, use.mixes_samples, bool(use.operands)))
+        structure += map(_provenance, use.roots.values())
+    for read in tape.read.values():
+        structure.append(tuple(map(_SHAPE, read.tensors)))
+    structure.append(None)  # from here on losses
+    for call in tape.losses.values():
+        structure += (call.arguments["input"].shape, _provenance(call.roots))
+    return tuple(structure)
+
+
+def _provenance(roots: Roots) -> Hashable:
+    """What is known of the rows of something that is read, and the shapes of what it came from."""
     # Numbers of rows are values, on which the owners of a gather depend: they are part of it.
-    numbers = [roots.numbers for roots in by_uses + by_losses if roots.numbers is not None]
-    return (
-        tuple(map(fingerprint, numbers)),
-        tuple(tape.structure),
-        tuple((use.shape, use.dtype, use.mixes_samples, bool(use.operands)) for use in uses),
-        _kinds(by_uses),
-        _shapes(tape.read.values()),
-        _kinds(by_losses),
-        _shapes(by_uses),
-        tuple(call.arguments["input"].shape for call in losses),
-        _shapes(by_losses),
-    )
+    numbers = None if roots.numbers is None else fingerprint(roots.numbers)
+    return (roots.data, roots.routed, numbers, *map(_SHAPE, roots.tensors))
 
 
-def _kinds(read: Iterable[Roots]) -> Hashable:
-    return tuple((roots.data, roots.routed) for roots in read)
-
-
-def _shapes(read: Iterable[Roots]) -> Hashable:
-    return tuple(root.shape for roots in read for root in roots.tensors)
+_SHAPE = attrgetter("shape")
 
 
 @dataclass

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_curv import curvature
+from lightning_curv import curvature, record
 from lightning_curv.extensions import BatchDiagGGNExact, BatchGrad
+from lightning_curv.recording.provenance import roots_of
 from lightning_curv.rules.fallback import FallbackWarning
 
 N, T, D, C = 4, 3, 5, 3
@@ -463,3 +464,29 @@ def test_statistics_of_single_rows_are_not_refused(name):
         alone = gradients(model(APART[name](x[n : n + 1])).square().sum(), model)
         for key, p in model.named_parameters():
             torch.testing.assert_close(p.grad_batch[n], alone[key])
+
+
+SQUARE = torch.rand(4, 4, 2)  # as many samples as steps: which axis moved shows in numbers alone
+
+
+@pytest.mark.parametrize(
+    ("reads", "move", "plain"),
+    [
+        (torch.rand(N, 1, D), lambda x: x.flatten(1), True),
+        (torch.rand(N, T, D), lambda x: x.reshape(N, -1), False),  # the batch may be second
+        (torch.rand(N, D), lambda x: x.unsqueeze(1), True),
+        (torch.rand(N, D), lambda x: x.flip(1), True),
+        (torch.rand(N, D), lambda x: x.flip(0), False),
+        (torch.rand(N, T, D), lambda x: x.flatten(0, 1), False),
+        (torch.rand(N, T, D), lambda x: x.transpose(0, 1), False),
+        (SQUARE, lambda x: x.transpose(0, 1), False),
+        (SQUARE, lambda x: x.transpose(1, 2).flip(1).flatten(0, 1), False),
+        (torch.rand(N, D), lambda x: x.roll(1, 0).flatten(1), False),
+        (torch.rand(N, D), lambda x: x.roll(1, 0).roll(-1, 0), False),
+    ],
+)
+def test_rows_have_numbers_of_their_own_only_where_something_moved_them(reads, move, plain):
+    for _ in range(2):  # the second time from memory
+        with record():
+            moved = move(reads.clone())
+        assert (roots_of(moved).numbers is None) == plain
