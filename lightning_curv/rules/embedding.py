@@ -1,6 +1,13 @@
-"""Embeddings: linear maps of one-hot inputs that are never written out."""
+"""Tables that are read at places that the data name.
+
+Embeddings are linear maps of one-hot inputs that are never written out; `F.grid_sample` weighs the
+entries around a place instead of picking one.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +87,42 @@ def embedding_bag(
         share = per_sample_weights.flatten()[place].unsqueeze(-1)
     by_token = (g.unsqueeze(2) * share).expand(-1, -1, index.shape[1], -1)
     return {"weight": Term("so", "si", "io", by_token, index, len(weight))}
+
+
+def _places(call: Call, arguments: dict[str, Any]) -> range:
+    """The axes of the places where a table is read; none where there is a table per sample."""
+    return range(2 if len(arguments["input"]) == 1 else len(call.shape), len(call.shape))
+
+
+@rule(
+    F.grid_sample,
+    parameters=("input",),
+    axes=_places,
+    # Every place has coordinates of its own, and a table per sample is read by its own sample.
+    keeps=lambda call, arguments: [0, *range(2, len(call.shape))],
+    needs_values=lambda arguments: ("grid",),
+)
+def grid_sample(
+    call: Call,
+    g: Tensor,
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> dict[str, Term]:
+    """`F.grid_sample` of one table `[1, C, *]`: position tables of any resolution, feature planes.
+
+    What is read is linear in the table, and the same for all channels.
+    """
+    sizes = input.shape[2:]
+    entries = math.prod(sizes)
+    # A table with a channel per entry, which is one there and zero elsewhere: it reads the weights.
+    each = torch.eye(entries, dtype=grid.dtype, device=grid.device).reshape(1, entries, *sizes)
+    weights = F.grid_sample(each, grid, mode, padding_mode, align_corners)
+    weights = call.rows(weights).reshape(g.shape[1], entries, -1)
+    g = g.reshape(*g.shape[:2], call.shape[1], -1)
+    return {"input": Term("ds", "es", "de", g, weights.to(g.dtype))}
 
 
 def rows_of(call: Call, g: Tensor, table: Tensor, index: Tensor) -> Term:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from losses_table import LOSS
 from torch import nn
+from torch.nn import functional as F
 from zoo import QUANTITIES, Problem, assert_close, assert_fields, compute
 
 from lightning_curv import curvature
@@ -104,6 +105,11 @@ class Expression(nn.Module):
 
     def forward(self, x):
         return self.function(x, self.W)
+
+
+def read_places(x, W, **options):
+    """What a table holds at the places `x [N, P, 2]`, all of which are places of one image."""
+    return F.grid_sample(W, x[None], **options)[0].permute(1, 2, 0)
 
 
 OPS = {
@@ -302,6 +308,56 @@ OPS = {
     "batch_norm1d_eval_positions": (lambda: nn.BatchNorm1d(4).eval(), (4, 3)),
     "batch_norm2d_eval": (lambda: nn.BatchNorm2d(4).eval(), IMAGE),
     "batch_norm3d_eval": (lambda: nn.BatchNorm3d(2).eval(), (2, 2, 3, 2)),
+    **{
+        f"grid_sample_{name}": (
+            partial(Expression, partial(read_places, **options), 1, 2, 3, 4),
+            (5, 2),
+        )
+        for name, options in {
+            "bilinear": {"align_corners": False},
+            "nearest_border": {"mode": "nearest", "padding_mode": "border", "align_corners": False},
+            "bicubic_reflection": {
+                "mode": "bicubic",
+                "padding_mode": "reflection",
+                "align_corners": True,
+            },
+        }.items()
+    },
+    "grid_sample_steps_first": (
+        lambda: Expression(
+            lambda x, W: F.grid_sample(W, x.transpose(0, 1)[None], align_corners=False)[0].permute(
+                2, 1, 0
+            ),
+            1,
+            2,
+            3,
+            4,
+        ),
+        (5, 2),
+    ),
+    "grid_sample_volume": (
+        lambda: Expression(
+            lambda x, W: F.grid_sample(W, x[None, :, :, None], align_corners=False)[0].transpose(
+                0, 1
+            ),
+            1,
+            2,
+            3,
+            2,
+            2,
+        ),
+        (4, 3),
+    ),
+    "grid_sample_image_per_sample": (
+        lambda: Expression(
+            lambda x, W: F.grid_sample(W.expand(len(x), -1, -1, -1), x, align_corners=False),
+            1,
+            2,
+            3,
+            4,
+        ),
+        (2, 3, 2),
+    ),
 }
 
 
@@ -440,6 +496,52 @@ def test_follows_a_permutation_of_the_samples(name):
             assert_close(permuted[field][key], plain[field][key][order], label=field)
         for field in ("variance", "diag_ggn_exact"):
             assert_close(permuted[field][key], plain[field][key], label=field)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_a_position_table_is_interpolated_for_images_of_different_sizes(mode):
+    """Patches of all images are rows of one image for `grid_sample`, as in GLM-4V."""
+    torch.manual_seed(0)
+    sizes = [(2, 3), (1, 2), (3, 3)]
+    table = nn.Parameter(torch.randn(4 * 4, 5).double())
+    embed, head = nn.Linear(3, 5).double(), nn.Linear(5, 4).double()
+    patches = [torch.randn(h * w, 3).double() for h, w in sizes]
+    places = [
+        torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).double() * 2
+        - 1
+        for h, w in sizes
+    ]
+    y = torch.tensor([2, 0, 1])
+
+    def logits(chosen):
+        image = torch.repeat_interleave(
+            torch.arange(len(chosen)), torch.tensor([len(patches[n]) for n in chosen])
+        )
+        grid = torch.cat([places[n] for n in chosen])[None, :, None]
+        positions = F.grid_sample(
+            table.view(4, 4, 5).permute(2, 0, 1)[None], grid, mode, "border", align_corners=False
+        )
+        rows = embed(torch.cat([patches[n] for n in chosen])) + positions[0, :, :, 0].T
+        return head(torch.zeros(len(chosen), 5).double().index_add(0, image, rows.tanh()))
+
+    with curvature(BatchGrad(), Variance(), DiagGGNExact(), check=True):
+        F.cross_entropy(logits([0, 1, 2]), y).backward()
+    alone = torch.stack(
+        [
+            torch.autograd.grad(F.cross_entropy(logits([n]), y[n : n + 1]) / 3, table)[0]
+            for n in range(3)
+        ]
+    )
+    assert_close(table.grad_batch, alone)
+    assert_close(table.variance, alone.var(0, unbiased=False))
+    z = logits([0, 1, 2])
+    hessians = torch.func.vmap(torch.func.hessian(F.cross_entropy))(z.detach(), y) / 3
+    rows = [
+        torch.stack([torch.autograd.grad(z[n, c], table, retain_graph=True)[0] for c in range(4)])
+        for n in range(3)
+    ]
+    diagonal = sum(torch.einsum("cip,cd,dip->ip", J, H, J) for J, H in zip(rows, hessians))
+    assert_close(table.diag_ggn_exact, diagonal)
 
 
 @pytest.mark.parametrize("name", ["embedding", "embedding_bag_of_positions"])
