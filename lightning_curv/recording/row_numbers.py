@@ -329,9 +329,12 @@ def _routed(
         # What is joined to rows of the batch, and is the same for all, belongs to them.
         beside = told[0][size]
         numbers = []
-        for own, value in zip(known, sources, strict=True):
-            own_of_size = beside if own is None else own[size]
-            numbers.append(own_of_size.expand(value.shape))
+        try:
+            for own, value in zip(known, sources, strict=True):
+                own_of_size = beside if own is None else own[size]
+                numbers.append(own_of_size.expand(value.shape))
+        except RuntimeError:  # rows of this size lie along the axis that is joined: others need not
+            continue
         if name in VIEWS:
             numbers = [one.contiguous() for one in numbers]
         with torch._C.DisableTorchFunction():
@@ -352,20 +355,54 @@ def _written(
 ) -> list[Numbers]:
     """The numbers of a tensor that some entries were written to.
 
-    Constants belong to what they are written to.
+    Constants belong to what they are written to, and so does the rest of a constant that rows of
+    the batch are written to.
     """
     tensor, index, value = args
-    numbers = numbers_of(tensor)
     if not isinstance(value, Tensor) or roots_of(value).constant:
-        return [numbers]
+        return [numbers_of(tensor)]
     written = numbers_of(value)
+    numbers: Numbers | None = None
+    if not roots_of(tensor).constant:
+        numbers = numbers_of(tensor)
     found = {}
-    for size in {*numbers}.intersection(written):
-        whole = numbers[size].expand(tensor.shape).clone()
+    for size in {*written} if numbers is None else {*numbers}.intersection(written):
+        if numbers is None:
+            whole = torch.full(tensor.shape, _UNWRITTEN, device=tensor.device)
+        else:
+            whole = numbers[size].expand(tensor.shape).clone()
         with torch._C.DisableTorchFunction():
-            whole[index] = written[size].expand(value.shape)
-        found[size] = narrowed(whole)
+            whole[index] = written[size].expand(value.shape).to(whole.dtype)
+        complete = whole if numbers is not None else _completed(whole)
+        if complete is not None:
+            found[size] = narrowed(complete.to(written[size].dtype))
     return [found]
+
+
+_UNWRITTEN = -1
+
+
+def _completed(numbers: Tensor) -> Tensor | None:
+    """The numbers of a constant tensor that rows of the batch were written to.
+
+    What was not written belongs to the row that it is in, such as the step in front of a sequence
+    that was shifted. `None`: the rows do not lie along one axis, or some were not written to.
+
+    Args:
+        numbers: Of all entries; `_UNWRITTEN` where nothing was written.
+    """
+    written = numbers != _UNWRITTEN
+    if bool(written.all()):
+        return numbers
+    # One row does not tell along which axis the others would be.
+    several = bool((numbers[written] != numbers.amax()).any())
+    for axis in range(numbers.ndim) if several else ():
+        rows = numbers.movedim(axis, 0).flatten(1)
+        of_row = rows.amax(1, keepdim=True)
+        if bool(((rows == of_row) | (rows == _UNWRITTEN)).all()) and _UNWRITTEN not in of_row:
+            following = [1] * (numbers.ndim - axis - 1)
+            return of_row.reshape(-1, *following).expand_as(numbers)
+    return None
 
 
 def _kept(

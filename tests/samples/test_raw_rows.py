@@ -161,6 +161,18 @@ def copied_as_they_are(x, y, lengths):
     yield x.contiguous().to(x.dtype).flip(0)[:, 0], y.contiguous().flip(0)[:, 0]
 
 
+def shifted_by_a_step(x, y, lengths):
+    rows, targets = torch.zeros_like(x), torch.zeros_like(y)
+    rows[:, 1:], targets[:, 1:] = x[:, :-1], y[:, :-1]
+    yield rows, targets
+
+
+def with_an_end(x, y, lengths):
+    mask = torch.arange(T + 1) <= lengths[:, None]
+    end, last = x.new_ones(len(x), 1, D), y.new_zeros(len(y), 1)
+    yield torch.cat([x, end], 1)[mask], torch.cat([y, last], 1)[mask]
+
+
 CASES: dict[str, Callable] = {
     function.__name__: function
     for function in (
@@ -191,6 +203,8 @@ CASES: dict[str, Callable] = {
         moved_after_vmap,
         exchanged_in_place,
         copied_as_they_are,
+        shifted_by_a_step,
+        with_an_end,
     )
 }
 
@@ -298,6 +312,19 @@ def test_rows_that_an_op_moves_by_values_are_not_guessed():
     with curvature(BatchGrad(), batch_size=N):
         rows = model(x[:, :2].flatten(0, 1).sort(0).values)
         loss = cross_entropy(rows, y[:, :2].flatten().sort(0).values % C)
+        with pytest.raises(NotImplementedError, match="sample"):
+            loss.backward()
+
+
+def test_the_rest_of_a_constant_is_not_guessed_from_single_rows():
+    """Of rows that are written one by one nobody knows whose those are that follow."""
+    model, x, y, lengths = draw()
+    with curvature(BatchGrad(), batch_size=N):
+        rows, targets = torch.zeros_like(x), torch.zeros_like(y)
+        for i, length in enumerate(lengths.tolist()):
+            place = (i + 1) % N
+            rows[place, :length], targets[place, :length] = x[i, :length], y[i, :length]
+        loss = by_hand(model(rows), targets % C)
         with pytest.raises(NotImplementedError, match="sample"):
             loss.backward()
 
