@@ -2,15 +2,15 @@
 
 Per-sample gradients are N backward passes, of each sample as a batch of its own. The columns of the
 GGN are those of the square root of the loss' Hessian, one backward pass each: at the inputs of
-known loss functions, or else at the outputs of the last modules with parameters. Products with the
-Hessian are double backward passes, or central differences of gradients where torch has no second
-derivative. Attention is the plain one.
+known loss functions, and of all other summands at the outputs of the last modules with parameters.
+Products with the Hessian are double backward passes, or central differences of gradients where
+torch has no second derivative. Attention is the plain one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -44,12 +44,18 @@ class NoReferenceError(Exception):
     """Plain autograd does not tell what is right."""
 
 
-class _LossInputs(TorchFunctionMode):
-    """The inputs of all loss functions that are called."""
+class _LossCalls(TorchFunctionMode):
+    """The inputs and outputs of all loss functions that are called.
 
-    def __init__(self) -> None:
+    Attributes:
+        found: both, of those whose input depends on parameters.
+        constant: numbers of calls that are taken for constants.
+    """
+
+    def __init__(self, constant: Sequence[int] = ()) -> None:
         super().__init__()
-        self.found: list[Tensor] = []
+        self.found: list[tuple[Tensor, Tensor]] = []
+        self.constant = constant
 
     def __torch_function__(
         self,
@@ -62,8 +68,12 @@ class _LossInputs(TorchFunctionMode):
         if func in LOSSES:
             input = args[0] if args else kwargs.pop("input")
             if input.requires_grad:
-                input = input.view_as(input)  # nothing but this call depends on it
-                self.found.append(input)
+                kept = len(self.found) not in self.constant
+                # On a view of its own nothing but this call depends.
+                input = input.view_as(input) if kept else input.detach()
+                output = func(input, *args[1:], **kwargs)
+                self.found.append((input, output))
+                return output
             args = (input, *args[1:])
         if func is torch.sparse_coo_tensor and args[1].requires_grad:
             return _scattered(*args)
@@ -164,7 +174,7 @@ class Reference:
         self.tolerance = (
             3e-3 if single else 1e-5
         )  # networks in float64 compute in float32 here and there
-        loss, self._inputs = self._forward()
+        loss, self._calls, self._outputs = self._forward()
         self._loss = loss
         whole = torch.autograd.grad(
             loss, list(problem.parameters.values()), retain_graph=True, allow_unused=True
@@ -183,13 +193,16 @@ class Reference:
             else names
         )
 
-    def _forward(self) -> tuple[Tensor, list[Tensor]]:
+    def _forward(
+        self, constant: Sequence[int] = ()
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], _Outputs]:
+        """The loss, its calls of loss functions, some of which are constants, and outputs of modules."""
         with (
             sdpa_kernel(SDPBackend.MATH),
-            _LossInputs() as inputs,
-            _Outputs(self.problem.model) as self._outputs,
+            _LossCalls(constant) as calls,
+            _Outputs(self.problem.model) as outputs,
         ):
-            return self.problem(), inputs.found
+            return self.problem(), calls.found, outputs
 
     def _hidden(self) -> list[str]:
         """Names of parameters that some op runs a backward pass of its own for."""
@@ -263,36 +276,68 @@ class Reference:
     @cached_property
     def columns(self) -> dict[str, Tensor]:
         """Columns of the square root of the GGN, ``[V, *p]``."""
-        if not self.curvature_defined:
-            self._inputs = self._outputs.above(self._loss)
-        sizes = [z.numel() for z in self._inputs]
-        if sum(sizes) > MOST_COLUMNS:
-            raise NoReferenceError(f"{sum(sizes)} entries at the loss")
-        gradient = torch.cat([g.flatten() for g in self._by_inputs(self._loss, create_graph=True)])
+        parts = self._parts
+        entries = sum(z.numel() for _, inputs in parts for z in inputs)
+        if entries > MOST_COLUMNS:
+            raise NoReferenceError(f"{entries} entries at the loss")
+        found = [columns for part in parts if (columns := self._columns_of(*part)) is not None]
+        if not found:
+            raise NoReferenceError("the loss has no curvature to speak of")
+        return {name: torch.cat(columns) for name, columns in zip(self.parameters, zip(*found))}
+
+    @property
+    def _parts(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """Functions that add up to the loss, and what each is a function of.
+
+        Calls of known loss functions that enter the loss linearly are one, all else is another one.
+        """
+        if self.curvature_defined:
+            return [(self._loss, [input for input, _ in self._calls])]
+        linear = [i for i, (_, output) in enumerate(self._calls) if self._is_summand(output)]
+        rest, _, outputs = self._forward(constant=linear)
+        return [
+            (self._loss, [self._calls[i][0] for i in linear]),
+            (rest, outputs.above(rest)),
+        ]
+
+    def _is_summand(self, output: Tensor) -> bool:
+        """Whether the derivative of the loss by the output of a loss function is a constant."""
+        (weight,) = torch.autograd.grad(
+            self._loss, output, retain_graph=True, create_graph=True, materialize_grads=True
+        )
+        return not weight.requires_grad
+
+    def _columns_of(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor] | None:
+        """The columns of a function of some inputs, by parameter; `None`: it has no curvature."""
+        if not inputs:
+            return None
+        sizes = [z.numel() for z in inputs]
+        by_inputs = partial(self._by_inputs, inputs=inputs)
+        gradient = torch.cat([g.flatten() for g in by_inputs(loss, create_graph=True)])
         if not gradient.requires_grad:
-            raise NoReferenceError("the loss is linear")
+            return None
         hessian = torch.stack(
-            [torch.cat([h.flatten() for h in self._by_inputs(entry)]) for entry in gradient]
+            [torch.cat([h.flatten() for h in by_inputs(entry)]) for entry in gradient]
         )
         values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
         if values.abs().max() < 1e-12:
-            raise NoReferenceError("the loss has no curvature to speak of")
+            return None
         kept = values > self.tolerance**2 * values.abs().max()
         root = (vectors * values.clamp(min=0).sqrt()).T[kept]
-        cotangents = [g.unflatten(1, z.shape) for g, z in zip(root.split(sizes, 1), self._inputs)]
+        cotangents = [g.unflatten(1, z.shape) for g, z in zip(root.split(sizes, 1), inputs)]
         try:
-            rows_of_columns = self._derivative(self._inputs, cotangents, batched=True)
+            return self._derivative(inputs, cotangents, batched=True)
         except RuntimeError:
-            rows = [
-                self._derivative(self._inputs, [g[v] for g in cotangents]) for v in range(len(root))
-            ]
-            rows_of_columns = [torch.stack(row) for row in zip(*rows)]
-        return dict(zip(self.parameters, rows_of_columns))
+            rows = [self._derivative(inputs, [g[v] for g in cotangents]) for v in range(len(root))]
+            return [torch.stack(row) for row in zip(*rows)]
 
-    def _by_inputs(self, output: Tensor, create_graph: bool = False) -> tuple[Tensor, ...]:
+    @staticmethod
+    def _by_inputs(
+        output: Tensor, inputs: list[Tensor], create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
             output,
-            self._inputs,
+            inputs,
             retain_graph=True,
             create_graph=create_graph,
             allow_unused=True,
@@ -302,9 +347,10 @@ class Reference:
     @cached_property
     def curvature_defined(self) -> bool:
         """Whether all of the loss' dependence on the parameters goes through inputs of known loss functions."""
-        if not self._inputs:
+        inputs = [input for input, _ in self._calls]
+        if not inputs:
             return False
-        through = self._derivative(self._inputs, self._by_inputs(self._loss))
+        through = self._derivative(inputs, self._by_inputs(self._loss, inputs))
         distances = [largest(g - self.gradient[name]) for name, g in zip(self.parameters, through)]
         return max(distances) < self.tolerance * self._largest
 
