@@ -107,8 +107,8 @@ def note_roots(
         reads = tensors[0]
         roots = all_roots(reads) if reads.requires_grad else roots_of(reads)
         kind = _kind(func, args, kwargs, reads, roots, results)
-        if kind is not None and (told := _TOLD.get(kind)) is not None:
-            _note_told(func, args, kwargs, results, roots, told)
+        if kind is not None and (remembered := _TOLD.get(kind)) is not None:
+            _note_told(func, args, kwargs, results, roots, remembered)
             return
     inplace = any(tensor is first for tensor in tensors)
     if inplace and not _changes(func, kwargs):
