@@ -100,7 +100,8 @@ class KFACOptimizer(SecondOrderOptimizer):
         shard_inverses: In distributed training every inverse is computed by one process. False
             sends it to all when it is renewed; True keeps it there, one copy in all processes
             together, and sends the preconditioned gradients in every step. Checkpoints then lack
-            the inverses, which the first step after a restart computes anew.
+            the inverses, which the first step after a restart computes anew; those of sharded
+            parameters have them.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
         safeguards: Bound how far layers move together, shorten the steps of `lr="auto"` for small
             batches and where the loss no longer falls, average the curvature along a step over

@@ -27,6 +27,7 @@ from lightning_curv.optimizers.curvature.base import (
 )
 from lightning_curv.optimizers.curvature.fields import Inbox, missing
 from lightning_curv.optimizers.linear_algebra.readings import Readings, Surprise
+from lightning_curv.optimizers.packed_state import is_trial_step, packed, unpacked
 from lightning_curv.optimizers.settings import (
     require_gatherable,
     require_non_negative,
@@ -40,6 +41,7 @@ from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.refresh import block_damping, refresh
 from lightning_curv.optimizers.step.restore import restored_state
 from lightning_curv.optimizers.step.schedule import Schedule
+from lightning_curv.optimizers.step.sharded_inverses import keep_own_inverses, with_all_inverses
 from lightning_curv.optimizers.step_size.levenberg_marquardt import LevenbergMarquardt
 from lightning_curv.optimizers.step_size.loss_limits import LossLimits, LossValue
 from lightning_curv.optimizers.step_size.rules import QuadraticModel, Step, StepRule
@@ -304,6 +306,9 @@ class SecondOrderOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         refuse_join(self)
+        if is_trial_step(self) and not self._has_fields():
+            # There is no state to make before curvature is measured.
+            return loss
         members = self._parameters.members()
         if not members:
             return loss
@@ -571,6 +576,11 @@ class SecondOrderOptimizer(Optimizer):
                 )
         return dampings
 
+    def _has_fields(self) -> bool:
+        """Whether a backward pass has left anything for the upcoming step."""
+        fields = {extension.savefield for extension in self.extensions}
+        return any(not fields.isdisjoint(vars(param)) for param in self._parameters.all())
+
     def _taken(self, extension: Extension, members: list[Member]) -> dict[Tensor, Any]:
         """The new fields of an extension, each only once."""
         inbox = self._inboxes.setdefault(extension.savefield, Inbox(extension.savefield))
@@ -677,13 +687,32 @@ class SecondOrderOptimizer(Optimizer):
         return self._parameters.summary(self.curvature)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, state and step count: tensors and plain types only."""
+        """Settings, state and step count: tensors and plain types only.
+
+        Of sharded parameters it is the same in all processes, packed for
+        `torch.distributed.checkpoint`; where inverses are sharded, too, all processes call it.
+        """
         self._settle()
         saved = {**super().state_dict(), **{name: getattr(self, name) for name in SAVED}}
+        params = self._parameters.all()
+        if any(map(is_sharded, params)):
+            return self._packed(saved, params)
         saved["state"] = {
             number: self.curvature.saved(state) for number, state in saved["state"].items()
         }
         return saved
+
+    def _packed(self, saved: dict[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+        """The state as `torch.distributed.checkpoint` takes it, the same in all processes."""
+        numbers = {name: saved[name] for name in SAVED}
+        values = [
+            {
+                "numbers": numbers,
+                "state": with_all_inverses(self.curvature, saved["state"].get(i, {})),
+            }
+            for i in range(len(params))
+        ]
+        return packed({**saved, "state": {}}, params, values, self.steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, every tensor in the dtype that it was saved in.
@@ -692,8 +721,14 @@ class SecondOrderOptimizer(Optimizer):
         else: it is left out with a warning.
 
         Raises:
-            RuntimeError: Steps were taken, and what they left in the state is not there.
+            RuntimeError: Steps were taken, and what they left in the state is not there, or not
+                all of it.
         """
+        state_dict, values = unpacked(state_dict, type(self).__name__)
+        for key, value in values.items():
+            state_dict.update(value["numbers"])
+            if value["state"]:
+                state_dict["state"][key] = value["state"]
         if "steps" not in state_dict:
             warn(
                 f"found a checkpoint without the state of {type(self).__name__} (its keys are "
@@ -708,6 +743,7 @@ class SecondOrderOptimizer(Optimizer):
         self._pending = None
         super().load_state_dict(state_dict)
         self.state.update(restored_state(state_dict, self.param_groups))
+        keep_own_inverses(self.curvature, self.state.values())
         for name in SAVED:
             setattr(self, name, state_dict.get(name, getattr(self, name)))
 

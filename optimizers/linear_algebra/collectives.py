@@ -114,3 +114,16 @@ def averaged(tensor: Tensor) -> Tensor:
         together(dist.all_reduce, tensor)
         tensor = tensor / dist.get_world_size()
     return tensor
+
+
+def from_process_0(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor of process 0, in all processes.
+
+    Args:
+        tensor: of this process, of the shape and type that it has in all.
+        device: where the processes can communicate, and the copy is.
+    """
+    sent = tensor.to(device, copy=True)
+    if processes() > 1:
+        together(dist.broadcast, sent, src=0)
+    return sent

@@ -11,8 +11,17 @@ from torch.optim import Optimizer
 
 from lightning_curv.distributed.failures import telling
 from lightning_curv.distributed.replicas import refuse_join
-from lightning_curv.distributed.shards import find_shards, free, local, own_part, version
+from lightning_curv.distributed.shards import (
+    find_shards,
+    free,
+    is_sharded,
+    local,
+    own_part,
+    version,
+)
 from lightning_curv.errors import UnsupportedError
+from lightning_curv.optimizers.linear_algebra.collectives import from_process_0
+from lightning_curv.optimizers.packed_state import is_trial_step, packed, unpacked
 from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
@@ -282,6 +291,10 @@ class DPOptimizer(Optimizer):
         # Before noise is drawn: a step that is refused releases nothing.
         refuse_join(self)
         self._refuse_unprivatised()
+        if is_trial_step(self) and not self._sum.passes and not self._own:
+            # Of gradients that are zeros, see above, and of no sample: nothing is released.
+            self.optimizer.step()
+            return loss
         sigma, size = self._settings()
         self._privatise(sigma, size)
         # Before the inner step: what can be seen is paid for, whatever happens next.
@@ -375,14 +388,22 @@ class DPOptimizer(Optimizer):
 
         Returns:
             The inner optimizer's state; under `"privacy"` the account, the state of the clipping,
-            the steps, and with `exact_resume` that of the noise.
+            the steps, and with `exact_resume` that of the noise. Of sharded parameters the latter
+            is packed for `torch.distributed.checkpoint`, and all processes call this.
         """
         privacy: dict[str, Any] = {"clipping": self.clipping.state_dict(), "steps": self.steps}
         if self.exact_resume:
             privacy["noise"] = self._noise.state_dict()
         if self.accountant is not None:
             privacy["accountant"] = self.accountant.state_dict()
-        return {**self.optimizer.state_dict(), "privacy": privacy}
+        state, params = self.optimizer.state_dict(), self._all()
+        if not any(map(is_sharded, params)):
+            return {**state, "privacy": privacy}
+        if self.exact_resume:
+            # Process 0 draws the noise: its state goes into the checkpoint, whoever writes that.
+            noise = privacy["noise"].items()
+            privacy["noise"] = {n: from_process_0(state, params[0].device) for n, state in noise}
+        return packed(state, params, [privacy] * len(params), self.steps)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -395,9 +416,11 @@ class DPOptimizer(Optimizer):
         Raises:
             KeyError: It is the state of another optimizer, or lacks the state of the noise that
                 `exact_resume` needs.
+            RuntimeError: Some of the state of the inner optimizer is not there.
         """
-        state = dict(state_dict)
-        privacy = state.pop("privacy", None)
+        state, values = unpacked(dict(state_dict), type(self).__name__)
+        # Every parameter has it.
+        privacy = next(iter(values.values())) if values else state.pop("privacy", None)
         if privacy is None:
             raise KeyError(
                 "Expected the state of a DPOptimizer with an entry 'privacy', found none: it was "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -133,6 +133,56 @@ def preconditioned(curvature: Curvature, gradients: Sequence[Gradient]) -> list[
     totals = zip(summed(shares), shares, strict=True)
     sums = iter([total.to(share) for total, share in totals])
     return [[next(sums) for _ in gradient.values] for gradient in gradients]
+
+
+def with_all_inverses(curvature: Curvature, state: State) -> State:
+    """The state of a block with the inverses that its owner has, the same in all processes.
+
+    Args:
+        curvature: whose state it is; if it is `sharded`, all of its `derived` entries are lists of
+            a tensor per part, or None where there is none yet.
+        state: of the block.
+
+    Cost: of a `sharded` curvature one collective per part, called by all processes.
+    """
+    owner = curvature.owner(state)
+    if owner is None:
+        return state
+    whole = {key: value for key, value in state.items() if key != "owner"}
+    if processes() == 1:
+        return whole
+    owner = _owner(curvature, state)
+    for key in curvature.derived:
+        for unit, tensor in enumerate(state.get(key, ())):
+            if tensor is not None:
+                (shape,) = curvature.shapes(state, unit)
+                sent = tensor.new_empty(shape)
+                if owner == dist.get_rank():
+                    sent.copy_(tensor)
+                together(dist.broadcast, sent, src=owner)
+                whole[key] = [*whole[key][:unit], sent, *whole[key][unit + 1 :]]
+    return whole
+
+
+def keep_own_inverses(curvature: Curvature, states: Iterable[State]) -> None:
+    """Of states from `with_all_inverses` keep the inverses that this process owns.
+
+    Args:
+        curvature: whose states they are.
+        states: of all blocks, in the same order in all processes.
+    """
+    if not curvature.sharded or processes() == 1:
+        return
+    blocks = [state for state in states if any(key in state for key in curvature.derived)]
+    costs = [
+        sum(_cost(curvature, state, unit) for unit in range(curvature.units(state)))
+        for state in blocks
+    ]
+    for state, owner in zip(blocks, _balanced(costs), strict=True):
+        curvature.assign(state, owner)
+        if owner != dist.get_rank():
+            for key in curvature.derived:
+                state[key] = [None if part is None else part.new_empty(0) for part in state[key]]
 
 
 def _packed(result: Result, size: int, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from packages import needs
 from private_ranks import (
     CLIPPING,
+    FORMS,
     PRIVATE,
     RUNS,
     Net,
@@ -31,10 +32,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def all_results(tmp_path_factory):
-    """What every process found, by the number of processes."""
+def folder(tmp_path_factory):
+    """Where the processes write."""
     folder = tmp_path_factory.mktemp("private")
     spawn(work, str(folder), world=4, groups=(4, 2))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def all_results(folder):
+    """What every process found, by the number of processes."""
     return {
         w: [torch.load(folder / f"{w} {r}.pt", weights_only=False) for r in range(w)]
         for w in (4, 2)
@@ -188,6 +195,31 @@ def test_lightning_trains_as_one_process_does(results, name):
         parameters, history = found["lightning"][name]
         assert history == callback.accountant.history
         assert all(map(close, parameters, values(net)))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """The parameters and the account of one process that makes both epochs."""
+    net, callback = Net(), PrivacyCallback(seed=2)
+    fit(net, callback, 8, max_epochs=2)
+    return values(net), callback.accountant.history
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(results, uninterrupted, form):
+    expected, history = uninterrupted
+    for found in results:
+        parameters, resumed_history = found["resumed"][form]
+        assert resumed_history == history
+        assert all(map(close, parameters, expected))
+
+
+def test_a_process_without_sharding_goes_on_from_one_file(results, folder, uninterrupted):
+    expected, history = uninterrupted
+    net, callback = Net(), PrivacyCallback(exact_resume=True)
+    fit(net, callback, 8, max_epochs=2, ckpt_path=folder / "one file")
+    assert callback.accountant.history == history
+    assert all(map(close, values(net), expected))
 
 
 @pytest.mark.parametrize("part", [False, True])

@@ -318,15 +318,12 @@ def fit(net, callback, batch_size, others=(), ckpt_path=None, **settings):
     return trainer
 
 
-def in_processes(world, **settings):
+def in_processes(world, form="parts"):
     """Arguments of a Trainer of several processes that share parameters."""
-    strategy = ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)
-    return {
-        "strategy": strategy,
-        "devices": world,
-        "plugins": [TorchElasticEnvironment()],
-        **settings,
-    }
+    strategy = ModelParallelStrategy(
+        data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=FORMS[form]
+    )
+    return {"strategy": strategy, "devices": world, "plugins": [TorchElasticEnvironment()]}
 
 
 RUNS = {"large": (4, 1), "small": (1, 1), "parts": (1, 2)}  # batch size, accumulated
@@ -336,6 +333,27 @@ def lightning(world, name, **settings):
     size, accumulate = RUNS[name]
     net, callback = Net(**settings), PrivacyCallback(seed=2)
     fit(net, callback, size, accumulate_grad_batches=accumulate, **in_processes(world))
+    return values(net), callback.accountant.history
+
+
+FORMS = {
+    "parts": True,
+    "one file": False,
+}  # of a checkpoint, and whether Lightning calls it distributed
+
+
+def resumed(folder, form):
+    """The parameters and the account of a run of two fits, of which the second goes on from a checkpoint."""
+    path, settings = Path(folder) / form, {"max_epochs": 1}
+    for callback in (
+        PrivacyCallback(seed=2, exact_resume=True),
+        PrivacyCallback(exact_resume=True),
+    ):
+        net = Net()
+        trainer = fit(net, callback, 4, **in_processes(2, form), **settings)
+        if "ckpt_path" not in settings:
+            trainer.save_checkpoint(path)
+        settings = {"max_epochs": 2, "ckpt_path": path}
     return values(net), callback.accountant.history
 
 
@@ -393,6 +411,7 @@ def with_parts(folder):
         "lone sample": lone_sample(mesh),
         "audit": refused_audit(mesh),
         "lightning": {name: lightning(2, name) for name in RUNS},
+        "resumed": {form: resumed(folder, form) for form in FORMS},
         "watched": watched(2),
     }
 

@@ -1,18 +1,12 @@
 """Two processes that share the parameters of a model among each other."""
 
-import io
-from datetime import timedelta
-from pathlib import Path
-
 import pytorch_lightning as pl
 import torch
-from processes import QUIET, join
+from processes import QUIET
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -43,7 +37,6 @@ from lightning_curv.extensions import GGNTraceMC, GraphExtension, JacobianExact
 from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
 
 WORLD = 2  # processes of all cases but those that need a mesh of 2 × 2
-WORLDS = (4, WORLD)
 SIZE, STEPS = 6, 4
 
 
@@ -311,7 +304,7 @@ def optimized(mesh):
     found = {
         (name, resume is not None): run(sharded(), make, batches, resume)
         for name, make in OPTIMIZERS.items()
-        for resume in ([None] if name == "inverses" else [None, sharded])
+        for resume in (None, sharded)
     }
     found["kfac", "some"] = run(some_layers(mesh), OPTIMIZERS["kfac"], batches)
     for name in TIED:
@@ -320,61 +313,6 @@ def optimized(mesh):
 
 
 TIED = ["kfac", "diagonal"]
-
-
-class WholeState:
-    """The state of an optimizer, the same in all processes, for `torch.distributed.checkpoint`."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-    def state_dict(self):
-        buffer = io.BytesIO()
-        torch.save(self.optimizer.state_dict(), buffer)
-        return {"whole": buffer.getvalue()}
-
-    def load_state_dict(self, saved):
-        self.optimizer.load_state_dict(torch.load(io.BytesIO(saved["whole"])))
-
-
-RESHARDED = ["kfac", "eigen", "diagonal", "auto"]
-
-
-def replicated(name, folder, steps):
-    """The parameters after some steps of four processes, 2 × 2, or after some more of two.
-
-    What four have saved two load.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = by_layer(network(), mesh=replicas(), reshard_after_forward=True)
-    optimizer = OPTIMIZERS[name](model.parameters())
-    path, saved = Path(folder) / name, {"model": model, "optimizer": WholeState(optimizer)}
-    if path.exists():
-        checkpoint.load(saved, checkpoint_id=path)
-    for step in steps:
-        optimizer.zero_grad()
-        x, y = batches_of(rank, world)[step]
-        with curvature(*optimizer.required_extensions()):
-            F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    if world == WORLDS[0]:
-        checkpoint.save(saved, checkpoint_id=path)
-    return [whole(p.detach()).clone() for p in model.parameters()]
-
-
-def lost_state(folder):
-    """What is said where the state of an optimizer goes the way of one that has tensors for every parameter."""
-    model = by_layer(network(), mesh=replicas())
-    optimizer = OPTIMIZERS["kfac"](model.parameters())
-    (x, y), path = batch(0), Path(folder) / "lost"
-    with curvature(*optimizer.required_extensions()):
-        F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-    checkpoint.save({"optimizer": optimizer}, checkpoint_id=path)
-    fresh = OPTIMIZERS["kfac"](model.parameters())
-    lost = message(lambda: checkpoint.load({"optimizer": fresh}, checkpoint_id=path))
-    model.zero_grad()
-    return lost, message(lambda: get_optimizer_state_dict(model, fresh))
 
 
 def accumulate_without_exchange():
@@ -476,19 +414,17 @@ def union(world):
     return [tuple(map(torch.cat, zip(*step))) for step in steps]
 
 
-def with_replicas(folder):
+def with_replicas():
     """Four processes."""
-    mesh = init_device_mesh("cpu", (WORLDS[0],))
+    mesh = init_device_mesh("cpu", (4,))
     names = [name for name in SHARDED if "replicas" in name]
     return {
         "quantities": {name: quantities(name, mesh) for name in names},
         "accumulated": {"replicas": accumulated("replicas", mesh)},
-        "resharded": {name: replicated(name, folder, range(2)) for name in RESHARDED},
-        "lost": lost_state(folder),
     }
 
 
-def with_parts(folder):
+def with_parts():
     """Two processes."""
     mesh = init_device_mesh("cpu", (WORLD,))
     return {
@@ -496,21 +432,8 @@ def with_parts(folder):
         "quantities": {name: quantities(name, mesh) for name in SHARDED},
         "accumulated": {name: accumulated(name, mesh) for name in ACCUMULATED},
         "optimized": optimized(mesh),
-        "resharded": {name: replicated(name, folder, range(2, 4)) for name in RESHARDED},
         "kept": kept(mesh),
         "lightning": lightning(),
         "lightning, accumulated": lightning(accumulate=2),
         "lightning, parts": lightning(batch_norm=True),
     }
-
-
-def work(rank, folder, ports):
-    for world, port in zip(WORLDS, ports):
-        if rank >= world:
-            break
-        join(rank, world, port)
-        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(minutes=5))
-        found = with_parts(folder) if world == WORLD else with_replicas(folder)
-        torch.save(found, Path(folder) / f"{world} {rank}.pt")
-        dist.barrier()  # the first process has the store that all others still ask
-        dist.destroy_process_group()
