@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from zoo.tiny import answered, causal, classified, hf, masked, tagged, translated
+from zoo.network import Batch, integers, randn
+from zoo.tiny import STEPS, answered, causal, classified, hf, masked, tagged, translated
 
 BOTH = (3, 1, 5)  # the usual number of samples, one, and as many as steps
 
@@ -69,7 +72,50 @@ ENCODERS = [
        axial_pos_embds=False, local_attn_chunk_length=2, is_decoder=False, feed_forward_size=24,
           hidden_dropout_prob=0.0,
        local_attention_probs_dropout_prob=0.0, training=True),
+    hf("flaubert", "FlaubertWithLMHeadModel", masked),
+    hf("xmod", "XmodForMaskedLM", lambda c, n: {**masked(c, n), "lang_ids": torch.arange(n) % 2},
+       languages=["en_XX", "de_DE"]),  # adapters of two languages in one batch
+    hf("roc_bert", "RoCBertForMaskedLM", lambda c, n: pronounced(masked(c, n)), pronunciation_embed_dim=8,
+       pronunciation_vocab_size=11, shape_embed_dim=8, shape_vocab_size=11),
+    hf("markuplm", "MarkupLMForSequenceClassification", lambda c, n: on_paths(classified(c, n)), max_depth=4,
+       xpath_unit_hidden_size=4, max_xpath_tag_unit_embeddings=8, max_xpath_subs_unit_embeddings=8, tag_pad_id=6,
+       subs_pad_id=7),
+    hf("bros", "BrosForTokenClassification", lambda c, n: in_boxes(tagged(c, n)), dim_bbox_sinusoid_emb_2d=16,
+       dim_bbox_sinusoid_emb_1d=2, dim_bbox_projection=8, bbox_scale=1.0),
+    hf("esmc", "EsmcForMaskedLM", masked, num_key_value_heads=2),
 ]  # fmt: skip
+
+STATES = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 4}
+DELTAS = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 2,
+}
+MIXED = ["linear_attention", "full_attention"]
+WINDOWED = ["sliding_attention", "full_attention"]
+
+
+def segments(config: Any, samples: int) -> Batch:
+    """Tokens behind a prompt of the model's own, without padding."""
+    ids = integers(3, config.vocab_size, samples, STEPS)
+    return {"input_ids": ids, "labels": ids.flip(0)}
+
+
+def codes(config: Any, samples: int) -> Batch:
+    """The codes of a frame, one codebook after the other, after the state of another network."""
+    ids = integers(0, config.vocab_size, samples, config.num_codebooks)
+    state = randn(samples, config.backbone_hidden_size)
+    return {"input_ids": ids, "backbone_last_hidden_state": state, "labels": ids.flip(1)}
+
 
 DECODERS = [
     hf("gpt2", "GPT2LMHeadModel", causal, samples=BOTH),
@@ -123,6 +169,31 @@ DECODERS = [
        shared_expert_intermediate_size=8, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], decoder_sparse_step=3,
           dtype=torch.float32),
+    hf("gemma3n", "Gemma3nForCausalLM", causal, hidden_size_per_layer_input=4, laurel_rank=4, num_kv_shared_layers=1,
+       num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=3,
+       activation_sparsity_pattern=[0.5, 0.0, 0.0], intermediate_size=24),
+    hf("bamba", "BambaForCausalLM", causal, **STATES, attn_layer_indices=[1]),
+    hf("falcon_h1", "FalconH1ForCausalLM", causal, **STATES, mamba_d_ssm=32, mamba_rms_norm=True),
+    hf("zamba2", "Zamba2ForCausalLM", causal, layers_block_type=["linear_attention", "hybrid", "hybrid"],
+       num_hidden_layers=3, use_mamba_kernels=False, mamba_d_state=4, n_mamba_heads=4, mamba_headdim=8, chunk_size=4,
+       attention_hidden_size=32, attention_head_dim=16, num_key_value_heads=2, use_shared_attention_adapter=True,
+       adapter_rank=4, use_mem_rope=True),
+    hf("qwen3_5", "Qwen3_5ForCausalLM", causal, **DELTAS, layer_types=MIXED),
+    hf("olmo_hybrid", "OlmoHybridForCausalLM", causal, **DELTAS, layer_types=MIXED),
+    hf("lfm3", "Lfm3ForCausalLM", causal, conv_L_cache=3, num_hidden_layers=3, sliding_window=3,
+       layer_types=["conv", "full_attention", "sliding_attention"]),
+    hf("minicpm3", "MiniCPM3ForCausalLM", causal, **LATENT, dim_model_base=16),
+    hf("bitnet", "BitNetForCausalLM", causal),
+    hf("doge", "DogeForCausalLM", causal),
+    hf("apertus", "ApertusForCausalLM", causal),
+    hf("nanochat", "NanoChatForCausalLM", causal),
+    hf("cohere2", "Cohere2ForCausalLM", causal, sliding_window=3, layer_types=WINDOWED),
+    hf("exaone4", "Exaone4ForCausalLM", causal, sliding_window=3, layer_types=WINDOWED),
+    hf("hrm_text", "HrmTextForCausalLM", causal, num_layers_per_stack=1, L_cycles=2, L_bp_cycles=[1],
+       embedding_scale=1.0, prefix_lm=False),
+    hf("cpmant", "CpmAntForCausalLM", segments, dim_head=8, dim_ff=24, position_bias_num_buckets=8,
+       position_bias_max_distance=16, prompt_length=2, prompt_types=3, segment_types=4),
+    hf("csm-depth", "CsmDepthDecoderForCausalLM", codes, num_codebooks=4, backbone_hidden_size=8),
 ]  # fmt: skip
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
@@ -130,6 +201,8 @@ DEEPSEEK = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_s
             "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
                "qk_nope_head_dim": 4,
             "v_head_dim": 8, "head_dim": 4, "num_key_value_heads": 2}  # fmt: skip
+INDEXER = {"index_topk": 3, "index_head_dim": 8, "index_n_heads": 2}
+SELECTING = {"experts_implementation": "eager"}
 # By default experts are computed by a kernel that has no float64; "eager" ones select rows, one
 # expert after another.
 MIXTURES = [
@@ -154,6 +227,33 @@ MIXTURES = [
     hf("switch_transformers", "SwitchTransformersForConditionalGeneration", translated, num_experts=2,
        num_sparse_encoder_layers=1,
        num_sparse_decoder_layers=1, router_z_loss_coef=0.0, expert_capacity=64),
+    hf("llama4", "Llama4ForCausalLM", causal, num_local_experts=4, intermediate_size_mlp=24, attention_chunk_size=3,
+       no_rope_layers=[1, 0]),
+    hf("nemotron_h", "NemotronHForCausalLM", causal, num_hidden_layers=4, use_mamba_kernels=False, mamba_num_heads=4,
+       layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], mamba_head_dim=8, ssm_state_size=4,
+       n_groups=1, chunk_size=4, n_routed_experts=4, moe_intermediate_size=8, moe_shared_expert_intermediate_size=8,
+       **SELECTING),
+    hf("granitemoehybrid", "GraniteMoeHybridForCausalLM", causal, **STATES, num_local_experts=4, num_experts_per_tok=2,
+       shared_intermediate_size=8, layer_types=MIXED, **SELECTING),
+    hf("kimi_linear", "KimiLinearForCausalLM", causal, **{**LATENT, "q_lora_rank": None}, num_experts=4,
+       num_experts_per_token=2, moe_intermediate_size=8, linear_head_dim=8, linear_num_heads=2,
+       mlp_layer_types=["dense", "sparse"], layer_types=MIXED, **SELECTING),
+    hf("minimax", "MiniMaxForCausalLM", causal, num_local_experts=4, head_dim=8, block_size=4, layer_types=MIXED,
+       **SELECTING),
+    hf("longcat_flash", "LongcatFlashForCausalLM", causal, num_layers=1, **LATENT, head_dim=4, ffn_hidden_size=24,
+       expert_ffn_hidden_size=8, n_routed_experts=4, zero_expert_num=2, moe_topk=2, **SELECTING),
+    hf("deepseek_v32", "DeepseekV32ForCausalLM", causal, **DEEPSEEK, **INDEXER, **SELECTING),
+    hf("deepseek_v4", "DeepseekV4ForCausalLM", causal, n_routed_experts=4, num_experts_per_tok=2,
+       moe_intermediate_size=8, head_dim=8, q_lora_rank=8, o_groups=2, o_lora_rank=4, hc_mult=2, hc_sinkhorn_iters=3,
+       sliding_window=3, **{**INDEXER, "index_topk": 2}, num_nextn_predict_layers=0,
+       layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+       compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 2},
+       mlp_layer_types=["hash_moe", "moe"], **SELECTING),
+    hf("mimo_v2_flash", "MiMoV2FlashForCausalLM", causal, n_routed_experts=4, num_experts_per_tok=2,
+       moe_intermediate_size=8, head_dim=8, v_head_dim=4, sliding_window=3, layer_types=WINDOWED[::-1],
+       mlp_layer_types=["dense", "sparse"], **SELECTING),
+    hf("doge-moe", "DogeForCausalLM", causal, is_moe=True, num_experts=16, num_experts_per_tok=2,
+       coupled=True),  # its router's logits are split across the tokens of all samples
     hf("nllb-moe", "NllbMoeForConditionalGeneration", translated, num_experts=2, encoder_sparse_step=2,
        decoder_sparse_step=2, expert_capacity=64),
 ]  # fmt: skip
@@ -182,12 +282,36 @@ TRANSLATORS = [
        src_vocab_size=11, tgt_vocab_size=11, dtype=torch.float32),
     hf("mvp", "MvpForConditionalGeneration", translated),
     hf("t5gemma", "T5GemmaForConditionalGeneration", translated),
+    hf("t5gemma2", "T5Gemma2ForConditionalGeneration", translated),
+    hf("pegasus_x", "PegasusXForConditionalGeneration", translated, num_global_tokens=2, block_size=4),
+    hf("seamless_m4t_v2", "SeamlessM4Tv2ForTextToText", translated),
 ]  # fmt: skip
 
 
 def without_mask(batch: dict) -> dict:
     """For models that take no mask."""
     return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+
+def pronounced(batch: dict) -> dict:
+    """With the shape and the sound of every token."""
+    ids = batch["input_ids"]
+    return {**batch, "input_shape_ids": ids, "input_pronunciation_ids": ids}
+
+
+def on_paths(batch: dict) -> dict:
+    """With the place of every token in a tree of tags."""
+    shape = (*batch["input_ids"].shape, 4)
+    return {
+        **batch,
+        "xpath_tags_seq": integers(0, 5, *shape),
+        "xpath_subs_seq": integers(0, 5, *shape),
+    }
+
+
+def in_boxes(batch: dict) -> dict:
+    """With the corners of every token on a page."""
+    return {**batch, "bbox": integers(0, 8, *batch["input_ids"].shape, 4).double() / 8}
 
 
 def looked_up(batch: dict) -> dict:
