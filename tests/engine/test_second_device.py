@@ -15,7 +15,7 @@ NETWORKS = ("mlp", "transformer")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the script found; it compiles the device for about half a minute."""
+    """What the script found; it first compiles the device."""
     needs_compiler()
     folder = tmp_path_factory.mktemp("second_device")
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder)}
