@@ -60,6 +60,8 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.stack` of tensors of one size."""
+    if len(tensors) * tensors[0].nbytes < LARGE:
+        return torch.stack([*tensors])
     return torch.stack([*tensors], out=empty(tensors[0], len(tensors), *tensors[0].shape))
 
 

@@ -12,12 +12,14 @@ from lightning_curv.kernels.onednn import mm
 from lightning_curv.precision import in_float64
 
 STRIP = 128  # rows of the product that are made at once, measured
+# Columns up to which a copy of what is below the diagonal takes longer than computing it, measured.
+FEW = 96
 
 
 def gram(x: Tensor) -> Tensor:
-    """The product x xᵀ for `x [D, R]`: what is below the diagonal is copied, not computed."""
+    """The product x xᵀ for `x [D, R]`: what is below the diagonal is copied, where that is faster."""
     x = x.contiguous()
-    if len(x) <= STRIP:
+    if len(x) <= STRIP or x.shape[1] <= FEW:
         return mm(x, x.mT)
     result = empty(x, len(x), len(x))
     for start in range(0, len(x), STRIP):
