@@ -17,7 +17,7 @@ FEW = 96
 
 
 def gram(x: Tensor) -> Tensor:
-    """The product x xᵀ for `x [D, R]`: what is below the diagonal is copied, where that is faster."""
+    """The product x xᵀ for `x [D, R]`; below the diagonal it is copied where that is faster."""
     x = x.contiguous()
     if len(x) <= STRIP or x.shape[1] <= FEW:
         return mm(x, x.mT)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import groupby, islice
 from typing import cast
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.graph.joins import Join, node_of, strided
-from lightning_curv.graph.tape import Tape, parameters
+from lightning_curv.graph.tape import Tape, parameters, plain_name
 from lightning_curv.kernels import huge_pages
 from lightning_curv.kernels.onednn import fast_products, is_large
 from lightning_curv.losses import LOSSES, Likelihood
@@ -35,6 +35,18 @@ from lightning_curv.terms.regrouping import grouped, of_chosen
 from lightning_curv.terms.term import Term
 
 COLUMN_BYTES = 2**26  # of cotangents that are held at once
+# Of those up to which one pass for all columns is faster than a pass for each, measured.
+STACK_BYTES = 2**21
+_STACKABLE = """
+    AccumulateGrad AdaptiveAvgPool2D Add Addmm Alias AvgPool2D Baddbmm BinaryCrossEntropyWithLogits
+    Bmm Clone Convolution Div Elu Expand Gelu LeakyRelu LogSoftmax MaxPool2DWithIndices Mean Mm
+    MseLoss Mul NativeDropout NativeLayerNorm Neg NllLoss Permute Relu ReshapeAlias Select Sigmoid
+    Silu Slice Softmax Softplus Squeeze Sub Sum T Tanh Transpose UnsafeView Unsqueeze View
+"""
+# Ops through which `vmap` takes several cotangents at once.
+STACKABLE = frozenset(_STACKABLE.split())
+# Cotangents of several columns at one use: one by one, or `[V, *]`; `None`: there are none.
+_OfColumns = Sequence[Tensor | None] | Tensor | None
 # Multiplications that oneDNN has to make per node of the graph to be worth watching its ops: the
 # watch costs some microseconds per op. Measured.
 WATCHED = 2**21
@@ -124,8 +136,9 @@ class Passes:
         inputs: Sequence[GradientEdge],
         seeds: Sequence[Tensor],
         keep_graph: bool = True,
+        stacked: bool = False,
     ) -> tuple[Tensor | None, ...]:
-        """Backpropagate `seeds` from `outputs` to `inputs`."""
+        """Backpropagate `seeds` from `outputs` to `inputs`, or stacks of them in one pass."""
         with internal_pass(), fast_products(self.multiplies):
             gradients = torch.autograd.grad(
                 outputs,
@@ -133,6 +146,7 @@ class Passes:
                 seeds,
                 retain_graph=keep_graph,
                 allow_unused=True,
+                is_grads_batched=stacked,
             )
         return tuple(map(strided, gradients))
 
@@ -197,47 +211,98 @@ class Passes:
         bytes_ = (
             sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
         )
-        pulled = ((column.signs, [*self.pull(column)]) for column in columns)
+        most = max(1, COLUMN_BYTES // max(1, bytes_))
+        in_one_pass = min(most, STACK_BYTES // max(1, bytes_))
+        if in_one_pass > 1 and self._takes_stacks:
+            chunks = self._pulled_together(columns, most, in_one_pass)
+        else:
+            chunks = self._pulled(columns, most)
         seen: set[Tensor] = set()
-        while chunk := list(islice(pulled, max(1, COLUMN_BYTES // max(1, bytes_)))):
-            for parameter, jacobian in self._jacobians(chunk):
+        for signs, cotangents in chunks:
+            for parameter, jacobian in self._jacobians(signs, cotangents):
                 jacobian.continues = parameter in seen
                 seen.add(parameter)
                 yield {parameter: jacobian}
 
     def jacobian(self, column: Column) -> dict[Tensor, Jacobian]:
         """The parameters' Jacobians for one column."""
-        return dict(self._jacobians([(column.signs, [*self.pull(column)])]))
+        ((signs, cotangents),) = self._pulled([column], 1)
+        return dict(self._jacobians(signs, cotangents))
+
+    def _pulled(
+        self, columns: Iterable[Column], most: int
+    ) -> Iterator[tuple[Tensor | None, list[_OfColumns]]]:
+        """The signs and cotangents of so many columns at a time, a pass for every column."""
+        pulled = ((column.signs, self.pull(column)) for column in columns)
+        while chunk := list(islice(pulled, most)):
+            cotangents: list[_OfColumns] = [*zip(*(gs for _, gs in chunk), strict=True)]
+            signs = self._signs([of_column for of_column, _ in chunk])
+            chunk.clear()  # the cotangents are freed one by one
+            yield signs, cotangents
+
+    def _pulled_together(
+        self, columns: Iterable[Column], most: int, in_one_pass: int
+    ) -> Iterator[tuple[Tensor | None, list[_OfColumns]]]:
+        """The same with one pass for several columns: what a pass costs on its way is paid once."""
+        for _, of_edges in groupby(columns, lambda column: [edge[:2] for edge in column.edges]):
+            while chunk := list(islice(of_edges, most)):
+                pieces = [
+                    self._pull_stack(chunk[start : start + in_one_pass])
+                    for start in range(0, len(chunk), in_one_pass)
+                ]
+                # Columns of the same edges reach the same uses.
+                cotangents: list[_OfColumns] = [
+                    gs[0] if len(gs) == 1 or gs[0] is None else torch.cat(cast("list[Tensor]", gs))
+                    for gs in zip(*pieces, strict=True)
+                ]
+                yield self._signs([column.signs for column in chunk]), cotangents
+
+    def _pull_stack(self, columns: Sequence[Column]) -> tuple[Tensor | None, ...]:
+        """Backpropagate columns of the same edges, in one pass; cotangents are `[V, *output]`."""
+        edges = columns[0].edges
+        seeds_of_edges = zip(*(column.seeds for column in columns), strict=True)
+        stacks = [torch.stack(seeds) for seeds in seeds_of_edges]
+        if self.ends_at(edges):
+            return (stacks[0],) * len(self.use_edges)
+        return self.backward(edges, self.use_edges, stacks, stacked=True)
+
+    def _signs(self, of_columns: Sequence[Tensor | None]) -> Tensor | None:
+        """The signs of several columns, `[V, N]`; `None`: all are positive."""
+        if all(signs is None for signs in of_columns):
+            return None
+        ones = self.seed.new_ones(self.samples.count)
+        return torch.stack([ones if signs is None else signs for signs in of_columns])
+
+    @cached_property
+    def _takes_stacks(self) -> bool:
+        """Whether `vmap` is known to do to every op what passes one by one do."""
+        return all(plain_name(node.name()) in STACKABLE for node in self.tape.nodes)
 
     def _jacobians(
-        self, columns: Sequence[tuple[Tensor | None, list[Tensor | None]]]
+        self, signs: Tensor | None, cotangents: list[_OfColumns]
     ) -> Iterator[tuple[Tensor, Jacobian]]:
         """Make every Jacobian as soon as its last use is there.
 
-        The cotangents are taken out of `columns`, to be freed.
+        The cotangents are taken out of the list, to be freed.
         """
-        signs = None
-        if any(s is not None for s, _ in columns):
-            signs = torch.stack(
-                [self.seed.new_ones(self.samples.count) if s is None else s for s, _ in columns]
-            )
         terms: dict[Tensor, list[Term]] = defaultdict(list)
         waiting = Counter(
             parameter for group in self.tape.parameters.values() for parameter in group
         )
-        cotangents = [gs for _, gs in columns]
+        count = max((len(gs) for gs in cotangents if gs is not None), default=1)
         reached = {
             parameter
-            for i, node in enumerate(self.tape.uses)
-            if any(gs[i] is not None for gs in cotangents)
+            for gs, node in zip(cotangents, self.tape.uses, strict=True)
+            if _any(gs)
             for parameter in self.tape.parameters[node]
         }
         for i, (node, use) in enumerate(self.tape.uses.items()):
-            g = _stacked(cotangents, i)
+            g = _stacked(cotangents[i])
+            cotangents[i] = None
             # A parameter has all of its uses in every Jacobian: its form is the same for the
             # columns of all summands of the loss, whichever uses they reach.
             if g is None and not reached.isdisjoint(self.tape.parameters[node]):
-                g = self.loss.new_zeros(len(columns), *use.shape, dtype=use.dtype)
+                g = self.loss.new_zeros(count, *use.shape, dtype=use.dtype)
             for parameter, term in self.terms(node, use, g):
                 terms[parameter].append(term)
             for parameter in self.tape.parameters[node]:
@@ -272,11 +337,15 @@ class Passes:
                 yield operand.tensor, term
 
 
-def _stacked(columns: list[list[Tensor | None]], i: int) -> Tensor | None:
-    """The i-th cotangents of all columns, which are taken out; `None`: no column has one."""
-    gs = [column[i] for column in columns]
-    for column in columns:
-        column[i] = None
+def _any(gs: _OfColumns) -> bool:
+    """Whether some column has a cotangent."""
+    return isinstance(gs, Tensor) or (gs is not None and any(g is not None for g in gs))
+
+
+def _stacked(gs: _OfColumns) -> Tensor | None:
+    """The cotangents of all columns in one tensor; `None`: no column has one."""
+    if gs is None or isinstance(gs, Tensor):
+        return gs
     like = next((g for g in gs if g is not None), None)
     if like is None or len(gs) == 1:
         return None if like is None else like[None]

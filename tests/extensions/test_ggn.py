@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from columns import watched_columns
 from estimates import RUNS, assert_unbiased
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -152,17 +153,16 @@ def test_a_complete_root_serves_all(monkeypatch):
     """With `SqrtGGNExact`, whose columns are one per class, `DiagGGNExact` makes no passes of its own."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4)).double()
     weight, X, y = model[2].weight, torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
-    found, passes, pull = {}, [], Passes.pull
-    monkeypatch.setattr(Passes, "pull", lambda self, column: passes.append(1) or pull(self, column))
+    found, columns = {}, watched_columns(monkeypatch)
     for wanted in [
         (DiagGGNExact(),),
         (DiagGGNExact(),),
         (DiagGGNExact(), SqrtGGNExact()),
     ]:  # the first one probes
-        passes.clear()
+        columns.clear()
         with curvature(*wanted, batch_size=5):
             F.cross_entropy(model(X), y).backward()
-        found[len(wanted)] = weight.diag_ggn_exact, len(passes)
+        found[len(wanted)] = weight.diag_ggn_exact, len(columns)
     assert_close(found[2][0], found[1][0])
     assert_close(weight.sqrt_ggn_exact.square().sum((0, 1)), found[1][0])
     assert found[2][1] - found[1][1] == 1  # four columns instead of three
@@ -201,3 +201,50 @@ def test_columns_one_at_a_time_are_those_at_once(monkeypatch, extension):
 def test_names_of_sources_in_version_0_1_work_with_a_warning(old, new):
     with pytest.warns(DeprecationWarning, match=f"`{old}` is called `{new}`"):
         assert getattr(extensions, old) is getattr(extensions, new)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_columns_in_one_pass_are_those_of_a_pass_each(monkeypatch, name):
+    found, passes_made, backward = {}, [], Passes.backward
+    monkeypatch.setattr(
+        Passes,
+        "backward",
+        lambda self, *given, **options: (
+            passes_made.append(options) or backward(self, *given, **options)
+        ),
+    )
+    for limit in (0, 2**40):
+        monkeypatch.setattr(passes, "STACK_BYTES", limit)
+        problem = ROW[name].make()
+        passes_made.clear()
+        compute(problem, DiagGGNExact(), SqrtGGNExact(), KFLR())
+        found[limit] = problem, sum(bool(options.get("stacked")) for options in passes_made)
+    assert not found[0][1]
+    for one, other in zip(*(f[0].model.parameters() for f in found.values()), strict=True):
+        for field in ("diag_ggn_exact", "sqrt_ggn_exact", "kflr"):
+            made = [tree_leaves(getattr(parameter, field, [])) for parameter in (one, other)]
+            for expected, tensor in zip(*made, strict=True):
+                assert_close(tensor, expected)
+
+
+@pytest.mark.parametrize(("at_once", "expected"), [(100, [3]), (2, [2, 1])])
+def test_small_networks_take_one_pass_for_many_columns(monkeypatch, at_once, expected):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4)).double()
+    X, y = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
+    bytes_of_column = 5 * (3 + 4) * 8
+    backward, stacks, exact = Passes.backward, [], {}
+
+    def watched(self, outputs, inputs, seeds, **options):
+        if options.get("stacked"):
+            stacks.append(len(seeds[0]))
+        return backward(self, outputs, inputs, seeds, **options)
+
+    monkeypatch.setattr(Passes, "backward", watched)
+    for limit in (0, at_once * bytes_of_column):
+        monkeypatch.setattr(passes, "STACK_BYTES", limit)
+        with curvature(DiagGGNExact(), KFLR(), check=True):
+            F.cross_entropy(model(X), y).backward()
+        exact[limit] = [p.diag_ggn_exact for p in model.parameters()] + model[0].weight.kflr
+    assert stacks == expected
+    for one, other in zip(*exact.values(), strict=True):
+        assert_close(other, one)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from columns import watched_columns
 from routings import KNOWN, LOSSES, ROUTINGS, C
 from torch import nn
 from zoo import NAMES, ROW, assert_close
@@ -174,13 +175,9 @@ def test_an_op_without_a_rule_is_differentiated_for_the_chosen_samples_alone(mon
 
 
 def test_exact_columns_of_other_samples_are_zero(monkeypatch):
-    seeds, original = [], Passes.pull
-    monkeypatch.setattr(
-        Passes,
-        "pull",
-        lambda self, column: (seeds.append(column.seeds[0]), original(self, column))[1],
-    )
+    columns = watched_columns(monkeypatch)
     results(of_routing("prompt", 5)[1], [DiagGGNExact()], [1, 3])
+    seeds = [column.seeds[0] for column in columns]
     assert seeds
     for seed in seeds:
         assert not seed[[0, 2, 4]].any()
