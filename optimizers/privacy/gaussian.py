@@ -4,9 +4,9 @@ The density is cut into bars of one width, a power of two. A table of 2¹⁶ ent
 proportion to its lowest point, so that an entry drawn by 16 random bits, and further bits for the
 place within its bar, make a number from under the density: a share λ of all, about 0.99. What the
 table leaves out, λ times its histogram below the density, is drawn by rejection (von Neumann,
-1951), from bars and exponential tails (Marsaglia, 1964); at which places such numbers are is drawn
-by the gaps between them. The mixture of both is the Gaussian itself: composition as in Marsaglia,
-MacLaren & Bray, *A Fast Procedure for Generating Normal Random Variables*, CACM 1964.
+1951), from boxes on the bars and exponential tails (Marsaglia, 1964); at which places such numbers
+are is drawn by the gaps between them. The mixture of both is the Gaussian itself: composition as in
+Marsaglia, MacLaren & Bray, *A Fast Procedure for Generating Normal Random Variables*, CACM 1964.
 
 All places within a bar are whole numbers, drawn by their bits. So no whole number is skipped or
 preferred by the rounding of an evaluation in floating point, as with methods that transform uniform
@@ -33,6 +33,7 @@ Whole = NDArray[np.int64]
 ENTRIES = 2**16  # of the table
 FINENESS = 6  # a bar is between 2⁻⁷ and 2⁻⁶ standard deviations wide
 REACH = 5  # standard deviations that bars cover; further out are the tails
+BOXES = 4  # on a bar, a power of two, each as high as what is left there: fewer are in vain
 
 
 class RoundedGaussian:
@@ -56,12 +57,14 @@ class RoundedGaussian:
         self.bits = math.floor(math.log2(deviation)) - FINENESS  # of the width of a bar
         self.width = 2.0**self.bits
         self.side = math.ceil(REACH * deviation / self.width)  # bars on either side of zero
-        edges = self.width * np.arange(-self.side, self.side + 1, dtype=np.float64)
-        # The masses of bars that are as high as the density is at the edges. Between two edges it
-        # is monotone: its lowest and highest points in a bar are there.
-        masses = self._masses(edges)
-        lowest = np.minimum(masses[:-1], masses[1:])
+        # The masses of boxes that are as high as the density is at their edges. Between two edges
+        # it is monotone: its lowest and highest points in a box, or a bar, are there.
+        boxes_on_a_side = BOXES * self.side
+        places = np.arange(-boxes_on_a_side, boxes_on_a_side + 1, dtype=np.float64)
+        masses = self._masses(self.width / BOXES * places)
         highest = np.maximum(masses[:-1], masses[1:])
+        of_bars = BOXES * masses[::BOXES]
+        lowest = np.minimum(of_bars[:-1], of_bars[1:])
 
         # The table: under the density everywhere if an entry is worth the least mass per entry.
         counts = _at_most(lowest, ENTRIES)
@@ -70,8 +73,8 @@ class RoundedGaussian:
         # Middles of the bars, in halves of a width; 16 bits, so that the table stays in cache.
         middles = np.arange(1 - 2 * self.side, 2 * self.side, 2, dtype=np.int16)
         self._table = torch.from_numpy(middles.repeat(counts))
-        # What the table takes of the mass of each bar.
-        self._taken = counts * (self.share / ENTRIES)
+        # What the table takes of the mass of each box.
+        self._taken = (counts * (self.share / ENTRIES / BOXES)).repeat(BOXES)
 
         # The rest, by rejection: boxes that what is left of every bar, and the tails, lie in.
         self._end = self.side * self.width / deviation
@@ -84,8 +87,8 @@ class RoundedGaussian:
         self._tail_acceptance = tails / float(self._heights[-1])
 
     def _masses(self, numbers: Floats) -> Floats:
-        """The density at these numbers, times the width of a bar."""
-        scale = self.width / self.deviation / math.sqrt(2 * math.pi)
+        """The density at these numbers, times the width of a box."""
+        scale = self.width / BOXES / self.deviation / math.sqrt(2 * math.pi)
         exponents = np.square(numbers / self.deviation) * -0.5
         masses: Floats = np.exp(exponents, out=exponents)
         masses *= scale
@@ -114,17 +117,12 @@ class RoundedGaussian:
         """Numbers from under the bars: two bytes name an entry, four more the place in its bar."""
         size = memory.size
         bits = entropy(6 * size)
-        memory.array_of_indices[:] = np.frombuffer(bits, np.uint16, size, offset=4 * size)
-        torch.index_select(self._table, 0, memory.indices, out=memory.middles)
+        memory.array_of_whole[:] = np.frombuffer(bits, np.uint16, size, offset=4 * size)
+        torch.index_select(self._table, 0, memory.whole, out=memory.middles)
         memory.wide.copy_(memory.middles)
-        self._beside(bits, size, out=memory.array_of_places)
-        memory.numbers.copy_(memory.places).add_(memory.wide, alpha=self.width / 2)
-
-    def _beside(
-        self, bits: bytes, count: int, out: NDArray[np.int32] | None = None
-    ) -> NDArray[np.int32]:
-        """Places in a bar, counted from its middle, by 4 random bytes each: signed numbers."""
-        return np.right_shift(np.frombuffer(bits, np.int32, count), 32 - self.bits, out=out)
+        # The places take the memory of the entries, which are not needed again.
+        _beside(bits, size, self.bits, out=memory.array_of_whole)
+        memory.numbers.copy_(memory.whole).add_(memory.wide, alpha=self.width / 2)
 
     def _places_of_the_rest(self, count: int, entropy: Entropy) -> Whole:
         """Which of `count` numbers are not from the table, each with probability 1 - λ.
@@ -159,14 +157,17 @@ class RoundedGaussian:
     def _accepted(self, count: int, entropy: Entropy) -> Floats:
         """Those of `count` proposals that lie under the density and above the table."""
         bits = entropy(6 * count)
-        bars = self._proposals[np.frombuffer(bits, np.uint16, count, offset=4 * count)]
-        level = _uniform(count, entropy) * self._heights[bars]
-        # The last box is that of the tails; here any bar stands for it, and is overwritten below.
-        (tails,) = (bars == 2 * self.side).nonzero()
-        bars[tails] = 0
-        middles = (bars.astype(np.float64) + (0.5 - self.side)) * self.width
-        numbers = middles + self._beside(bits, count)
-        accepted = level <= self._masses(numbers) - self._taken[bars]
+        boxes = self._proposals.take(np.frombuffer(bits, np.uint16, count, offset=4 * count))
+        level = _uniform(count, entropy)
+        level *= self._heights.take(boxes)
+        # The last box is that of the tails; here any box stands for it, and is overwritten below.
+        (tails,) = (boxes == len(self._taken)).nonzero()
+        boxes[tails] = 0
+        # Middles, in widths of a box.
+        numbers = boxes.astype(np.float64) + (0.5 - BOXES * self.side)
+        numbers *= self.width / BOXES
+        numbers += _beside(bits, count, self.bits - BOXES.bit_length() + 1)
+        accepted = level <= self._masses(numbers) - self._taken.take(boxes)
         if len(tails):
             numbers[tails], accepted[tails] = self._tails(len(tails), entropy)
         return numbers[accepted]
@@ -195,17 +196,22 @@ class _Memory:
         # The middles of their bars, and the same as the table has them.
         self.wide: Tensor = _new(size, torch.float64) if whole is None else whole.wide[:size]
         self.middles: Tensor = _new(size, torch.int16) if whole is None else whole.middles[:size]
-        # Entries of the table, and places in a bar.
-        self.indices: Tensor = _new(size, torch.int32) if whole is None else whole.indices[:size]
-        self.places: Tensor = _new(size, torch.int32) if whole is None else whole.places[:size]
+        # Entries of the table, and then places in a bar.
+        self.whole: Tensor = _new(size, torch.int32) if whole is None else whole.whole[:size]
         # The same memory as arrays.
         self.array_of_numbers: Floats = self.numbers.numpy()
-        self.array_of_indices: NDArray[np.int32] = self.indices.numpy()
-        self.array_of_places: NDArray[np.int32] = self.places.numpy()
+        self.array_of_whole: NDArray[np.int32] = self.whole.numpy()
 
 
 def _new(size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(size, dtype=dtype, device="cpu")
+
+
+def _beside(
+    bits: bytes, count: int, digits: int, out: NDArray[np.int32] | None = None
+) -> NDArray[np.int32]:
+    """Places in what is 2^`digits` wide, counted from its middle, by 4 random bytes each."""
+    return np.right_shift(np.frombuffer(bits, np.int32, count), 32 - digits, out=out)
 
 
 @lru_cache(maxsize=8)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import cycle, groupby, islice
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ GRID = 34  # bits of the noise's standard deviation
 PIECE = 2**16  # entries that are worked on at once, in cache
 PIECES = 32  # that share what is rare in the noise
 UPLOADED = 2**8  # pieces whose noise goes to another device at once
+USUAL = 2.0**-60, 2.0**60  # standard deviations whose units float32 has room for
 
 
 def summed_over_ranks(
@@ -50,23 +51,40 @@ def summed_over_ranks(
         divisors: What each noisy sum is divided by in the end; default: nothing.
 
     Returns:
-        The noisy sums, or quotients; `totals` themselves.
+        The noisy sums, or quotients; `totals` themselves, where the noise is neither tiny nor huge.
 
     Cost: one collective of a flat copy in float64; the noise is drawn on the CPU.
     """
-    pieces = _pieces(totals, stds, divisors or len(totals) * [1.0])
+    steps = [grid(std) if std else 1.0 for std in stds]
+    totals = [_roomy(total, std) for total, std in zip(totals, stds, strict=True)]
+    noisy = [(total, step) for total, std, step in zip(totals, stds, steps, strict=True) if std]
+    if noisy:
+        entries = [total for total, _ in noisy]
+        # From here on in units, whole numbers: the product with a power of two is exact.
+        torch._foreach_mul_(entries, [1 / step for _, step in noisy])
+        torch._foreach_round_(entries)
+    pieces = _pieces(totals, stds)
     if processes() == 1:
         for piece, units in _units(pieces, noise):
             piece.set(units)
-        return list(totals)
-    # Of every one of W processes, noise would add up to √W times σC.
-    source = noise if dist.get_rank() == 0 else None
-    # Copies: the next piece takes the memory of the last one. What is added up over the processes
-    # are whole numbers, so that their order does not matter.
-    shares = [units.clone() for _, units in _units(pieces, source)]
-    for piece, units in zip(pieces, summed(shares), strict=True):
-        piece.set(units)
-    return list(totals)
+    else:
+        # Of every one of W processes, noise would add up to √W times σC.
+        source = noise if dist.get_rank() == 0 else None
+        # Copies: the next piece takes the memory of the last one. What is added up over the
+        # processes are whole numbers, so that their order does not matter.
+        shares = [units.clone() for _, units in _units(pieces, source)]
+        for piece, units in zip(pieces, summed(shares), strict=True):
+            piece.set(units)
+    worth = [step / divisor for step, divisor in zip(steps, divisors or cycle([1.0]))]
+    torch._foreach_mul_(totals, worth)
+    return totals
+
+
+def _roomy(total: Tensor, std: float) -> Tensor:
+    """The tensor, or one of the widest type if units of this noise are none of its numbers."""
+    # What is left to float32 has less than 2¹²⁸ units, unless the noise is 2⁹³ times smaller.
+    usual = not std or USUAL[0] < std < USUAL[1]
+    return total if usual else total.to(widest(total.device))
 
 
 def grid(std: float) -> float:
@@ -82,13 +100,11 @@ class _Piece:
     Attributes:
         parts: Their entries, flat views.
         std: Standard deviation of the noise.
-        divisor: What is divided by in the end.
         size: The number of entries.
     """
 
     parts: list[Tensor]
     std: float
-    divisor: float
     size: int
 
     @property
@@ -96,49 +112,39 @@ class _Piece:
         """Where the entries are."""
         return self.parts[0].device
 
-    @property
-    def step(self) -> float:
-        """The unit of what is added up."""
-        return grid(self.std) if self.std else 1.0
-
     def get(self, memory: Tensor) -> Tensor:
-        """The entries in units, whole numbers if there is noise, in some memory of float64."""
+        """The entries, in some memory of float64."""
         entries = self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts)
-        values = (memory if len(memory) == self.size else memory[: self.size]).copy_(entries)
-        # The inverse of a power of two is one: the product is exact, and faster than a quotient.
-        return values.mul_(1 / self.step).round_() if self.std else values
+        return (memory if memory.numel() == self.size else memory[: self.size]).copy_(entries)
 
     def set(self, units: Tensor) -> None:
-        """Overwrite the entries, and the units with what they are worth."""
-        worth = units.mul_(self.step / self.divisor)
+        """Overwrite the entries."""
         if len(self.parts) == 1:
-            self.parts[0].copy_(worth)
+            self.parts[0].copy_(units)
         else:
-            torch._foreach_copy_(self.parts, worth.split([part.numel() for part in self.parts]))
+            sizes = [part.numel() for part in self.parts]
+            torch._foreach_copy_(self.parts, units.split_with_sizes(sizes))
 
 
-def _pieces(
-    tensors: Sequence[Tensor], stds: Sequence[float], divisors: Sequence[float]
-) -> list[_Piece]:
+def _pieces(tensors: Sequence[Tensor], stds: Sequence[float]) -> list[_Piece]:
     """All entries, small tensors together and large ones apart."""
     pieces: list[_Piece] = []
-    for tensor, std, divisor in zip(tensors, stds, divisors, strict=True):
+    for tensor, std in zip(tensors, stds, strict=True):
         # A view, so that what is written into a piece is written into the tensor.
         flat = tensor.view(-1)
         for part in flat.split(PIECE) if flat.numel() > PIECE else [flat]:
-            if pieces and _fits(part, std, divisor, pieces[-1]):
+            if pieces and _fits(part, std, pieces[-1]):
                 pieces[-1].parts.append(part)
                 pieces[-1].size += part.numel()
             else:
-                pieces.append(_Piece([part], std, divisor, part.numel()))
+                pieces.append(_Piece([part], std, part.numel()))
     return pieces
 
 
-def _fits(part: Tensor, std: float, divisor: float, piece: _Piece) -> bool:
+def _fits(part: Tensor, std: float, piece: _Piece) -> bool:
     """Whether the piece has room for the part, and noise of the same size."""
     has_room = piece.size + part.numel() <= PIECE
-    same_noise = (piece.std, piece.divisor) == (std, divisor)
-    return has_room and same_noise and _alike(piece.parts[0], part)
+    return has_room and piece.std == std and _alike(piece.parts[0], part)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -146,7 +152,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _units(pieces: Sequence[_Piece], noise: NoiseSource | None) -> Iterator[tuple[_Piece, Tensor]]:
-    """The pieces with their entries in units, with noise if there is a source.
+    """The pieces with their entries, and with noise if there is a source.
 
     The entries of the next piece take the memory of the last one's.
     """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_curv.optimizers.privacy.gaussian import RoundedGaussian
+from lightning_curv.optimizers.privacy.gaussian import BOXES, RoundedGaussian
 from lightning_curv.optimizers.privacy.noise import NoiseSource
 from lightning_curv.optimizers.privacy.noisy_sum import grid, summed_over_ranks
 
@@ -53,13 +53,18 @@ def test_table_and_rest_are_the_normal_distribution(deviation):
     bars = (gaussian._table.long() + 2 * gaussian.side) // 2  # from middles in halves of a width
     found = bars.bincount(minlength=2 * gaussian.side).double() / 2**16 * gaussian.share
     taken, heights = torch.from_numpy(gaussian._taken), torch.from_numpy(gaussian._heights)
-    assert (found - taken).abs().max() < 1e-16
+    assert (found.repeat_interleave(BOXES) - BOXES * taken).abs().max() < 1e-16
     rest = phi(edges[1:]) - phi(edges[:-1]) - found
     assert float(rest.sum() + 2 * phi(edges[0])) == pytest.approx(1 - gaussian.share, rel=1e-12)
     assert 0.98 < gaussian.share < 1
     # nowhere is the density lower than the table, or higher than the box above it from which
     # proposals come
-    density = (-edges.square() / 2).exp() / math.sqrt(2 * math.pi) * gaussian.width / deviation
+    sides = BOXES * gaussian.side
+    numbers = torch.arange(-sides, sides + 1, dtype=torch.float64) * gaussian.width / BOXES
+    edges = numbers / deviation
+    density = (
+        (-edges.square() / 2).exp() / math.sqrt(2 * math.pi) * (numbers[1] - numbers[0]) / deviation
+    )
     lowest, highest = (
         torch.minimum(density[:-1], density[1:]),
         torch.maximum(density[:-1], density[1:]),
@@ -88,7 +93,7 @@ def test_rejection_finds_the_density_above_the_table(deviation):
         / 4
     )
     taken = torch.from_numpy(gaussian._taken)
-    shares = phi(edges[1:]) - phi(edges[:-1]) - taken.repeat_interleave(4) / 4
+    shares = phi(edges[1:]) - phi(edges[:-1]) - taken.repeat_interleave(4 // BOXES) / (4 // BOXES)
     shares = torch.cat([2 * phi(edges[:1]), shares]) / (1 - gaussian.share)
     assert float(shares.sum()) == pytest.approx(1, rel=1e-12)
     found = torch.cat([(z.abs() > edges[-1]).sum()[None], torch.histogram(z, edges).hist])
@@ -184,6 +189,18 @@ def test_every_noisy_sum_is_divided_by_its_own_divisor():
         parts = summed_over_ranks(totals, stds, NoiseSource(seed=1), divisors)
     for found, sum_, divisor in zip(parts, whole, divisors, strict=True):
         torch.testing.assert_close(found, sum_ / divisor, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("std", [1e-37, 1e-30, 1e30])
+def test_tiny_and_huge_noise_is_added_to_float32_too(std):
+    """Units of the noise of which float32 has no number, or the inverse is none."""
+    totals = [std * torch.randn(50_000), torch.ones(7)]
+    found, untouched = summed_over_ranks(
+        [totals[0].clone(), totals[1]], [std, 0.0], NoiseSource(), [2.0, 1.0]
+    )
+    noise = (2 * found.double() - totals[0].double()) / std
+    assert float(noise.std()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(untouched, torch.ones(7))
 
 
 def test_without_noise_nothing_is_rounded():
