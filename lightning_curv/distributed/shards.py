@@ -89,6 +89,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def registered(parameter: Tensor) -> Tensor:
     """The parameter that the user knows, of one in a graph."""
+    # Asked for every parameter several times a step.
+    if not distributed():
+        return parameter
     shard = shard_of(parameter)
     return parameter if shard is None else shard.registered
 

@@ -211,9 +211,11 @@ class ClippedSum(GradientReceiver):
             )
             return weights
         factors = self.clipping.factors_of(stacked, owners, self._parameters)
-        joint = joint_norms(stacked)
         if self.keep_norms:
-            self.norms.append(joint)
+            self.norms.append(joint_norms(stacked))
+        if _all_usable(stacked, factors, smallest_normal):
+            return factors.expand(len(norms), -1)
+        joint = joint_norms(stacked)
         # Subnormal factors have fewer digits: the product could be longer than C.
         normal = (factors >= smallest_normal) & (factors < math.inf)
         # In all parameters or in none: what was clipped is the whole gradient of a sample.
@@ -277,13 +279,34 @@ class _Open:
         return torch.stack([cancels, odd])
 
 
+def _all_usable(norms: Tensor, factors: Tensor, smallest_normal: float) -> bool:
+    """Whether every sample counts, which the extremes tell, where nobody waits for them.
+
+    Args:
+        norms: `[P, N]`.
+        factors: `[P, N]` or `[1, N]`.
+        smallest_normal: The least factor that counts.
+    """
+    if norms.device.type != "cpu" or not factors.numel():
+        return False
+    # Of P such squares the sum is finite.
+    most = torch.finfo(norms.dtype).max ** 0.5 / len(norms)
+    lowest, highest = factors.aminmax()
+    # NaN is an extreme where there is one, and no comparison with it holds.
+    return (
+        float(norms.amax()) < most
+        and float(lowest) >= smallest_normal
+        and float(highest) < math.inf
+    )
+
+
 def _numbers_of_kept(weights: Tensor) -> Tensor | None:
     """The samples whose weight is a number; `None`: all of them.
 
     A weight of zero would not do for the others: 0 · NaN is NaN.
     """
     kept = weights.isfinite().nonzero().flatten()
-    return None if len(kept) == len(weights) else kept
+    return None if kept.numel() == weights.numel() else kept
 
 
 def _chosen(jacobian: Jacobian, samples: Tensor | None) -> Jacobian:

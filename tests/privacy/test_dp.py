@@ -16,7 +16,7 @@ from zoo import NAMES, ROW, reference
 from lightning_curv import BatchGrad, curvature, record
 from lightning_curv.optimizers import DPSGD, AdaptiveClipping, DPAdam, DPOptimizer
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
-from lightning_curv.optimizers.privacy.clipping import clipping_rule
+from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
 from lightning_curv.samples import finder
 
 
@@ -410,6 +410,37 @@ def test_samples_that_are_not_finite_contribute_nothing_and_are_counted(name, cl
     assert optimizer.statistics.discarded == 1
     optimizer.step()
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, None])
+@pytest.mark.parametrize("factor", [0.5, math.nan, math.inf, 1e-310])
+def test_a_sample_counts_only_if_its_norm_and_its_factor_are_usual_numbers(factor, bad):
+    """Whatever a rule says of it: of one sample among others, and of all that there are."""
+
+    class Stubborn(Clipping):
+        def factors(self, norms, parameters):
+            factors = torch.full_like(norms, 0.5)
+            factors[-1, one] = factor  # of one parameter, the other one has usual factors
+            return factors
+
+    for samples in ([0, 1, 2, 3], [1]):
+        model, X, y = linear_problem()
+        X, y, one = X[samples], y[samples], samples.index(1)
+        optimizer = private(model.parameters(), lr=0.0, clipping=Stubborn(1.0))
+        if bad is not None:
+            X[one, 0] = bad
+        finder.MEMORY.entries.clear()
+        backward(optimizer, lambda: F.cross_entropy(model(X), y), batch_size=len(X))
+        counts = bad is None and factor == 0.5
+        assert optimizer.statistics.discarded == (0 if counts else 1)
+        optimizer.step()
+        others = [n for n in range(len(X)) if counts or n != one]
+        for p in model.parameters():
+            expected = torch.zeros_like(p)
+            if others:
+                loss = F.cross_entropy(model(X[others]), y[others], reduction="sum")
+                expected = 0.5 * torch.autograd.grad(loss, p)[0]
+            torch.testing.assert_close(p.grad, expected)
 
 
 def test_batch_without_a_finite_sample_is_an_empty_one():
