@@ -74,8 +74,9 @@ class Checks:
         self._seen += several
         checked = several and self._seen >= self._due
         new = loader is not None and loader is not self._loader
-        with self._apart(self._gradients and (new or checked)):
-            if self._gradients and loader is not None and (new or checked):
+        compared = self._gradients and (new or checked)
+        with self._apart(compared):
+            if compared and loader is not None:
                 rounds = _FIRST_ROUNDS if new else 1
                 self._loader = loader
                 refuse_mixed_batches(self._trainer, self._module, loader, self._mean, rounds)
@@ -96,8 +97,9 @@ class Checks:
         self._unknown |= self._watch.changed()
         count = samples_in(batch) if size is None else size
         can_tell = count is None or count >= 2
-        with self._apart(bool(self._unknown) and can_tell):
-            if self._unknown and can_tell:
+        told = bool(self._unknown) and can_tell
+        with self._apart(told):
+            if told:
                 # So that it is made again, of other samples.
                 with self._watch.without(self._unknown):
                     self._look(batch, batch_idx, count)
