@@ -39,7 +39,7 @@ def cross_entropy(
         rows = target.sum(axis)
         normaliser: Tensor | int = rows.numel()
     else:
-        label = _label_weight(input, target, weight, ignore_index)
+        label = label_weight(input, target, weight, ignore_index)
         rows = label
         if label_smoothing:
             uniform = 1.0 if weight is None else weight.sum() / input.shape[axis]
@@ -71,7 +71,7 @@ def nll_loss(
             "`nll_loss` expects log-probabilities (the output of `log_softmax`), found an input "
             "whose exponentials do not sum to one; use `cross_entropy` with the logits."
         )
-    rows = _label_weight(input, target, weight, ignore_index)
+    rows = label_weight(input, target, weight, ignore_index)
     reduction = reduction_of(reduction, size_average, reduce)
     weights = reduced(rows, rows.sum(), scale, reduction)
     return Categorical(p, weights.unsqueeze(axis), axis, normalized=True)
@@ -151,7 +151,7 @@ def binary_cross_entropy_with_logits(
     return Bernoulli(weights, input.sigmoid())
 
 
-def _label_weight(
+def label_weight(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,

@@ -9,7 +9,7 @@ rows of a sample is the same number whatever N is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -23,12 +23,16 @@ from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.heads import linear_inputs, saved_axis
 from lightning_curv.graph.tape import Tape
+from lightning_curv.losses.classification import label_weight
+from lightning_curv.losses.reduction import reduction_of
 from lightning_curv.passes.passes import Column, Passes
+from lightning_curv.precision import wide
 from lightning_curv.recording.records import LossCall
 
 CLASSES = (F.cross_entropy, F.nll_loss)
 ENTRYWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+EQUAL = 1e-6  # relative difference of sums of weights that rounding explains
 HALF = 1e-4  # the rounding of the types that are coarser than float32 is larger
 
 Seeds = Callable[[Tensor], Tensor]
@@ -60,7 +64,8 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
 
     Raises:
         UnsupportedError: Something was computed in half precision, and N is divided by in a way
-            that is not known.
+            that is not known; or a mean over classes divides by weights of which one sample has
+            more than another.
     """
     loss = passes.loss
     count = passes.samples.count
@@ -68,7 +73,10 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
     seed = passes.seed if loss_scale == 1 else passes.seed / loss_scale
     if not mean or count < 1:
         return Column([root], [seed])
-    divisions = _divisions(passes.tape, root, count, loss_scale)
+    weighing = {node for node, call in passes.tape.losses.items() if _weighs(call)}
+    for node in weighing:
+        _refuse_unequal_weights(passes, node)
+    divisions = _divisions(passes.tape, root, count, loss_scale, weighing)
     if divisions is None:
         if count > 1:  # else there is nothing to divide by
             _refuse_half(passes, loss.dtype)
@@ -80,6 +88,46 @@ def unscaled(passes: Passes, mean: bool, loss_scale: float) -> Column:
         arriving = passes.backward([loss], outputs, [seed])
     reached = [(d, g) for d, g in zip(divisions, arriving, strict=True) if g is not None]
     return Column([d.input for d, _ in reached], [d.seed(g) for d, g in reached])
+
+
+def _weighs(call: LossCall) -> bool:
+    """Whether a mean over classes is divided by the weights of the rows, not by their number."""
+    arguments = call.arguments
+    target = arguments.get("target")
+    if call.function not in CLASSES or not isinstance(target, Tensor) or target.is_floating_point():
+        return False
+    legacy = arguments.get("size_average"), arguments.get("reduce")
+    if reduction_of(arguments.get("reduction", "mean"), *legacy) != "mean":
+        return False
+    if arguments.get("weight") is not None:
+        return True
+    return bool((target == arguments.get("ignore_index", -100)).any())
+
+
+def _refuse_unequal_weights(passes: Passes, node: Node) -> None:
+    """Refuse a mean whose divisor is changed by a sample: its rows weigh more than another's."""
+    call, owners = passes.tape.losses[node], passes.samples.losses.get(node)
+    if owners is None:
+        return
+    arguments = call.arguments
+    scores, target = arguments["input"], arguments["target"]
+    ignored = arguments.get("ignore_index", -100)
+    like = wide(scores.new_empty(0))
+    weights = label_weight(like, target, arguments.get("weight"), ignored).flatten().to(like)
+    # A row is one of the scores of all classes.
+    owner = owners.owner(scores.shape).expand(scores.shape)
+    owner = owner.select(1 if scores.ndim > 1 else 0, 0).flatten()
+    owned = owner >= 0
+    totals = weights.new_zeros(passes.samples.count).index_add_(0, owner[owned], weights[owned])
+    totals = totals[owner[owned].unique()]  # of the samples that have rows here
+    if len(totals) and bool(totals.max() - totals.min() > EQUAL * totals.max()):
+        raise UnsupportedError(
+            f"Private steps need samples that do not influence each other, found `{call.name}` "
+            "whose mean is divided by the weights of all rows (those of classes, or none for "
+            "ignored targets), of which one sample has more than another: it would change the "
+            "gradients of all others. Make one loss of each sample, with `reduction='none'` and a "
+            "quotient of its own rows, and return the mean of these."
+        )
 
 
 def _refuse_half(passes: Passes, dtype: torch.dtype) -> None:
@@ -100,10 +148,11 @@ def _divisions(
     root: GradientEdge,
     count: int,
     loss_scale: float,
+    weighing: Container[Node],
 ) -> list[_Division] | None:
     """The first node that divides by N on every way down from the loss.
 
-    `None` if there is a way without one.
+    `None` if there is a way without one. The calls of `weighing` divide by something else.
     """
     divisions: list[_Division] = []
     stack = [root[:2]]
@@ -119,7 +168,7 @@ def _divisions(
         if accumulates:
             division = None
         else:
-            division = _division(tape, node, number, count)
+            division = _division(tape, node, number, count, node in weighing)
         if division is not None:
             divisions.append(division)
         elif node in tape.uses and tape.uses[node].operands:
@@ -131,14 +180,16 @@ def _divisions(
     return divisions
 
 
-def _division(tape: Tape, node: Node, number: int, count: int) -> _Division | None:
+def _division(tape: Tape, node: Node, number: int, count: int, weighing: bool) -> _Division | None:
     output = GradientEdge(node, number)
     name = node.name()
     if name in ("MeanBackward0", "MeanBackward1"):
         return _mean(node, output, count)
     call = tape.losses.get(node)
-    if call is not None and (division := _loss(call, output, count)) is not None:
-        return division
+    if call is not None and not weighing:
+        division = _loss(call, output, count)
+        if division is not None:
+            return division
     divisor = _quotient(node)
     if divisor and divisor % count == 0:
         return _Division(output, _below(node), lambda g: g * (count / divisor))
@@ -197,13 +248,6 @@ def _loss(call: LossCall, output: GradientEdge, count: int) -> _Division | None:
         return None
     if call.function not in BINARY and arguments.get("weight") is not None:
         return None  # divided by the sum of the weights
-    ignored = arguments.get("ignore_index", -100)
-    if (
-        call.function in CLASSES
-        and not target.is_floating_point()
-        and bool((target == ignored).any())
-    ):
-        return None
     logarithms = _log_probabilities(call, output.node)
     if logarithms is not None:
         return _Division(output, call.input, partial(_of_classes, logarithms, target, count))

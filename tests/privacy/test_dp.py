@@ -14,6 +14,7 @@ from torch import nn
 from zoo import NAMES, ROW, reference
 
 from lightning_curv import BatchGrad, curvature, record
+from lightning_curv.errors import UnsupportedError
 from lightning_curv.optimizers import DPSGD, AdaptiveClipping, DPAdam, DPOptimizer
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
@@ -441,6 +442,71 @@ def test_a_sample_counts_only_if_its_norm_and_its_factor_are_usual_numbers(facto
                 loss = F.cross_entropy(model(X[others]), y[others], reduction="sum")
                 expected = 0.5 * torch.autograd.grad(loss, p)[0]
             torch.testing.assert_close(p.grad, expected)
+
+
+def tokens_of_classes(lengths):
+    """Scores of five positions, and targets of which the first ones of each sample are not ignored."""
+    torch.manual_seed(3)
+    targets = torch.randint(4, (len(lengths), 5))
+    targets[torch.arange(5) >= torch.tensor(lengths)[:, None]] = -100
+    return nn.Linear(3, 4).double(), torch.randn(len(lengths), 5, 3, dtype=torch.float64), targets
+
+
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=torch.float64)
+MEANS_OVER_CLASSES = {
+    "last axis": lambda scores, y, **how: F.cross_entropy(scores.mT, y, **how),
+    "rows": lambda scores, y, **how: F.cross_entropy(scores.flatten(0, 1), y.flatten(), **how),
+    "negative logarithms": lambda scores, y, **how: F.nll_loss(scores.log_softmax(2).mT, y, **how),
+    "among others": lambda scores, y, **how: (
+        F.cross_entropy(scores.mT, y, **how) / 2 + scores.square().mean()
+    ),
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"weight": WEIGHTS}, {"ignore_index": 2}], ids=str)
+@pytest.mark.parametrize("compute", MEANS_OVER_CLASSES.values(), ids=[*MEANS_OVER_CLASSES])
+def test_means_over_rows_of_which_one_sample_has_more_are_refused(compute, how):
+    """Its rows would be a part of what the losses of all others are divided by."""
+    model, X, y = tokens_of_classes([5, 3, 4])
+    if "ignore_index" in how:
+        y = y.clamp(min=0)
+    with pytest.raises(UnsupportedError, match=r"influence each other.*one loss of each sample"):
+        backward(private(model.parameters()), lambda: compute(model(X), y, **how), batch_size=3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("how", ["equal numbers", "equal weights", "one by one", "sum", "legacy"])
+def test_means_over_rows_of_which_all_samples_have_as_many_are_those_of_the_samples(how, smoothing):
+    model, X, y = tokens_of_classes(
+        [5, 3, 4] if how in ("one by one", "sum", "legacy") else [3, 3, 3]
+    )
+    settings = {"label_smoothing": smoothing}
+    if how == "equal weights":
+        y[y >= 0] = torch.tensor([0, 1, 3, 1, 3, 0, 3, 0, 1])  # in another order each
+        settings["weight"] = WEIGHTS
+    if how == "legacy":
+        settings = {"size_average": False}
+
+    def compute(X, y):
+        if how == "one by one":
+            losses = [F.cross_entropy(model(x), t, **settings) for x, t in zip(X, y, strict=True)]
+            return torch.stack(losses).mean()
+        if how in ("sum", "legacy"):
+            total = {"reduction": "sum"} if how == "sum" else {}
+            return F.cross_entropy(model(X).mT, y, **settings, **total) / len(X)
+        return F.cross_entropy(model(X).mT, y, **settings)
+
+    optimizer = private(model.parameters(), lr=0.0, clip_norm=0.2)
+    backward(optimizer, lambda: compute(X, y), batch_size=3)
+    optimizer.step()
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    for n in range(3):
+        gradients = torch.autograd.grad(compute(X[n : n + 1], y[n : n + 1]), [*model.parameters()])
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for total, gradient in zip(expected, gradients):
+            total += gradient * min(1.0, 0.2 / norm)
+    for p, total in zip(model.parameters(), expected):
+        torch.testing.assert_close(p.grad, total)
 
 
 def test_batch_without_a_finite_sample_is_an_empty_one():
