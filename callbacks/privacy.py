@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -36,6 +37,9 @@ from lightning_curv.samples.batch import Batch
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
+
+# Of the callbacks that have trained a module.
+_ACCOUNTS: WeakKeyDictionary[LightningModule, list[PrivacyAccountant]] = WeakKeyDictionary()
 
 
 class PrivacyCallback(Callback):
@@ -264,11 +268,29 @@ class PrivacyCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer = private_optimizer(trainer)  # before its state is restored
         own = optimizer.accountant
-        if own is not None and own is not self.accountant:  # what it has spent stays spent
-            self.accountant.load_state_dict(own.state_dict())
+        if own is not None and own is not self.accountant:
+            # What it has spent stays spent, and whoever holds it learns of what is spent now.
+            self.accountant.share_with(own)
+        self._warn_of_another_account(pl_module)
         # The optimizer itself tells of its steps, before anything of them can be seen.
         optimizer.accountant, optimizer.exact_resume = self.accountant, self.exact_resume
         refuse_batch_statistics(pl_module)  # of layers that were made since `setup`
+
+    def _warn_of_another_account(self, pl_module: LightningModule) -> None:
+        """Warn if the weights of the module know of releases that this account does not know."""
+        accounts = _ACCOUNTS.setdefault(pl_module, [])
+        unknown = [account for account in accounts if self.accountant.lacks(account)]
+        if unknown:
+            spent = max(account.epsilon(self.delta) for account in unknown)
+            rank_zero_warn(
+                "PrivacyCallback counts what is released from now on, found a module that another "
+                f"PrivacyCallback has trained with ε = {spent:.3g} at δ = {self.delta:g}: where "
+                "the weights and the data are still those, both add up to more than either says. "
+                "Use that callback again, or pass its account to the optimizer, "
+                "`DPOptimizer(..., accountant=callback.accountant)`."
+            )
+        if all(account is not self.accountant for account in accounts):
+            accounts.append(self.accountant)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizer, plan = private_optimizer(trainer), self._current

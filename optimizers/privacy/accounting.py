@@ -375,6 +375,40 @@ class PrivacyAccountant:
                 ]
         self.start_run()
 
+    def lacks(self, other: PrivacyAccountant) -> bool:
+        """Whether another accountant knows of releases that are not in this account.
+
+        Args:
+            other: The other accountant.
+
+        Returns:
+            True if `load_state_dict` of its state would add something.
+        """
+        return any(
+            _length(entries) > _length(self._runs.get(name, ()))
+            for name, entries in other._runs.items()
+        )
+
+    def share_with(self, other: PrivacyAccountant) -> None:
+        """Keep one account with another accountant: what either is told of, both know.
+
+        What each of them knows already is in it. They differ in their sampling and method alone.
+
+        Args:
+            other: The other accountant.
+
+        Example:
+            >>> yours, ours = PrivacyAccountant(), PrivacyAccountant(PoissonSampling(0.1))
+            >>> ours.share_with(yours)
+            >>> ours.step(noise_multiplier=1.0)
+            >>> yours.history == ours.history
+            True
+        """
+        self.load_state_dict(other.state_dict())
+        other._runs = self._runs
+        # Each releases in runs of its own.
+        other.start_run()
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy goes on as a run of its own: else two runs would share a name, and of two runs of
         # one name only the longer one is kept.

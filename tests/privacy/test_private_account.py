@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from itertools import groupby
 
 import pytest
@@ -404,6 +405,34 @@ def test_what_an_optimizer_has_spent_before_stays_spent():
         (PoissonSampling(0.3), 2.0, 1),
         (PoissonSampling(0.1), 1.0, 10),
     ]
+    assert spent.history == callback.accountant.history  # whoever holds it is told of every step
+    spent.step(3.0)
+    other = private()
+    trainer(other, max_epochs=1).fit(Net(accountant=spent))
+    assert sum(count for *_, count in other.accountant.history) == 22
+    assert spent.history == other.accountant.history
+    assert spent.epsilon(DELTA) == other.accountant.epsilon(DELTA)
+    copied = copy.deepcopy(spent)
+    other.accountant.step(1.0)
+    assert sum(count for *_, count in copied.history) == 22  # a copy goes on by itself
+
+
+def test_a_module_that_another_callback_has_trained_is_told():
+    net, first, second, third = Net(), private(), private(), private()
+    trainer(first, max_epochs=1).fit(net)
+    found = r"another PrivacyCallback has trained with ε = [\d.]+ at δ = 0.001"
+    with pytest.warns(UserWarning, match=found):
+        trainer(second, max_epochs=1).fit(net)
+    third.accountant.share_with(second.accountant)
+    with pytest.warns(UserWarning, match=found):  # of the first one
+        trainer(third, max_epochs=1).fit(net)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*another PrivacyCallback.*")
+        trainer(private(), max_epochs=1).fit(Net())
+        third.accountant.share_with(first.accountant)
+        trainer(third, max_epochs=1).fit(net)
+        trainer(third, max_epochs=1).fit(net)
+    assert sum(count for *_, count in third.accountant.history) == 50
 
 
 # --- fresh batches and fresh noise -----------------------------------------------------------------------------------
