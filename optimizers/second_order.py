@@ -38,7 +38,7 @@ from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statist
 from lightning_curv.optimizers.step.memory import remembered
 from lightning_curv.optimizers.step.move import Moved, directions, move, slope_of_last, undo
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
-from lightning_curv.optimizers.step.refresh import block_damping, refresh
+from lightning_curv.optimizers.step.refresh import Dampings, block_damping, refresh
 from lightning_curv.optimizers.step.restore import restored_state
 from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step.sharded_inverses import keep_own_inverses, with_all_inverses
@@ -560,20 +560,18 @@ class SecondOrderOptimizer(Optimizer):
         self.interval = self.schedule.next_interval(self.steps, self.interval, holds)
         self.next_measurement = self.steps + self.interval
 
-    def _dampings(self, blocks: Sequence[Block], floor: float | Tensor) -> dict[Tensor, Tensor]:
-        """The dampings of the blocks whose curvature was measured, by their first parameter."""
-        dampings = {}
+    def _dampings(self, blocks: Sequence[Block], floor: float | Tensor) -> Dampings:
+        """What gives the dampings of the blocks with curvature, by their first parameter."""
+        dampings: Dampings = {}
         for block in blocks:
             first = block.params[0]
             state = self.state[first]
             if self.curvature.measured(state):
-                dampings[first] = block_damping(
-                    self.curvature,
-                    state,
-                    block,
-                    self.relative_damping,
-                    floor,
+                # Between measurements most of them are not asked for.
+                damping = partial(
+                    block_damping, self.curvature, state, block, self.relative_damping, floor
                 )
+                dampings[first] = cache(damping)
         return dampings
 
     def _has_fields(self) -> bool:

@@ -51,7 +51,7 @@ class Direction:
         value: $d = C^{-1} g$, shape of the parameter; the update contains a negative multiple of
             it.
         squared_norm: gives the squared length of $d$ in the metric of the curvature, [].
-        damping: $\lambda$ of the block, [].
+        damping: gives $\lambda$ of the block, [].
         group: settings of the parameter.
         last: the last update of the parameter, if it is known.
         jacobians: derivatives of the columns of every micro-batch by the parameter, None where it
@@ -62,7 +62,7 @@ class Direction:
     grad: Tensor
     value: Tensor
     squared_norm: Callable[[], Tensor]
-    damping: Tensor
+    damping: Callable[[], Tensor]
     group: ParamGroup
     last: Tensor | None = None
     jacobians: Sequence[Jacobian | None] = ()
@@ -76,13 +76,13 @@ class Gradient:
         state: state of the block.
         block: the parameters.
         values: their gradients.
-        damping: $\lambda$ of the block, [].
+        damping: gives $\lambda$ of the block, [], which most steps do not need.
     """
 
     state: State
     block: Block
     values: Sequence[Tensor]
-    damping: Tensor
+    damping: Callable[[], Tensor]
 
 
 class Curvature(ABC):

@@ -92,7 +92,7 @@ class DiagonalCurvature(Curvature):
         directions = []
         for gradient in gradients:
             (value,) = gradient.values
-            damped = gradient.state["diagonal"] + gradient.damping
+            damped = gradient.state["diagonal"] + gradient.damping()
             directions.append([value / damped])
         return directions
 

@@ -118,7 +118,7 @@ class EigenCurvature(KroneckerCurvature):
         values = [matrix(g).to(g.state["moments"].dtype) for g in gradients]
         values = _rotated(states, inverse_bases, values)
         values = [
-            value / (gradient.state["moments"].view(value.shape) + gradient.damping)
+            value / (gradient.state["moments"].view(value.shape) + gradient.damping())
             for value, gradient in zip(values, gradients, strict=True)
         ]
         values = _rotated(states, bases, values)

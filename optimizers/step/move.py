@@ -25,6 +25,7 @@ from lightning_curv.optimizers.linear_algebra.readings import Answer, Readings
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
 from lightning_curv.optimizers.step.adam import adam_direction
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
+from lightning_curv.optimizers.step.refresh import Dampings
 from lightning_curv.optimizers.step.sharded_inverses import preconditioned
 from lightning_curv.optimizers.step_size.rules import Step
 from lightning_curv.optimizers.step_size.trust_region import TrustRegion
@@ -37,7 +38,7 @@ def directions(
     curvature: Curvature,
     parameters: Parameters,
     blocks: Sequence[Block],
-    dampings: dict[Tensor, Tensor],
+    dampings: Dampings,
     jacobians: Sequence[dict[Tensor, Any]],
     average: bool = True,
     radius: float | Tensor = math.inf,
@@ -48,7 +49,7 @@ def directions(
         curvature: what preconditions.
         parameters: of the optimizer.
         blocks: of the parameters that move.
-        dampings: of the blocks whose curvature is known, by their first parameter.
+        dampings: what gives that of each block whose curvature is known, by its first parameter.
         jacobians: of every micro-batch.
         average: whether running means of the gradients are preconditioned, decayed as their groups
             say.

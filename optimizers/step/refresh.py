@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from lightning_curv.optimizers.warn import warn
 
 # Keeps the damping of a block without any curvature positive.
 TINY = torch.finfo(torch.float32).tiny
+
+Dampings = dict[Tensor, Callable[[], Tensor]]
 
 
 def block_damping(
@@ -48,7 +50,7 @@ def refresh(
     schedule: Schedule,
     parameters: Parameters,
     blocks: Sequence[Block],
-    dampings: dict[Tensor, Tensor],
+    dampings: Dampings,
     step: int,
     readings: Readings,
     all_parts: bool = False,
@@ -60,7 +62,7 @@ def refresh(
         schedule: says what is due.
         parameters: of the optimizer.
         blocks: of the parameters that move.
-        dampings: of the blocks whose curvature is known, by their first parameter.
+        dampings: what gives that of each block whose curvature is known, by its first parameter.
         step: number of the step.
         readings: of the step.
         all_parts: whether all are due.
@@ -75,7 +77,7 @@ def refresh(
             # Numbers run over the parts of all blocks: the work is spread over the steps.
             is_due = all_parts or schedule.invert_due(step, number, sum(counts))
             if is_due or not curvature.ready(state):
-                due.append((state, unit, dampings[block.params[0]]))
+                due.append((state, unit, dampings[block.params[0]]()))
                 blocks_of_due.append(block)
             number += 1
     results = shared_inverses(curvature, due, readings)

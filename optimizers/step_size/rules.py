@@ -216,22 +216,24 @@ class QuadraticModel(StepRule):
         if not directions:
             readings.read()
             return Step([])
-        span = _span(directions)
-        asked = readings.ask(_products_in_span(directions, span))
+        rows = _rows(directions)
+        span = rows[:-1]
+        asked = readings.ask(inner_products(span, rows))
         batches = _jacobians(directions)
-        measured = None
+        measured = damping = None
         if batches:
+            damping = readings.ask(_damping_in_span(directions, span))
             measured = readings.ask(averaged(_curvature_in_span(directions, batches, span)))
         # The only time that the host waits in a step.
         readings.read()
         max_decrease, reach = bounds()
-        model = _Model(*asked.numbers)
-        slope = model.slope
-        if measured is not None:
-            curvature = self._averaged(measured.numbers, batches, model.lengths, scale)
-            w = minimizer(_sum(curvature, model.damping), slope)
+        products = _Products(asked.numbers)
+        slope = products.slope
+        if measured is not None and damping is not None:
+            curvature = self._averaged(measured.numbers, batches, products.lengths, scale)
+            w = minimizer(_sum(curvature, damping.numbers), slope)
         else:
-            kept = kept_curvature(self.memory, model.lengths) if self.keeps else None
+            kept = kept_curvature(self.memory, products.lengths) if self.keeps else None
             if kept is None:
                 return Step([torch.zeros_like(d.value) for d in directions])
             curvature = kept
@@ -284,44 +286,35 @@ class QuadraticModel(StepRule):
 
 
 @dataclass(frozen=True)
-class _Model:
-    """What the quadratic model has besides the curvature, see `_products_in_span`.
+class _Products:
+    """The inner products of the directions with each other and, in the last column, the gradient.
 
     Args:
-        damping: The matrix R, [K, K].
-        slopes: The slope b in every column, [K, K].
-        gram: Inner products of the directions, [K, K].
+        numbers: [K, K + 1].
     """
 
-    damping: Matrix
-    slopes: Matrix
-    gram: Matrix
+    numbers: Matrix
 
     @property
     def slope(self) -> list[float]:
         """The slope b, [K]."""
-        return [row[0] for row in self.slopes]
+        return [row[-1] for row in self.numbers]
 
     @property
     def lengths(self) -> list[float]:
         """The lengths of the directions, [K]."""
-        return [math.sqrt(row[i]) for i, row in enumerate(self.gram)]
+        return [math.sqrt(row[i]) for i, row in enumerate(self.numbers)]
 
 
-def _products_in_span(directions: Sequence[Direction], span: Tensor) -> Tensor:
-    """The matrices of `_Model`, [3, K, K].
+def _damping_in_span(directions: Sequence[Direction], span: Tensor) -> Tensor:
+    """The matrix R, [K, K].
 
     Args:
         directions: of all parameters.
         span: the directions that weights are looked for of, [K, P].
     """
-    sizes = [d.value.numel() for d in directions]
-    grad = torch.cat(on_one_device(d.grad.flatten() for d in directions)).to(span)
-    dampings = [d.damping.to(span).expand(size) for d, size in zip(directions, sizes, strict=True)]
-    damped = inner_products(span * torch.cat(dampings), span)
-    # The gradient in every row, so that one transfer from the device brings all numbers.
-    slopes = inner_products(span, grad.expand_as(span))
-    return torch.stack([damped, slopes, inner_products(span, span)])
+    dampings = [d.damping().to(span).expand(d.value.numel()) for d in directions]
+    return inner_products(span * torch.cat(dampings), span)
 
 
 def _curvature_in_span(
@@ -358,14 +351,15 @@ def _jacobians(directions: Sequence[Direction]) -> list[dict[int, Jacobian]]:
     return batches
 
 
-def _span(directions: Sequence[Direction]) -> Tensor:
-    """The direction and, if there is one, the last update over all parameters, [K, P]."""
-    like = directions[0].value
-    rows = [torch.cat(on_one_device(d.value.flatten() for d in directions)).to(like)]
+def _rows(directions: Sequence[Direction]) -> Tensor:
+    """The direction, the last update if there is one, and the gradient, [K + 1, P]."""
+    parts = [d.value for d in directions]
     if any(d.last is not None for d in directions):
-        last = [torch.zeros_like(d.value) if d.last is None else d.last for d in directions]
-        rows.append(torch.cat(on_one_device(part.flatten() for part in last)).to(like))
-    return torch.stack(rows)
+        parts += [torch.zeros_like(d.value) if d.last is None else d.last for d in directions]
+    parts += [d.grad for d in directions]
+    size = sum(d.value.numel() for d in directions)
+    flat = torch.cat(on_one_device(part.flatten() for part in parts))
+    return flat.to(directions[0].value).view(-1, size)
 
 
 def _with_momentum(direction: Direction, update: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_curv import KFACOptimizer, curvature
+from lightning_curv.optimizers import second_order
 from lightning_curv.optimizers.step.schedule import Schedule
 from lightning_curv.optimizers.step_size.calibration import averaged_curvature, keep_step
 from lightning_curv.optimizers.step_size.loss_limits import LossLimits, LossValue
@@ -197,3 +198,31 @@ def test_jacobians_that_were_not_asked_for_are_dropped():
         assert not any(
             hasattr(p, "jacobian_mc") or hasattr(p, "loss_limits") for p in net.parameters()
         )
+
+
+def test_between_measurements_dampings_are_those_of_the_inverses_that_are_due(monkeypatch):
+    net, x, y = classes()
+    optimizer = quick(net)
+    train(net, optimizer, x, y, 10)
+    assert not optimizer._measures
+    asked, due = [], []
+    block_damping, inverted = second_order.block_damping, optimizer.curvature.inverted
+    monkeypatch.setattr(
+        second_order,
+        "block_damping",
+        lambda curvature, state, *rest: (
+            asked.append(id(state)) or block_damping(curvature, state, *rest)
+        ),
+    )
+    monkeypatch.setattr(
+        optimizer.curvature,
+        "inverted",
+        lambda parts, *rest: due.extend(id(state) for state, *_ in parts) or inverted(parts, *rest),
+    )
+    steps = 0
+    while not optimizer._measures:
+        asked.clear(), due.clear()
+        train(net, optimizer, x, y, 1)
+        assert sorted(asked) == sorted({*due})
+        steps += 1
+    assert steps
