@@ -15,7 +15,9 @@ def on_one_device(tensors: Iterable[Tensor]) -> list[Tensor]:
 
     Cost: a copy of those that are elsewhere; nothing where all are on one device.
     """
-    moved: list[Tensor] = []
-    for tensor in tensors:
-        moved.append(tensor.to(moved[0].device) if moved else tensor)
-    return moved
+    found = list(tensors)
+    devices = {tensor.device for tensor in found}
+    # To ask a tensor for its device is cheaper than to ask it for itself on that device.
+    if len(devices) < 2:
+        return found
+    return [tensor.to(found[0].device) for tensor in found]

@@ -142,16 +142,16 @@ class curvature(record):
             "hook": extension_hook,
         }
 
-    def _recorded(
+    def __torch_function__(
         self,
         func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        run: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if self._records or func in _BACKWARD:
-            return super()._recorded(func, args, kwargs, run)
-        return run(*args, **kwargs)
+            return self._recorded(func, args, kwargs or {}, func)
+        return func(*args, **(kwargs or {}))
 
     def _compute(
         self,

@@ -163,12 +163,13 @@ def kronecker_matmul(factors: Sequence[Tensor], v: Tensor, batched: bool) -> Ten
 
 def _matmul(parts: Sequence[Tensor], v: Tensor) -> Tensor:
     """A block-diagonal matrix, or one matrix [d, d] or [G, d, d], times [G, L, d, R]."""
+    if len(parts) == 1:
+        return _product(parts[0], v)
     sizes = [part.shape[-1] for part in parts]
     pieces = v.split(sizes, dim=2)
-    products = [_product(part, piece) for part, piece in zip(parts, pieces, strict=True)]
-    if len(parts) == 1:
-        return products[0]
-    return torch.cat(products, dim=2)
+    return torch.cat(
+        [_product(part, piece) for part, piece in zip(parts, pieces, strict=True)], dim=2
+    )
 
 
 def _product(matrix: Tensor, v: Tensor) -> Tensor:
