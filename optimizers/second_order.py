@@ -36,7 +36,15 @@ from lightning_curv.optimizers.settings import (
 from lightning_curv.optimizers.step.limits import StepLimits
 from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statistics
 from lightning_curv.optimizers.step.memory import remembered
-from lightning_curv.optimizers.step.move import Moved, directions, move, slope_of_last, undo
+from lightning_curv.optimizers.step.move import (
+    Lengths,
+    Moved,
+    bounding_lengths,
+    directions,
+    move,
+    slope_of_last,
+    undo,
+)
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.refresh import Dampings, block_damping, refresh
 from lightning_curv.optimizers.step.restore import restored_state
@@ -465,6 +473,9 @@ class SecondOrderOptimizer(Optimizer):
         # Gradients of the whole data have no noise to average away, and the quadratic model has a
         # momentum of its own.
         has_model = self.step_rule.extension is not None
+        lengths: Lengths = {}
+        if self.region.enabled:
+            lengths = bounding_lengths([param for _, param in members if param.dim() > 1])
         average = not (self.full_batch and has_model)
         found_directions = directions(
             curvature,
@@ -473,7 +484,8 @@ class SecondOrderOptimizer(Optimizer):
             dampings,
             micro_batches.jacobians,
             average,
-            radius if self.region.enabled else math.inf,
+            radius,
+            lengths if self.region.enabled else None,
         )
         step = self.step_rule(found_directions, self.curvature_scale, bounds, readings)
         if before is not None and has_model:
@@ -481,7 +493,11 @@ class SecondOrderOptimizer(Optimizer):
             before, radius = self._known(), self.region.radius
         moving = [direction.param for direction in found_directions]
         updates = dict(zip(moving, step.updates, strict=True))
-        moved = move(parameters, members, updates, step, self.region, readings, radius)
+        # What the region takes back, and what the model has as its last direction.
+        remembers = self.region.enabled or has_model
+        moved = move(
+            parameters, members, updates, step, self.region, readings, radius, lengths, remembers
+        )
         if moved is None:
             return None
         if is_measured and self.schedule.keeps:

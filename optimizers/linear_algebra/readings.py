@@ -59,12 +59,18 @@ class Readings:
         self._answers: list[Answer] = []
         self._sent: tuple[Tensor, torch.Event | None] | None = None
 
-    def finite(self, tensors: Sequence[Tensor], tell: Tell | None = None) -> list[bool]:
+    def finite(
+        self,
+        tensors: Sequence[Tensor],
+        tell: Tell | None = None,
+        norms: Sequence[Tensor] | None = None,
+    ) -> list[bool]:
         """Whether each tensor is finite.
 
         Args:
             tensors: On any devices.
             tell: Called by `receive` with the flags if some tensor is not.
+            norms: Of the tensors, [] each, where they are known.
         """
         if not tensors:
             return []
@@ -73,11 +79,12 @@ class Readings:
             largest = torch._foreach_norm([*tensors], math.inf)
             return self.hold(torch.stack(on_one_device(largest)).isfinite(), tell)
         # A norm is finite only if all entries are; one kernel for all tensors.
-        norms = torch.stack(on_one_device(torch._foreach_norm([*tensors]))).tolist()
+        found = torch._foreach_norm([*tensors]) if norms is None else norms
+        numbers = torch.stack(on_one_device(found)).tolist()
         # A norm may overflow where its tensor does not.
         return [
             math.isfinite(norm) or bool(tensor.isfinite().all())
-            for norm, tensor in zip(norms, tensors, strict=True)
+            for norm, tensor in zip(numbers, tensors, strict=True)
         ]
 
     def hold(self, flags: Tensor, tell: Tell | None = None) -> list[bool]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -23,8 +26,21 @@ def updated_mean(mean: Tensor, value: Tensor, weight: float) -> Tensor:
         value: new value, any dtype, same shape.
         weight: $w$ after the update.
     """
-    value = value.detach().to(mean)
-    if mean.device.type == "cpu":
-        return mean.lerp_(value, 1.0 / weight)
-    # Whether a step is to be taken back is known there when it has been made: see `Readings`.
-    return mean.lerp(value, 1.0 / weight)
+    return updated_means([mean], [value], weight)[0]
+
+
+def updated_means(means: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> list[Tensor]:
+    """The same of several means with the same weights, all at once."""
+    new = [value.detach().to(mean) for mean, value in zip(means, values, strict=True)]
+    if not in_place(means):
+        return list(torch._foreach_lerp(list(means), new, 1.0 / weight))
+    torch._foreach_lerp_(list(means), new, 1.0 / weight)
+    return list(means)
+
+
+def in_place(means: Sequence[Tensor]) -> bool:
+    """Whether running means are changed in place: that of all on a processor.
+
+    On a device it is known only later whether a step is to be taken back: see `Readings`.
+    """
+    return all(mean.device.type == "cpu" for mean in means)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from lightning_curv.optimizers.curvature.base import (
     ParamGroup,
 )
 from lightning_curv.optimizers.linear_algebra.readings import Answer, Readings
-from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
+from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_means
 from lightning_curv.optimizers.step.adam import adam_direction
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
 from lightning_curv.optimizers.step.refresh import Dampings
@@ -33,6 +34,9 @@ from lightning_curv.optimizers.step_size.trust_region import TrustRegion
 # The least length of a weight, per root of its outputs, that its updates are compared with.
 LEAST_LENGTH = 0.03
 
+# Of each weight what its updates are compared with, [].
+Lengths = dict[Tensor, Tensor]
+
 
 def directions(
     curvature: Curvature,
@@ -42,6 +46,7 @@ def directions(
     jacobians: Sequence[dict[Tensor, Any]],
     average: bool = True,
     radius: float | Tensor = math.inf,
+    lengths: Lengths | None = None,
 ) -> list[Direction]:
     """The preconditioned gradients of all parameters whose curvature is ready.
 
@@ -54,6 +59,7 @@ def directions(
         average: whether running means of the gradients are preconditioned, decayed as their groups
             say.
         radius: How far a layer may move, see `shorten`.
+        lengths: Of the weights; None if layers may move as far as they want.
 
     Returns:
         One direction per parameter, those of a block beside each other.
@@ -72,7 +78,8 @@ def directions(
         gradients.append(Gradient(parameters.state[first], block, values_of_block, dampings[first]))
     all_directions: list[Direction] = []
     all_results = preconditioned(curvature, gradients)
-    shorten([g.block.params for g in gradients], all_results, radius)
+    if lengths is not None:
+        shorten([g.block.params for g in gradients], all_results, radius, lengths)
     for g, results in zip(gradients, all_results, strict=True):
         for member, value, result in zip(g.block.members, g.values, results, strict=True):
             all_directions.append(
@@ -85,6 +92,7 @@ def shorten(
     params: Sequence[Sequence[Tensor]],
     directions: Sequence[Sequence[Tensor]],
     radius: float | Tensor,
+    lengths: Lengths,
 ) -> None:
     """Shorten the directions of layers that move by more than `radius` times their own length.
 
@@ -95,43 +103,53 @@ def shorten(
         params: Of every block.
         directions: Of every block, changed in place.
         radius: Bound on the length of a direction relative to that of its weight.
+        lengths: Of the weights.
     """
     weights = [
         (of[0], found) for of, found in zip(params, directions, strict=True) if of[0].dim() > 1
     ]
-    bounded = isinstance(radius, Tensor) or math.isfinite(radius)
-    if len(weights) < 2 or not bounded:
+    if len(weights) < 2:
         return
-    changes = relative_changes([w for w, _ in weights], [found[0] for _, found in weights])
+    updates = torch._foreach_norm([found[0] for _, found in weights])
+    changes = relative_changes(updates, [lengths[weight] for weight, _ in weights])
     factors = (radius / changes).clamp(max=1.0)
     # `factors[changes.argmin()] = 1` would wait for the device.
     factors.scatter_(0, changes.argmin(0, keepdim=True), 1.0)
-    for (_, found), factor in zip(weights, factors, strict=True):
-        for direction in found:
-            direction.mul_(factor.to(direction))
+    if factors.device.type == "cpu":
+        # There the host knows that mostly no layer moves too far.
+        bounded = zip(weights, factors.tolist(), strict=True)
+        too_long = [(found, factor) for (_, found), factor in bounded if factor != 1.0]
+    else:
+        too_long = [(found, factor) for (_, found), factor in zip(weights, factors, strict=True)]
+    for found, factor in too_long:
+        _multiply(found, factor)
 
 
-def relative_changes(weights: Sequence[Tensor], updates: Sequence[Tensor]) -> Tensor:
-    """The lengths of updates of weights, divided by those of the weights."""
-    lengths = torch.stack(on_one_device(torch._foreach_norm(list(updates))))
-    own = _lengths(weights)
-    # Weights that start at zero, or that shrink to it, may move all the same. Numbers of the host
-    # as they are: a tensor of them would have to be sent to the device.
-    least = [LEAST_LENGTH * len(weight) ** 0.5 for weight in weights]
-    longer = torch.stack(torch._foreach_clamp_min(own, least))
-    return lengths / longer.to(lengths)
+def bounding_lengths(weights: Sequence[Tensor]) -> Lengths:
+    """The lengths of weights that their updates are compared with.
 
-
-def _lengths(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The lengths of weights; those of sharded ones over all parts, in one exchange."""
-    lengths: dict[Tensor, Tensor] = {}
+    Weights that start at zero, or that shrink to it, may move all the same.
+    """
+    own: Lengths = {}
     for sharded in (True, False):
         # FSDP may leave some parameters as they are, and torch takes no list of both.
         some = [weight for weight in weights if is_sharded(weight) is sharded]
         if some:
+            # Of sharded ones over all parts, in one exchange.
             stacked = whole(torch.stack(on_one_device(torch._foreach_norm(some))))
-            lengths.update(zip(some, stacked.unbind(), strict=True))
-    return on_one_device(lengths[weight] for weight in weights)
+            own.update(zip(some, stacked.unbind(), strict=True))
+    if not own:
+        return own
+    # Numbers of the host as they are: a tensor of them would have to be sent to the device.
+    least = [LEAST_LENGTH * len(weight) ** 0.5 for weight in own]
+    longer = torch._foreach_clamp_min(on_one_device(own.values()), least)
+    return dict(zip(own, longer, strict=True))
+
+
+def relative_changes(updates: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The lengths of updates, [] each, divided by those of the weights, [] each."""
+    changes = torch.stack(on_one_device(updates))
+    return changes / torch.stack(on_one_device(weights)).to(changes)
 
 
 def _direction(
@@ -172,6 +190,8 @@ def _direction(
 def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor, Tensor]:
     """The running means of the gradients, kept in the state of each parameter."""
     means = {}
+    # By the weight in the mean, which is that of all parameters unless some were left out.
+    moving: dict[float, list[Tensor]] = defaultdict(list)
     for group, param in members:
         decay = _decay(group)
         state = parameters.state[param]
@@ -185,9 +205,12 @@ def _averaged(parameters: Parameters, members: Sequence[Member]) -> dict[Tensor,
             state["gradient"] = torch.zeros_like(gradient(param), dtype=dtype)
             state["gradient_weight"] = 0.0
         state["gradient_weight"] = next_weight(state["gradient_weight"], decay)
-        weight = state["gradient_weight"]
-        state["gradient"] = updated_mean(state["gradient"], gradient(param), weight)
-        means[param] = state["gradient"]
+        moving[state["gradient_weight"]].append(param)
+    for weight, params in moving.items():
+        former = [parameters.state[param]["gradient"] for param in params]
+        updated = updated_means(former, [gradient(param) for param in params], weight)
+        for param, mean in zip(params, updated, strict=True):
+            means[param] = parameters.state[param]["gradient"] = mean
     return means
 
 
@@ -228,8 +251,10 @@ def move(
     region: TrustRegion,
     readings: Readings,
     radius: float | Tensor,
+    lengths: Lengths,
+    remembers: bool = True,
 ) -> Moved | None:
-    """Add the updates, and Adam's to all other members; all are remembered.
+    """Add the updates, and Adam's to all other members.
 
     Args:
         parameters: of the optimizer.
@@ -240,6 +265,8 @@ def move(
         readings: Of the step. Where nothing is read at once, nothing moves unless all holds that
             they took to hold.
         radius: Of the region.
+        lengths: Of the weights; of use to the region alone.
+        remembers: Whether the updates are kept, besides those with momentum.
 
     Returns:
         What was done; None if some updates are known not to be finite, and nothing moves.
@@ -247,20 +274,26 @@ def move(
     state = parameters.state
     # All updates are computed before any parameter moves: one that is not finite stops the step.
     fallback = {p: adam_direction(state[p], gradient(p)) for _, p in members if p not in updates}
-    weights = [param for param in updates if param.dim() > 1]
+    movers = {**updates, **fallback}
+    norms = torch._foreach_norm([*movers.values()]) if movers else []
     changes = None
-    # Of use to the region alone.
-    if weights and region.enabled:
-        changes = readings.ask(relative_changes(weights, [updates[param] for param in weights]))
-    movers = [*updates, *fallback]
-    warn_of = partial(parameters.warn_of_skipped, "preconditioned gradients", movers)
-    flags = readings.finite([*updates.values(), *fallback.values()], warn_of)
+    if region.enabled:
+        of_weights = [
+            (norm, lengths[param])
+            for param, norm in zip(updates, norms, strict=False)
+            if param.dim() > 1
+        ]
+        if of_weights:
+            changes = readings.ask(relative_changes(*zip(*of_weights, strict=True)))
+    warn_of = partial(parameters.warn_of_skipped, "preconditioned gradients", [*movers])
+    flags = readings.finite([*movers.values()], warn_of, norms)
     if not all(flags):
         warn_of(flags)
         return None
     shrink, sound = _known_on_the_device(region, readings, radius, changes)
     if updates and (isinstance(shrink, Tensor) or shrink < 1.0):
-        _multiply(list(updates.values()), shrink)
+        _multiply([*updates.values()], shrink)
+    added = []
     for group, param in members:
         update = updates.get(param)
         if update is None:
@@ -269,11 +302,15 @@ def move(
             update = fallback[param] * -scheduled_lr
         if sound is not None:
             update = torch.where(sound.to(update.device), update, 0.0)
-        state[param]["velocity"] = update
+        if remembers or group.get("momentum"):
+            state[param]["velocity"] = update
+        else:
+            state[param].pop("velocity", None)
         if group["weight_decay"]:
             rate = step.rate * shrink if param in updates else 1.0
             _decay_weights(param, rate * group["lr"] * group["weight_decay"], sound)
-        param.add_(own_part(update, like=param))
+        added.append(own_part(update, like=param))
+    _add([param for _, param in members], added)
     return Moved(step, changes)
 
 
@@ -288,10 +325,19 @@ def _known_on_the_device(
     return region.shrink_on_device(changes.tensor, radius), readings.sound
 
 
-def _multiply(updates: list[Tensor], factor: float | Tensor) -> None:
+def _add(params: list[Tensor], updates: list[Tensor]) -> None:
+    """Add updates in place, all at once unless some parameters are in parts."""
+    if any(map(is_sharded, params)):
+        for param, update in zip(params, updates, strict=True):
+            param.add_(update)
+    else:
+        torch._foreach_add_(params, updates)
+
+
+def _multiply(updates: Sequence[Tensor], factor: float | Tensor) -> None:
     """Multiply updates by a factor in place, on whichever devices they are."""
     if isinstance(factor, float):
-        torch._foreach_mul_(updates, factor)
+        torch._foreach_mul_(list(updates), factor)
         return
     for update in updates:
         update.mul_(factor.to(update))

@@ -189,3 +189,43 @@ def test_memory_is_saved():
     other.load_state_dict(optimizer.state_dict())
     assert other.memories == optimizer.memories
     assert math.isfinite(other.region.radius)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, True),
+        ({"safeguards": False}, True),  # of the quadratic model
+        ({"lr": 0.1, "momentum": 0.0}, True),  # to be taken back
+        ({"lr": 0.1, "safeguards": False}, True),  # of the momentum
+        ({"lr": 0.1, "momentum": 0.0, "safeguards": False}, False),
+    ],
+)
+def test_updates_are_kept_where_something_reads_them(settings, kept):
+    net, optimizer, _ = trained(3, **settings)
+    assert all(("velocity" in optimizer.state[p]) is kept for p in net.parameters())
+
+
+def test_a_momentum_that_is_set_to_zero_leaves_no_update():
+    net, optimizer, _ = trained(3, lr=0.1, safeguards=False)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    with curvature(*optimizer.required_extensions()):
+        F.mse_loss(net(torch.ones(2, 3).double()), torch.ones(2, 1).double()).backward()
+    optimizer.step()
+    assert not any("velocity" in optimizer.state[p] for p in net.parameters())
+
+
+def test_weights_are_measured_once_in_a_step(monkeypatch):
+    seen = []
+    norms = torch._foreach_norm
+
+    def spy(tensors, *order):
+        seen.extend(tensor for tensor in tensors if isinstance(tensor, nn.Parameter))
+        return norms(tensors, *order)
+
+    monkeypatch.setattr(torch, "_foreach_norm", spy)
+    net, _, steps = trained(4)
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    assert [sum(tensor is weight for tensor in seen) for weight in weights] == [len(steps)] * len(
+        weights
+    )
