@@ -503,6 +503,8 @@ class SecondOrderOptimizer(Optimizer):
         if is_measured and self.schedule.keeps:
             self._plan(bounds()[0])
         self.steps += 1
+        if not all(self._fits(block) for block in blocks):
+            self.next_measurement = min(self.next_measurement, self.steps)
         report = {**step.report, "damping": self.relative_damping}
         finish = partial(self._finish, bounds, moved, report)
         if before is None:
@@ -575,6 +577,11 @@ class SecondOrderOptimizer(Optimizer):
         holds = bounded and not self.tried and bool(self.step_rule.memory.get("holds"))
         self.interval = self.schedule.next_interval(self.steps, self.interval, holds)
         self.next_measurement = self.steps + self.interval
+
+    def _fits(self, block: Block) -> bool:
+        """Whether curvature that is kept of a block is that of the parameters it has now."""
+        state = self.state[block.params[0]]
+        return not self.curvature.measured(state) or self.curvature.fits(state, block)
 
     def _dampings(self, blocks: Sequence[Block], floor: float | Tensor) -> Dampings:
         """What gives the dampings of the blocks with curvature, by their first parameter."""

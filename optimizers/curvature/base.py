@@ -194,6 +194,13 @@ class Curvature(ABC):
     def ready(self, state: State) -> bool:
         """Whether gradients of this block can be preconditioned."""
 
+    def fits(self, state: State, block: Block) -> bool:
+        """Whether what was measured is that of the parameters that the block has in this step.
+
+        A bias that was frozen since then has left the block of its weight.
+        """
+        return True
+
     @abstractmethod
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
         """Precondition the gradients of many blocks, those of equal shapes together.

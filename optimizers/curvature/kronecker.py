@@ -204,6 +204,10 @@ class KroneckerCurvature(Curvature):
         inverses = state.get("inverses", [None])
         return all(inverse is not None for inverse in inverses)
 
+    def fits(self, state: State, block: Block) -> bool:
+        covered = block_size(state["factors"], state["batched"])
+        return covered == sum(param.numel() for param in block.params)
+
     def precondition(self, gradients: Sequence[Gradient]) -> list[list[Tensor]]:
         products = []
         for gradient in gradients:

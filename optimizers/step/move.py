@@ -64,8 +64,8 @@ def directions(
     Returns:
         One direction per parameter, those of a block beside each other.
     """
-    # Blocks without an inverse yet are moved by the update without curvature.
-    ready = [block for block in blocks if curvature.ready(parameters.state[block.params[0]])]
+    # Blocks without an inverse of theirs yet are moved by the update without curvature.
+    ready = [block for block in blocks if _is_ready(curvature, parameters, block)]
     members = [member for block in ready for member in block.members]
     if average:
         values = _averaged(parameters, members)
@@ -86,6 +86,11 @@ def directions(
                 _direction(curvature, parameters, g, member, value, result, jacobians)
             )
     return all_directions
+
+
+def _is_ready(curvature: Curvature, parameters: Parameters, block: Block) -> bool:
+    state = parameters.state[block.params[0]]
+    return curvature.ready(state) and curvature.fits(state, block)
 
 
 def shorten(

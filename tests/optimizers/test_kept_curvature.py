@@ -226,3 +226,24 @@ def test_between_measurements_dampings_are_those_of_the_inverses_that_are_due(mo
         assert sorted(asked) == sorted({*due})
         steps += 1
     assert steps
+
+
+@pytest.mark.parametrize("settings", [{}, {"eigen": True}, {"lr": 0.1, "factor_interval": 8}])
+def test_a_bias_that_is_frozen_while_curvature_is_kept_leaves_its_block(settings):
+    net, x, y = classes()
+    optimizer = quick(net, **settings)
+    train(net, optimizer, x, y, 10)
+    assert not optimizer._measures
+    net[0].bias.requires_grad_(False)
+    before = [p.detach().clone() for p in net.parameters()]
+    train(net, optimizer, x, y, 1)
+    assert [torch.equal(p, q) for p, q in zip(net.parameters(), before)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert optimizer._measures is ("lr" not in settings)
+    train(net, optimizer, x, y, 12)
+    assert torch.equal(net[0].bias, before[1])
+    assert all(p.isfinite().all() for p in net.parameters())
