@@ -80,7 +80,8 @@ class KFACOptimizer(SecondOrderOptimizer):
             the loss has no known lower bound, they are measured in every step; so they are with a
             number as `lr`.
         inverse_interval: Refresh each inverse every so many steps, spread over the steps; more
-            often in the first 20.
+            often in the first 20, and half as many times more rarely as curvature is kept for
+            steps: every 40 where it is kept for 8.
         kl_clip: $\kappa$, bound on the squared length of a step of learning rate 1 in the
             curvature's metric; None for no bound; not used with `lr="auto"`.
         curvature: "mc" draws targets from the model, "exact" propagates one column per output,

@@ -468,7 +468,15 @@ class SecondOrderOptimizer(Optimizer):
         dampings = self._dampings(blocks, floor)
         all_parts, self._overdue = self._overdue, False
         refresh(
-            curvature, self.schedule, parameters, blocks, dampings, self.steps, readings, all_parts
+            curvature,
+            self.schedule,
+            parameters,
+            blocks,
+            dampings,
+            self.steps,
+            readings,
+            all_parts,
+            self.interval,
         )
         # Gradients of the whole data have no noise to average away, and the quadratic model has a
         # momentum of its own.

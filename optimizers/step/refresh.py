@@ -54,6 +54,7 @@ def refresh(
     step: int,
     readings: Readings,
     all_parts: bool = False,
+    kept: int = 1,
 ) -> None:
     """Renew the inverses that are due, and those that do not exist yet.
 
@@ -66,6 +67,7 @@ def refresh(
         step: number of the step.
         readings: of the step.
         all_parts: whether all are due.
+        kept: for how many steps what was measured last is kept.
     """
     states = [parameters.state[block.params[0]] for block in blocks]
     counts = [curvature.units(state) for state in states]
@@ -75,7 +77,7 @@ def refresh(
     for block, state, count in zip(blocks, states, counts, strict=True):
         for unit in range(count):
             # Numbers run over the parts of all blocks: the work is spread over the steps.
-            is_due = all_parts or schedule.invert_due(step, number, sum(counts))
+            is_due = all_parts or schedule.invert_due(step, number, sum(counts), kept)
             if is_due or not curvature.ready(state):
                 due.append((state, unit, dampings[block.params[0]]()))
                 blocks_of_due.append(block)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Inverses are refreshed so many times more rarely as curvature is kept for steps, over this.
+KEPT_PER_INTERVAL = 2
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -45,8 +48,15 @@ class Schedule:
             return 1
         return min(2 * interval, self.measure)
 
-    def invert_due(self, step: int, unit: int, units: int) -> bool:
-        """Whether inverse number `unit` of `units` is refreshed in this step."""
+    def invert_due(self, step: int, unit: int, units: int, kept: int = 1) -> bool:
+        """Whether inverse number `unit` of `units` is refreshed in this step.
+
+        Args:
+            step: Counted from 0.
+            unit: Number of the inverse.
+            units: Number of all inverses.
+            kept: For how many steps what was measured last is kept.
+        """
         if step < min(3, self.burn_in):
             return True
         if step < self.burn_in:
@@ -55,4 +65,7 @@ class Schedule:
             interval = self.invert
         # Each unit has its step within an interval, the units spread evenly over it.
         own_step = unit * interval // units
-        return step % interval == own_step
+        # Of curvature that is measured rarely the inverse changes slowly. Whoever is due in every
+        # fourth interval is so in every second one, too: none waits long where that changes.
+        rarer = max(kept // KEPT_PER_INTERVAL, 1)
+        return step % (rarer * interval) == own_step + unit % rarer * interval

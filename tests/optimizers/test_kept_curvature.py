@@ -71,6 +71,42 @@ def test_the_interval_doubles_while_curvature_holds_and_is_halved_where_it_does_
     assert schedule.next_interval(10, 1, holds=True) == 1
 
 
+def due(schedule, kept, units, steps):
+    """The steps in which each inverse is due."""
+    return [{s for s in steps if schedule.invert_due(s, u, units, kept)} for u in range(units)]
+
+
+@pytest.mark.parametrize(("kept", "every"), [(1, 10), (2, 10), (4, 20), (8, 40)])
+@pytest.mark.parametrize("units", [1, 6, 25])
+def test_inverses_of_kept_curvature_are_renewed_more_rarely(kept, every, units):
+    schedule = Schedule(8, invert=10, keeps=True)
+    for steps in due(schedule, kept, units, range(40, 40 + 3 * every)):
+        assert len(steps) == 3
+        assert max(steps) - min(steps) == 2 * every
+
+
+def test_no_inverse_waits_longer_where_the_interval_changes():
+    schedule = Schedule(8, invert=10, keeps=True)
+    rarest, *others = (due(schedule, kept, 9, range(40, 200)) for kept in (8, 4, 2, 1))
+    for steps in others:
+        assert all(few <= more for few, more in zip(rarest, steps, strict=True))
+
+
+def test_inverses_wait_for_kept_curvature_as_the_schedule_says():
+    net, x, y = classes()
+    optimizer = KFACOptimizer(net.parameters())
+    train(net, optimizer, x, y, 40)
+    assert optimizer.interval == 8
+    counts = []
+    inverted = optimizer.curvature.inverted
+    optimizer.curvature.inverted = lambda parts, *rest: (
+        counts.append(len(parts)) or inverted(parts, *rest)
+    )
+    train(net, optimizer, x, y, 40)
+    assert optimizer.interval == 8
+    assert sum(counts) == 4  # two factors of two layers
+
+
 @pytest.mark.parametrize(
     ("factor", "holds"), [(1.0, True), (3.9, True), (0.26, True), (4.1, False), (0.24, False)]
 )
