@@ -74,11 +74,11 @@ class KFACOptimizer(SecondOrderOptimizer):
         gradient_decay: Decay in [0, 1) of the running mean of the gradients, per group; not used
             with a number as `lr`.
         factor_interval: Measure factors every so many steps; `lr="auto"` measures its quadratic
-            model in every step even so. "auto" measures both in the first 20 steps, then keeps them
-            for twice as long each time that they have changed by less than a factor of four, 8
-            steps at most: a step between reads nothing but the loss. Where `loss_fn` is given, or
-            the loss has no known lower bound, they are measured in every step; so they are with a
-            number as `lr`.
+            model in every step even so. "auto" measures both in the first 10 steps, then keeps them
+            for twice as long each time that the curvature along the step has grown by less than a
+            factor of four, 8 steps at most: a step between reads nothing but the loss. Where
+            `loss_fn` is given, or the loss has no known lower bound, they are measured in every
+            step; so they are with a number as `lr`.
         inverse_interval: Refresh each inverse every so many steps, spread over the steps; more
             often in the first 20, and half as many times more rarely as curvature is kept for
             steps: every 40 where it is kept for 8.

@@ -22,12 +22,14 @@ class Schedule:
             pay for all.
         burn_in: number of first steps in which inverses are refreshed at least every 5 steps, all
             of them in each of the first three.
+        settles: number of first steps that all measure, if curvature is kept behind them.
     """
 
     measure: int
     invert: int = 1
     burn_in: int = 20
     keeps: bool = False
+    settles: int = 10
 
     def measure_due(self, step: int) -> bool:
         """Whether curvature is measured in this step; steps count from 0."""
@@ -44,7 +46,7 @@ class Schedule:
         if not holds:
             return max(interval // 2, 1)
         # The first estimates are poor, and change with every step.
-        if step + 1 < self.burn_in:
+        if step + 1 < self.settles:
             return 1
         return min(2 * interval, self.measure)
 

@@ -9,7 +9,7 @@ from lightning_curv.optimizers.step_size.quadratic_model import Matrix
 
 # A batch of so many samples counts as much as all before it.
 SAMPLES = 16
-# Curvature is kept if between two measurements it has changed by less than this factor.
+# Curvature is kept if between two measurements it has grown by less than this factor.
 HELD = 4.0
 DECAY = 0.5  # of the running means of the weights and of the length of measured steps
 # The bound on half the squared length of the steps between, as a share of that of measured ones.
@@ -31,7 +31,8 @@ def averaged_curvature(
 
     Args:
         memory: Of the step rule, updated; "holds" says whether the curvature along each direction
-            is within a factor of four of what was kept.
+            is below four times what was kept. That it falls, as that of a classifier does that
+            becomes confident, makes steps too short, which the next measurement mends.
         curvature: $M$ of this batch, [K, K].
         lengths: Of the directions, [K].
         samples: $N$; inf: only this batch counts.
@@ -47,9 +48,7 @@ def averaged_curvature(
     weight = 1.0
     memory["holds"] = False
     if len(former) == count:
-        memory["holds"] = all(
-            former[i][i] < HELD * unit[i][i] < HELD * HELD * former[i][i] for i in range(count)
-        )
+        memory["holds"] = all(unit[i][i] < HELD * former[i][i] for i in range(count))
         decay = 1 / (1 + samples / SAMPLES)
         weight += decay * memory["unit_weight"]
         unit = [
