@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lightning_curv.distributed.failures import processes, telling
+from lightning_curv.distributed.failures import telling
 from lightning_curv.distributed.replicas import refuse_join
 from lightning_curv.distributed.shards import is_sharded
 from lightning_curv.extensions import Extension, GraphExtension
@@ -23,7 +22,6 @@ from lightning_curv.optimizers.curvature.base import (
     Curvature,
     Member,
     ParamGroup,
-    State,
 )
 from lightning_curv.optimizers.curvature.fields import Inbox, missing
 from lightning_curv.optimizers.linear_algebra.readings import Readings, Surprise
@@ -35,7 +33,6 @@ from lightning_curv.optimizers.settings import (
 )
 from lightning_curv.optimizers.step.limits import StepLimits
 from lightning_curv.optimizers.step.measure import MicroBatches, absorb, statistics
-from lightning_curv.optimizers.step.memory import remembered
 from lightning_curv.optimizers.step.move import (
     Lengths,
     Moved,
@@ -46,6 +43,7 @@ from lightning_curv.optimizers.step.move import (
     undo,
 )
 from lightning_curv.optimizers.step.parameters import Parameters, gradient
+from lightning_curv.optimizers.step.pending import Known, Pending, Watch
 from lightning_curv.optimizers.step.refresh import Dampings, block_damping, refresh
 from lightning_curv.optimizers.step.restore import restored_state
 from lightning_curv.optimizers.step.schedule import Schedule
@@ -71,7 +69,6 @@ SAVED = (
     "batch_size",
 )
 SCHEDULE = ("steps", "interval", "next_measurement")
-WATCHED = 20  # steps after one with a surprise, in which everything is read at once
 REJECTED = 4.0  # what the relative damping is multiplied by when a step is taken back
 LOSS_DECAY = 0.9  # of the running mean of the size of an unknown loss
 WHOLE_STATE = (
@@ -80,24 +77,6 @@ WHOLE_STATE = (
     "(docs/distributed.md shows how)."
 )
 SETTINGS = ("curvature", "schedule", "step_rule", "adaptation", "region", "curvature_scale")
-
-
-Known = tuple[dict[Tensor, State], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A step that the device makes, of which the host does not know yet how it went.
-
-    Args:
-        readings: Were sent.
-        before: What was known before the step.
-        finish: Remembers the step.
-    """
-
-    readings: Readings
-    before: Known
-    finish: Callable[[], Step]
 
 
 class SecondOrderOptimizer(Optimizer):
@@ -161,7 +140,7 @@ class SecondOrderOptimizer(Optimizer):
         self.loss_fn: Callable[[], Any] | None = None
         self._last_step: dict[str, float] = {}
         self._pending: Pending | None = None
-        self._watched = 0
+        self._watch = Watch()
         self._overdue = False
         self._told_relative = False
         self.interval = 1
@@ -401,7 +380,7 @@ class SecondOrderOptimizer(Optimizer):
         self._settle()
         params = [param for _, param in members]
         gradients = [gradient(param) for param in params]
-        readings = Readings(self._reads_at_once(params))
+        readings = Readings(self._watch.next(params))
         warn_of = partial(self._parameters.warn_of_skipped, "gradients", params)
         flags = readings.finite(gradients, warn_of)
         if all(flags):
@@ -551,29 +530,14 @@ class SecondOrderOptimizer(Optimizer):
         self.next_measurement = min(self.next_measurement, self.steps + 1)
         return None
 
-    def _reads_at_once(self, params: Sequence[Tensor]) -> bool:
-        """Whether the host reads everything in this step where it is needed.
-
-        It waits for no device then that is its own, and for processes it waits anyway. So it is
-        for some steps after one in which something was wrong.
-        """
-        is_watched = self._watched > 0
-        self._watched = max(self._watched - 1, 0)
-        return is_watched or processes() > 1 or any(p.device.type == "cpu" for p in params)
-
     def _known(self) -> Known:
         """What a step changes besides the parameters and the schedule."""
-        numbers = {name: remembered(getattr(self, name)) for name in SAVED if name not in SCHEDULE}
-        return {param: remembered(state) for param, state in self.state.items()}, numbers
+        return Known.to(self, [name for name in SAVED if name not in SCHEDULE])
 
     def _go_back(self, known: Known) -> None:
         """Undo what was done since `_known`; for some steps everything is then read at once."""
-        state, numbers = known
-        self.state.clear()
-        self.state.update(state)
-        for name, value in numbers.items():
-            setattr(self, name, value)
-        self._watched = WATCHED
+        known.restore(self)
+        self._watch.begin()
 
     def _plan(self, max_decrease: float) -> None:
         """Decide when curvature is measured next.
@@ -787,7 +751,7 @@ class SecondOrderOptimizer(Optimizer):
             self._inboxes = {}
             self._last_step = {}
             self._pending = None
-            self._watched = 0
+            self._watch = Watch()
             self._overdue = False
             self.loss_fn = None
             self._micro_batches = MicroBatches()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lightning_curv import DiagGGNOptimizer, KFACOptimizer, curvature
 from lightning_curv.optimizers.linear_algebra import running_mean
 from lightning_curv.optimizers.linear_algebra.readings import Readings, Surprise
-from lightning_curv.optimizers.second_order import SecondOrderOptimizer
+from lightning_curv.optimizers.step.pending import Watch
 from lightning_curv.optimizers.step_size.trust_region import TrustRegion
 
 N = 16
@@ -37,10 +37,8 @@ def later(monkeypatch):
 
     def switch():
         monkeypatch.setattr(running_mean, "in_place", lambda means: False)
-        reads_at_once = SecondOrderOptimizer._reads_at_once
-        monkeypatch.setattr(
-            SecondOrderOptimizer, "_reads_at_once", lambda self, _: reads_at_once(self, [])
-        )
+        of_devices = Watch.next
+        monkeypatch.setattr(Watch, "next", lambda self, _: of_devices(self, []))
 
     return switch
 
@@ -117,7 +115,7 @@ def test_a_step_with_a_surprise_is_made_once_more_with_everything_read_at_once(n
     found, told, optimizer = trained(OPTIMIZERS[name], 40, change)
     assert_equal(found, expected)
     assert told == told_at_once
-    assert optimizer._watched == 0  # long ago
+    assert optimizer._watch.steps == 0  # long ago
 
 
 def led_astray(step, x, net):
@@ -165,7 +163,7 @@ def test_a_failed_inverse_is_repaired(name, later, monkeypatch):
     assert len(calls) > 30
     assert not told
     assert all(p.isfinite().all() for p in found[-1])
-    assert optimizer._watched < 20
+    assert optimizer._watch.steps < 20
 
 
 def test_statistics_that_are_not_finite_are_told_one_step_later(later):
