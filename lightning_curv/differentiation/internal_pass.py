@@ -66,6 +66,18 @@ def any_internal_pass() -> bool:
 
 
 @contextmanager
+def kept_gradients(values: Iterable[ref[Tensor]]) -> Iterator[None]:
+    """Context whose passes leave the gradients that values retain (`retain_grad`) as they were."""
+    alive = [value for reference in values if (value := reference()) is not None]
+    before = [(value, value.grad) for value in alive if value.retains_grad]
+    try:
+        yield
+    finally:
+        for value, gradient in before:
+            value.grad = gradient
+
+
+@contextmanager
 def nothing_below(nodes: Iterable[Node]) -> Iterator[None]:
     """Context in which passes bring nothing below nodes where parameters may be used again."""
     handles = [node.register_prehook(_zeros) for node in nodes]

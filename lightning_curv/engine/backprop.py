@@ -12,6 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lightning_curv.differentiation.internal_pass import kept_gradients
 from lightning_curv.distributed.failures import distributed
 from lightning_curv.distributed.replicas import unnoticed
 from lightning_curv.distributed.shards import Shard, find_shards, gathered
@@ -185,6 +186,7 @@ class Backprop:
 
     def _looked(self, undisturbed: ExitStack) -> Passes:
         self._passes = passes = self._walked()
+        undisturbed.enter_context(kept_gradients(passes.tape.watched))
         if distributed():
             undisturbed.enter_context(unnoticed(passes.tape.nodes))
             self._shards = find_shards(passes.tape.all_parameters)

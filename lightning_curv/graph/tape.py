@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from typing import cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ class Tape:
         hidden: Names of nodes that run a graph of their own in the backward pass, with parameters
             that cannot be seen.
         nested: Names of ops whose values are nested tensors.
+        watched: Values whose gradients the user looks at, by a hook or by `retain_grad`.
     """
 
     uses: dict[Node | Join, Use] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class Tape:
     mapped: list[Mapped] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     nested: list[str] = field(default_factory=list)
+    watched: list[ref[Tensor]] = field(default_factory=list)
     structure: list[Hashable] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     casts: list[Node] = field(default_factory=list)
@@ -211,6 +214,8 @@ def _follow(
                 tape.read[node] = mark.read
             if mark.nested is not None:
                 tape.nested.append(mark.nested)
+            if mark.watched is not None:
+                tape.watched += mark.watched
             if mark.mapped is not None:
                 tape.mapped.append(mark.mapped)
                 tape.routes = True

@@ -264,7 +264,12 @@ class Passes:
         stacks = [torch.stack(seeds) for seeds in seeds_of_edges]
         if self.ends_at(edges):
             return (stacks[0],) * len(self.use_edges)
-        return self.backward(edges, self.use_edges, stacks, stacked=True)
+        try:
+            return self.backward(edges, self.use_edges, stacks, stacked=True)
+        except RuntimeError:
+            # What is run again in the pass, such as dropout below a checkpoint, may not be mapped.
+            one_by_one = [self.pull(column) for column in columns]
+            return tuple(_stacked(gs) for gs in zip(*one_by_one, strict=True))
 
     def _signs(self, of_columns: Sequence[Tensor | None]) -> Tensor | None:
         """The signs of several columns, `[V, N]`; `None`: all are positive."""
@@ -275,7 +280,12 @@ class Passes:
 
     @cached_property
     def _takes_stacks(self) -> bool:
-        """Whether `vmap` is known to do to every op what passes one by one do."""
+        """Whether `vmap` is known to do to every op what passes one by one do.
+
+        Hooks of the user's, and those that look for anomalies, would see what is none of a pass.
+        """
+        if self.tape.watched or torch.is_anomaly_enabled():
+            return False
         return all(plain_name(node.name()) in STACKABLE for node in self.tape.nodes)
 
     def _jacobians(

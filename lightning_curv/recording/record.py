@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +206,22 @@ class record(TorchFunctionMode):
         record_unknown(func, args, kwargs, out)
         return out
 
+    def _record_watched(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Somebody looks at the gradient of a value, and would see that of our passes too."""
+        value = args[0]
+        if value.grad_fn is not None:
+            mark = mark_at(value.grad_fn)
+            mark.watched = [*(mark.watched or ()), ref(value)]
+        return func(*args, **kwargs)
+
     _intercepted: Mapping[Callable[..., Any], Callable[..., Any]] = {
+        Tensor.register_hook: _record_watched,
+        Tensor.retain_grad: _record_watched,
         F.multi_head_attention_forward: _record_inside,
         torch._weight_norm: _record_weight_norm,
         torch.autograd.grad: _record_nothing,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +166,8 @@ class Marks:
     nested: str | None = None  # the op whose value it is, if that is a nested tensor
     # The value repeats a parameter: where that is data, the data are what the repetition made.
     copies: bool = False
+    # Values of the node whose gradients the user looks at, by a hook or by `retain_grad`.
+    watched: list[ref[Tensor]] | None = None
 
 
 def marks(node: Node) -> Marks | None:

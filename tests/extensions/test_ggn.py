@@ -7,6 +7,7 @@ from columns import watched_columns
 from estimates import RUNS, assert_unbiased
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from zoo import NAMES, ROW, assert_close, assert_fields, compute, reference
 
 from lightning_curv import curvature, extensions
@@ -21,6 +22,7 @@ from lightning_curv.extensions import (
     DiagHessian,
     SqrtGGNExact,
     SqrtGGNMC,
+    Variance,
 )
 from lightning_curv.passes import passes
 from lightning_curv.passes.passes import Passes
@@ -247,4 +249,54 @@ def test_small_networks_take_one_pass_for_many_columns(monkeypatch, at_once, exp
         exact[limit] = [p.diag_ggn_exact for p in model.parameters()] + model[0].weight.kflr
     assert stacks == expected
     for one, other in zip(*exact.values(), strict=True):
+        assert_close(other, one)
+
+
+@pytest.mark.parametrize("anomalies", [False, True])
+def test_hooks_and_retained_gradients_get_what_they_can_use(anomalies):
+    """A value's hooks see our passes, too; what it retains is the gradient of the user's alone."""
+    first, second, X = nn.Linear(3, 4), nn.Linear(4, 5), torch.randn(6, 3)
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    sizes, kept, retained = [], [], []
+
+    def loss():
+        h = first(X).tanh()
+        h.retain_grad()
+        z = h * 2
+        z.register_hook(lambda g: sizes.append(g.norm().item()))
+        z.register_hook(kept.append)
+        retained.append(h)
+        return F.cross_entropy(second(z), y)
+
+    loss().backward()
+    with (
+        torch.autograd.set_detect_anomaly(anomalies),
+        curvature(DiagGGNExact(), DiagHessian(), Variance()),
+    ):
+        loss().backward()
+    assert torch.equal(retained[0].grad, retained[1].grad)
+    assert torch.equal(kept[0], kept[-1])
+    assert torch.stack(kept).norm(dim=(1, 2)).tolist() == pytest.approx(sizes)
+
+
+def test_columns_take_a_pass_each_where_anomalies_are_looked_for():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 4))
+    with torch.autograd.detect_anomaly(check_nan=True), curvature(DiagGGNExact()):
+        F.cross_entropy(model(torch.randn(5, 3)), torch.tensor([0, 1, 2, 3, 0])).backward()
+    assert model[0].weight.diag_ggn_exact.isfinite().all()
+
+
+def test_columns_pass_through_dropout_below_a_checkpoint(monkeypatch):
+    """It is drawn again in the pass: where that cannot be mapped, every column takes a pass of its own."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 4)).double()
+    X, y = torch.randn(5, 3).double(), torch.tensor([0, 1, 2, 3, 0])
+    exact = []
+    for limit in (0, passes.STACK_BYTES):
+        monkeypatch.setattr(passes, "STACK_BYTES", limit)
+        torch.manual_seed(0)
+        with curvature(DiagGGNExact()):
+            h = checkpoint(model[:3], X, use_reentrant=False)
+            F.cross_entropy(model[3](h), y).backward()
+        exact.append([p.diag_ggn_exact for p in model.parameters()])
+    for one, other in zip(*exact, strict=True):
         assert_close(other, one)
