@@ -15,10 +15,13 @@ from sharded_ranks import (
     Net,
     Tied,
     network,
+    on_processors,
     run,
     trained,
     union,
 )
+
+pytestmark = on_processors
 
 REFUSED = {
     "tensor parallel": "UnsupportedError: BatchL2Grad() needs whole parameters in the forward pass, found a `DTensor`",

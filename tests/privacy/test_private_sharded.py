@@ -22,13 +22,13 @@ from private_ranks import (
     work,
 )
 from processes import spawn
-from sharded_ranks import alone
+from sharded_ranks import alone, on_processors
 from torch.nn import functional as F
 
 from lightning_curv import PrivacyCallback
 
 needs("dp_accounting")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), on_processors]
 
 
 @pytest.fixture(scope="module")

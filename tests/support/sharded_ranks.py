@@ -1,5 +1,6 @@
 """Two processes that share the parameters of a model among each other."""
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from processes import QUIET
@@ -35,6 +36,12 @@ from lightning_curv.callbacks import Alarm
 from lightning_curv.distributed.shards import whole
 from lightning_curv.extensions import GGNTraceMC, GraphExtension, JacobianExact
 from lightning_curv.extensions.spectrum import GGNTraceExact, HessianTraceMC, MaxEigenvalue
+
+# Torch 2.6 asks a stream of the processor for an event, which it does not have.
+on_processors = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream(), "record_event"),
+    reason="`fully_shard` of this torch runs on GPUs alone",
+)
 
 WORLD = 2  # processes of all cases but those that need a mesh of 2 × 2
 SIZE, STEPS = 6, 4
