@@ -15,6 +15,7 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_factor
 from lightning_curv.graph.dependence import Dependence
+from lightning_curv.graph.tape import plain_name
 from lightning_curv.kernels.symmetric import eigh, gram
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import shape_at
@@ -25,7 +26,14 @@ from lightning_curv.terms.sides import kronecker_sides, side_of
 from lightning_curv.terms.term import Term
 
 # Nodes whose J is the same in all samples of an axis.
-SAME = frozenset(("AddmmBackward0", "ConvolutionBackward0", "MmBackward0"))
+SAME = frozenset(("Addmm", "Convolution", "Mm"))
+_ELEMENTWISE = "Elu Gelu Hardtanh LeakyRelu LogSigmoid Mish Relu Sigmoid Silu Softplus Tanh"
+# Functions of every entry: J is diagonal.
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
+_OTHERS_BY_ROW = "AdaptiveAvgPool2D AvgPool2D MaxPool2DWithIndices UnsafeView View"
+# Nodes that treat what is on the leading axis of their input one by one, where it is as long as
+# that of their output. Of a product of matrices that is the left one.
+KEEP_LEADING_AXIS = SAME | ELEMENTWISE | frozenset(_OTHERS_BY_ROW.split())
 
 
 class KFRA(GraphExtension):
@@ -166,14 +174,17 @@ def _recursion(passes: Passes) -> Iterator[tuple[_Point, Tensor]]:
 def _at_output(passes: Passes, output: _Point) -> Tensor:
     """The sum over the samples of the loss' H, `[E, E]`."""
     (part,) = passes.parts
-    roots = []
+    columns = []
     if output.count:
-        for (column,) in part.columns(complete=True):
-            roots.append(output.owners.split(column))
-    if not roots:
+        columns = [column for (column,) in part.columns(complete=True)]
+    if not columns:
         return passes.seed.new_zeros(output.entries, output.entries)
     # The columns of all samples beside each other, [V·N, E]: their squares add up to the sum.
-    return gram(torch.cat(roots).mT)
+    if output.owners == BatchAxis(output.count):
+        roots = torch.stack(columns).view(-1, output.entries)
+    else:
+        roots = torch.cat([output.owners.split(column) for column in columns])
+    return gram(roots.mT)
 
 
 def _chain(passes: Passes) -> list[_Point]:
@@ -200,7 +211,12 @@ def _chain(passes: Passes) -> list[_Point]:
                 f"KFRA expects real numbers, found complex ones below `{edges[-2].node.name()}`."
             )
     points = [_Point(edges[0], part.owners[0], part.likes[0].shape)]
-    for edge, owners in owners_at(passes, edges[1:]).items():
+    for edge in edges[1:]:
+        if not _keeps_leading_axis(points[-1], edge):
+            break
+        points.append(_Point(edge, points[-1].owners, shape_at(edge)))
+    # From the first node that may do anything with the samples, weights have to tell.
+    for edge, owners in owners_at(passes, edges[len(points) :]).items():
         if owners is None:
             break
         points.append(_Point(edge, owners, shape_at(edge)))
@@ -215,6 +231,22 @@ def _chain(passes: Passes) -> list[_Point]:
                 "of them. Use `KFLR` or `KFAC`."
             )
     return points
+
+
+def _keeps_leading_axis(output: _Point, source: GradientEdge) -> bool:
+    """Whether samples on the leading axis of a node's output are those of this input's."""
+    node = output.edge.node
+    name = plain_name(node.name())
+    if name not in KEEP_LEADING_AXIS or _axis(output.owners):
+        return False
+    if not isinstance(output.owners, BatchAxis) or not output.shape:
+        return False
+    # The input that depends on parameters: the pictures of a convolution, the left matrix.
+    number = 1 if name == "Addmm" else 0
+    if node.next_functions[number] != source[:2]:
+        return False
+    shape = shape_at(source)
+    return bool(shape) and shape[0] == output.shape[0]
 
 
 def _some(numbers: Tensor) -> str:
@@ -260,7 +292,10 @@ def _averaged(
     generator = torch.Generator(average.device).manual_seed(0)
     axis = _axis(output.owners)
     same_axis = axis is not None and axis == _axis(source.owners)
-    same = same_axis and output.edge.node.name() in SAME
+    name = plain_name(output.edge.node.name())
+    same = same_axis and name in SAME
+    if name in ELEMENTWISE and output.owners == source.owners:
+        return _through_diagonals(average, pull(average.new_ones(count, len(average))))
     # As many entries below as above: J may be diagonal. Random entries come out times J 1 then.
     if source.entries == output.entries and not same:
         entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
@@ -269,8 +304,7 @@ def _averaged(
         if torch.equal(image, entries):
             return average
         if _same(image, entries * diagonal, image.abs().amax()):
-            # diag(d) H diag(d) = (d dᵀ) ⊙ H, and the mean over the samples of d dᵀ.
-            return gram(diagonal.mT).mul_(average).div_(count)
+            return _through_diagonals(average, diagonal)
     # H J first, then Jᵀ (H J), both by the same function as H is symmetric.
     half = pull_rows(average)
     if same:
@@ -288,6 +322,12 @@ def _averaged(
     half = torch.stack(of_rows, -1)  # [N, E_in, E_out]
     full = [pull(column).mean(0) for column in half.unbind(1)]
     return torch.stack(full)
+
+
+def _through_diagonals(average: Tensor, diagonals: Tensor) -> Tensor:
+    """The mean over the samples of diag(d) H diag(d), for their `diagonals [N, E]`."""
+    # diag(d) H diag(d) = (d dᵀ) ⊙ H.
+    return gram(diagonals.mT).mul_(average).div_(len(diagonals))
 
 
 def _axis(owners: Owners) -> int | None:

@@ -31,6 +31,17 @@ def loss_hessian(output):
     return torch.stack([(q.diag() - q.outer(q)) / len(p) for q in p]).sum(0)
 
 
+class OnColumns(nn.Module):
+    """The samples are the columns of a product of matrices."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x):
+        return (self.weight @ x.mT).mT
+
+
 CHAINS = {
     "mlp": (
         lambda: [nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)],
@@ -56,6 +67,24 @@ CHAINS = {
     "samples_as_many_as_features": (
         lambda: [nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)],
         (5, 5),
+    ),
+    "samples_on_columns": (
+        lambda: [nn.Linear(4, 3), nn.Tanh(), OnColumns(3, 4), nn.ReLU(), nn.Linear(4, 3)],
+        (5, 4),
+    ),
+    "functions_of_every_entry": (
+        lambda: [
+            nn.Linear(4, 3),
+            nn.ELU(),
+            nn.GELU(),
+            nn.Hardtanh(),
+            nn.LeakyReLU(),
+            nn.LogSigmoid(),
+            nn.Mish(),
+            nn.Softplus(),
+            nn.Linear(3, 3),
+        ],
+        (5, 4),
     ),
 }
 
