@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from processes import leave_group
 from torch import distributed as dist
 from torch import nn
 
@@ -352,7 +353,7 @@ def two_ranks(rank, port, results):
     before = p.detach().clone()
     optimizer.step()
     results[rank] = [p.kfac, p.grad, p.detach() - before, list(optimizer.summary().values())]
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.skipif(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from processes import QUIET, join
+from processes import QUIET, join, leave_group
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from sharded_ranks import (
@@ -326,4 +326,4 @@ def work(rank, folder, ports):
             found |= {**with_parts(), "parts": parts(folder), "trial": trial()}
         torch.save(found, folder / f"{number} {rank}.pt")
         dist.barrier()  # the first process has the store that all others still ask
-        dist.destroy_process_group()
+        leave_group()

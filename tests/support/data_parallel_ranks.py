@@ -257,4 +257,3 @@ def work(rank, folder):
         )
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()

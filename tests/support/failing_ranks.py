@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from processes import QUIET
+from processes import QUIET, leave_group
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import distributed as dist
@@ -149,4 +149,4 @@ def work(rank, folder):
         end = time.monotonic() + (20 if case != "mistake_of_the_user" else 0)
         while not (Path(folder) / f"{case} {1 - rank}.pt").exists() and time.monotonic() < end:
             time.sleep(0.05)
-        dist.destroy_process_group()
+        leave_group()

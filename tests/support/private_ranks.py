@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from processes import QUIET, join
+from processes import QUIET, join, leave_group
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import ModelParallelStrategy
 from sharded_ranks import SHARDED, by_layer, message, network, replicas
@@ -431,4 +431,4 @@ def work(rank, folder, ports):
         store = dist.distributed_c10d._get_default_store()
         store.set(f"done {rank}", "")
         store.wait([f"done {other}" for other in range(world)])
-        dist.destroy_process_group()
+        leave_group()

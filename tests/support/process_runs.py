@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from processes import QUIET, join
+from processes import QUIET, join, leave_group
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch import distributed as dist
@@ -284,4 +284,4 @@ def work(rank, folder, ports):
                 torch.save(
                     run(name, monitored), Path(folder) / f"{world}-{rank}-{name}-{monitored}"
                 )
-        dist.destroy_process_group()
+        leave_group()

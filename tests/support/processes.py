@@ -57,10 +57,15 @@ def leave_group():
     Torch's hold tensors of the last exchange for a moment longer than it takes, and abort the process where they let go
     of them while the interpreter ends.
     """
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    # The last to hold the threads waits for their end: a group of torch 2.6 does so with the interpreter's lock, which
+    # they need to let go of their tensors, and for ever; its backend waits without.
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    dist.destroy_process_group()
     # Models in cycles keep the threads alive.
     gc.collect()
+    del backend
 
 
 class LeavesGroup(pl.Callback):

@@ -77,4 +77,3 @@ def work(rank, folder):
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name, pattern in CASES:
         torch.save(parameters_after(name, pattern), Path(folder) / f"{name} {pattern} {rank}.pt")
-    dist.destroy_process_group()
