@@ -42,10 +42,11 @@ class KFRA(GraphExtension):
     The GGN with respect to a layer's output is averaged over the batch before it is propagated to
     the layer's input, $\bar H_{in} = \tfrac1N \sum_n J_n^\top \bar H_{out} J_n$, and its
     blocks are the factors B. Exact where the layers' Jacobians do not depend on the sample. Needs a
-    chain of layers and one loss. Cost: two passes through every elementwise layer, as many as hold
-    its inputs and outputs, N at a time, through every linear one, and as many as it has inputs and
-    outputs through others, such as max-pooling; memory: the square of the widest layer. Botev,
-    Ritter & Barber, *Practical Gauss-Newton optimisation for deep learning*, ICML 2017, eq. 17.
+    chain of layers and one loss. Cost: a pass through every elementwise layer (two where its name
+    is not known for one), as many as hold its inputs and outputs, N at a time, through every linear
+    one, and as many as it has inputs and outputs through others, such as max-pooling; memory: the
+    square of the widest layer. Botev, Ritter & Barber, *Practical Gauss-Newton optimisation for
+    deep learning*, ICML 2017, eq. 17.
 
     Args:
         weight_sharing: `"expand"` or `"reduce"` as in `KFLR`.

@@ -115,7 +115,7 @@ def _beside(
         try:
             apart = separable(search.passes, unknown, outputs)
         except Undecided as error:
-            search.reason = f"in the loss, which cannot be looked into: {error}"
+            search.reason = f"or not, in the loss, which cannot be looked into: {error}"
             return
         if apart:
             likeliest = [choices[0] for choices in calls]

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from lightning_curv.differentiation.formulas import FORMULAS
 from lightning_curv.differentiation.internal_pass import internal_pass
+from lightning_curv.differentiation.twice import differentiable
 from lightning_curv.graph.heads import Head, head_at, linear_inputs, name_of, saved_axis
+from lightning_curv.samples.custom_functions import Undecided, bodies, refuse_hidden
 from lightning_curv.samples.forward import forward_owners
 from lightning_curv.terms.owners import Owners
 
@@ -26,10 +29,6 @@ REDUCTIONS = frozenset(_REDUCTIONS.split())
 PRODUCTS = frozenset(
     ("Addmm", "Baddbmm", "Bmm", "Dot", "Mm", "Mv")
 )  # entries that meet are not at the same place
-
-
-class Undecided(Exception):
-    """The loss has no second derivative in torch."""
 
 
 def separable(
@@ -49,7 +48,7 @@ def separable(
         outputs: The outputs that it is a function of, and who owns their rows.
 
     Raises:
-        Undecided: There is no second derivative.
+        Undecided: There is no second derivative, or a function of the user's hides it.
     """
     # The gradient where the part begins, from one pass through what is above.
     seeds = passes.gradients([head.edge for head in tops])
@@ -57,15 +56,22 @@ def separable(
         (head.edge, seed) for head, seed in zip(tops, seeds, strict=True) if seed is not None
     ]
     edges = [head.edge for head, _ in outputs]
-    with torch.enable_grad(), internal_pass():
+    nodes = [*_above(tops, {edge.node for edge in edges})]
+
+    def differentiated() -> Sequence[Tensor | None]:
+        return torch.autograd.grad(
+            [edge for edge, _ in reached],
+            edges,
+            [seed for _, seed in reached],
+            create_graph=True,
+            allow_unused=True,
+        )
+
+    with_formulas = differentiable(node for node in nodes if node.name() in FORMULAS)
+    with torch.enable_grad(), internal_pass(), with_formulas, bodies(nodes):
         try:
-            gradients = torch.autograd.grad(
-                [edge for edge, _ in reached],
-                edges,
-                [s for _, s in reached],
-                create_graph=True,
-                allow_unused=True,
-            )
+            refuse_hidden(passes, nodes, differentiated, outputs)
+            gradients = differentiated()
             # A gradient without a graph is constant: the part is linear in that output.
             curved = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
             if not curved:
@@ -89,10 +95,10 @@ def separable(
             # H v and H (w ⊙ v): if no samples meet, the second is w ⊙ (H v).
             plain = image(trial)
             weighted = image([t * w for t, w in zip(trial, weights, strict=True)])
+            if nonlinear_in_several(passes, tops, outputs):
+                return False
         except RuntimeError as error:
             raise Undecided(str(error)) from error
-    if nonlinear_in_several(passes, tops, outputs):
-        return False
     # Rounding is relative to the largest image, since entries of others may cancel to zero.
     scale = max((float(p.abs().max()) for p in plain if p.numel()), default=0.0)
     eps = max(passes.tape.eps, *(torch.finfo(p.dtype).eps for p in plain))

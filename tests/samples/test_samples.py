@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from refused_ops import Once
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from trap_problems import assert_right, both, problem
 
@@ -216,7 +218,56 @@ def ranknet(h, t):
     return F.softplus(h[:, 0] - h[:, :1])[t[:, :1] > t[:, 0]].mean()
 
 
+def made_once(values, gradients, once=False):
+    """A function of the user's whose gradient is computed together with its values."""
+
+    class Made(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            ctx.save_for_backward(gradients(h))
+            return values(h)
+
+        @staticmethod
+        def backward(ctx, g):
+            (gradient,) = ctx.saved_tensors
+            return gradient * g.reshape(-1, *[1] * (gradient.ndim - 1))
+
+    if once:
+        Made.backward = staticmethod(once_differentiable(Made.backward))
+    return Made.apply
+
+
+class OnceOfMean(torch.autograd.Function):
+    """The squared mean over the samples, whose gradient is made from the input, but has no graph."""
+
+    @staticmethod
+    def forward(ctx, weight, h):
+        ctx.save_for_backward(h)
+        ctx.weight = weight
+        return weight * h.mean(0).square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return None, ctx.weight * g * of_squared_mean(ctx.saved_tensors[0])
+
+
+def squared_mean(h):
+    return h.mean(0).square().sum()
+
+
+def of_squared_mean(h):
+    return 2 * h.mean(0).expand_as(h) / len(h)
+
+
 COUPLED = {
+    "custom": lambda h, t: made_once(squared_mean, of_squared_mean)(h),
+    "custom, once differentiable": lambda h, t: made_once(squared_mean, of_squared_mean, once=True)(
+        h
+    ),
+    "custom, of the input": lambda h, t: OnceOfMean.apply(3, h),
+    "custom, doubled": lambda h, t: 2 * made_once(squared_mean, of_squared_mean)(h.tanh()),
+    "logarithm of margins": lambda h, t: F.multi_margin_loss(h, t.argmax(1)).log1p(),
     "dice": dice,
     "vicreg": vicreg,
     "ranknet": ranknet,
@@ -243,6 +294,36 @@ def test_losses_that_couple_samples_are_refused(name):
             curvature(BatchGrad(), check=check),
         ):
             COUPLED[name](case.model(case.X), target).backward()
+
+
+# A number for every sample tells whose it is, also where the second derivative does not show.
+APART = {
+    "custom": lambda h, t: made_once(lambda h: h.square().sum(1), lambda h: 2 * h)(h).mean(),
+    "custom, once differentiable": lambda h, t: made_once(
+        lambda h: h.exp().sum(1), torch.exp, once=True
+    )(h).mean(),
+    "custom in a logarithm": lambda h, t: (
+        made_once(lambda h: h.square().sum(1), lambda h: 2 * h)(h).log1p().mean()
+    ),
+    "custom, of the input": lambda h, t: Once.apply(h) / len(h),
+    "margins": lambda h, t: F.multi_margin_loss(h, t.argmax(1)),
+    "squared margins": lambda h, t: F.multi_margin_loss(h, t.argmax(1), p=2),
+    "margins of labels": lambda h, t: F.multilabel_margin_loss(h, t.argsort(1)),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_losses_without_second_derivatives_of_their_own_are_right(name):
+    case = problem()
+    target = torch.rand(4, 3, dtype=torch.float64)
+    parameters = [*case.model.parameters()]
+    with curvature(BatchGrad(), check=True):
+        APART[name](case.model(case.X), target).backward()
+    for n in range(4):
+        alone = APART[name](case.model(case.X[n : n + 1]), target[n : n + 1])
+        expected = torch.autograd.grad(alone / 4, parameters)
+        for parameter, gradient in zip(parameters, expected):
+            torch.testing.assert_close(parameter.grad_batch[n], gradient)
 
 
 SECOND = {
