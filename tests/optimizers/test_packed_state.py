@@ -50,9 +50,9 @@ def test_values_that_were_loaded_under_the_number_as_text_replace_those_of_a_fre
     groups = [{"lr": 0.1}]
     fresh = packed({"state": {}, "param_groups": groups}, params(), [None, None], steps=0)
     saved = packed({"state": {}, "param_groups": groups}, params(), ["one", "two"], steps=3)
-    checkpoint.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.save({"optimizer": saved}, checkpoint_id=tmp_path)
     loaded = {"optimizer": fresh}
-    checkpoint.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.load(loaded, checkpoint_id=tmp_path)
     assert {"0", 0} <= loaded["optimizer"]["state"].keys()
     assert unpacked(loaded["optimizer"], "Optimizer")[1] == {0: "one", 1: "two"}
 
@@ -74,12 +74,12 @@ def test_whole_parameters_have_no_state_that_torch_loads_in_parts(tmp_path):
     with curvature(*optimizer.required_extensions()):
         F.mse_loss(model(torch.ones(3, 2)), torch.ones(3, 1)).backward()
     optimizer.step()
-    checkpoint.save({"optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    checkpoint.save({"optimizer": optimizer}, checkpoint_id=tmp_path)
     why = "makes a step of learning rate 0 to see what that is"
     with pytest.raises(
         RuntimeError, match=f"KFACOptimizer expects the state of its 1 steps.*{why}"
     ):
-        checkpoint.load({"optimizer": fresh}, checkpoint_id=tmp_path, no_dist=True)
+        checkpoint.load({"optimizer": fresh}, checkpoint_id=tmp_path)
     model.zero_grad()
     with pytest.raises(RuntimeError, match=why):
         get_optimizer_state_dict(model, fresh)
