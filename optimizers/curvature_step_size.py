@@ -56,6 +56,8 @@ class CurvatureStepSize(Optimizer):
     batch shows for free whether one was far too long: a gradient or a loss that is not finite, a
     loss ten mean deviations above its mean, or a slope that rises more than five times as steeply
     as it fell. Such an update is undone, the gradient thrown away, and steps go on half as long.
+    Its slope and loss enter the means all the same, no further off than what condemns a step: of
+    batches with rare heavy samples none would be heard otherwise.
 
     Weight decay is decoupled, whatever the optimizer inside makes of it: parameters shrink by
     $\alpha_t \eta_t w$.
@@ -295,15 +297,16 @@ class CurvatureStepSize(Optimizer):
         flags = Readings().finite(gradients)
         is_finite = all(flags)
         is_bad = not is_finite or (loss is not None and self.step_length.exploded(loss))
+        if loss is not None and math.isfinite(loss):
+            self.step_length.add_loss(loss)
         # Where other parameters move now, the two slopes are not along the same direction.
-        if not is_bad and self._last_rate and updates.keys() == set(params):
+        if is_finite and self._last_rate and updates.keys() == set(params):
             last = [updates[param] for param in params]
             slope, square = _slope_and_square(gradients, last)
             if square > 0:
                 self._measure(self.step_length.held_out.measure, params, last, batches, square)
-                is_bad = self.step_length.overshot(slope, square, self._last_rate)
-                if not is_bad:
-                    self.step_length.look_back(slope, square, self._last_rate)
+                is_bad |= self.step_length.overshot(slope, square, self._last_rate)
+                self.step_length.look_back(slope, square, self._last_rate)
         if is_bad and updates:
             # No copy of the parameters is kept: what was added is subtracted, up to rounding.
             for param, update in updates.items():
@@ -314,8 +317,6 @@ class CurvatureStepSize(Optimizer):
         if not is_finite:
             self._parameters.warn_of_skipped("gradients", params, flags)
             return False
-        if loss is not None and math.isfinite(loss):
-            self.step_length.add_loss(loss)
         return True
 
     def _measure(

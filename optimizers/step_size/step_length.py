@@ -163,19 +163,26 @@ class StepLength:
         return self.loss.count > 0 and rise > DEVIATIONS * self.deviation.value
 
     def add_loss(self, loss: float) -> None:
-        """Take in a loss."""
-        # Compared with the mean before this loss, which would pull the mean towards itself.
-        if self.loss.count:
-            self.deviation.add(abs(loss - self.loss.value))
-        else:
+        """Take in a loss, up to the one that condemns a step."""
+        if not self.loss.count:
             self.deviation.add(UNKNOWN * abs(loss))
-        self.loss.add(loss)
+            self.loss.add(loss)
+            return
+        # Of batches with rare samples of large losses some are always far above the others: what
+        # condemned a step counts too, so that such a loss is not far above the last ones for ever.
+        most = DEVIATIONS * self.deviation.value
+        rise = min(loss - self.loss.value, most)
+        # Compared with the mean before this loss, which would pull the mean towards itself.
+        self.deviation.add(abs(rise))
+        self.loss.add(self.loss.value + rise)
 
     def look_back(self, slope: float, square: float, rate: float) -> None:
         """Take in what the next batch says of the last step; arguments as for `overshot`."""
         # Of the update, at its start; then of the direction.
-        slope_at_start = slope / square + self.held_out.latest
-        self.held_out.add(rate * slope_at_start)
+        slope_at_start = rate * (slope / square + self.held_out.latest)
+        # A batch counts as far uphill as what condemns a step: one alone must not decide for many.
+        least = -OVERSHOT * max(self.own.slope.value, 0.0)
+        self.held_out.add(max(slope_at_start, least))
 
     def next(self, slope: float, square: float, loss: float | None = None) -> float:
         """The rate of the next step.

@@ -532,6 +532,29 @@ def test_nothing_diverges(kind, name, samples):
         assert loss(net(scale * x), target(x)) <= most
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_batches_with_rare_heavy_samples_are_learned_from(name, seed):
+    """What condemns a step is evidence too: else only batches without such samples would count."""
+
+    def batch(seed):
+        x = torch.randn(64, 30, generator=torch.Generator().manual_seed(seed))
+        return x, (x[:, :1] > 2.3).float()
+
+    def weighted(logits, y):
+        return F.binary_cross_entropy_with_logits(logits, y, pos_weight=torch.tensor(200.0))
+
+    torch.manual_seed(seed)
+    hidden = nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()
+    net = nn.Sequential(*hidden, nn.Linear(64, 1))
+    whole = [torch.cat(parts) for parts in zip(*(batch(1000 + k) for k in range(20)))]
+    with torch.no_grad():
+        before = weighted(net(whole[0]), whole[1])
+    train(net, wrapped(net, name), range(150 * seed, 150 * seed + 150), batch, weighted)
+    with torch.no_grad():
+        assert weighted(net(whole[0]), whole[1]) < before / 2
+
+
 def test_samples_that_influence_each_other_are_taken_as_they_are():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
