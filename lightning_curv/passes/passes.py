@@ -259,6 +259,8 @@ class Passes:
 
     def _pull_stack(self, columns: Sequence[Column]) -> tuple[Tensor | None, ...]:
         """Backpropagate columns of the same edges, in one pass; cotangents are `[V, *output]`."""
+        if len(columns) == 1:  # `vmap` takes longer than the pass of a small network
+            return tuple(None if g is None else g[None] for g in self.pull(columns[0]))
         edges = columns[0].edges
         seeds_of_edges = zip(*(column.seeds for column in columns), strict=True)
         stacks = [torch.stack(seeds) for seeds in seeds_of_edges]
