@@ -19,6 +19,8 @@ class InternalPasses:
     the pass. So whoever registers a hook keeps this object of its thread, and asks it.
     """
 
+    __slots__ = ("_running",)
+
     def __init__(self) -> None:
         self._running = 0
 
@@ -29,40 +31,30 @@ class InternalPasses:
 
     def __enter__(self) -> None:
         self._running += 1
+        _of_all_threads.append(self)
 
     def __exit__(self, *exception: object) -> None:
         self._running -= 1
+        _of_all_threads.remove(self)
 
 
 _local = threading.local()
-_lock = threading.Lock()
-# Replaced as a whole: others may be reading it.
-_of_all_threads: tuple[ref[InternalPasses], ...] = ()
+# Once for every pass that is running. Python appends and removes in one step each, whichever
+# thread does so.
+_of_all_threads: list[InternalPasses] = []
 
 
 def internal_pass() -> InternalPasses:
     """Context in which the hooks of this thread stay silent; they ask whether it is `running`."""
-    if not hasattr(_local, "passes"):
-        _local.passes = _registered(InternalPasses())
-    passes: InternalPasses = _local.passes
-    return passes
-
-
-def _registered(passes: InternalPasses) -> InternalPasses:
-    global _of_all_threads
-    with _lock:
-        alive = [other for other in _of_all_threads if other() is not None]
-        _of_all_threads = (*alive, ref(passes))
+    passes: InternalPasses | None = getattr(_local, "passes", None)
+    if passes is None:
+        passes = _local.passes = InternalPasses()
     return passes
 
 
 def any_internal_pass() -> bool:
     """Whether some thread makes a pass of ours, perhaps through another thread's graph."""
-    for reference in _of_all_threads:
-        passes = reference()
-        if passes is not None and passes.running:
-            return True
-    return False
+    return bool(_of_all_threads)
 
 
 @contextmanager
