@@ -186,7 +186,8 @@ class Backprop:
 
     def _looked(self, undisturbed: ExitStack) -> Passes:
         self._passes = passes = self._walked()
-        undisturbed.enter_context(kept_gradients(passes.tape.watched))
+        if passes.tape.watched:
+            undisturbed.enter_context(kept_gradients(passes.tape.watched))
         if distributed():
             undisturbed.enter_context(unnoticed(passes.tape.nodes))
             self._shards = find_shards(passes.tape.all_parameters)
@@ -478,9 +479,11 @@ class Backprop:
 
 def reads_root_alone(extensions: Sequence[AnyExtension]) -> bool:
     """Whether the loss is all that is read of the graph by all of some extensions, at least one."""
-    return bool(extensions) and all(
-        isinstance(extension, GraphExtension) and extension.reads_root for extension in extensions
-    )
+    # Only quantities that make passes of their own say so.
+    for extension in extensions:
+        if not getattr(extension, "reads_root", False):
+            return False
+    return bool(extensions)
 
 
 def _apart(jacobian: Jacobian, parameters: Iterable[Tensor]) -> Jacobian:

@@ -403,6 +403,23 @@ def nodes_below(root: Node) -> Iterator[Node]:
                 stack.append(after)
 
 
+def accumulator(parameter: Tensor, node: Node) -> Node:
+    """The node that accumulates the gradient of a parameter, which is mostly right below its op.
+
+    Args:
+        parameter: The parameter.
+        node: That of an op which consumes it.
+    """
+    for below, _ in node.next_functions:
+        if below is not None:
+            # `F.linear` transposes its weight.
+            for leaf in (below, *[after for after, _ in below.next_functions]):
+                if leaf is not None and leaf_of(leaf) is parameter:
+                    return leaf
+    # Torch makes a view of the parameter to find it, which takes ten times as long.
+    return torch.autograd.graph.get_gradient_edge(parameter).node
+
+
 def leaf_of(node: Node) -> Tensor | None:
     """The leaf tensor whose gradient `node` accumulates."""
     # Not any attribute of that name, which a custom function may have left at its node.

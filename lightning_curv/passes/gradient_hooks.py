@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 
 from lightning_curv.differentiation.internal_pass import internal_pass
 from lightning_curv.graph.joins import Join, node_of
+from lightning_curv.graph.tape import accumulator
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import Use
 from lightning_curv.terms.jacobian import Jacobian
@@ -24,15 +25,17 @@ class _Awaited:
 
     Attributes:
         parameter: The parameter.
+        node: That of an op which consumes it.
         terms: Those of the uses that were reached.
         missing: How often it is still to be reached.
         late: Whether its gradient is waited for too.
     """
 
-    __slots__ = ("late", "missing", "parameter", "terms")
+    __slots__ = ("late", "missing", "node", "parameter", "terms")
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor, node: Node) -> None:
         self.parameter = parameter
+        self.node = node
         self.terms: list[Term] = []
         self.missing = 0
         self.late = False
@@ -79,9 +82,10 @@ class Listener:
         for node, use in passes.tape.uses.items():
             parameters = parameters_of_uses[node] if use.operands else []
             if any(map(wanted, parameters)):
-                of_use = [self._of(parameter) for parameter in parameters]
+                place = node_of(node)
+                of_use = [self._of(parameter, place) for parameter in parameters]
                 self._handles.append(
-                    node_of(node).register_prehook(self._hook(self._arrive, node, use, of_use))
+                    place.register_prehook(self._hook(self._arrive, node, use, of_use))
                 )
                 late = totals or _late(use)
                 for awaited in of_use:
@@ -90,7 +94,7 @@ class Listener:
         for awaited in self._awaited.values():
             if awaited.late:
                 awaited.missing += 1
-                leaf = torch.autograd.graph.get_gradient_edge(awaited.parameter).node
+                leaf = accumulator(awaited.parameter, awaited.node)
                 self._handles.append(leaf.register_prehook(self._hook(self._complete, awaited)))
 
     def stop(self) -> None:
@@ -106,11 +110,11 @@ class Listener:
             if awaited.terms or place in bulky:
                 self._hook(self._complete, awaited)((None,))
 
-    def _of(self, parameter: Tensor) -> _Awaited:
-        """What is known of a parameter."""
+    def _of(self, parameter: Tensor, node: Node) -> _Awaited:
+        """What is known of a parameter of an op with this node."""
         awaited = self._awaited.get(id(parameter))
         if awaited is None:
-            awaited = self._awaited[id(parameter)] = _Awaited(parameter)
+            awaited = self._awaited[id(parameter)] = _Awaited(parameter, node)
         return awaited
 
     def _arrive(
@@ -133,7 +137,7 @@ class Listener:
 
     def _add(self, node: Node | Join, use: Use, g: Tensor) -> None:
         for parameter, term in self._passes.terms(node, use, g.unsqueeze(0)):
-            self._of(parameter).terms.append(term)
+            self._of(parameter, node_of(node)).terms.append(term)
 
     def _complete(self, gradients: tuple[Tensor | None, ...], awaited: _Awaited) -> None:
         parameter = awaited.parameter
