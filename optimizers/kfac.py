@@ -53,8 +53,9 @@ class KFACOptimizer(SecondOrderOptimizer):
 
     The damping $\lambda$ of a block is split by the traces of the factors,
     $\prod_i \gamma_i = \lambda$. "auto" damps in the coordinates (inputs − mean, 1) of a layer with
-    bias and sets $\lambda = c \, \bar\mu + \lambda_0$: $\bar\mu$ is the mean eigenvalue of the
-    block, $\lambda_0$ the least damping of the loss (`LossLimits`), and $c$ is adapted by Levenberg
+    bias, where the loss has a least damping those of standardized inputs, and sets
+    $\lambda = c \, \bar\mu + \lambda_0$: $\bar\mu$ is the mean eigenvalue of the block there,
+    $\lambda_0$ the least damping of the loss (`LossLimits`), and $c$ is adapted by Levenberg
     and Marquardt's rule if `step` is given `loss_fn`, or `optimizer.loss_fn` is set; otherwise it
     decays to 0.01.
 

@@ -443,7 +443,7 @@ class SecondOrderOptimizer(Optimizer):
         blocks = parameters.blocks(members)
         if is_measured:
             means = micro_batches.means()
-            absorb(curvature, parameters, blocks, means, self.curvature_scale, readings)
+            absorb(curvature, parameters, blocks, means, self.curvature_scale, floor, readings)
         dampings = self._dampings(blocks, floor)
         all_parts, self._overdue = self._overdue, False
         refresh(

@@ -56,6 +56,8 @@ class Direction:
         last: the last update of the parameter, if it is known.
         jacobians: derivatives of the columns of every micro-batch by the parameter, None where it
             has none; empty if the step rule did not ask for them.
+        damped: `Curvature.damped` of a weight whose bias, the parameter of the next direction,
+            shares its block.
     """
 
     param: Tensor
@@ -66,6 +68,7 @@ class Direction:
     group: ParamGroup
     last: Tensor | None = None
     jacobians: Sequence[Jacobian | None] = ()
+    damped: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ class Curvature(ABC):
         block: Block,
         statistics: list[Tensor],
         scale: float,
+        floor: float | Tensor = 0.0,
     ) -> None:
         """Average statistics into the state.
 
@@ -146,6 +150,7 @@ class Curvature(ABC):
             block: the parameters.
             statistics: what `measure` returned, averaged over processes.
             scale: what the curvature in them is to be multiplied by.
+            floor: the least damping of the loss.
         """
 
     def measured(self, state: State) -> bool:
@@ -208,6 +213,16 @@ class Curvature(ABC):
         Returns:
             The directions of each block, in the shapes of its gradients.
         """
+
+    def damped(self, state: State, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions of a layer in the coordinates in which its damping is isotropic.
+
+        Args:
+            state: state of the block.
+            weight: [K, *w].
+            bias: [K, o].
+        """
+        return weight, bias
 
     @abstractmethod
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:

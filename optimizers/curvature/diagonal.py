@@ -54,6 +54,7 @@ class DiagonalCurvature(Curvature):
         block: Block,
         statistics: list[Tensor],
         scale: float,
+        floor: float | Tensor = 0.0,
     ) -> None:
         if "diagonal" not in state:
             state["diagonal"] = _zeros(statistics[0], block.params[0].dtype)

@@ -13,6 +13,7 @@ from lightning_curv.optimizers.curvature.kronecker import (
     KroneckerCurvature,
     center,
     from_matrix,
+    input_variances,
     matrix,
     means,
     to_invert,
@@ -45,6 +46,8 @@ class EigenCurvature(KroneckerCurvature):
     """
 
     derived = ("basis", "moments", "moments_weight")
+    # Its damping is exact in the basis of the factors as they are.
+    standardizes = False
 
     def measure(
         self,
@@ -70,6 +73,7 @@ class EigenCurvature(KroneckerCurvature):
         block: Block,
         statistics: list[Tensor],
         scale: float,
+        floor: float | Tensor = 0.0,
     ) -> None:
         # The moments are in front, if `measure` could make any.
         if self.ready(state) and statistics[0].shape == state["moments"].shape:
@@ -78,7 +82,17 @@ class EigenCurvature(KroneckerCurvature):
             state["moments_weight"] = next_weight(state["moments_weight"], decay)
             weight = state["moments_weight"]
             state["moments"] = updated_mean(state["moments"], moments * scale, weight)
-        super().absorb(state, block, statistics, scale)
+        super().absorb(state, block, statistics, scale, floor)
+
+    def floor_scale(self, state: State) -> Tensor | float:
+        """The mean variance of a layer's inputs, if it is below 1.
+
+        The least damping is that of weights whose inputs have a unit variance: those of smaller
+        inputs have to be larger to do as much.
+        """
+        if not state["centers"]:
+            return 1.0
+        return input_variances(state).mean().clamp(0.0, 1.0)
 
     def units(self, state: State) -> int:
         return 1 if "factors" in state else 0

@@ -22,10 +22,14 @@ from lightning_curv.optimizers.linear_algebra.factors import (
     is_diagonal,
     limit_size,
     mean_eigenvalue,
+    parts_of,
 )
 from lightning_curv.optimizers.linear_algebra.inverse import damped_inverses
 from lightning_curv.optimizers.linear_algebra.readings import Readings
 from lightning_curv.optimizers.linear_algebra.running_mean import next_weight, updated_mean
+
+# The least variance of an input, in those of all inputs of a layer, by which it is standardized.
+LEAST_VARIANCE = 0.3
 
 
 class KroneckerCurvature(Curvature):
@@ -43,9 +47,14 @@ class KroneckerCurvature(Curvature):
             none.
         most: Blocks have as many rows as the batch has samples, `split` at least and this at most.
         sharded: see `Curvature`.
+
+    Attributes:
+        standardizes: whether damping is isotropic in the coordinates of standardized inputs, where
+            the loss has a least damping.
     """
 
     derived: tuple[str, ...] = ("inverses",)
+    standardizes = True
 
     def __init__(
         self,
@@ -115,6 +124,7 @@ class KroneckerCurvature(Curvature):
         block: Block,
         statistics: list[Tensor],
         scale: float,
+        floor: float | Tensor = 0.0,
     ) -> None:
         if scale != 1.0:
             # One factor carries the scale of the loss, that of the cotangents.
@@ -133,7 +143,11 @@ class KroneckerCurvature(Curvature):
         # needed all the same where only diagonal blocks are kept.
         has_bias = len(block.params) == 2
         is_split = bool(state["mean"])
-        state["centers"] = has_bias and (block.group["damping"] == "auto" or is_split)
+        is_auto = block.group["damping"] == "auto"
+        state["centers"] = has_bias and (is_auto or is_split)
+        # The host may not know the least damping yet.
+        has_floor = torch.as_tensor(floor > 0).to(state["factors"][0])
+        state["standardizes"] = [has_floor] if has_bias and is_auto else []
 
     def _start(self, state: State, block: Block, statistics: list[Tensor]) -> None:
         """Begin running means of other shapes than before; what followed from the old ones goes."""
@@ -152,22 +166,22 @@ class KroneckerCurvature(Curvature):
 
     def mean_eigenvalue(self, state: State) -> Tensor:
         batched = state["batched"]
-        of_factors = [mean_eigenvalue(factor, batched) for factor in state["factors"]]
+        factors = self._damped_factors(state)
+        of_factors = [mean_eigenvalue(factor, batched) for factor in factors]
         # The trace of a Kronecker product is the product of the traces; the mean is over groups.
         return torch.stack(of_factors).prod(dim=0).mean()
 
-    def floor_scale(self, state: State) -> Tensor | float:
-        """The mean variance of a layer's inputs, if it is below 1.
+    def _damped_factors(self, state: State) -> list[Tensor]:
+        """The factors, that of standardized inputs as its diagonal; the mean is not subtracted."""
+        factors: list[Tensor] = state["factors"]
+        if not self._has_scale(state):
+            return factors
+        return [factors[0], diagonal(factors[1], False) / input_scales(state).square()]
 
-        The least damping is that of weights whose inputs have a unit variance: those of smaller
-        inputs have to be larger to do as much.
-        """
-        if not state["centers"]:
-            return 1.0
-        second_moments = diagonal(state["factors"][1], False)[:-1]
-        means = center(state)
-        squares = means[0].square() if means else 0.0
-        return (second_moments - squares).mean().clamp(0.0, 1.0)
+    def _has_scale(self, state: State) -> bool:
+        """Whether the inputs of a block may be standardized."""
+        # A checkpoint may be older than the scales, until curvature is measured again.
+        return self.standardizes and len(state.get("standardizes", ())) > 0
 
     def units(self, state: State) -> int:
         return len(state.get("factors", ()))
@@ -176,13 +190,22 @@ class KroneckerCurvature(Curvature):
         self, due: Sequence[Part], readings: Readings | None = None
     ) -> list[list[Tensor] | None]:
         damped = []
+        scales: list[Tensor | None] = []
         for state, unit, damping in due:
             batched = state["batched"]
-            gammas = split_damping(state["factors"], damping, batched)
+            gammas = split_damping(self._damped_factors(state), damping, batched)
+            factor, scale = to_invert(state, unit), None
+            if unit == 1 and self._has_scale(state):
+                scale = input_scales(state).reciprocal()
+                factor = scaled(factor, scale)
+            scales.append(scale)
             # All factors of all blocks in one call: those of equal shape are inverted together.
-            damped.append((to_invert(state, unit), gammas[unit], batched))
+            damped.append((factor, gammas[unit], batched))
         inverses = damped_inverses(damped, readings)
-        return [None if inverse is None else [inverse] for inverse in inverses]
+        return [
+            None if inverse is None else [inverse if scale is None else scaled(inverse, scale)]
+            for inverse, scale in zip(inverses, scales, strict=True)
+        ]
 
     def shapes(self, state: State, unit: int) -> list[torch.Size]:
         return [state["factors"][unit].shape]
@@ -199,6 +222,7 @@ class KroneckerCurvature(Curvature):
         # which has to stay with it.
         if unit == 1:
             state["center"] = center(state)
+            state["scale"] = [input_scales(state)] if self._has_scale(state) else []
 
     def ready(self, state: State) -> bool:
         inverses = state.get("inverses", [None])
@@ -220,6 +244,19 @@ class KroneckerCurvature(Curvature):
             from_matrix(direction, gradient)
             for direction, gradient in zip(directions, gradients, strict=True)
         ]
+
+    def damped(self, state: State, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._has_scale(state):
+            return weight, bias
+        rows = weight.view(len(weight), bias.shape[1], -1)
+        (has_floor,) = state["standardizes"]
+        for mean in state.get("center", ()):
+            # Without a least damping the damping of the weights as they are, which is more, is what
+            # keeps steps short.
+            bias = bias + has_floor.to(rows) * (rows @ mean.to(rows))
+        for scale in state.get("scale", ()):
+            weight = (rows * scale[:-1].to(rows)).view(weight.shape)
+        return weight, bias
 
     def squared_norm(self, state: State, grad: Tensor, value: Tensor) -> Tensor:
         r"""The squared length $d^\top g = d^\top C d$ in the metric of the damped curvature."""
@@ -275,3 +312,38 @@ def to_invert(state: State, unit: int) -> Tensor:
     if current_center:
         return centered(factor, *current_center)
     return factor
+
+
+def input_scales(state: State) -> Tensor:
+    """What the inputs of a layer with bias are divided by where its damping is isotropic, [d + 1].
+
+    Where the loss has a least damping these are their standard deviations, and 1 for the 1 that is
+    appended; elsewhere they are 1. An input that is hardly ever active has a tiny variance, of
+    which the batches so far say little.
+    """
+    variances = input_variances(state)
+    # Of inputs that are all constant nothing is to be scaled.
+    mean = variances.mean()
+    least = torch.where(mean > 0, LEAST_VARIANCE * mean, 1.0)
+    deviations = variances.clamp_min(least).sqrt()
+    (has_floor,) = state["standardizes"]
+    return torch.cat([deviations.where(has_floor > 0, 1.0), variances.new_ones(1)])
+
+
+def input_variances(state: State) -> Tensor:
+    """The variances of a layer's inputs, [d]; second moments where no center is kept."""
+    second_moments = diagonal(state["factors"][1], False)[:-1]
+    for mean in center(state):
+        second_moments = second_moments - mean.square()
+    return second_moments.clamp_min(0.0)
+
+
+def scaled(factor: Tensor, scale: Tensor) -> Tensor:
+    """A factor with rows and columns multiplied by a scale, [d]; diagonal, whole or split."""
+    if is_diagonal(factor, False):
+        return factor * scale * scale
+    result = factor.clone()
+    pieces = scale.split(factor.shape[1])
+    for block, piece in zip(parts_of(result, False), pieces, strict=True):
+        block.mul_(piece.unsqueeze(1)).mul_(piece)
+    return result

@@ -98,6 +98,7 @@ def absorb(
     blocks: Sequence[Block],
     measured: Statistics,
     scale: float,
+    floor: float | Tensor,
     readings: Readings,
 ) -> None:
     """Average statistics into the state of every block; those with inf or NaN are left out.
@@ -108,6 +109,7 @@ def absorb(
         blocks: of the parameters that move.
         measured: the statistics of this process.
         scale: what the curvature in them is to be multiplied by.
+        floor: the least damping of the loss.
         readings: of the step.
     """
     device = blocks[0].params[0].device
@@ -126,7 +128,7 @@ def absorb(
             continue
         flags_of_block = [next(flags) for _ in tensors]
         if all(flags_of_block):
-            curvature.absorb(parameters.state[block.params[0]], block, tensors, scale)
+            curvature.absorb(parameters.state[block.params[0]], block, tensors, scale, floor)
         else:
             name = parameters.described(block.params[:1])
             warn(f"found inf or NaN in the curvature of {name}; its former curvature stays in use.")

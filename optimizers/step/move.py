@@ -179,6 +179,9 @@ def _direction(
     """
     group, param = member
     state = gradient_of_block.state
+    is_first_of_two = (
+        len(gradient_of_block.values) == 2 and param is gradient_of_block.block.params[0]
+    )
     return Direction(
         param=param,
         grad=gradient(param),
@@ -189,6 +192,7 @@ def _direction(
         group=group,
         last=parameters.state[param].get("velocity"),
         jacobians=[batch.get(param) for batch in jacobians],
+        damped=partial(curvature.damped, state) if is_first_of_two else None,
     )
 
 

@@ -307,12 +307,18 @@ class _Products:
 
 
 def _damping_in_span(directions: Sequence[Direction], span: Tensor) -> Tensor:
-    """The matrix R, [K, K].
+    """The matrix R, [K, K], in the coordinates that are damped.
 
     Args:
         directions: of all parameters.
         span: the directions that weights are looked for of, [K, P].
     """
+    parts = list(span.split([d.value.numel() for d in directions], dim=1))
+    for i, d in enumerate(directions):
+        if d.damped is not None:
+            weight, bias = d.damped(parts[i].reshape(-1, *d.value.shape), parts[i + 1])
+            parts[i], parts[i + 1] = weight.flatten(1), bias
+    span = torch.cat(parts, dim=1)
     dampings = [d.damping().to(span).expand(d.value.numel()) for d in directions]
     return inner_products(span * torch.cat(dampings), span)
 

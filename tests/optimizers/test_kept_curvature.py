@@ -151,7 +151,7 @@ def test_nothing_is_recorded_for_the_loss():
 def test_resuming_between_measurements_is_bit_exact(settings):
     net, x, y = classes()
     optimizer = quick(net, **settings)
-    train(net, optimizer, x, y, 10)
+    train(net, optimizer, x, y, 11)
     assert not optimizer._measures
     other = copy.deepcopy(net)
     resumed = quick(other, **settings)
@@ -239,7 +239,7 @@ def test_jacobians_that_were_not_asked_for_are_dropped():
 def test_between_measurements_dampings_are_those_of_the_inverses_that_are_due(monkeypatch):
     net, x, y = classes()
     optimizer = quick(net)
-    train(net, optimizer, x, y, 10)
+    train(net, optimizer, x, y, 11)
     assert not optimizer._measures
     asked, due = [], []
     block_damping, inverted = second_order.block_damping, optimizer.curvature.inverted
@@ -268,7 +268,7 @@ def test_between_measurements_dampings_are_those_of_the_inverses_that_are_due(mo
 def test_a_bias_that_is_frozen_while_curvature_is_kept_leaves_its_block(settings):
     net, x, y = classes()
     optimizer = quick(net, **settings)
-    train(net, optimizer, x, y, 10)
+    train(net, optimizer, x, y, 11)
     assert not optimizer._measures
     net[0].bias.requires_grad_(False)
     before = [p.detach().clone() for p in net.parameters()]

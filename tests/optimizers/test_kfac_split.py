@@ -298,3 +298,75 @@ def test_blocks_have_as_many_rows_as_the_first_batch_has_samples(eigen, samples,
         optimizer = restarted
     assert shapes == [(601, 601)] + [(601, rows)] * 3
     assert optimizer.state[net.weight]["weight"] > 2
+
+
+@pytest.mark.parametrize("split", [None, 4])
+def test_damping_of_classifiers_is_that_of_standardized_inputs(split):
+    net, x = nn.Linear(11, 3).double(), 2 + randn(20, 11) * torch.logspace(-2, 1, 11, dtype=DOUBLE)
+    optimizer = KFACOptimizer(
+        net.parameters(), lr=1.0, momentum=0.0, kl_clip=None, curvature="exact", split_factors=split
+    )
+    with curvature(*optimizer.extensions):
+        F.cross_entropy(net(x), torch.arange(20) % 3).backward()
+    before = torch.cat([net.weight, net.bias[:, None]], 1).detach()
+    p = net(x).softmax(1).detach()
+    optimizer.step()
+    B, size = p.mean(0).diag() - p.T @ p / 20, 12 if split is None else 4
+    index, m = torch.arange(12) // size, x.mean(0)
+    C = torch.block_diag((x - m).T @ (x - m) / 20, torch.ones(1, 1, dtype=DOUBLE)) * (
+        index[:, None] == index
+    )
+    variances = C.diagonal()[:-1]
+    # Inputs of a variance below three tenths of the mean one count as such.
+    S = torch.cat([variances.clamp(min=0.3 * variances.mean()), torch.ones(1, dtype=DOUBLE)])
+    mean_A = (torch.cat([x.square().mean(0), torch.ones(1, dtype=DOUBLE)]) / S).mean()
+    mean_B = B.trace() / 3
+    # The least damping of twenty predictions is a quarter of the weight of the loss.
+    damping = 0.1 * mean_A * mean_B + 5 / 20
+    gamma_A, gamma_B = (damping * mean_A / mean_B).sqrt(), (damping * mean_B / mean_A).sqrt()
+    T = torch.eye(12, dtype=DOUBLE)
+    T[:-1, -1] = m
+    A = T @ (C + gamma_A * S.diag()) @ T.T
+    block = torch.kron(B + gamma_B * torch.eye(3, dtype=DOUBLE), A)
+    grad = torch.cat([net.weight.grad, net.bias.grad[:, None]], 1)
+    expected = torch.linalg.solve(block, grad.flatten()).view(3, 12)
+    torch.testing.assert_close(torch.cat([net.weight, net.bias[:, None]], 1) - before, -expected)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_steps_of_classifiers_do_not_depend_on_the_scale_of_inputs(scale):
+    x, labels = 2 + randn(60, 4), torch.arange(60) % 3
+
+    def losses(x):
+        net = nn.Linear(4, 3).double()
+        for parameter in net.parameters():
+            nn.init.zeros_(parameter)
+        # Where curvature is a mean over batches its unit is the length of a step.
+        optimizer = KFACOptimizer(net.parameters(), curvature="exact", safeguards=False)
+        for _ in range(6):
+            optimizer.zero_grad()
+            with curvature(*optimizer.required_extensions()):
+                loss = F.cross_entropy(net(x), labels)
+                loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    torch.testing.assert_close([*losses(scale * x)], [*losses(x)])
+
+
+def test_damping_of_classifiers_in_the_model_is_that_of_standardized_inputs():
+    net, x = (
+        nn.Linear(4, 3).double(),
+        2 + randn(20, 4) * torch.tensor([1.0, 2.0, 3.0, 0.01], dtype=DOUBLE),
+    )
+    optimizer = KFACOptimizer(net.parameters(), curvature="exact", safeguards=False)
+    with curvature(*optimizer.required_extensions()):
+        F.cross_entropy(net(x), torch.arange(20) % 3).backward()
+    optimizer.step()
+    state = optimizer.state[net.weight]
+    u, v = randn(2, 3, 4), randn(2, 3)
+    weight, bias = optimizer.curvature.damped(state, u, v)
+    variances = x.var(0, correction=0)
+    scale = variances.clamp(min=0.3 * variances.mean()).sqrt()
+    torch.testing.assert_close(weight, u * scale)
+    torch.testing.assert_close(bias, v + u @ x.mean(0))
