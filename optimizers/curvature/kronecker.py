@@ -194,7 +194,8 @@ class KroneckerCurvature(Curvature):
         for state, unit, damping in due:
             batched = state["batched"]
             gammas = split_damping(self._damped_factors(state), damping, batched)
-            factor, scale = to_invert(state, unit), None
+            factor = to_invert(state, unit)
+            scale: Tensor | None = None
             if unit == 1 and self._has_scale(state):
                 scale = input_scales(state).reciprocal()
                 factor = scaled(factor, scale)
