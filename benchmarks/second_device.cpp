@@ -7,6 +7,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/GeneratorForPrivateuseone.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/as_strided_native.h>
@@ -54,13 +55,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Device getDevice() const override { return {kDevice, 0}; }
   void setDevice(c10::Device) const override {}
   void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device device) const override {
+  c10::Stream getStream(c10::Device device) const noexcept override {
     return c10::Stream(c10::Stream::DEFAULT, device);
   }
+  c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
   c10::Stream getNewStream(c10::Device device, int) const override {
     return c10::Stream(c10::Stream::DEFAULT, device);
   }
-  c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
@@ -83,6 +85,13 @@ struct Random final : at::CPUGeneratorImpl {
   }
 };
 
+// Torch 2.6 asks this instead of the hooks below.
+at::Generator new_generator(c10::DeviceIndex) {
+  return at::make_generator<Random>();
+}
+
+REGISTER_GENERATOR_PRIVATEUSE1(new_generator);
+
 at::Generator on_processor(const at::Generator& generator) {
   auto copy = at::make_generator<at::CPUGeneratorImpl>();
   copy.set_state(generator.get_state());
@@ -90,14 +99,13 @@ at::Generator on_processor(const at::Generator& generator) {
 }
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  // Torch 2.6 has nothing that these two override.
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return true; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   at::Device getDeviceFromPtr(void*) const override { return {kDevice, 0}; }
   at::Allocator* getPinnedMemoryAllocator() const override { return at::getCPUAllocator(); }
-  at::Generator getNewGenerator(c10::DeviceIndex) const override {
-    return at::make_generator<Random>();
-  }
+  at::Generator getNewGenerator(c10::DeviceIndex index) const override { return new_generator(index); }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
     static at::Generator generator = at::make_generator<Random>();
     return generator;
