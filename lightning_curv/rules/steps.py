@@ -54,7 +54,8 @@ class PackedSteps(Steps):
     """
 
     def __init__(self, batch_sizes: Tensor, device: torch.device) -> None:
-        self.sizes: list[int] = batch_sizes.tolist()
+        # One by one: torch 2.6 has no `tolist` within `torch.func`.
+        self.sizes = [int(size) for size in batch_sizes]
         super().__init__(len(self.sizes))
         self._device = device
 
