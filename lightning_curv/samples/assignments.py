@@ -17,7 +17,8 @@ from lightning_curv.samples.anchors import (
     told_by_map,
     told_by_target,
 )
-from lightning_curv.samples.coupling import Undecided, separable
+from lightning_curv.samples.coupling import separable
+from lightning_curv.samples.custom_functions import Undecided
 from lightning_curv.samples.forward import forward_owners
 from lightning_curv.samples.search import Search
 from lightning_curv.terms.owners import BatchAxis, Owners, batch_axes
