@@ -32,7 +32,7 @@ from lightning_curv.callbacks.recorded_step import record_training_step, restore
 from lightning_curv.callbacks.user_batch import Contents, describe_batch
 from lightning_curv.distributed.failures import telling
 from lightning_curv.engine.context import curvature
-from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
+from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant, require_accountable
 from lightning_curv.samples.batch import Batch
 
 if TYPE_CHECKING:
@@ -315,6 +315,7 @@ class PrivacyCallback(Callback):
             if self.noise_multiplier is None:
                 self.noise_multiplier = self._budget.noise(plan.sampling, plan.releases)
             optimizer.noise_multiplier = self.noise_multiplier
+        require_accountable(optimizer.noise_multiplier)
         mean = optimizer.loss_reduction == "mean"
         self._checks = Checks(
             trainer, pl_module, optimizer, mean, self.public_state, self.check_independence

@@ -18,6 +18,8 @@ from lightning_curv.optimizers.settings import require_choice, require_positive
 METHODS = ("pld", "rdp")
 _INTERVAL = 1e-4  # of the discretized privacy loss; a coarser one overestimates ε
 _COARSE = 1e-3
+# Less noise costs an ε of thousands, and an array of 10⁸ losses of privacy or more.
+LEAST_NOISE = 0.01
 NEIGHBOURS = {
     "ADD_OR_REMOVE_ONE": "one sample added or removed",
     "REPLACE_SPECIAL": "one sample zeroed out, data set size public",
@@ -229,7 +231,9 @@ class PrivacyAccountant:
 
         Raises:
             RuntimeError: `sampling` is not set.
+            ValueError: σ is neither 0 nor at least `LEAST_NOISE`.
         """
+        require_accountable(noise_multiplier)
         if isinstance(self.sampling, EpochSampling):
             entries = self._runs.get(self._run or "", [])
             # Another σ within an epoch is another release: which samples had which noise is not
@@ -250,7 +254,9 @@ class PrivacyAccountant:
 
         Raises:
             RuntimeError: `sampling` is not set.
+            ValueError: σ is neither 0 nor at least `LEAST_NOISE`.
         """
+        require_accountable(noise_multiplier)
         if self.sampling is None:
             raise RuntimeError(
                 "`accountant.sampling` must be set before the first step, found None."
@@ -266,7 +272,8 @@ class PrivacyAccountant:
             delta: δ in (0, 1).
 
         Returns:
-            ε at δ; 0 before the first release, infinite if anything was released without noise.
+            ε at δ; 0 before the first release, infinite if anything was released without noise, or
+            by an older version with less than `LEAST_NOISE`.
 
         Raises:
             ValueError: δ is out of range, or releases of two notions of neighbours come together.
@@ -303,8 +310,8 @@ class PrivacyAccountant:
                 "`accountant.sampling` must be set before it is asked for releases, found None."
             )
         history = self.history
-        # Without noise ε is infinite: nothing to ask the library.
-        if noise_multiplier == 0 or any(sigma == 0 for _, sigma, _ in history):
+        # Nearly without noise nothing is left of any budget: nothing to ask the library.
+        if noise_multiplier < LEAST_NOISE or _has_no_noise(history):
             return 0
         spent = self._compose(history, self.sampling)
         event = self.sampling.event(noise_multiplier)
@@ -424,6 +431,29 @@ def _append(entries: list[Entry], sampling: Sampling, sigma: float, count: int) 
     entries.append((sampling, sigma, count))
 
 
+def _has_no_noise(history: Iterable[Entry]) -> bool:
+    """Whether something was released with so little noise that ε is given as infinite."""
+    return any(sigma < LEAST_NOISE for _, sigma, _ in history)
+
+
+def require_accountable(noise_multiplier: float) -> None:
+    """Refuse noise of which no account can be kept; none at all is allowed, for tests.
+
+    Args:
+        noise_multiplier: σ of a release.
+
+    Raises:
+        ValueError: σ is neither 0 nor at least `LEAST_NOISE`.
+    """
+    if 0 < noise_multiplier < LEAST_NOISE:
+        raise ValueError(
+            f"`noise_multiplier` must be at least {LEAST_NOISE} where an account is kept, or 0, "
+            f"whose ε is infinite, found {noise_multiplier:g}: of less noise a single release may "
+            "cost an ε of thousands, which protects nobody. Use more, or let `epsilon=` of "
+            "PrivacyCallback find out how much."
+        )
+
+
 def _length(entries: Iterable[tuple[Any, ...]]) -> int:
     """The number of releases."""
     return sum(entry[-1] for entry in entries)
@@ -461,7 +491,7 @@ def epsilon_of(
     _require_delta(delta)
     if not history:
         return 0.0
-    if any(sigma == 0 for _, sigma, _ in history):
+    if _has_no_noise(history):
         return float("inf")
     accountant = _accountant({sampling.relation for sampling, _, _ in history}, method, interval)
     for sampling, sigma, count in history:

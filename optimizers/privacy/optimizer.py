@@ -22,7 +22,7 @@ from lightning_curv.distributed.shards import (
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.optimizers.linear_algebra.collectives import from_process_0
 from lightning_curv.optimizers.packed_state import is_trial_step, packed, unpacked
-from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant
+from lightning_curv.optimizers.privacy.accounting import PrivacyAccountant, require_accountable
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
 from lightning_curv.optimizers.privacy.group_clipping import PerGroupClipping
@@ -131,6 +131,8 @@ class DPOptimizer(Optimizer):
         self.noise_multiplier = (
             None if noise_multiplier is None else value_of("noise_multiplier", noise_multiplier, 0)
         )
+        if accountant is not None and self.noise_multiplier is not None:
+            require_accountable(self.noise_multiplier)
         self.expected_batch_size = expected_batch_size
         first_norm = value_of("clip_norm", clip_norm, 0)
         self.clipping = (
@@ -296,6 +298,8 @@ class DPOptimizer(Optimizer):
             self.optimizer.step()
             return loss
         sigma, size = self._settings()
+        if self.accountant is not None:
+            require_accountable(sigma)
         self._privatise(sigma, size)
         # Before the inner step: what can be seen is paid for, whatever happens next.
         if self.accountant is not None:

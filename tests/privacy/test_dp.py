@@ -15,7 +15,13 @@ from zoo import NAMES, ROW, reference
 
 from lightning_curv import BatchGrad, curvature, record
 from lightning_curv.errors import UnsupportedError
-from lightning_curv.optimizers import DPSGD, AdaptiveClipping, DPAdam, DPOptimizer
+from lightning_curv.optimizers import (
+    DPSGD,
+    AdaptiveClipping,
+    DPAdam,
+    DPOptimizer,
+    PrivacyAccountant,
+)
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
 from lightning_curv.samples import finder
@@ -972,6 +978,10 @@ def test_state_of_another_optimizer_is_refused():
         ({"clipping": "ghost"}, "`clipping` must be one of 'flat'"),
         ({"loss_reduction": "none"}, "`loss_reduction` must be one of"),
         ({"secure": True, "noise_seed": 1}, "`secure=True` has no seed"),
+        (
+            {"noise_multiplier": 1e-9, "accountant": PrivacyAccountant()},
+            "`noise_multiplier` must be at least 0.01 where an account is kept, or 0, .*found 1e-09",
+        ),
     ],
 )
 def test_settings_are_checked(settings, message):

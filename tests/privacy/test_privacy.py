@@ -275,6 +275,28 @@ def test_published_values():
     assert accountant.epsilon(1e-5) == math.inf
 
 
+@pytest.mark.parametrize("method", ["pld", "rdp"])
+@pytest.mark.parametrize("sigma", [1e-300, 1e-160, 1e-9, 0.009])
+def test_hardly_any_noise_is_refused_where_an_account_is_kept(sigma, method):
+    """The library has no memory for it, or takes an ε that overflows for 0."""
+    accountant = PrivacyAccountant(PoissonSampling(0.1), method)
+    for account in (accountant.release, accountant.step):
+        with pytest.raises(ValueError, match=r"at least 0\.01 .* found .*: .* ε of thousands.* Use more"):
+            account(sigma)
+    assert accountant.history == []
+    # From the checkpoint of a version that accepted it.
+    older = ("PoissonSampling", {"sampling_rate": 0.1}, sigma, 1)
+    accountant.load_state_dict({"runs": {"older": [older]}})
+    assert accountant.epsilon(1e-5) == math.inf
+    assert accountant.releases_left(8.0, 1e-5, 1.0) == 0
+
+
+def test_hardly_any_noise_is_refused_before_the_first_step():
+    module = Net(noise_multiplier=1e-9)
+    with pytest.raises(ValueError, match=r"at least 0\.01 where an account is kept"):
+        fit(module, PrivacyCallback(delta=1e-3), max_steps=1)
+
+
 def test_an_epoch_of_any_order_is_one_gaussian():
     accountant = PrivacyAccountant(EpochSampling(10))
     for _ in range(25):
