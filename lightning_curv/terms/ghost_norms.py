@@ -17,6 +17,7 @@ from lightning_curv.terms.term import ROUNDING, Term
 
 # The last Gram matrices of cotangents and of inputs: parameters of one op share them.
 _GRAMS = LastResult(), LastResult()
+READ = 64  # measured: multiplications of Gram matrices in the time of reading an entry twice
 # The range of usual squares of factors: products of two of them are normal numbers.
 RANGE = {
     torch.float32: (2.0**-50, 2.0**50),
@@ -36,6 +37,19 @@ def are_cheaper(term: Term) -> bool:
     gram_cost = matrices.size(matrices.shared) * (out + inp)
     forming_cost = out * inp
     return matrices.regular and gram_cost <= 1.25 * forming_cost
+
+
+def are_cheaper_with_a_sum(term: Term) -> bool:
+    """The same where a weighted sum over the samples follows, which formed gradients need not.
+
+    To form them takes as long as that sum, and to read them twice as long as `READ`
+    multiplications an entry.
+    """
+    matrices = Matrices(term)
+    out = matrices.size(matrices.outputs)
+    inp = matrices.size(matrices.inputs)
+    gram_cost = matrices.size(matrices.shared) ** 2 * (out + inp)
+    return gram_cost <= READ * out * inp
 
 
 def squared_norms(term: Term) -> Tensor:
@@ -147,7 +161,7 @@ def _products(term: Term) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         )
         x_gram, _ = _GRAMS[1].get_or_compute(term.x, (term.inp, *how), partial(_gram, x))
         g_gram = g_gram.unflatten(0, (-1, columns))
-        products = torch.einsum("bvst,bst->vb", g_gram, x_gram)
+        products = (g_gram * x_gram.unsqueeze(1)).flatten(2).sum(2).mT
         g_squares = g_gram.diagonal(dim1=2, dim2=3)
         x_squares = x_gram.diagonal(dim1=1, dim2=2)
         yield (

@@ -13,6 +13,7 @@ from lightning_curv.devices import on_one_device
 from lightning_curv.distributed.shards import registered
 from lightning_curv.extensions.receiver import GradientReceiver
 from lightning_curv.optimizers.privacy.clipping import Clipping, joint_norms
+from lightning_curv.terms import ghost_norms
 from lightning_curv.terms.chunks import CHUNK_BYTES, joined
 from lightning_curv.terms.jacobian import Jacobian
 
@@ -20,6 +21,11 @@ from lightning_curv.terms.jacobian import Jacobian
 # once rounds the parts, before they cancel; where they cancel further, each sample's gradient is
 # formed first, and rounded as a whole.
 CANCELS = 32
+# Size of all parameters up to which gradients are formed though Gram matrices would give the norms.
+FORMED_BYTES = 2**22
+# So many samples are worked on together even if their gradients are larger than `CHUNK_BYTES`: they
+# share the time of the calls. Measured.
+FEW, FEW_BYTES = 8, 2**24
 
 
 class ClippedSum(GradientReceiver):
@@ -49,6 +55,7 @@ class ClippedSum(GradientReceiver):
         self.clipping, self.mean = clipping, mean
         self._parameters: list[Tensor] = []
         self._known: set[Tensor] = set()
+        self._bytes = 0
         self.parameters = parameters
         self.loss_scale = 1.0
         self.keep_norms = False
@@ -66,6 +73,7 @@ class ClippedSum(GradientReceiver):
             new is not old for new, old in zip(parameters, self._parameters, strict=True)
         ):
             self._parameters, self._known = list(parameters), set(parameters)
+            self._bytes = sum(parameter.nbytes for parameter in parameters)
 
     def forget(self) -> None:
         """Drop everything since the last step."""
@@ -104,7 +112,7 @@ class ClippedSum(GradientReceiver):
         # Held until the pass ends, the gradients then take less memory than what they are made of.
         if jacobian.forms_norms and _is_small(jacobian):
             jacobian = jacobian.formed()
-        if jacobian.forms_norms:
+        if jacobian.forms_norms or self._forms(jacobian):
             self._formed.append(jacobian)
             return
         norms, sizes, odd = jacobian.unread_norms()
@@ -113,6 +121,14 @@ class ClippedSum(GradientReceiver):
         # Sizes that are the norms themselves: nothing cancels.
         if sizes is not norms:
             self._open.append(_Open(jacobian, norms, sizes, odd))
+
+    def _forms(self, jacobian: Jacobian) -> bool:
+        """Whether to form gradients that have norms without, as the sum then takes no product."""
+        term = jacobian.terms[0]
+        # Only where a sample's gradient by all parameters stays in cache.
+        if term.classes or not term.shared or self._bytes > FORMED_BYTES:
+            return False
+        return term.g.device.type == "cpu" and not ghost_norms.are_cheaper_with_a_sum(term)
 
     def _cancelling(self) -> set[Jacobian]:
         """Settle all norms; those of which a sum over all samples at once would round too much.
@@ -148,14 +164,19 @@ class ClippedSum(GradientReceiver):
         if counted is not None and bool(counted.all()):
             counted = None
         bytes_of_sample = sum(4 * jacobian.parameter.numel() for jacobian in formed)
-        size = max(1, CHUNK_BYTES // bytes_of_sample) if formed else samples
+        size = samples
+        if formed:
+            few = min(FEW, FEW_BYTES // bytes_of_sample)
+            size = max(1, few, CHUNK_BYTES // bytes_of_sample)
         dtypes = {jacobian.terms[0].g.dtype for jacobian in (*jacobians, *formed)}
         smallest_normal = max(torch.finfo(dtype).tiny for dtype in dtypes)
         weights_of_chunks = []
         for start in range(0, samples, size):
             chunk = slice(start, start + size)
-            rows = [jacobian[chunk].formed() for jacobian in formed]
-            norms_of_rows = [row.norms()[0] for row in rows]
+            rows, norms_of_rows = [], []
+            for jacobian in formed:
+                rows.append(row := jacobian[chunk].formed())
+                norms_of_rows.append(row.norms()[0])  # while it is in the cache
             weights = self._weights(
                 [*(norms_of_all[chunk] for norms_of_all in norms), *norms_of_rows],
                 [registered(jacobian.parameter) for jacobian in (*jacobians, *rows)],

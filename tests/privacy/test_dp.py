@@ -22,9 +22,12 @@ from lightning_curv.optimizers import (
     DPOptimizer,
     PrivacyAccountant,
 )
+from lightning_curv.optimizers.privacy import clipped_sum as clipped_sums
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import Clipping, clipping_rule
 from lightning_curv.samples import finder
+from lightning_curv.terms import ghost_norms
+from lightning_curv.terms.term import Term
 
 
 def private(parameters, lr=1.0, **settings):
@@ -961,6 +964,31 @@ def test_resumed_run_equals_the_uninterrupted_one():
     assert other.clip_norm == optimizer.clip_norm
     for p, q in zip(model.parameters(), resumed.parameters()):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_gradients_over_many_positions_are_formed_once_for_norm_and_sum(monkeypatch, clipping):
+    """Gram matrices would take longer than the product that the sum then needs no more."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(112, 112), nn.Tanh(), nn.Linear(112, 112)).double()
+    X = torch.randn(9, 66, 112).double()
+    factors = torch.ones(1, 9, 66, 112), X
+    assert ghost_norms.are_cheaper(Term("so", "si", "oi", *factors))  # than gradients for norms
+    monkeypatch.setattr(ghost_norms, "norms", None)
+    monkeypatch.setattr(clipped_sums, "FEW", 4)
+    expected = [torch.zeros_like(p) for p in model.parameters()]
+    for x in X:
+        own = torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+        norms = torch.stack([g.norm() for g in own])
+        bounds = 300.0 / (norms.norm() if clipping == "flat" else 2 * norms)
+        for total, g, c in zip(expected, own, bounds.clamp(max=1).expand(4), strict=True):
+            total += c * g
+    optimizer = private(model.parameters(), clip_norm=300.0, clipping=clipping)
+    with curvature(*optimizer.extensions):
+        model(X).square().sum((1, 2)).mean().backward()
+    optimizer.step()
+    for p, total in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, total)
 
 
 def test_state_of_another_optimizer_is_refused():

@@ -281,7 +281,9 @@ def test_hardly_any_noise_is_refused_where_an_account_is_kept(sigma, method):
     """The library has no memory for it, or takes an ε that overflows for 0."""
     accountant = PrivacyAccountant(PoissonSampling(0.1), method)
     for account in (accountant.release, accountant.step):
-        with pytest.raises(ValueError, match=r"at least 0\.01 .* found .*: .* ε of thousands.* Use more"):
+        with pytest.raises(
+            ValueError, match=r"at least 0\.01 .* found .*: .* ε of thousands.* Use more"
+        ):
             account(sigma)
     assert accountant.history == []
     # From the checkpoint of a version that accepted it.

@@ -12,7 +12,7 @@ from lightning_curv.optimizers import DPSGD
 from lightning_curv.optimizers.privacy.clipped_sum import ClippedSum
 from lightning_curv.optimizers.privacy.clipping import FlatClipping
 from lightning_curv.terms.jacobian import Jacobian
-from lightning_curv.terms.safe_norms import product_norms
+from lightning_curv.terms.safe_norms import product_norms, row_norms
 from lightning_curv.terms.term import Term
 
 # --- N is in nobody's rounding ----------------------------------------------------------------------------------------
@@ -199,6 +199,28 @@ def test_a_norm_that_is_no_number_hides_no_factor_that_is_too_large():
         g, x, expected = (torch.tensor([v], dtype=torch.float64) for v in (g, x, expected))
         found = product_norms(g, x[0], torch.float32)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("length", [64, 49 * 16, 12800, 1009])
+def test_norms_of_float32_are_rounded_up_and_only_by_what_rounding_may_take(length):
+    """Whatever library adds the squares up in which order, and at the ends of the range."""
+    torch.manual_seed(0)
+    scales = torch.tensor([0.0, 1e-44, 1e-30, 1e-22, 1e-12, 1.0, 1e12, 1e18, 1e20, 1e36])
+    rows = (
+        torch.randn(2**14 // length + 20, length) * scales.repeat(30)[: 2**14 // length + 20, None]
+    )
+    exact = rows.double().norm(dim=1)
+    found = row_norms(rows, 1)
+    assert found.dtype == torch.float64
+    # The exact norm is one of float64 itself.
+    assert (found >= exact * (1 - 1e-13)).all()
+    assert (found <= exact * (1 + 2**-17)).all()
+    rows[3, 5], rows[4, 0], rows[5, 0] = float("nan"), float("inf"), -float("inf")
+    broken = row_norms(rows[None], 2)[0]
+    assert broken[3].isnan()
+    assert broken[4] == broken[5] == float("inf")
+    others = torch.arange(len(rows)) > 5
+    torch.testing.assert_close(broken[others], found[others], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("letters", [("o", "i", "oi"), ("so", "si", "oi"), ("os", "si", "oi")])
