@@ -28,9 +28,9 @@ from lightning_curv.optimizers.privacy.noise import NoiseSource
 from lightning_curv.precision import widest
 
 GRID = 34  # bits of the noise's standard deviation
-PIECE = 2**16  # entries that are worked on at once, in cache
-PIECES = 32  # that share what is rare in the noise
-UPLOADED = 2**8  # pieces whose noise goes to another device at once
+PIECE = 2**14  # entries that are worked on at once, in cache
+PIECES = 128  # that share what is rare in the noise
+UPLOADED = 2**10  # pieces whose noise goes to another device at once
 USUAL = 2.0**-60, 2.0**60  # standard deviations whose units float32 has room for
 
 
