@@ -50,8 +50,9 @@ def test_what_several_share_is_in_the_price_of_each():
     assert found == {"grad_variance": 1.0, "mean_gsnr": 3.0}
 
 
-def test_all_on_a_transformer_is_dear_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(prices, "DEAR", 2)  # the first steps of a run are slow themselves
+def test_all_on_a_transformer_says_its_price_once(monkeypatch):
+    # Whatever the first step of a run takes, and on whichever machine.
+    monkeypatch.setattr(prices, "DEAR", 0)
     said = run(Masked(), CurvatureCallback("all"), batches=3)
     assert len(said) == 1
     assert "ggn_trace_exact" in said[0]
