@@ -40,6 +40,17 @@ def of_one_by_hand(model, x, y):
 
 
 ORDER = torch.tensor([2, 0, 3, 1])
+
+
+def numbers_choose_rows():
+    """Whether this torch lets a number that is mapped choose a row; torch 2.6 reads it instead."""
+    try:
+        vmap(lambda i: ORDER[i])(ORDER)
+    except RuntimeError:
+        return False
+    return True
+
+
 FORMS: dict[str, Callable] = {
     "model": lambda m, x, y: known(vmap(m)(x), y),
     "model, by hand": lambda m, x, y: by_hand(vmap(m)(x), y),
@@ -68,6 +79,8 @@ FORMS: dict[str, Callable] = {
 @pytest.mark.parametrize("size", [N, None])
 @pytest.mark.parametrize("name", FORMS)
 def test_gradients_are_those_of_each_row_of_the_batch(name, size):
+    if name.endswith("by number") and not numbers_choose_rows():
+        pytest.skip("this torch does not map the numbers of rows")
     model, x, y = draw()
     with curvature(BatchGrad(), batch_size=size):
         FORMS[name](model, x, y).backward()
