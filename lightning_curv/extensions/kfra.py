@@ -15,11 +15,12 @@ from lightning_curv.errors import UnsupportedError, describe
 from lightning_curv.extensions.base import GraphExtension
 from lightning_curv.extensions.kronecker import KFLR, WeightSharing, kronecker_factor
 from lightning_curv.graph.dependence import Dependence
-from lightning_curv.graph.tape import plain_name
+from lightning_curv.graph.heads import name_of
 from lightning_curv.kernels.symmetric import eigh, gram
 from lightning_curv.passes.passes import Passes
 from lightning_curv.recording.records import shape_at
 from lightning_curv.samples.probing import owners_at
+from lightning_curv.samples.rowwise import ENTRYWISE, LEADING, VIEWS
 from lightning_curv.terms.jacobian import Jacobian
 from lightning_curv.terms.owners import BatchAxis, Owners, RowOwners
 from lightning_curv.terms.sides import kronecker_sides, side_of
@@ -27,13 +28,9 @@ from lightning_curv.terms.term import Term
 
 # Nodes whose J is the same in all samples of an axis.
 SAME = frozenset(("Addmm", "Convolution", "Mm"))
-_ELEMENTWISE = "Elu Gelu Hardtanh LeakyRelu LogSigmoid Mish Relu Sigmoid Silu Softplus Tanh"
-# Functions of every entry: J is diagonal.
-ELEMENTWISE = frozenset(_ELEMENTWISE.split())
-_OTHERS_BY_ROW = "AdaptiveAvgPool2D AvgPool2D MaxPool2DWithIndices UnsafeView View"
 # Nodes that treat what is on the leading axis of their input one by one, where it is as long as
 # that of their output. Of a product of matrices that is the left one.
-KEEP_LEADING_AXIS = SAME | ELEMENTWISE | frozenset(_OTHERS_BY_ROW.split())
+KEEP_LEADING_AXIS = SAME | ENTRYWISE | VIEWS | LEADING
 
 
 class KFRA(GraphExtension):
@@ -237,7 +234,7 @@ def _chain(passes: Passes) -> list[_Point]:
 def _keeps_leading_axis(output: _Point, source: GradientEdge) -> bool:
     """Whether samples on the leading axis of a node's output are those of this input's."""
     node = output.edge.node
-    name = plain_name(node.name())
+    name = name_of(node)
     if name not in KEEP_LEADING_AXIS or _axis(output.owners):
         return False
     if not isinstance(output.owners, BatchAxis) or not output.shape:
@@ -289,14 +286,14 @@ def _averaged(
             pulled.append(pull(F.pad(part, (0, 0, 0, missing))))
         return torch.cat(pulled)[: len(rows)]
 
+    name = name_of(output.edge.node)
+    if name in ENTRYWISE and (output.owners, output.shape) == (source.owners, source.shape):
+        return _through_diagonals(average, pull(average.new_ones(count, len(average))))
     # Of its own, so that nobody's random numbers change.
     generator = torch.Generator(average.device).manual_seed(0)
     axis = _axis(output.owners)
     same_axis = axis is not None and axis == _axis(source.owners)
-    name = plain_name(output.edge.node.name())
     same = same_axis and name in SAME
-    if name in ELEMENTWISE and output.owners == source.owners:
-        return _through_diagonals(average, pull(average.new_ones(count, len(average))))
     # As many entries below as above: J may be diagonal. Random entries come out times J 1 then.
     if source.entries == output.entries and not same:
         entries = average.new_empty(count, len(average)).uniform_(1, 2, generator=generator)
