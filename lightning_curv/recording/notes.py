@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from lightning_curv.recording.provenance import (
     note,
     physical,
     roots_of,
+    shapes,
     tensors_in,
     united,
 )
@@ -91,6 +91,14 @@ def note_roots(
         for out in results:
             note(out, CONSTANT_ROOTS)
         return
+    # With one tensor there is one order of rows: what becomes of them can be remembered.
+    kind = None
+    if name in _BY_SHAPE and len(tensors) == 1 and not tensors[0].requires_grad:
+        only = roots_of(tensors[0])
+        kind = _kind(func, args, kwargs, tensors[0], only, results)
+        if kind is not None and (remembered := _TOLD.get(kind)) is not None:
+            of_kind, draws = remembered
+            return _note_told(results, only, of_kind, only.tensors[0] if draws else None)
     first = results[0]
     if functorch.is_functorch_wrapped_tensor(first) and physical(first).requires_grad:
         return _mark_mapped(func, args, results, tensors)
@@ -101,15 +109,6 @@ def note_roots(
     elif name == "where":
         args = _without_unused(args)
         tensors = tensors_in([*args, *kwargs.values()])
-    # Only then can what becomes of rows be remembered: with one tensor there is one order of rows.
-    kind = None
-    if len(tensors) == 1 and first is not tensors[0] and name in _BY_SHAPE:
-        reads = tensors[0]
-        roots = all_roots(reads) if reads.requires_grad else roots_of(reads)
-        kind = _kind(func, args, kwargs, reads, roots, results)
-        if kind is not None and (remembered := _TOLD.get(kind)) is not None:
-            _note_told(func, args, kwargs, results, roots, remembered)
-            return
     inplace = any(tensor is first for tensor in tensors)
     if inplace and not _changes(func, kwargs):
         return  # an argument as it is
@@ -131,18 +130,19 @@ def note_roots(
     if not roots.tensors or (not explicit and plainly_in_order(func, tensors, results)):
         for out in results:
             note(out, roots)
-        _remember(kind, ())
+        _remember(kind, (), draws=False)
         return
     told: Sequence[_Told] = _followed(
         func, args, kwargs, results, tensors, roots, first if inplace else None
     )
     # Rows that ended where they would be counted anyway need no numbers of their own.
-    drawn = _drawn_from(func, args, kwargs) is not None
-    if not (explicit or drawn) and all(map(partial(_counted_anyway, roots=roots), told, results)):
+    drawn = _drawn_from(func, args, kwargs)
+    plain = drawn is None and not explicit
+    if plain and all(map(partial(_counted_anyway, roots=roots), told, results)):
         told = ()
-    _remember(kind, told)
+    _remember(kind, told, drawn is not None)
     decided = any(tensor.requires_grad for tensor in tensors)
-    _note_told(func, args, kwargs, results, roots, told, decided)
+    _note_told(results, roots, told, drawn, decided)
 
 
 def _roots_of_call(name: str, args: Any, known: list[Roots]) -> Roots:
@@ -210,40 +210,47 @@ def _counted_anyway(told: _Told, result: Tensor, roots: Roots) -> bool:
     )
 
 
-# By the kind of a call; nothing told: rows are where they were.
-_TOLD: dict[Hashable, Sequence[_Told]] = {}
+# By the kind of a call, and whether it draws (see `_drawn_from`); nothing told: rows are where they
+# were.
+_TOLD: dict[Hashable, tuple[Sequence[_Told], bool]] = {}
 _MOST = 256  # kinds that are kept
 _SMALL = 2**16  # numbers up to which they are kept
 
 
-def _remember(kind: Hashable, told: Sequence[_Told]) -> None:
+def _remember(kind: Hashable, told: Sequence[_Told], draws: bool) -> None:
     """Remember what calls of a kind make of rows; `None`: it depends on more than that."""
+    if kind is None:
+        return
     numbers = [of_size for of_result in told for of_size in of_result.numbers.values()]
     # Under some modes they are tensors of other kinds, which serve only there.
     lasting = all(type(of_size) is Tensor for of_size in numbers)
-    if kind is None or not lasting or sum(map(Tensor.numel, numbers)) > _SMALL:
+    if not lasting or sum(map(Tensor.numel, numbers)) > _SMALL:
         return
     if len(_TOLD) >= _MOST:
         _TOLD.clear()
-    _TOLD[kind] = told
+    _TOLD[kind] = told, draws
 
 
 def _note_told(
-    func: Callable[..., Any],
-    args: Any,
-    kwargs: Mapping[str, Any],
     results: Sequence[Tensor],
     roots: Roots,
     told: Sequence[_Told],
+    drawn: Root | None,
     decided: bool = False,
 ) -> None:
-    """Note what was told of the rows of results, which were computed from `roots`."""
+    """Note what was told of the rows of results.
+
+    Args:
+        results: The results.
+        roots: What they were computed from.
+        told: What was told of each; nothing: rows are where they were.
+        drawn: The tensor that their rows were drawn from, see `_drawn_from`.
+        decided: Whether the network's own values decide which rows they are.
+    """
     if not told:
         for out in results:
             note(out, roots)
         return
-    # Some rows of a tensor may be a batch out of a data set, whose rows count from zero.
-    drawn = _drawn_from(func, args, kwargs)
     for out, (numbers, pooled, keeps_order) in zip(results, told, strict=True):
         tensors = roots.tensors
         routed = roots.routed or not keeps_order
@@ -278,15 +285,15 @@ def _kind(
 
     `None`: it depends on more.
     """
-    if tensor.requires_grad or not args or args[0] is not tensor:
-        return None
-    if tensor.is_nested or tensor.layout != torch.strided:
-        return None
-    if functorch.is_functorch_wrapped_tensor(tensor):
+    if not args or args[0] is not tensor or results[0] is tensor:
         return None
     if roots.numbers is not None or not roots.tensors:
         return None
-    options = _options((*args[1:], *kwargs, *kwargs.values()))
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return None
+    if functorch.is_functorch_wrapped_tensor(tensor):
+        return None
+    options = _options((*args[1:], *kwargs, *kwargs.values()) if kwargs else args[1:])
     if options is None:
         return None
     return (
@@ -299,12 +306,10 @@ def _kind(
         torch.is_inference_mode_enabled(),
         roots.data,
         roots.routed,
-        tuple(map(_SHAPE, roots.tensors)),
-        tuple(map(_SHAPE, results)),
+        shapes(roots),
+        results[0].shape,
+        len(results),
     )
-
-
-_SHAPE = attrgetter("shape")
 
 
 def _options(values: Iterable[Any]) -> Hashable:

@@ -158,6 +158,14 @@ def note(tensor: Tensor, roots: Roots) -> None:
     _KNOWN[noted.place] = noted
 
 
+def shapes(roots: Roots) -> tuple[tuple[int, ...], ...]:
+    """The shapes of the tensors that something was computed from."""
+    # As a rule it is one, or none.
+    if len(roots.tensors) == 1:
+        return (roots.tensors[0].shape,)
+    return tuple([root.shape for root in roots.tensors])
+
+
 def is_parameter(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter; the check of `isinstance` is slow where it is none."""
     kind = type(tensor)

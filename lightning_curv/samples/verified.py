@@ -6,7 +6,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import cast
 
 from torch.autograd.graph import GradientEdge, Node
@@ -14,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.graph.joins import Join, node_of
 from lightning_curv.graph.tape import Tape
 from lightning_curv.passes.owned import Samples
-from lightning_curv.recording.provenance import Root, Roots
+from lightning_curv.recording.provenance import Root, Roots, shapes
 from lightning_curv.recording.records import Use
 from lightning_curv.recording.row_numbers import fingerprint
 from lightning_curv.terms.owners import Owners
@@ -39,7 +38,7 @@ def structure_of(tape: Tape) -> tuple[Hashable, ...]:
         structure.append((use.shape, use.dtype, use.mixes_samples, bool(use.operands)))
         structure += map(_provenance, use.roots.values())
     for read in tape.read.values():
-        structure.append(tuple(map(_SHAPE, read.tensors)))
+        structure.append(shapes(read))
     structure.append(None)  # from here on losses
     for call in tape.losses.values():
         structure += (call.arguments["input"].shape, _provenance(call.roots))
@@ -50,10 +49,7 @@ def _provenance(roots: Roots) -> Hashable:
     """What is known of the rows of something that is read, and the shapes of what it came from."""
     # Numbers of rows are values, on which the owners of a gather depend: they are part of it.
     numbers = None if roots.numbers is None else fingerprint(roots.numbers)
-    return (roots.data, roots.routed, numbers, *map(_SHAPE, roots.tensors))
-
-
-_SHAPE = attrgetter("shape")
+    return (roots.data, roots.routed, numbers, shapes(roots))
 
 
 @dataclass
