@@ -148,10 +148,11 @@ class curvature(record):
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        run: Callable[..., Any] | None = None,
     ) -> Any:
         if self._records or func in _BACKWARD:
-            return self._recorded(func, args, kwargs or {}, func)
-        return func(*args, **(kwargs or {}))
+            return super().__torch_function__(func, types, args, kwargs, run)
+        return (run or func)(*args, **(kwargs or {}))
 
     def _compute(
         self,

@@ -6,7 +6,7 @@ and there are loops where generators would be shorter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.losses import LOSSES, PARTS
+from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
 from lightning_curv.recording.provenance import (
     DATA,
     Roots,
@@ -111,10 +112,13 @@ def read_data_alone(values: Iterable[Any]) -> bool:
     return True
 
 
-def has_origin(tensors: Sequence[Tensor]) -> bool:
-    """Whether some of the tensors was computed from parameters."""
-    for tensor in tensors:  # noqa: SIM110 - a generator takes twice as long
-        if tensor.requires_grad and origin_of(tensor) is not None:
+def has_origin(values: Iterable[Any]) -> bool:
+    """Whether some of the tensors that a call reads was computed from parameters."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad and origin_of(value) is not None:
+                return True
+        elif isinstance(value, (list, tuple, dict)) and has_origin(tensors_in([value])):
             return True
     return False
 
@@ -138,19 +142,13 @@ def record_loss(
             detached[name] = value
             continue
         detached[name] = value.detach()
-        if value.requires_grad:
-            differentiable.append(name)
-        else:
+        if not value.requires_grad:
             read.append(roots_of(value))
-    # No formula for a second derivative by this argument: the loss is one like any other.
-    for name in differentiable:
-        if (func, name) not in PARTS:
+        elif (func, name) in PARTS:
+            differentiable.append(name)
+        else:  # no formula for a second derivative by this argument: a loss like any other
             return out
-    roots = read[0] if len(read) == 1 else united(read)
-    numbered = [one for one in read if one.numbers is not None]
-    if len(numbered) == 1 and roots is not numbered[0]:
-        # Those of the targets: beside them are weights of classes, which have none.
-        roots = replace(roots, numbers=numbered[0].numbers)
+    roots = read[0] if len(read) == 1 else _read_by_loss(read)
     # A node holds one record: a loss that is differentiable in two inputs gets a node for each.
     for i, name in enumerate(differentiable):
         if i:
@@ -160,32 +158,40 @@ def record_loss(
         if mark.loss is None:
             own = {**detached, name: detached["input"], "input": detached[name]}
             edge = edge_of(arguments[name])
-            shape = out.shape
+            part = PARTS[func, name]
+            mark.loss = call = LossCall(part, own, edge, out.shape, out.output_nr, roots, i > 0)
             # The hook lets go of the arguments once the user's pass is through this node.
-            mark.loss = LossCall(PARTS[func, name], own, edge, shape, out.output_nr, roots, i > 0)
-            node.register_hook(mark.loss.release)
+            node.register_hook(call.release)
     return out
 
 
-def mark_read(
-    out: Tensor,
-    tensors: Sequence[Tensor],
-    find: Callable[[Tensor], Roots] = all_roots,
-) -> None:
+def _read_by_loss(read: Sequence[Roots]) -> Roots:
+    """The roots of all that a loss reads, with the numbers of the targets' rows.
+
+    Beside targets are weights of classes, which have none.
+    """
+    roots = united(read)
+    numbered = [one for one in read if one.numbers is not None]
+    if len(numbered) == 1 and roots is not numbered[0]:
+        return replace(roots, numbers=numbered[0].numbers)
+    return roots
+
+
+def mark_read(out: Tensor, tensors: Sequence[Tensor]) -> None:
     """Leave at the node of an op which tensors without gradient it reads, parameters left out.
 
     Args:
         out: The output of the op.
         tensors: Those among its arguments.
-        find: Looks up the roots of a tensor without gradient.
     """
-    read = None
-    for tensor in tensors:
-        if not (tensor.requires_grad or is_parameter(tensor)):
-            found = find(tensor)
-            read = found if read is None else read | found
-    if read is not None and not read.constant:
+    read = read_among(tensors)
+    if not read.constant:
         mark_at(cast("Node", out.grad_fn)).read = read
+
+
+def read_among(tensors: Iterable[Tensor]) -> Roots:
+    """The roots of the tensors without gradient among some, parameters left out."""
+    return united([roots_of(t) for t in tensors if not (t.requires_grad or is_parameter(t))])
 
 
 def record_unknown(
@@ -219,7 +225,7 @@ def record_unknown(
     if any(o is t for o in outputs for t in tensors):
         return
     others = [one for one in tensors if not (one.requires_grad and origin_of(one) == PURE)]
-    origin, roots = combined(origins, others)
+    origin, roots = combined([DATA] if None in origins else map(all_roots, others))
     copies = all(map(is_copy, differentiable))
     for out in outputs:
         mark = mark_at(out.grad_fn)
@@ -228,7 +234,8 @@ def record_unknown(
             mark.roots = roots
         mark.copies = copies
     if PURE in origins and len(outputs) == 1 and not copies:
-        RecordedCall(func, *fallback.rule_for(func, args, kwargs)).store(outputs[0])
+        rule, arguments = fallback.rule_for(func, args, kwargs)
+        record_call(func, rule, arguments, states_of(arguments), outputs[0])
 
 
 def _note_beside(out: Any, roots: Roots) -> None:
@@ -242,165 +249,168 @@ def _note_beside(out: Any, roots: Roots) -> None:
                 note(tensor, roots)
 
 
-class RecordedCall:
-    """The arguments of a call before it runs: in-place ops change values and history."""
+# Where a tensor that requires gradients is in the graph, and what it was computed from.
+State = tuple[Node | None, int, str | None]
 
-    __slots__ = (
-        "_roots",
-        "bound",
-        "changed",
-        "func",
-        "inplace",
-        "nodes",
-        "origins",
-        "reads",
-        "rule",
-        "tensors",
-    )
 
-    def __init__(
-        self,
-        func: Callable[..., Any],
-        rule: Rule,
-        bound: dict[str, Any],
-    ) -> None:
-        self.func = func
-        self.rule = rule
-        self.bound = bound
-        # Of tensors without gradient, by `id`: they are asked for several times.
-        self._roots: dict[int, Roots] = {}
-        self.tensors = tensors = dict[str, Tensor]()
-        self.nodes = nodes = dict[str, tuple[Node | None, int]]()
-        self.origins = origins = dict[str, str | None]()
-        for name, value in bound.items():
-            if isinstance(value, Tensor):
-                tensors[name] = value
-                if value.requires_grad:
-                    nodes[name] = (value.grad_fn, value.output_nr)
-                    origins[name] = origin_of(value)
-        self.reads = rule.needs_values(bound)
-        self.changed: dict[str, Tensor] | None = None
-        self.inplace = rule.inplace(func)
-        if self.inplace:
-            first = next(iter(bound))
-            # The rule needs the value that the op is about to overwrite.
-            if first in self.reads and first in tensors:
-                self.changed = {first: tensors[first].detach().clone()}
+def states_of(arguments: Mapping[str, Any]) -> dict[str, State]:
+    """The states of arguments before the call: ops in place change them.
 
-    def roots_of(self, tensor: Tensor) -> Roots:
-        """What an argument was computed from besides parameters."""
-        if tensor.requires_grad:
-            return all_roots(tensor)
-        found = self._roots.get(id(tensor))
-        if found is None:
-            found = self._roots[id(tensor)] = all_roots(tensor)
-        return found
+    Args:
+        arguments: The arguments of the call by name.
+    """
+    states: dict[str, State] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            states[name] = (value.grad_fn, value.output_nr, origin_of(value))
+    return states
 
-    def store(self, out: Tensor) -> None:
-        """Leave the call at the node of its output."""
-        if self.inplace and out._is_view():
-            return  # its gradient goes to the tensor that it is a view of, around the node
-        rule = self.rule
-        # Which arguments are parameters is known only now that there is an output.
-        operands = self._operands(out)
-        self._mark_origin(operands, out)
-        couples = rule.mixes_samples is not None and rule.mixes_samples(self.bound)
-        if not (operands or couples):
-            return
-        owner = _owner(out) if rule.parameters and out._base is not None else out
+
+def overwritten(rule: Rule, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The value that an op in place is about to overwrite, if its rule needs that, by name."""
+    first, value = next(iter(arguments.items()))
+    if isinstance(value, Tensor) and first in rule.needs_values(arguments):
+        return {first: value.detach().clone()}
+    return {}
+
+
+def record_call(
+    func: Callable[..., Any],
+    rule: Rule,
+    arguments: dict[str, Any],
+    states: Mapping[str, State],
+    out: Tensor,
+    before: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Leave a call at the node of its output, and what it reads that has no gradient.
+
+    Args:
+        func: The function that was called.
+        rule: Its rule.
+        arguments: The arguments by name, which are not needed elsewhere.
+        states: Their states before the call.
+        out: The output.
+        before: For ops in place, the values that were overwritten.
+    """
+    # Which arguments are parameters is known only now that there is an output.
+    operands = _operands(rule, arguments, states, out)
+    roots: dict[str, Roots] = {}
+    read = CONSTANT_ROOTS
+    beside: list[Roots] = []  # of all that was not computed from parameters alone
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            if isinstance(value, (list, tuple, dict)):
+                read = read | read_among(tensors_in([value]))
+            continue
+        if not value.requires_grad:
+            roots[name] = found = roots_of(value)
+            if not is_parameter(value):
+                read = read | found
+        elif name in states and before is None:
+            origin = states[name][2]
+            if origin == PURE:
+                continue
+            found = DATA if origin is None else all_roots(value)
+        else:  # changed in place: what it was computed from is no longer what it was
+            found = all_roots(value)
+        beside.append(found)
+    node = cast("Node", out.grad_fn)
+    mark = mark_at(node)
+    if not read.constant:
+        mark.read = read
+    if before is not None and out._is_view():
+        return  # its gradient goes to the tensor that it is a view of, around the node
+    origin, of_output = combined(beside if states else (DATA,))
+    expands = rule.broadcasts
+    if expands and operands and repeated(arguments[operands[0]], out):
+        origin = None  # a copy per sample: from here on it is data
+    mark.origin = origin
+    mark.roots = of_output
+    mark.copies = expands
+    couples = rule.mixes_samples is not None and rule.mixes_samples(arguments)
+    if not (operands or couples):
+        return
+    output_nr = out.output_nr
+    if rule.parameters and out._base is not None:
+        owner = _owner(out)
         node = cast("Node", owner.grad_fn)
+        output_nr = owner.output_nr
         mark = mark_at(node)
-        if out.is_nested:
-            mark.nested = name_of(self.func)
-        if mark.use is None:
-            mark.use = use = self._use(operands, out, owner.output_nr)
-            use.mixes_samples = couples
-            node.register_hook(use.release)
+    if out.is_nested:
+        mark.nested = name_of(func)
+    if mark.use is None:
+        mark.use = use = _use(func, rule, arguments, states, out, before, operands, roots)
+        use.output_nr = output_nr
+        use.mixes_samples = couples
+        node.register_hook(use.release)
 
-    def _use(self, names: list[str], out: Tensor, output_nr: int) -> Use:
-        """The call as a use of its operands, which are those of these names."""
+
+def _operands(
+    rule: Rule,
+    arguments: Mapping[str, Any],
+    states: Mapping[str, State],
+    out: Tensor,
+) -> list[str]:
+    """The arguments that are parameters of a call; the others are data."""
+    if rule.parameters:
+        return [name for name in states if rule.holds(name)]
+    pure = [name for name, (_, _, origin) in states.items() if origin == PURE]
+    if pure:
+        return pure
+    tentative = [k for k, (_, _, origin) in states.items() if origin in (CONSTANT, TENTATIVE)]
+    return [name for name in tentative if rule.is_parameter(name, arguments[name], out)]
+
+
+def _use(
+    func: Callable[..., Any],
+    rule: Rule,
+    arguments: dict[str, Any],
+    states: Mapping[str, State],
+    out: Tensor,
+    before: Mapping[str, Tensor] | None,
+    names: Collection[str],
+    roots: dict[str, Roots],
+) -> Use:
+    """A call as a use of its operands, which are those of these names."""
+    operands: dict[str, Operand] = {}
+    inputs: dict[str, GradientEdge] = {}
+    versions: dict[str, int] = {}
+    shapes: dict[str, torch.Size] = {}
+    reads = rule.needs_values(arguments)
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            continue
+        node, number, _ = states.get(name, (None, 0, None))
+        if name in names and node is None:  # a parameter itself
+            operands[name] = Operand(value)
+            continue
+        kept = None  # what is not read by the rule: its memory is not kept alive
+        if name in reads or name in names:
+            kept = before[name] if before and name in before else value.detach()
         # The call is over, and nobody else needs its arguments.
-        arguments = self.bound
-        operands: dict[str, Operand] = {}
-        inputs: dict[str, GradientEdge] = {}
-        versions: dict[str, int] = {}
-        roots: dict[str, Roots] = {}
-        shapes: dict[str, torch.Size] = {}
-        nodes = self.nodes
-        reads = self.reads
-        for name, tensor in self.tensors.items():
-            if name in names:
-                before, number = nodes[name]
-                if before is None:
-                    operands[name] = Operand(tensor)
-                    continue
-                arguments[name] = value = self._value(name, tensor)
-                operands[name] = Operand(value, GradientEdge(before, number))
-            else:
-                if name in reads:
-                    arguments[name] = value = self._value(name, tensor)
-                    versions[name] = value._version
-                else:  # not read by the rule: its memory is not kept alive
-                    arguments[name] = None
-                if name in nodes:
-                    before, number = nodes[name]
-                    edge = edge_of(tensor) if before is None else GradientEdge(before, number)
-                    inputs[name] = edge
-                if tensor.requires_grad:
-                    continue
-            # Of what has no gradient, and of operands that were computed from parameters.
-            roots[name] = self.roots_of(tensor)
-            shapes[name] = tensor.shape
-        return Use(
-            self.func,
-            self.rule,
-            arguments,
-            operands,
-            inputs,
-            out.shape,
-            out.dtype,
-            output_nr,
-            versions,
-            roots=roots,
-            shapes=shapes,
-        )
-
-    def _value(self, name: str, tensor: Tensor) -> Tensor:
-        """The value of an argument when it was read."""
-        if self.changed is not None and name in self.changed:
-            return self.changed[name]
-        return tensor.detach()
-
-    def _mark_origin(self, operands: list[str], out: Tensor) -> None:
-        node = cast("Node", out.grad_fn)
-        expands = self.rule.broadcasts
-        origin, roots = None, DATA
-        # Most calls read data, and nothing is to be said of their output.
-        if None not in self.origins.values():
-            others = []
-            for name, tensor in self.tensors.items():
-                # In place: what an argument was computed from is no longer what it was.
-                if self.inplace or self.origins.get(name) != PURE:
-                    others.append(tensor)
-            origin, roots = combined(self.origins.values(), others, self.roots_of)
-        if expands and operands and repeated(self.tensors[operands[0]], out):
-            origin = None  # a copy per sample: from here on it is data
-        if origin is not None or expands or marks(node) is not None:
-            mark = mark_at(node)
-            mark.origin = origin
-            mark.roots = roots
-            mark.copies = expands
-
-    def _operands(self, out: Tensor) -> list[str]:
-        """The arguments that are parameters of this call; the others are data."""
-        if self.rule.parameters:
-            holds = self.rule.holds
-            return [name for name in self.nodes if holds(name)]
-        pure = [name for name, origin in self.origins.items() if origin == PURE]
-        if pure:
-            return pure
-        tentative = [k for k, origin in self.origins.items() if origin in (CONSTANT, TENTATIVE)]
-        return [name for name in tentative if self.rule.is_parameter(name, self.tensors[name], out)]
+        arguments[name] = kept
+        if name in names and node is not None and kept is not None:  # computed from parameters
+            operands[name] = Operand(kept, GradientEdge(node, number))
+            roots[name] = all_roots(value)
+        else:
+            if kept is not None:
+                versions[name] = kept._version
+            if name in states:
+                inputs[name] = edge_of(value) if node is None else GradientEdge(node, number)
+        if name in roots:
+            shapes[name] = value.shape
+    return Use(
+        func,
+        rule,
+        arguments,
+        operands,
+        inputs,
+        out.shape,
+        out.dtype,
+        versions=versions,
+        roots=roots,
+        shapes=shapes,
+    )
 
 
 def _owner(out: Tensor) -> Tensor:

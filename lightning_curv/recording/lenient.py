@@ -33,20 +33,21 @@ class lenient_record(record):
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        run: Callable[..., Any] | None = None,
     ) -> Any:
         """Run `func` and record what it consumed, as long as that goes well."""
         kwargs = kwargs or {}
         if self.failure is not None:
             return func(*args, **kwargs)
-        run = _Run(func)
+        call = _Run(run or func)
         try:
-            return self._recorded(func, args, kwargs, run)
+            return super().__torch_function__(func, types, args, kwargs, call)
         except Exception as error:
-            if run.failed:
+            if call.failed:
                 raise
             self.failure = error
             # What has run already may have changed its arguments: it must not run twice.
-            return run.result if run.finished else func(*args, **kwargs)
+            return call.result if call.finished else func(*args, **kwargs)
 
 
 class _Run:

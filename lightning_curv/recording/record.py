@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import torch
@@ -25,13 +25,15 @@ from lightning_curv.differentiation.weight_norm import weight_norm
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.losses import LOSSES
 from lightning_curv.recording.calls import (
-    RecordedCall,
     has_origin,
     mark_read,
+    overwritten,
     passes_on,
     read_data_alone,
+    record_call,
     record_loss,
     record_unknown,
+    states_of,
 )
 from lightning_curv.recording.notes import note_roots
 from lightning_curv.recording.provenance import tensors_in
@@ -73,18 +75,20 @@ class record(TorchFunctionMode):
     def __init__(self, output: nn.Module | None = None) -> None:
         super().__init__()
         self._output = output
-        self._hooks: list[Any] = []
+        self._hook: Any = None
 
     def __enter__(self) -> record:
         """Start recording."""
         if self._output is not None:
-            self._hooks.append(self._output.register_forward_hook(require_output))
-        return cast("record", super().__enter__())
+            self._hook = self._output.register_forward_hook(require_output)
+        super().__enter__()
+        return self
 
     def __exit__(self, *exception: Any) -> None:
         """Stop recording."""
-        if self._hooks:
-            self._hooks.pop().remove()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         super().__exit__(*exception)
 
     def __torch_function__(
@@ -93,25 +97,19 @@ class record(TorchFunctionMode):
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        run: Callable[..., Any] | None = None,
     ) -> Any:
-        """Run `func` and record what it consumed."""
-        return self._recorded(func, args, kwargs or {}, func)
-
-    def _recorded(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        run: Callable[..., Any],
-    ) -> Any:
-        """The result of a call, recorded; `run` is what is called."""
+        """Run `func`, or what is given for it, and record what it consumed."""
         # This runs at every call of a torch function: the usual cases come first.
+        kwargs = kwargs or {}
+        run = run or func
+        recording = torch.is_grad_enabled() and not _local.disabled
         rule = RULES.get(func)
-        if rule is not None:
-            return self._by_rule(func, args, kwargs, run, rule)
+        if recording and rule is not None:
+            return _run_by_rule(func, args, kwargs, run, rule)
         if func in LOSSES:
             out = run(*args, **kwargs)
-            return record_loss(func, args, kwargs, out) if _recording() else out
+            return record_loss(func, args, kwargs, out) if recording else out
         if _local.disabled:
             return run(*args, **kwargs)
         if func in self._intercepted:
@@ -120,56 +118,19 @@ class record(TorchFunctionMode):
         if isinstance(out, Tensor):
             if out.grad_fn is None:
                 note_roots(func, args, kwargs, [out], tensors_in((*args, *kwargs.values())))
-            elif torch.is_grad_enabled() and not passes_on((*args, *kwargs.values()), out):
+            elif rule is not None:  # in place, where gradients are switched off
+                mark_read(out, tensors_in((*args, *kwargs.values())))
+            elif recording and not passes_on((*args, *kwargs.values()), out):
                 record_unknown(func, args, kwargs, out)
+        elif rule is not None:
+            pass
         elif isinstance(out, (tuple, list, dict)) and type(out) is not torch.Size:
             if free := _without_gradient(out):
                 note_roots(func, args, kwargs, free, tensors_in((*args, *kwargs.values())))
-            elif torch.is_grad_enabled():
+            elif recording:
                 record_unknown(func, args, kwargs, out)
         elif func is Tensor.__setitem__ and not args[0].requires_grad:
             note_roots(func, args, kwargs, [args[0]], tensors_in(args))
-        return out
-
-    def _by_rule(
-        self,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        run: Callable[..., Any],
-        rule: Rule,
-    ) -> Any:
-        """The result of a call of an op that has a rule."""
-        if not (rule.parameters or kwargs) and _recording() and read_data_alone(args):
-            out = run(*args)
-            if isinstance(out, Tensor) and out.grad_fn is None:
-                note_roots(func, args, kwargs, [out], tensors_in(args))
-            return out
-        tensors = tensors_in((*args, *kwargs.values()))
-        if not _recording() or not (rule.parameters or has_origin(tensors)):
-            out = run(*args, **kwargs)
-            if isinstance(out, Tensor) and not _local.disabled:
-                if out.grad_fn is None:
-                    note_roots(func, args, kwargs, [out], tensors)
-                else:
-                    mark_read(out, tensors)
-            return out
-        # Before the call: an op in place changes what its arguments are.
-        call = RecordedCall(func, rule, rule.bind(args, kwargs))
-        out = run(*args, **kwargs)
-        if rule.outputs and any(map(rule.holds, call.origins)):
-            first = out[0] if isinstance(out, tuple) else out
-            call.bound["output"] = first.detach(), first._version
-            if isinstance(out, tuple):
-                whole, out = pack_outputs(out, rule.outputs(call.bound))
-                call.store(whole)
-                return out
-        if isinstance(out, Tensor):
-            if out.grad_fn is None:
-                note_roots(func, args, kwargs, [out], tensors)
-            else:
-                call.store(out)
-                mark_read(out, tensors, call.roots_of)
         return out
 
     def _record_nothing(
@@ -226,6 +187,49 @@ class record(TorchFunctionMode):
         torch._weight_norm: _record_weight_norm,
         torch.autograd.grad: _record_nothing,
     }
+
+
+def _run_by_rule(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: Callable[..., Any],
+    rule: Rule,
+) -> Any:
+    """The result of a call of an op that has a rule."""
+    if not rule.parameters:
+        if not kwargs and read_data_alone(args):
+            out = run(*args)
+            if isinstance(out, Tensor) and out.grad_fn is None:
+                note_roots(func, args, kwargs, [out], tensors_in(args))
+            return out
+        if not has_origin((*args, *kwargs.values())):
+            out = run(*args, **kwargs)
+            if isinstance(out, Tensor):
+                tensors = tensors_in((*args, *kwargs.values()))
+                if out.grad_fn is None:
+                    note_roots(func, args, kwargs, [out], tensors)
+                else:
+                    mark_read(out, tensors)
+            return out
+    arguments = rule.bind(args, kwargs)
+    # Before the call: an op in place changes what its arguments are.
+    states = states_of(arguments)
+    before = overwritten(rule, arguments) if rule.inplace(func) else None
+    out = run(*args, **kwargs)
+    if rule.outputs and any(map(rule.holds, states)):
+        first = out[0] if isinstance(out, tuple) else out
+        arguments["output"] = first.detach(), first._version
+        if isinstance(out, tuple):
+            whole, out = pack_outputs(out, rule.outputs(arguments))
+            record_call(func, rule, arguments, states, whole)
+            return out
+    if isinstance(out, Tensor):
+        if out.grad_fn is None:
+            note_roots(func, args, kwargs, [out], tensors_in((*args, *kwargs.values())))
+        else:
+            record_call(func, rule, arguments, states, out, before)
+    return out
 
 
 def _recording() -> bool:

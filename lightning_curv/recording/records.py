@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.differentiation.internal_pass import any_internal_pass
 from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
-from lightning_curv.recording.provenance import DATA, Roots, is_parameter, roots_of, united
+from lightning_curv.recording.provenance import DATA, Roots, is_parameter, roots_of
 from lightning_curv.rules import Rule
 from lightning_curv.terms.owners import Owners
 
@@ -257,23 +257,17 @@ def all_roots(tensor: Tensor) -> Roots:
     return DATA
 
 
-def combined(
-    origins: Collection[str | None],
-    others: Sequence[Tensor],
-    roots_of: Callable[[Tensor], Roots] = all_roots,
-) -> tuple[str | None, Roots]:
-    """What a value comes from that was computed from some tensors.
+def combined(others: Iterable[Roots]) -> tuple[str | None, Roots]:
+    """What a value comes from that was computed from some tensors, some of which have gradients.
 
     Args:
-        origins: Those of the tensors that require gradients.
-        others: Those that were not computed from parameters alone.
-        roots_of: Looks up the roots of a tensor.
+        others: The roots of those that were not computed from parameters alone.
     """
-    if not origins or None in origins:
-        return None, DATA
-    if not others:
+    roots: Roots | None = None
+    for found in others:
+        if found.data:
+            return None, DATA
+        roots = found if roots is None else roots | found
+    if roots is None:
         return PURE, CONSTANT_ROOTS
-    roots = roots_of(others[0]) if len(others) == 1 else united(map(roots_of, others))
-    if roots.data:
-        return None, DATA
     return TENTATIVE if roots.tensors else CONSTANT, roots

@@ -296,7 +296,7 @@ def test_errors_between_the_passes_do_not_end_the_run_either(monkeypatch, owner,
     assert sum("unforeseen" in text for text in values.said) == 1
 
 
-@pytest.mark.parametrize("name", ["note_roots", "mark_read", "record_unknown", "RecordedCall"])
+@pytest.mark.parametrize("name", ["note_roots", "record_unknown", "record_call"])
 def test_errors_of_recording_do_not_end_a_forward_pass(monkeypatch, name):
     """The user's step goes on, and what needs no record of it is still logged."""
     plain = run(Quantiles)
