@@ -13,7 +13,7 @@ from lightning_curv.engine.backprop import Backprop, reads_root_alone
 from lightning_curv.engine.extension_hook import ExtensionHook
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.extensions.base import Extension, GraphExtension
-from lightning_curv.recording.record import record
+from lightning_curv.recording.record import disabled, record
 from lightning_curv.recording.records import Output
 from lightning_curv.samples.batch import Batch
 
@@ -142,17 +142,15 @@ class curvature(record):
             "hook": extension_hook,
         }
 
-    def __torch_function__(
+    def _unrecorded(
         self,
         func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-        run: Callable[..., Any] | None = None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
-        if self._records or func in _BACKWARD:
-            return super().__torch_function__(func, types, args, kwargs, run)
-        return (run or func)(*args, **(kwargs or {}))
+        if func in _BACKWARD and not disabled():
+            return self._compute(func, args, kwargs)
+        return func(*args, **kwargs)
 
     def _compute(
         self,

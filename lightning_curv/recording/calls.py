@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from lightning_curv.losses import LOSSES, PARTS
-from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
 from lightning_curv.recording.provenance import (
     DATA,
     Roots,
@@ -262,7 +261,14 @@ def states_of(arguments: Mapping[str, Any]) -> dict[str, State]:
     states: dict[str, State] = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.requires_grad:
-            states[name] = (value.grad_fn, value.output_nr, origin_of(value))
+            node = value.grad_fn
+            if node is not None:
+                left = marks(node)
+                states[name] = node, value.output_nr, None if left is None else left.origin
+            elif type(value) is nn.Parameter:
+                states[name] = None, 0, PURE
+            else:
+                states[name] = None, value.output_nr, origin_of(value)
     return states
 
 
@@ -293,19 +299,24 @@ def record_call(
         before: For ops in place, the values that were overwritten.
     """
     # Which arguments are parameters is known only now that there is an output.
-    operands = _operands(rule, arguments, states, out)
+    named = rule.parameters
+    if named:
+        operands = [name for name in states if name in named or rule.holds(name)]
+    else:
+        operands = _operands(rule, arguments, states, out)
     roots: dict[str, Roots] = {}
-    read = CONSTANT_ROOTS
+    read: Roots | None = None
     beside: list[Roots] = []  # of all that was not computed from parameters alone
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             if isinstance(value, (list, tuple, dict)):
-                read = read | read_among(tensors_in([value]))
+                among = read_among(tensors_in([value]))
+                read = among if read is None else read | among
             continue
         if not value.requires_grad:
             roots[name] = found = roots_of(value)
             if not is_parameter(value):
-                read = read | found
+                read = found if read is None else read | found
         elif name in states and before is None:
             origin = states[name][2]
             if origin == PURE:
@@ -314,9 +325,9 @@ def record_call(
         else:  # changed in place: what it was computed from is no longer what it was
             found = all_roots(value)
         beside.append(found)
-    node = cast("Node", out.grad_fn)
+    node: Node = out.grad_fn  # type: ignore[assignment]
     mark = mark_at(node)
-    if not read.constant:
+    if read is not None and (read.tensors or read.data):
         mark.read = read
     if before is not None and out._is_view():
         return  # its gradient goes to the tensor that it is a view of, around the node
@@ -331,9 +342,9 @@ def record_call(
     if not (operands or couples):
         return
     output_nr = out.output_nr
-    if rule.parameters and out._base is not None:
+    if named and out._base is not None:
         owner = _owner(out)
-        node = cast("Node", owner.grad_fn)
+        node = owner.grad_fn  # type: ignore[assignment]
         output_nr = owner.output_nr
         mark = mark_at(node)
     if out.is_nested:
@@ -351,9 +362,7 @@ def _operands(
     states: Mapping[str, State],
     out: Tensor,
 ) -> list[str]:
-    """The arguments that are parameters of a call; the others are data."""
-    if rule.parameters:
-        return [name for name in states if rule.holds(name)]
+    """The arguments that are parameters of a call whose rule names none; the others are data."""
     pure = [name for name, (_, _, origin) in states.items() if origin == PURE]
     if pure:
         return pure

@@ -38,7 +38,7 @@ from lightning_curv.recording.calls import (
 from lightning_curv.recording.notes import note_roots
 from lightning_curv.recording.provenance import tensors_in
 from lightning_curv.recording.records import like, mark_at
-from lightning_curv.rules import RULES, Rule
+from lightning_curv.rules import RULES, Rule, bind
 from lightning_curv.rules.packed_outputs import pack_outputs
 
 
@@ -72,6 +72,8 @@ class record(TorchFunctionMode):
         torch.Size([2, 3])
     """
 
+    _records = True
+
     def __init__(self, output: nn.Module | None = None) -> None:
         super().__init__()
         self._output = output
@@ -102,6 +104,8 @@ class record(TorchFunctionMode):
         """Run `func`, or what is given for it, and record what it consumed."""
         # This runs at every call of a torch function: the usual cases come first.
         kwargs = kwargs or {}
+        if not self._records:
+            return self._unrecorded(func, args, kwargs)
         run = run or func
         recording = torch.is_grad_enabled() and not _local.disabled
         rule = RULES.get(func)
@@ -132,6 +136,15 @@ class record(TorchFunctionMode):
         elif func is Tensor.__setitem__ and not args[0].requires_grad:
             note_roots(func, args, kwargs, [args[0]], tensors_in(args))
         return out
+
+    def _unrecorded(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A call where nothing is recorded at all."""
+        return func(*args, **kwargs)
 
     def _record_nothing(
         self,
@@ -212,7 +225,11 @@ def _run_by_rule(
                 else:
                     mark_read(out, tensors)
             return out
-    arguments = rule.bind(args, kwargs)
+    # This is `rule.bind`.
+    if rule.binds is None:
+        arguments = bind(rule.function, args, kwargs)
+    else:
+        arguments = rule.binds(args, kwargs)
     # Before the call: an op in place changes what its arguments are.
     states = states_of(arguments)
     before = overwritten(rule, arguments) if rule.inplace(func) else None

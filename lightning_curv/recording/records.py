@@ -150,10 +150,10 @@ class Mapped:
     like: Tensor
 
 
-@dataclass(slots=True)
 class Marks:
     """What recording leaves at an autograd node."""
 
+    # These stay in the class until they are set: at most nodes one or two of them are.
     use: Use | None = None
     loss: LossCall | None = None
     # The modules that returned the node's value.
