@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cache, lru_cache
 from typing import cast
 from weakref import ref
 
@@ -16,7 +16,16 @@ from torch.autograd.graph import GradientEdge, Node
 from lightning_curv.errors import UnsupportedError
 from lightning_curv.graph.joins import Join
 from lightning_curv.recording.provenance import Roots
-from lightning_curv.recording.records import LossCall, Mapped, Operand, Output, Use, marks
+from lightning_curv.recording.records import (
+    KEY,
+    LossCall,
+    Mapped,
+    Marks,
+    Operand,
+    Output,
+    Use,
+    marks,
+)
 
 INSIDE = (
     "backward",
@@ -84,6 +93,8 @@ class Tape:
             that cannot be seen.
         nested: Names of ops whose values are nested tensors.
         watched: Values whose gradients the user looks at, by a hook or by `retain_grad`.
+        derived: Whether some operand was computed from parameters instead of being one.
+        without_operands: Whether some use has none.
     """
 
     uses: dict[Node | Join, Use] = field(default_factory=dict)
@@ -101,12 +112,24 @@ class Tape:
     casts: list[Node] = field(default_factory=list)
     routes: bool = False
     gates: bool = False
+    derived: bool = False
+    without_operands: bool = False
     seen: set[tuple[Node, bool]] = field(default_factory=set)
+    _parameters: dict[Node | Join, list[Tensor]] | None = field(default=None, init=False)
 
-    @cached_property
+    @property
     def parameters(self) -> dict[Node | Join, list[Tensor]]:
         """The parameters that every use consumes, through transforms too."""
-        return {node: parameters(use) for node, use in self.uses.items()}
+        found = self._parameters
+        if found is None:
+            found = self._parameters = {}
+            for node, use in self.uses.items():
+                found[node] = parameters(use)
+        return found
+
+    def forget_parameters(self) -> None:
+        """Forget the parameters of the uses, which have changed."""
+        self._parameters = None
 
     @property
     def all_parameters(self) -> list[Tensor]:
@@ -117,10 +140,13 @@ class Tape:
     def demote(self, is_data: Callable[[Use, Roots, Operand], bool]) -> list[Step]:
         """Take operands that were computed from data for data; returns where the walk goes on."""
         steps: list[Step] = []
+        if not self.derived:
+            return steps
         for node, use in self.uses.items():
             for name, operand in list(use.operands.items()):
                 if operand.derived and is_data(use, use.roots.get(name, Roots()), operand):
                     use.inputs[name] = use.operands.pop(name).edge
+                    self.without_operands = self.without_operands or not use.operands
                     steps.append((*operand.edge[:2], node in self.outside, use.name))
         return steps
 
@@ -138,9 +164,10 @@ class Tape:
         """Walk on from some nodes."""
         while steps:
             _follow(self, steps, self.seen, output)
-            steps = _data_after_all(self)
-        self.note_routing()
-        self.__dict__.pop("parameters", None)
+            steps = _data_after_all(self) if self.derived else []
+        if self.without_operands:
+            self.note_routing()
+        self.forget_parameters()
 
     @property
     def eps(self) -> float:
@@ -198,14 +225,17 @@ def _follow(
         name = node.name()
         kind = _kind(type(node), name)
         tape.nodes.append(node)
-        tape.structure.append((name, index, *[getattr(node, field) for field in kind.placing]))
+        if kind.placing:
+            tape.structure.append((name, index, *[getattr(node, field) for field in kind.placing]))
+        else:
+            tape.structure.append((name, index))
         if kind.is_cast:
             tape.casts.append(node)
         if kind.masked is not None:
             tape.gates = tape.gates or not kind.masked or getattr(node, kind.masked) is not None
         if kind.hides:
             tape.hidden.append(name)
-        mark = marks(node)
+        mark: Marks | None = node.metadata.get(KEY)  # type: ignore[attr-defined]
         call = use = None
         if mark is not None:
             call = mark.loss
@@ -229,6 +259,11 @@ def _follow(
             tape.routes = tape.routes or kind.moves_rows_of_a_use
             if outside:
                 tape.outside.add(node)
+            if not use.operands:
+                tape.without_operands = True
+            for operand in use.operands.values():
+                if operand.source is not None:
+                    tape.derived = True
             for edge in use.inputs.values():
                 stack.append((edge.node, edge.output_nr, outside, use.name))
         elif (leaf := leaf_of(node)) is None:
@@ -385,7 +420,10 @@ def parameters(use: Use) -> list[Tensor]:
     # By `id`: the hash of a tensor is a function of Python's.
     consumed: dict[int, Tensor] = {}
     for operand in use.operands.values():
-        for parameter in leaves(operand.edge) if operand.derived else [operand.tensor]:
+        if operand.source is None:
+            consumed[id(operand.tensor)] = operand.tensor
+            continue
+        for parameter in leaves(operand.source):
             consumed[id(parameter)] = parameter
     return list(consumed.values())
 

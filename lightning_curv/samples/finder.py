@@ -71,11 +71,19 @@ def find_samples(
         UnsupportedError: N does not agree with the graph, or samples influence each other.
     """
     tape = passes.tape
-    batch = batch.read_by(tape).of(tape)
-    _demote(passes, batch)
-    key = (batch.size, batch.expected, batch.given(tape), independent, strict, *structure_of(tape))
+    given: tuple[bool, ...] = ()
+    if batch.tensors is not None:
+        batch = batch.read_by(tape)
+    if tape.derived:
+        batch = batch.of(tape)
+        _demote(passes, batch)
+    if batch.tensors is not None:
+        given = batch.given(tape)
+    key = (batch.size, batch.expected, given, independent, strict, *structure_of(tape))
     found = None if check else MEMORY.recall(key, tape)
     if found is None:
+        if batch.tape is not tape:
+            batch = batch.of(tape)
         search = Search(passes, batch, independent, most, strict)
         try:
             found = _first_that_agrees(search, batch.candidates(tape))
@@ -86,9 +94,10 @@ def find_samples(
         if search.conclusive and (found.apart or not by_values):
             MEMORY.keep(key, tape, found)
     if independent:
-        count = found.samples.count
-        refuse_pooled(tape, batch, count)
-    _put_joins(passes, found)
+        refuse_pooled(tape, batch, found.samples.count)
+    # Most graphs have nothing of the kind.
+    if found.joins or found.dropped or tape.stray:
+        _put_joins(passes, found)
     return found.samples
 
 
@@ -217,8 +226,6 @@ def _put_joins(passes: Passes, found: Found) -> None:
     """Put the joins among the uses of the tape, in the place of what is no use of its own."""
     tape = passes.tape
     loss = passes.loss
-    if not found.joins and not found.dropped and not tape.stray:
-        return
     # Their rules cannot be applied, and their parameters act at joins instead.
     for node in found.dropped:
         del tape.uses[node]
@@ -226,5 +233,4 @@ def _put_joins(passes: Passes, found: Found) -> None:
         tape.uses[join] = join.use(loss.dtype, loss.device)
     # All of them have joins now.
     tape.stray.clear()
-    # A cached property of the uses, which have changed.
-    tape.__dict__.pop("parameters", None)
+    tape.forget_parameters()

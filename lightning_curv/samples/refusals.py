@@ -82,10 +82,13 @@ def refuse_pooled(tape: Tape, batch: Batch, count: int) -> None:
         for name, roots in use.roots.items():
             if roots.pooled and name not in use.operands:
                 read.append((use, roots))
-    read += [(call, call.roots) for call in tape.losses.values()]
-    read += [(op, op.roots) for op in tape.mapped]
+    for call in tape.losses.values():
+        if call.roots.pooled:
+            read.append((call, call.roots))
+    for mapped in tape.mapped:
+        read.append((mapped, mapped.roots))
     for op, roots in read:
-        if count in roots.pooled and replace(batch, tried=count).holds(roots):
+        if count in roots.pooled and replace(batch.of(tape), tried=count).holds(roots):
             raise UnsupportedError(
                 "Per-sample quantities need samples that do not influence each other, but samples "
                 f"mix in what `{op.name}` reads: a statistic over the {count} samples of the batch "

@@ -19,9 +19,10 @@ from lightning_curv.recording.row_numbers import fingerprint
 from lightning_curv.terms.owners import Owners
 
 
-@dataclass(frozen=True)
+# One is made in every step: a frozen one takes five times as long.
+@dataclass(slots=True)
 class Found:
-    """Samples, and the joins that they need."""
+    """Samples, and the joins that they need. Nobody changes it."""
 
     samples: Samples
     joins: Mapping[Join, Owners]
@@ -35,8 +36,9 @@ def structure_of(tape: Tape) -> tuple[Hashable, ...]:
     # Asked in every step, and written for that: one loop over what was recorded.
     structure: list[Hashable] = [tuple(tape.structure)]
     for use in tape.uses.values():
-        structure.append((use.shape, use.dtype, use.mixes_samples, bool(use.operands)))
-        structure += map(_provenance, use.roots.values())
+        structure += (use.shape, use.dtype, use.mixes_samples, bool(use.operands), len(use.roots))
+        for roots in use.roots.values():
+            structure.append(_provenance(roots))
     for read in tape.read.values():
         structure.append(shapes(read))
     structure.append(None)  # from here on losses
@@ -79,17 +81,24 @@ class Memory:
             entry.due *= 10
             return None
         # Nodes are others in every graph: they are found by their position in the walk.
-        keys = [node for node, use in tape.uses.items() if use.operands]
+        keys: list[Node | Join] = []
+        for node, use in tape.uses.items():
+            if use.operands:
+                keys.append(node)
+        uses: dict[Node | Join, Owners] = {}
+        for i, owners in entry.uses.items():
+            uses[keys[i]] = owners
+        losses = dict(zip(tape.losses, entry.losses, strict=True))
+        joins: dict[Join, Owners] = {}
+        dropped: list[Node] = []
         for i, constants in entry.dropped:
             if _constants(tape.uses[keys[i]]) != constants:
                 return None
-        dropped = [node_of(keys[i]) for i, _ in entry.dropped]
-        uses: dict[Node | Join, Owners] = {keys[i]: owners for i, owners in entry.uses.items()}
-        joins = {spot.join(tape): owners for spot, owners in entry.joins}
-        uses.update(joins.items())
-        losses = dict(zip(tape.losses, entry.losses, strict=True))
-        samples = Samples(entry.count, uses, losses)
-        return Found(samples, joins, dropped)
+            dropped.append(node_of(keys[i]))
+        for spot, owners in entry.joins:
+            join = spot.join(tape)
+            joins[join] = uses[join] = owners
+        return Found(Samples(entry.count, uses, losses), joins, dropped)
 
     def keep(self, key: Hashable, tape: Tape, found: Found) -> None:
         """Remember what was found."""
