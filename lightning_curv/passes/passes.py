@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby, islice
@@ -47,6 +47,7 @@ _STACKABLE = """
 STACKABLE = frozenset(_STACKABLE.split())
 # Cotangents of several columns at one use: one by one, or `[V, *]`; `None`: there are none.
 _OfColumns = Sequence[Tensor | None] | Tensor | None
+_NOTHING = nullcontext()
 # Multiplications that oneDNN has to make per node of the graph to be worth watching its ops: the
 # watch costs some microseconds per op. Measured.
 WATCHED = 2**21
@@ -104,7 +105,7 @@ class Passes:
 
     def forget(self) -> None:
         """Forget what depends on the samples, which are others now."""
-        for name in ("use_edges", "_ends", "parts"):
+        for name in ("use_edges", "parts"):
             self.__dict__.pop(name, None)
 
     @cached_property
@@ -126,9 +127,11 @@ class Passes:
 
     def gradients(self, edges: Sequence[GradientEdge]) -> tuple[Tensor | None, ...]:
         """The gradient of the loss at `edges`."""
-        if all(edge[:2] == (self.loss.grad_fn, self.loss.output_nr) for edge in edges):
-            return (self.seed,) * len(edges)
-        return self.backward([self.loss], edges, [self.seed])
+        root = (self.loss.grad_fn, self.loss.output_nr)
+        for edge in edges:
+            if edge[:2] != root:
+                return self.backward([self.loss], edges, [self.seed])
+        return (self.seed,) * len(edges)
 
     def backward(
         self,
@@ -139,7 +142,8 @@ class Passes:
         stacked: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """Backpropagate `seeds` from `outputs` to `inputs`, or stacks of them in one pass."""
-        with internal_pass(), fast_products(self.multiplies):
+        # As a rule the context of fast products would do nothing, and take longer than that.
+        with internal_pass(), fast_products(True) if self.multiplies else _NOTHING:
             gradients = torch.autograd.grad(
                 outputs,
                 inputs,
@@ -153,13 +157,13 @@ class Passes:
     @cached_property
     def multiplies(self) -> bool:
         """Whether the products of matrices in a pass are worth `fast_products`."""
-        uses = self.tape.uses.values()
-        composed = any(
-            use.rule.outputs is not None for use in uses
-        )  # recurrent: a node stands for many ops
-        return not composed and sum(map(_multiplications, uses)) > WATCHED * len(
-            self.tape.structure
-        )
+        count = 0
+        for use in self.tape.uses.values():
+            if use.rule.outputs is not None:  # recurrent: a node stands for many ops
+                return False
+            if use.inputs:
+                count += _multiplications(use)
+        return count > WATCHED * len(self.tape.structure)
 
     def pull(self, column: Column) -> tuple[Tensor | None, ...]:
         """Backpropagate a column to the outputs of all uses."""
@@ -174,11 +178,13 @@ class Passes:
 
     def ends_at(self, edges: Sequence[GradientEdge]) -> bool:
         """Whether all uses have their output at one edge: what arrives costs no pass."""
-        return len(edges) == 1 and self._ends == {edges[0][:2]}
-
-    @cached_property
-    def _ends(self) -> set[tuple[Node, int]]:
-        return {edge[:2] for edge in self.use_edges}
+        if len(edges) != 1 or not self.tape.uses:
+            return False
+        end, number = edges[0][:2]
+        for key, use in self.tape.uses.items():
+            if node_of(key) is not end or use.output_nr != number:
+                return False
+        return True
 
     @cached_property
     def parts(self) -> list[LossPart]:
@@ -208,20 +214,20 @@ class Passes:
 
         They are those of as many columns at a time as `COLUMN_BYTES` allow.
         """
-        bytes_ = (
-            sum(use.shape.numel() for use in self.tape.uses.values()) * self.loss.element_size()
-        )
+        bytes_ = 0
+        for use in self.tape.uses.values():
+            bytes_ += use.shape.numel() * self.loss.element_size()
         most = max(1, COLUMN_BYTES // max(1, bytes_))
         in_one_pass = min(most, STACK_BYTES // max(1, bytes_))
         if in_one_pass > 1 and self._takes_stacks:
             chunks = self._pulled_together(columns, most, in_one_pass)
         else:
             chunks = self._pulled(columns, most)
-        seen: set[Tensor] = set()
+        seen: set[int] = set()  # by `id`: the hash of a tensor is a function of Python's
         for signs, cotangents in chunks:
             for parameter, jacobian in self._jacobians(signs, cotangents):
-                jacobian.continues = parameter in seen
-                seen.add(parameter)
+                jacobian.continues = id(parameter) in seen
+                seen.add(id(parameter))
                 yield {parameter: jacobian}
 
     def jacobian(self, column: Column) -> dict[Tensor, Jacobian]:
@@ -275,7 +281,7 @@ class Passes:
 
     def _signs(self, of_columns: Sequence[Tensor | None]) -> Tensor | None:
         """The signs of several columns, `[V, N]`; `None`: all are positive."""
-        if all(signs is None for signs in of_columns):
+        if [*of_columns] == [None] * len(of_columns):
             return None
         ones = self.seed.new_ones(self.samples.count)
         return torch.stack([ones if signs is None else signs for signs in of_columns])
@@ -288,7 +294,10 @@ class Passes:
         """
         if self.tape.watched or torch.is_anomaly_enabled():
             return False
-        return all(plain_name(node.name()) in STACKABLE for node in self.tape.nodes)
+        for node in self.tape.nodes:  # noqa: SIM110 - a generator takes twice as long
+            if plain_name(node.name()) not in STACKABLE:
+                return False
+        return True
 
     def _jacobians(
         self, signs: Tensor | None, cotangents: list[_OfColumns]
@@ -297,30 +306,35 @@ class Passes:
 
         The cotangents are taken out of the list, to be freed.
         """
-        terms: dict[Tensor, list[Term]] = defaultdict(list)
-        waiting = Counter(
-            parameter for group in self.tape.parameters.values() for parameter in group
-        )
-        count = max((len(gs) for gs in cotangents if gs is not None), default=1)
-        reached = {
-            parameter
-            for gs, node in zip(cotangents, self.tape.uses, strict=True)
-            if _any(gs)
-            for parameter in self.tape.parameters[node]
-        }
+        parameters = self.tape.parameters
+        # By `id`: the hash of a tensor is a function of Python's.
+        terms: dict[int, list[Term]] = {}
+        waiting: dict[int, int] = {}
+        reached: set[int] = set()
+        count = 1
+        for group, gs in zip(parameters.values(), cotangents, strict=True):
+            if gs is not None:
+                count = max(count, len(gs))
+            some = _any(gs)
+            for parameter in group:
+                place = id(parameter)
+                waiting[place] = waiting.get(place, 0) + 1
+                if some:
+                    reached.add(place)
         for i, (node, use) in enumerate(self.tape.uses.items()):
             g = _stacked(cotangents[i])
             cotangents[i] = None
             # A parameter has all of its uses in every Jacobian: its form is the same for the
             # columns of all summands of the loss, whichever uses they reach.
-            if g is None and not reached.isdisjoint(self.tape.parameters[node]):
+            if g is None and not reached.isdisjoint(map(id, parameters[node])):
                 g = self.loss.new_zeros(count, *use.shape, dtype=use.dtype)
             for parameter, term in self.terms(node, use, g):
-                terms[parameter].append(term)
-            for parameter in self.tape.parameters[node]:
-                waiting[parameter] -= 1
-                if not waiting[parameter] and parameter in terms:
-                    yield parameter, Jacobian(parameter, terms.pop(parameter), signs)
+                terms.setdefault(id(parameter), []).append(term)
+            for parameter in parameters[node]:
+                place = id(parameter)
+                waiting[place] -= 1
+                if not waiting[place] and place in terms:
+                    yield parameter, Jacobian(parameter, terms.pop(place), signs)
 
     def terms(
         self,
@@ -343,8 +357,8 @@ class Passes:
             terms_by_name = apply_rule(use, self.samples.uses[node], g)
         for name, operand in use.operands.items():
             term = terms_by_name[name]
-            if operand.derived:
-                yield from pulled_back(operand.edge, operand.tensor, term)
+            if operand.source is not None:
+                yield from pulled_back(operand.source, operand.tensor, term)
             else:
                 yield operand.tensor, term
 
@@ -434,7 +448,13 @@ def terms_of_rule(
     terms_by_name = use.rule.function(call, g, **arguments)
     if some is not None:
         return {name: of_chosen(terms_by_name[name], some, chosen) for name in use.operands}
-    return {name: grouped(terms_by_name[name], owners) for name in use.operands}
+    terms = {}
+    for name in use.operands:
+        term = terms_by_name[name]
+        # As a rule every row is a sample, and there is nothing to group.
+        plain = type(owners) is BatchAxis and owners.count == term.g.shape[1]
+        terms[name] = term if plain else grouped(term, owners)
+    return terms
 
 
 @lru_cache(1024)
@@ -445,9 +465,11 @@ def _whole_call(shape: torch.Size, operands: tuple[str, ...], axis: int, lead: i
 
 def _multiplications(use: Use) -> int:
     """Of the products of matrices that oneDNN would make in a pass through an op, from below."""
-    if use.inputs:
-        matrices = [o.tensor for o in use.operands.values() if o.tensor.ndim == 2]
-    else:
-        matrices = []
-    counts = [(m, use.shape.numel() * min(m.shape)) for m in matrices]
-    return sum(count for m, count in counts if is_large(m, count))
+    total = 0
+    for operand in use.operands.values():
+        matrix = operand.tensor
+        if matrix.ndim == 2:
+            count = use.shape.numel() * min(matrix.shape)
+            if is_large(matrix, count):
+                total += count
+    return total

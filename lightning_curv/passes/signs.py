@@ -34,7 +34,7 @@ def weighs_nothing_negative(call: LossCall) -> bool:
     arguments = call.arguments
     if call.function not in UNWEIGHTED:
         return False
-    if any(arguments.get(name) is not None for name in ("weight", "pos_weight")):
+    if arguments.get("weight") is not None or arguments.get("pos_weight") is not None:
         return False
     if call.function is F.cross_entropy:
         smoothing = arguments.get("label_smoothing", 0.0)

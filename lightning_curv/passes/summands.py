@@ -54,7 +54,7 @@ def find_summands(tape: Tape, loss: Tensor, joint: bool = False) -> Summands:
         loss: The root.
         joint: Whether a known loss function of several outputs is a function like any other.
     """
-    outputs = _Outputs(tape)
+    outputs: _Outputs | None = None  # a loss that is a known function never asks
     known: dict[Node, LossCall] = {}
     others: list[set[Place]] = []
     below: set[Node] = set()  # some summand that is no known loss function
@@ -73,7 +73,9 @@ def find_summands(tape: Tape, loss: Tensor, joint: bool = False) -> Summands:
                 stack += [
                     (after, number) for after, number in node.next_functions if after is not None
                 ]
-        elif (output := outputs.at(place)) is not None:
+            continue
+        outputs = outputs or _Outputs(tape)
+        if (output := outputs.at(place)) is not None:
             others.append({output})
         elif not differentiated and (inputs := linear_inputs(node, kinks=True)):
             stack += inputs
@@ -81,6 +83,8 @@ def find_summands(tape: Tape, loss: Tensor, joint: bool = False) -> Summands:
             outputs_below, passed = outputs.below(place)
             others.append(outputs_below)
             below |= passed
+    if not others:
+        return Summands(known, [])
     known = {node: call for node, call in known.items() if node not in below}
     return Summands(known, [[*places] for places in _united(others) if places])
 
@@ -151,6 +155,8 @@ def loss_parts(passes: Passes) -> list[LossPart]:
         )
         for node, call in summands.known.items()
     ]
+    if not summands.others:
+        return parts
     owners = _owners(passes)
     others = [*summands.known, *(node for places in summands.others for node, _ in places)]
     for places in summands.others:

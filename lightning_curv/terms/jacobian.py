@@ -75,7 +75,10 @@ class Jacobian:
         self._squares: Tensor | None = None
         # Uses with the same letters become one term: sums over them are one contraction, and
         # squares come after the sum.
-        self.terms = _merged([term.promoted() for term in terms])
+        if len(terms) == 1:
+            self.terms = [terms[0].promoted()]
+        else:
+            self.terms = _merged([term.promoted() for term in terms])
         only = self.terms[0] if len(self.terms) == 1 else None
         # The term, if J is an outer product: then J² is one too.
         self._factorised = None if only is None or only.shared else only
@@ -549,8 +552,6 @@ def _dot(term: Term, vector: Tensor) -> Tensor:
 
 def _merged(terms: Sequence[Term]) -> list[Term]:
     """Uses with the same letters become more shared positions of one term."""
-    if len(terms) == 1:
-        return [*terms]
     groups: dict[tuple[str, ...], list[Term]] = {}
     for term in terms:
         groups.setdefault(_structure(term), []).append(term)

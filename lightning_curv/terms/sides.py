@@ -8,8 +8,9 @@ and in the other files of this folder; whoever uses a term asks for groups, feat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -23,9 +24,10 @@ SideName = Literal["outputs", "inputs"]
 MATRIX = "oi" + KERNEL
 
 
-@dataclass(frozen=True)
+# One is made for every factor: a frozen one takes five times as long.
+@dataclass(slots=True)
 class Side:
-    """One of the two tensors of a term.
+    """One of the two tensors of a term. Nobody changes it.
 
     Attributes:
         tensor: Cotangents `[V, N, *]`, or inputs `[N, *]`.
@@ -43,19 +45,19 @@ class Side:
     classes: int = 0
 
     @property
-    def groups(self) -> list[int]:
+    def groups(self) -> tuple[int, ...]:
         """The axis of the groups, if there is one."""
-        return self._axes(lambda letter: letter == GROUP)
+        return _axes(self.letters, self.par, self.lead)[0]
 
     @property
-    def features(self) -> list[int]:
+    def features(self) -> tuple[int, ...]:
         """The axes that are rows of the Kronecker factor."""
-        return self._axes(lambda letter: letter in self.par and letter != GROUP)
+        return _axes(self.letters, self.par, self.lead)[1]
 
     @property
-    def positions(self) -> list[int]:
+    def positions(self) -> tuple[int, ...]:
         """The axes of shared positions, which the parameter does not have."""
-        return self._axes(lambda letter: letter not in self.par)
+        return _axes(self.letters, self.par, self.lead)[2]
 
     @property
     def width(self) -> int:
@@ -67,9 +69,6 @@ class Side:
     def layout(self) -> tuple[object, ...]:
         """What tells two sides of one tensor apart."""
         return self.letters, *self.positions, self.classes
-
-    def _axes(self, chosen: Callable[[str], bool]) -> list[int]:
-        return [self.lead + axis for axis, letter in enumerate(self.letters) if chosen(letter)]
 
     def paired_features(self, products: Tensor, by_position: bool) -> Tensor:
         """Sum products of all entries with each other over the pairs of positions.
@@ -99,6 +98,22 @@ class Side:
         return by_columns.flatten(len(group), -2).clone()
 
 
+@cache
+def _axes(
+    letters: str, par: str, lead: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The axes of groups, features and positions behind the lead."""
+    groups, features, positions = [], [], []
+    for axis, letter in enumerate(letters, lead):
+        if letter == GROUP:
+            groups.append(axis)
+        elif letter in par:
+            features.append(axis)
+        if letter not in par:
+            positions.append(axis)
+    return tuple(groups), tuple(features), tuple(positions)
+
+
 def side_of(term: Term, name: SideName) -> Side:
     """One side of a term.
 
@@ -123,12 +138,19 @@ def kronecker_sides(terms: Sequence[Term]) -> tuple[SideName, ...]:
         The sides in the order of the parameter's axes; none where it has no Kronecker structure.
         Outputs are first where they are in between the inputs, see `interleaved`.
     """
-    term = terms[0]
-    if len(terms) > 1 or any(letter not in GROUP + MATRIX for letter in term.par):
+    if len(terms) > 1:
         return ()
-    par = term.par.removeprefix(GROUP)
-    out = "".join(letter for letter in term.out if letter in par)
-    inp = "".join(letter for letter in term.inp if letter in par)
+    return _sides_of(terms[0].out, terms[0].inp, terms[0].par)
+
+
+@cache
+def _sides_of(outputs: str, inputs: str, parameter: str) -> tuple[SideName, ...]:
+    """The same for the letters of the only term."""
+    if any(letter not in GROUP + MATRIX for letter in parameter):
+        return ()
+    par = parameter.removeprefix(GROUP)
+    out = "".join(letter for letter in outputs if letter in par)
+    inp = "".join(letter for letter in inputs if letter in par)
     if not inp:
         return ("outputs",) if par and par == out else ()
     if par == out + inp:
