@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from traceback import clear_frames
 from typing import Any
 from weakref import WeakSet
@@ -39,6 +39,8 @@ from lightning_curv.terms.jacobian import Jacobian
 
 AnyExtension = Extension | GraphExtension
 _PENDING: WeakSet[Backprop] = WeakSet()  # begun and not finished
+_NOBODY = Samples(0, {}, {})
+_GRADIENT = LossGradient()
 
 
 class Backprop:
@@ -116,6 +118,9 @@ class Backprop:
         self._heard: list[Extension] = []  # evaluated during the backward pass
         self._failed: set[AnyExtension] = set()
         self._shards: dict[Tensor, Shard] = {}
+        # In private steps nothing that was verified before is believed.
+        self._private = True in [isinstance(e, GradientReceiver) for e in extensions]
+        self._undisturbed: ExitStack | None = None
         self.failures: list[tuple[tuple[AnyExtension, ...], Exception]] = []
         self.count = 0
         self.counts: dict[AnyExtension, int] = {}
@@ -126,27 +131,34 @@ class Backprop:
 
     def before(self) -> None:
         """Check the graph, backpropagate the columns, and listen to the coming backward pass."""
-        with torch.no_grad(), ExitStack() as undisturbed:
-            self._prepare(undisturbed)
+        with torch.set_grad_enabled(False):  # what `no_grad` does by three more calls
+            try:
+                self._prepare()
+            finally:
+                if self._undisturbed is not None:
+                    self._undisturbed.close()
 
-    def _prepare(self, undisturbed: ExitStack) -> None:
+    def _prepare(self) -> None:
         if self._hook is None and self._sum_check is None and reads_root_alone(self._extensions):
             # The walk would cost more than all that is read.
-            passes = Passes(self._loss, self._gradient, Tape(), Samples(0, {}, {}))
+            passes = Passes(self._loss, self._gradient, Tape(), _NOBODY)
             for extension in self._extensions:
                 self._results[extension] = extension.compute(passes)  # type: ignore[union-attr]
             return
-        with _ErrorScope(self, self._extensions):
-            passes = self._looked(undisturbed)
+        try:
+            passes = self._looked()
             self._choose(passes)
+        except Exception as error:
+            if not self.takes(error, self._extensions):
+                raise
         if self._failed and not self._extensions:
             return
         units = _units(self._extensions, passes)
         # The gradient comes from the user's own pass; all other columns take passes of ours, now.
-        gradient = units.pop(LossGradient(), None)
+        gradient = units.pop(_GRADIENT, None)
         for unit, extensions in units.items():
             start = self._now()
-            with _ErrorScope(self, extensions):
+            try:
                 if isinstance(unit, GraphExtension):
                     self._results[unit] = unit.compute(passes)
                 else:
@@ -157,6 +169,9 @@ class Backprop:
                             jacobian.shared = len(working) > 1
                             for extension in working:
                                 self._evaluate(extension, jacobian)
+            except Exception as error:
+                if not self.takes(error, extensions):
+                    raise
             self._spend(extensions, start)
         if gradient is not None:
             # Under `create_graph` first-order quantities must have a graph themselves: no hook
@@ -175,26 +190,35 @@ class Backprop:
     @torch.no_grad()
     def look(self) -> None:
         """Find the samples and what is refused, without computing anything; see `failures`."""
-        with ExitStack() as undisturbed:
-            with _ErrorScope(self, self._extensions):
-                passes = self._looked(undisturbed)
+        curved: list[AnyExtension] = self._extensions
+        try:
+            passes = self._looked()
             curved = [e for e in self._extensions if e.needs_likelihood]
-            with _ErrorScope(self, curved):
-                # To look at the curvature of a loss that is not known differentiates it.
-                for part in passes.parts if curved else ():
-                    _ = part.flat
+            # To look at the curvature of a loss that is not known differentiates it.
+            for part in passes.parts if curved else ():
+                _ = part.flat
+        except Exception as error:
+            if not self.takes(error, curved):
+                raise
+        finally:
+            if self._undisturbed is not None:
+                self._undisturbed.close()
 
-    def _looked(self, undisturbed: ExitStack) -> Passes:
+    def _looked(self) -> Passes:
         self._passes = passes = self._walked()
-        if passes.tape.watched:
-            undisturbed.enter_context(kept_gradients(passes.tape.watched))
-        if distributed():
-            undisturbed.enter_context(unnoticed(passes.tape.nodes))
-            self._shards = find_shards(passes.tape.all_parameters)
-        if self._shards:
-            # Before anything can fail: all processes take part.
-            undisturbed.enter_context(gathered(self._shards.values()))
-        self._refuse_uncovered(passes.tape)
+        shared = distributed()
+        # As a rule there is nothing that our passes could disturb.
+        if passes.tape.watched or shared:
+            self._undisturbed = undisturbed = ExitStack()
+            if passes.tape.watched:
+                undisturbed.enter_context(kept_gradients(passes.tape.watched))
+            if shared:
+                undisturbed.enter_context(unnoticed(passes.tape.nodes))
+                self._shards = find_shards(passes.tape.all_parameters)
+            if self._shards:
+                # Before anything can fail: all processes take part.
+                undisturbed.enter_context(gathered(self._shards.values()))
+        self._refuse_uncovered(passes.tape, shared)
         self._find_samples(passes)
         return passes
 
@@ -206,13 +230,14 @@ class Backprop:
             self._sum_check = None
             totals = False
         else:
-            checked = self._sum_check is not None
-            totals = checked or any(extension.totals for extension in extensions)
+            totals = self._sum_check is not None
+            for extension in extensions:
+                totals = totals or extension.totals
         self._heard = extensions
         self._listener = Listener(
             passes,
             self._evaluate_heard,
-            _ErrorScope(self, extensions),
+            partial(self.takes, extensions=extensions),
             totals,
             self.section,
             self._wants,
@@ -222,7 +247,7 @@ class Backprop:
         """Whether something that listens wants the gradients of a parameter."""
         if self._sum_check is not None:
             return True
-        known = self._registered(parameter)
+        known = self._registered(parameter) if self._shards else parameter
         for extension in self._heard:  # noqa: SIM110 - a generator takes twice as long
             if extension.wants(known):
                 return True
@@ -230,7 +255,7 @@ class Backprop:
 
     def _registered(self, parameter: Tensor) -> Tensor:
         """The parameter that the user knows, of one in the graph."""
-        shard = self._shards.get(parameter) if self._shards else None
+        shard = self._shards.get(parameter)
         return parameter if shard is None else shard.registered
 
     def run(self, **options: Any) -> None:
@@ -240,7 +265,10 @@ class Backprop:
             options: Arguments of `Tensor.backward`.
         """
         # Private steps take no gradients from the pass, only what the recorded ops are told.
-        receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
+        if self._private:
+            receivers = [e for e in self._extensions if isinstance(e, GradientReceiver)]
+        else:
+            receivers = []
         if receivers:
             others = len(receivers) < len(self._extensions) or self._sum_check is not None
             shared = others or any(other is not self for other in _PENDING)
@@ -312,49 +340,51 @@ class Backprop:
         for call in tape.losses.values():
             call.check()
         # The samples are found with the help of passes: until then there are none.
-        nobody = Samples(0, {}, {})
-        return Passes(loss, self._gradient, tape, nobody, self._output, self._generator)
+        return Passes(loss, self._gradient, tape, _NOBODY, self._output, self._generator)
 
-    def _refuse_uncovered(self, tape: Tape) -> None:
+    def _refuse_uncovered(self, tape: Tape, shared: bool) -> None:
         stays = self._hook is None and not self._create_graph
         reasons: dict[AnyExtension, str] = {}
         for extension in self._extensions:
             reason = None
-            if distributed():
+            if shared:
                 reason = sharded_refusal(tape, extension, self._shards, stays)
             reason = reason or refusal(tape, extension, self._output is not None)
             if reason:
                 reasons[extension] = reason
         if reasons:
             # One error for all that are refused, in the words of the first.
-            with _ErrorScope(self, [*reasons]):
-                raise UnsupportedError(next(iter(reasons.values())))
+            error = UnsupportedError(next(iter(reasons.values())))
+            if not self.takes(error, [*reasons]):
+                raise error
 
     def _find_samples(self, passes: Passes) -> None:
         """Where they are; if samples influence each other, once more for what allows that."""
         # A failure takes some extensions away: what is left may be content with less.
         while wanting := [e for e in self._extensions if self._needs_samples(e)]:
             independent = [e for e in wanting if e.independent]
-            with _ErrorScope(self, independent or wanting):
-                try:
-                    if self._cap is not None and self._content(wanting):
-                        most = self._cap.size
-                    else:
-                        most = None
-                    passes.separate = bool(independent)
-                    passes.samples = find_samples(
-                        passes,
-                        self._batch,
-                        bool(independent),
-                        self._sum_check is not None,
-                        most,
-                        self._private,
-                    )
-                except UnsupportedError:
-                    if not all(extension.batchwise for extension in wanting):
-                        raise
-                    passes.samples = whole_batch(passes.tape)
+            try:
+                if self._cap is not None and self._content(wanting):
+                    most = self._cap.size
+                else:
+                    most = None
+                passes.separate = bool(independent)
+                passes.samples = find_samples(
+                    passes,
+                    self._batch,
+                    bool(independent),
+                    self._sum_check is not None,
+                    most,
+                    self._private,
+                )
                 break
+            except Exception as error:
+                batchwise = all(extension.batchwise for extension in wanting)
+                if batchwise and isinstance(error, UnsupportedError):
+                    passes.samples = whole_batch(passes.tape)
+                    break
+                if not self.takes(error, independent or wanting):
+                    raise
         else:
             passes.samples = whole_batch(passes.tape)
         # Cached properties that depend on the samples.
@@ -363,10 +393,7 @@ class Backprop:
     def _choose(self, passes: Passes) -> None:
         """The passes of the samples that are enough for some extensions."""
         self.count = passes.samples.count
-        if self._cap is None:
-            chosen = None
-        else:
-            chosen = self._cap.choose(self.count)
+        chosen = None if self._cap is None else self._cap.choose(self.count)
         self._some = passes if chosen is None else passes.only(chosen)
 
     def _passes_of(self, extensions: Sequence[AnyExtension]) -> Passes:
@@ -384,11 +411,6 @@ class Backprop:
             and isinstance(extension.source, (LossGradient, ExactGGN, MonteCarloGGN))
             for extension in extensions
         )
-
-    @property
-    def _private(self) -> bool:
-        """Whether the step is private: nothing that was verified before is believed."""
-        return any(isinstance(e, GradientReceiver) for e in self._extensions)
 
     def _needs_samples(self, extension: AnyExtension) -> bool:
         """Whether a quantity, or the curvature of an unknown loss, needs the samples."""
@@ -414,15 +436,20 @@ class Backprop:
 
     def _evaluate_heard(self, jacobian: Jacobian) -> None:
         """Evaluate what listens to the user's pass, and check the sum of the gradients."""
-        working = self._working(self._heard)
+        working = self._working(self._heard) if self._failed else self._heard
         checked = self._sum_check is not None
         jacobian.shared = len(working) + checked > 1
-        known = self._registered(jacobian.parameter)
+        known = jacobian.parameter
+        if self._shards:
+            known = self._registered(known)
         for extension in working:
             if extension.wants(known):
-                start = self._now()
-                self._evaluate(extension, jacobian)
-                self._spend([extension], start)
+                if self.clock is None:
+                    self._evaluate(extension, jacobian)
+                else:
+                    start = self._now()
+                    self._evaluate(extension, jacobian)
+                    self._spend([extension], start)
         if self._sum_check is not None:
             start = self._now()
             # Its error is for the scope of the listener: what is wrong is so in all quantities.
@@ -440,7 +467,7 @@ class Backprop:
         parameter = jacobian.parameter
         if self._shards and isinstance(extension, KeptJacobian):
             jacobian = _apart(jacobian, self._shards)
-        with _ErrorScope(self, [extension], parameter):
+        try:
             results = self._results.setdefault(extension, {})
             # A parameter whose columns come in several portions.
             previous = results.get(parameter)
@@ -448,6 +475,9 @@ class Backprop:
                 results[parameter] = extension.evaluate(jacobian)
             else:
                 results[parameter] = extension.accumulate(previous, jacobian)
+        except Exception as error:
+            if not self.takes(error, [extension], parameter):
+                raise
 
     def _now(self) -> float:
         return 0.0 if self.clock is None else self.clock()
@@ -458,6 +488,31 @@ class Backprop:
             seconds = self.clock() - start
             self.spent += seconds
             self.seconds.update((e, self.seconds.get(e, 0.0) + seconds) for e in extensions)
+
+    def takes(
+        self,
+        error: Exception,
+        extensions: Sequence[AnyExtension],
+        parameter: Tensor | None = None,
+    ) -> bool:
+        """Whether an error of ours ends here, and only takes some extensions down: the only place.
+
+        So it does where the backward pass goes on after failures. Elsewhere it is to be raised, and
+        gets a note on the quantity and the parameter.
+
+        Args:
+            error: The error.
+            extensions: What cannot be computed because of it.
+            parameter: What they are computed of, where that is one parameter.
+        """
+        if self.defers:
+            self.fail(extensions, error)
+            return True
+        # From Python 3.11 on, an error takes notes.
+        if parameter is not None and hasattr(error, "add_note"):
+            names = ", ".join(map(repr, extensions))
+            error.add_note(f"This concerns {names} of parameter {describe(parameter)}.")
+        return False
 
     def fail(self, extensions: Sequence[AnyExtension], error: Exception) -> None:
         """Go on without some extensions, and free what they had in memory."""
@@ -499,47 +554,6 @@ def _apart(jacobian: Jacobian, parameters: Iterable[Tensor]) -> Jacobian:
     return Jacobian(jacobian.parameter, terms, jacobian.signs)
 
 
-class _ErrorScope:
-    """Decides what an error of ours takes down, and says what it concerns: the only place.
-
-    Where the backward pass goes on after failures, the extensions of the scope fail and the error
-    ends here. Elsewhere it is raised, with a note on the quantity and the parameter. It is a class,
-    since a generator would take twice the time, once per parameter.
-
-    Args:
-        backprop: Whose extensions fail.
-        extensions: What cannot be computed if an error ends the scope.
-        parameter: What they are computed of, where that is one parameter.
-    """
-
-    __slots__ = ("_backprop", "_extensions", "_parameter")
-
-    def __init__(
-        self,
-        backprop: Backprop,
-        extensions: Sequence[AnyExtension],
-        parameter: Tensor | None = None,
-    ) -> None:
-        self._backprop = backprop
-        self._extensions = extensions
-        self._parameter = parameter
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        if self._backprop.defers:
-            self._backprop.fail(self._extensions, error)
-            return True
-        # From Python 3.11 on, an error takes notes.
-        if self._parameter is not None and hasattr(error, "add_note"):
-            names = ", ".join(map(repr, self._extensions))
-            error.add_note(f"This concerns {names} of parameter {describe(self._parameter)}.")
-        return False
-
-
 def _units(
     extensions: Sequence[AnyExtension],
     passes: Passes,
@@ -554,6 +568,8 @@ def _units(
         if isinstance(unit, Chosen):
             unit = unit.on(passes)
         units.setdefault(unit, []).append(extension)
+    if len(extensions) == 1:
+        return units
     kinds_of_exact = [unit for unit in units if isinstance(unit, ExactGGN)]
     if len(kinds_of_exact) > 1:  # the complete root serves all that need any
         units[ExactGGN(complete=True)] += units.pop(ExactGGN())

@@ -51,8 +51,8 @@ class Listener:
     Args:
         passes: The graph.
         evaluate: Receives the Jacobian of every parameter.
-        scope: Entered around all that is done during the pass. Where it keeps an error from the
-            backward pass, nothing more is listened to.
+        takes: Gets every error of what is done during the pass, and says whether it ends there;
+            then nothing more is listened to.
         totals: Whether to wait for the gradient, the sum over the samples.
         section: Entered around the same, for profilers.
         wanted: Whether the Jacobian of a parameter is: ops without one that is are left alone.
@@ -62,14 +62,14 @@ class Listener:
         self,
         passes: Passes,
         evaluate: Callable[[Jacobian], None],
-        scope: AbstractContextManager[None, bool],
+        takes: Callable[[Exception], bool],
         totals: bool = True,
         section: Callable[[], AbstractContextManager[Any]] = nullcontext,
         wanted: Callable[[Tensor], bool] = lambda _: True,
     ) -> None:
         self._passes = passes
         self._evaluate = evaluate
-        self._scope = scope
+        self._takes = takes
         self._section = section
         # Uses that were reached and whose terms are not made yet.
         self._bulky: dict[Node | Join, tuple[Use, Tensor]] = {}
@@ -83,14 +83,16 @@ class Listener:
             parameters = parameters_of_uses[node] if use.operands else []
             if any(map(wanted, parameters)):
                 place = node_of(node)
-                of_use = [self._of(parameter, place) for parameter in parameters]
+                late = totals or (use.rule.defers and _late(use))
+                of_use = []
+                for parameter in parameters:
+                    awaited = self._of(parameter, place)
+                    awaited.missing += 1
+                    awaited.late = awaited.late or late
+                    of_use.append(awaited)
                 self._handles.append(
                     place.register_prehook(self._hook(self._arrive, node, use, of_use))
                 )
-                late = totals or _late(use)
-                for awaited in of_use:
-                    awaited.missing += 1
-                    awaited.late = awaited.late or late
         for awaited in self._awaited.values():
             if awaited.late:
                 awaited.missing += 1
@@ -105,9 +107,9 @@ class Listener:
     def finish(self) -> None:
         """Evaluate parameters whose own gradient was not asked for."""
         self.stop()
-        bulky = {id(p) for node in self._bulky for p in self._passes.tape.parameters[node]}
-        for place, awaited in [*self._awaited.items()]:
-            if awaited.terms or place in bulky:
+        # As a rule all was evaluated during the pass.
+        for awaited in [*self._awaited.values()]:
+            if awaited.terms or self._bulky:
                 self._hook(self._complete, awaited)((None,))
 
     def _of(self, parameter: Tensor, node: Node) -> _Awaited:
@@ -126,7 +128,7 @@ class Listener:
     ) -> None:
         g = gradients[use.output_nr]
         if g is not None:
-            if _late(use):
+            if use.rule.defers and _late(use):
                 self._bulky[node] = replace(use), g  # a copy, whose arguments are not released
             else:
                 self._add(node, use, g)
@@ -136,8 +138,9 @@ class Listener:
                     self._complete((None,), awaited)
 
     def _add(self, node: Node | Join, use: Use, g: Tensor) -> None:
+        place = node_of(node)
         for parameter, term in self._passes.terms(node, use, g.unsqueeze(0)):
-            self._of(parameter, node_of(node)).terms.append(term)
+            self._of(parameter, place).terms.append(term)
 
     def _complete(self, gradients: tuple[Tensor | None, ...], awaited: _Awaited) -> None:
         parameter = awaited.parameter
@@ -165,19 +168,21 @@ class Listener:
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
             if own_passes.running or self._stopped:
                 return
-            with self._scope, own_passes:
-                # As a rule nobody watches, and the pass is not differentiated again.
-                if watched or torch.is_grad_enabled():
-                    with self._section(), torch.no_grad():
+            try:
+                with own_passes:
+                    # As a rule nobody watches, and the pass is not differentiated again.
+                    if watched or torch.is_grad_enabled():
+                        with self._section(), torch.no_grad():
+                            function(gradients, *arguments)
+                    else:
                         function(gradients, *arguments)
-                else:
-                    function(gradients, *arguments)
-                return
-            # Reached only where the scope has kept an error.
-            self._stopped = True
-            self._bulky.clear()
-            for awaited in self._awaited.values():
-                awaited.terms = []
+            except Exception as error:
+                if not self._takes(error):
+                    raise
+                self._stopped = True
+                self._bulky.clear()
+                for awaited in self._awaited.values():
+                    awaited.terms = []
 
         return hook
 
