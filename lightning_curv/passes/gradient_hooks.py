@@ -86,7 +86,7 @@ class Listener:
                 late = totals or (use.rule.defers and _late(use))
                 of_use = []
                 for parameter in parameters:
-                    awaited = self._of(parameter, place)
+                    awaited = self._awaited.get(id(parameter)) or self._new(parameter, place)
                     awaited.missing += 1
                     awaited.late = awaited.late or late
                     of_use.append(awaited)
@@ -112,11 +112,9 @@ class Listener:
             if awaited.terms or self._bulky:
                 self._hook(self._complete, awaited)((None,))
 
-    def _of(self, parameter: Tensor, node: Node) -> _Awaited:
-        """What is known of a parameter of an op with this node."""
-        awaited = self._awaited.get(id(parameter))
-        if awaited is None:
-            awaited = self._awaited[id(parameter)] = _Awaited(parameter, node)
+    def _new(self, parameter: Tensor, node: Node) -> _Awaited:
+        """A parameter that nothing is known of yet, of an op with this node."""
+        awaited = self._awaited[id(parameter)] = _Awaited(parameter, node)
         return awaited
 
     def _arrive(
@@ -138,9 +136,9 @@ class Listener:
                     self._complete((None,), awaited)
 
     def _add(self, node: Node | Join, use: Use, g: Tensor) -> None:
-        place = node_of(node)
         for parameter, term in self._passes.terms(node, use, g.unsqueeze(0)):
-            self._of(parameter, place).terms.append(term)
+            awaited = self._awaited.get(id(parameter)) or self._new(parameter, node_of(node))
+            awaited.terms.append(term)
 
     def _complete(self, gradients: tuple[Tensor | None, ...], awaited: _Awaited) -> None:
         parameter = awaited.parameter

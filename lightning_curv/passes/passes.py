@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from typing import cast
 
 import torch
@@ -250,25 +250,43 @@ class Passes:
         self, columns: Iterable[Column], most: int, in_one_pass: int
     ) -> Iterator[tuple[Tensor | None, list[_OfColumns]]]:
         """The same with one pass for several columns: what a pass costs on its way is paid once."""
-        for _, of_edges in groupby(columns, lambda column: [edge[:2] for edge in column.edges]):
-            while chunk := list(islice(of_edges, most)):
-                pieces = [
-                    self._pull_stack(chunk[start : start + in_one_pass])
-                    for start in range(0, len(chunk), in_one_pass)
-                ]
-                # Columns of the same edges reach the same uses.
-                cotangents: list[_OfColumns] = [
-                    gs[0] if len(gs) == 1 or gs[0] is None else torch.cat(cast("list[Tensor]", gs))
-                    for gs in zip(*pieces, strict=True)
-                ]
-                yield self._signs([column.signs for column in chunk]), cotangents
+        chunk: list[Column] = []
+        for column in columns:
+            # As a rule all are those of one part, with the very same edges.
+            if (
+                chunk
+                and column.edges is not chunk[0].edges
+                and _places(column) != _places(chunk[0])
+            ):
+                yield self._at_once(chunk, in_one_pass)
+                chunk = []
+            chunk.append(column)
+            if len(chunk) == most:
+                yield self._at_once(chunk, in_one_pass)
+                chunk = []
+        if chunk:
+            yield self._at_once(chunk, in_one_pass)
+
+    def _at_once(
+        self, columns: Sequence[Column], in_one_pass: int
+    ) -> tuple[Tensor | None, list[_OfColumns]]:
+        """The signs and cotangents of columns of the same edges, which reach the same uses."""
+        pieces = [
+            self._pull_stack(columns[start : start + in_one_pass])
+            for start in range(0, len(columns), in_one_pass)
+        ]
+        cotangents: list[_OfColumns] = [
+            gs[0] if len(gs) == 1 or gs[0] is None else torch.cat(cast("list[Tensor]", gs))
+            for gs in zip(*pieces, strict=True)
+        ]
+        return self._signs([column.signs for column in columns]), cotangents
 
     def _pull_stack(self, columns: Sequence[Column]) -> tuple[Tensor | None, ...]:
         """Backpropagate columns of the same edges, in one pass; cotangents are `[V, *output]`."""
         if len(columns) == 1:  # `vmap` takes longer than the pass of a small network
-            return tuple(None if g is None else g[None] for g in self.pull(columns[0]))
+            return tuple([None if g is None else g[None] for g in self.pull(columns[0])])
         edges = columns[0].edges
-        seeds_of_edges = zip(*(column.seeds for column in columns), strict=True)
+        seeds_of_edges = zip(*[column.seeds for column in columns], strict=True)
         stacks = [torch.stack(seeds) for seeds in seeds_of_edges]
         if self.ends_at(edges):
             return (stacks[0],) * len(self.use_edges)
@@ -341,26 +359,32 @@ class Passes:
         node: Node | Join,
         use: Use,
         g: Tensor | None,
-    ) -> Iterator[tuple[Tensor, Term]]:
+    ) -> list[tuple[Tensor, Term]]:
         """Make the terms of one use's parameters, for cotangents `[V, *output]`.
 
         `None`: the columns do not reach it.
         """
         g = strided(g)
         if g is None or not use.operands:
-            return
+            return []
         if use.pull is not None:
             terms_by_name = {
                 "value": dense(use.pull(g.reshape(g.shape[0], *use.shape), self.samples.uses[node]))
             }
         else:
             terms_by_name = apply_rule(use, self.samples.uses[node], g)
+        terms: list[tuple[Tensor, Term]] = []
         for name, operand in use.operands.items():
-            term = terms_by_name[name]
             if operand.source is not None:
-                yield from pulled_back(operand.source, operand.tensor, term)
+                terms += pulled_back(operand.source, operand.tensor, terms_by_name[name])
             else:
-                yield operand.tensor, term
+                terms.append((operand.tensor, terms_by_name[name]))
+        return terms
+
+
+def _places(column: Column) -> list[tuple[Node, int]]:
+    """The edges of a column: torch makes a new one every time it is asked."""
+    return [edge[:2] for edge in column.edges]
 
 
 def _any(gs: _OfColumns) -> bool:

@@ -72,7 +72,7 @@ def _merged(
     roots = residual.values.abs().sqrt()
     negative = residual.values < 0  # what is no number stays in the positive column
     g = torch.stack([roots.masked_fill(negative, 0), roots.masked_fill(~negative, 0)])
-    terms = list(passes.terms(node, use, g))
+    terms = passes.terms(node, use, g)
     if not all(_keeps_entries_apart(term, g) for _, term in terms):
         return None
     # The sign of a column is that of its square in the sum, for every sample.
