@@ -17,31 +17,29 @@ class InternalPasses:
 
     Autograd may run hooks in threads of its own, which know nothing of the thread that has started
     the pass. So whoever registers a hook keeps this object of its thread, and asks it.
+
+    Attributes:
+        running: How many are running, one inside of the other; 0: the pass is the user's.
     """
 
-    __slots__ = ("_running",)
+    __slots__ = ("running",)
 
     def __init__(self) -> None:
-        self._running = 0
-
-    @property
-    def running(self) -> bool:
-        """Whether the pass that is running is one of ours."""
-        return self._running > 0
+        self.running = 0
 
     def __enter__(self) -> None:
-        self._running += 1
-        _of_all_threads.append(self)
+        self.running += 1
+        RUNNING.append(self)
 
     def __exit__(self, *exception: object) -> None:
-        self._running -= 1
-        _of_all_threads.remove(self)
+        self.running -= 1
+        RUNNING.remove(self)
 
 
 _local = threading.local()
-# Once for every pass that is running. Python appends and removes in one step each, whichever
-# thread does so.
-_of_all_threads: list[InternalPasses] = []
+# Once for every pass of ours that some thread makes, perhaps through another thread's graph. Python
+# appends and removes in one step each, whichever thread does so.
+RUNNING: list[InternalPasses] = []
 
 
 def internal_pass() -> InternalPasses:
@@ -50,11 +48,6 @@ def internal_pass() -> InternalPasses:
     if passes is None:
         passes = _local.passes = InternalPasses()
     return passes
-
-
-def any_internal_pass() -> bool:
-    """Whether some thread makes a pass of ours, perhaps through another thread's graph."""
-    return bool(_of_all_threads)
 
 
 @contextmanager

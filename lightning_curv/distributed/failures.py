@@ -20,6 +20,7 @@ KEY = "lightning_curv/failed"  # in the store of the process group: who failed l
 PATIENCE = timedelta(seconds=1)  # between two looks at it
 NOTHING = "-"  # there instead, when who has failed is back
 LONGEST = 2000  # letters of an error
+_AVAILABLE = dist.is_available()
 _heard: set[str] = set()  # what has ended this process once
 _told: list[str] = []  # by this process, and not taken back
 
@@ -30,7 +31,7 @@ class OtherProcessError(RuntimeError):
 
 def distributed() -> bool:
     """Whether this process belongs to a group of processes, be it the only one in it."""
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def processes() -> int:
@@ -54,11 +55,17 @@ class telling(ContextDecorator):
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception):
-            tell(error)
-            failure = _failure_behind(error)
-            if failure is not None:
-                raise OtherProcessError(failure) from error
+        if error is not None:
+            told(error)
+
+
+def told(error: BaseException) -> None:
+    """Tell the other processes of an error that is about to be raised, as `telling` does."""
+    if isinstance(error, Exception):
+        tell(error)
+        failure = _failure_behind(error)
+        if failure is not None:
+            raise OtherProcessError(failure) from error
 
 
 def tell(error: BaseException) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_curv.distributed.failures import telling
+from lightning_curv.distributed.failures import told
 from lightning_curv.engine.backprop import Backprop, reads_root_alone
 from lightning_curv.engine.extension_hook import ExtensionHook
 from lightning_curv.errors import UnsupportedError
@@ -174,12 +174,13 @@ class curvature(record):
         if True in [extension.keeps_graph for extension in self.extensions]:
             kwargs["retain_graph"] = True
         try:
-            with telling():
-                backprop.before()
-                backprop.run(**kwargs)
-                backprop.after()
-        finally:
+            backprop.before()
+            backprop.run(**kwargs)
+            backprop.after()
+        except BaseException as error:
             backprop.abort()
+            told(error)
+            raise
 
     _intercepted: Mapping[Any, Callable[..., Any]] = {
         **record._intercepted,

@@ -300,8 +300,11 @@ def record_call(
     """
     # Which arguments are parameters is known only now that there is an output.
     named = rule.parameters
+    operands: list[str] = []
     if named:
-        operands = [name for name in states if name in named or rule.holds(name)]
+        for name in states:
+            if name in named or rule.holds(name):
+                operands.append(name)
     else:
         operands = _operands(rule, arguments, states, out)
     roots: dict[str, Roots] = {}
@@ -315,7 +318,7 @@ def record_call(
             continue
         if not value.requires_grad:
             roots[name] = found = roots_of(value)
-            if not is_parameter(value):
+            if type(value) is Tensor or not is_parameter(value):
                 read = found if read is None else read | found
         elif name in states and before is None:
             origin = states[name][2]

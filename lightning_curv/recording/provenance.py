@@ -52,8 +52,11 @@ class Root:
         # Sparse, or packed for a library: its memory is not of one piece.
         if tensor.layout is not torch.strided:
             return cls(shape, (), 0, 0, whole)
-        offset = int(tensor.storage_offset())
-        return cls(shape, tensor.stride(), pointer_of(tensor), offset, whole)
+        try:  # this is `pointer_of`
+            pointer = tensor.untyped_storage().data_ptr()
+        except (RuntimeError, NotImplementedError):
+            pointer = 0
+        return cls(shape, tensor.stride(), pointer, int(tensor.storage_offset()), whole)
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from lightning_curv.differentiation.internal_pass import any_internal_pass
+from lightning_curv.differentiation.internal_pass import RUNNING
 from lightning_curv.recording.provenance import CONSTANT as CONSTANT_ROOTS
 from lightning_curv.recording.provenance import DATA, Roots, is_parameter, roots_of
 from lightning_curv.rules import Rule
@@ -72,7 +72,7 @@ class Use:
     def release(self, *_: Any) -> None:
         """Hook of the node: free the inputs as soon as autograd frees what it has saved."""
         # Passes of our own run before the user's: they must leave everything where it is.
-        if not _keeps_graph() and not any_internal_pass():
+        if not (_keeps_graph() or RUNNING):
             self.arguments = {}
 
     def check(self) -> None:
@@ -108,7 +108,7 @@ class LossCall:
 
     def release(self, *_: Any) -> None:
         """Hook of the node: free the arguments as soon as autograd frees what it has saved."""
-        if not _keeps_graph() and not any_internal_pass():
+        if not (_keeps_graph() or RUNNING):
             self.arguments = {}
 
     def check(self) -> None:
