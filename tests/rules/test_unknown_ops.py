@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from trap_problems import assert_right, both, problem
 from zoo import ROW, Problem, assert_close, assert_fields, compute, reference
 
-from lightning_curv import curvature, extend, rule
+from lightning_curv import curvature, extend, record, rule
 from lightning_curv.extensions import (
     KFAC,
     KFLR,
@@ -25,6 +25,7 @@ from lightning_curv.extensions import (
     SumGradSquared,
     Variance,
 )
+from lightning_curv.recording.records import marks
 from lightning_curv.rules import RULES
 from lightning_curv.terms.term import Term
 
@@ -194,6 +195,25 @@ def test_wrong_rule_is_found_by_the_check(registry):
         curvature(BatchGrad(), check=True),
     ):
         case.compute_loss().backward()
+
+
+def summed(xs, gain):
+    if has_torch_function((*xs, gain)):
+        return handle_torch_function(summed, (*xs, gain), xs, gain)
+    return sum(xs) * gain
+
+
+def test_tensors_in_a_list_are_read_too(registry):
+    """They may be the only ones of the batch that an op with a rule reads."""
+
+    @rule(summed, parameters=("gain",))
+    def _(call, g, xs, gain):
+        return {"gain": Term("d", "d", "d", g, sum(xs))}
+
+    gain = nn.Parameter(torch.rand(3))
+    with record():
+        out = summed([torch.rand(4, 3), torch.rand(4, 3)], gain)
+    assert [root.shape for root in marks(out.grad_fn).read.tensors] == [(4, 3), (4, 3)]
 
 
 def test_check_accepts_what_is_right_and_accumulated():
