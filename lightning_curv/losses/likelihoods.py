@@ -39,6 +39,7 @@ class Likelihood(ABC):
 
     flat = False  # whether H is zero whatever the numbers are
     unsigned = False  # whether no weight is negative whatever the numbers are
+    reach = 1.0  # nats per sample within which the curvature of a loss without a bound may be used
     weight: Tensor  # of every entry or row
 
     @property
@@ -258,7 +259,14 @@ class PiecewiseLinear(Gaussian):
 
 
 class GaussianVariance(Gaussian):
-    """The variance of a normal distribution: H is its Fisher information."""
+    """The variance of a normal distribution: H is its Fisher information.
+
+    A nat is a deviation e times as large, or a mean √2 deviations away: too far for the curvature
+    where they start. Within 1/32 nat deviations change by a factor of 1.2, means by a quarter of
+    a deviation.
+    """
+
+    reach = 1 / 32
 
     @property
     def hessian(self) -> Tensor:

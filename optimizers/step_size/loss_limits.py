@@ -29,17 +29,17 @@ BERNOULLI = 0.02
 class LossLimits(GraphExtension):
     r"""The least damping of a loss, how far it can fall, its size if nothing is known of it, [6].
 
-    These are $\lambda_0$; the loss, or inf if it can become negative; $|\ell|$; one nat per
-    sample if it can, else inf; the loss itself; and the number of samples. The Fisher
-    information of a confident classifier vanishes faster than its gradient: damping that is
-    relative to the curvature vanishes with it, and the fewer predictions a batch has the sooner it
-    is trusted too far. With $w$ the weights of the loss' terms (mean: 1/N each), $\lambda_0$ is
-    $\sum w \cdot \min(1, 5 / N)$ for cross-entropy of $N$ predictions in all processes together,
-    $0.02 \sum w / E^2$ for binary cross-entropy of $E$ outputs per sample, which are rarely all
-    confident, and 0 for losses of constant curvature. Of a loss that torch has no function for
-    nothing is known but its size $|\ell|$ (0 for known losses), which says how far a step may
-    reasonably promise to go. Of the logarithm of a density, which has no lower bound, a nat per
-    sample is how far a step may go in the metric of the model.
+    These are $\lambda_0$; the loss, or inf if it can become negative; $|\ell|$; one nat per sample
+    if it can (1/32 where the variance of a normal distribution is learned), else inf; the loss
+    itself; and the number of samples. The Fisher information of a confident classifier vanishes
+    faster than its gradient: damping that is relative to the curvature vanishes with it, and the
+    fewer predictions a batch has the sooner it is trusted too far. With $w$ the weights of the
+    loss' terms (mean: 1/N each), $\lambda_0$ is $\sum w \cdot \min(1, 5 / N)$ for cross-entropy of
+    $N$ predictions in all processes together, $0.02 \sum w / E^2$ for binary cross-entropy of $E$
+    outputs per sample, which are rarely all confident, and 0 for losses of constant curvature. Of a
+    loss that torch has no function for nothing is known but its size $|\ell|$ (0 for known losses),
+    which says how far a step may reasonably promise to go. Of the logarithm of a density, which has
+    no lower bound, these nats are how far the first step may go in the metric of the model.
     """
 
     savefield = "loss_limits"
@@ -64,7 +64,8 @@ class LossLimits(GraphExtension):
             size = loss.abs() * negative.any()
         reach = torch.full_like(floor, math.inf)
         if all_known and not is_bounded:
-            reach = torch.stack([part.likelihood.nats.to(dtype) for part in known_parts]).max()
+            nats = torch.stack([part.likelihood.nats.to(dtype) for part in known_parts]).max()
+            reach = nats * min(part.likelihood.reach for part in known_parts)
         limits = torch.stack(
             [floor, max_decrease, size, reach, loss, torch.full_like(floor, samples)]
         )

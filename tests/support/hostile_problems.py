@@ -271,10 +271,14 @@ def deep(depth: int, between: Callable[[], nn.Module], out: int = 1) -> nn.Seque
 MSE: Loss = F.mse_loss
 CE: Loss = F.cross_entropy
 PROBLEMS: dict[str, Problem] = {
-    "gaussian": Problem(forecasts, gaussian, -2.0, batch=64, steps=60),
-    "gaussian_of_windows": Problem(forecasts_of_windows, gaussian, -2.0, batch=64, steps=60),
-    "gaussian_small": Problem(lambda: forecasts(0.01), gaussian, -4.0, batch=64, steps=60),
-    "gaussian_large": Problem(lambda: forecasts(10.0), gaussian, 2.5, batch=64, steps=60),
+    "gaussian": Problem(forecasts, gaussian, -2.0, batch=64, steps=60, peak=1.5),
+    "gaussian_of_windows": Problem(
+        forecasts_of_windows, gaussian, -2.0, batch=64, steps=60, peak=1.5
+    ),
+    "gaussian_small": Problem(
+        lambda: forecasts(0.01), gaussian, -4.0, batch=64, steps=60, peak=1.5
+    ),
+    "gaussian_large": Problem(lambda: forecasts(10.0), gaussian, 2.0, batch=64, steps=60, peak=1.5),
     "poisson_large": Problem(lambda: counts(1000.0), log_rates, 150.0),
     "poisson_rates": Problem(lambda: counts(1000.0), rates, 30.0),
     "saturated": Problem(lambda: classes(scaled(mlp(out=4), 5.0)), CE, 0.02),
