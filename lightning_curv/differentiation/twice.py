@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
-from torch.utils.checkpoint import CheckpointError
 
 from lightning_curv.differentiation.formulas import FORMULAS
 from lightning_curv.errors import once_differentiable
@@ -126,7 +125,10 @@ class _Replacing:
         with torch._C.DisableTorchFunction(), torch.autocast(g.device.type, enabled=False):
             try:
                 return self._gradients(found, g)
-            except CheckpointError:  # it gives what was saved once per pass
+            except RuntimeError as error:
+                if not _is_of_checkpoint(error):
+                    raise
+                # A checkpoint gives what was saved once per pass.
                 return _in_own_pass(partial(self._gradients, found, g))
 
     def _gradients(
@@ -181,3 +183,11 @@ def _in_own_pass(function: Callable[[], Any]) -> Any:
     end.register_hook(run)
     torch.autograd.grad(end, start)
     return results[0]
+
+
+def _is_of_checkpoint(error: RuntimeError) -> bool:
+    """Whether `torch.utils.checkpoint` refused to give what it has saved."""
+    # Here, as it imports sympy in some versions, which takes longer than all of this package.
+    from torch.utils.checkpoint import CheckpointError
+
+    return isinstance(error, CheckpointError)
