@@ -106,8 +106,9 @@ class KFACOptimizer(SecondOrderOptimizer):
             parameters have them.
         fallback_lr: Adam's learning rate for parameters without curvature, per group.
         safeguards: Bound how far layers move together, shorten the steps of `lr="auto"` for small
-            batches and where the loss no longer falls, average the curvature along a step over
-            small batches, and take a step back after which the loss is far above its running mean.
+            batches, where the loss no longer falls and where the next batches confirm less than
+            was promised, average the curvature along a step over small batches, and take a step
+            back after which the loss is far above its running mean.
             False: the step is that of the formulas above.
 
     Attributes:

@@ -24,6 +24,7 @@ from lightning_curv.optimizers.step_size.calibration import (
     kept_weights,
     shrink_of_kept,
 )
+from lightning_curv.optimizers.step_size.held_out import confirmed_share, judge_last
 from lightning_curv.optimizers.step_size.quadratic_model import (
     Matrix,
     change,
@@ -186,14 +187,16 @@ class QuadraticModel(StepRule):
     before the schedule $\eta_t$. A step that promises to take away more than all of the loss is
     shortened: where a classifier is confident the model knows nothing of the curvature that the
     step will meet, and the targets drawn for a small batch hide some of it from $d$ and $q$ alike.
-    A parameter whose Jacobian is missing moves along without a say.
+    A parameter whose Jacobian is missing moves along without a say. With `averages`, of every step
+    only so much is taken as the next batches have confirmed of those before (`held_out`).
 
     A step without any Jacobian, between two measurements, takes the running means of α and β, is
     shorter, and is judged by the curvature per length that was measured last.
 
     Args:
         extension: leaves the Jacobians on the parameters.
-        averages: Whether the curvature along the directions is a running mean over batches.
+        averages: Whether the curvature along the directions is a running mean over batches, and
+            steps are shortened to what the next batches confirm of them.
         keeps: Whether steps without Jacobians are made with what is kept; else they are zero.
 
     Source: J. Martens, R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate
@@ -249,6 +252,11 @@ class QuadraticModel(StepRule):
             keep_step(self.memory, w, shrink * shrink * quadratic)
         elif self.keeps:
             shrink = min(shrink, shrink_of_kept(self.memory, quadratic))
+        if self.averages:
+            if len(w) == 2:
+                judge_last(self.memory, products.lengths[1], slope[1], curvature[1][1])
+            self.memory["length_of_model"] = shrink * products.length_of(w)
+            shrink *= confirmed_share(self.memory)
         w = [shrink * weight for weight in w]
         linear = shrink * linear
         quadratic = shrink * shrink * quadratic
@@ -304,6 +312,12 @@ class _Products:
     def lengths(self) -> list[float]:
         """The lengths of the directions, [K]."""
         return [math.sqrt(row[i]) for i, row in enumerate(self.numbers)]
+
+    def length_of(self, w: Sequence[float]) -> float:
+        """The length of the combination of the directions with weights [K]."""
+        no_slope = [0.0] * len(w)
+        inner = [row[:-1] for row in self.numbers]
+        return math.sqrt(max(2 * change(inner, no_slope, w), 0.0))
 
 
 def _damping_in_span(directions: Sequence[Direction], span: Tensor) -> Tensor:
