@@ -15,15 +15,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_curv.optimizers.step_size.step_length import OVERSHOT, OWN, WindowMean
+from lightning_curv.optimizers.step_size.step_length import GROWTH, OVERSHOT, OWN, WindowMean
 
 # Before so many steps were judged the means are noise.
 FIRST = 20
 # What is confirmed is multiplied by: the decrease is flat near the best length, and shorter steps
 # than that cost more than longer ones where the noise is small.
 BEYOND = 1.8
-# The share grows by no more than this from step to step.
-GROWTH = 1.1
 
 
 def judge_last(memory: dict[str, Any], length: float, slope: float, curvature: float) -> None:

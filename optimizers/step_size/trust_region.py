@@ -22,7 +22,7 @@ SHRINK = 0.25
 GROWTH = 2.0
 KEPT = 0.25  # of what a step promised, for the radius to grow
 LARGEST = 2.0
-LARGEST_OF_DENSITIES = 16.0  # of losses without a lower bound, in nats
+LARGEST_OF_DENSITIES = 16.0  # of losses without a lower bound, in multiples of their reach
 # The multiple of a step: in batches of fewer samples it starts below 1, with their root. It falls
 # in every step in which the loss is not below its slow running mean, and rises in all others.
 SAMPLES = 64
